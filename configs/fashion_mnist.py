@@ -1,0 +1,71 @@
+r"""Distill, quantize, or both, on Fashion-MNIST: the arms of digits.py at 28×28 pixels.
+
+    apt-get install dataset-fashion-mnist  # or any folder with the four IDX files
+    python launch/prepare_data.py --dataset=fashion_mnist --data_dir=data \
+        --source=/usr/share/datasets/fashion-mnist
+    python launch/compress.py --config=configs/fashion_mnist.py --config.data.data_dir=data \
+        --workdir=runs/fashion_mnist
+
+About half an hour a seed on two cores.
+"""
+
+from ml_collections import ConfigDict
+
+from kdq.arms import compression_arms
+from kdq.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The experiment. `arg` is "quick" (minutes, numbers mean nothing) and/or "seeds=N"."""
+    arg = parse_arg(arg, quick=False, seeds=1)
+    config = ConfigDict(sort_keys=False)
+    config.seeds = tuple(range(1 if arg.quick else arg.seeds))
+    config.data = {
+        "name": "fashion_mnist",
+        "data_dir": "",
+        "train": "train[:5%]" if arg.quick else "train[:54000]",
+        "validation": "train[54000:]",
+        "test": "test",
+        "batch_size": 256,
+        "eval_batch_size": 1000,
+        "augment": (),
+        "mean": 72.9,  # of the training pixels, which go from 0 to 255
+        "std": 90.0,
+    }
+    config.models = {
+        "teacher": {
+            "name": "cnn",
+            "num_classes": 10,
+            "widths": (32, 64, 128, 128),
+            "batch_norm": True,
+        },
+        "student": {"name": "cnn", "num_classes": 10, "widths": (8, 16, 32)},
+    }
+    config.teacher = "teacher"
+    config.optimizer = {
+        "name": "adam",
+        "warmup": 0.05,
+        "scale_rate": 0.1,
+        "weight_decay": 0.0,
+        "clip_norm": 0.0,
+    }
+    config.quantize = {
+        "keep": ("conv_0", "head"),
+        "keep_bits": 8,
+        "calibration_examples": 1000,
+        "train_scales": True,
+    }
+    config.evaluations = 12
+    config.checkpoint_seconds = 60.0
+    config.cache_teacher = True
+    scale = 0.2 if arg.quick else 1.0  # of the epochs
+    config.arms = compression_arms(
+        teacher={"epochs": 8.0 * scale, "learning_rate": 2e-3},
+        student={"epochs": 15.0 * scale, "learning_rate": 1e-2},
+        further={"epochs": 5.0 * scale, "learning_rate": 5e-3},
+        distill={"alpha": 0.9, "temperature": 2.0},
+    )
+    for temperature in (1.0, 4.0):  # what the temperature above was chosen from, on validation
+        chosen = {"temperature": temperature, "reference": "kd"}
+        config.arms[f"kd_t{temperature:.0f}"] = dict(config.arms.kd) | chosen
+    return config

@@ -1,0 +1,38 @@
+"""Data: TFDS without TensorFlow, NumPy transforms and one Grain pipeline.
+
+A batch's trip: `open_split` reads a prepared TFDS data set (`digits` prepares itself, the MNIST
+family is imported from IDX files by `prepare`), `train_dataset` shuffles, batches, augments and
+normalizes it, `iterate` prefetches with a state that can be checkpointed, `eval_batches` walks a
+split once.
+"""
+
+from kdq.data.errors import DataError
+from kdq.data.idx import prepare, read_idx
+from kdq.data.pipeline import EvalBatches, eval_batches, iterate, train_dataset
+from kdq.data.source import Source, open_split
+from kdq.data.transforms import (
+    Augmentation,
+    Cutout,
+    Flip,
+    Normalize,
+    Shift,
+    build_augmentations,
+)
+
+__all__ = [
+    "Augmentation",
+    "Cutout",
+    "DataError",
+    "EvalBatches",
+    "Flip",
+    "Normalize",
+    "Shift",
+    "Source",
+    "build_augmentations",
+    "eval_batches",
+    "iterate",
+    "open_split",
+    "prepare",
+    "read_idx",
+    "train_dataset",
+]

@@ -1,0 +1,205 @@
+"""IDX files (MNIST's format): a strict reader, and an importer that writes standard TFDS data sets.
+
+Format: two zero bytes, a type byte (8 is uint8), a byte with the number of dimensions, each
+dimension as a big-endian uint32, then the values. http://yann.lecun.com/exdb/mnist/
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from PIL import Image
+
+from kdq.data.errors import DataError, did_you_mean
+from kdq.data.progress import track
+from kdq.data.writing import default_data_dir, is_prepared, write_dataset
+
+# The official numbers of examples, (train, test): others are accepted, but said aloud.
+_OFFICIAL = {
+    "mnist": (60_000, 10_000),
+    "fashion_mnist": (60_000, 10_000),
+    "kmnist": (60_000, 10_000),
+    "emnist/byclass": (697_932, 116_323),
+    "emnist/bymerge": (697_932, 116_323),
+    "emnist/balanced": (112_800, 18_800),
+    "emnist/letters": (88_800, 14_800),
+    "emnist/digits": (240_000, 40_000),
+    "emnist/mnist": (60_000, 10_000),
+}
+IDX_DATASETS = tuple(_OFFICIAL)
+_TYPES = {
+    0x08: "uint8",
+    0x09: "int8",
+    0x0B: "int16",
+    0x0C: "int32",
+    0x0D: "float32",
+    0x0E: "float64",
+}
+_UINT8 = 0x08
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """Reads an IDX file of unsigned bytes, gzipped when its name ends in `.gz`.
+
+    Returns:
+      uint8 array with the shape that the file's header states.
+
+    Raises:
+      DataError: not gzip, a wrong magic number, a type other than uint8, too few or too many bytes.
+      FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: not a whole gzip file ({error})") from error
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _TYPES or data[3] == 0:
+        raise DataError(
+            f"{path}: the file starts with {data[:4].hex(' ') or 'nothing'}, which is no IDX magic "
+            "number; expected 00 00, 08 (uint8), then the number of dimensions"
+        )
+    if data[2] != _UINT8:
+        raise DataError(f"{path}: values are {_TYPES[data[2]]} by the header; expected uint8")
+    ndim = data[3]
+    header = 4 + 4 * ndim
+    if len(data) < header:
+        raise DataError(
+            f"{path}: truncated: {len(data)} bytes, the header of {ndim} dimensions takes {header}"
+        )
+    shape = struct.unpack(f">{ndim}I", data[4:header])
+    found, expected = len(data) - header, math.prod(shape)
+    if found != expected:
+        fault = "truncated" if found < expected else "trailing bytes"
+        raise DataError(
+            f"{path}: {fault}: {found} bytes of values, {expected} expected for {shape}"
+        )
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def prepare(dataset: str, source_dir: str | Path, data_dir: str | Path | None = None) -> Path:
+    """Prepares a data set of the MNIST family from local IDX files, as TFDS itself would.
+
+    Everything is read and checked before anything is written, and what is written appears under
+    `data_dir` by one rename. A data set that is prepared already is left as it is.
+
+    Args:
+      dataset: one of `IDX_DATASETS`, for example `fashion_mnist` or `emnist/balanced`.
+      source_dir: holds the four files with their official names, gzipped or not.
+      data_dir: a TFDS data directory; TFDS's default when None.
+
+    Returns:
+      The directory of the prepared data set.
+
+    Raises:
+      DataError: an unknown data set, a missing, damaged, mislabelled or inconsistent file.
+    """
+    if dataset not in IDX_DATASETS:
+        raise DataError(
+            f"no IDX importer for data set {dataset!r}; valid: {', '.join(IDX_DATASETS)}."
+            + did_you_mean(dataset, IDX_DATASETS)
+        )
+    data_dir = Path(data_dir).expanduser() if data_dir is not None else default_data_dir()
+    builder = tfds.builder(dataset, data_dir=data_dir)
+    if is_prepared(builder.data_dir):
+        logging.info("%s is already prepared in %s; nothing to do", dataset, builder.data_dir)
+        return Path(builder.data_dir)
+
+    features = builder.info.features
+    splits = {
+        split: _read_split(dataset, split, Path(source_dir).expanduser(), features)
+        for split in ("train", "test")
+    }
+    importer = _importer(type(builder), splits)
+    config = {"config": builder.builder_config.name} if builder.builder_config else {}
+    return write_dataset(lambda scratch: importer(data_dir=scratch, **config), data_dir)
+
+
+def _read_split(
+    dataset: str, split: str, source_dir: Path, features: tfds.features.FeaturesDict
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns one split's images [n, height, width] and labels [n], checked against each other."""
+    image_path = _find(dataset, split, source_dir, "images-idx3-ubyte")
+    label_path = _find(dataset, split, source_dir, "labels-idx1-ubyte")
+    images, labels = read_idx(image_path), read_idx(label_path)
+    for path, array, kind, ndim in (
+        (image_path, images, "images", 3),
+        (label_path, labels, "labels", 1),
+    ):
+        if array.ndim != ndim:
+            raise DataError(
+                f"{path}: mislabelled: the name says {kind} ({ndim} dimensions), the file holds "
+                f"{array.ndim} dimensions, {array.shape}"
+            )
+    size, num_classes = features["image"].shape[:2], features["label"].num_classes
+    if images.shape[1:] != size:
+        raise DataError(f"{image_path}: images are {images.shape[1:]}; {dataset} has {size}")
+    if len(images) != len(labels):
+        raise DataError(
+            f"{image_path} holds {len(images)} images but {label_path} holds {len(labels)} labels"
+        )
+    if len(labels) == 0:
+        raise DataError(f"{label_path}: no examples")
+    if labels.max() >= num_classes:
+        where = int(labels.argmax())
+        raise DataError(
+            f"{label_path}: label {labels[where]} of example {where} is out of range; {dataset} "
+            f"has {num_classes} classes, 0 to {num_classes - 1}"
+        )
+    official = _OFFICIAL[dataset][split == "test"]
+    if len(labels) != official:
+        logging.warning(
+            "%s: %d examples; the official %s split of %s has %d",
+            image_path, len(labels), split, dataset, official,
+        )  # fmt: skip
+    return images, labels
+
+
+def _find(dataset: str, split: str, source_dir: Path, kind: str) -> Path:
+    """Returns the path of one of the four files, gzipped or not."""
+    _, _, config = dataset.partition("/")
+    stem = f"emnist-{config}-{split}" if config else {"train": "train", "test": "t10k"}[split]
+    candidates = [source_dir / f"{stem}-{kind}{suffix}" for suffix in (".gz", "")]
+    found = [path for path in candidates if path.is_file()]
+    if not found:
+        raise DataError(f"{dataset}: no {candidates[0].name} (nor without .gz) in {source_dir}")
+    if len(found) > 1:
+        raise DataError(
+            f"{dataset}: both {found[0].name} and {found[1].name} in {source_dir}; keep one"
+        )
+    return found[0]
+
+
+def _importer(builder_class: type, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> type:
+    """Returns TFDS's own builder with its download and its TensorFlow parser replaced.
+
+    Name, version, configs and features are inherited and the keys are the same, so TFDS's hash
+    puts the examples in the order in which TFDS itself would write them.
+    """
+
+    class Importer(builder_class, skip_registration=True):
+        name = builder_class.name
+        __module__ = builder_class.__module__  # TFDS records it
+
+        def _split_generators(self, dl_manager) -> dict:
+            return {
+                split: self._generate_examples(split, *arrays) for split, arrays in splits.items()
+            }
+
+        def _generate_examples(
+            self, split: str, images: np.ndarray, labels: np.ndarray
+        ) -> Iterator[tuple[int, dict]]:
+            pairs = zip(images, labels, strict=True)
+            examples = track(pairs, f"writing {self.name} {split}", len(labels))
+            for index, (image, label) in enumerate(examples):
+                # TFDS encodes a PIL image as PNG by itself, an array with TensorFlow.
+                yield index, {"image": Image.fromarray(image), "label": int(label)}
+
+    return Importer

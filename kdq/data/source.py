@@ -1,0 +1,235 @@
+"""A split of an image-classification data set, prepared by TFDS, read as NumPy arrays."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from kdq.data.errors import DataError, did_you_mean
+from kdq.data.idx import IDX_DATASETS
+from kdq.data.progress import track
+from kdq.data.writing import default_data_dir, is_prepared
+
+KNOWN_DATASETS = ("digits", *IDX_DATASETS, "cifar10", "cifar100")
+_IN_MEMORY_BYTES = 2 * 2**30
+_READ_CHUNK = 1024  # records a read while loading into memory
+
+# ids [n] -> images uint8 [n, height, width, channels], labels int32 [n]
+Reader = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Source:
+    """Random access to the examples of one split; ids are 0 .. len(source) - 1."""
+
+    name: str  # with its config, "emnist/balanced"
+    version: str
+    split: str  # as given, "train[:90%]"
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # height, width, channels
+    num_examples: int
+    in_memory: bool
+    # In memory: sha256 of shape, images and labels. Otherwise (where reading everything would be
+    # too slow) of name, version, split and the shards' names and sizes: the two differ.
+    digest: str
+    reader: Reader = dataclasses.field(repr=False)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def read(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads examples by id, in the order given.
+
+        Args:
+          ids: [n] int, each in [0, len(self)).
+
+        Returns:
+          "image" uint8 [n, height, width, channels] and "label" int32 [n], the caller's to change.
+
+        Raises:
+          IndexError: an id out of range.
+        """
+        ids = np.asarray(ids)
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(
+                f"{self.name} {self.split}: ids from {ids.min()} to {ids.max()} asked for, "
+                f"valid are 0 to {len(self) - 1}"
+            )
+        images, labels = self.reader(ids)
+        return {"image": images, "label": labels}
+
+
+def open_split(
+    name: str, split: str, *, data_dir: str | Path | None = None, in_memory: bool | None = None
+) -> Source:
+    """Opens a split of a prepared TFDS data set; `digits` is prepared on first use.
+
+    Args:
+      name: TFDS name, with config and version where wanted: `mnist`, `emnist/balanced`, `cifar10`.
+      split: TFDS split syntax: `train`, `train[:90%]`, `train[54000:]`.
+      data_dir: TFDS data directory; TFDS's default when None.
+      in_memory: read everything once and serve it from memory; when None, if the pixels take less
+        than 2 GiB.
+
+    Raises:
+      DataError: an unknown data set or split, a data set that is not prepared, not readable at
+        random, or not for image classification.
+    """
+    data_dir = Path(data_dir).expanduser() if data_dir is not None else default_data_dir()
+    builder = _prepared_builder(name, data_dir)
+    name = _full_name(builder)
+    shape, class_names = _image_classification(name, builder.info)
+    num_examples = _num_examples(name, split, builder.info)
+    try:
+        records = builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise DataError(
+            f"{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, "
+            "which has no random access; remove it and prepare it again as array_record"
+        ) from error
+    reader = _record_reader(name, records, len(class_names))
+    if in_memory is None:
+        in_memory = num_examples * int(np.prod(shape)) < _IN_MEMORY_BYTES
+    if in_memory:
+        images, labels = _load(reader, num_examples, shape, f"{name} {split}")
+        digest = hashlib.sha256(repr(images.shape).encode())
+        digest.update(images)
+        digest.update(labels)
+        reader = lambda ids: (images[ids], labels[ids])  # noqa: E731
+    else:
+        digest = _shard_digest(builder.info, split)
+    return Source(
+        name=name,
+        version=str(builder.version),
+        split=split,
+        class_names=class_names,
+        image_shape=shape,
+        num_examples=num_examples,
+        in_memory=in_memory,
+        digest=digest.hexdigest(),
+        reader=reader,
+    )
+
+
+def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+    """Returns the TFDS builder of a data set that is prepared under `data_dir`."""
+    base = re.split("[/:]", name)[0]
+    if base == "digits":
+        # Registers the builder; imported here as only `digits` needs scikit-learn (seconds).
+        from kdq.data.digits import prepare_digits  # noqa: PLC0415
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except ValueError as error:  # DatasetNotFoundError is one; so is an unknown config or version
+        known = ", ".join(KNOWN_DATASETS)
+        close = did_you_mean(
+            name, {*KNOWN_DATASETS, *tfds.list_builders(with_community_datasets=False)}
+        )
+        raise DataError(
+            f"no data set {name!r} in TFDS or in {data_dir}; known here: {known}, and other "
+            f"image-classification data sets of TFDS.{close}"
+        ) from error
+    if is_prepared(builder.data_dir):
+        return builder
+    if base == "digits":
+        prepare_digits(data_dir)
+        return tfds.builder(name, data_dir=data_dir)
+    name = _full_name(builder)
+    command = (
+        f"python launch/prepare_data.py --dataset={name} --source=DIR --data_dir={data_dir}, where "
+        "DIR holds its IDX files"
+        if name in IDX_DATASETS
+        else f"tfds build {name} --data_dir={data_dir} --file_format=array_record, where "
+        "TensorFlow is installed (TFDS needs it to write images)"
+    )
+    raise DataError(f"{name} is not prepared: nothing in {builder.data_dir}. Run {command}")
+
+
+def _full_name(builder: tfds.core.DatasetBuilder) -> str:
+    """Returns name and config without the version: `emnist` has the default `emnist/byclass`."""
+    config = builder.builder_config
+    return f"{builder.name}/{config.name}" if config else builder.name
+
+
+def _image_classification(
+    name: str, info: tfds.core.DatasetInfo
+) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+    """Returns image shape and class names, or says why the data set is not one of images."""
+    features = info.features
+    named = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    image, label = named.get("image"), named.get("label")
+    if image is None or not isinstance(label, tfds.features.ClassLabel):
+        raise DataError(
+            f"{name} is not an image-classification data set: it needs the features 'image' and "
+            f"'label' (a ClassLabel), it has {features}"
+        )
+    if image.np_dtype != np.uint8 or len(image.shape) != 3 or None in image.shape:
+        raise DataError(
+            f"{name}: images must be uint8 of one size [height, width, channels]; "
+            f"they are {np.dtype(image.np_dtype)} {image.shape}"
+        )
+    return tuple(image.shape), tuple(label.names)
+
+
+def _num_examples(name: str, split: str, info: tfds.core.DatasetInfo) -> int:
+    """Returns the number of examples of a split, or says which splits there are."""
+    sizes = {key: value.num_examples for key, value in info.splits.items()}
+    try:
+        count = info.splits[split].num_examples
+    except (KeyError, ValueError, AssertionError) as error:
+        base = re.split(r"[\[+]", split)[0]
+        raise DataError(
+            f"{name} has no split {split!r}; its splits (and sizes) are {sizes}, or a part of one, "
+            "like 'train[:90%]'." + (did_you_mean(base, sizes) if base not in sizes else "")
+        ) from error
+    if count == 0:
+        raise DataError(f"{name}: split {split!r} is empty; its splits (and sizes) are {sizes}")
+    return count
+
+
+def _record_reader(name: str, records: Any, num_classes: int) -> Reader:
+    """Returns a reader that fetches and decodes the records asked for, at each call."""
+
+    def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        examples = records.__getitems__(ids.tolist())
+        labels = np.array([example["label"] for example in examples], np.int32)
+        bad = (labels < 0) | (labels >= num_classes)
+        if bad.any():
+            raise DataError(
+                f"{name}: example {ids[bad][0]} has label {labels[bad][0]}, out of range; there "
+                f"are {num_classes} classes, 0 to {num_classes - 1}"
+            )
+        return np.stack([example["image"] for example in examples]), labels
+
+    return read
+
+
+def _load(
+    reader: Reader, num_examples: int, shape: tuple[int, int, int], description: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a whole split: images uint8 [n, height, width, channels], labels int32 [n]."""
+    images = np.empty((num_examples, *shape), np.uint8)
+    labels = np.empty(num_examples, np.int32)
+    starts = range(0, num_examples, _READ_CHUNK)
+    for start in track(starts, f"reading {description}", len(starts)):
+        ids = np.arange(start, min(start + _READ_CHUNK, num_examples))
+        images[ids], labels[ids] = reader(ids)
+    return images, labels
+
+
+def _shard_digest(info: tfds.core.DatasetInfo, split: str) -> "hashlib._Hash":
+    """Returns a digest of a split's identity and shards, without reading them."""
+    digest = hashlib.sha256(f"{info.full_name} {split} {info.splits[split].num_examples}".encode())
+    for part in info.splits[split].file_instructions:
+        path = Path(part.filename)
+        digest.update(f" {path.name} {path.stat().st_size} {part.skip} {part.take}".encode())
+    return digest

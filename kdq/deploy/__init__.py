@@ -1,0 +1,5 @@
+"""Deployment: files that are really smaller, and the models loaded back from them."""
+
+from kdq.deploy.packed import PackedFileError, PackedModel, load_packed, save_packed
+
+__all__ = ["PackedFileError", "PackedModel", "load_packed", "save_packed"]

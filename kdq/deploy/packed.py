@@ -1,0 +1,180 @@
+"""The packed file: a model in one safetensors file, sub-byte weights really packed.
+
+Tensors: `PATH/WEIGHT` as packed bytes where the weight is quantized, with its `PATH/WEIGHT:scale`
+(and `:zero_point`, where that is not 0) beside it; every other array as it is. The metadata hold
+one JSON document under "kdq" (format version, the model's name and fields, and for each quantized
+layer the bits, shapes and the quantizer of its input).
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from kdq import files, models, quantize
+from kdq.deploy.packing import pack, unpack
+from kdq.quantize import grid
+from kdq.quantize.simulate import WEIGHT_NAMES
+from kdq.types import Array, QParams, Variables
+
+FORMAT_VERSION = 1
+
+
+class PackedFileError(ValueError):
+    """A file that is no packed model, or one that does not fit together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedModel:
+    """A model loaded from a packed file."""
+
+    model: nn.Module
+    variables: Variables  # quantized weights already as the numbers their codes stand for
+    qparams: QParams  # the quantizers of the layers' inputs
+    metadata: Mapping[str, Any]  # what was given to `save_packed`
+
+    def __call__(self, inputs: Array) -> Array:
+        """The outputs in evaluation mode, [batch, classes] for our models."""
+        return quantize.predict(self.model, self.variables, self.qparams, inputs)
+
+
+def save_packed(
+    path: str | os.PathLike[str],
+    variables: Variables,
+    qparams: QParams,
+    *,
+    model: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+) -> int:
+    """Writes a model, atomically; returns the size of the file in bytes.
+
+    Args:
+      path: where; its folder must exist.
+      variables: float variables. Weights that `qparams` quantizes are rounded and packed, all
+        other arrays are kept as they are.
+      qparams: the quantizers; {} for a float model.
+      model: `{"name": a module of kdq.models, **fields}`, or any description of your own model;
+        JSON-able.
+      metadata: anything else worth keeping with the model; JSON-able.
+    """
+    arrays = traverse_util.flatten_dict(_numpy(variables), sep="/")
+    layers = {}
+    for layer, quantizers in qparams.items():
+        layers[layer] = entry = {}
+        if "weights" in quantizers:
+            prefix = f"params/{layer}/"
+            name = next(n for n in WEIGHT_NAMES if prefix + n in arrays)
+            entry["weight"] = _pack_weight(arrays, prefix + name, quantizers["weights"])
+        if "activations" in quantizers:
+            entry["input"] = {k: _json(v) for k, v in quantizers["activations"].items()}
+    document = {
+        "format": FORMAT_VERSION,
+        "model": dict(model),
+        "layers": layers,
+        "metadata": dict(metadata or {}),
+    }
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    data = safetensors.numpy.save(arrays, metadata={"kdq": text})
+    files.write_atomic(path, data)
+    return len(data)
+
+
+def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> PackedModel:
+    """Loads a packed file; its outputs equal the simulated model's.
+
+    Args:
+      path: the file.
+      model: the module to load into; None builds it from the name and fields in the file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      PackedFileError: not a packed model, a later format, or tensors that do not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no packed model at {path}")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get("kdq")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise PackedFileError(f"{path} is no packed model: {error}") from error
+    if text is None:
+        raise PackedFileError(f"{path} is no packed model: its metadata have no 'kdq' entry")
+    document = json.loads(text)
+    if document["format"] != FORMAT_VERSION:
+        raise PackedFileError(
+            f"{path} has format {document['format']}; this kdq reads {FORMAT_VERSION}"
+        )
+    qparams = {}
+    for layer, entry in document["layers"].items():
+        if "weight" in entry:
+            name, info = f"params/{layer}/{entry['weight']['name']}", entry["weight"]
+            try:
+                arrays[name] = _unpack_weight(arrays, name, info)
+            except (KeyError, ValueError) as error:
+                raise PackedFileError(f"{path}: layer {layer!r}: {error}") from error
+        if "input" in entry:
+            quantizer = {k: np.asarray(v, np.float32) for k, v in entry["input"].items()}
+            qparams[layer] = {"activations": quantizer}
+    if model is None:
+        model = models.build(**document["model"])
+    return PackedModel(
+        model=model,
+        variables=jax.device_put(traverse_util.unflatten_dict(arrays, sep="/")),
+        qparams=qparams,
+        metadata=document["metadata"],
+    )
+
+
+def _pack_weight(arrays: dict[str, np.ndarray], name: str, quantizer: grid.Quantizer) -> dict:
+    """Replaces a weight by its packed codes and scales; returns what is needed to undo that."""
+    weight, bits = arrays[name], grid.bits(quantizer)
+    codes = np.asarray(grid.to_codes(weight, quantizer)) - np.asarray(quantizer["qmin"])
+    arrays[name] = pack(codes.astype(np.uint8), bits)
+    arrays[f"{name}:scale"] = np.asarray(quantizer["scale"])
+    zero_point = np.asarray(quantizer["zero_point"])
+    constant = float(zero_point.flat[0]) if np.ptp(zero_point) == 0 else None
+    if constant is None:
+        arrays[f"{name}:zero_point"] = zero_point
+    return {
+        "name": name.rsplit("/", 1)[1],
+        "shape": weight.shape,
+        "bits": bits,
+        "qmin": _json(quantizer["qmin"]),
+        "zero_point": None if constant is None else _json(constant),
+    }
+
+
+def _unpack_weight(arrays: dict[str, np.ndarray], name: str, info: Mapping[str, Any]) -> np.ndarray:
+    shape = tuple(info["shape"])
+    codes = unpack(arrays.pop(name), info["bits"], int(np.prod(shape))).reshape(shape)
+    scale = arrays.pop(f"{name}:scale")
+    zero_point = info["zero_point"]
+    if zero_point is None:
+        zero_point = arrays.pop(f"{name}:zero_point")
+    zero_point = np.broadcast_to(np.float32(zero_point), scale.shape)
+    quantizer = {"scale": scale, "zero_point": zero_point}
+    return np.asarray(grid.from_codes(codes + np.float32(info["qmin"]), quantizer))
+
+
+def _numpy(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {k: _numpy(v) for k, v in tree.items()}
+    return np.ascontiguousarray(tree)
+
+
+def _json(array: Array) -> Any:
+    """A float32 array as JSON numbers, which hold each float32 exactly; whole ones without ".0"."""
+    values = np.asarray(array, np.float32).astype(float)
+    whole = np.isfinite(values).all() and (values == np.round(values)).all()
+    return (values.astype(int) if whole else values).tolist()

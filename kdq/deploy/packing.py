@@ -1,0 +1,50 @@
+"""Codes of 1 to 8 bits, packed without gaps."""
+
+import numpy as np
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Packs unsigned codes into bytes, the first code in the lowest bits.
+
+    Args:
+      codes: integers of any shape, each in [0, 2**bits).
+      bits: 1 to 8.
+
+    Returns:
+      uint8 [ceil(codes.size * bits / 8)]; the bits past the last code are 0.
+
+    Raises:
+      ValueError: bits out of range, or a code that does not fit.
+    """
+    _check(bits)
+    flat = np.asarray(codes).reshape(-1)
+    if flat.size and (flat.min() < 0 or flat.max() >= 2**bits):
+        raise ValueError(f"codes from {flat.min()} to {flat.max()} do not fit in {bits} bits")
+    as_bits = np.unpackbits(flat.astype(np.uint8)[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(as_bits, bitorder="little")
+
+
+def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The `count` codes that `pack` packed, uint8 [count].
+
+    Raises:
+      ValueError: bits out of range, or not the number of bytes that `count` codes take.
+    """
+    _check(bits)
+    want = packed_bytes(count, bits)
+    if packed.dtype != np.uint8 or packed.shape != (want,):
+        raise ValueError(
+            f"{count} codes of {bits} bits take uint8 [{want}], got {packed.dtype} {packed.shape}"
+        )
+    as_bits = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+    return np.packbits(as_bits, axis=1, bitorder="little")[:, 0]
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return -(-count * bits // 8)
+
+
+def _check(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits={bits}: want 1 to 8")

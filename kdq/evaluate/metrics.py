@@ -1,0 +1,175 @@
+"""Task and fidelity metrics, computed on the host in float64 from a model's logits."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import log_softmax
+
+from kdq.types import Array, Batch, Variables
+
+# variables, images [batch, height, width, channels] -> logits [batch, classes]; the caller jits it.
+ImageApply = Callable[[Variables, Array], Array]
+
+
+def nll(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """Negative log-likelihood of the label in nats.
+
+    Args:
+      logits: [batch, classes] float.
+      labels: [batch] int in [0, classes).
+
+    Returns:
+      [batch] float64.
+
+    Raises:
+      ValueError: a label that is no class.
+    """
+    log_p, labels = _log_softmax(logits), _labels(labels, np.shape(logits)[-1])
+    return -np.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+
+
+def correct(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """Whether the largest logit is the label's; never where a logit is NaN.
+
+    Args:
+      logits: [batch, classes] float.
+      labels: [batch] int in [0, classes).
+
+    Returns:
+      [batch] bool.
+
+    Raises:
+      ValueError: a label that is no class.
+    """
+    logits = np.asarray(logits)
+    # argmax takes a NaN for the maximum: a diverged model would score as if it had guessed.
+    valid = ~np.isnan(logits).any(-1)
+    return valid & (logits.argmax(-1) == _labels(labels, logits.shape[-1]))
+
+
+def agreement(student_logits: ArrayLike, teacher_logits: ArrayLike) -> np.ndarray:
+    """Whether student and teacher predict the same class (fidelity, arXiv:2106.05945).
+
+    Args:
+      student_logits: [batch, classes] float.
+      teacher_logits: [batch, classes] float.
+
+    Returns:
+      [batch] bool.
+    """
+    return correct(student_logits, np.asarray(teacher_logits).argmax(-1))
+
+
+def kl_divergence(p_logits: ArrayLike, q_logits: ArrayLike) -> np.ndarray:
+    """KL(p ‖ q) = Σ p (log p − log q) of the two softmax distributions, in nats.
+
+    Computed in log space, so finite for every pair of finite logits.
+
+    Args:
+      p_logits: [batch, classes] float, of the reference distribution (the teacher).
+      q_logits: [batch, classes] float, of the approximating one (the student).
+
+    Returns:
+      [batch] float64, at least 0.
+    """
+    log_p, log_q = _log_softmax(p_logits), _log_softmax(q_logits)
+    # Rounding can leave -1e-17 where the two are equal.
+    return np.maximum(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1), 0.0)
+
+
+def evaluate(
+    apply: ImageApply,
+    variables: Variables,
+    batches: Iterable[Batch],
+    reference_logits: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Means over all examples that no mask hides.
+
+    Args:
+      apply: `(variables, images) -> logits`, jitted by the caller.
+      variables: the model's variables.
+      batches: evaluation batches in a fixed order.
+      reference_logits: [examples, classes], the teacher's, in the order of `batches`: what
+        `predict` returned for it on the same batches.
+
+    Returns:
+      "accuracy" in [0, 1], "nll" in nats; with a reference also "agreement" in [0, 1] and
+      "kl_to_teacher", KL(teacher ‖ student) in nats.
+
+    Raises:
+      ValueError: no example, or a reference for another number of examples or classes.
+    """
+    sums: dict[str, float] = {}
+    examples = 0
+    for logits, labels in _outputs(apply, variables, batches):
+        values = {"accuracy": correct(logits, labels), "nll": nll(logits, labels)}
+        if reference_logits is not None:
+            teacher = reference_logits[examples : examples + len(logits)]
+            if teacher.shape != logits.shape:
+                raise ValueError(_mismatch(reference_logits, examples, logits))
+            values["agreement"] = agreement(logits, teacher)
+            values["kl_to_teacher"] = kl_divergence(teacher, logits)
+        sums = {name: sums.get(name, 0.0) + float(v.sum()) for name, v in values.items()}
+        examples += len(logits)
+    if examples == 0:
+        raise ValueError("evaluate: the batches hold no example that is not masked")
+    if reference_logits is not None and len(reference_logits) != examples:
+        raise ValueError(
+            f"evaluate: reference_logits has {len(reference_logits)} rows for {examples} examples"
+        )
+    return {name: total / examples for name, total in sums.items()}
+
+
+def predict(apply: ImageApply, variables: Variables, batches: Iterable[Batch]) -> np.ndarray:
+    """Logits of every example that no mask hides, in order: [examples, classes] float32.
+
+    Raises:
+      ValueError: no batches.
+    """
+    logits = [logits for logits, _ in _outputs(apply, variables, batches)]
+    if not logits:
+        raise ValueError("predict: there are no batches")
+    return np.concatenate(logits)
+
+
+def _outputs(
+    apply: ImageApply, variables: Variables, batches: Iterable[Batch]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (logits, labels) of the unmasked examples, one batch behind the device."""
+    previous = None
+    for batch in batches:
+        logits = apply(variables, batch["image"])
+        if previous is not None:
+            yield _unmasked(*previous)
+        previous = logits, batch
+    if previous is not None:
+        yield _unmasked(*previous)
+
+
+def _unmasked(logits: Array, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    logits, labels = np.asarray(logits, np.float32), np.asarray(batch["label"])
+    if "mask" not in batch:
+        return logits, labels
+    rows = np.asarray(batch["mask"]) > 0
+    return logits[rows], labels[rows]
+
+
+def _log_softmax(logits: ArrayLike) -> np.ndarray:
+    return log_softmax(np.asarray(logits, np.float64), axis=-1)
+
+
+def _labels(labels: ArrayLike, classes: int) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.size and not (labels.min() >= 0 and labels.max() < classes):
+        raise ValueError(
+            f"labels must be in [0, {classes}), given {labels.min()} to {labels.max()}"
+        )
+    return labels
+
+
+def _mismatch(reference: np.ndarray, start: int, logits: np.ndarray) -> str:
+    return (
+        f"evaluate: reference_logits has shape {reference.shape}, but the batches have "
+        f"{start + len(logits)} examples or more and the model {logits.shape[-1]} classes"
+    )

@@ -1,0 +1,11 @@
+"""An experiment: named arms over the same data, splits and seeds.
+
+Every arm goes one way: fresh weights or another arm's, calibrated if it is quantized, trained if it
+has epochs, selected on validation, packed, loaded back, and measured on test. Its folder
+`WORKDIR/ARM/SEED` holds `model.safetensors`, `result.json`, `metrics.jsonl` and `checkpoints/`.
+"""
+
+from kdq.experiment.progress import Progress, Record
+from kdq.experiment.runner import run
+
+__all__ = ["Progress", "Record", "run"]

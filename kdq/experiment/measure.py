@@ -1,0 +1,87 @@
+"""The numbers of one arm: of the file it ends in, loaded back, on the test split."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from kdq import deploy, models, quantize
+from kdq.evaluate import metrics
+from kdq.search import cost
+from kdq.train.loop import Fit, Weights
+from kdq.types import Batch
+
+
+def measure(
+    fit: Fit,
+    model: nn.Module,
+    test: Sequence[Batch],
+    path: Path,
+    *,
+    model_config: dict[str, Any],
+    metadata: dict[str, Any],
+    teacher_logits: np.ndarray | None,
+) -> dict[str, Any]:
+    """Packs the selected weights, loads the file back, and measures that.
+
+    Args:
+      fit: what training (or calibration) ended with.
+      model: the module of the weights.
+      test: batches of the test split.
+      path: the packed file to write.
+      model_config: the model's name and fields, as `kdq.models.build` takes them.
+      metadata: kept in the file.
+      teacher_logits: [examples, classes] on the test split, or None for no fidelity.
+
+    Returns:
+      The part of the record that is measured.
+    """
+    selected = fit.selected
+    variables, qparams = selected.weights.variables, selected.weights.qparams
+    size = deploy.save_packed(path, variables, qparams, model=model_config, metadata=metadata)
+    packed = deploy.load_packed(path)
+    of_file = Weights(variables=packed.variables, qparams=packed.qparams)
+    found = evaluate(packed.model, of_file, test, teacher_logits)
+    last = found
+    if fit.last_step != selected.step:
+        last = evaluate(model, fit.last, test)
+    layers = quantize.list_layers(model, variables, test[0]["image"], train=False)
+    return {
+        "params": models.count_parameters(variables),
+        "accuracy": found["accuracy"],
+        "nll": found["nll"],
+        "accuracy_last": last["accuracy"],
+        "nll_last": last["nll"],
+        "agreement": found.get("agreement"),
+        "kl_to_teacher": found.get("kl_to_teacher"),
+        "validation_accuracy": selected.metrics["accuracy"],
+        "validation_nll": selected.metrics["nll"],
+        "macs": cost.macs(layers),
+        "bops": cost.bops(layers, qparams),
+        "size_bytes": size,
+        "train_seconds": fit.seconds,
+        "steps": fit.last_step,
+        "selected_step": selected.step,
+        "selected_on": "validation" if fit.last_step else "calibration only",
+    }
+
+
+def evaluate(
+    model: nn.Module,
+    weights: Weights,
+    batches: Sequence[Batch],
+    teacher_logits: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Accuracy, NLL and, with a teacher's logits, fidelity of a float or quantized model."""
+    return metrics.evaluate(_apply(model, weights), weights.variables, batches, teacher_logits)
+
+
+def predict(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> np.ndarray:
+    """Logits [examples, classes] of a float or quantized model."""
+    return metrics.predict(_apply(model, weights), weights.variables, batches)
+
+
+def _apply(model: nn.Module, weights: Weights) -> metrics.ImageApply:
+    return lambda variables, images: quantize.predict(model, variables, weights.qparams, images)

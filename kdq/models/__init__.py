@@ -1,0 +1,67 @@
+"""Flax Linen models, one family a file; none of them knows of quantization or distillation.
+
+Every model is called the same way:
+
+    logits = model.apply(variables, images, train=False)          # [batch, classes] float32
+    logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+with `images: [batch, height, width, channels] float32`.  To add a family, add a file with a Linen
+module and end it with `Model = <the module's class>`.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from kdq.types import Variables
+
+
+def names() -> list[str]:
+    """The names that `build` accepts: the modules of this package."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def build(name: str, **kwargs: Any) -> nn.Module:
+    """Builds the model that `kdq.models.<name>` defines.
+
+    Args:
+      name: a module of this package, e.g. "cnn".
+      **kwargs: the fields of that model.  Lists become tuples, because a model is a static argument
+        of jitted functions and so must be hashable.
+
+    Raises:
+      ValueError: an unknown name or field, a field left out, or a value the model refuses.
+    """
+    if name not in names():
+        raise ValueError(_unknown("model", name, names()))
+    model = importlib.import_module(f"{__name__}.{name}").Model
+    fields = [f for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
+    for key in kwargs:
+        if key not in [f.name for f in fields]:
+            raise ValueError(_unknown(f"field of model {name!r}", key, [f.name for f in fields]))
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in kwargs:
+            raise ValueError(f"model {name!r} needs {field.name!r}; given: {sorted(kwargs)}")
+    return model(**{key: _freeze(value) for key, value in kwargs.items()})
+
+
+def count_parameters(variables: Variables) -> int:
+    """The number of trained scalars: the "params" collection, without batch statistics."""
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _unknown(what: str, given: str, allowed: Iterable[str]) -> str:
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(given, allowed, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"unknown {what} {given!r}{hint}; valid: {', '.join(allowed)}"

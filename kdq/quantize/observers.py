@@ -1,0 +1,251 @@
+"""Observers: what range of values a quantizer should cover.
+
+An observer is a frozen object with pure methods. `update` folds one batch, grouped as
+`[groups, elements]` (a group shares a scale), into a state; `range` turns the state into
+`(low, high)`, each `[groups]`. A weight is seen whole: `exact` summarizes it without binning.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kdq.quantize import grid
+from kdq.types import Array
+
+
+class State(Protocol):
+    """What an observer remembers: a pytree."""
+
+    def bounds(self) -> tuple[Array, Array]:
+        """The exact smallest and largest value seen, each `[groups]`."""
+
+
+class Observer(Protocol):
+    def init(self, groups: int) -> State:
+        """The state before any data."""
+
+    def update(self, state: State, x: Array) -> State:
+        """The state after `x` [groups, elements]; safe under `jit`."""
+
+    def exact(self, x: Array) -> State:
+        """The state of a tensor `[groups, elements]` that is seen once and whole."""
+
+    def range(self, state: State, **grid_args: Any) -> tuple[Array, Array]:
+        """`(low, high)`, each `[groups]`; `grid_args` are those of `grid.from_range`."""
+
+
+class Extremes(flax.struct.PyTreeNode):
+    """The smallest and largest value so far, each `[groups]`; +inf and -inf before any."""
+
+    low: Array
+    high: Array
+
+    def bounds(self) -> tuple[Array, Array]:
+        return self.low, self.high
+
+
+def _extremes(x: Array) -> Extremes:
+    return Extremes(low=x.min(-1), high=x.max(-1))
+
+
+class _ExtremesObserver:
+    def init(self, groups: int) -> Extremes:
+        return Extremes(low=jnp.full(groups, jnp.inf), high=jnp.full(groups, -jnp.inf))
+
+    def update(self, state: Extremes, x: Array) -> Extremes:
+        seen = _extremes(x.astype(jnp.float32))
+        return Extremes(jnp.minimum(state.low, seen.low), jnp.maximum(state.high, seen.high))
+
+    def exact(self, x: Array) -> Extremes:
+        return self.update(self.init(x.shape[0]), x)
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax(_ExtremesObserver):
+    """From the smallest to the largest value seen."""
+
+    def range(self, state: Extremes, **grid_args: Any) -> tuple[Array, Array]:
+        return state.low, state.high
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMax(_ExtremesObserver):
+    """±the largest magnitude seen; from 0 if nothing was negative."""
+
+    def range(self, state: Extremes, **grid_args: Any) -> tuple[Array, Array]:
+        reach = jnp.maximum(-state.low, state.high)
+        return jnp.where(state.low < 0, -reach, 0.0), reach
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingAverage(_ExtremesObserver):
+    """Exponential moving average of each batch's extremes (arXiv:1712.05877)."""
+
+    momentum: float = 0.9  # weight of the past; the first batch counts whole
+
+    def __post_init__(self):
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum!r}: want 0 <= momentum < 1")
+
+    def update(self, state: Extremes, x: Array) -> Extremes:
+        fresh = state.low > state.high  # not isfinite: a NaN or infinity must stay to be reported
+
+        def blend(past, now):
+            mixed = self.momentum * jnp.where(fresh, 0.0, past) + (1 - self.momentum) * now
+            return jnp.where(fresh, now, mixed)
+
+        return jax.tree.map(blend, state, _extremes(x.astype(jnp.float32)))
+
+    def range(self, state: Extremes, **grid_args: Any) -> tuple[Array, Array]:
+        return state.low, state.high
+
+
+class Samples(flax.struct.PyTreeNode):
+    """Values with multiplicities, both `[groups, n]`."""
+
+    values: Array
+    counts: Array
+
+    def bounds(self) -> tuple[Array, Array]:
+        return self.values.min(-1), self.values.max(-1)
+
+    def samples(self) -> "Samples":
+        return self
+
+
+class Histogram(flax.struct.PyTreeNode):
+    """Counts over `2 * BINS` equal bins of `[-limit, limit]`, and the exact extremes.
+
+    `limit` is 0 or a power of two above every magnitude, and only ever doubles, which merges bins
+    in pairs: memory is bounded, no count is smeared, and the order of the batches is forgotten. Values within a bin are taken to be at its centre, or at the
+    exact extreme where that is nearer the inside.
+    """
+
+    counts: Array  # [groups, 2 * BINS] int32: a float32 would stop counting at 2^24
+    limit: Array  # [groups]
+    extremes: Extremes
+
+    def bounds(self) -> tuple[Array, Array]:
+        return self.extremes.bounds()
+
+    def samples(self) -> Samples:
+        n = self.counts.shape[-1]
+        centres = ((jnp.arange(n) + 0.5) / (n // 2) - 1.0) * self.limit[:, None]
+        low, high = (e[:, None] for e in (self.extremes.low, self.extremes.high))
+        return Samples(values=jnp.clip(centres, low, high), counts=self.counts)
+
+
+BINS = 2048
+
+
+class _HistogramObserver(_ExtremesObserver):
+    def init(self, groups: int) -> Histogram:
+        return Histogram(
+            counts=jnp.zeros((groups, 2 * BINS), jnp.int32),
+            limit=jnp.zeros(groups),
+            extremes=super().init(groups),
+        )
+
+    def update(self, state: Histogram, x: Array) -> Histogram:
+        x = x.astype(jnp.float32)
+        reach = jnp.abs(x).max(-1)
+        # Not exp2 and log2, which are off by an ulp.
+        needed = jnp.where(reach > 0, jnp.ldexp(1.0, jnp.frexp(reach)[1]), 0.0)
+        limit = jnp.maximum(state.limit, needed)
+        safe = jnp.where(limit > 0, limit, 1.0)
+        shrink = jnp.where(state.limit > 0, state.limit, safe) / safe  # a power of two, at most 1
+
+        def fold(counts, shrink, values, limit):
+            centre = jnp.arange(2 * BINS) + 0.5 - BINS
+            moved = jnp.floor(centre * shrink).astype(jnp.int32) + BINS
+            counts = jnp.zeros_like(counts).at[moved].add(counts)
+            index = jnp.floor(values / limit * BINS).astype(jnp.int32) + BINS
+            return counts.at[jnp.clip(index, 0, 2 * BINS - 1)].add(1)
+
+        return Histogram(
+            counts=jax.vmap(fold)(state.counts, shrink, x, safe),
+            limit=limit,
+            extremes=super().update(state.extremes, x),
+        )
+
+    def exact(self, x: Array) -> Samples:
+        x = x.astype(jnp.float32)
+        return Samples(values=x, counts=jnp.ones_like(x, jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile(_HistogramObserver):
+    """Covers the central `percentile` percent of the values (half of the rest cut on each side).
+
+    A side on which no value lies (a ReLU's output) is not cut: the other takes it all.
+    """
+
+    percentile: float = 99.9
+
+    def __post_init__(self):
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile={self.percentile!r}: want 50 < percentile <= 100")
+
+    def range(self, state: Histogram | Samples, **grid_args: Any) -> tuple[Array, Array]:
+        return _percentile_range(state.samples(), state.bounds(), self.percentile / 100)
+
+
+@jax.jit
+def _percentile_range(
+    samples: Samples, bounds: tuple[Array, Array], kept: Array
+) -> tuple[Array, Array]:
+    lowest, highest = bounds
+    order = jnp.argsort(samples.values, axis=-1)
+    values = jnp.take_along_axis(samples.values, order, -1)
+    cumulative = jnp.cumsum(jnp.take_along_axis(samples.counts, order, -1), -1)
+    total = cumulative[:, -1:]
+    two_sided = ((lowest < 0) & (highest > 0))[:, None]
+    cut = jnp.where(two_sided, (1 - kept) / 2, 1 - kept) * total
+    first = jnp.argmax(cumulative > cut, -1)[:, None]
+    last = jnp.argmax(cumulative >= total - cut, -1)[:, None]
+    low = jnp.take_along_axis(values, first, -1)[:, 0]
+    high = jnp.take_along_axis(values, last, -1)[:, 0]
+    return jnp.where(lowest < 0, low, lowest), jnp.where(highest > 0, high, highest)
+
+
+@dataclasses.dataclass(frozen=True)
+class MSE(_HistogramObserver):
+    """The range, among `candidates` shrunk copies of min-max, of least squared rounding error."""
+
+    candidates: int = 100
+
+    def __post_init__(self):
+        if self.candidates < 1:
+            raise ValueError(f"candidates={self.candidates!r}: want at least 1")
+
+    def range(self, state: Histogram | Samples, **grid_args: Any) -> tuple[Array, Array]:
+        bits = jnp.asarray(grid_args.pop("bits"), jnp.float32)
+        options = tuple(sorted(grid_args.items()))
+        return _least_squares_range(
+            state.samples(), state.bounds(), bits, self.candidates, options
+        )
+
+
+@partial(jax.jit, static_argnames=("candidates", "options"))
+def _least_squares_range(
+    samples: Samples,
+    bounds: tuple[Array, Array],
+    bits: Array,
+    candidates: int,
+    options: tuple[tuple[str, bool], ...],
+) -> tuple[Array, Array]:
+    values, (low, high) = samples.values, (bound[:, None] for bound in bounds)
+
+    def error(ratio):
+        quantizer = grid.from_range(ratio * low, ratio * high, bits, **dict(options))
+        rounded = grid.from_codes(grid.to_codes(values, quantizer), quantizer)
+        return (samples.counts * jnp.square(rounded - values)).sum(-1)
+
+    # From the whole range downwards: argmin takes the first of equals, so ties cut nothing.
+    ratios = jnp.arange(candidates, 0, -1, dtype=jnp.float32) / candidates
+    best = ratios[jnp.argmin(jax.lax.map(error, ratios), axis=0)]
+    return best * low[:, 0], best * high[:, 0]

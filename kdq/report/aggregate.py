@@ -1,0 +1,150 @@
+"""One row an arm: means over its seeds, and its difference to the arm it is compared with."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
+from kdq.report import Record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mean:
+    """Mean and sample standard deviation over `n` seeds; nan where there are too few."""
+
+    mean: float
+    std: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a table says about one arm.  A number that nobody measured is nan or has n = 0."""
+
+    arm: str
+    kind: str  # "teacher", "student", "KD", "PTQ", "QAT", "QAD", ...
+    bits: str  # "W4A8"; several where seeds differ, as a search's may
+    params: int | None
+    seeds: tuple[int, ...]  # that finished
+    failures: tuple[tuple[int, str], ...]  # (seed, reason)
+    accuracy: Mean  # percent, on test, at the selected step
+    accuracy_last: Mean  # percent, on test, at the last step
+    reference: str | None  # the arm that `difference` is against
+    difference: PairedInterval | None  # accuracy points over common seeds; None if there are none
+    agreement: Mean  # percent
+    kl_to_teacher: Mean  # nats
+    size_bytes: float  # of the file on disk
+    size_ratio: float  # bytes of the size baseline / size_bytes: how many times smaller
+    bops: float
+    train_seconds: float
+    selected_on: str
+
+
+def rows(records: Sequence[Record], size_baseline: str | None = None) -> list[Row]:
+    """Aggregates records over seeds: one row an arm, in order of first appearance.
+
+    Args:
+      records: one dict an arm and seed.
+      size_baseline: the arm whose size `size_ratio` divides.  None is the arm of kind "teacher"; if
+        there is none, or more than one, no ratio is given.
+
+    Raises:
+      ValueError: no records, two records of one arm and seed, seeds of an arm that disagree about
+        what the arm is, or a size baseline that is no arm.
+    """
+    if not records:
+        raise ValueError("report: there are no records")
+    arms: dict[str, dict[int, Record]] = {}
+    for record in records:
+        seeds = arms.setdefault(record["arm"], {})
+        if record["seed"] in seeds:
+            raise ValueError(f"report: two records of arm {record['arm']!r} seed {record['seed']}")
+        seeds[record["seed"]] = record
+    finished = {
+        arm: {seed: r for seed, r in runs.items() if r["status"] == "ok"}
+        for arm, runs in arms.items()
+    }
+    baseline = _baseline_bytes(arms, finished, size_baseline)
+    return [_row(arm, list(runs.values()), finished, baseline) for arm, runs in arms.items()]
+
+
+def _row(
+    arm: str, runs: list[Record], finished: dict[str, dict[int, Record]], baseline: float
+) -> Row:
+    done = list(finished[arm].values())
+    reference = _agreed(runs, "reference")
+    difference = None
+    if reference is not None:
+        a, b = _by_seed(finished[arm]), _by_seed(finished.get(reference, {}))
+        common = a.keys() & b.keys()
+        if common:
+            difference = paired_interval({s: a[s] for s in common}, {s: b[s] for s in common})
+    size = _mean(done, "size_bytes").mean
+    return Row(
+        arm=arm,
+        kind=_agreed(runs, "kind") or "",
+        bits=", ".join(dict.fromkeys(str(r["bits"]) for r in done or runs if r.get("bits"))),
+        params=_agreed(runs, "params"),
+        seeds=tuple(sorted(finished[arm])),
+        failures=tuple(
+            (r["seed"], str(r.get("error") or "no reason recorded"))
+            for r in runs
+            if r["status"] != "ok"
+        ),
+        accuracy=_mean(done, "accuracy", 100),
+        accuracy_last=_mean(done, "accuracy_last", 100),
+        reference=reference,
+        difference=difference,
+        agreement=_mean(done, "agreement", 100),
+        kl_to_teacher=_mean(done, "kl_to_teacher"),
+        size_bytes=size,
+        size_ratio=baseline / size if size else math.nan,
+        bops=_mean(done, "bops").mean,
+        train_seconds=_mean(done, "train_seconds").mean,
+        selected_on=_agreed(runs, "selected_on") or "",
+    )
+
+
+def _baseline_bytes(
+    arms: dict[str, dict[int, Record]], finished: dict[str, dict[int, Record]], name: str | None
+) -> float:
+    if name is None:
+        teachers = [
+            arm for arm, runs in arms.items() if _agreed(list(runs.values()), "kind") == "teacher"
+        ]
+        if len(teachers) != 1:
+            return math.nan
+        name = teachers[0]
+    if name not in arms:
+        raise ValueError(f"report: size baseline {name!r} is no arm; valid: {', '.join(arms)}")
+    return _mean(list(finished[name].values()), "size_bytes").mean
+
+
+def _agreed(runs: list[Record], key: str):
+    """The one value that all seeds of an arm have; None where none has it."""
+    values = [r[key] for r in runs if r.get(key) is not None]
+    if any(value != values[0] for value in values):
+        raise ValueError(
+            f"report: seeds of arm {runs[0]['arm']!r} disagree about {key!r}: "
+            f"{sorted(map(str, set(values)))}"
+        )
+    return values[0] if values else None
+
+
+def _number(record: Record, key: str) -> float:
+    """A record's number; nan where it is absent, or null as JSON writes a nan."""
+    value = record.get(key)
+    return math.nan if value is None else float(value)
+
+
+def _mean(runs: list[Record], key: str, scale: float = 1) -> Mean:
+    """Over the seeds that have the number: an arm without a teacher has no agreement."""
+    values = [_number(r, key) * scale for r in runs]
+    values = [v for v in values if not math.isnan(v)]
+    mean, std = summary(values)
+    return Mean(mean=mean, std=std, n=len(values))
+
+
+def _by_seed(runs: dict[int, Record]) -> dict[int, float]:
+    values = {seed: 100 * _number(r, "accuracy") for seed, r in runs.items()}
+    return {seed: value for seed, value in values.items() if not math.isnan(value)}

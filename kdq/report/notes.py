@@ -1,0 +1,67 @@
+"""What a reader must know to use the table: definitions, selection, and the record of the runs."""
+
+from collections.abc import Sequence
+
+from kdq.report import Record
+from kdq.report.aggregate import Row
+
+
+def notes(table: Sequence[Row], records: Sequence[Record]) -> list[str]:
+    """One paragraph a note, as plain text."""
+    arms = {row.arm: row for row in table}
+    missing = [
+        f"{row.arm} (against {row.reference}: "
+        f"{'no such arm' if row.reference not in arms else 'no seed in common'})"
+        for row in table
+        if row.reference is not None and row.difference is None
+    ]
+    return [
+        "Accuracy: on the test split, in percent, mean ± sample standard deviation over seeds, at "
+        "the selected step; test data selects nothing.",
+        "Selected on: what chose the step, by the highest accuracy there and, between equals, the "
+        "lowest negative log-likelihood. An arm that is only calibrated has nothing to choose.",
+        "Δ: accuracy points above the arm named beside it, paired by seed over the seeds that both "
+        "finished. In brackets the 95% Student-t interval of the mean difference; * marks an "
+        "interval without 0. Each interval stands alone: none is corrected for the number of rows.",
+        *([f"No difference for: {', '.join(missing)}."] if missing else []),
+        "Size: bytes of the model's file on disk, mean over seeds; 1 KiB is 1024 bytes. Smaller: "
+        "the size of the baseline (the teacher, unless another was named) over this one.",
+        "Agreement: share of test examples on which arm and teacher predict the same class. KL: "
+        "KL(teacher ‖ arm), nats. BOPs: multiply-accumulates times weight bits times activation "
+        "bits of one image, counted and not measured.",
+        _provenance(records),
+    ]
+
+
+def _provenance(records: Sequence[Record]) -> str:
+    versions: dict[str, list[str]] = {}
+    for record in records:
+        for package, version in (record.get("versions") or {}).items():
+            known = versions.setdefault(package, [])
+            if str(version) not in known:
+                known.append(str(version))
+    parts = [
+        f"config digest {_digests(records)}",
+        f"commit {_distinct(records, 'commit')}",
+        "versions "
+        + (", ".join(f"{p} {' and '.join(v)}" for p, v in versions.items()) or "not recorded"),
+        f"device {_distinct(records, 'device')}",
+        f"seeds {', '.join(map(str, sorted({r['seed'] for r in records})))}",
+    ]
+    return "Record: " + "; ".join(parts) + "."
+
+
+def _distinct(records: Sequence[Record], key: str) -> str:
+    values = dict.fromkeys(str(r[key]) for r in records if r.get(key))
+    return " and ".join(values) or "not recorded"
+
+
+def _digests(records: Sequence[Record]) -> str:
+    """The digest that most arms have, then each other one with its arms."""
+    arms: dict[str, dict[str, None]] = {}
+    for record in records:
+        arms.setdefault(str(record.get("config_digest") or "not recorded"), {})[record["arm"]] = (
+            None
+        )
+    most, *others = sorted(arms, key=lambda digest: -len(arms[digest]))
+    return ", but ".join([most, *(f"{digest} for {', '.join(arms[digest])}" for digest in others)])

@@ -1,0 +1,62 @@
+"""A run's progress on the terminal, with the time left; plain lines where there is no terminal."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from kdq import experiment
+
+
+@contextlib.contextmanager
+def reporter(console: Console | None = None) -> Iterator[experiment.Progress]:
+    """What to give `kdq.experiment.run` as its `progress`.
+
+    On a terminal: a bar for the experiment and one for the arm. Elsewhere (a log file, CI) nothing
+    but what is logged and the final table.
+    """
+    console = console or Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield experiment.Progress()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        yield _Bars(bars)
+
+
+class _Bars(experiment.Progress):
+    def __init__(self, bars: Progress):
+        self._bars = bars
+        self._arms = bars.add_task("arms", total=None)
+        self._steps = bars.add_task("", total=None, visible=False)
+
+    def start(self, arms: int) -> None:
+        self._bars.update(self._arms, total=arms)
+
+    def arm(self, name: str, seed: int, steps: int) -> None:
+        description = f"{name}, seed {seed}"
+        self._bars.reset(self._steps, total=steps, description=description, visible=steps > 0)
+
+    def step(self, step: int) -> None:
+        self._bars.update(self._steps, completed=step)
+
+    def done(self, record: experiment.Record) -> None:
+        self._bars.advance(self._arms)

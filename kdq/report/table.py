@@ -1,0 +1,141 @@
+"""The table of an experiment, as Markdown and on a terminal."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kdq.report import Record
+from kdq.report.aggregate import Mean, Row, rows
+from kdq.report.notes import notes
+
+__all__ = ["Row", "markdown", "print_table", "rows"]
+
+ABSENT = "—"
+Column = tuple[str, Callable[[Row], str], int]
+
+
+def markdown(table: Sequence[Row], records: Sequence[Record]) -> str:
+    """A GitHub-flavoured table, followed by the notes without which its numbers say little.
+
+    Args:
+      table: what `rows` made of `records`.
+      records: for the notes: where the numbers came from.
+    """
+    lines = [
+        "| " + " | ".join(name for name, _, _ in COLUMNS) + " |",
+        "|" + "|".join(":--" if name in LEFT else "--:" for name, _, _ in COLUMNS) + "|",
+    ]
+    for row in table:
+        cells = [escape(cell(row)) for _, cell, _ in COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {escape(note)}" for note in notes(table, records)), ""]
+    return "\n".join(lines)
+
+
+def print_table(table: Sequence[Row], console: Console) -> None:
+    """Prints the rows; a terminal too narrow for every column gets the ones that matter most."""
+    width = console.width
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = [column for column in COLUMNS if column[2] <= width]
+    for name, _, _ in shown:
+        left = name in LEFT
+        # An interval or a size broken over two lines is hard to read; a name or a reason is not.
+        keep = name not in ("Arm", "Accuracy %")
+        grid.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=keep)
+    for row in table:
+        # Text, not str: rich would read the brackets of an interval or a name as its own markup.
+        grid.add_row(*(Text(cell(row)) for _, cell, _ in shown))
+    console.print(grid)
+    if len(shown) < len(COLUMNS):
+        left_out = ", ".join(name for name, _, least in COLUMNS if least > width)
+        console.print(Text(f"Not shown at this width: {left_out}."))
+
+
+def escape(text: str) -> str:
+    """Makes text literal within a Markdown table cell or list item, on one line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\|`*~])", r"\\\1", text)
+    # Only an underscore at a word's edge can start emphasis; a bracket only matters before "(".
+    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+    return text.replace("](", r"\](")
+
+
+def _mean_std(value: Mean, digits: int = 2) -> str:
+    if value.n == 0:
+        return ABSENT
+    spread = "(n=1)" if value.n == 1 else f"± {value.std:.{digits}f}"
+    return f"{value.mean:.{digits}f} {spread}"
+
+
+def _accuracy(row: Row) -> str:
+    if not row.failures:
+        return _mean_std(row.accuracy)
+    reasons = "; ".join(dict.fromkeys(_first_line(reason) for _, reason in row.failures))
+    total = len(row.failures) + len(row.seeds)
+    failed = f"failed ({len(row.failures)} of {total} seeds): {reasons}"
+    return f"{_mean_std(row.accuracy)}; {failed}" if row.seeds else failed
+
+
+def _first_line(reason: str, limit: int = 80) -> str:
+    line = reason.strip().splitlines()[0] if reason.strip() else "no reason recorded"
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _difference(row: Row) -> str:
+    difference = row.difference
+    if difference is None:
+        return ABSENT
+    if difference.n == 1:
+        return f"{difference.mean:+.2f} (n=1)"
+    marker = "*" if difference.excludes_zero else ""
+    pairs = f" (n={difference.n})" if difference.n < len(row.seeds) else ""
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]{marker}{pairs}"
+
+
+def _plain(value: float, form: str) -> str:
+    return ABSENT if math.isnan(value) else format(value, form)
+
+
+def _bytes(size: float) -> str:
+    """Kibibytes up to a mebibyte: 12.3 KiB, 4.56 MiB."""
+    if math.isnan(size):
+        return ABSENT
+    if size < 1024:
+        return f"{size:.0f} B"
+    return f"{size / 1024:.1f} KiB" if size < 1024**2 else f"{size / 1024**2:.2f} MiB"
+
+
+def _bops(value: float) -> str:
+    if math.isnan(value):
+        return ABSENT
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+# Name, cell, and the narrowest terminal (columns) that shows it.
+COLUMNS: tuple[Column, ...] = (
+    ("Arm", lambda r: r.arm, 0),
+    ("Kind", lambda r: r.kind or ABSENT, 120),
+    ("Bits", lambda r: r.bits or ABSENT, 0),
+    ("Params", lambda r: ABSENT if r.params is None else f"{r.params:,}", 140),
+    ("Size", lambda r: _bytes(r.size_bytes), 0),
+    ("Smaller", lambda r: ABSENT if math.isnan(r.size_ratio) else f"{r.size_ratio:.1f}×", 100),
+    ("Accuracy %", _accuracy, 0),
+    ("Δ [95%]", _difference, 0),
+    ("Δ against", lambda r: r.reference or ABSENT, 100),
+    ("Selected on", lambda r: r.selected_on or ABSENT, 140),
+    ("Last step %", lambda r: _mean_std(r.accuracy_last), 160),
+    ("Agreement %", lambda r: _mean_std(r.agreement), 160),
+    ("KL", lambda r: _mean_std(r.kl_to_teacher, 4), 180),
+    ("BOPs", lambda r: _bops(r.bops), 140),
+    ("Train s", lambda r: _plain(r.train_seconds, ".1f"), 140),
+    ("Seeds", lambda r: str(len(r.seeds)), 120),
+)
+LEFT = ("Arm", "Kind", "Bits", "Δ against", "Selected on")

@@ -1,0 +1,63 @@
+"""Writes everything that a finished experiment reports."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from kdq.files import write_atomic
+from kdq.report import Record, table
+
+
+def write_report(
+    records: Sequence[Record],
+    workdir: str | os.PathLike[str],
+    console: Console | None = None,
+    size_baseline: str | None = None,
+) -> None:
+    """Writes results.json, table.md and accuracy_vs_size.png to `workdir`; prints the table.
+
+    Args:
+      records: one dict an arm and seed, as in the package's docstring.
+      workdir: made if it does not exist; each file is replaced atomically.
+      console: where the table is printed; None is the standard output.
+      size_baseline: the arm that others are smaller than; None is the teacher.
+
+    Raises:
+      ValueError: see `kdq.report.table.rows`; nothing is written then.
+      TypeError: a record holds something that JSON has no word for.
+    """
+    # A program that only may have to report should not wait for matplotlib when it starts.
+    from kdq.report import plot  # noqa: PLC0415
+
+    workdir = Path(workdir)
+    summary = table.rows(records, size_baseline)
+    text = json.dumps(strict(list(records)), indent=1, allow_nan=False)
+    write_atomic(workdir / "results.json", (text + "\n").encode())
+    write_atomic(workdir / "table.md", table.markdown(summary, records).encode())
+    plot.accuracy_vs_size(records, workdir / "accuracy_vs_size.png")
+    table.print_table(summary, console or _console())
+
+
+def _console() -> Console:
+    """The standard output; a log file or a pipe has room for every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def strict(value: Any) -> Any:
+    """Python's values as strict JSON has them: a number that is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(v) for v in value]
+    if isinstance(value, np.generic):
+        return strict(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,79 @@
+"""Checkpoints, by Orbax: the only file that imports it."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """The checkpoints of one arm and seed, by step.
+
+    A checkpoint has named pytrees of arrays and a JSON-able record. Writes are atomic and happen in
+    the background; the two newest are kept, so that a damaged one has a predecessor.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self._directory = os.path.abspath(directory)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, step: int, trees: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        """Saves `trees` and `record` as `step`, unless `step` is there already."""
+        if step in self._manager.all_steps():
+            return
+        # Copies: the caller's next step donates its buffers while Orbax still reads.
+        items = {k: ocp.args.StandardSave(jax.tree.map(jnp.copy, t)) for k, t in trees.items()}
+        args = ocp.args.Composite(record=ocp.args.JsonSave(dict(record)), **items)
+        self._manager.save(step, args=args)
+
+    def restore(
+        self, like: Mapping[str, Any | None]
+    ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """`(step, trees, record)` of the newest checkpoint that can be read, or None.
+
+        Args:
+          like: for each tree wanted, a pytree of its structure and shapes, or None to get it as
+            nested dicts of NumPy arrays.
+
+        A checkpoint that can't be read is named in a warning and renamed to "STEP.damaged"; the
+        one before it is tried.
+        """
+        self.wait()
+        items = {
+            name: ocp.args.StandardRestore(
+                None if tree is None else jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+            )
+            for name, tree in like.items()
+        }
+        args = ocp.args.Composite(record=ocp.args.JsonRestore(), **items)
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self._manager.restore(step, args=args)
+                return step, {name: found[name] for name in like}, found["record"]
+            except Exception as error:  # a damaged file can raise anything
+                path = os.path.join(self._directory, str(step))
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                log.warning("checkpoint %s can't be read and is set aside: %s", path, reason)
+                os.rename(path, f"{path}.damaged")
+                self._manager.reload()
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,53 @@
+"""Where NaN or infinity came from."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kdq import quantize
+from kdq.train.state import TrainState
+from kdq.types import Array, Batch
+
+
+class NonFiniteError(RuntimeError):
+    """Training met NaN or infinity."""
+
+
+def _finite(tree: Any) -> Array:
+    leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+    return jnp.stack(leaves).all() if leaves else jnp.bool_(True)
+
+
+def first_nonfinite(model: nn.Module, state: TrainState, batch: Batch) -> str:
+    """The first place, in the order of the forward pass, that holds NaN or infinity, in words."""
+    if not _finite(batch["image"]):
+        return "the input images"
+    if "teacher_logits" in batch and not _finite(batch["teacher_logits"]):
+        return "the teacher's logits"
+    finite: dict[str, dict[str, Array]] = {}
+
+    def watch(next_fun, args, kwargs, context):
+        outputs = next_fun(*args, **kwargs)
+        if context.method_name == "__call__":
+            path = "/".join(context.module.path)
+            own = context.module.variables.get("params", {})
+            finite.setdefault(path, {"parameters": _finite(own), "output": _finite(outputs)})
+        return outputs
+
+    with nn.intercept_methods(watch):
+        quantize.apply(
+            model,
+            state.variables,
+            state.quantizers,
+            batch["image"],
+            train=True,
+            mutable=list(state.model_state),
+            rngs={"dropout": jax.random.fold_in(jax.random.key(state.seed), state.step)},
+        )
+    for path, parts in finite.items():
+        for part, is_finite in parts.items():
+            if not is_finite:
+                return f"the {part} of layer {path!r}" if path else f"the model's {part}"
+    return "the loss or a gradient (every layer's output is finite)"

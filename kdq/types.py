@@ -1,0 +1,23 @@
+"""The vocabulary every package shares: aliases and Protocols, nothing else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+Array = jax.Array
+
+# One batch of examples: "image" [batch, height, width, channels] float32, "label" [batch] int32,
+# "id" [batch] int32 (the example's index in its split). Evaluation batches also carry "mask"
+# [batch] float32, 0 on the rows that only pad the last batch; training batches of a cached teacher
+# carry "teacher_logits" [batch, classes] float32.
+Batch = Mapping[str, Array]
+
+# A Linen variable dict: "params" and, for models with batch norm, "batch_stats".
+Variables = Mapping[str, Any]
+
+# {layer path: {"weights" | "activations": {"scale", "zero_point", "qmin", "qmax"}}}, all arrays.
+QParams = Mapping[str, Mapping[str, Mapping[str, Array]]]
+
+# Scalars by name.
+Metrics = Mapping[str, Array]

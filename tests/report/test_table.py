@@ -1,0 +1,190 @@
+"""Rows by hand, and what Markdown and the terminal make of them."""
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from kdq.report.table import markdown, print_table, rows
+
+
+def record(arm, seed, accuracy, **fields):
+    """A finished run; accuracy in percent, because the expected numbers are."""
+    return {
+        "arm": arm,
+        "seed": seed,
+        "status": "ok",
+        "kind": "QAT",
+        "bits": "W4A4",
+        "params": 4000,
+        "accuracy": accuracy / 100,
+        "accuracy_last": (accuracy - 1) / 100,
+        "size_bytes": 2000,
+        "selected_on": "validation accuracy",
+        "reference": None,
+        "config_digest": "d1",
+        "commit": "c0ffee",
+        "versions": {"jax": "0.10.2"},
+        "device": "cpu",
+    } | fields
+
+
+def failed(arm, seed, error, **fields):
+    return {"arm": arm, "seed": seed, "status": "failed", "error": error, "kind": "QAT"} | fields
+
+
+def lines_of(table, records):
+    return markdown(table, records).splitlines()
+
+
+STUDENT = [record("student", s, a, kind="student") for s, a in enumerate([90.0, 92.0, 94.0])]
+
+
+def test_difference_is_paired_by_seed_whatever_the_order():
+    arm = [record("qat", s, a, reference="student") for s, a in [(2, 97.0), (0, 91.0), (1, 94.0)]]
+    row = rows(STUDENT + arm)[1]
+    # Differences 1, 2, 3: mean 2, std 1, t(0.975; 2) = 4.302653, so 2 ± 2.484138.
+    assert row.difference.mean == pytest.approx(2)
+    assert row.difference.low == pytest.approx(-0.484138, abs=1e-6)
+    assert row.difference.high == pytest.approx(4.484138, abs=1e-6)
+    assert (row.accuracy.mean, row.accuracy.std) == pytest.approx((94, 3))
+    assert row.accuracy_last.mean == pytest.approx(93)
+    assert row.seeds == (0, 1, 2)
+    line = lines_of(rows(STUDENT + arm), STUDENT + arm)[3]
+    assert "| 94.00 ± 3.00 | +2.00 [-0.48, +4.48] | student |" in line
+
+
+def test_an_interval_without_zero_is_marked():
+    arm = [record("qat", s, a, reference="student") for s, a in enumerate([91.0, 93.1, 94.9])]
+    text = markdown(rows(STUDENT + arm), STUDENT + arm)
+    assert r"+1.00 [+0.75, +1.25]\* |" in text
+
+
+def test_difference_is_over_the_seeds_that_both_arms_finished():
+    arm = [
+        failed("qat", 0, "loss is nan", reference="student"),
+        record("qat", 1, 93.0, reference="student"),
+        record("qat", 2, 96.0, reference="student"),
+        record("qat", 3, 50.0, reference="student"),
+    ]
+    row = rows(STUDENT + arm)[1]
+    assert row.difference.n == 2
+    assert row.difference.mean == pytest.approx(1.5)
+    assert row.failures == ((0, "loss is nan"),)
+    line = lines_of(rows(STUDENT + arm), STUDENT + arm)[3]
+    assert "failed (1 of 4 seeds): loss is nan" in line
+    assert "(n=2)" in line
+
+
+def test_an_arm_that_never_finished_says_why_and_gives_no_number():
+    arm = [
+        failed("qat", 0, "loss is nan\n  at step 3", reference="student"),
+        failed("qat", 1, "loss is nan\n  at step 9", reference="student"),
+        failed("qat", 2, "x" * 200, reference="student"),
+    ]
+    table = rows(STUDENT + arm)
+    assert math.isnan(table[1].accuracy.mean)
+    text = markdown(table, STUDENT + arm)
+    assert f"failed (3 of 3 seeds): loss is nan; {'x' * 79}… |" in text
+    assert "nan" not in text.replace("loss is nan", "")
+    assert "No difference for: qat (against student: no seed in common)." in text
+
+
+def test_one_seed_has_no_spread_and_no_interval():
+    records = [STUDENT[0], record("qat", 0, 91.0, reference="student")]
+    line = lines_of(rows(records), records)[3]
+    assert "| 91.00 (n=1) | +1.00 (n=1) | student |" in line
+
+
+def test_a_reference_without_results_leaves_a_gap_and_a_note():
+    records = [record("qat", 0, 91.0, reference="studnet")]
+    assert rows(records)[0].difference is None
+    text = markdown(rows(records), records)
+    assert "No difference for: qat (against studnet: no such arm)." in text
+
+
+def test_names_cannot_break_the_table():
+    records = [
+        record("a|b <script>&_x_ *y* `z` [l](u)", 0, 91.0, kind="k\nk"),
+        failed("broken", 0, "shape (1|2)\ntraceback"),
+    ]
+    lines = lines_of(rows(records), records)
+    assert len(lines[2].replace(r"\|", "").split("|")) == len(lines[0].split("|"))
+    assert r"| a\|b &lt;script&gt;&amp;\_x\_ \*y\* \`z\` [l\](u) | k k |" in lines[2]
+    assert r"shape (1\|2) |" in lines[3]
+
+
+def test_size_ratio_is_of_the_teacher_or_of_the_arm_named():
+    teacher = record("big", 0, 99.0, kind="teacher", size_bytes=64_000)
+    small = record("qat", 0, 95.0)
+    other = record("student", 0, 96.0, size_bytes=16_000)
+    assert [r.size_ratio for r in rows([teacher, small, other])] == [1, 32, 4]
+    assert [r.size_ratio for r in rows([teacher, small, other], "student")] == [0.25, 8, 1]
+    assert all(math.isnan(r.size_ratio) for r in rows([small, other]))
+    two = record("bigger", 0, 99.0, kind="teacher", size_bytes=128_000)
+    assert all(math.isnan(r.size_ratio) for r in rows([teacher, two, small]))
+    with pytest.raises(ValueError, match="baseline 'x' is no arm; valid: big, qat"):
+        rows([teacher, small], "x")
+
+
+def test_a_number_that_was_not_measured_is_not_averaged_as_zero():
+    records = [
+        record("qat", 0, 90.0, kl_to_teacher=0.5, agreement=None, size_bytes=None),
+        record("qat", 1, 92.0, kl_to_teacher=math.nan, agreement=None, size_bytes=None),
+    ]
+    row = rows(records)[0]
+    assert (row.kl_to_teacher.mean, row.kl_to_teacher.n, row.agreement.n) == (0.5, 1, 0)
+    line = lines_of(rows(records), records)[2]
+    assert "| W4A4 | 4,000 | — | — | 91.00 ± 1.41 |" in line
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "no records"),
+        ([STUDENT[0], STUDENT[0]], "two records of arm 'student' seed 0"),
+        (
+            [record("a", 0, 1, reference="b"), record("a", 1, 1, reference="c")],
+            r"arm 'a' disagree about 'reference': \['b', 'c'\]",
+        ),
+    ],
+)
+def test_records_that_contradict_each_other_are_refused(records, message):
+    with pytest.raises(ValueError, match=message):
+        rows(records)
+
+
+def test_seeds_of_a_search_may_choose_different_bits():
+    records = [record("search", 0, 90.0, bits="W3.1A8"), record("search", 1, 90.0, bits="W3.4A8")]
+    assert rows(records)[0].bits == "W3.1A8, W3.4A8"
+
+
+def test_notes_say_where_the_numbers_come_from():
+    records = [
+        *STUDENT,
+        record("ptq", 5, 80.0, selected_on="nothing to select", versions={"jax": "0.11.0"}),
+        record("odd", 5, 80.0, config_digest="d2"),
+    ]
+    text = markdown(rows(records), records)
+    assert "| validation accuracy |" in text
+    assert "| nothing to select |" in text
+    record_line = text.splitlines()[-1]
+    assert record_line == (
+        "- Record: config digest d1, but d2 for odd; commit c0ffee; versions jax 0.10.2 and 0.11.0"
+        "; device cpu; seeds 0, 1, 2, 5."
+    )
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_terminal_table_fits_and_keeps_what_matters(width):
+    arm = [record("[red]qat", s, a, reference="student") for s, a in enumerate([91, 93, 95.5])]
+    arm.append(failed("[red]qat", 3, "loss is nan"))
+    console = Console(width=width, file=io.StringIO())
+    print_table(rows(STUDENT + arm), console)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    words = " ".join(text.split())
+    assert "[red]qat" in words
+    assert "+1.17 [+0.45, +1.88]*" in words
+    assert ("Not shown at this width" in words) == (width < 180)

@@ -1,0 +1,82 @@
+"""The files of a report: strict JSON, and all or nothing."""
+
+import io
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from kdq.files import write_atomic
+from kdq.report.write import write_report
+
+
+def _refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def _record(**fields):
+    return {
+        "arm": "a",
+        "seed": 0,
+        "status": "ok",
+        "kind": "student",
+        "bits": "fp32",
+        "accuracy": 0.9,
+        "size_bytes": 1000,
+    } | fields
+
+
+def test_report_is_three_files_and_a_printed_table(tmp_path):
+    out = io.StringIO()
+    records = [
+        _record(nll=math.nan, kl=math.inf, steps=np.int64(3), sizes=(np.float32(0.5), {1: 2}))
+    ]
+    write_report(records, tmp_path / "new", Console(file=out, width=100))
+    names = sorted(p.name for p in (tmp_path / "new").iterdir())
+    assert names == ["accuracy_vs_size.png", "results.json", "table.md"]
+    text = (tmp_path / "new" / "results.json").read_text()
+    (read,) = json.loads(text, parse_constant=_refuse)
+    assert read == _record(nll=None, kl=None, steps=3, sizes=[0.5, {"1": 2}])
+    assert "90.00 (n=1)" in out.getvalue()
+    assert "90.00 (n=1)" in (tmp_path / "new" / "table.md").read_text()
+
+
+def test_a_report_can_be_made_again_from_its_own_json(tmp_path):
+    quiet = Console(file=io.StringIO())
+    write_report([_record(nll=math.nan, agreement=math.nan)], tmp_path, quiet)
+    table = (tmp_path / "table.md").read_text()
+    write_report(json.loads((tmp_path / "results.json").read_text()), tmp_path, quiet)
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_records_that_cannot_be_written_leave_the_old_report(tmp_path):
+    quiet = Console(file=io.StringIO())
+    write_report([_record()], tmp_path, quiet)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(TypeError):
+        write_report([_record(model=object())], tmp_path, quiet)
+    with pytest.raises(ValueError, match="no records"):
+        write_report([], tmp_path, quiet)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, b"new")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_written_file_is_as_readable_as_any_other(tmp_path):
+    write_atomic(tmp_path / "ours", b"")
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
