@@ -61,8 +61,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     scale = 0.2 if arg.quick else 1.0  # of the epochs
     config.arms = compression_arms(
         teacher={"epochs": 8.0 * scale, "learning_rate": 2e-3},
-        student={"epochs": 15.0 * scale, "learning_rate": 1e-2},
-        further={"epochs": 5.0 * scale, "learning_rate": 5e-3},
+        student={"epochs": 10.0 * scale, "learning_rate": 1e-2},
+        further={"epochs": 4.0 * scale, "learning_rate": 5e-3},
         distill={"alpha": 0.9, "temperature": 2.0},
     )
     for temperature in (1.0, 4.0):  # what the temperature above was chosen from, on validation

@@ -131,9 +131,14 @@ def arm(**fields: Any) -> dict[str, Any]:
 def unknown(what: str, given: Any, valid: Iterable[str]) -> str:
     """The message for a name that is none of the valid ones."""
     valid = list(valid)
-    close = difflib.get_close_matches(str(given), valid, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = did_you_mean(given, valid)
     return f"unknown {what} {given!r}{hint}; valid: {', '.join(valid) or 'none'}"
+
+
+def did_you_mean(given: Any, valid: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the valid name closest to `given`, or an empty string."""
+    close = difflib.get_close_matches(str(given), list(valid), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:

@@ -213,7 +213,9 @@ def test_parse_bits():
     assert {text: parse_bits(text) for text in given} == given
 
 
-@pytest.mark.parametrize("text", ["W9", "W0A4", "A4W4", "w4a4", "W4A", "4", "W4A4 ", "W10", "W4A44"])
+@pytest.mark.parametrize(
+    "text", ["W9", "W0A4", "A4W4", "w4a4", "W4A", "4", "W4A4 ", "W10", "W4A44"]
+)
 def test_parse_bits_refuses_and_says_where(text):
     with pytest.raises(ConfigError, match=re.escape(f"here={text!r}: want 'W4A4'")):
         parse_bits(text, where="here")

@@ -16,7 +16,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from kdq.data.errors import DataError, did_you_mean
+from kdq.config import did_you_mean
+from kdq.data.errors import DataError
 from kdq.data.progress import track
 from kdq.data.writing import default_data_dir, is_prepared, write_dataset
 
@@ -103,7 +104,7 @@ def prepare(dataset: str, source_dir: str | Path, data_dir: str | Path | None = 
     """
     if dataset not in IDX_DATASETS:
         raise DataError(
-            f"no IDX importer for data set {dataset!r}; valid: {', '.join(IDX_DATASETS)}."
+            f"no IDX importer for data set {dataset!r}; valid: {', '.join(IDX_DATASETS)}"
             + did_you_mean(dataset, IDX_DATASETS)
         )
     data_dir = Path(data_dir).expanduser() if data_dir is not None else default_data_dir()

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from kdq.data.errors import DataError, did_you_mean
+from kdq.config import did_you_mean
+from kdq.data.errors import DataError
 from kdq.data.idx import IDX_DATASETS
 from kdq.data.progress import track
 from kdq.data.writing import default_data_dir, is_prepared
@@ -136,7 +137,7 @@ def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         )
         raise DataError(
             f"no data set {name!r} in TFDS or in {data_dir}; known here: {known}, and other "
-            f"image-classification data sets of TFDS.{close}"
+            f"image-classification data sets of TFDS{close}"
         ) from error
     if is_prepared(builder.data_dir):
         return builder
@@ -189,7 +190,7 @@ def _num_examples(name: str, split: str, info: tfds.core.DatasetInfo) -> int:
         base = re.split(r"[\[+]", split)[0]
         raise DataError(
             f"{name} has no split {split!r}; its splits (and sizes) are {sizes}, or a part of one, "
-            "like 'train[:90%]'." + (did_you_mean(base, sizes) if base not in sizes else "")
+            "like 'train[:90%]'" + (did_you_mean(base, sizes) if base not in sizes else "")
         ) from error
     if count == 0:
         raise DataError(f"{name}: split {split!r} is empty; its splits (and sizes) are {sizes}")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from kdq.data.errors import did_you_mean
+from kdq.config import did_you_mean
 
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -124,7 +124,7 @@ def build_augmentations(config: Sequence[Mapping[str, Any]]) -> tuple[Augmentati
         name = arguments.pop("name", None)
         if name not in _AUGMENTATIONS:
             raise ValueError(
-                f"{where}: no augmentation {name!r}; valid: {', '.join(_AUGMENTATIONS)}."
+                f"{where}: no augmentation {name!r}; valid: {', '.join(_AUGMENTATIONS)}"
                 + did_you_mean(str(name), _AUGMENTATIONS)
             )
         signature = inspect.signature(_AUGMENTATIONS[name])

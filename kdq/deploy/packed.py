@@ -71,9 +71,9 @@ def save_packed(
     for layer, quantizers in qparams.items():
         layers[layer] = entry = {}
         if "weights" in quantizers:
-            prefix = f"params/{layer}/"
-            name = next(n for n in WEIGHT_NAMES if prefix + n in arrays)
-            entry["weight"] = _pack_weight(arrays, prefix + name, quantizers["weights"])
+            names = (_weight_path(layer, name) for name in WEIGHT_NAMES)
+            name = next(name for name in names if name in arrays)
+            entry["weight"] = _pack_weight(arrays, name, quantizers["weights"])
         if "activations" in quantizers:
             entry["input"] = {k: _json(v) for k, v in quantizers["activations"].items()}
     document = {
@@ -110,7 +110,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         raise PackedFileError(f"{path} is no packed model: {error}") from error
     if text is None:
         raise PackedFileError(f"{path} is no packed model: its metadata have no 'kdq' entry")
-    document = json.loads(text)
+    document = _parse(text, path)
     if document["format"] != FORMAT_VERSION:
         raise PackedFileError(
             f"{path} has format {document['format']}; this kdq reads {FORMAT_VERSION}"
@@ -118,10 +118,13 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     qparams = {}
     for layer, entry in document["layers"].items():
         if "weight" in entry:
-            name, info = f"params/{layer}/{entry['weight']['name']}", entry["weight"]
+            info = entry["weight"]
+            name = _weight_path(layer, info["name"])
             try:
                 arrays[name] = _unpack_weight(arrays, name, info)
-            except (KeyError, ValueError) as error:
+            except KeyError as error:
+                raise PackedFileError(f"{path}: layer {layer!r} has no {error}") from error
+            except ValueError as error:
                 raise PackedFileError(f"{path}: layer {layer!r}: {error}") from error
         if "input" in entry:
             quantizer = {k: np.asarray(v, np.float32) for k, v in entry["input"].items()}
@@ -134,6 +137,22 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
         qparams=qparams,
         metadata=document["metadata"],
     )
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """The document under "kdq"."""
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise PackedFileError(f"{path} is no packed model: its 'kdq' entry: {error}") from error
+    if not isinstance(document, dict) or "format" not in document:
+        raise PackedFileError(f"{path} is no packed model: its 'kdq' entry has no format")
+    return document
+
+
+def _weight_path(layer: str, weight: str) -> str:
+    """The name of a layer's weight; layer "" is the model itself."""
+    return "/".join(filter(None, ("params", layer, weight)))
 
 
 def _pack_weight(arrays: dict[str, np.ndarray], name: str, quantizer: grid.Quantizer) -> dict:
@@ -159,6 +178,10 @@ def _unpack_weight(arrays: dict[str, np.ndarray], name: str, info: Mapping[str, 
     shape = tuple(info["shape"])
     codes = unpack(arrays.pop(name), info["bits"], int(np.prod(shape))).reshape(shape)
     scale = arrays.pop(f"{name}:scale")
+    if scale.ndim > len(shape) or any(
+        full % size for size, full in zip(scale.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise ValueError(f"a scale of shape {scale.shape} for a weight of shape {shape}")
     zero_point = info["zero_point"]
     if zero_point is None:
         zero_point = arrays.pop(f"{name}:zero_point")

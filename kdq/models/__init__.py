@@ -10,15 +10,14 @@ module and end it with `Model = <the module's class>`.
 """
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 from flax import linen as nn
 
+from kdq.config import unknown
 from kdq.types import Variables
 
 
@@ -39,12 +38,12 @@ def build(name: str, **kwargs: Any) -> nn.Module:
       ValueError: an unknown name or field, a field left out, or a value the model refuses.
     """
     if name not in names():
-        raise ValueError(_unknown("model", name, names()))
+        raise ValueError(unknown("model", name, names()))
     model = importlib.import_module(f"{__name__}.{name}").Model
     fields = [f for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
     for key in kwargs:
         if key not in [f.name for f in fields]:
-            raise ValueError(_unknown(f"field of model {name!r}", key, [f.name for f in fields]))
+            raise ValueError(unknown(f"field of model {name!r}:", key, [f.name for f in fields]))
     for field in fields:
         if field.default is dataclasses.MISSING and field.name not in kwargs:
             raise ValueError(f"model {name!r} needs {field.name!r}; given: {sorted(kwargs)}")
@@ -58,10 +57,3 @@ def count_parameters(variables: Variables) -> int:
 
 def _freeze(value: Any) -> Any:
     return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def _unknown(what: str, given: str, allowed: Iterable[str]) -> str:
-    allowed = sorted(allowed)
-    close = difflib.get_close_matches(given, allowed, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"unknown {what} {given!r}{hint}; valid: {', '.join(allowed)}"

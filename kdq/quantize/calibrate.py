@@ -109,9 +109,7 @@ def _observe_inputs(
     if not specs:
         return {}
     shapes = {path: activation_scale_shape(spec, layers[path]) for path, spec in specs.items()}
-    states = {
-        path: spec.observer.init(math.prod(shapes[path])) for path, spec in specs.items()
-    }
+    states = {path: spec.observer.init(math.prod(shapes[path])) for path, spec in specs.items()}
     observers = tuple((path, spec.observer, shapes[path]) for path, spec in specs.items())
     for inputs in batches:
         states = _observe(

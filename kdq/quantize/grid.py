@@ -10,6 +10,7 @@ groups of 128 inputs. All granularities are shapes of `scale`; nothing else tell
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ def limits(bits: Array | int, *, signed: bool, narrow: bool = False) -> tuple[Ar
     return jnp.where(bits == 1, 0.0, low), jnp.where(bits == 1, 1.0, high)
 
 
+@partial(jax.jit, static_argnames=("symmetric", "signed", "narrow"))
 def from_range(
     low: Array,
     high: Array,
@@ -102,13 +104,15 @@ def reduce_to(x: Array, scale_shape: tuple[int, ...]) -> Array:
     return x.sum(axes).reshape(scale_shape)
 
 
+def position(x: Array, scale: Array, zero_point: Array) -> Array:
+    """`x` in units of codes, float32, neither rounded nor clipped."""
+    # A reciprocal of the small array and a product over the large one: cheaper than a division.
+    return x.astype(jnp.float32) * expand(1.0 / scale, x.shape) + expand(zero_point, x.shape)
+
+
 def to_codes(x: Array, quantizer: Quantizer) -> Array:
     """Integer codes of `x`, as float32 of the same shape (see `fake_quantize`, which trains)."""
-    # The product of `fake_quantize`, not a quotient: both must round a tie the same way.
-    inverse, zero_point = (
-        expand(p, x.shape) for p in (1.0 / quantizer["scale"], quantizer["zero_point"])
-    )
-    codes = jnp.round(x.astype(jnp.float32) * inverse + zero_point)
+    codes = jnp.round(position(x, quantizer["scale"], quantizer["zero_point"]))
     return jnp.clip(codes, quantizer["qmin"], quantizer["qmax"])
 
 

@@ -54,7 +54,9 @@ def _extremes(x: Array) -> Extremes:
 
 class _ExtremesObserver:
     def init(self, groups: int) -> Extremes:
-        return Extremes(low=jnp.full(groups, jnp.inf), high=jnp.full(groups, -jnp.inf))
+        # A dtype, or they would be weakly typed, and the second batch would compile anew.
+        empty = jnp.full(groups, jnp.inf, jnp.float32)
+        return Extremes(low=empty, high=-empty)
 
     def update(self, state: Extremes, x: Array) -> Extremes:
         seen = _extremes(x.astype(jnp.float32))
@@ -121,8 +123,9 @@ class Histogram(flax.struct.PyTreeNode):
     """Counts over `2 * BINS` equal bins of `[-limit, limit]`, and the exact extremes.
 
     `limit` is 0 or a power of two above every magnitude, and only ever doubles, which merges bins
-    in pairs: memory is bounded, no count is smeared, and the order of the batches is forgotten. Values within a bin are taken to be at its centre, or at the
-    exact extreme where that is nearer the inside.
+    in pairs: memory is bounded, no count is smeared, and the order of the batches is forgotten.
+    Values within a bin are taken to be at its centre, or at the exact extreme where that is nearer
+    the inside.
     """
 
     counts: Array  # [groups, 2 * BINS] int32: a float32 would stop counting at 2^24
@@ -225,9 +228,7 @@ class MSE(_HistogramObserver):
     def range(self, state: Histogram | Samples, **grid_args: Any) -> tuple[Array, Array]:
         bits = jnp.asarray(grid_args.pop("bits"), jnp.float32)
         options = tuple(sorted(grid_args.items()))
-        return _least_squares_range(
-            state.samples(), state.bounds(), bits, self.candidates, options
-        )
+        return _least_squares_range(state.samples(), state.bounds(), bits, self.candidates, options)
 
 
 @partial(jax.jit, static_argnames=("candidates", "options"))

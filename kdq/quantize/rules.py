@@ -50,7 +50,9 @@ class QuantizationRule:
         try:
             re.compile(self.path)
         except re.error as error:
-            raise ValueError(f"rule path {self.path!r} is no regular expression: {error}") from error
+            raise ValueError(
+                f"rule path {self.path!r} is no regular expression: {error}"
+            ) from error
         if self.activations is not None and self.activations.granularity == "per_group":
             raise ValueError(f"rule {self.path!r}: per_group is for weights, not activations")
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kdq.quantize.grid import expand, reduce_to
+from kdq.quantize.grid import expand, position, reduce_to
 from kdq.types import Array
 
 
@@ -34,32 +34,22 @@ def fake_quantize(x: Array, scale: Array, zero_point: Array, qmin: Array, qmax: 
     return _forward(x, scale, zero_point, qmin, qmax)[0]
 
 
-def _position(x: Array, scale: Array, zero_point: Array) -> tuple[Array, Array, Array]:
-    """`x` in units of codes, with the expanded scale and zero point."""
-    # A reciprocal of the small array and a product over the large one: division does not vectorize
-    # as well.
-    inverse = expand(1.0 / scale, x.shape)
-    zero_point = expand(zero_point, x.shape)
-    return x.astype(jnp.float32) * inverse + zero_point, expand(scale, x.shape), zero_point
-
-
 def _forward(x, scale, zero_point, qmin, qmax):
-    position, wide_scale, wide_zero = _position(x, scale, zero_point)
-    codes = jnp.clip(jnp.round(position), qmin, qmax)
-    y = ((codes - wide_zero) * wide_scale).astype(x.dtype)
-    return y, (x, scale, zero_point, qmin, qmax)
+    codes = jnp.clip(jnp.round(position(x, scale, zero_point)), qmin, qmax)
+    y = (codes - expand(zero_point, x.shape)) * expand(scale, x.shape)
+    return y.astype(x.dtype), (x, y, scale, zero_point, qmin, qmax)
 
 
 def _backward(residuals, g):
-    x, scale, zero_point, qmin, qmax = residuals
-    position, wide_scale, wide_zero = _position(x, scale, zero_point)
-    codes = jnp.round(position)
-    inside = (codes >= qmin) & (codes <= qmax)
-    clipped = jnp.clip(codes, qmin, qmax)
-    g32 = g.astype(jnp.float32)
-    d_scale = reduce_to(g32 * (clipped - jnp.where(inside, position, wide_zero)), scale.shape)
-    d_zero = reduce_to(jnp.where(inside, 0.0, -g32 * wide_scale), zero_point.shape)
-    return jnp.where(inside, g, 0), d_scale, d_zero, None, None
+    x, y, scale, zero_point, qmin, qmax = residuals
+    codes = jnp.round(position(x, scale, zero_point))
+    dx = jnp.where((codes >= qmin) & (codes <= qmax), g, 0)
+    # In units of the scale, q - v inside is y - x and clip(q) - zero_point outside is y: so the
+    # whole sum is over products of arrays that the step has anyway.
+    g32, dx32 = g.astype(jnp.float32), dx.astype(jnp.float32)
+    d_scale = reduce_to(g32 * y - dx32 * x.astype(jnp.float32), scale.shape) / scale
+    d_zero = reduce_to((dx32 - g32) * expand(scale, x.shape), zero_point.shape)
+    return dx, d_scale, d_zero, None, None
 
 
 fake_quantize.defvjp(_forward, _backward)

@@ -1,5 +1,6 @@
 """Checkpoints, by Orbax: the only file that imports it."""
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ class Checkpointer:
                 path = os.path.join(self._directory, str(step))
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 log.warning("checkpoint %s can't be read and is set aside: %s", path, reason)
-                os.rename(path, f"{path}.damaged")
+                _set_aside(path)
                 self._manager.reload()
         return None
 
@@ -77,3 +78,12 @@ class Checkpointer:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _set_aside(path: str) -> None:
+    """Renames to "PATH.damaged", or "PATH.damaged.2" and so on where that is taken."""
+    for n in itertools.count(1):
+        target = f"{path}.damaged" if n == 1 else f"{path}.damaged.{n}"
+        if not os.path.exists(target):
+            os.rename(path, target)
+            return

@@ -58,12 +58,12 @@ def test_ids_out_of_range(digits, ids):
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        ("digits", "valdation", r"no split 'valdation'.*'train': 1077.*Did you mean 'validation'"),
+        ("digits", "valdation", r"no split 'valdation'.*'train': 1077.*did you mean 'validation'"),
         ("digits", "train[", "no split"),
         ("digits", "train[2000:]", "no split"),
         ("digits", "train[:0]", "is empty"),
-        ("digit", "train", r"no data set 'digit'.*cifar100.*Did you mean 'digits'"),
-        ("emnist/balance", "train", "no data set 'emnist/balance'.*Did you mean 'emnist/balanced'"),
+        ("digit", "train", r"no data set 'digit'.*cifar100.*did you mean 'digits'"),
+        ("emnist/balance", "train", "no data set 'emnist/balance'.*did you mean 'emnist/balanced'"),
         ("kmnist", "train", r"not prepared.*kmnist/3.0.1.*launch/prepare_data.py --dataset=kmnist"),
         ("emnist", "train", "not prepared.*prepare_data.py --dataset=emnist/byclass "),
         ("cifar10", "train", "not prepared.*tfds build cifar10.*--file_format=array_record"),

@@ -1,0 +1,202 @@
+"""Time of a quantization-aware training step over the float step of the same model.
+
+    python benchmarks/qat_step.py --out=benchmarks/results/qat_step.json
+
+All variants of a model take turns, step by step, in one process; a ratio is the median over rounds
+of the variant's time over the float step's time in the same round. Qwix joins in if it is installed
+(pip install 'kdq[bench]').
+"""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+
+from kdq import config, models, provenance, quantize
+from kdq.train.objective import Objective
+from kdq.train.optimizer import make_optimizer
+from kdq.train.state import create_state
+from kdq.train.step import train_step
+
+OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
+ROUNDS = flags.DEFINE_integer("rounds", 60, "Timed rounds of each model.")
+OPTIMIZER = flags.DEFINE_string("optimizer", "sgd", "sgd (Nesterov momentum) or adam.")
+
+MODELS = {
+    "MLP 784-1024-1024-10, batch 256": (
+        {"name": "mlp", "num_classes": 10, "widths": (1024, 1024)},
+        (256, 28, 28, 1),
+    ),
+    "ResNet-8 16/32/64, 32x32x3, batch 64": (
+        {"name": "resnet", "num_classes": 10, "depth": 8},
+        (64, 32, 32, 3),
+    ),
+}
+BITS = ("W8A8", "W4A4")
+
+Step = Callable[[], Any]  # takes one step and returns arrays to wait for
+
+
+def kdq_step(
+    model: nn.Module, variables, batch, bits: str = "", train_scales: bool = False
+) -> Step:
+    """A step of kdq's own trainer: float (no bits), straight-through, or with learned scales."""
+    optimizer = config.Optimizer(name=OPTIMIZER.value)
+    qparams = {}
+    if bits:
+        rules = quantize.uniform_rules(*config.parse_bits(bits))
+        qparams = quantize.calibrate(model, variables, rules, [batch["image"]], train=False)
+    state = create_state(
+        variables,
+        qparams,
+        optimizer,
+        seed=0,
+        steps=10_000,
+        learning_rate=1e-3,
+        train_scales=train_scales,
+    )
+    step = functools.partial(
+        train_step,
+        model=model,
+        teacher=None,
+        objective=Objective(),
+        optimizer=make_optimizer(optimizer),
+    )
+
+    def take():
+        nonlocal state
+        state, metrics = step(state, None, batch)
+        return state, metrics
+
+    return take
+
+
+def qwix_step(model: nn.Module, variables, batch, bits: str) -> Step:
+    """The same step with Qwix's quantization-aware model and the same optimizer rule."""
+    import qwix  # noqa: PLC0415 - an extra
+
+    weights, activations = config.parse_bits(bits)
+    rule = qwix.QtRule(
+        module_path=".*", weight_qtype=f"int{weights}", act_qtype=f"int{activations}"
+    )
+    quantized = qwix.quantize_model(model, qwix.QtProvider([rule]))
+    rules = {"sgd": lambda: optax.sgd(1e-3, 0.9, nesterov=True), "adam": lambda: optax.adam(1e-3)}
+    optimizer = rules[OPTIMIZER.value]()
+    others = {k: v for k, v in variables.items() if k != "params"}
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params, others, opt_state, batch):
+        def loss_fn(params):
+            logits, updated = quantized.apply(
+                {"params": params, **others}, batch["image"], train=True, mutable=list(others)
+            )
+            loss, _ = Objective()(logits, batch, None)
+            return loss, updated
+
+        (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), updated, opt_state, loss
+
+    copy = functools.partial(jax.tree.map, jax.numpy.array)
+    carry = (copy(variables["params"]), copy(others), optimizer.init(variables["params"]))
+
+    def take():
+        nonlocal carry
+        *carry, loss = step(*carry, batch)
+        return carry, loss
+
+    return take
+
+
+def variants(model: nn.Module, variables, batch) -> dict[str, Step | str]:
+    """Named steps; a string in place of a step says why it can't run."""
+    makers = {"fp32": functools.partial(kdq_step, model, variables, batch)}
+    for bits in BITS:
+        for name, learned in (("STE", False), ("learned scales", True)):
+            makers[f"kdq {bits} {name}"] = functools.partial(
+                kdq_step, model, variables, batch, bits, learned
+            )
+        makers[f"Qwix {bits}"] = functools.partial(qwix_step, model, variables, batch, bits)
+    made: dict[str, Step | str] = {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+            jax.block_until_ready(made[name]())
+        except ModuleNotFoundError as error:
+            made[name] = f"not measured: {error.name} is not installed"
+        except Exception as error:  # what a peer raises is a result
+            if not name.startswith("Qwix"):
+                raise
+            made[name] = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return made
+
+
+def measure(steps: dict[str, Step | str], rounds: int) -> dict[str, Any]:
+    """Median milliseconds of each step, and of its ratio to "fp32" round by round."""
+    running = {name: step for name, step in steps.items() if callable(step)}
+    times = {name: [] for name in running}
+    for round_ in range(rounds + 3):  # three to warm up
+        # Another order each round, so that nobody always follows the same neighbour.
+        names = list(np.random.default_rng(round_).permutation(list(running)))
+        for name in names:
+            start = time.perf_counter()
+            jax.block_until_ready(running[name]())
+            times[name].append(time.perf_counter() - start)
+    found: dict[str, Any] = {}
+    base = np.array(times["fp32"][3:])
+    for name, step in steps.items():
+        if callable(step):
+            own = np.array(times[name][3:])
+            low, mid, high = np.percentile(own / base, (25, 50, 75))
+            found[name] = {
+                "milliseconds": round(1e3 * float(np.median(own)), 2),
+                "ratio": round(float(mid), 3),
+                "quartiles": [round(float(low), 3), round(float(high), 3)],
+            }
+        else:
+            found[name] = {"error": step}
+    return found
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    figures = {}
+    for title, (fields, shape) in MODELS.items():
+        model = models.build(**fields)
+        rng = np.random.default_rng(0)
+        batch = {
+            "image": jax.device_put(rng.standard_normal(shape, np.float32)),
+            "label": jax.device_put(rng.integers(0, 10, shape[0]).astype(np.int32)),
+        }
+        variables = model.init(jax.random.key(0), batch["image"], train=False)
+        figures[title] = measure(variants(model, variables, batch), ROUNDS.value)
+        print(title, file=sys.stderr)
+        for name, row in figures[title].items():
+            print(f"  {name:26s} {row}", file=sys.stderr)
+    record = {
+        "optimizer": OPTIMIZER.value,
+        "rounds": ROUNDS.value,
+        "figures": figures,
+        "device": provenance.device(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    if OUT.value:
+        Path(OUT.value).write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    app.run(main)
