@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kdq import config as kdq_config
@@ -274,8 +275,9 @@ class _Runner:
                 f"{folder} holds no checkpoint that can be read, but {folder.parent} has a result: "
                 "delete that folder to train the arm again"
             )
-        selected = found[1]["selected"]
-        return jax.device_put({"params": selected["params"], **selected["model_state"]})
+        # By way of NumPy: Orbax ties arrays to a device, and a step compiles anew for such arrays.
+        selected = jax.tree.map(np.asarray, found[1]["selected"])
+        return jax.tree.map(jnp.asarray, {"params": selected["params"], **selected["model_state"]})
 
     def _predict(self, name: str, seed: int, split: str) -> np.ndarray:
         """Logits [examples, classes] of a teacher's selected weights on a whole split."""
@@ -322,7 +324,12 @@ class _Runner:
         return [jax.device_put(batch) for batch in self._batches("test")]
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
+# Runs once, but full optimization of the samplers takes ten times as long to compile.
+@functools.partial(
+    jax.jit,
+    static_argnames=("model",),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
 def _init(model: nn.Module, key: jax.Array, images: np.ndarray) -> Variables:
     return model.init(key, images, train=False)
 

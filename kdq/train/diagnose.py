@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from kdq import quantize
 from kdq.train.state import TrainState
@@ -20,19 +21,25 @@ def _finite(tree: Any) -> Array:
     return jnp.stack(leaves).all() if leaves else jnp.bool_(True)
 
 
-def first_nonfinite(model: nn.Module, state: TrainState, batch: Batch) -> str:
+def first_nonfinite(
+    model: nn.Module, state: TrainState, batch: Batch, teacher_logits: Array | None
+) -> str:
     """The first place, in the order of the forward pass, that holds NaN or infinity, in words."""
     if not _finite(batch["image"]):
         return "the input images"
-    if "teacher_logits" in batch and not _finite(batch["teacher_logits"]):
+    if not _finite(teacher_logits):
         return "the teacher's logits"
     finite: dict[str, dict[str, Array]] = {}
+    trained: dict[str, list[Array]] = {}
+    for (*layer, _), leaf in traverse_util.flatten_dict(state.params).items():
+        trained.setdefault("/".join(layer), []).append(leaf)
 
     def watch(next_fun, args, kwargs, context):
         outputs = next_fun(*args, **kwargs)
         if context.method_name == "__call__":
             path = "/".join(context.module.path)
-            own = context.module.variables.get("params", {})
+            # Those that train as well: rounding clips infinity.
+            own = context.module.variables.get("params", {}), trained.get(path)
             finite.setdefault(path, {"parameters": _finite(own), "output": _finite(outputs)})
         return outputs
 

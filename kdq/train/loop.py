@@ -18,7 +18,7 @@ from kdq.train.diagnose import NonFiniteError, first_nonfinite
 from kdq.train.metrics_writer import MetricsWriter
 from kdq.train.objective import Objective
 from kdq.train.state import TrainState
-from kdq.train.step import train_step
+from kdq.train.step import predict_teacher, train_step
 from kdq.types import QParams, Variables
 
 LOG_EVERY = 50  # steps between two reads of the metrics, which wait for the device
@@ -94,7 +94,9 @@ def fit(
       NonFiniteError: a loss or gradient was NaN or infinite; says at which step, and where first.
     """
     with Checkpointer(workdir / "checkpoints") as checkpointer:
-        return _Run(task, state, workdir, checkpointer, checkpoint_seconds, on_step).to_the_end()
+        run = _Run(task, state, workdir, checkpointer, checkpoint_seconds, on_step)
+        with run.writer:
+            return run.to_the_end()
 
 
 class _Run:
@@ -151,7 +153,6 @@ class _Run:
                     self._save(seconds())
                     saved_at = time.monotonic()
         self.checkpointer.wait()
-        self.writer.close()
         best = self.state.replace(**self.best)
         return Fit(
             last=_weights(self.state),
@@ -169,7 +170,9 @@ class _Run:
             self.writer.write(step, _means(sums))
 
     def _blame(self, step: int) -> str:
-        place = first_nonfinite(self.task.model, self.state, self.task.dataset[step - 1])
+        task, batch = self.task, self.task.dataset[step - 1]
+        teacher_logits = predict_teacher(task.teacher, task.teacher_variables, batch)
+        place = first_nonfinite(task.model, self.state, batch, teacher_logits)
         return f"NaN or infinity at step {step}, first in {place}"
 
     def _validate(self) -> None:

@@ -35,3 +35,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

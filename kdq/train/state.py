@@ -45,7 +45,8 @@ def create_state(
     train_scales: bool = True,
 ) -> TrainState:
     """The state before the first of `steps` steps; owns copies, since the step donates it."""
-    copy = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731
+    # With its dtype, or a weakly typed array would stay so and compile a step of its own.
+    copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, x.dtype), tree)  # noqa: E731
     trainable = {
         "params": copy(variables["params"]),
         "scales": copy(quantize.scales(qparams)) if train_scales else {},

@@ -39,7 +39,7 @@ def train_step(
       "grad_norm" of the step.
     """
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    teacher_logits = _teacher_logits(teacher, teacher_variables, batch)
+    teacher_logits = predict_teacher(teacher, teacher_variables, batch)
 
     def loss_fn(trainable):
         logits, model_state = quantize.apply(
@@ -72,9 +72,10 @@ def train_step(
     return state, {**sums, "grad_norm": grad_norm}
 
 
-def _teacher_logits(
+def predict_teacher(
     teacher: nn.Module | None, variables: Variables | None, batch: Batch
 ) -> Array | None:
+    """What the teacher says of a batch, [batch, classes]; None if there is no teacher."""
     if "teacher_logits" in batch:
         return batch["teacher_logits"]
     if teacher is None:
