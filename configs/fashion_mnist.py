@@ -1,10 +1,10 @@
 r"""Distill, quantize, or both, on Fashion-MNIST: the arms of digits.py at 28×28 pixels.
 
-    apt-get install dataset-fashion-mnist  # or any folder with the four IDX files
-    python launch/prepare_data.py --dataset=fashion_mnist --data_dir=data \
-        --source=/usr/share/datasets/fashion-mnist
-    python launch/compress.py --config=configs/fashion_mnist.py --config.data.data_dir=data \
-        --workdir=runs/fashion_mnist
+apt-get install dataset-fashion-mnist  # or any folder with the four IDX files
+python launch/prepare_data.py --dataset=fashion_mnist --data_dir=data \
+    --source=/usr/share/datasets/fashion-mnist
+python launch/compress.py --config=configs/fashion_mnist.py --config.data.data_dir=data \
+    --workdir=runs/fashion_mnist
 
 About half an hour a seed on two cores.
 """
@@ -37,6 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "name": "cnn",
             "num_classes": 10,
             "widths": (32, 64, 128, 128),
+            "strides": (2, 2, 1, 1),
+            "pool": True,
             "batch_norm": True,
         },
         "student": {"name": "cnn", "num_classes": 10, "widths": (8, 16, 32)},

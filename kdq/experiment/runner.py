@@ -18,6 +18,7 @@ from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment import measure, plan
 from kdq.experiment.progress import Progress, Record
 from kdq.quantize import observers
+from kdq.quantize.rules import match
 from kdq.train import loop, optimizer
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError
@@ -299,7 +300,7 @@ class _Runner:
         }
 
     def _check_data(self) -> None:
-        """Opens the splits, so that what is missing is said before anything trains."""
+        """Opens the splits and lists the layers: what is missing is said before anything trains."""
         classes = self.splits["train"].num_classes
         for key, fields in self.experiment.models.items():
             if fields.get("num_classes", classes) != classes:
@@ -307,6 +308,15 @@ class _Runner:
                     f"config.models.{key}.num_classes={fields['num_classes']}, but "
                     f"{self.experiment.data.name} has {classes} classes"
                 )
+        image = jax.ShapeDtypeStruct((1, *self.splits["train"].image_shape), np.float32)
+        for key in {arm.model for arm in self.experiment.arms.values() if arm.bits}:
+            init = functools.partial(self.models[key].init, train=False)
+            variables = jax.eval_shape(init, jax.random.key(0), image)
+            layers = quantize.list_layers(self.models[key], variables, image, train=False)
+            try:
+                match(quantize.uniform_rules(8, 8, keep=self.experiment.quantize.keep), layers)
+            except ValueError as error:
+                raise ConfigError(f"config.quantize.keep, model {key!r}: {error}") from error
 
     def _batches(self, split: str, size: int | None = None) -> data.EvalBatches:
         config = self.experiment.data

@@ -37,8 +37,14 @@ def markdown(table: Sequence[Row], records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def print_table(table: Sequence[Row], console: Console) -> None:
-    """Prints the rows; a terminal too narrow for every column gets the ones that matter most."""
+def print_table(table: Sequence[Row], console: Console | None = None) -> None:
+    """Prints the rows; a terminal too narrow for every column gets the ones that matter most.
+
+    Args:
+      table: what `rows` made of records.
+      console: where; None is the standard output.
+    """
+    console = console or _standard_output()
     width = console.width
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown = [column for column in COLUMNS if column[2] <= width]
@@ -54,6 +60,12 @@ def print_table(table: Sequence[Row], console: Console) -> None:
     if len(shown) < len(COLUMNS):
         left_out = ", ".join(name for name, _, least in COLUMNS if least > width)
         console.print(Text(f"Not shown at this width: {left_out}."))
+
+
+def _standard_output() -> Console:
+    """A log file or a pipe has room for every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
 
 
 def escape(text: str) -> str:

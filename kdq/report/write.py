@@ -41,13 +41,7 @@ def write_report(
     write_atomic(workdir / "results.json", (text + "\n").encode())
     write_atomic(workdir / "table.md", table.markdown(summary, records).encode())
     plot.accuracy_vs_size(records, workdir / "accuracy_vs_size.png")
-    table.print_table(summary, console or _console())
-
-
-def _console() -> Console:
-    """The standard output; a log file or a pipe has room for every column."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    table.print_table(summary, console)
 
 
 def strict(value: Any) -> Any:

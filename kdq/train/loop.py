@@ -177,6 +177,8 @@ class _Run:
 
     def _validate(self) -> None:
         metrics = self.task.validate(_weights(self.state))
+        if not np.isfinite(metrics["nll"]):
+            raise NonFiniteError(f"NaN or infinity on validation after step {self.step}")
         self.writer.write(self.step, {f"validation_{k}": v for k, v in metrics.items()})
         if self.best_record is None or is_better(metrics, self.best_record["metrics"]):
             self.best = jax.tree.map(jax.numpy.copy, _parts(self.state))
