@@ -11,6 +11,8 @@ from ml_collections import config_flags
 
 from kdq import config, data
 
+flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
+
 
 def define_config() -> flags.FlagHolder:
     """The flag --config=FILE[:ARGUMENT], whose fields are flags too: --config.seeds=0,1."""
