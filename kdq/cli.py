@@ -2,6 +2,7 @@
 
 import logging as python_logging
 import re
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,11 +77,12 @@ def _config_path(argv: list[str]) -> str:
 
 def _unknown_key(argv: list[str], path: str) -> str | None:
     """What is wrong with the first --config.KEY that the config does not have; None if none is."""
-    for argument in argv[1:]:
-        override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+    file, *argument = path.split(":", 1)
+    for given in argv[1:]:
+        override = re.match(r"--?(?:no)?config\.([^=]+)", given)
         if override is None:
             continue
-        place, seen = config_flags.config_flags.ConfigFileFlagParser("config").parse(path), "config"
+        place, seen = runpy.run_path(file)["get_config"](*argument), "config"
         for key in override[1].split("."):
             if not hasattr(place, "keys") or key not in place:
                 return config.unknown(f"key in {seen}:", key, getattr(place, "keys", list)())

@@ -45,7 +45,7 @@ def test_user_errors_are_one_line(tmp_path, idx_dir):
     (idx_dir / "t10k-labels-idx1-ubyte.gz").write_bytes(b"not gzip")
     result = run("--dataset=mnist", f"--source={idx_dir}", f"--data_dir={tmp_path / 'tfds'}")
     assert result.returncode == 1
-    errors = [line for line in result.stderr.splitlines() if line.startswith("prepare_data: ")]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "t10k-labels-idx1-ubyte.gz: not a whole gzip file" in errors[0]
     assert "Traceback" not in result.stderr

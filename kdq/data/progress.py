@@ -15,4 +15,6 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     if not sys.stderr.isatty():
         yield from items
     else:
-        yield from rich_track(items, description, total=total, console=Console(stderr=True))
+        yield from rich_track(
+            items, description, total=total, console=Console(stderr=True), transient=True
+        )
