@@ -73,6 +73,7 @@ class Arm:
     learning_rate: float = 1e-3  # peak
     alpha: float = 0.9  # weight of the teacher: (1 - alpha) CE + alpha T² KL
     temperature: float = 4.0
+    augment: bool = True  # trains on images changed as `data.augment` says, if it says anything
     reference: str = ""  # arm to compare with in the table, seed by seed
 
     @property
@@ -198,11 +199,11 @@ def _check(experiment: Experiment) -> None:
         if one.temperature <= 0 or one.learning_rate <= 0:
             raise ConfigError(f"{where}: temperature and learning_rate must be above 0")
         ancestors(experiment, name)
-    if experiment.cache_teacher and experiment.data.augment:
-        raise ConfigError(
-            "config.cache_teacher=True with config.data.augment: logits computed once do not fit "
-            "augmented images; set one of them to False / ()"
-        )
+        if experiment.cache_teacher and experiment.data.augment and one.teacher and one.augment:
+            raise ConfigError(
+                f"{where}.augment=True with config.cache_teacher=True and config.data.augment: "
+                "logits computed once do not fit augmented images; change one of the three"
+            )
 
 
 def ancestors(experiment: Experiment, name: str) -> tuple[str, ...]:

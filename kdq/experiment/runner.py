@@ -146,7 +146,7 @@ class _Runner:
             seed=seed,
             mean=config.data.mean,
             std=config.data.std,
-            augment=self.augment,
+            augment=self.augment if arm.augment else (),
             extra=extra,
         )
         task = loop.Task(
