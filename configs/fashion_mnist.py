@@ -68,8 +68,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         distill={"alpha": 0.9, "temperature": 2.0},
     )
     for name, fields in config.arms.items():
-        # The teacher is large enough to overfit. The student is not, and learns from logits that are
-        # computed once.
+        # The teacher is large enough to overfit; the student is not, and learns from logits that
+        # are computed once.
         fields.augment = name == "teacher"
     for temperature in (1.0, 4.0):  # what the temperature above was chosen from, on validation
         chosen = {"temperature": temperature, "reference": "kd"}
