@@ -120,7 +120,7 @@ class _Runner:
         config, arm = self.experiment, self.experiment.arms[name]
         model, source = self.models[arm.model], self.splits["train"]
         start = self._start(arm, seed)
-        steps = round(arm.epochs * len(source) / config.data.batch_size)
+        steps = self._steps(arm)
         self.progress.arm(name, seed, steps)
         validate = functools.partial(self._validate, model)
         if not steps:
@@ -167,6 +167,9 @@ class _Runner:
             checkpoint_seconds=config.checkpoint_seconds,
             on_step=self.progress.step,
         )
+
+    def _steps(self, arm: Arm) -> int:
+        return round(arm.epochs * len(self.splits["train"]) / self.experiment.data.batch_size)
 
     def _start(self, arm: Arm, seed: int) -> Weights:
         """The weights an arm starts from, calibrated if it is quantized."""
@@ -307,6 +310,12 @@ class _Runner:
                 raise ConfigError(
                     f"config.models.{key}.num_classes={fields['num_classes']}, but "
                     f"{self.experiment.data.name} has {classes} classes"
+                )
+        for name, arm in self.experiment.arms.items():
+            if arm.epochs and not self._steps(arm):
+                raise ConfigError(
+                    f"config.arms.{name}.epochs={arm.epochs} is not one step of "
+                    f"{self.experiment.data.batch_size} examples"
                 )
         image = jax.ShapeDtypeStruct((1, *self.splits["train"].image_shape), np.float32)
         for key in {arm.model for arm in self.experiment.arms.values() if arm.bits}:

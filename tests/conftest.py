@@ -1,0 +1,76 @@
+"""What several test folders share: a prepared data set, and an experiment that runs in seconds."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdq import config, data
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS folder with `digits` in it."""
+    directory = tmp_path_factory.mktemp("tfds")
+    data.open_split("digits", "train", data_dir=directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_config(data_dir: Path) -> Callable[..., dict[str, Any]]:
+    """Makes the config of an experiment with every kind of arm, as plain dicts."""
+
+    def make() -> dict[str, Any]:
+        taught = {"teacher": "teacher", "alpha": 0.7, "temperature": 2.0}
+        return {
+            "seeds": (0,),
+            "data": {
+                "name": "digits",
+                "data_dir": str(data_dir),
+                "batch_size": 64,
+                "eval_batch_size": 128,  # the last batch is padded
+                "mean": 4.9,
+                "std": 6.0,
+            },
+            "models": {
+                "teacher": {"name": "cnn", "num_classes": 10, "widths": (8, 8), "batch_norm": True},
+                "student": {"name": "cnn", "num_classes": 10, "widths": (4, 6)},
+            },
+            "quantize": {"keep": ("conv_0",), "calibration_examples": 128},
+            "evaluations": 3,
+            "checkpoint_seconds": 0.0,
+            "arms": {
+                "teacher": {"model": "teacher", "epochs": 1.0, "learning_rate": 1e-2},
+                "student": {"model": "student", "epochs": 1.0, "learning_rate": 1e-2},
+                "kd": {
+                    "model": "student",
+                    "epochs": 1.0,
+                    "learning_rate": 1e-2,
+                    "reference": "student",
+                    **taught,
+                },
+                "ptq": {"model": "student", "init": "student", "bits": "W4A4"},
+                "qat": {"model": "student", "init": "student", "bits": "W4A4", "epochs": 0.5},
+                "qad": {"model": "student", "init": "kd", "bits": "W2", "epochs": 0.5, **taught},
+            },
+        }
+
+    return make
+
+
+@pytest.fixture
+def tiny_experiment(tiny_config: Callable[..., dict[str, Any]]) -> config.Experiment:
+    return config.freeze(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def child_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of child processes: they share what they compile."""
+    cache = tmp_path_factory.mktemp("compiled")
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }

@@ -1,0 +1,287 @@
+"""The entry points as a user runs them: processes, their output, their exit status, their files.
+
+Most runs use configs/digits.py:quick with fewer arms; the whole of it runs with `-m slow`.
+"""
+
+import json
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from kdq import config
+
+slow = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+ARMS = ("teacher", "student", "kd", "ptq_w4a4_student_mse", "qat_w4a4", "qad_w4a4_kd")
+
+# A config file of a user's own, next to no other: it narrows the one that kdq ships.
+NARROWED = f"""
+import runpy
+
+def get_config(arg=None):
+    config = runpy.run_path({str(ROOT / "configs" / "digits.py")!r})["get_config"](arg)
+    for name in list(config.arms):
+        if name not in {ARMS!r}:
+            del config.arms[name]
+    config.arms.kd.epochs = 1.0
+    config.models.teacher.widths = (8, 8)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def narrowed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "narrowed.py"
+    path.write_text(NARROWED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def launch(child_environment, data_dir):
+    """Runs a script of launch/ from the root of the repository."""
+    environment = {
+        **child_environment,
+        "TFDS_DATA_DIR": str(data_dir),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # half the time to compile
+    }
+
+    def start(script, *arguments, **options):
+        command = [sys.executable, f"launch/{script}.py", *map(str, arguments)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+
+    def run(script, *arguments):
+        with start(script, *arguments) as process:
+            output, errors = process.communicate(timeout=550)
+        return subprocess.CompletedProcess(script, process.returncode, output, errors)
+
+    run.start = start
+    return run
+
+
+def compress_flags(narrowed, workdir):
+    overrides = "--config.checkpoint_seconds=0", "--config.evaluations=4"
+    return f"--config={narrowed}:quick", f"--workdir={workdir}", *overrides
+
+
+@pytest.fixture(scope="module")
+def unbroken(launch, narrowed, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("launch") / "new" / "run"
+    return launch("compress", *compress_flags(narrowed, workdir)), workdir
+
+
+def comparable(records):
+    """Without what may differ between two runs: the time, and the commit of the source tree."""
+    return [{**record, "train_seconds": None, "commit": None} for record in records]
+
+
+def packed_bytes(workdir):
+    return {arm: (workdir / arm / "0" / "model.safetensors").read_bytes() for arm in ARMS}
+
+
+def test_a_run_leaves_results_table_and_plot(unbroken):
+    process, workdir = unbroken
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    records = json.loads((workdir / "results.json").read_text())
+    assert [r["arm"] for r in records] == list(ARMS)
+    assert {r["status"] for r in records} == {"ok"}
+    for record in records:
+        arm = workdir / record["arm"] / "0"
+        assert json.loads((arm / "result.json").read_text()) == record
+        assert (arm / "model.safetensors").stat().st_size == record["size_bytes"]
+        assert (arm / "metrics.jsonl").exists() == bool(record["steps"])
+    markdown = (workdir / "table.md").read_text()
+    assert (workdir / "accuracy_vs_size.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    # The printed table has a line an arm, with the accuracy of its record.
+    for text, separator in ((process.stdout, None), (markdown, "|")):
+        rows = {}
+        for line in text.splitlines():
+            cells = [cell.strip() for cell in line.split(separator) if cell.strip()]
+            if cells and cells[0] in ARMS:
+                rows[cells[0]] = line
+        assert list(rows) == list(ARMS)
+        for record in records:
+            assert f"{100 * record['accuracy']:.2f}" in rows[record["arm"]]
+
+
+def test_the_same_command_again_trains_nothing(unbroken, launch, narrowed):
+    first, workdir = unbroken
+    models = {arm: (workdir / arm / "0" / "model.safetensors").stat().st_mtime_ns for arm in ARMS}
+    started = time.monotonic()
+    again = launch("compress", *compress_flags(narrowed, workdir))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == first.stdout
+    for arm, changed in models.items():
+        assert (workdir / arm / "0" / "model.safetensors").stat().st_mtime_ns == changed
+    assert time.monotonic() - started < 120
+
+
+@slow
+def test_a_killed_run_that_is_started_again_gives_the_same(unbroken, launch, narrowed, tmp_path):
+    _, expected = unbroken
+    checkpoints = tmp_path / "kd" / "0" / "checkpoints"
+    command = compress_flags(narrowed, tmp_path)
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with launch.start("compress", *command, **options) as process:
+        try:
+            while not any(p.name.isdigit() for p in checkpoints.glob("*")):
+                assert process.poll() is None, "ended before it could be killed"
+                time.sleep(0.002)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "kd" / "0" / "result.json").exists()
+    assert (tmp_path / "student" / "0" / "result.json").exists()
+
+    again = launch("compress", *command)
+    assert again.returncode == 0, again.stderr
+    results = [json.loads((w / "results.json").read_text()) for w in (tmp_path, expected)]
+    assert comparable(results[0]) == comparable(results[1])
+    assert packed_bytes(tmp_path) == packed_bytes(expected)
+    for arm in ("teacher", "kd", "qad_w4a4_kd"):
+        curves = [(w / arm / "0" / "metrics.jsonl").read_text() for w in (tmp_path, expected)]
+        assert curves[0] == curves[1]
+
+
+def test_train_runs_one_arm_and_what_it_needs(unbroken, launch, narrowed, tmp_path):
+    command = (*compress_flags(narrowed, tmp_path), "--arm=ptq_w4a4_student_mse", "--seed=0")
+    process = launch("train", *command)
+    assert process.returncode == 0, process.stderr
+    assert "ptq_w4a4_student_mse" in process.stdout
+    arms = sorted(p.name for p in tmp_path.iterdir())
+    assert arms == ["ptq_w4a4_student_mse", "student", "teacher"]
+    for arm in arms:  # the same files as launch/compress.py makes
+        file = Path(arm, "0", "model.safetensors")
+        assert (tmp_path / file).read_bytes() == (unbroken[1] / file).read_bytes()
+
+
+QUICK = "--config=configs/digits.py:quick"
+MISTAKES = {
+    "key": (
+        [QUICK, "--config.data.nam=x"],
+        r"error: unknown key in config.data: 'nam' (did you mean 'name'?); valid: augment, ",
+    ),
+    "argument": (
+        ["--config=configs/digits.py:quik"],
+        "error: unknown config argument 'quik' (did you mean 'quick'?); valid: quick, seeds",
+    ),
+    "file": (
+        ["--config=configs/digit.py"],
+        "error: unknown config file 'configs/digit.py' (did you mean 'configs/digits.py'?); valid:",
+    ),
+    "data set": ([QUICK, "--config.data.name=digit"], "error: no data set 'digit' in TFDS or in "),
+}
+MORE_MISTAKES = {
+    "arm": (
+        [QUICK, "--config.arms.kdd.alpha=0.5"],
+        "error: unknown key in config.arms: 'kdd' (did you mean 'kd'?); valid: teacher, ",
+    ),
+    "value": (
+        [QUICK, "--config.arms.kd.alpha=1.5"],
+        "error: config.arms.kd.alpha=1.5: want 0 to 1",
+    ),
+    "type": ([QUICK, "--config.data.batch_size=ten"], "error: flag --config.data.batch_size=ten: "),
+    "flag": ([QUICK, "--confg.data.name=x"], "error: Unknown command line flag 'confg.data.name'"),
+    "word": ([QUICK, "compress"], "error: unknown arguments: compress"),
+    "no file": ([], "error: flag --config=None: Flag --config must have a value other than None."),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(pytest.param(*case, id=name) for name, case in MISTAKES.items()),
+        *(pytest.param(*case, id=name, marks=slow) for name, case in MORE_MISTAKES.items()),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(launch, tmp_path, arguments, message):
+    process = launch("compress", *arguments, f"--workdir={tmp_path / 'run'}")
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert process.stderr.startswith(message)
+    assert process.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["train", pytest.param("compress", marks=slow)])
+def test_help(launch, script):
+    process = launch(script, "--help")
+    assert "--config=configs/digits.py" in process.stdout
+    assert "--workdir" in process.stdout
+    assert "Traceback" not in process.stderr
+
+
+@slow
+def test_another_config_in_the_same_folder_is_refused(unbroken, launch, narrowed):
+    _, workdir = unbroken
+    before = packed_bytes(workdir)
+    process = launch(
+        "compress", *compress_flags(narrowed, workdir), "--config.arms.kd.temperature=9"
+    )
+    assert process.returncode == 1
+    assert process.stderr.count("\n") == 1
+    assert f"{workdir / 'kd' / '0'}" in process.stderr
+    assert "another config" in process.stderr
+    assert packed_bytes(workdir) == before
+
+
+@slow
+def test_an_arm_that_diverges_is_a_row_and_no_crash(launch, narrowed, tmp_path):
+    process = launch(
+        "compress", *compress_flags(narrowed, tmp_path), "--config.arms.kd.learning_rate=1e36"
+    )
+    assert process.returncode == 0, process.stderr
+    records = {r["arm"]: r for r in json.loads((tmp_path / "results.json").read_text())}
+    failed = {arm for arm, r in records.items() if r["status"] == "failed"}
+    assert failed == {"kd", "qad_w4a4_kd"}
+    row = next(line for line in process.stdout.splitlines() if line.split()[:1] == ["kd"])
+    assert "failed" in row
+    assert "arm kd, seed 0 failed: NaN or infinity" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@slow
+def test_the_quick_config_as_shipped(launch, tmp_path):
+    process = launch("compress", QUICK, f"--workdir={tmp_path}")
+    assert process.returncode == 0, process.stderr
+    records = json.loads((tmp_path / "results.json").read_text())
+    loaded = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("quick")
+    assert [r["arm"] for r in records] == list(loaded.arms)
+    assert {r["status"] for r in records} == {"ok"}
+    printed = {line.split()[0] for line in process.stdout.splitlines() if line.split()}
+    assert set(loaded.arms) <= printed
+    sizes = {r["arm"]: r["size_bytes"] for r in records}
+    names = [f"ptq_w{b}a{b}_student_mse" for b in (2, 3, 4, 8)]
+    assert sorted(names, key=sizes.get) == names
+    file = tmp_path / "qat_w2a2" / "0" / "model.safetensors"
+    arrays = safetensors.numpy.load_file(file)
+    assert arrays["params/conv_1/kernel"].dtype == np.uint8
+
+
+# The configs that kdq ships.
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("argument", [None, "quick", "seeds=2"])
+def test_shipped_configs_are_valid(path, argument):
+    if argument == "quick" and "quick=" not in path.read_text():
+        pytest.skip(f"{path.name} has no quick variant")
+    experiment = config.freeze(runpy.run_path(str(path))["get_config"](argument))
+    if argument == "seeds=2":
+        assert len(experiment.seeds) == 2
+    assert experiment.teacher in experiment.arms
+    opening = path.read_text().split('"""')[1]
+    assert f"--config=configs/{path.name}" in opening  # the command that runs it
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda p: p.stem)
+def test_entry_points_only_parse_and_call(path):
+    assert len(path.read_text().splitlines()) < 70

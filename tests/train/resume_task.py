@@ -1,0 +1,104 @@
+"""A run of quantization-aware distillation that a test can interrupt, here or in a child process.
+
+python resume_task.py WORKDIR KILL_AFTER_STEP
+"""
+
+import functools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import scipy.special
+
+from kdq import config, data, models, quantize
+from kdq.train import loop
+from kdq.train.objective import Objective
+from kdq.train.optimizer import make_optimizer
+from kdq.train.state import create_state
+
+STEPS, EVAL_EVERY, EXAMPLES, BATCH = 24, 4, 40, 8
+OPTIMIZER = config.Optimizer(weight_decay=1e-3)
+
+
+def source() -> data.Source:
+    """Random images whose label is the brightest of three bands."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 200, (EXAMPLES, 6, 6, 1)).astype(np.uint8)
+    labels = (np.arange(EXAMPLES) % 3).astype(np.int32)
+    for image, label in zip(images, labels, strict=True):
+        image[2 * label : 2 * label + 2] += 55
+    return data.Source(
+        name="bands",
+        version="1.0.0",
+        split="train",
+        class_names=("a", "b", "c"),
+        image_shape=(6, 6, 1),
+        num_examples=EXAMPLES,
+        in_memory=True,
+        digest="",
+        reader=lambda ids: (images[ids], labels[ids]),
+    )
+
+
+NORMALIZE = {"mean": 100.0, "std": 60.0}
+MODEL = models.build("cnn", num_classes=3, widths=(3, 4), batch_norm=True)
+TEACHER = models.build("cnn", num_classes=3, widths=(5,))
+
+
+@functools.cache
+def start():
+    """What every run starts from: variables of both models, quantizers, validation batches."""
+    validation = list(data.eval_batches(source(), batch_size=16, **NORMALIZE))
+    images = validation[0]["image"]
+    variables, teacher_variables = (
+        jax.jit(model.init)(jax.random.key(i), images) for i, model in enumerate((MODEL, TEACHER))
+    )
+    rules = quantize.uniform_rules(4, 4)
+    qparams = quantize.calibrate(MODEL, variables, rules, [images], train=False)
+    return variables, teacher_variables, qparams, validation
+
+
+def validate(weights):
+    right, loss, count = 0.0, 0.0, 0.0
+    for batch in start()[-1]:
+        logits = quantize.predict(MODEL, weights.variables, weights.qparams, batch["image"])
+        log_q = scipy.special.log_softmax(np.asarray(logits, np.float64), -1)
+        right += (batch["mask"] * (log_q.argmax(-1) == batch["label"])).sum()
+        loss -= (batch["mask"] * log_q[np.arange(len(log_q)), batch["label"]]).sum()
+        count += batch["mask"].sum()
+    return {"accuracy": float(right / count), "nll": float(loss / count)}
+
+
+def make(learning_rate=0.01, wrap=lambda dataset: dataset):
+    """The task (with a live teacher and batch norm) and the state before its first step."""
+    variables, teacher_variables, qparams, _ = start()
+    task = loop.Task(
+        model=MODEL,
+        optimizer=make_optimizer(OPTIMIZER),
+        objective=Objective(alpha=0.5, temperature=2.0),
+        dataset=wrap(data.train_dataset(source(), batch_size=BATCH, seed=3, **NORMALIZE)),
+        steps=STEPS,
+        eval_every=EVAL_EVERY,
+        validate=validate,
+        teacher=TEACHER,
+        teacher_variables=teacher_variables,
+    )
+    state = create_state(
+        variables, qparams, OPTIMIZER, seed=0, steps=STEPS, learning_rate=learning_rate
+    )
+    return task, state
+
+
+def main(workdir: Path, kill_after: int) -> None:
+    def kill(step):
+        if step == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loop.fit(*make(), workdir, checkpoint_seconds=0.0, on_step=kill)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
