@@ -86,9 +86,9 @@ def test_lists_become_tuples_so_that_a_model_can_be_a_static_argument():
         (
             "cnn",
             {"num_classes": 2, "width": (4,)},
-            r"'width' \(did you mean 'widths'\?\); valid: ba",
+            r"'width' \(did you mean 'widths'\?\); valid: num_classes, widths",
         ),
-        ("cnn", {"num_classes": 2, "parent": None}, "unknown field of model 'cnn' 'parent'"),
+        ("cnn", {"num_classes": 2, "parent": None}, "unknown field of model 'cnn': 'parent'"),
         ("mlp", {"widths": (4,)}, "model 'mlp' needs 'num_classes'"),
         ("resnet", {"num_classes": 2, "depth": 18}, "depth 18 is not 6n.2; valid: 8, 14, 20"),
         ("resnet", {"num_classes": 2, "depth": 2}, "valid: 8, 14, 20"),

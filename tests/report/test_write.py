@@ -3,13 +3,11 @@
 import io
 import json
 import math
-import os
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from kdq.files import write_atomic
 from kdq.report.write import write_report
 
 
@@ -61,22 +59,3 @@ def test_records_that_cannot_be_written_leave_the_old_report(tmp_path):
     with pytest.raises(ValueError, match="no records"):
         write_report([], tmp_path, quiet)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(path, b"new")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
-
-
-def test_a_written_file_is_as_readable_as_any_other(tmp_path):
-    write_atomic(tmp_path / "ours", b"")
-    (tmp_path / "plain").write_bytes(b"")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
