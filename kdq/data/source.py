@@ -105,7 +105,7 @@ def open_split(
         digest = hashlib.sha256(repr(images.shape).encode())
         digest.update(images)
         digest.update(labels)
-        reader = lambda ids: (images[ids], labels[ids])  # noqa: E731
+        reader = lambda ids: (images[ids], labels[ids])
     else:
         digest = _shard_digest(builder.info, split)
     return Source(

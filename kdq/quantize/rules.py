@@ -121,7 +121,7 @@ def uniform_rules(
     """
 
     def rule(path, weight_bits, activation_bits):
-        spec = lambda bits, granularity: (  # noqa: E731 - two calls, one line each
+        spec = lambda bits, granularity: (
             None
             if bits is None
             else TensorSpec(bits=bits, granularity=granularity, observer=observer)

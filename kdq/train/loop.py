@@ -128,7 +128,7 @@ class _Run:
 
     def to_the_end(self) -> Fit:
         task, start = self.task, time.monotonic()
-        seconds = lambda: self.seconds_before + time.monotonic() - start  # noqa: E731
+        seconds = lambda: self.seconds_before + time.monotonic() - start
         saved_at = start
         while self.step < task.steps:
             self.state, metrics = train_step(

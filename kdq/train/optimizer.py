@@ -48,7 +48,7 @@ def _make(name: str, clips: bool) -> optax.GradientTransformation:
             ramp = jnp.minimum(1.0, progress / jnp.maximum(warmup, 1e-9))
             return learning_rate * ramp * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
-        matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+        matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
         train = {
             "params": optax.chain(
                 RULES[name](),

@@ -46,7 +46,7 @@ def create_state(
 ) -> TrainState:
     """The state before the first of `steps` steps; owns copies, since the step donates it."""
     # With its dtype, or a weakly typed array would stay so and compile a step of its own.
-    copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, x.dtype), tree)  # noqa: E731
+    copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, x.dtype), tree)
     trainable = {
         "params": copy(variables["params"]),
         "scales": copy(quantize.scales(qparams)) if train_scales else {},

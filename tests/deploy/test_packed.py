@@ -34,7 +34,7 @@ def network():
     images = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
     variables = jax.jit(model.init)(jax.random.key(1), images)
     # Off-centre: weights whose affine zero points differ from channel to channel.
-    shift = lambda p: p + 0.3 * jnp.sin(jnp.arange(p.size).reshape(p.shape))  # noqa: E731
+    shift = lambda p: p + 0.3 * jnp.sin(jnp.arange(p.size).reshape(p.shape))
     variables = {
         "params": jax.tree.map(shift, variables["params"]),
         "batch_stats": jax.tree.map(lambda s: 0.5 + abs(shift(s)), variables["batch_stats"]),

@@ -123,7 +123,7 @@ def test_numbers_are_those_of_the_file_on_the_test_split(finished):
     digits, ids = load_digits(), split_ids()["test"]
     images = ((digits.images[ids][..., None] - 4.9) / 6.0).astype(np.float32)
     labels = digits.target[ids]
-    load = lambda arm: deploy.load_packed(workdir / arm / "0" / "model.safetensors")  # noqa: E731
+    load = lambda arm: deploy.load_packed(workdir / arm / "0" / "model.safetensors")
     log_p = {arm: log_softmax(np.asarray(load(arm)(images), np.float64), -1) for arm in ARMS}
     teacher = log_p["teacher"]
     for record in records:
@@ -165,7 +165,7 @@ def test_steps_and_selection(finished):
 
 def test_ptq_is_the_selected_student_rounded(finished):
     _, workdir, _ = finished
-    load = lambda arm: deploy.load_packed(workdir / arm / "0" / "model.safetensors")  # noqa: E731
+    load = lambda arm: deploy.load_packed(workdir / arm / "0" / "model.safetensors")
     student, ptq = (load(arm).variables["params"] for arm in ("student", "ptq"))
     for layer, levels in (("conv_0", 256), ("conv_1", 16), ("head", 16)):
         kernel, rounded = (np.asarray(p[layer]["kernel"]) for p in (student, ptq))

@@ -32,7 +32,7 @@ class Mlp(nn.Module):
 
 def _variables(seed=0):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     return {
         "params": {
             "first": {"kernel": draw(4, 8), "bias": draw(8)},

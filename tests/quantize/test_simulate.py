@@ -323,7 +323,7 @@ def test_other_collections_pass_through_a_nested_model():
     assert list(qparams) == ["block/Conv_0", "shared"]
 
     def run(train):
-        call = lambda v, q, x: apply(model, v, q, x, train=train, mutable=["batch_stats"])  # noqa: E731
+        call = lambda v, q, x: apply(model, v, q, x, train=train, mutable=["batch_stats"])
         return jax.jit(call)(variables, qparams, x)
 
     logits, untouched = run(train=False)
@@ -362,7 +362,7 @@ def test_remat_keeps_the_quantizers_and_their_gradients():
     qparams = calibrate(Stack(again=False), variables, uniform_rules(3, 3), [x])
 
     def gradient(again):
-        run = lambda q: jnp.sum(apply(Stack(again=again), variables, q, x) ** 2)  # noqa: E731
+        run = lambda q: jnp.sum(apply(Stack(again=again), variables, q, x) ** 2)
         return jax.jit(jax.value_and_grad(run))(qparams)
 
     jax.tree.map(

@@ -37,7 +37,7 @@ def test_bops_of_a_float_model(student):
 
 
 def test_bops_of_mixed_bits(student):
-    spec = lambda bits, **more: TensorSpec(bits=bits, **more)  # noqa: E731
+    spec = lambda bits, **more: TensorSpec(bits=bits, **more)
     rules = (
         QuantizationRule(path="conv_0", weights=spec(8), activations=spec(8)),
         QuantizationRule(path="conv_1", weights=spec(3, narrow=True), activations=spec(5)),

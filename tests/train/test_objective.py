@@ -70,7 +70,7 @@ def test_without_a_teacher_alpha_is_unused():
 def test_no_gradient_reaches_the_teacher():
     logits, labels, teacher, _ = case()
     objective = Objective(alpha=0.5, temperature=2.0)
-    value = lambda t: objective(jnp.asarray(logits), {"label": labels}, t)[0]  # noqa: E731
+    value = lambda t: objective(jnp.asarray(logits), {"label": labels}, t)[0]
     np.testing.assert_array_equal(jax.grad(value)(jnp.asarray(teacher, jnp.float32)), 0)
 
 

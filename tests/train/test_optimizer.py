@@ -17,7 +17,7 @@ STEPS, RATE = 12, 0.05
 
 def trees(seed):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     return {
         "params": {"dense": {"kernel": draw(4, 3), "bias": draw(3)}},
         "scales": {"dense": {"weights": jnp.exp(draw(1, 3)), "activations": jnp.exp(draw())}},
