@@ -120,12 +120,12 @@ def uniform_rules(
       observer: chooses every range.
     """
 
-    def rule(path, weight_bits, activation_bits):
-        spec = lambda bits, granularity: (
-            None
-            if bits is None
-            else TensorSpec(bits=bits, granularity=granularity, observer=observer)
-        )
+    def spec(bits: int | None, granularity: str) -> TensorSpec | None:
+        if bits is None:
+            return None
+        return TensorSpec(bits=bits, granularity=granularity, observer=observer)
+
+    def rule(path: str, weight_bits: int | None, activation_bits: int | None) -> QuantizationRule:
         return QuantizationRule(
             path=path,
             weights=spec(weight_bits, "per_channel"),
