@@ -71,7 +71,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         # The teacher is large enough to overfit; the student is not, and learns from logits that
         # are computed once.
         fields.augment = name == "teacher"
-    for temperature in (1.0, 4.0):  # what the temperature above was chosen from, on validation
+    for temperature in (1.0, 4.0):  # the temperature above beside others
         chosen = {"temperature": temperature, "reference": "kd"}
         config.arms[f"kd_t{temperature:.0f}"] = dict(config.arms.kd) | chosen
     return config
