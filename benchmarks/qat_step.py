@@ -1,6 +1,6 @@
 """Time of a quantization-aware training step over the float step of the same model.
 
-    python benchmarks/qat_step.py --out=benchmarks/results/qat_step.json
+    python benchmarks/qat_step.py --optimizer=sgd --out=benchmarks/results/qat_step_sgd.json
 
 All variants of a model take turns, step by step, in one process; a ratio is the median over rounds
 of the variant's time over the float step's time in the same round. Qwix joins in if it is installed

@@ -6,7 +6,7 @@ python launch/prepare_data.py --dataset=fashion_mnist --data_dir=data \
 python launch/compress.py --config=configs/fashion_mnist.py --config.data.data_dir=data \
     --workdir=runs/fashion_mnist
 
-About half an hour a seed on two cores.
+Under an hour a seed on two cores.
 """
 
 from ml_collections import ConfigDict

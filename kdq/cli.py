@@ -1,6 +1,5 @@
 """What the entry points share: the config flag, and mistakes answered in one line."""
 
-import logging as python_logging
 import re
 import runpy
 import sys
@@ -39,7 +38,6 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
 
     flags.mark_flags_as_required(required)
     logging.set_verbosity(logging.WARNING)
-    python_logging.getLogger("absl").propagate = True
     app.run(call, flags_parser=_parse)
 
 

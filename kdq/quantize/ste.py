@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kdq.quantize.grid import expand, position, reduce_to
+from kdq.quantize.grid import expand, from_codes, position, reduce_to, to_codes
 from kdq.types import Array
 
 
@@ -35,8 +35,8 @@ def fake_quantize(x: Array, scale: Array, zero_point: Array, qmin: Array, qmax: 
 
 
 def _forward(x, scale, zero_point, qmin, qmax):
-    codes = jnp.clip(jnp.round(position(x, scale, zero_point)), qmin, qmax)
-    y = (codes - expand(zero_point, x.shape)) * expand(scale, x.shape)
+    quantizer = {"scale": scale, "zero_point": zero_point, "qmin": qmin, "qmax": qmax}
+    y = from_codes(to_codes(x, quantizer), quantizer)
     return y.astype(x.dtype), (x, y, scale, zero_point, qmin, qmax)
 
 
