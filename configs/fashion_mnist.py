@@ -34,12 +34,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     }
     config.models = {
         "teacher": {
-            "name": "cnn",
+            "name": "resnet",
             "num_classes": 10,
-            "widths": (32, 64, 128, 128),
-            "strides": (2, 2, 1, 1),
-            "pool": True,
-            "batch_norm": True,
+            "depth": 8,
+            "widths": (32, 32, 64, 128),
+            "stem_pool": True,
         },
         "student": {"name": "cnn", "num_classes": 10, "widths": (8, 16, 32)},
     }
@@ -62,7 +61,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.cache_teacher = True
     scale = 0.2 if arg.quick else 1.0  # of the epochs
     config.arms = compression_arms(
-        teacher={"epochs": 8.0 * scale, "learning_rate": 2e-3},
+        teacher={"epochs": 16.0 * scale, "learning_rate": 2e-3},
         student={"epochs": 10.0 * scale, "learning_rate": 1e-2},
         further={"epochs": 4.0 * scale, "learning_rate": 5e-3},
         distill={"alpha": 0.9, "temperature": 2.0},
