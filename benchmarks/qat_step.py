@@ -11,7 +11,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ Step = Callable[[], Any]  # takes one step and returns arrays to wait for
 
 
 def kdq_step(
-    model: nn.Module, variables, batch, bits: str = "", train_scales: bool = False
+    model: nn.Module, variables, batch, bits: str = "", fixed_scales: Sequence[str] = (".*",)
 ) -> Step:
     """A step of kdq's own trainer: float (no bits), straight-through, or with learned scales."""
     optimizer = config.Optimizer(name=OPTIMIZER.value)
@@ -62,7 +62,7 @@ def kdq_step(
         seed=0,
         steps=10_000,
         learning_rate=1e-3,
-        train_scales=train_scales,
+        fixed_scales=fixed_scales,
     )
     step = functools.partial(
         train_step,
@@ -119,11 +119,16 @@ def qwix_step(model: nn.Module, variables, batch, bits: str) -> Step:
 
 def variants(model: nn.Module, variables, batch) -> dict[str, Step | str]:
     """Named steps; a string in place of a step says why it can't run."""
+    first_layer = next(iter(quantize.list_layers(model, variables, batch["image"], train=False)))
     makers = {"fp32": functools.partial(kdq_step, model, variables, batch)}
     for bits in BITS:
-        for name, learned in (("STE", False), ("learned scales", True)):
+        for name, fixed in (
+            ("STE", (".*",)),
+            ("learned scales", (f"{first_layer}/activations",)),
+            ("learned scales, of the pixels too", ()),
+        ):
             makers[f"kdq {bits} {name}"] = functools.partial(
-                kdq_step, model, variables, batch, bits, learned
+                kdq_step, model, variables, batch, bits, fixed
             )
         makers[f"Qwix {bits}"] = functools.partial(qwix_step, model, variables, batch, bits)
     made: dict[str, Step | str] = {}
@@ -182,7 +187,7 @@ def main(argv: list[str]) -> None:
         figures[title] = measure(variants(model, variables, batch), ROUNDS.value)
         print(title, file=sys.stderr)
         for name, row in figures[title].items():
-            print(f"  {name:26s} {row}", file=sys.stderr)
+            print(f"  {name:42s} {row}", file=sys.stderr)
     record = {
         "optimizer": OPTIMIZER.value,
         "rounds": ROUNDS.value,

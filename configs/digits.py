@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "keep": ("conv_0", "head"),
         "keep_bits": 8,
         "calibration_examples": 512,
-        "train_scales": True,
+        "fixed_scales": ("conv_0/activations",),  # of the pixels
     }
     config.evaluations = 20
     config.checkpoint_seconds = 30.0

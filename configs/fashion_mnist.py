@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "keep": ("conv_0", "head"),
         "keep_bits": 8,
         "calibration_examples": 1000,
-        "train_scales": True,
+        "fixed_scales": ("conv_0/activations",),  # of the pixels
     }
     config.evaluations = 8
     config.checkpoint_seconds = 60.0

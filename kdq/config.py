@@ -57,7 +57,9 @@ class Quantize:
     keep: tuple[str, ...] = ()  # path patterns of the layers at `keep_bits`: the first, the last
     keep_bits: int = 8
     calibration_examples: int = 512  # the first of the training split
-    train_scales: bool = True  # learned step sizes; False keeps the calibrated ones
+    # Scales train (learned step sizes) but for those whose "LAYER/weights" or "LAYER/activations"
+    # matches one of these patterns, which stay as calibrated; (".*",) trains none.
+    fixed_scales: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,13 @@ def _check(experiment: Experiment) -> None:
             raise ConfigError(f"config.{key}={positive}: want at least 1")
     if not 1 <= experiment.quantize.keep_bits <= 8:
         raise ConfigError(f"config.quantize.keep_bits={experiment.quantize.keep_bits}: want 1 to 8")
+    for pattern in experiment.quantize.fixed_scales:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"config.quantize.fixed_scales: {pattern!r} is no regular expression: {error}"
+            ) from error
     for name, model in experiment.models.items():
         if "name" not in model:
             raise ConfigError(f"config.models.{name}.name is missing: a module of kdq.models")

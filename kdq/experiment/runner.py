@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ class _Runner:
             seed=seed,
             steps=steps,
             learning_rate=arm.learning_rate,
-            train_scales=config.quantize.train_scales,
+            fixed_scales=config.quantize.fixed_scales,
         )
         live = arm.teacher and not config.cache_teacher
         extra = {}
@@ -326,6 +327,13 @@ class _Runner:
                 match(quantize.uniform_rules(8, 8, keep=self.experiment.quantize.keep), layers)
             except ValueError as error:
                 raise ConfigError(f"config.quantize.keep, model {key!r}: {error}") from error
+            names = [f"{path}/{half}" for path in layers for half in ("weights", "activations")]
+            for pattern in self.experiment.quantize.fixed_scales:
+                if not any(re.fullmatch(pattern, name) for name in names):
+                    raise ConfigError(
+                        f"config.quantize.fixed_scales, model {key!r}: {pattern!r} matches none of "
+                        f"{names}"
+                    )
 
     def _batches(self, split: str, size: int | None = None) -> data.EvalBatches:
         config = self.experiment.data

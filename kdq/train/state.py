@@ -1,5 +1,6 @@
 """Everything that training changes, as one pytree."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -42,14 +43,17 @@ def create_state(
     seed: int,
     steps: int,
     learning_rate: float,
-    train_scales: bool = True,
+    fixed_scales: Sequence[str] = (),
 ) -> TrainState:
-    """The state before the first of `steps` steps; owns copies, since the step donates it."""
+    """The state before the first of `steps` steps; owns copies, since the step donates it.
+
+    `fixed_scales` are patterns of quantizers whose scale does not train, see `quantize.scales`.
+    """
     # With its dtype, or a weakly typed array would stay so and compile a step of its own.
     copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, x.dtype), tree)
     trainable = {
         "params": copy(variables["params"]),
-        "scales": copy(quantize.scales(qparams)) if train_scales else {},
+        "scales": copy(quantize.scales(qparams, fixed=fixed_scales)),
     }
     return TrainState(
         step=jnp.int32(0),

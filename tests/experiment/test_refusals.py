@@ -34,6 +34,11 @@ def replaced(base, path, value):
         (("arms", "kd", "teacher"), "teach", r"config\.arms\.kd\.teacher.*'teach'.*'teacher'"),
         (("arms", "kd", "model"), "studnt", r"config\.arms\.kd\.model.*'studnt'.*student"),
         (("quantize", "keep"), ("conv_9",), r"'conv_9'.*conv_0.*conv_1.*head"),
+        (
+            ("quantize", "fixed_scales"),
+            ("conv_0",),
+            r"'conv_0' matches none.*conv_0/",
+        ),
     ],
     ids=lambda value: ".".join(value) if isinstance(value, tuple) and len(value) > 1 else None,
 )

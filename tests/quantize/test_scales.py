@@ -37,6 +37,18 @@ def test_what_scales_takes_out_replace_scales_puts_back():
     _assert_equal(scales(replace_scales(qparams, tripled)), tripled)
 
 
+def test_fixed_scales_are_not_taken_out():
+    qparams = _qparams()
+    full = scales(qparams)
+    without = scales(qparams, fixed=("conv/activations",))
+    _assert_equal(without, full | {"conv": {"weights": full["conv"]["weights"]}})
+    _assert_equal(replace_scales(qparams, without), qparams)
+    # The whole name has to match, and a layer without any scale left is not there.
+    _assert_equal(scales(qparams, fixed=("conv", "activations")), full)
+    _assert_equal(scales(qparams, fixed=("conv/.*",)), {"block/head": full["block/head"]})
+    assert scales(qparams, fixed=(".*/activations", ".*/weights")) == {}
+
+
 def test_replacing_touches_the_named_scales_alone():
     qparams = _qparams()
     replaced = replace_scales(qparams, {"conv": {"activations": jnp.float32(9)}})

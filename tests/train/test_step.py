@@ -227,7 +227,7 @@ def test_scales_train_and_stay_positive(net):
 
 def test_scales_that_do_not_train_stay(net):
     qparams = net.qparams()
-    state = net.state(qparams, train_scales=False)
+    state = net.state(qparams, fixed_scales=(".*",))
     assert state.scales == {}
     state, _ = net.step(state, net.batch(0), Objective())
     assert state.scales == {}
@@ -235,6 +235,19 @@ def test_scales_that_do_not_train_stay(net):
     assert not np.array_equal(
         state.params["head"]["kernel"], net.variables["params"]["head"]["kernel"]
     )
+
+
+def test_a_fixed_scale_stays_while_the_others_train(net):
+    qparams = net.qparams(bits=2)
+    fixed, *others = [(path, half) for path, halves in qparams.items() for half in halves]
+    state = net.state(qparams, learning_rate=0.3, fixed_scales=("/".join(fixed),))
+    for i in range(3):
+        state, _ = net.step(state, net.batch(i), Objective())
+    moved = lambda path, half: (
+        not np.array_equal(state.quantizers[path][half]["scale"], qparams[path][half]["scale"])
+    )
+    assert not moved(*fixed)
+    assert all(moved(*one) for one in others)
 
 
 @pytest.mark.parametrize(("value", "quantized"), [(np.nan, True), (np.nan, False), (np.inf, False)])
