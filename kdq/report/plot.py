@@ -55,7 +55,7 @@ class _Point:
 def accuracy_vs_size(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
     """Draws mean test accuracy (± std over seeds) against bytes on disk as a PNG, atomically.
 
-    Where a few arms collapsed, a second panel shows the others at their own scale.  Arms without a
+    Where some arms collapsed, a second panel shows the others at their own scale.  Arms without a
     finished seed or without a file are not drawn.
 
     Args:
@@ -90,16 +90,16 @@ def accuracy_vs_size(records: Sequence[Record], path: str | os.PathLike[str]) ->
 def zoom_floor(accuracies: Sequence[float]) -> float | None:
     """The accuracy above which a second panel helps; None where one panel is enough.
 
-    It lies in the highest gap of the lower half that is twice as wide as the spread of all arms
-    above it: with such a gap they would share a third of one panel or less.
+    Half of the arms or more, and three at least, then share a quarter of the first panel or less.
     """
     ordered = sorted(accuracies)
-    floor = None
-    for low, high in itertools.pairwise(ordered[: len(ordered) // 2 + 1]):
-        if high > low and high - low >= 2 * (ordered[-1] - high):
-            floor = (low + high) / 2
-    # Two arms or fewer have nothing to squash.
-    return floor if floor is not None and sum(a > floor for a in ordered) > 2 else None
+    if not ordered or ordered[0] == ordered[-1]:
+        return None
+    quarter = ordered[-1] - (ordered[-1] - ordered[0]) / 4
+    below = sum(a < quarter for a in ordered)
+    if below > len(ordered) / 2 or len(ordered) - below < 3:
+        return None
+    return (ordered[below - 1] + ordered[below]) / 2
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

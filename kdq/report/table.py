@@ -65,7 +65,7 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
 def _standard_output() -> Console:
     """A log file or a pipe has room for every column."""
     console = Console()
-    return console if console.is_terminal else Console(width=200)
+    return console if console.is_terminal else Console(width=240)
 
 
 def escape(text: str) -> str:

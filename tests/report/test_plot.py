@@ -31,6 +31,9 @@ def test_a_collapsed_arm_opens_a_second_panel_and_a_close_field_does_not():
     assert plot.zoom_floor(field) is None
     assert 60 < plot.zoom_floor([60.0, *field]) < 95
     assert 61 < plot.zoom_floor([10.0, 61.0, *field]) < 95
+    # No gap, but most are as close to each other.
+    assert 60 < plot.zoom_floor([10.0, 29.0, 40.0, 50.0, 60.0, *field]) < 95
+    assert plot.zoom_floor([10.0, 29.0, 40.0, 50.0, 60.0, 62.0, 64.0, *field]) is None
     assert plot.zoom_floor([]) is None
     assert plot.zoom_floor([97.0] * 5) is None
     assert plot.zoom_floor([60.0, 98.0]) is None
