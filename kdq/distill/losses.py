@@ -1,35 +1,348 @@
-"""Distillation losses: pure functions of logits, one value an example, in log space."""
+"""Losses on logits: pure functions, one value an example, in log space.
+
+What all of them share:
+
+- `student_logits` and `teacher_logits` are [batch..., classes] of one shape and any float dtype;
+  the arithmetic is float32. No gradient flows to the teacher.
+- p is the teacher's distribution and q the student's, softmax(logits / temperature). Every loss
+  that has a temperature T > 0 carries the factor T², which keeps the size of its gradient when T
+  changes (arXiv:1503.02531), whether or not its own paper writes it: never multiply by it again.
+- Numeric options may be traced: they are data, and one compiled step serves all their values.
+- `mask` [batch...] is 1 for the examples that count and 0 for the others. These have value 0 and
+  no influence on the rest, not even through the statistics of the batch, whatever they hold.
+- `reduction` is "none" for [batch...] float32, "sum", or "mean": over the examples that count.
+- Values and gradients are finite for logits of ±1e4.
+- ValueError for unequal shapes (nothing is broadcast), a mask of another shape than [batch...],
+  and an unknown reduction.
+"""
 
 import jax
 import jax.numpy as jnp
 
+from kdq.distill.reduction import check_mask, hide, reduce
 from kdq.types import Array
 
+Scalar = Array | float
 
-def kl(student_logits: Array, teacher_logits: Array, temperature: Array | float = 1.0) -> Array:
-    """Softened Kullback-Leibler divergence from the teacher, T² KL(teacher ‖ student).
+# Deviations below this part of a vector's own size are float32 rounding: the vector is constant.
+_ROUNDING = 1e-6
+# Of the deviations in a correlation: inverted, those of classes that never occur would overflow.
+_SMALLEST_NORM = 1e-8
 
-    With p = softmax(teacher_logits / T) and q = softmax(student_logits / T), this is
-    T² Σ_c p_c (log p_c - log q_c). The factor T² keeps the size of the gradient when T changes, so
-    callers must not multiply by it again. No gradient flows to the teacher. (Hinton et al., 2015,
-    arXiv:1503.02531.)
 
-    Args:
-      student_logits: [batch..., classes], any float dtype; the arithmetic is float32.
-      teacher_logits: the same shape.
-      temperature: T > 0.
+def kl(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Scalar = 1.0,
+    *,
+    mask: Array | None = None,
+    reduction: str = "none",
+) -> Array:
+    """Softened Kullback-Leibler divergence from the teacher: T² KL(p ‖ q) = T² Σ p log(p / q).
 
-    Returns:
-      [batch...] float32, at least 0 up to rounding; finite for logits of ±1e4.
+    At least 0, in nats at T = 1. (Hinton et al., 2015, arXiv:1503.02531.)
     """
+    log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
+    return reduce(_squared(temperature) * _relative_entropy(log_p, log_q), mask, reduction)
+
+
+def reverse_kl(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Scalar = 1.0,
+    *,
+    mask: Array | None = None,
+    reduction: str = "none",
+) -> Array:
+    """The divergence the other way round, T² KL(q ‖ p): the student may leave out modes.
+
+    (MiniLLM, arXiv:2306.08543, where T = 1.)
+    """
+    log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
+    return reduce(_squared(temperature) * _relative_entropy(log_q, log_p), mask, reduction)
+
+
+def jensen_shannon(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Scalar = 1.0,
+    beta: Scalar = 0.5,
+    *,
+    mask: Array | None = None,
+    reduction: str = "none",
+) -> Array:
+    """Generalized Jensen-Shannon divergence, T² (β KL(p ‖ m) + (1 − β) KL(q ‖ m)).
+
+    m = β p + (1 − β) q with β in [0, 1]. At β = 0 and β = 1 the formula is 0 for every student;
+    there the value is `kl` and `reverse_kl`, the limits of the loss divided by β and by 1 − β, as
+    the paper's gradients behave and common implementations do. So the loss jumps at both ends. NaN
+    for other β; the derivative in β at the ends counts as 0. (GKD, arXiv:2306.13649, where T = 1.)
+    """
+    log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
+    beta = jnp.asarray(beta, jnp.float32)
+    log_m = _log_mixture(log_p, log_q, beta)
+    between = beta * _relative_entropy(log_p, log_m) + (1 - beta) * _relative_entropy(log_q, log_m)
+    value = jnp.where(
+        beta == 0,
+        _relative_entropy(log_p, log_q),
+        jnp.where(beta == 1, _relative_entropy(log_q, log_p), between),
+    )
+    return reduce(_squared(temperature) * value, mask, reduction)
+
+
+def skew_kl(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Scalar = 1.0,
+    alpha: Scalar = 0.1,
+    *,
+    mask: Array | None = None,
+    reduction: str = "none",
+) -> Array:
+    """Skew divergence T² KL(p ‖ α p + (1 − α) q), at most T² log(1 / α): a bounded `kl`.
+
+    α in [0, 1], NaN for other α. α = 0 is `kl` at the same temperature, α = 1 is 0; the derivative
+    in α at these two counts as 0. (DistiLLM, arXiv:2402.03898, where T = 1.)
+    """
+    log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
+    log_m = _log_mixture(log_p, log_q, jnp.asarray(alpha, jnp.float32))
+    return reduce(_squared(temperature) * _relative_entropy(log_p, log_m), mask, reduction)
+
+
+def dkd(
+    student_logits: Array,
+    teacher_logits: Array,
+    labels: Array,
+    temperature: Scalar = 1.0,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 8.0,
+    *,
+    mask: Array | None = None,
+    reduction: str = "none",
+) -> Array:
+    """Decoupled distillation, T² (α TCKD + β NCKD).
+
+    TCKD is the divergence of the two-way distributions (p_label, 1 − p_label), NCKD that of the
+    distributions over the other classes alone; α = 1 and β = 1 − p_label would give `kl`.
+
+    labels: [batch...] int in [0, classes). One outside makes its value NaN, unless masked. The
+    paper's linear warm-up is a schedule of this loss's weight, so it is not in here. ValueError for
+    fewer than two classes, and for labels of another shape or no integer dtype. (Zhao et al.,
+    arXiv:2203.08679.)
+    """
+    if student_logits.shape[-1] < 2:
+        raise ValueError(f"dkd needs at least two classes, given {student_logits.shape[-1]}")
+    student, teacher = _pair(student_logits, teacher_logits, mask)
+    is_label = _one_hot(labels, student.shape)
+    binary_q, others_q = _decouple(student / temperature, is_label)
+    binary_p, others_p = _decouple(teacher / temperature, is_label)
+    value = alpha * _relative_entropy(binary_p, binary_q)
+    value += beta * _relative_entropy(others_p, others_q)
+    return reduce(_squared(temperature) * _nan_if_no_class(value, is_label), mask, reduction)
+
+
+def dist(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Scalar = 1.0,
+    beta: Scalar = 1.0,
+    gamma: Scalar = 1.0,
+    *,
+    mask: Array | None = None,
+    reduction: str = "none",
+) -> Array:
+    """Correlation with a stronger teacher, T² (β inter + γ intra); "mean" is the paper's loss.
+
+    inter is 1 − ρ(q, p) over the classes of one example, with Pearson's ρ. intra is the mean over
+    the classes of 1 − ρ of that class's probabilities over all examples that count; it belongs to
+    the batch and is added to each example. The factor T² is in the authors' code; the paper's
+    equations have no T. That code adds 1e-8 to the product of the norms, which moves the loss at
+    T = 20 by 6e-5 of itself; here only a norm below 1e-8 counts as 1e-8, and else ρ is exact.
+
+    ρ is 0, without gradient, where either side is constant up to rounding: equal logits, or a class
+    that has the same probability everywhere. With fewer than two examples that count, intra is
+    undefined and counts as 0. (Huang et al., arXiv:2205.10536.)
+    """
+    student, teacher = _pair(student_logits, teacher_logits, mask)
+    q = jax.nn.softmax(student / temperature)
+    p = jax.nn.softmax(teacher / temperature)
+    classes = q.shape[-1]
+    inter = 1 - _pearson(q, p, jnp.ones(classes))
+    examples = jnp.ones(inter.size) if mask is None else mask.astype(jnp.float32).reshape(-1)
+    columns = [v.reshape(-1, classes).T for v in (q, p)]
+    intra = jnp.mean(1 - _pearson(*columns, examples))
+    intra = jnp.where(jnp.sum(examples) > 1, intra, 0)
+    return reduce(_squared(temperature) * (beta * inter + gamma * intra), mask, reduction)
+
+
+def standardized_kl(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Scalar = 1.0,
+    *,
+    mask: Array | None = None,
+    reduction: str = "none",
+) -> Array:
+    """T² KL of standardized logits: `kl` of z = (logits − mean) / std, each over its classes.
+
+    T is the paper's base temperature. std is the root of the mean squared deviation, as in the
+    paper; its code divides by classes − 1, which equals a T larger by √(classes / (classes − 1)) in
+    the softmax. Equal logits have z = 0 without gradient. (Sun et al., arXiv:2403.01427.)
+    """
+    student, teacher = _pair(student_logits, teacher_logits, mask)
+    return kl(
+        _standardize(student), _standardize(teacher), temperature, mask=mask, reduction=reduction
+    )
+
+
+def soft_mse(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    mask: Array | None = None,
+    reduction: str = "none",
+) -> Array:
+    """Squared difference of the logits themselves, averaged over classes; no temperature.
+
+    Unlike the losses on distributions it sees a shift of all logits. (Kim et al.,
+    arXiv:2105.08919.)
+    """
+    student, teacher = _pair(student_logits, teacher_logits, mask)
+    return reduce(jnp.mean(jnp.square(student - teacher), axis=-1), mask, reduction)
+
+
+def hard_label(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    mask: Array | None = None,
+    reduction: str = "none",
+) -> Array:
+    """Cross-entropy with the class that the teacher predicts, the first of its largest logits.
+
+    (DeiT's hard-label distillation, arXiv:2012.12877.)
+    """
+    student, teacher = _pair(student_logits, teacher_logits, mask)
+    return cross_entropy(student, jnp.argmax(teacher, axis=-1), mask=mask, reduction=reduction)
+
+
+def cross_entropy(
+    logits: Array,
+    labels: Array,
+    label_smoothing: Scalar = 0.0,
+    *,
+    mask: Array | None = None,
+    reduction: str = "none",
+) -> Array:
+    """The task loss, −Σ y log q with y = (1 − ε) onehot(label) + ε / classes, in nats.
+
+    ε is `label_smoothing` in [0, 1] (arXiv:1512.00567). labels: [batch...] int in [0, classes); one
+    outside makes its value NaN, unless masked. ValueError for labels of another shape or no integer
+    dtype.
+    """
+    log_q = jax.nn.log_softmax(_float32(logits, mask))
+    is_label = _one_hot(labels, logits.shape)
+    own = jnp.sum(jnp.where(is_label, log_q, 0), axis=-1)
+    value = -(1 - label_smoothing) * own - label_smoothing * jnp.mean(log_q, axis=-1)
+    return reduce(_nan_if_no_class(value, is_label), mask, reduction)
+
+
+def _pair(student_logits: Array, teacher_logits: Array, mask: Array | None) -> tuple[Array, Array]:
+    """Both in float32, zeros where masked, and the teacher a constant."""
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits {student_logits.shape} and teacher_logits {teacher_logits.shape} "
             "must have one shape"
         )
-    teacher_logits = jax.lax.stop_gradient(teacher_logits)
-    log_p = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
-    log_q = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
-    return jnp.square(jnp.asarray(temperature, jnp.float32)) * jnp.sum(
-        jnp.exp(log_p) * (log_p - log_q), axis=-1
+    return _float32(student_logits, mask), jax.lax.stop_gradient(_float32(teacher_logits, mask))
+
+
+def _float32(logits: Array, mask: Array | None) -> Array:
+    if mask is not None:
+        check_mask(mask, logits.shape[:-1])
+    return hide(logits, mask).astype(jnp.float32)
+
+
+def _log_softmax(
+    student_logits: Array, teacher_logits: Array, temperature: Scalar, mask: Array | None
+) -> tuple[Array, Array]:
+    student, teacher = _pair(student_logits, teacher_logits, mask)
+    return jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
+
+
+def _squared(temperature: Scalar) -> Array:
+    return jnp.square(jnp.asarray(temperature, jnp.float32))
+
+
+def _relative_entropy(log_a: Array, log_b: Array) -> Array:
+    """Σ a log(a / b) over the last axis, as the sum of a log(a / b) − a + b.
+
+    The two extra terms sum to 0. With them no term is negative, so nothing cancels: at T = 20 and
+    logits of size 1 the plain sum is wrong by 1e-4. d + expm1(−d) is log(a / b) − 1 + b / a.
+    """
+    d = log_a - log_b
+    close = jnp.abs(d) < 1
+    d_close = jnp.where(close, d, 0)  # expm1 of the others could overflow
+    a, b = jnp.exp(log_a), jnp.exp(log_b)
+    terms = jnp.where(close, a * (d_close + jnp.expm1(-d_close)), a * d - a + b)
+    return jnp.sum(terms, axis=-1)
+
+
+def _log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
+    """log(weight p + (1 − weight) q), exactly log q at 0 and log p at 1."""
+    inside = jnp.where((weight == 0) | (weight == 1), 0.5, weight)  # log 0 has no derivative
+    mixed = jnp.logaddexp(jnp.log(inside) + log_p, jnp.log1p(-inside) + log_q)
+    return jnp.where(weight == 0, log_q, jnp.where(weight == 1, log_p, mixed))
+
+
+def _one_hot(labels: Array, shape: tuple[int, ...]) -> Array:
+    """[batch..., classes] bool; no class at all where the label is none."""
+    if labels.shape != shape[:-1]:
+        raise ValueError(f"labels must have the batch's shape {shape[:-1]}, given {labels.shape}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, given {labels.dtype}")
+    return labels[..., None] == jnp.arange(shape[-1])
+
+
+def _nan_if_no_class(value: Array, is_label: Array) -> Array:
+    # Traced code cannot raise, and a number would hide the mistake.
+    return jnp.where(jnp.any(is_label, axis=-1), value, jnp.nan)
+
+
+def _decouple(scaled: Array, is_label: Array) -> tuple[Array, Array]:
+    """Log-probabilities of (label, any other) [batch..., 2] and among the others.
+
+    The latter are [batch..., classes], with e^lowest = 0 in the label's place.
+    """
+    own = jnp.sum(jnp.where(is_label, scaled, 0), axis=-1)
+    rest = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, scaled), axis=-1)
+    among_others = scaled - rest[..., None]
+    lowest = jnp.finfo(jnp.float32).min  # -inf would give inf - inf in the divergence
+    return (
+        jax.nn.log_softmax(jnp.stack([own, rest], axis=-1)),
+        jnp.where(is_label, lowest, among_others),
     )
+
+
+def _pearson(a: Array, b: Array, weights: Array) -> Array:
+    """Correlation over the last axis, with weights [last]; 0 where a or b is constant."""
+    count = jnp.maximum(jnp.sum(weights), 1)
+
+    def deviations(v: Array) -> tuple[Array, Array, Array]:
+        centered = v - jnp.sum(weights * v, axis=-1, keepdims=True) / count
+        squares = jnp.sum(weights * jnp.square(centered), axis=-1)
+        varies = squares > _ROUNDING**2 * jnp.sum(weights * jnp.square(v), axis=-1)
+        return centered, jnp.sqrt(jnp.maximum(squares, _SMALLEST_NORM**2)), varies
+
+    (a, norm_a, a_varies), (b, norm_b, b_varies) = deviations(a), deviations(b)
+    product = jnp.sum(weights * a * b, axis=-1)
+    return jnp.where(a_varies & b_varies, product / (norm_a * norm_b), 0)
+
+
+def _standardize(logits: Array) -> Array:
+    """[batch..., classes] with mean 0 and population variance 1 over the classes."""
+    centered = logits - jnp.mean(logits, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+    size = jnp.mean(jnp.square(logits), axis=-1, keepdims=True)
+    varies = variance > _ROUNDING**2 * size
+    return jnp.where(varies, centered / jnp.sqrt(jnp.where(varies, variance, 1)), 0)
