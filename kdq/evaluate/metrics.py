@@ -1,7 +1,9 @@
 """Task and fidelity metrics, computed on the host in float64 from a model's logits."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_softmax
@@ -25,7 +27,7 @@ def nll(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     Raises:
       ValueError: a label that is no class.
     """
-    log_p, labels = _log_softmax(logits), _labels(labels, np.shape(logits)[-1])
+    log_p, labels = _log_softmax(logits), class_labels(logits, labels)
     return -np.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
 
 
@@ -45,7 +47,7 @@ def correct(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     logits = np.asarray(logits)
     # argmax takes a NaN for the maximum: a diverged model would score as if it had guessed.
     valid = ~np.isnan(logits).any(-1)
-    return valid & (logits.argmax(-1) == _labels(labels, logits.shape[-1]))
+    return valid & (logits.argmax(-1) == class_labels(logits, labels))
 
 
 def agreement(student_logits: ArrayLike, teacher_logits: ArrayLike) -> np.ndarray:
@@ -133,6 +135,64 @@ def predict(apply: ImageApply, variables: Variables, batches: Iterable[Batch]) -
     return np.concatenate(logits)
 
 
+def class_labels(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """The labels as an array, after checking that they are classes of the logits' examples.
+
+    Args:
+      logits: [batch, classes] float.
+      labels: [batch] int in [0, classes).
+
+    Returns:
+      [batch] int.
+
+    Raises:
+      ValueError: other shapes, labels that are no integers, or a label that is no class.
+    """
+    shape, labels = np.shape(logits), np.asarray(labels)
+    if len(shape) != 2 or labels.shape != shape[:1]:
+        raise ValueError(
+            f"logits must be [batch, classes] and labels [batch], given {shape} and {labels.shape}"
+        )
+    if labels.size and not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers, given {labels.dtype}")
+    if labels.size and not (labels.min() >= 0 and labels.max() < shape[1]):
+        raise ValueError(
+            f"labels must be in [0, {shape[1]}), given {labels.min()} to {labels.max()}"
+        )
+    return labels
+
+
+def in_batches(fn: Callable[..., Any], *arrays: np.ndarray, batch_size: int) -> Any:
+    """Applies a function to slices of one size, so that what it jits compiles once.
+
+    Args:
+      fn: slices of the arrays, [batch_size, ...] each -> a tree of arrays [batch_size, ...]; an
+        example's result must not depend on the others, as the last slice is padded with copies
+        of the last example.
+      *arrays: [examples, ...] each.
+      batch_size: examples a call, fewer if there are not so many.
+
+    Returns:
+      The tree of `fn` as NumPy arrays [examples, ...].
+
+    Raises:
+      ValueError: no example, arrays of different lengths, or a batch size below 1.
+    """
+    examples = {len(array) for array in arrays}
+    if len(examples) != 1 or 0 in examples:
+        raise ValueError(f"in_batches: lengths must be equal and positive, given {examples}")
+    if batch_size < 1:
+        raise ValueError(f"in_batches: batch_size must be at least 1, given {batch_size}")
+    (n,) = examples
+    size = min(batch_size, n)
+    parts = []
+    for start in range(0, n, size):
+        rows = np.minimum(np.arange(start, start + size), n - 1)
+        result = fn(*(array[rows] for array in arrays))
+        parts.append(jax.tree.map(lambda r, keep=n - start: np.asarray(r)[:keep], result))
+    return jax.tree.map(lambda *p: np.concatenate(p), *parts)
+
+
 def _outputs(
     apply: ImageApply, variables: Variables, batches: Iterable[Batch]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -157,15 +217,6 @@ def _unmasked(logits: Array, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 def _log_softmax(logits: ArrayLike) -> np.ndarray:
     return log_softmax(np.asarray(logits, np.float64), axis=-1)
-
-
-def _labels(labels: ArrayLike, classes: int) -> np.ndarray:
-    labels = np.asarray(labels)
-    if labels.size and not (labels.min() >= 0 and labels.max() < classes):
-        raise ValueError(
-            f"labels must be in [0, {classes}), given {labels.min()} to {labels.max()}"
-        )
-    return labels
 
 
 def _mismatch(reference: np.ndarray, start: int, logits: np.ndarray) -> str:

@@ -116,3 +116,32 @@ def test_no_examples_is_an_error(problem):
         metrics.evaluate(_linear, student, masked)
     with pytest.raises(ValueError, match="no batches"):
         metrics.predict(_linear, student, [])
+
+
+@pytest.mark.parametrize("metric", [metrics.nll, metrics.correct])
+def test_labels_of_other_examples_are_refused(metric):
+    with pytest.raises(ValueError, match=r"given \(4, 3\) and \(1,\)"):
+        metric(np.zeros((4, 3)), [1])
+
+
+@pytest.mark.parametrize("size", [1, 4, 10, 64])
+def test_in_batches_restores_the_order_and_calls_with_one_shape(size):
+    x, y = np.arange(10.0), np.arange(20.0).reshape(10, 2)
+    shapes = set()
+
+    def fn(x, y):
+        shapes.add((x.shape, y.shape))
+        return {"sum": x[:, None] + y, "square": x**2}
+
+    result = metrics.in_batches(fn, x, y, batch_size=size)
+    np.testing.assert_array_equal(result["sum"], [[3 * i, 3 * i + 1] for i in range(10)])
+    np.testing.assert_array_equal(result["square"], [i * i for i in range(10)])
+    rows = min(size, 10)
+    assert shapes == {((rows,), (rows, 2))}
+
+
+def test_in_batches_refuses_what_has_no_batches():
+    with pytest.raises(ValueError, match="lengths must be equal and positive"):
+        metrics.in_batches(np.add, np.zeros(3), np.zeros(2), batch_size=2)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
+        metrics.in_batches(np.abs, np.zeros(3), batch_size=0)

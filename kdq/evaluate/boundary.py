@@ -1,0 +1,192 @@
+"""Whether a student draws its decision boundary where its teacher draws it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kdq.evaluate import metrics
+from kdq.evaluate.attribution import LogitsFn
+from kdq.types import Array
+
+
+def draw_pairs(classes: ArrayLike, pairs: int, seed: int = 0) -> np.ndarray:
+    """Pairs of examples of different classes, each possible one equally likely.
+
+    Args:
+      classes: [n] int.
+      pairs: how many are drawn, with replacement.
+      seed: of NumPy's default generator; the same seed draws the same pairs.
+
+    Returns:
+      [pairs, 2] int, indices of examples; (i, j) and (j, i) are two pairs.
+
+    Raises:
+      ValueError: classes of another shape, all the same, or fewer than one pair.
+    """
+    classes = np.asarray(classes)
+    if classes.ndim != 1 or pairs < 1:
+        raise ValueError(f"draw_pairs: given classes {classes.shape} and {pairs} pairs")
+    _, inverse, count = np.unique(classes, return_inverse=True, return_counts=True)
+    if len(count) < 2:
+        raise ValueError("draw_pairs: all examples are of one class, there is no boundary")
+    rng = np.random.default_rng(seed)
+    others = len(classes) - count[inverse]
+    left = rng.choice(len(classes), size=pairs, p=others / others.sum())
+    # In the order of classes, the examples of other classes are those around a block of one's own.
+    order, own = np.argsort(inverse, kind="stable"), inverse[left]
+    position = rng.integers(0, others[left])
+    position += np.where(position >= (np.cumsum(count) - count)[own], count[own], 0)
+    return np.stack([left, order[position]], axis=1)
+
+
+def path_agreement(
+    student_fn: LogitsFn,
+    teacher_fn: LogitsFn,
+    images: ArrayLike,
+    pairs: int = 256,
+    seed: int = 0,
+    points: int = 9,
+    batch_size: int = 256,
+) -> float:
+    """Agreement on straight paths between images to which the teacher gives different classes.
+
+    The points of a path are x + k/(points + 1) (x' − x) for k = 1 … points: without the ends,
+    and across at least one boundary of the teacher. The pairs are those of `draw_pairs`.
+
+    Args:
+      student_fn: images -> logits; jitted here, once.
+      teacher_fn: likewise, of as many classes.
+      images: [n, ...] float, in the units that both take.
+      pairs: paths.
+      seed: of the pairs.
+      points: interior points a path.
+      batch_size: images a call; one shape compiles.
+
+    Returns:
+      Fraction in [0, 1] of all points of all paths where both predict the same class.
+
+    Raises:
+      ValueError: no image, images that are no floats, models of different classes, a teacher that
+        predicts one class only or a NaN, or no pair or point.
+    """
+    images = _floats(images)
+    if points < 1:
+        raise ValueError(f"path_agreement: points must be at least 1, given {points}")
+    both = _both(student_fn, teacher_fn)
+    # No batch of either pass is smaller, so one shape compiles.
+    batch_size = min(batch_size, len(images), max(pairs, 1) * points)
+    _, teacher = metrics.in_batches(both, images, batch_size=batch_size)
+    ends = np.repeat(draw_pairs(_prediction(teacher), pairs, seed), points, axis=0)
+    fractions = np.tile(np.arange(1, points + 1) / (points + 1), pairs).astype(images.dtype)
+
+    def at(left: np.ndarray, right: np.ndarray, t: np.ndarray) -> tuple[Array, Array]:
+        t = t.reshape(-1, *[1] * (images.ndim - 1))
+        return both((1 - t) * images[left] + t * images[right])
+
+    # The images of a path are made a batch at a time: all of them may be many.
+    student, teacher = metrics.in_batches(
+        at, ends[:, 0], ends[:, 1], fractions, batch_size=batch_size
+    )
+    return _agreement(student, teacher)
+
+
+def adversarial_agreement(
+    student_fn: LogitsFn,
+    teacher_fn: LogitsFn,
+    images: ArrayLike,
+    epsilon: float,
+    batch_size: int = 256,
+) -> dict[str, float]:
+    """Agreement after a small step that makes one of the two less sure of its own prediction.
+
+    The step is x + ε sign(∂L/∂x), the fast gradient sign of arXiv:1412.6572, with L the
+    cross-entropy of a model with its own prediction on x. It is not clipped to a range of pixels,
+    which this function cannot know of standardized images. ε = 0 gives the agreement on the images
+    themselves, with which the others are to be compared.
+
+    Args:
+      student_fn: images -> logits of at least 2 classes; jitted here, once.
+      teacher_fn: likewise, of as many classes.
+      images: [n, ...] float, in the units that both take.
+      epsilon: ε ≥ 0 in those units.
+      batch_size: images a call; one shape compiles.
+
+    Returns:
+      Fractions in [0, 1] of the images where both predict the same class as each other after the
+      step: "against_teacher" for the step on the teacher's loss, "against_student" for the
+      student's. A pixel whose gradient is 0 or NaN stays.
+
+    Raises:
+      ValueError: no image, images that are no floats, models of different classes or of only one,
+        a teacher that predicts a NaN, or an epsilon that is negative or not finite.
+    """
+    images = _floats(images)
+    if not 0 <= epsilon < np.inf:
+        raise ValueError(f"adversarial_agreement: epsilon must be in [0, inf), given {epsilon}")
+    both = _both(student_fn, teacher_fn)
+
+    @jax.jit
+    def after_steps(images: Array, epsilon: float) -> list[tuple[Array, Array]]:
+        steps = (_gradient_sign(fn, images) for fn in (teacher_fn, student_fn))
+        return [both(images + epsilon * step) for step in steps]
+
+    outputs = metrics.in_batches(
+        lambda batch: after_steps(batch, epsilon), images, batch_size=batch_size
+    )
+    return {
+        f"against_{name}": _agreement(*logits)
+        for name, logits in zip(("teacher", "student"), outputs, strict=True)
+    }
+
+
+def _gradient_sign(fn: LogitsFn, images: Array) -> Array:
+    """[batch, ...] in {−1, 0, 1}: the sign of the gradient of the loss on fn's own prediction."""
+
+    def margin(images: Array) -> Array:
+        """Σ of how far the other classes are ahead; each loss is its softplus.
+
+        So their gradients have one sign, but where the softmax saturates, only this one is not
+        rounded to 0.
+        """
+        logits = fn(images)
+        own = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
+        rest = jax.nn.logsumexp(logits, axis=-1, where=~own)
+        return jnp.sum(rest - jnp.sum(logits, axis=-1, where=own))
+
+    sign = jnp.sign(jax.grad(margin)(images))
+    return jnp.where(jnp.isnan(sign), 0, sign)
+
+
+def _both(student_fn: LogitsFn, teacher_fn: LogitsFn) -> Callable[[ArrayLike], tuple[Array, Array]]:
+    @jax.jit
+    def both(images: Array) -> tuple[Array, Array]:
+        student, teacher = student_fn(images), teacher_fn(images)
+        if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2:
+            raise ValueError(
+                "student_fn and teacher_fn must return logits [batch, classes] of as many classes, "
+                f"at least 2, given {student.shape} and {teacher.shape}"
+            )
+        return student, teacher
+
+    return both
+
+
+def _floats(images: ArrayLike) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim < 2 or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be floats [n, ...], given {images.dtype} {images.shape}")
+    return images
+
+
+def _prediction(logits: np.ndarray) -> np.ndarray:
+    if np.isnan(logits).any():
+        raise ValueError("the teacher's logits hold a NaN: such a teacher predicts nothing")
+    return logits.argmax(-1)
+
+
+def _agreement(student: np.ndarray, teacher: np.ndarray) -> float:
+    """Over all rows; a student's NaN agrees with nothing."""
+    return float(np.mean(metrics.correct(student, _prediction(teacher))))
