@@ -1,0 +1,399 @@
+"""Caches of teacher logits: what was written comes back, and anything else is refused by name."""
+
+import dataclasses
+import fcntl
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from kdq.distill import cache
+from kdq.distill.cache import CacheError, open_cache, write_cache
+from kdq.distill.cache_key import CacheKey, Dense, Sampled, TopK, make_records
+
+LENGTH, CLASSES = 23, 5
+TOP_K = TopK(k=2, temperature=4.0)
+SAMPLED = Sampled(samples=3, temperature=4.0, sampling_seed=0, proposal_temperature=0.7)
+KEY = CacheKey(
+    teacher="a teacher",
+    teacher_model={"name": "cnn", "widths": (4, 8)},
+    dataset="digits",
+    split="train",
+    data_digest="some data",
+    mean=4.9,
+    std=(6.0,),
+    augment=({"name": "shift", "pixels": 1},),
+    stream_seed=0,
+    num_classes=CLASSES,
+    target=TOP_K,
+)
+BY_ID = dataclasses.replace(KEY, augment=(), stream_seed=None, target=Dense())
+LOGITS = np.random.default_rng(0).normal(size=(LENGTH, CLASSES)).astype(np.float32)
+IDS = np.random.default_rng(1).permutation(LENGTH)  # the order of a stream
+
+
+def batches(key, size=5):
+    """The records of LOGITS in batches, the last one padded as an evaluation's."""
+    for start in range(0, LENGTH, size):
+        rows = np.arange(start, start + size)
+        mask = rows < LENGTH
+        rows = np.where(mask, rows, 0)
+        if key.by_position:
+            yield make_records(key, LOGITS[rows], IDS[rows], rows, mask=mask)
+        else:
+            yield make_records(key, LOGITS[rows], rows, mask=mask.astype(np.float32))
+
+
+def write(directory, key=BY_ID, **kwargs):
+    return write_cache(directory, key, batches(key), LENGTH, **{"records_per_shard": 8, **kwargs})
+
+
+def expected_arrays(target, positions):
+    """What the kinds should hold, for the records at `positions`, from float64 loops."""
+    result = {"logits": LOGITS[positions]} if isinstance(target, Dense) else {}
+    if isinstance(target, TopK):
+        p = np.exp(LOGITS[positions].astype(np.float64) / 4)
+        p /= p.sum(-1, keepdims=True)
+        order = np.argsort(-p, axis=-1)[:, :2]
+        result = {"indices": order, "log_probs": np.log(np.take_along_axis(p, order, -1))}
+    return result
+
+
+@pytest.mark.parametrize("records_per_shard", [8, LENGTH, 100, 1])
+@pytest.mark.parametrize("target", [Dense(), TOP_K, SAMPLED], ids=lambda t: t.kind)
+@pytest.mark.parametrize("by_position", [False, True])
+def test_round_trip(tmp_path, target, by_position, records_per_shard):
+    key = dataclasses.replace(KEY if by_position else BY_ID, target=target)
+    write(tmp_path / "deep" / "cache", key, records_per_shard=records_per_shard)
+    opened = open_cache(tmp_path / "deep" / "cache", key)
+    assert len(opened) == LENGTH
+    indices = np.array([22, 0, 7, 8, 7, 16])
+    ids = IDS[indices] if by_position else indices
+    got, everything = opened.read(indices, ids), opened.load()
+    np.testing.assert_array_equal(got["id"], ids)
+    for name, array in everything.items():
+        assert array.shape[0] == LENGTH
+        assert array.dtype == got[name].dtype
+        np.testing.assert_array_equal(array[indices], got[name])
+    for name, array in expected_arrays(target, indices).items():
+        np.testing.assert_allclose(got[name], array, rtol=1e-5, err_msg=name)
+    if target is SAMPLED:  # each weight is p / (3 r) with r ∝ p^0.7
+        p = np.exp(LOGITS[indices].astype(np.float64) / 4)
+        p /= p.sum(-1, keepdims=True)
+        r = p**0.7 / (p**0.7).sum(-1, keepdims=True)
+        weights = np.take_along_axis(p / r / 3, got["indices"], -1)
+        np.testing.assert_allclose(got["weights"], weights, rtol=1e-5)
+    assert set(got) == {"id", *(name for name, _, _ in target.layout(CLASSES))}
+
+
+def test_dense_values_come_back_bit_for_bit_and_are_the_callers(tmp_path):
+    opened = write(tmp_path / "cache")
+    logits = opened.load()["logits"]
+    assert logits.tobytes() == LOGITS.tobytes()
+    logits[:] = 0
+    read = opened.read([3])["logits"]
+    read[:] = 1
+    np.testing.assert_array_equal(opened.read([3])["logits"], LOGITS[[3]])
+    assert opened.read(np.array([], np.int32))["logits"].shape == (0, CLASSES)
+
+
+# Another value for every field: a new field without one fails the tests below.
+OTHER = {
+    "teacher": "another teacher",
+    "teacher_model": {"name": "cnn", "widths": (4, 9)},
+    "dataset": "mnist",
+    "split": "train[:90%]",
+    "data_digest": "other data",
+    "mean": 5.0,
+    "std": (6.0, 6.0, 6.0),
+    "augment": ({"name": "shift", "pixels": 2},),
+    "stream_seed": 1,
+    "num_classes": CLASSES + 1,
+}
+OTHER_TARGET = {
+    "k": (TOP_K, 3),
+    "temperature": (TOP_K, 4.5),
+    "samples": (SAMPLED, 4),
+    "sampling_seed": (SAMPLED, 1),
+    "proposal_temperature": (SAMPLED, 1.0),
+}
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(CacheKey)])
+def test_every_field_of_the_key_that_differs_is_named(tmp_path, field):
+    write(tmp_path / "cache", KEY)
+    if field == "target":
+        other, field = dataclasses.replace(KEY, target=Dense()), "kind"
+        pattern = "kind: expected 'dense', found 'top_k'"
+    else:
+        other = dataclasses.replace(KEY, **{field: OTHER[field]})
+        pattern = f"something else: {field}: expected "
+    with pytest.raises(CacheError, match=pattern) as error:
+        open_cache(tmp_path / "cache", other)
+    assert str(tmp_path / "cache") in str(error.value)
+    assert repr(KEY.to_json()[field]) in str(error.value)
+    assert repr(other.to_json()[field]) in str(error.value)
+    with pytest.raises(CacheError, match=f"{pattern}.*in the way: remove it"):
+        write(tmp_path / "cache", other)
+    open_cache(tmp_path / "cache", KEY)
+
+
+@pytest.mark.parametrize(
+    ("target", "field"),
+    [(t, f.name) for t in (Dense(), TOP_K, SAMPLED) for f in dataclasses.fields(t)],
+)
+def test_every_field_of_the_target_that_differs_is_named(tmp_path, target, field):
+    key = dataclasses.replace(BY_ID, target=target)
+    write(tmp_path / "cache", key)
+    base, value = OTHER_TARGET[field]
+    if field == "temperature":
+        base = target
+    other = dataclasses.replace(key, target=dataclasses.replace(base, **{field: value}))
+    expected = f"something else: {field}: expected {value}, found {getattr(target, field)}$"
+    with pytest.raises(CacheError, match=expected):
+        open_cache(tmp_path / "cache", other)
+
+
+def test_all_differences_are_named_at_once(tmp_path):
+    write(tmp_path / "cache", KEY)
+    with pytest.raises(CacheError, match=r"augment: expected .*; split: expected .*; stream_seed"):
+        open_cache(
+            tmp_path / "cache",
+            dataclasses.replace(KEY, split="test", augment=(), stream_seed=None),
+        )
+
+
+def test_every_damage_is_named(tmp_path):
+    directory = tmp_path / "cache"
+    write(directory)
+    shard = directory / "00001-of-00003.array_record"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(CacheError, match=f"{shard} has {len(whole) - 1} bytes, not {len(whole)}"):
+        open_cache(directory, BY_ID)
+    for place in (0, len(whole) // 2, len(whole) - 1):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        shard.write_bytes(flipped)
+        with pytest.raises(CacheError, match=f"{shard} is damaged"):
+            open_cache(directory, BY_ID)
+    other = (directory / "00000-of-00003.array_record").read_bytes()
+    assert len(other) == len(whole)
+    shard.write_bytes(other)
+    with pytest.raises(CacheError, match=f"{shard} is damaged"):
+        open_cache(directory, BY_ID)
+    shard.unlink()
+    with pytest.raises(CacheError, match=f"{shard} is missing"):
+        open_cache(directory, BY_ID)
+    shard.write_bytes(whole)
+    open_cache(directory, BY_ID)
+    (directory / "metadata.json").unlink()
+    with pytest.raises(CacheError, match=r"there is no metadata\.json"):
+        open_cache(directory, BY_ID)
+    with pytest.raises(CacheError, match="no cache in"):
+        open_cache(tmp_path / "elsewhere", BY_ID)
+
+
+def test_no_damage_of_the_metadata_goes_unseen(tmp_path):
+    directory = tmp_path / "cache"
+    write(directory)
+    path = directory / "metadata.json"
+    text = path.read_text()
+    for place in range(len(text)):
+        if text[place].isspace():
+            continue  # not all of it matters
+        path.write_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :])
+        with pytest.raises(CacheError, match=str(directory)):
+            open_cache(directory, BY_ID)
+    path.write_bytes(b"\xff" + text.encode())
+    with pytest.raises(CacheError, match=r"metadata\.json is damaged"):
+        open_cache(directory, BY_ID)
+
+
+def test_another_format_is_refused_as_such(tmp_path):
+    write(tmp_path / "cache")
+    path = tmp_path / "cache" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps({"format": 2, "contents": metadata["key"]}))
+    with pytest.raises(CacheError, match="format 2; this version reads 1"):
+        open_cache(tmp_path / "cache", BY_ID)
+
+
+def test_shards_of_another_length_are_refused(tmp_path):
+    write(tmp_path / "cache")
+    path = tmp_path / "cache" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    for records, pattern in (
+        ([8, 8], r"\[8, 8\] records, 23 in all"),
+        ([8, 7, 8], r"\[8, 7, 8\] records"),
+        ([9, 9, 5], r"00000-of-00003\.array_record has 8 records, not 9"),
+    ):
+        shards = zip(metadata["shards"], records, strict=False)
+        changed = [{**shard, "records": count} for shard, count in shards]
+        path.write_text(json.dumps({**metadata, "shards": changed}))
+        with pytest.raises(CacheError, match=pattern):
+            open_cache(tmp_path / "cache", BY_ID)
+
+
+def broken_off(key, count):
+    for number, batch in enumerate(batches(key)):
+        if number == count:
+            raise KeyboardInterrupt
+        yield batch
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_an_interrupted_write_leaves_nothing(tmp_path, count):
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(
+            tmp_path / "cache", BY_ID, broken_off(BY_ID, count), LENGTH, records_per_shard=8
+        )
+    assert list(tmp_path.iterdir()) == []
+    np.testing.assert_array_equal(write(tmp_path / "cache").load()["logits"], LOGITS)
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+import test_cache as t
+
+def killed():
+    yield from list(t.batches(t.BY_ID))[:4]
+    os._exit(9)
+
+t.write_cache(sys.argv[1], t.BY_ID, killed(), t.LENGTH, records_per_shard=8)
+"""
+
+
+def test_a_killed_write_leaves_nothing_under_the_final_name(tmp_path, request, child_environment):
+    here = str(request.path.parent)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "cache"), here]
+    assert subprocess.run(command, env=child_environment).returncode == 9
+    (left,) = tmp_path.iterdir()
+    assert left.name == ".cache.partial"
+    assert len(list(left.glob("*.array_record"))) == 3
+    write(tmp_path / "cache", records_per_shard=LENGTH)  # other names than the killed one's
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+    names = sorted(p.name for p in (tmp_path / "cache").iterdir())
+    assert names == ["00000-of-00001.array_record", "metadata.json"]
+
+
+def test_a_second_writer_waits_for_nobody_and_harms_nobody(tmp_path):
+    partial = tmp_path / ".cache.partial"
+    partial.mkdir()
+    (partial / "shard").write_text("of the first writer")
+    with open(partial / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CacheError, match="another process is writing it"):
+            write(tmp_path / "cache")
+        assert (partial / "shard").read_text() == "of the first writer"
+    write(tmp_path / "cache")
+    assert not partial.exists()
+
+
+def test_an_equal_cache_is_reused_and_another_length_is_not(tmp_path):
+    write(tmp_path / "cache")
+    untouched = broken_off(BY_ID, 0)  # raises when asked for a batch
+    opened = write_cache(tmp_path / "cache", BY_ID, untouched, LENGTH)
+    np.testing.assert_array_equal(opened.load()["logits"], LOGITS)
+    with pytest.raises(CacheError, match=r"length: expected 24, found 23.*in the way"):
+        write_cache(tmp_path / "cache", BY_ID, untouched, 24)
+    (tmp_path / "cache" / "00000-of-00003.array_record").unlink()
+    with pytest.raises(CacheError, match=r"is missing\. It is in the way"):
+        write(tmp_path / "cache")
+
+
+def changed(key, change):
+    """The batches of a key, the third one changed."""
+    return [change(b) if i == 2 else b for i, b in enumerate(batches(key))]
+
+
+def put(name, array):
+    return lambda batch: {**batch, name: array}
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "pattern"),
+    [
+        (BY_ID, lambda b: {"id": b["id"]}, r"has the arrays \['id'\], must have"),
+        (BY_ID, lambda b: {**b, "id": b["id"][::-1]}, r"id \[14 .*must go on from 10"),
+        (BY_ID, lambda b: {**b, "id": b["id"] + 1}, "must go on from 10 without a gap"),
+        (KEY, lambda b: {**b, "position": b["position"] + 1}, r"position \[11 .* from 10"),
+        (KEY, lambda b: {**b, "id": b["id"] + 0.5}, "id is float64"),
+        (BY_ID, put("logits", np.zeros((5, CLASSES))), "logits is float64.*must be float32"),
+        (BY_ID, put("logits", np.zeros((4, CLASSES), np.float32)), r"\(4, 5\), must be float32"),
+        (BY_ID, put("logits", np.full((5, CLASSES), np.nan, np.float32)), "not finite.* id 10"),
+        (KEY, put("log_probs", np.full((5, 2), -np.inf, np.float32)), "log_probs is not finite"),
+        (KEY, put("indices", np.full((5, 2), CLASSES, np.int32)), r"indices must be in \[0, 5\)"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(tmp_path, key, change, pattern):
+    with pytest.raises(CacheError, match=pattern):
+        write_cache(tmp_path / "cache", key, changed(key, change), LENGTH)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [8, 10, 100])
+def test_the_number_of_examples_must_be_the_length(tmp_path, size):
+    directory = tmp_path / "cache"
+    for length, found in ((22, "23 examples or more"), (20, "23 examples or more"), (24, "23 ex")):
+        with pytest.raises(CacheError, match=f"{found}.*length is {length}"):
+            write_cache(directory, BY_ID, batches(BY_ID), length, records_per_shard=size)
+    # A stream has no end: it is cut, in the middle of a batch.
+    opened = write_cache(directory, KEY, batches(KEY), 11, records_per_shard=size)
+    np.testing.assert_array_equal(opened.load()["id"], IDS[:11])
+    with pytest.raises(CacheError, match="have 23 examples, length is 24"):
+        write_cache(tmp_path / "longer", KEY, batches(KEY), 24)
+
+
+def test_positions_are_read_with_their_examples_ids_alone(tmp_path):
+    opened = write(tmp_path / "cache", KEY)
+    with pytest.raises(ValueError, match="ids must be given"):
+        opened.read([0, 1])
+    with pytest.raises(CacheError, match=f"record 4 is of example {IDS[4]}, not of {IDS[5]}"):
+        opened.read([3, 4], IDS[[3, 5]])
+    with pytest.raises(ValueError, match=r"ids \(1,\) must be one for each of the indices \(2,\)"):
+        opened.read([3, 3], IDS[[3]])
+    with pytest.raises(CacheError, match="record 2 is of example 2, not of 3"):
+        write(tmp_path / "by_id").read([2], [3])
+    for index in (-1, LENGTH):
+        with pytest.raises(IndexError, match=f"{index}.*valid are 0 to 22"):
+            opened.read([index, index], [0, 0])
+
+
+def test_load_has_a_limit(tmp_path):
+    opened = write(tmp_path / "cache")
+    size = LENGTH * (4 + 4 * CLASSES)
+    opened.load(limit_bytes=size)
+    with pytest.raises(CacheError, match=f"takes {size} bytes in memory, the limit is {size - 1}"):
+        opened.load(limit_bytes=size - 1)
+
+
+def test_threads_may_read_together(tmp_path):
+    opened = write(tmp_path / "cache", records_per_shard=3)
+    orders = [np.random.default_rng(seed).integers(0, LENGTH, 200) for seed in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        for order, got in zip(orders, pool.map(opened.read, orders), strict=True):
+            np.testing.assert_array_equal(got["logits"], LOGITS[order])
+
+
+def test_a_shard_that_changes_under_an_open_cache_is_an_error(tmp_path):
+    opened = write(tmp_path / "cache")
+    shard = tmp_path / "cache" / "00000-of-00003.array_record"
+    with open(shard, "r+b") as file:
+        file.truncate(10)
+    with pytest.raises(CacheError, match=f"{shard} has changed since it was opened"):
+        opened.read([0])
+
+
+def test_the_format_is_the_documented_one(tmp_path):
+    write(tmp_path / "cache")
+    reader = cache.ArrayRecordReader(str(tmp_path / "cache" / "00001-of-00003.array_record"))
+    assert reader.num_records() == 8
+    record = reader.read([2])[0]
+    reader.close()
+    assert record == np.array(10, "<i4").tobytes() + LOGITS[10].astype("<f4").tobytes()
