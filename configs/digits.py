@@ -7,7 +7,7 @@ python launch/compress.py --config=configs/digits.py:seeds=10 --workdir=runs/dig
 
 from ml_collections import ConfigDict
 
-from kdq.arms import compression_arms
+from kdq.arms import compression_arms, kl
 from kdq.config import parse_arg
 
 
@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     }
     config.evaluations = 20
     config.checkpoint_seconds = 30.0
-    config.cache_teacher = True
+    config.distill = {"kd": kl(alpha=0.9, temperature=2.0)}
 
     longest, longer = (2.0, 1.0) if arg.quick else (60.0, 30.0)  # epochs
     # Rates, alpha and temperature: the best on validation in digits_tuning.py.
@@ -62,6 +62,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         teacher={"epochs": longer, "learning_rate": 2e-3},
         student={"epochs": longest, "learning_rate": 1e-2},
         further={"epochs": longer, "learning_rate": 1e-2},
-        distill={"alpha": 0.9, "temperature": 2.0},
+        distill="kd",
     )
     return config

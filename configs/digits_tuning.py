@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from kdq.arms import kl
 from kdq.config import parse_arg
 
 RATES = {"1e-3": 1e-3, "3e-3": 3e-3, "1e-2": 1e-2}
@@ -26,8 +27,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arms = {name: base[name] for name in ("teacher", "student", "kd")}
     for alpha in (0.5, 0.9):
         for temperature in (2.0, 4.0, 8.0):
-            chosen = {"alpha": alpha, "temperature": temperature}
-            arms[f"kd_alpha{100 * alpha:.0f}_t{temperature:.0f}"] = base["kd"] | chosen
+            recipe = f"kd_alpha{100 * alpha:.0f}_t{temperature:.0f}"
+            config.distill[recipe] = kl(alpha=alpha, temperature=temperature)
+            arms[recipe] = base["kd"] | {"distill": recipe}
     for name, fields in base.items():
         if name == "student" or name.endswith("_longer") or name.startswith(("qat", "qad")):
             for label, rate in RATES.items():

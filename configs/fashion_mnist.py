@@ -11,7 +11,7 @@ About an hour a seed on two quiet cores, a third of it for the teacher.
 
 from ml_collections import ConfigDict
 
-from kdq.arms import compression_arms
+from kdq.arms import compression_arms, kl
 from kdq.config import parse_arg
 
 
@@ -58,13 +58,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     }
     config.evaluations = 8
     config.checkpoint_seconds = 60.0
-    config.cache_teacher = True
+    config.distill = {"kd": kl(alpha=0.9, temperature=1.0)}
     scale = 0.2 if arg.quick else 1.0  # of the epochs
     config.arms = compression_arms(
         teacher={"epochs": 16.0 * scale, "learning_rate": 2e-3},
         student={"epochs": 10.0 * scale, "learning_rate": 1e-2},
         further={"epochs": 4.0 * scale, "learning_rate": 5e-3},
-        distill={"alpha": 0.9, "temperature": 1.0},
+        distill="kd",
     )
     for name, fields in config.arms.items():
         # The teacher is large enough to overfit; the student is not, and learns from logits that
@@ -73,8 +73,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # The rest of the grid from which alpha and temperature were chosen, on the validation split.
     for alpha in (0.5, 0.9):
         for temperature in (1.0, 2.0, 4.0):
-            chosen = {"alpha": alpha, "temperature": temperature, "reference": "student"}
-            if chosen != {name: config.arms.kd[name] for name in chosen}:
-                name = f"kd_alpha{100 * alpha:.0f}_t{temperature:.0f}"
-                config.arms[name] = dict(config.arms.kd) | chosen
+            if (alpha, temperature) != (0.9, 1.0):
+                recipe = f"kd_alpha{100 * alpha:.0f}_t{temperature:.0f}"
+                config.distill[recipe] = kl(alpha=alpha, temperature=temperature)
+                config.arms[recipe] = dict(config.arms.kd) | {"distill": recipe}
     return config

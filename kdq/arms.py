@@ -11,12 +11,18 @@ CALIBRATED = ("W8A8", "W4A4", "W3A3", "W2A2")
 TRAINED = ("W4A4", "W3A3", "W2A2")
 
 
+def kl(alpha: float, temperature: float) -> dict[str, Any]:
+    """The recipe `(1 - alpha) CE + alpha T² KL(teacher ‖ student)` for `config.distill`."""
+    term = {"loss": "kl", "weight": alpha, "temperature": temperature}
+    return {"task": 1 - alpha, "terms": {"kl": term}}
+
+
 def compression_arms(
     *,
     teacher: Mapping[str, Any],
     student: Mapping[str, Any],
     further: Mapping[str, Any],
-    distill: Mapping[str, Any],
+    distill: str,
 ) -> ConfigDict:
     """Arms over the models "teacher" and "student", in the order of the table.
 
@@ -30,9 +36,9 @@ def compression_arms(
       teacher: fields of `kdq.config.Arm` for the teacher: "epochs", "learning_rate".
       student: the same for the student from fresh weights.
       further: the same for the training that follows: the controls, QAT and QAD.
-      distill: "alpha" and "temperature" of every arm that is taught.
+      distill: how every arm that is taught is: a key of `config.distill`.
     """
-    taught = {"teacher": "teacher", **distill}
+    taught = {"teacher": "teacher", "distill": distill}
     arms = {
         "teacher": arm(model="teacher", **teacher),
         "student": arm(model="student", **student),

@@ -1,105 +1,53 @@
 """Configs: what a config file may say, checked and frozen before anything runs.
 
 A config file is Python with `get_config(arg)`, which returns an `ml_collections.ConfigDict` that
-spells out the fields below. `freeze` turns it into an `Experiment`: frozen, typed, every name
-checked, with the valid ones in the error.
+spells out the fields of `kdq.schema`. `freeze` turns it into an `Experiment`: frozen, typed, every
+name checked, with the valid ones in the error.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
 import re
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
+from kdq.fields import ConfigError, build, did_you_mean, unknown
+from kdq.schema import (
+    CACHES,
+    TEACHERS,
+    Arm,
+    Cache,
+    Data,
+    Distill,
+    Experiment,
+    Optimizer,
+    Quantize,
+    TeacherConfig,
+)
 
-class ConfigError(ValueError):
-    """A config that can't be run; the message says which key, what it held, what it may hold."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-    """Which examples, and what is done to them."""
-
-    name: str  # a TFDS image-classification data set
-    data_dir: str = ""  # where TFDS keeps it; "" is TFDS's own default
-    train: str = "train"  # TFDS split expressions
-    validation: str = "validation"  # every choice is made on this one
-    test: str = "test"  # measured once, at the end
-    batch_size: int = 64
-    eval_batch_size: int = 512
-    augment: tuple[Mapping[str, Any], ...] = ()  # e.g. ({"name": "shift", "pixels": 2},)
-    mean: float | tuple[float, ...] = 0.0  # pixels become (pixel - mean) / std
-    std: float | tuple[float, ...] = 255.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """Shared by every arm; an arm's own `learning_rate` is its peak. Cosine decay to zero."""
-
-    name: str = "adam"
-    warmup: float = 0.05  # share of the steps in which the rate rises linearly from zero
-    scale_rate: float = 0.1  # quantizer scales train at this multiple of the rate
-    weight_decay: float = 0.0  # decoupled, on weights of two or more dimensions
-    clip_norm: float = 0.0  # global gradient norm; 0 is no clipping
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantize:
-    """Shared by every quantized arm; an arm's own `bits` apply to the layers not kept."""
-
-    keep: tuple[str, ...] = ()  # path patterns of the layers at `keep_bits`: the first, the last
-    keep_bits: int = 8
-    calibration_examples: int = 512  # the first of the training split
-    # Scales train (learned step sizes) but for those whose "LAYER/weights" or "LAYER/activations"
-    # matches one of these patterns, which stay as calibrated; (".*",) trains none.
-    fixed_scales: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One cell of the experiment. All arms go the same way: start, calibrate, train, measure."""
-
-    model: str  # a key of `models`
-    init: str = ""  # arm whose selected weights this one starts from; "" is fresh weights
-    teacher: str = ""  # arm that teaches; "" is labels only
-    bits: str = ""  # "W4A4", "W4" (weights only), or "" for float
-    observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse
-    epochs: float = 0.0  # passes over the training split; 0 only calibrates
-    learning_rate: float = 1e-3  # peak
-    alpha: float = 0.9  # weight of the teacher: (1 - alpha) CE + alpha T² KL
-    temperature: float = 4.0
-    augment: bool = True  # trains on images changed as `data.augment` says, if it says anything
-    reference: str = ""  # arm to compare with in the table, seed by seed
-
-    @property
-    def kind(self) -> str:
-        """What the arm is, in the field's terms."""
-        if self.bits:
-            return "PTQ" if not self.epochs else "QAD" if self.teacher else "QAT"
-        return "KD" if self.teacher else "labels"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """A set of arms over the same data, splits and seeds."""
-
-    seeds: tuple[int, ...]
-    data: Data
-    models: Mapping[str, Mapping[str, Any]]  # {key: {"name": module of kdq.models, **fields}}
-    arms: Mapping[str, Arm]  # in the order of the table
-    teacher: str = "teacher"  # arm that fidelity and sizes are measured against
-    optimizer: Optimizer = Optimizer()
-    quantize: Quantize = Quantize()
-    evaluations: int = 20  # times that an arm is validated while it trains
-    checkpoint_seconds: float = 30.0  # least time between two checkpoints; 0 is every validation
-    cache_teacher: bool = True  # teach from logits computed once; needs training without augment
+__all__ = [
+    "Arm",
+    "Cache",
+    "ConfigError",
+    "Data",
+    "Distill",
+    "Experiment",
+    "Optimizer",
+    "Quantize",
+    "ancestors",
+    "arm",
+    "did_you_mean",
+    "digest",
+    "freeze",
+    "parents",
+    "parse_arg",
+    "parse_bits",
+    "to_json",
+    "unknown",
+]
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -128,20 +76,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
 
 def arm(**fields: Any) -> dict[str, Any]:
     """An arm for a config file, with every field spelled out so that a flag can override it."""
-    return dataclasses.asdict(_build(Arm, fields, "arm"))
-
-
-def unknown(what: str, given: Any, valid: Iterable[str]) -> str:
-    """The message for a name that is none of the valid ones."""
-    valid = list(valid)
-    hint = did_you_mean(given, valid)
-    return f"unknown {what} {given!r}{hint}; valid: {', '.join(valid) or 'none'}"
-
-
-def did_you_mean(given: Any, valid: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the valid name closest to `given`, or an empty string."""
-    close = difflib.get_close_matches(str(given), list(valid), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return dataclasses.asdict(build(Arm, fields, "arm"))
 
 
 def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
@@ -153,9 +88,19 @@ def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     """
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
-    experiment = _build(Experiment, config, "config")
+    experiment = build(Experiment, config, "config")
+    teachers = {name: _teacher(name, one) for name, one in experiment.teachers.items()}
+    experiment = dataclasses.replace(experiment, teachers=teachers)
     _check(experiment)
     return experiment
+
+
+def _teacher(name: str, fields: Any) -> TeacherConfig:
+    where = f"config.teachers.{name}"
+    kind = fields.get("kind") if isinstance(fields, Mapping) else fields
+    if kind not in TEACHERS:
+        raise ConfigError(unknown(f"{where}.kind:", kind, TEACHERS))
+    return build(TEACHERS[kind], fields, where)
 
 
 def _check(experiment: Experiment) -> None:
@@ -168,6 +113,7 @@ def _check(experiment: Experiment) -> None:
         ("data.batch_size", experiment.data.batch_size),
         ("data.eval_batch_size", experiment.data.eval_batch_size),
         ("quantize.calibration_examples", experiment.quantize.calibration_examples),
+        ("transfer.pairs", experiment.transfer.pairs),
     ):
         if positive < 1:
             raise ConfigError(f"config.{key}={positive}: want at least 1")
@@ -183,36 +129,91 @@ def _check(experiment: Experiment) -> None:
     for name, model in experiment.models.items():
         if "name" not in model:
             raise ConfigError(f"config.models.{name}.name is missing: a module of kdq.models")
-    for name, one in experiment.arms.items():
-        where = f"config.arms.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_\-]*", name):
-            raise ConfigError(f"{where}: an arm's name is a folder; want letters, digits, _ and -")
-        if one.model not in experiment.models:
-            raise ConfigError(unknown(f"{where}.model:", one.model, experiment.models))
-        for field in ("init", "teacher", "reference"):
-            other = getattr(one, field)
-            if other and other not in experiment.arms:
-                raise ConfigError(unknown(f"{where}.{field}: arm", other, experiment.arms))
-        if one.init and experiment.arms[one.init].model != one.model:
-            raise ConfigError(
-                f"{where}.init={one.init!r} is a {experiment.arms[one.init].model!r}, "
-                f"but the arm is a {one.model!r}: want an arm of the same model"
-            )
-        if one.init and experiment.arms[one.init].bits and not one.bits:
-            raise ConfigError(f"{where}.init={one.init!r} is quantized, but the arm is float")
-        parse_bits(one.bits, where=f"{where}.bits")
-        if one.epochs < 0 or not (one.epochs or one.init):
-            raise ConfigError(f"{where}.epochs={one.epochs}: want more than 0, or an init to keep")
-        if not 0 <= one.alpha <= 1:
-            raise ConfigError(f"{where}.alpha={one.alpha}: want 0 to 1")
-        if one.temperature <= 0 or one.learning_rate <= 0:
-            raise ConfigError(f"{where}: temperature and learning_rate must be above 0")
+    if experiment.transfer.examples < 0 or experiment.transfer.epsilon < 0:
+        raise ConfigError(f"config.transfer={experiment.transfer}: want no negative number")
+    _check_cache(experiment.cache)
+    for name in experiment.teachers:
+        _check_teacher(experiment, name)
+    for name in experiment.arms:
+        _check_arm(experiment, name)
+        _check_taught(experiment, name)
         ancestors(experiment, name)
-        if experiment.cache_teacher and experiment.data.augment and one.teacher and one.augment:
+
+
+def _check_cache(cache: Cache) -> None:
+    if cache.kind not in CACHES:
+        raise ConfigError(unknown("config.cache.kind:", cache.kind, CACHES))
+    sparse = cache.kind in ("top_k", "sampled")
+    if sparse != (cache.size > 0):
+        raise ConfigError(
+            f"config.cache: size={cache.size} with kind={cache.kind!r}; want at least 1 with "
+            "'top_k' and 'sampled', 0 with the others"
+        )
+    if cache.temperature <= 0:
+        raise ConfigError(f"config.cache.temperature={cache.temperature}: want more than 0")
+
+
+def _check_teacher(experiment: Experiment, name: str) -> None:
+    where, one = f"config.teachers.{name}", experiment.teachers[name]
+    if name in experiment.arms:
+        raise ConfigError(
+            f"{where}: there is an arm of that name; an arm's teacher names one of them"
+        )
+    for arm in one.needs:
+        if arm not in experiment.arms:
+            raise ConfigError(unknown(f"{where}: arm", arm, experiment.arms))
+    if one.kind == "ensemble":
+        if not one.arms:
+            raise ConfigError(f"{where}.arms is empty; want one arm or more")
+        if one.average not in ("probability", "logit"):
+            raise ConfigError(unknown(f"{where}.average:", one.average, ("probability", "logit")))
+        if one.weights and (len(one.weights) != len(one.arms) or min(one.weights) <= 0):
             raise ConfigError(
-                f"{where}.augment=True with config.cache_teacher=True and config.data.augment: "
-                "logits computed once do not fit augmented images; change one of the three"
+                f"{where}.weights={one.weights}: want {len(one.arms)} numbers above 0, or none"
             )
+    if one.kind == "moving_average" and not 0 <= one.decay < 1:
+        raise ConfigError(f"{where}.decay={one.decay}: want 0 to below 1")
+    if one.kind == "peer" and one.model not in experiment.models:
+        raise ConfigError(unknown(f"{where}.model:", one.model, experiment.models))
+
+
+def _check_arm(experiment: Experiment, name: str) -> None:
+    where, one = f"config.arms.{name}", experiment.arms[name]
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_\-]*", name):
+        raise ConfigError(f"{where}: an arm's name is a folder; want letters, digits, _ and -")
+    if one.model not in experiment.models:
+        raise ConfigError(unknown(f"{where}.model:", one.model, experiment.models))
+    for field in ("init", "reference"):
+        other = getattr(one, field)
+        if other and other not in experiment.arms:
+            raise ConfigError(unknown(f"{where}.{field}: arm", other, experiment.arms))
+    if one.init and experiment.arms[one.init].model != one.model:
+        raise ConfigError(
+            f"{where}.init={one.init!r} is a {experiment.arms[one.init].model!r}, "
+            f"but the arm is a {one.model!r}: want an arm of the same model"
+        )
+    if one.init and experiment.arms[one.init].bits and not one.bits:
+        raise ConfigError(f"{where}.init={one.init!r} is quantized, but the arm is float")
+    parse_bits(one.bits, where=f"{where}.bits")
+    if one.epochs < 0 or not (one.epochs or one.init):
+        raise ConfigError(f"{where}.epochs={one.epochs}: want more than 0, or an init to keep")
+    if not 0 <= one.label_smoothing < 1:
+        raise ConfigError(f"{where}.label_smoothing={one.label_smoothing}: want 0 to below 1")
+    if one.learning_rate <= 0:
+        raise ConfigError(f"{where}.learning_rate={one.learning_rate}: want more than 0")
+
+
+def _check_taught(experiment: Experiment, name: str) -> None:
+    where, one = f"config.arms.{name}", experiment.arms[name]
+    if one.teacher and one.teacher not in (*experiment.arms, *experiment.teachers):
+        valid = (*experiment.arms, *experiment.teachers)
+        raise ConfigError(unknown(f"{where}.teacher: arm or teacher", one.teacher, valid))
+    if bool(one.teacher) != bool(one.distill):
+        raise ConfigError(
+            f"{where}: teacher={one.teacher!r} with distill={one.distill!r}; want both or neither"
+        )
+    if one.distill and one.distill not in experiment.distill:
+        raise ConfigError(unknown(f"{where}.distill:", one.distill, experiment.distill))
 
 
 def ancestors(experiment: Experiment, name: str) -> tuple[str, ...]:
@@ -227,13 +228,22 @@ def ancestors(experiment: Experiment, name: str) -> tuple[str, ...]:
             raise ConfigError(f"arms need each other in a circle: {' -> '.join((*trail, current))}")
         if current in order:
             return
-        one = experiment.arms[current]
-        for parent in filter(None, (one.init, one.teacher)):
+        for parent in parents(experiment, current):
             visit(parent, (*trail, current))
         order.append(current)
 
     visit(name, ())
     return tuple(order)
+
+
+def parents(experiment: Experiment, name: str) -> tuple[str, ...]:
+    """The arms that `name` starts from or is taught by."""
+    one = experiment.arms[name]
+    if one.teacher in experiment.teachers:
+        taught_by = experiment.teachers[one.teacher].needs
+    else:
+        taught_by = (one.teacher,)
+    return tuple(dict.fromkeys(filter(None, (one.init, *taught_by))))
 
 
 def parse_bits(bits: str, where: str = "bits") -> tuple[int | None, int | None]:
@@ -259,51 +269,4 @@ def to_json(value: Any) -> Any:
         return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [to_json(v) for v in value]
-    return value
-
-
-def _build(cls: type, fields: Any, where: str) -> Any:
-    """A dataclass from a mapping; nested dataclasses by their annotations."""
-    if not isinstance(fields, Mapping):
-        raise ConfigError(f"{where}={fields!r}: want a mapping")
-    hints = typing.get_type_hints(cls)
-    for key in fields:
-        if key not in hints:
-            raise ConfigError(unknown(f"key in {where}:", key, hints))
-    for field in dataclasses.fields(cls):
-        required = field.default is dataclasses.MISSING
-        if required and field.name not in fields:
-            raise ConfigError(f"{where}.{field.name} is missing")
-    return cls(**{k: _coerce(hints[k], v, f"{where}.{k}") for k, v in fields.items()})
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotation `hint` wants it: tuples for lists, whole numbers as floats."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    if origin is types.UnionType:
-        errors = []
-        for option in args:
-            try:
-                return _coerce(option, value, where)
-            except ConfigError as error:
-                errors.append(str(error))
-        raise ConfigError("; or ".join(errors))
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            raise ConfigError(f"{where}={value!r}: want a list or tuple")
-        return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}={value!r}: want a mapping")
-        return {str(k): _coerce(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if hint is Any:
-        return tuple(_coerce(Any, v, where) for v in value) if isinstance(value, list) else value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}={value!r}: want a finite number")
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{where}={value!r}: want {hint.__name__}")
     return value

@@ -2,9 +2,10 @@
 
     python launch/compress.py --config=configs/digits.py --workdir=runs/digits
 
-Any field can be overridden: --config.data.batch_size=128 --config.arms.kd.temperature=2. What comes
-after ":" in --config=configs/digits.py:quick,seeds=3 goes to the config file itself. Run the same
-command again after an interruption: what is done stays done.
+Any field can be overridden: --config.data.batch_size=128
+--config.distill.kd.terms.kl.temperature=2. What comes after ":" in
+--config=configs/digits.py:quick,seeds=3 goes to the config file itself. Run the same command again
+after an interruption: what is done stays done.
 """
 
 from absl import flags

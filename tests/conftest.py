@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kdq import config, data
+from kdq.arms import kl
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,7 @@ def tiny_config(data_dir: Path) -> Callable[..., dict[str, Any]]:
     """Makes the config of an experiment with every kind of arm, as plain dicts."""
 
     def make() -> dict[str, Any]:
-        taught = {"teacher": "teacher", "alpha": 0.7, "temperature": 2.0}
+        taught = {"teacher": "teacher", "distill": "kd"}
         return {
             "seeds": (0,),
             "data": {
@@ -39,6 +40,7 @@ def tiny_config(data_dir: Path) -> Callable[..., dict[str, Any]]:
                 "student": {"name": "cnn", "num_classes": 10, "widths": (4, 6)},
             },
             "quantize": {"keep": ("conv_0",), "calibration_examples": 128},
+            "distill": {"kd": kl(alpha=0.7, temperature=2.0)},
             "evaluations": 3,
             "checkpoint_seconds": 0.0,
             "arms": {

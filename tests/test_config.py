@@ -20,12 +20,26 @@ def _config(**changes):
             "small": {"name": "cnn", "widths": [4, 8]},
             "large": {"name": "cnn", "widths": (16, 32)},
         },
+        "distill": {"soft": {"task": 0.1, "terms": {"kl": {"loss": "kl", "weight": 0.9}}}},
         "arms": {
             "teacher": {"model": "large", "epochs": 2},
             "labels": {"model": "small", "epochs": 2},
-            "kd": {"model": "small", "epochs": 2, "teacher": "teacher", "reference": "labels"},
+            "kd": {
+                "model": "small",
+                "epochs": 2,
+                "teacher": "teacher",
+                "distill": "soft",
+                "reference": "labels",
+            },
             "ptq": {"model": "small", "init": "kd", "bits": "W4A4"},
-            "qad": {"model": "small", "init": "kd", "bits": "W4", "epochs": 1, "teacher": "kd"},
+            "qad": {
+                "model": "small",
+                "init": "kd",
+                "bits": "W4",
+                "epochs": 1,
+                "teacher": "kd",
+                "distill": "soft",
+            },
         },
     }
     config = copy.deepcopy(config)
@@ -69,8 +83,8 @@ def test_freeze_types_every_field_and_fills_the_defaults():
 
 def test_config_dict_and_mapping_freeze_alike_and_flags_override():
     config = ml_collections.ConfigDict(_config(data__augment=({"name": "shift", "pixels": 2},)))
-    config.cache_teacher = False
-    plain = _config(data__augment=[{"name": "shift", "pixels": 2}], cache_teacher=False)
+    config.cache = {"kind": "none"}
+    plain = _config(data__augment=[{"name": "shift", "pixels": 2}], cache__kind="none")
     assert freeze(config) == freeze(plain)
     config.update_from_flattened_dict({"arms.kd.epochs": 9, "data.batch_size": 16})
     experiment = freeze(config)
@@ -94,7 +108,13 @@ def test_arm_spells_out_every_field_so_that_a_flag_can_override_it():
     [
         ({"sedes": (1,)}, ["'sedes'", "did you mean 'seeds'?", "valid: seeds, data, models"]),
         ({"data__batchsize": 3}, ["config.data", "did you mean 'batch_size'?", "eval_batch_size"]),
-        ({"arms__kd__temprature": 3}, ["config.arms.kd", "did you mean 'temperature'?", "alpha"]),
+        ({"arms__kd__epoch": 3}, ["config.arms.kd", "did you mean 'epochs'?", "distill"]),
+        ({"arms__kd__distill": "sof"}, ["config.arms.kd.distill", "'soft'?", "valid: soft"]),
+        ({"distill__soft__tasks": 1}, ["config.distill.soft", "'task'?", "valid: task, terms"]),
+        ({"teachers__both__kind": "ensembl"}, ["config.teachers.both.kind", "'ensemble'?"]),
+        ({"teachers__both": {"kind": "ensemble", "arms": ("kdd",)}}, ["teachers.both", "'kd'?"]),
+        ({"teachers__two": {"kind": "peer", "model": "smal"}}, ["teachers.two.model", "'small'?"]),
+        ({"cache__kind": "topk"}, ["config.cache.kind", "'top_k'?", "none, memory, dense"]),
         ({"arms__kd__model": "smal"}, ["arms.kd.model", "'small'?", "valid: small, large"]),
         ({"arms__kd__teacher": "techer"}, ["arms.kd.teacher", "'teacher'?", "labels, kd, ptq"]),
         ({"arms__ptq__init": "qd"}, ["arms.ptq.init", "valid: teacher, labels"]),
@@ -129,7 +149,7 @@ def test_a_missing_key_is_named(key):
         ({"arms__kd__learning_rate": float("inf")}, ["arms.kd.learning_rate=inf", "finite"]),
         ({"arms__kd": "small"}, ["config.arms.kd='small'", "want a mapping"]),
         ({"arms": ["kd"]}, ["config.arms=['kd']", "want a mapping"]),
-        ({"cache_teacher": 1}, ["config.cache_teacher=1", "want bool"]),
+        ({"arms__kd__augment": 1}, ["config.arms.kd.augment=1", "want bool"]),
         ({"quantize": {"keep": "head"}}, ["config.quantize.keep='head'", "list or tuple"]),
         ({"teacher": None}, ["config.teacher=None", "want str"]),
     ],
@@ -154,13 +174,28 @@ def test_a_wrong_type_names_the_key_the_value_and_the_type(changes, words):
         ({"arms__..": {"model": "small", "epochs": 1}}, ["config.arms...", "folder"]),
         ({"arms__kd__epochs": -1.0}, ["config.arms.kd.epochs=-1.0"]),
         ({"arms__labels__epochs": 0}, ["config.arms.labels.epochs=0.0", "more than 0"]),
-        ({"arms__kd__alpha": 1.5}, ["config.arms.kd.alpha=1.5", "0 to 1"]),
-        ({"arms__kd__temperature": 0}, ["config.arms.kd", "above 0"]),
-        ({"arms__kd__learning_rate": -1e-3}, ["config.arms.kd", "above 0"]),
+        ({"arms__kd__label_smoothing": 1.0}, ["arms.kd.label_smoothing=1.0", "0 to below 1"]),
+        ({"arms__kd__learning_rate": 0}, ["config.arms.kd.learning_rate=0.0", "more than 0"]),
+        ({"arms__kd__distill": ""}, ["config.arms.kd", "distill=''", "both or neither"]),
+        ({"arms__labels__distill": "soft"}, ["config.arms.labels", "both or neither"]),
+        ({"teachers__kd": {"kind": "packed", "path": "x"}}, ["teachers.kd", "an arm of that name"]),
+        ({"teachers__m": {"kind": "moving_average", "decay": 1.0}}, ["teachers.m.decay=1.0"]),
+        ({"teachers__e": {"kind": "ensemble", "arms": ()}}, ["teachers.e.arms is empty"]),
+        (
+            {"teachers__e": {"kind": "ensemble", "arms": ("kd",), "weights": (1, 2)}},
+            ["teachers.e.weights=(1.0, 2.0)", "1 numbers"],
+        ),
+        (
+            {"teachers__e": {"kind": "ensemble", "arms": ("kd",), "average": "mean"}},
+            ["teachers.e.average", "probability, logit"],
+        ),
+        ({"cache": {"kind": "top_k"}}, ["config.cache: size=0", "at least 1"]),
+        ({"cache": {"kind": "dense", "size": 3}}, ["config.cache: size=3", "0 with the others"]),
+        ({"cache__temperature": 0}, ["config.cache.temperature=0.0"]),
+        ({"arms__kd__learning_rate": -1e-3}, ["config.arms.kd", "more than 0"]),
         ({"arms__kd__bits": "W9"}, ["config.arms.kd.bits='W9'"]),
         ({"arms__ptq__init": "teacher"}, ["arms.ptq.init", "'large'", "same model"]),
         ({"arms__labels__init": "ptq"}, ["arms.labels.init='ptq' is quantized", "float"]),
-        ({"data__augment": ({"name": "shift"},)}, ["cache_teacher=True", "data.augment"]),
     ],
     ids=str,
 )
@@ -170,7 +205,9 @@ def test_a_value_that_makes_no_sense_is_refused(changes, words):
 
 def test_arms_that_need_each_other_are_shown_as_a_circle():
     _refused(_config(arms__kd__init="kd"), "circle: kd -> kd")
-    config = _config(arms__teacher__teacher="labels", arms__labels__teacher="kd")
+    config = _config()
+    config["arms"]["teacher"] |= {"teacher": "labels", "distill": "soft"}
+    config["arms"]["labels"] |= {"teacher": "kd", "distill": "soft"}
     _refused(config, "circle: teacher -> labels -> kd -> teacher")
     # A reference is no need: two arms may each be compared with the other.
     mutual = freeze(_config(arms__labels__reference="kd"))
@@ -247,12 +284,14 @@ def test_digest_is_the_one_that_earlier_results_were_filed_under():
         {"models__small__widths": (4, 9)},
         {"models__small__widths": (8, 4)},
         {"models__small__batch_norm": True},
-        {"arms__kd__alpha": 0.91},
+        {"distill__soft__task": 0.2},
+        {"distill__soft__terms__kl__temperature": 3.0},
+        {"teachers__m": {"kind": "moving_average"}},
         {"arms__kd__reference": ""},
         {"arms__extra": {"model": "small", "epochs": 1}},
         {"optimizer__weight_decay": 1e-4},
         {"quantize__fixed_scales": (".*",)},
-        {"cache_teacher": False},
+        {"cache__kind": "none"},
     ],
     ids=str,
 )

@@ -181,12 +181,12 @@ MISTAKES = {
 }
 MORE_MISTAKES = {
     "arm": (
-        [QUICK, "--config.arms.kdd.alpha=0.5"],
+        [QUICK, "--config.arms.kdd.epochs=0.5"],
         "error: unknown key in config.arms: 'kdd' (did you mean 'kd'?); valid: teacher, ",
     ),
     "value": (
-        [QUICK, "--config.arms.kd.alpha=1.5"],
-        "error: config.arms.kd.alpha=1.5: want 0 to 1",
+        [QUICK, "--config.arms.kd.label_smoothing=1.5"],
+        "error: config.arms.kd.label_smoothing=1.5: want 0 to below 1",
     ),
     "type": ([QUICK, "--config.data.batch_size=ten"], "error: flag --config.data.batch_size=ten: "),
     "flag": ([QUICK, "--confg.data.name=x"], "error: Unknown command line flag 'confg.data.name'"),
@@ -224,7 +224,7 @@ def test_another_config_in_the_same_folder_is_refused(unbroken, launch, narrowed
     _, workdir = unbroken
     before = packed_bytes(workdir)
     process = launch(
-        "compress", *compress_flags(narrowed, workdir), "--config.arms.kd.temperature=9"
+        "compress", *compress_flags(narrowed, workdir), "--config.distill.kd.terms.kl.temperature=9"
     )
     assert process.returncode == 1
     assert process.stderr.count("\n") == 1

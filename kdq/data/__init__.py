@@ -8,7 +8,7 @@ split once.
 
 from kdq.data.errors import DataError
 from kdq.data.idx import prepare, read_idx
-from kdq.data.pipeline import EvalBatches, eval_batches, iterate, train_dataset
+from kdq.data.pipeline import EvalBatches, Lookup, eval_batches, iterate, train_dataset
 from kdq.data.source import Source, open_split
 from kdq.data.transforms import (
     Augmentation,
@@ -25,6 +25,7 @@ __all__ = [
     "DataError",
     "EvalBatches",
     "Flip",
+    "Lookup",
     "Normalize",
     "Shift",
     "Source",

@@ -10,7 +10,7 @@ access by step, prefetching threads, an iterator whose state is saved and restor
 import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -19,6 +19,9 @@ import numpy as np
 from kdq.data.source import Source
 from kdq.data.transforms import Augmentation, Normalize, random_bits
 from kdq.data.transforms import augment as apply_augmentations
+
+# Stream positions [b] and example ids [b] to arrays [b, ...] by name.
+Lookup = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
 _SHUFFLE = 0  # first part of the shuffle's random key after the seed; augmentations have 1, 2, ...
 
@@ -32,6 +35,7 @@ def train_dataset(
     std: float | Sequence[float],
     augment: Sequence[Augmentation] = (),
     extra: Mapping[str, np.ndarray] | None = None,
+    lookup: Lookup | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.MapDataset:
@@ -50,6 +54,8 @@ def train_dataset(
       augment: applied in turn to the uint8 images.
       extra: arrays [len(source), ...] whose rows join the batch by id, such as cached
         "teacher_logits".
+      lookup: gives arrays that join the batch by position in the stream, where they depend on how
+        an example was augmented.
       process_index: this process's place; it gets rows of its own of each global batch.
       process_count: number of processes; must divide `batch_size`.
 
@@ -72,7 +78,8 @@ def train_dataset(
         return {"position": positions, "id": _shuffled(positions, len(source), seed)}
 
     def load(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {**batch, **_read(source, batch["id"], extra)}
+        found = lookup(batch["position"], batch["id"]) if lookup else {}
+        return {**batch, **_read(source, batch["id"], extra), **found}
 
     def finish(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         images = apply_augmentations(

@@ -80,46 +80,24 @@ def kl_divergence(p_logits: ArrayLike, q_logits: ArrayLike) -> np.ndarray:
     return np.maximum(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1), 0.0)
 
 
-def evaluate(
-    apply: ImageApply,
-    variables: Variables,
-    batches: Iterable[Batch],
-    reference_logits: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Means over all examples that no mask hides.
+def evaluate(apply: ImageApply, variables: Variables, batches: Iterable[Batch]) -> dict[str, float]:
+    """Means over all examples that no mask hides: "accuracy" in [0, 1] and "nll" in nats.
 
     Args:
       apply: `(variables, images) -> logits`, jitted by the caller.
       variables: the model's variables.
-      batches: evaluation batches in a fixed order.
-      reference_logits: [examples, classes], the teacher's, in the order of `batches`: what
-        `predict` returned for it on the same batches.
-
-    Returns:
-      "accuracy" in [0, 1], "nll" in nats; with a reference also "agreement" in [0, 1] and
-      "kl_to_teacher", KL(teacher ‖ student) in nats.
+      batches: evaluation batches.
 
     Raises:
-      ValueError: no example, or a reference for another number of examples or classes.
+      ValueError: no example.
     """
-    sums: dict[str, float] = {}
-    examples = 0
+    sums, examples = {"accuracy": 0.0, "nll": 0.0}, 0
     for logits, labels in _outputs(apply, variables, batches):
-        values = {"accuracy": correct(logits, labels), "nll": nll(logits, labels)}
-        if reference_logits is not None:
-            teacher = reference_logits[examples : examples + len(logits)]
-            if teacher.shape != logits.shape:
-                raise ValueError(_mismatch(reference_logits, examples, logits))
-            values["agreement"] = agreement(logits, teacher)
-            values["kl_to_teacher"] = kl_divergence(teacher, logits)
-        sums = {name: sums.get(name, 0.0) + float(v.sum()) for name, v in values.items()}
+        sums["accuracy"] += float(correct(logits, labels).sum())
+        sums["nll"] += float(nll(logits, labels).sum())
         examples += len(logits)
     if examples == 0:
         raise ValueError("evaluate: the batches hold no example that is not masked")
-    if reference_logits is not None and len(reference_logits) != examples:
-        raise ValueError(
-            f"evaluate: reference_logits has {len(reference_logits)} rows for {examples} examples"
-        )
     return {name: total / examples for name, total in sums.items()}
 
 
@@ -217,10 +195,3 @@ def _unmasked(logits: Array, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 def _log_softmax(logits: ArrayLike) -> np.ndarray:
     return log_softmax(np.asarray(logits, np.float64), axis=-1)
-
-
-def _mismatch(reference: np.ndarray, start: int, logits: np.ndarray) -> str:
-    return (
-        f"evaluate: reference_logits has shape {reference.shape}, but the batches have "
-        f"{start + len(logits)} examples or more and the model {logits.shape[-1]} classes"
-    )

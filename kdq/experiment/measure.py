@@ -1,5 +1,6 @@
 """The numbers of one arm: of the file it ends in, loaded back, on the test split."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,20 @@ import flax.linen as nn
 import numpy as np
 
 from kdq import deploy, models, quantize
-from kdq.evaluate import metrics
+from kdq.evaluate import fidelity, metrics
 from kdq.search import cost
 from kdq.train.loop import Fit, Weights
 from kdq.types import Batch
+
+FIDELITY = (
+    "agreement",
+    "kl_to_teacher",
+    "agreement_where_teacher_wrong",
+    "top5_accuracy",
+    "brier",
+    "ece",
+    "adaptive_ece",
+)
 
 
 def measure(
@@ -43,7 +54,9 @@ def measure(
     size = deploy.save_packed(path, variables, qparams, model=model_config, metadata=metadata)
     packed = deploy.load_packed(path)
     of_file = Weights(variables=packed.variables, qparams=packed.qparams)
-    found = evaluate(packed.model, of_file, test, teacher_logits)
+    logits = predict(packed.model, of_file, test)
+    labels = np.concatenate([np.asarray(b["label"])[np.asarray(b["mask"]) > 0] for b in test])
+    found = fidelity.transfer_summary(logits, labels, teacher_logits)
     last = found
     if fit.last_step != selected.step:
         last = evaluate(model, fit.last, test)
@@ -54,8 +67,8 @@ def measure(
         "nll": found["nll"],
         "accuracy_last": last["accuracy"],
         "nll_last": last["nll"],
-        "agreement": found.get("agreement"),
-        "kl_to_teacher": found.get("kl_to_teacher"),
+        **{name: _number(found.get(name)) for name in FIDELITY},
+        "accuracy_by_class": [_number(x) for x in fidelity.accuracy_by_class(logits, labels)],
         "validation_accuracy": selected.metrics["accuracy"],
         "validation_nll": selected.metrics["nll"],
         "macs": cost.macs(layers),
@@ -68,14 +81,14 @@ def measure(
     }
 
 
-def evaluate(
-    model: nn.Module,
-    weights: Weights,
-    batches: Sequence[Batch],
-    teacher_logits: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Accuracy, NLL and, with a teacher's logits, fidelity of a float or quantized model."""
-    return metrics.evaluate(_apply(model, weights), weights.variables, batches, teacher_logits)
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def evaluate(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, float]:
+    """Accuracy and NLL of a float or quantized model."""
+    return metrics.evaluate(_apply(model, weights), weights.variables, batches)
 
 
 def predict(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> np.ndarray:

@@ -1,10 +1,13 @@
 """Which arms run, in which order, and what makes a finished one valid."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from kdq import config as kdq_config
-from kdq.config import Experiment
+from kdq.config import ConfigError, Experiment
 
 
 def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
@@ -16,28 +19,53 @@ def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
 
 
 def digests(experiment: Experiment) -> dict[str, str]:
-    """A digest for each arm of all that decides its numbers: its own config, and its ancestors'."""
+    """A digest for each arm of all that decides its numbers: its own config, and its ancestors'.
+
+    Raises ConfigError for a packed teacher whose file is not there.
+    """
     shared = {
         "data": dataclasses.replace(experiment.data, data_dir=""),
         "optimizer": experiment.optimizer,
         "evaluations": experiment.evaluations,
-        "cache_teacher": experiment.cache_teacher,
+        "transfer": experiment.transfer,
     }
     found: dict[str, str] = {}
     for name in in_order(experiment, experiment.arms):
         arm = experiment.arms[name]
-        parents = {k: found.get(getattr(arm, k), "") for k in ("init", "teacher")}
-        # The fidelity of every arm but the teacher's own ancestors is measured against the teacher.
-        parents["measured_against"] = found.get(experiment.teacher, "")
+        others = {
+            "init": found.get(arm.init, ""),
+            "teacher": _taught_by(experiment, name, found) if arm.teacher else "",
+            "distill": experiment.distill[arm.distill] if arm.distill else "",
+            # Fidelity of every arm but the teacher's own ancestors is measured against the teacher.
+            "measured_against": found.get(experiment.teacher, ""),
+        }
         found[name] = kdq_config.digest(
             {
                 **shared,
                 "quantize": experiment.quantize if arm.bits else None,
                 "model": experiment.models[arm.model],
-                "arm": {**kdq_config.to_json(arm), "reference": "", **parents},
+                "arm": {**kdq_config.to_json(arm), "reference": "", **kdq_config.to_json(others)},
             }
         )
     return found
+
+
+def _taught_by(experiment: Experiment, name: str, found: dict[str, str]) -> Any:
+    teacher = experiment.arms[name].teacher
+    if teacher in experiment.arms:
+        return {"arm": found[teacher], "cache": experiment.cache}
+    config = experiment.teachers[teacher]
+    parts = {"config": config, "arms": [found[arm] for arm in config.needs]}
+    if config.kind == "packed":
+        try:
+            parts["file"] = hashlib.sha256(Path(config.path).read_bytes()).hexdigest()
+        except OSError as error:
+            where = f"config.teachers.{teacher}.path"
+            raise ConfigError(f"{where}={config.path!r} can't be read: {error.strerror}") from error
+        parts["config"] = config.kind  # the same file elsewhere is the same teacher
+    if config.kind == "peer":
+        parts["model"] = experiment.models[config.model]
+    return parts
 
 
 def experiment_digest(experiment: Experiment) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from kdq import quantize
+from kdq.distill.capture import Outputs
 from kdq.train.state import TrainState
 from kdq.types import Array, Batch
 
@@ -22,13 +23,13 @@ def _finite(tree: Any) -> Array:
 
 
 def first_nonfinite(
-    model: nn.Module, state: TrainState, batch: Batch, teacher_logits: Array | None
+    model: nn.Module, state: TrainState, batch: Batch, teacher: Outputs | None
 ) -> str:
     """The first place, in the order of the forward pass, that holds NaN or infinity, in words."""
     if not _finite(batch["image"]):
         return "the input images"
-    if not _finite(teacher_logits):
-        return "the teacher's logits"
+    if not _finite(teacher):
+        return "what the teacher says"
     finite: dict[str, dict[str, Array]] = {}
     trained: dict[str, list[Array]] = {}
     for (*layer, _), leaf in traverse_util.flatten_dict(state.params).items():
@@ -57,4 +58,7 @@ def first_nonfinite(
         for part, is_finite in parts.items():
             if not is_finite:
                 return f"the {part} of layer {path!r}" if path else f"the model's {part}"
+    for name, params in state.adapters.items():
+        if not _finite(params):
+            return f"the adapter of term {name!r}"
     return "the loss or a gradient (every layer's output is finite)"

@@ -13,12 +13,13 @@ import numpy as np
 import optax
 
 from kdq.data import iterate
+from kdq.distill.teacher import Peer, Teacher
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError, first_nonfinite
 from kdq.train.metrics_writer import MetricsWriter
 from kdq.train.objective import Objective
 from kdq.train.state import TrainState
-from kdq.train.step import predict_teacher, train_step
+from kdq.train.step import ask_teacher, train_step
 from kdq.types import QParams, Variables
 
 LOG_EVERY = 50  # steps between two reads of the metrics, which wait for the device
@@ -62,8 +63,8 @@ class Task:
     steps: int
     eval_every: int
     validate: Callable[[Weights], dict[str, float]]  # -> "accuracy" and "nll" on validation
-    teacher: nn.Module | None = None
-    teacher_variables: Variables | None = None
+    teacher: Teacher | Peer | None = None
+    teacher_arguments: Any = None
 
 
 def is_better(metrics: dict[str, float], than: dict[str, float]) -> bool:
@@ -133,7 +134,7 @@ class _Run:
         while self.step < task.steps:
             self.state, metrics = train_step(
                 self.state,
-                task.teacher_variables,
+                task.teacher_arguments,
                 next(self.batches),
                 model=task.model,
                 teacher=task.teacher,
@@ -171,8 +172,10 @@ class _Run:
 
     def _blame(self, step: int) -> str:
         task, batch = self.task, self.task.dataset[step - 1]
-        teacher_logits = predict_teacher(task.teacher, task.teacher_variables, batch)
-        place = first_nonfinite(task.model, self.state, batch, teacher_logits)
+        taught = ask_teacher(
+            task.teacher, task.teacher_arguments, self.state, batch, task.objective
+        )
+        place = first_nonfinite(task.model, self.state, batch, taught)
         return f"NaN or infinity at step {step}, first in {place}"
 
     def _validate(self) -> None:

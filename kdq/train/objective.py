@@ -1,50 +1,117 @@
-"""What training minimizes: task and distillation, summed to one scalar."""
+"""What training minimizes: the task and what a teacher adds, summed to one scalar."""
+
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
-from kdq.distill import losses
+from kdq.config import Experiment
+from kdq.distill import losses, schedule, term
+from kdq.distill.capture import Outputs
+from kdq.distill.schedule import Schedule
+from kdq.distill.term import Term
 from kdq.types import Array, Batch, Metrics
+
+LABELS = schedule.constant(1.0)
 
 
 class Objective(flax.struct.PyTreeNode):
-    """`(1 - alpha) CE + alpha T² KL(teacher ‖ student)`, averaged over the batch.
+    """`task(t) · CE(labels) + Σ weight_i(t) · term_i`, averaged over the batch.
 
-    The weights are data, not constants: one compiled step serves every alpha and temperature.
+    Weights, temperatures and the like are data, not constants: one compiled step serves them all.
     """
 
-    alpha: Array | float = 0.0  # weight of the teacher, 0 to 1; unused without one
-    temperature: Array | float = 1.0
+    task: Schedule = LABELS  # weight of the cross-entropy with the labels
+    terms: tuple[Term, ...] = ()
+    label_smoothing: Array | float = 0.0
+    steps: Array | float = 1.0  # of the whole training, for the schedules
+
+    @property
+    def student_layers(self) -> frozenset[str]:
+        return frozenset(path for one in self.terms for path in one.student)
+
+    @property
+    def teacher_layers(self) -> frozenset[str]:
+        return frozenset(path for one in self.terms for path in one.teacher)
+
+    def init(self, key: Array, student: term.Shapes, teacher: term.Shapes, num_examples: int):
+        """`(adapters, memory)` by the name of the term, of the terms that have any; see `Term`."""
+        found = {
+            one.name: one.init(jax.random.fold_in(key, i), student, teacher, num_examples)
+            for i, one in enumerate(self.terms)
+        }
+        return tuple(
+            {name: parts[i] for name, parts in found.items() if jax.tree.leaves(parts[i])}
+            for i in range(2)
+        )
 
     def __call__(
-        self, logits: Array, batch: Batch, teacher_logits: Array | None
-    ) -> tuple[Array, Metrics]:
-        """The scalar loss, and sums over the examples that count.
+        self,
+        student: Outputs,
+        batch: Batch,
+        teacher: Outputs | None,
+        *,
+        adapters: dict[str, Any] | None = None,
+        memory: dict[str, Any] | None = None,
+        step: Array | int = 0,
+        key: Array | None = None,
+    ) -> tuple[Array, Metrics, dict[str, Any]]:
+        """The scalar loss, sums over the examples that count, and the memory of the terms.
 
         Args:
-          logits: [batch, classes].
+          student: its logits [batch, classes], and the features that the terms look at.
           batch: "label" [batch]; "mask" [batch], if there, weighs the examples.
-          teacher_logits: [batch, classes], or None for labels only.
+          teacher: the same of the teacher; None for labels only.
+          adapters: the terms' own parameters, by name, as `init` made them.
+          memory: what the terms remember, by name.
+          step: steps taken.
+          key: random, of this step.
 
         Returns:
-          The mean loss, and `{"loss", "task_loss", "correct", "count"}` (with a teacher also
-          "distill_loss"), each a masked sum.
+          The mean loss; `{"loss", "task_loss", "correct", "count"}` and for each term its
+          "NAME_loss" (not weighted), each a masked sum; and the memory after this step.
         """
-        task = optax.softmax_cross_entropy_with_integer_labels(
-            logits.astype(jnp.float32), batch["label"]
-        )
-        values = {"task_loss": task, "correct": logits.argmax(-1) == batch["label"]}
-        if teacher_logits is None:
-            values["loss"] = task
-        else:
-            distill = losses.kl(logits, teacher_logits, self.temperature)
-            values |= {
-                "distill_loss": distill,
-                "loss": (1 - self.alpha) * task + self.alpha * distill,
-            }
+        if self.terms and teacher is None:
+            raise ValueError(f"terms {[one.name for one in self.terms]} want a teacher: given None")
+        progress = jnp.asarray(step, jnp.float32) / self.steps
+        task = losses.cross_entropy(student.logits, batch["label"], self.label_smoothing)
+        values = {"task_loss": task, "correct": student.logits.argmax(-1) == batch["label"]}
+        loss = self.task(progress) * task
+        memory = dict(memory or {})
+        for i, one in enumerate(self.terms):
+            own, remembered = one(
+                (adapters or {}).get(one.name, {}),
+                memory.get(one.name, {}),
+                student,
+                teacher,
+                batch,
+                None if key is None else jax.random.fold_in(key, i),
+            )
+            if one.name in memory:
+                memory[one.name] = remembered
+            values[f"{one.name}_loss"] = own
+            loss = loss + one.weight(progress) * own
+        values["loss"] = loss
         mask = batch.get("mask", jnp.ones_like(task))
         sums = {name: jnp.sum(mask * value) for name, value in values.items()}
         sums["count"] = jnp.sum(mask)
-        return sums["loss"] / jnp.maximum(sums["count"], 1), jax.lax.stop_gradient(sums)
+        mean = sums["loss"] / jnp.maximum(sums["count"], 1)
+        return mean, jax.lax.stop_gradient(sums), jax.lax.stop_gradient(memory)
+
+
+def of_arm(experiment: Experiment, name: str, steps: int) -> Objective:
+    """The objective of an arm that trains for `steps`: of labels alone, or with a recipe's terms.
+
+    Raises ConfigError for what the recipe gets wrong.
+    """
+    arm = experiment.arms[name]
+    numbers = {"label_smoothing": jnp.float32(arm.label_smoothing), "steps": jnp.float32(steps)}
+    if not arm.distill:
+        return Objective(**numbers)
+    recipe, where = experiment.distill[arm.distill], f"config.distill.{arm.distill}"
+    terms = (
+        term.build(key, fields, f"{where}.terms.{key}") for key, fields in recipe.terms.items()
+    )
+    task = schedule.build(recipe.task, f"{where}.task")
+    return Objective(task=task, terms=tuple(terms), **numbers)

@@ -61,7 +61,9 @@ def _make(name: str, clips: bool) -> optax.GradientTransformation:
                 relative(),
             ),
         }
-        by_part = optax.partition(train, {"params": "params", "scales": "scales"})
+        # What trains beside the student trains as it does.
+        label = lambda parts: {k: "scales" if k == "scales" else "params" for k in parts}
+        by_part = optax.partition(train, label)
         return optax.chain(optax.clip_by_global_norm(clip_norm), by_part) if clips else by_part
 
     zeros = dict.fromkeys(
@@ -71,7 +73,7 @@ def _make(name: str, clips: bool) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: kdq_config.Optimizer) -> optax.GradientTransformation:
-    """The optimizer of trees `{"params": ..., "scales": ...}`; start it with `init_optimizer`."""
+    """The optimizer of `TrainState.trainable`; start it with `init_optimizer`."""
     return _make(config.name, config.clip_norm > 0)
 
 

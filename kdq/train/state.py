@@ -23,12 +23,32 @@ class TrainState(flax.struct.PyTreeNode):
     scales: dict[str, dict[str, Array]]  # quantizer scales that train; {} if none do
     model_state: dict[str, Any]  # every other collection of the model, e.g. "batch_stats"
     qparams: QParams  # quantizers as calibrated; `quantizers` has them with the trained scales
+    adapters: dict[str, Any]  # of the terms of the objective, by name: they train, and stay behind
+    memory: dict[str, Any]  # what those terms remember, by name; does not train
+    average: dict[str, Any]  # {"params", "model_state"}: the student's moving average, or {}
+    peer: dict[str, Any]  # {"params", "model_state"} of a network that is trained at once, or {}
     opt_state: optax.OptState
     halted: Array  # bool scalar: a step met NaN or infinity; nothing changes any more
 
     @property
     def variables(self) -> Variables:
         return {"params": self.params, **self.model_state}
+
+    @property
+    def trainable(self) -> dict[str, Any]:
+        """What the optimizer changes, by the names of its parts."""
+        return {
+            "params": self.params,
+            "scales": self.scales,
+            "adapters": self.adapters,
+            "peer": self.peer.get("params", {}),
+        }
+
+    def replace_trainable(self, trainable: dict[str, Any], **changes: Any) -> "TrainState":
+        """The state with what `trainable` returned, changed, and with other changes."""
+        peer = {**self.peer, "params": trainable["peer"]} if self.peer else {}
+        parts = {k: v for k, v in trainable.items() if k != "peer"}
+        return self.replace(**{"peer": peer, **parts, **changes})
 
     @property
     def quantizers(self) -> QParams:
@@ -44,23 +64,46 @@ def create_state(
     steps: int,
     learning_rate: float,
     fixed_scales: Sequence[str] = (),
+    adapters: dict[str, Any] | None = None,
+    memory: dict[str, Any] | None = None,
+    average: bool = False,
+    peer: Variables | None = None,
 ) -> TrainState:
     """The state before the first of `steps` steps; owns copies, since the step donates it.
 
-    `fixed_scales` are patterns of quantizers whose scale does not train, see `quantize.scales`.
+    Args:
+      variables: of the student.
+      qparams: its quantizers; {} for none.
+      optimizer: the config that `steps` and `learning_rate` complete.
+      seed: of dropout and of all else that is random in a step.
+      steps: of the whole training.
+      learning_rate: its peak.
+      fixed_scales: patterns of quantizers whose scale does not train, see `quantize.scales`.
+      adapters: see `Objective.init`.
+      memory: see `Objective.init`.
+      average: whether to keep the moving average of the student's weights.
+      peer: variables of a network that is trained at once.
     """
     # With its dtype, or a weakly typed array would stay so and compile a step of its own.
     copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, x.dtype), tree)
-    trainable = {
-        "params": copy(variables["params"]),
-        "scales": copy(quantize.scales(qparams, fixed=fixed_scales)),
-    }
-    return TrainState(
+    state = TrainState(
         step=jnp.int32(0),
         halted=jnp.bool_(False),
         seed=jnp.uint32(seed),
-        model_state={k: copy(v) for k, v in variables.items() if k != "params"},
+        params=copy(variables["params"]),
+        scales=copy(quantize.scales(qparams, fixed=fixed_scales)),
+        model_state=copy(_split(variables)["model_state"]),
         qparams=copy(qparams),
-        opt_state=init_optimizer(optimizer, trainable, learning_rate=learning_rate, steps=steps),
-        **trainable,
+        adapters=copy(adapters or {}),
+        memory=copy(memory or {}),
+        average=copy(_split(variables)) if average else {},
+        peer=copy(_split(peer)) if peer else {},
+        opt_state=(),
     )
+    rates = {"learning_rate": learning_rate, "steps": steps}
+    return state.replace(opt_state=init_optimizer(optimizer, state.trainable, **rates))
+
+
+def _split(variables: Variables) -> dict[str, Any]:
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    return {"params": variables["params"], "model_state": others}

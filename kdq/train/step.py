@@ -1,6 +1,7 @@
 """One step of training, the same for every arm: the teacher and the quantizers are optional."""
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from kdq import quantize
+from kdq.distill import capture
+from kdq.distill.capture import Outputs
+from kdq.distill.teacher import MovingAverage, Peer, Teacher
 from kdq.train.objective import Objective
 from kdq.train.state import TrainState
-from kdq.types import Array, Batch, Metrics, Variables
+from kdq.types import Batch, Metrics
 
 
 @partial(
@@ -20,64 +24,99 @@ from kdq.types import Array, Batch, Metrics, Variables
 )
 def train_step(
     state: TrainState,
-    teacher_variables: Variables | None,
+    teacher_arguments: Any,
     batch: Batch,
     *,
     model: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Teacher | Peer | None,
     objective: Objective,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
     """`(state, batch) -> (state, metrics)`; recompiles for new shapes only, not for new numbers.
 
-    The teacher's logits are `batch["teacher_logits"]` if it has them, else those of `teacher`; with
-    neither, labels alone teach. A loss or gradient that is not finite halts the state for good,
-    so that the weights and the step that caused it can be examined.
+    A loss or gradient that is not finite halts the state for good, so that the weights and the step
+    that caused it can be examined.
+
+    Args:
+      state: donated.
+      teacher_arguments: what `teacher` computes with; None if it is part of the state, or absent.
+      batch: training batch.
+      model: the student.
+      teacher: see `kdq.distill.teacher`; None for labels only.
+      objective: its layers decide what is captured of both.
+      optimizer: see `make_optimizer`.
 
     Returns:
       The next state, and metrics as masked sums over the batch (see `Objective`), with
       "grad_norm" of the step.
     """
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    teacher_logits = predict_teacher(teacher, teacher_variables, batch)
+    taught = ask_teacher(teacher, teacher_arguments, state, batch, objective)
 
     def loss_fn(trainable):
-        logits, model_state = quantize.apply(
+        student, model_state = capture.run(
             model,
             {"params": trainable["params"], **state.model_state},
             quantize.replace_scales(state.qparams, trainable["scales"]),
             batch["image"],
+            objective.student_layers,
             train=True,
             mutable=list(state.model_state),
             rngs={"dropout": key},
         )
-        loss, sums = objective(logits, batch, teacher_logits)
-        return loss, (sums, model_state)
+        teaching, peer = taught, state.peer
+        if isinstance(teacher, Peer):
+            teaching, peer_state = capture.run(
+                teacher.module,
+                {"params": trainable["peer"], **state.peer["model_state"]},
+                {},
+                batch["image"],
+                train=True,
+                mutable=list(state.peer["model_state"]),
+                rngs={"dropout": jax.random.fold_in(key, 1)},
+            )
+            peer = {**state.peer, "model_state": peer_state}
+        loss, sums, memory = objective(
+            student,
+            batch,
+            teaching,
+            adapters=trainable["adapters"],
+            memory=state.memory,
+            step=state.step,
+            key=jax.random.fold_in(key, 2),
+        )
+        if isinstance(teacher, Peer):
+            loss += objective(teaching, batch, student, step=state.step)[0]
+        return loss, (sums, {"model_state": model_state, "peer": peer, "memory": memory})
 
-    trainable = {"params": state.params, "scales": state.scales}
-    (loss, (sums, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    trainable = state.trainable
+    (loss, (sums, changes)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~state.halted
 
     def advance() -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        return state.replace(
-            step=state.step + 1,
-            model_state=model_state,
-            opt_state=opt_state,
-            **optax.apply_updates(trainable, updates),
-        )
+        advanced = state.replace(step=state.step + 1, opt_state=opt_state, **changes)
+        advanced = advanced.replace_trainable(optax.apply_updates(trainable, updates))
+        if isinstance(teacher, MovingAverage):
+            average = teacher.follow(state.average, advanced.params, advanced.model_state)
+            advanced = advanced.replace(average=average)
+        return advanced
 
     state = jax.lax.cond(finite, advance, lambda: state.replace(halted=jnp.bool_(True)))
     return state, {**sums, "grad_norm": grad_norm}
 
 
-def predict_teacher(
-    teacher: nn.Module | None, variables: Variables | None, batch: Batch
-) -> Array | None:
-    """What the teacher says of a batch, [batch, classes]; None if there is no teacher."""
-    if "teacher_logits" in batch:
-        return batch["teacher_logits"]
-    if teacher is None:
+def ask_teacher(
+    teacher: Teacher | Peer | None,
+    arguments: Any,
+    state: TrainState,
+    batch: Batch,
+    objective: Objective,
+) -> Outputs | None:
+    """What the teacher says of a batch; None of a peer, whom the loss itself asks."""
+    if teacher is None or isinstance(teacher, Peer):
         return None
-    return jax.lax.stop_gradient(teacher.apply(variables, batch["image"], train=False))
+    if isinstance(teacher, MovingAverage):
+        arguments = state.average
+    return jax.lax.stop_gradient(teacher(arguments, batch, objective.teacher_layers))

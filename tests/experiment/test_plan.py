@@ -37,7 +37,7 @@ def test_a_digest_covers_what_decides_the_numbers_and_nothing_else(tiny_config):
     assert changed_arms(base) == set()
     assert changed_arms(base, arms__qat__learning_rate=0.5) == {"qat"}
     assert changed_arms(base, arms__student__epochs=2.0) == {"student", "ptq", "qat"}
-    assert changed_arms(base, arms__kd__alpha=0.1) == {"kd", "qad"}
+    assert changed_arms(base, distill__kd__task=0.5) == {"kd", "qad"}
     assert changed_arms(base, arms__teacher__epochs=2.0) == every  # fidelity is against it
     assert changed_arms(base, models__student__widths=(4, 7)) == every - {"teacher"}
     assert changed_arms(base, quantize__keep_bits=4) == {"ptq", "qat", "qad"}

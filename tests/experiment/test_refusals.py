@@ -57,7 +57,7 @@ def test_an_unknown_arm_lists_the_valid_ones(tiny_experiment, tmp_path):
 
 def test_an_unknown_augmentation_lists_the_valid_ones(tiny_config, tmp_path):
     changed = replaced(tiny_config(), ("data", "augment"), ({"name": "shft", "pixels": 1},))
-    changed["cache_teacher"] = False
+    changed["cache"] = {"kind": "none"}
     with pytest.raises(config.ConfigError, match=r"config\.data\.augment.*'shft'.*shift"):
         experiment.run(config.freeze(changed), tmp_path / "run")
     assert not (tmp_path / "run").exists()

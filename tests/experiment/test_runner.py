@@ -271,7 +271,7 @@ def test_an_interrupted_experiment_ends_as_the_unbroken_one(finished, tmp_path):
 
 def test_another_config_is_refused_and_nothing_touched(copied, tiny_config):
     changed, before = tiny_config(), every_file(copied)
-    changed["arms"]["kd"]["alpha"] = 0.1
+    changed["distill"]["kd"]["task"] = 0.5
     with pytest.raises(config.ConfigError) as error:
         experiment.run(config.freeze(changed), copied)
     message = str(error.value)
@@ -372,11 +372,11 @@ def test_a_teacher_that_diverges_leaves_labels_and_no_fidelity(tiny_config, tmp_
 
 def test_a_live_teacher_on_augmented_images(tiny_config, tmp_path):
     changed = tiny_config()
-    changed["cache_teacher"] = False
+    changed["cache"] = {"kind": "none"}
     changed["data"]["augment"] = ({"name": "shift", "pixels": 1},)
     changed["arms"] = {k: changed["arms"][k] for k in ("teacher", "kd")}
     changed["arms"]["kd"]["reference"] = ""
     records = by_arm(experiment.run(config.freeze(changed), tmp_path))
     assert [r["status"] for r in records.values()] == ["ok", "ok"]
     line = json.loads((tmp_path / "kd" / "0" / "metrics.jsonl").read_text().splitlines()[0])
-    assert line["loss"] == pytest.approx(0.3 * line["task_loss"] + 0.7 * line["distill_loss"])
+    assert line["loss"] == pytest.approx(0.3 * line["task_loss"] + 0.7 * line["kl_loss"])

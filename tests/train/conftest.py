@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from kdq import config, models, quantize
+from kdq.distill import schedule, term
+from kdq.distill.teacher import Model, Stored
+from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
 from kdq.train.step import train_step
@@ -42,13 +45,23 @@ class Net:
         fields = {"seed": 0, "steps": 20, "learning_rate": 0.01, **fields}
         return create_state(self.variables, qparams or {}, optimizer, **fields)
 
+    def objective(self, alpha, temperature):
+        """`(1 - alpha) CE + alpha T² KL`."""
+        fields = {"loss": "kl", "weight": alpha, "temperature": temperature}
+        return Objective(
+            task=schedule.constant(1 - alpha), terms=(term.build("kl", fields, "terms.kl"),)
+        )
+
     def step(self, state, batch, objective, *, teacher=False, optimizer=OPTIMIZER):
+        """`teacher`: False, True for the live one, or "stored" for the logits in the batch."""
+        teachers = {False: None, True: Model(self.teacher), "stored": Stored()}
+        arguments = {"variables": self.teacher_variables, "qparams": {}}
         return train_step(
             state,
-            self.teacher_variables if teacher else None,
+            arguments if teacher is True else None,
             batch,
             model=self.model,
-            teacher=self.teacher if teacher else None,
+            teacher=teachers[teacher],
             objective=objective,
             optimizer=make_optimizer(optimizer),
         )

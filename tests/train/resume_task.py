@@ -14,6 +14,8 @@ import numpy as np
 import scipy.special
 
 from kdq import config, data, models, quantize
+from kdq.distill import schedule, term
+from kdq.distill.teacher import Model
 from kdq.train import loop
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
@@ -21,6 +23,10 @@ from kdq.train.state import create_state
 
 STEPS, EVAL_EVERY, EXAMPLES, BATCH = 24, 4, 40, 8
 OPTIMIZER = config.Optimizer(weight_decay=1e-3)
+OBJECTIVE = Objective(
+    task=schedule.constant(0.5),
+    terms=(term.build("kl", {"loss": "kl", "weight": 0.5, "temperature": 2.0}, "kl"),),
+)
 
 
 def source() -> data.Source:
@@ -78,13 +84,13 @@ def make(learning_rate=0.01, wrap=lambda dataset: dataset):
     task = loop.Task(
         model=MODEL,
         optimizer=make_optimizer(OPTIMIZER),
-        objective=Objective(alpha=0.5, temperature=2.0),
+        objective=OBJECTIVE,
         dataset=wrap(data.train_dataset(source(), batch_size=BATCH, seed=3, **NORMALIZE)),
         steps=STEPS,
         eval_every=EVAL_EVERY,
         validate=validate,
-        teacher=TEACHER,
-        teacher_variables=teacher_variables,
+        teacher=Model(TEACHER),
+        teacher_arguments={"variables": teacher_variables, "qparams": {}},
     )
     state = create_state(
         variables, qparams, OPTIMIZER, seed=0, steps=STEPS, learning_rate=learning_rate

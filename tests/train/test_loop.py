@@ -15,6 +15,7 @@ import pytest
 import resume_task
 from resume_task import EVAL_EVERY, STEPS
 
+from kdq.distill.teacher import Stored
 from kdq.train import loop
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError
@@ -215,15 +216,17 @@ def test_nan_from_a_cached_teacher_is_named(tmp_path):
 
         return dataset.map_with_index(add)
 
-    with pytest.raises(NonFiniteError, match=r"at step 3, first in the teacher's logits"):
-        fit(tmp_path, wrap=wrap)
+    task, state = resume_task.make(wrap=wrap)
+    task = dataclasses.replace(task, teacher=Stored(), teacher_arguments=None)
+    with pytest.raises(NonFiniteError, match=r"at step 3, first in what the teacher says"):
+        loop.fit(task, state, tmp_path)
 
 
 def test_nan_from_a_live_teacher_is_named(tmp_path):
     task, state = resume_task.make()
-    spoiled = jax.tree.map(lambda p: p * np.nan, task.teacher_variables)
-    task = dataclasses.replace(task, teacher_variables=spoiled)
-    with pytest.raises(NonFiniteError, match=r"at step 1, first in the teacher's logits"):
+    spoiled = jax.tree.map(lambda p: p * np.nan, task.teacher_arguments)
+    task = dataclasses.replace(task, teacher_arguments=spoiled)
+    with pytest.raises(NonFiniteError, match=r"at step 1, first in what the teacher says"):
         loop.fit(task, state, tmp_path)
 
 

@@ -5,7 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdq.distill import schedule, term
+from kdq.distill.capture import Outputs
 from kdq.train.objective import Objective
+
+
+def taught(alpha, temperature):
+    """A function `(logits, batch, teacher's logits) -> (loss, sums)`."""
+    fields = {"loss": "kl", "weight": alpha, "temperature": temperature}
+    objective = Objective(
+        task=schedule.constant(1 - alpha), terms=(term.build("kl", fields, "terms.kl"),)
+    )
+
+    def call(logits, batch, teacher):
+        teacher = None if teacher is None else Outputs(logits=teacher)
+        return objective(Outputs(logits=logits), batch, teacher)[:2]
+
+    return call
 
 
 def log_softmax(z):
@@ -26,7 +42,7 @@ def oracle(logits, labels, teacher, alpha, temperature, mask):
     d_distill = temperature * (np.exp(log_q) - np.exp(log_p))
     each = (1 - alpha) * task + alpha * distill
     d_each = (1 - alpha) * d_task + alpha * d_distill
-    sums = {"task_loss": task, "distill_loss": distill, "loss": each}
+    sums = {"task_loss": task, "kl_loss": distill, "loss": each}
     sums = {name: (mask * value).sum() for name, value in sums.items()}
     return (mask * each).sum() / mask.sum(), mask[:, None] * d_each / mask.sum(), sums
 
@@ -45,7 +61,7 @@ def test_value_gradient_and_sums(alpha, temperature, masked):
     logits, labels, teacher, mask = case()
     mask = mask if masked else np.ones_like(mask)
     batch = {"label": labels, **({"mask": mask.astype(np.float32)} if masked else {})}
-    objective = Objective(alpha=alpha, temperature=temperature)
+    objective = taught(alpha, temperature)
     (loss, sums), gradient = jax.value_and_grad(objective, has_aux=True)(
         jnp.asarray(logits), batch, jnp.asarray(teacher, jnp.float32)
     )
@@ -58,18 +74,54 @@ def test_value_gradient_and_sums(alpha, temperature, masked):
     assert sums["correct"] == (mask * (logits.argmax(-1) == labels)).sum()
 
 
-def test_without_a_teacher_alpha_is_unused():
+def test_without_a_teacher_there_are_only_labels():
     logits, labels, _, _ = case()
-    loss, sums = Objective(alpha=0.9, temperature=4.0)(jnp.asarray(logits), {"label": labels}, None)
+    outputs = Outputs(logits=jnp.asarray(logits))
+    loss, sums, memory = Objective()(outputs, {"label": labels}, None)
     expected = -log_softmax(logits)[np.arange(len(labels)), labels]
     np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)
-    assert "distill_loss" not in sums
+    assert set(sums) == {"loss", "task_loss", "correct", "count"}
     np.testing.assert_allclose(sums["loss"], sums["task_loss"])
+    assert memory == {}
+
+
+def test_terms_without_a_teacher_are_refused():
+    with pytest.raises(ValueError, match=r"terms \['kl'\] want a teacher"):
+        taught(0.5, 2.0)(jnp.zeros((2, 3)), {"label": np.zeros(2, np.int32)}, None)
+
+
+def test_label_smoothing_spreads_the_target():
+    logits, labels, _, _ = case()
+    outputs = Outputs(logits=jnp.asarray(logits))
+    loss, _, _ = Objective(label_smoothing=0.2)(outputs, {"label": labels}, None)
+    target = 0.8 * np.eye(5)[labels] + 0.2 / 5
+    np.testing.assert_allclose(loss, -(target * log_softmax(logits)).sum(-1).mean(), rtol=1e-5)
+
+
+def test_weights_follow_their_schedules():
+    logits, labels, teacher, _ = case()
+    student, taught_by = Outputs(logits=jnp.asarray(logits)), Outputs(logits=jnp.asarray(teacher))
+    build = lambda name, weight: term.build(name, {"loss": name, "weight": weight}, name)
+    objective = Objective(
+        task=schedule.linear(1.0, 0.0),
+        terms=(
+            build("soft_mse", {"kind": "phases", "values": (0.0, 3.0), "starts": (0.0, 0.5)}),
+            build("hard_label", 2.0),
+        ),
+        steps=10.0,
+    )
+    for step, task, mse in ((0, 1.0, 0.0), (4, 0.6, 0.0), (5, 0.5, 3.0), (10, 0.0, 3.0)):
+        loss, sums, _ = objective(student, {"label": labels}, taught_by, step=step)
+        expected = (
+            task * sums["task_loss"] + mse * sums["soft_mse_loss"] + 2 * sums["hard_label_loss"]
+        )
+        np.testing.assert_allclose(loss, expected / len(labels), rtol=1e-5)
+    assert float(sums["soft_mse_loss"]) > 0
 
 
 def test_no_gradient_reaches_the_teacher():
     logits, labels, teacher, _ = case()
-    objective = Objective(alpha=0.5, temperature=2.0)
+    objective = taught(0.5, 2.0)
     value = lambda t: objective(jnp.asarray(logits), {"label": labels}, t)[0]
     np.testing.assert_array_equal(jax.grad(value)(jnp.asarray(teacher, jnp.float32)), 0)
 
@@ -77,13 +129,15 @@ def test_no_gradient_reaches_the_teacher():
 def test_masked_rows_do_not_matter_even_if_huge_and_an_empty_batch_is_zero():
     logits, labels, teacher, mask = case()
     spoiled = np.where(mask[:, None] == 0, 1e4, logits).astype(np.float32)
-    objective = Objective(alpha=0.5, temperature=2.0)
+    objective = taught(0.5, 2.0)
     batch = {"label": labels, "mask": mask.astype(np.float32)}
     clean, _ = objective(jnp.asarray(logits), batch, jnp.asarray(teacher))
     dirty, _ = objective(jnp.asarray(spoiled), batch, jnp.asarray(teacher))
     np.testing.assert_allclose(clean, dirty, rtol=1e-6)
     nothing, sums = objective(
-        jnp.asarray(logits), {"label": labels, "mask": np.zeros(len(labels), np.float32)}, None
+        jnp.asarray(logits),
+        {"label": labels, "mask": np.zeros(len(labels), np.float32)},
+        jnp.asarray(teacher),
     )
     assert float(nothing) == 0
     assert float(sums["count"]) == 0
@@ -92,7 +146,7 @@ def test_masked_rows_do_not_matter_even_if_huge_and_an_empty_batch_is_zero():
 def test_bfloat16_logits_are_summed_in_float32():
     logits, labels, teacher, mask = case()
     half = jnp.asarray(logits, jnp.bfloat16)
-    loss, _ = Objective(alpha=0.5, temperature=2.0)(half, {"label": labels}, jnp.asarray(teacher))
+    loss, _ = taught(0.5, 2.0)(half, {"label": labels}, jnp.asarray(teacher))
     expected = oracle(np.asarray(half, np.float64), labels, teacher, 0.5, 2.0, np.ones_like(mask))[
         0
     ]

@@ -67,7 +67,7 @@ def test_equals_plain_flax_and_optax(net, teacher):
     params, stats = net.variables["params"], net.variables["batch_stats"]
     opt_state = adam.init(params)
     state = net.state(steps=steps, learning_rate=rate)
-    objective = Objective(alpha=alpha, temperature=temperature)
+    objective = net.objective(alpha, temperature) if teacher else Objective()
     for i in range(4):
         batch = net.batch(i)
         state, metrics = net.step(state, batch, objective, teacher=teacher)
@@ -156,7 +156,7 @@ def test_recompiles_for_new_shapes_only(net):
         state, _ = net.step(
             net.state(net.qparams(bits), settings, **fields),
             batch,
-            Objective(alpha=alpha, temperature=temperature),
+            net.objective(alpha, temperature),
             teacher=True,
             optimizer=settings,
         )
@@ -185,14 +185,16 @@ def test_recompiles_for_new_shapes_only(net):
 
 
 def test_live_and_cached_teacher_give_the_same_steps(net):
-    objective = Objective(alpha=0.8, temperature=4.0)
+    objective = net.objective(0.8, 4.0)
     live, cached, alone = net.state(), net.state(), net.state()
     for i in range(3):
         batch = net.batch(i)
         logits = net.teacher.apply(net.teacher_variables, batch["image"], train=False)
         live, live_metrics = net.step(live, batch, objective, teacher=True)
-        cached, cached_metrics = net.step(cached, {**batch, "teacher_logits": logits}, objective)
-        alone, _ = net.step(alone, batch, objective)
+        cached, cached_metrics = net.step(
+            cached, {**batch, "teacher_logits": logits}, objective, teacher="stored"
+        )
+        alone, _ = net.step(alone, batch, Objective())
     assert_trees_close(live.params, cached.params, rtol=1e-5, atol=1e-6)
     assert_trees_close(live_metrics, cached_metrics, rtol=1e-5, atol=1e-6)
     assert np.abs(live.params["head"]["kernel"] - alone.params["head"]["kernel"]).max() > 1e-4

@@ -1,0 +1,99 @@
+"""A model's logits and the outputs of chosen layers, with no edit of the model."""
+
+from collections.abc import Collection
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+from flax import traverse_util
+
+from kdq import quantize
+from kdq.types import Array, QParams, Variables
+
+
+class Outputs(flax.struct.PyTreeNode):
+    """What a model says of a batch."""
+
+    logits: Array | None  # [batch, classes]; None where only sparse targets are stored
+    features: dict[str, Array] = flax.struct.field(default_factory=dict)  # by layer path
+
+
+def run(
+    model: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    inputs: Array | tuple,
+    layers: Collection[str] = (),
+    *,
+    mutable: Collection[str] = (),
+    **kwargs: Any,
+) -> tuple[Outputs, dict[str, Any]]:
+    """`quantize.apply`, with the outputs of the modules whose paths are `layers`.
+
+    Args:
+      model: any Linen module.
+      variables: its float variables.
+      qparams: its quantizers; {} for none.
+      inputs: as for `quantize.apply`.
+      layers: module paths, "block_0/conv"; what the module returns is captured, so an activation
+        function that follows is not in it.
+      mutable: collections that the model may change.
+      **kwargs: passed on (`train`, `rngs`, ...).
+
+    Returns:
+      The outputs, and the collections of `mutable` as the model left them.
+
+    Raises:
+      ValueError: a layer was not called, or was called more than once (a shared module).
+    """
+    wanted = frozenset(layers)
+    capture = lambda module, method: method == "__call__" and "/".join(module.path) in wanted
+    logits, state = quantize.apply(
+        model,
+        variables,
+        qparams,
+        inputs,
+        mutable=[*mutable, "intermediates"],
+        capture_intermediates=capture,
+        **kwargs,
+    )
+    captured = _by_path(state.pop("intermediates", {}))
+    for path in sorted(wanted):
+        calls = len(captured.get(path, ()))
+        if calls != 1:
+            raise ValueError(f"layer {path!r} was called {calls} times in one forward pass: want 1")
+    return Outputs(logits=logits, features={path: captured[path][0] for path in wanted}), state
+
+
+def list_outputs(
+    model: nn.Module, variables: Variables, inputs: Any, **kwargs: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every path that `run` can capture and what is found there; nothing is computed.
+
+    Modules that do not return one array (an LSTM's cell) and those called more than once are left
+    out; so is the model itself, whose output are the logits.
+    """
+
+    def everything(variables, inputs):
+        return quantize.apply(
+            model,
+            variables,
+            {},
+            inputs,
+            mutable=["intermediates"],
+            capture_intermediates=True,
+            **kwargs,
+        )[1]
+
+    captured = _by_path(jax.eval_shape(everything, variables, inputs).get("intermediates", {}))
+    return {
+        path: calls[0]
+        for path, calls in captured.items()
+        if path and len(calls) == 1 and isinstance(calls[0], jax.ShapeDtypeStruct)
+    }
+
+
+def _by_path(intermediates: Any) -> dict[str, tuple]:
+    flat = traverse_util.flatten_dict(intermediates)
+    return {"/".join(path[:-1]): calls for path, calls in flat.items() if path[-1] == "__call__"}

@@ -1,0 +1,254 @@
+"""What each loss needs besides two arrays: labels, layers, adapters, a memory.
+
+A method is one way to learn from a teacher. To add one, write its loss as a pure function in
+`losses.py` or `features.py` and give it a line in `METHODS`.
+"""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from kdq.distill import adapters, features, losses, sparse
+from kdq.types import Array, Batch
+
+Shape = tuple[int, ...]
+
+
+class Given(typing.NamedTuple):
+    """What a method sees of one batch: logits, or the features of its layers."""
+
+    student: tuple[Array, ...]
+    teacher: tuple[Array, ...]
+    batch: Batch
+    mask: Array | None  # [batch], 0 on examples that do not count
+    key: Array  # random, of this step and term
+
+
+class Method(Protocol):
+    """One way to learn from a teacher."""
+
+    layers: int  # layers it captures of either model; 0: it works on the logits
+    reads: tuple[str, ...]  # names in the batch, or "teacher_logits"
+    adapter: str  # by default: a key of adapters.KINDS, or "" where it takes none
+
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        """What a config may set."""
+
+    def init(
+        self, key: Array, student: tuple[Shape, ...], teacher: tuple[Shape, ...], **context: Any
+    ) -> tuple[Any, Any]:
+        """`(params, memory)`: what trains beside the student, and what it remembers."""
+
+    def __call__(
+        self, params: Any, memory: Any, given: Given, options: Mapping[str, Any]
+    ) -> tuple[Array, Any]:
+        """`(values [batch], memory)`."""
+
+
+def options_of(function: Callable, arrays: int) -> dict[str, inspect.Parameter]:
+    """The parameters of a loss that a config may set: all but its first arrays, mask, reduction."""
+    parameters = list(inspect.signature(function).parameters.items())[arrays:]
+    return {k: v for k, v in parameters if k not in ("mask", "reduction", "token_mask")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnLogits:
+    """Student's and teacher's logits, and with `extra` what the batch holds under those names."""
+
+    loss: Callable
+    extra: tuple[str, ...] = ()
+    needs_logits: bool = True  # of the teacher; False: `extra` has all that is known of it
+    layers: int = 0
+    adapter: str = ""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (*(("teacher_logits",) if self.needs_logits else ()), *self.extra)
+
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        return options_of(self.loss, 1 + self.needs_logits + len(self.extra))
+
+    def init(self, key, student, teacher, **context):
+        return {}, {}
+
+    def __call__(self, params, memory, given, options):
+        arrays = [*given.student, *(given.teacher if self.needs_logits else ())]
+        arrays += [given.batch[name] for name in self.extra]
+        return self.loss(*arrays, mask=given.mask, **options), memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnFeatures:
+    """The features of one layer each, the student's by way of an adapter."""
+
+    loss: Callable
+    adapter: str = "none"
+    layers: int = 1
+    reads: tuple[str, ...] = ()
+
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        return options_of(self.loss, 2)
+
+    def init(self, key, student, teacher, *, adapter, **context):
+        params = adapters.KINDS[adapter](key, student[0], teacher[0])
+        return ({"adapter": params} if params else {}), {}
+
+    def __call__(self, params, memory, given, options):
+        (student,), (teacher,) = given.student, given.teacher
+        student = adapters.adapt(params.get("adapter", {}), student, teacher.shape)
+        return self.loss(student, teacher, mask=given.mask, **options), memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variational(OnFeatures):
+    """A Gaussian around the adapted student, whose variance of each channel trains."""
+
+    adapter: str = "fit"
+
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        return options_of(self.loss, 3)
+
+    def init(self, key, student, teacher, **context):
+        params, memory = super().init(key, student, teacher, **context)
+        # softplus(x) = 5, where the authors start.
+        raw = jnp.full(teacher[0][-1], jnp.log(jnp.expm1(5.0)), jnp.float32)
+        return {**params, "raw_variance": raw}, memory
+
+    def __call__(self, params, memory, given, options):
+        (student,), (teacher,) = given.student, given.teacher
+        mean = adapters.adapt(params.get("adapter", {}), student, teacher.shape)
+        values = self.loss(mean, teacher, params["raw_variance"], mask=given.mask, **options)
+        return values, memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """Both features, averaged over positions, through linear maps to one space that train."""
+
+    loss: Callable
+    layers: int = 1
+    reads: tuple[str, ...] = ()
+    adapter: str = ""
+
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        return {**options_of(self.loss, 2), "dim": _option("dim", int, 128)}
+
+    def init(self, key, student, teacher, *, options, **context):
+        keys, dim = jax.random.split(key), options.get("dim", 128)
+        heads = {
+            name: adapters.init_linear(k, (shape[-1],), (dim,))
+            for name, k, shape in zip(
+                ("student", "teacher"), keys, (*student, *teacher), strict=True
+            )
+        }
+        return heads, {}
+
+    def embed(self, params, given):
+        pairs = (("student", given.student[0]), ("teacher", given.teacher[0]))
+        for name, feature in pairs:
+            feature = feature.astype(jnp.float32)
+            vector = feature.mean(tuple(range(1, feature.ndim - 1)))
+            yield adapters.adapt(params[name], vector, vector.shape)
+
+    def __call__(self, params, memory, given, options):
+        options = {k: v for k, v in options.items() if k != "dim"}
+        return self.loss(*self.embed(params, given), mask=given.mask, **options), memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrastive(Embedded):
+    """Against negatives drawn from a memory of every example's embeddings."""
+
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        parameters = options_of(self.loss, 5)
+        return {
+            **parameters,
+            "dim": _option("dim", int, 128),
+            "negatives": _option("negatives", int, 1024),
+        }
+
+    def init(self, key, student, teacher, *, options, num_examples, **context):
+        heads, _ = super().init(key, student, teacher, options=options)
+        memory = features.init_memory(
+            jax.random.fold_in(key, 1), num_examples, options.get("dim", 128)
+        )
+        return heads, memory
+
+    def __call__(self, params, memory, given, options):
+        options = {k: v for k, v in options.items() if k != "dim"}
+        ids = given.batch["id"]
+        num_examples = memory.student_bank.shape[0]
+        count = options.pop("negatives", 1024)
+        negatives = features.draw_negatives(given.key, ids, num_examples, count)
+        return self.loss(
+            *self.embed(params, given), memory, ids, negatives, mask=given.mask, **options
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Relation:
+    """Two projections of an attention layer, [batch, tokens, heads, width] as Flax has them."""
+
+    loss: Callable
+    layers: int = 2
+    reads: tuple[str, ...] = ()
+    adapter: str = ""
+
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        return options_of(self.loss, 4)
+
+    def init(self, key, student, teacher, **context):
+        return {}, {}
+
+    def __call__(self, params, memory, given, options):
+        arrays = [jnp.swapaxes(x, 1, 2) for x in (*given.student, *given.teacher)]
+        tokens = given.batch.get("token_mask")
+        return self.loss(*arrays, token_mask=tokens, mask=given.mask, **options), memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens(OnFeatures):
+    """Features of tokens, of which the batch may say which are padding."""
+
+    def __call__(self, params, memory, given, options):
+        tokens = {"token_mask": given.batch.get("token_mask")}
+        return super().__call__(params, memory, given, {**options, **tokens})
+
+
+def _option(name: str, kind: type, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+METHODS: dict[str, Method] = {
+    "kl": OnLogits(loss=losses.kl),
+    "reverse_kl": OnLogits(loss=losses.reverse_kl),
+    "jensen_shannon": OnLogits(loss=losses.jensen_shannon),
+    "skew_kl": OnLogits(loss=losses.skew_kl),
+    "dkd": OnLogits(loss=losses.dkd, extra=("label",)),
+    "dist": OnLogits(loss=losses.dist),
+    "standardized_kl": OnLogits(loss=losses.standardized_kl),
+    "soft_mse": OnLogits(loss=losses.soft_mse),
+    "hard_label": OnLogits(loss=losses.hard_label),
+    "top_k_kl": OnLogits(
+        loss=sparse.top_k_kl, extra=("teacher_indices", "teacher_log_probs"), needs_logits=False
+    ),
+    "sampled_kl": OnLogits(
+        loss=sparse.sampled_kl, extra=("teacher_indices", "teacher_weights"), needs_logits=False
+    ),
+    "hint": OnFeatures(loss=features.hint, adapter="fit"),
+    "attention_transfer": OnFeatures(loss=features.attention_transfer),
+    "similarity_preserving": OnFeatures(loss=features.similarity_preserving),
+    "relational_distance": OnFeatures(loss=features.relational_distance),
+    "relational_angle": OnFeatures(loss=features.relational_angle),
+    "variational_information": Variational(loss=features.variational_information),
+    "quantized_feature": OnFeatures(loss=features.quantized_feature, adapter="fit"),
+    "contrastive": Contrastive(loss=features.contrastive),
+    "info_nce": Embedded(loss=features.info_nce),
+    "attention_relation": Relation(loss=features.attention_relation),
+    "hidden_states": Tokens(loss=features.hidden_states, adapter="fit"),
+}

@@ -1,0 +1,171 @@
+"""One summand of what a student is taught by: a loss, its weight, and where it looks."""
+
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+from kdq.distill import adapters, schedule
+from kdq.distill.capture import Outputs
+from kdq.distill.methods import METHODS, Given, Method
+from kdq.distill.schedule import Schedule
+from kdq.fields import ConfigError, unknown
+from kdq.types import Array, Batch
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]  # by layer path
+
+
+class Term(flax.struct.PyTreeNode):
+    """A weighted loss. Its numbers are data: arms that differ only in them share a compiled step.
+
+    Invariant: `student` and `teacher` name as many layers as the method captures.
+    """
+
+    weight: Schedule
+    options: dict[str, Array]  # numbers: a temperature
+    name: str = flax.struct.field(pytree_node=False)  # its key in the config and in the metrics
+    loss: str = flax.struct.field(pytree_node=False)  # a key of METHODS
+    student: tuple[str, ...] = flax.struct.field(pytree_node=False)  # layer paths
+    teacher: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    adapter: str = flax.struct.field(pytree_node=False)
+    # Options that shape the computation, such as a chunk size.
+    fixed: tuple[tuple[str, Any], ...] = flax.struct.field(pytree_node=False)
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.loss]
+
+    def init(
+        self, key: Array, student: Shapes, teacher: Shapes, num_examples: int
+    ) -> tuple[Any, Any]:
+        """`(params, memory)`: what trains beside the student, and what the method remembers.
+
+        Args:
+          key: random.
+          student: what `capture.list_outputs` found in the student.
+          teacher: the same of the teacher.
+          num_examples: of the training split; ids are below it.
+
+        Raises:
+          ConfigError: a layer that is not there, or shapes that do not fit; lists the valid ones.
+        """
+        where = f"term {self.name!r} ({self.loss})"
+        for role, paths, valid in (
+            ("student", self.student, student),
+            ("teacher", self.teacher, teacher),
+        ):
+            for path in paths:
+                if path not in valid:
+                    raise ConfigError(unknown(f"{where}: layer of the {role}:", path, valid))
+        try:
+            return self.method.init(
+                key,
+                tuple(student[path].shape for path in self.student),
+                tuple(teacher[path].shape for path in self.teacher),
+                num_examples=num_examples,
+                adapter=self.adapter,
+                options=dict(self.fixed),
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"{where}, student layer {self.student}, teacher layer {self.teacher}: {error}"
+            ) from error
+
+    def __call__(
+        self,
+        params: Any,
+        memory: Any,
+        student: Outputs,
+        teacher: Outputs,
+        batch: Batch,
+        key: Array,
+    ) -> tuple[Array, Any]:
+        """`(values [batch], memory)`, not yet weighted."""
+        look = lambda outputs, paths: (
+            tuple(outputs.features[path] for path in paths) if paths else (outputs.logits,)
+        )
+        given = Given(
+            student=look(student, self.student),
+            teacher=jax.lax.stop_gradient(look(teacher, self.teacher)),
+            batch=batch,
+            mask=batch.get("mask"),
+            key=key,
+        )
+        return self.method(params, memory, given, {**self.options, **dict(self.fixed)})
+
+
+def build(name: str, config: Mapping[str, Any], where: str) -> Term:
+    """A term from its entry in a config.
+
+    The entry has "loss", a key of METHODS; "weight", a number or a schedule (`schedule.build`); for
+    the losses on features "student" and "teacher", layer paths, and "adapter"; and what else the
+    loss takes.
+
+    Raises:
+      ConfigError: an unknown loss or option, a missing one, a value of the wrong type.
+    """
+    fields = dict(config)
+    loss = fields.pop("loss", None)
+    if loss not in METHODS:
+        raise ConfigError(unknown(f"{where}.loss:", loss, METHODS))
+    method = METHODS[loss]
+    weight = schedule.build(fields.pop("weight", 1.0), f"{where}.weight")
+    layers = {
+        role: _paths(fields.pop(role, ()), method.layers, f"{where}.{role}", loss)
+        for role in ("student", "teacher")
+    }
+    adapter = fields.pop("adapter", method.adapter)
+    if adapter != method.adapter and (not method.adapter or adapter not in adapters.KINDS):
+        valid = adapters.KINDS if method.adapter else ()
+        raise ConfigError(unknown(f"{where}.adapter ({loss}):", adapter, valid))
+    options, fixed = _options(method.options(), fields, f"{where} ({loss})")
+    return Term(
+        weight=weight,
+        options=options,
+        name=name,
+        loss=loss,
+        student=layers["student"],
+        teacher=layers["teacher"],
+        adapter=adapter,
+        fixed=fixed,
+    )
+
+
+def _paths(value: Any, count: int, where: str, loss: str) -> tuple[str, ...]:
+    paths = (value,) if isinstance(value, str) else tuple(value)
+    if len(paths) != count or not all(isinstance(path, str) for path in paths):
+        raise ConfigError(
+            f"{where}={value!r}: {loss} looks at {count} layers; want that many paths"
+        )
+    return paths
+
+
+def _options(
+    valid: Mapping[str, inspect.Parameter], given: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
+    """`(numbers, the rest)`: what the annotation calls a float is data, the rest is static."""
+    numbers, fixed = {}, {}
+    for name in given:
+        if name not in valid:
+            raise ConfigError(unknown(f"option of {where}:", name, valid))
+    for name, parameter in valid.items():
+        value = given.get(name, parameter.default)
+        kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
+        if value is inspect.Parameter.empty:
+            raise ConfigError(f"{where} needs {name!r}; given: {sorted(given)}")
+        if float in kinds:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{where}.{name}={value!r}: want a number")
+            if not np.isfinite(value):
+                raise ConfigError(f"{where}.{name}={value!r}: want a finite number")
+            numbers[name] = np.float32(value)
+        elif isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
+            fixed[name] = value
+        else:
+            wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+            raise ConfigError(f"{where}.{name}={value!r}: want {wanted}")
+    return numbers, tuple(sorted(fixed.items()))

@@ -1,0 +1,107 @@
+"""What can be wrong with a config once the data are open: said before anything trains."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+
+from kdq import quantize
+from kdq.config import ConfigError, Experiment
+from kdq.distill import capture
+from kdq.distill.term import Shapes
+from kdq.experiment.inputs import Inputs
+from kdq.experiment.teaching import Teachers
+from kdq.quantize.rules import match
+from kdq.train import objective
+from kdq.types import Variables
+
+
+def check(
+    experiment: Experiment, models: dict[str, nn.Module], inputs: Inputs, teachers: Teachers
+) -> None:
+    """Raises ConfigError for a config that the data, the layers or the teachers do not fit."""
+    classes = inputs.splits["train"].num_classes
+    for key, fields in experiment.models.items():
+        if fields.get("num_classes", classes) != classes:
+            raise ConfigError(
+                f"config.models.{key}.num_classes={fields['num_classes']}, but "
+                f"{experiment.data.name} has {classes} classes"
+            )
+    for name, arm in experiment.arms.items():
+        if arm.epochs and not inputs.steps(arm):
+            raise ConfigError(
+                f"config.arms.{name}.epochs={arm.epochs} is not one step of "
+                f"{experiment.data.batch_size} examples"
+            )
+    for key in {arm.model for arm in experiment.arms.values() if arm.bits}:
+        _check_quantize(experiment, key, models[key], inputs.image)
+    for name, arm in experiment.arms.items():
+        if arm.teacher:
+            _check_taught(experiment, name, models, inputs, teachers)
+
+
+def layers(model: nn.Module, variables: Variables, image: jax.ShapeDtypeStruct) -> Shapes:
+    """The layers of a model that can be captured, in evaluation mode."""
+    return capture.list_outputs(model, variables, image, train=False)
+
+
+def _shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Variables:
+    init = functools.partial(model.init, train=False)
+    return jax.eval_shape(init, jax.random.key(0), image)
+
+
+def _check_quantize(
+    experiment: Experiment, key: str, model: nn.Module, image: jax.ShapeDtypeStruct
+) -> None:
+    found = quantize.list_layers(model, _shapes(model, image), image, train=False)
+    try:
+        match(quantize.uniform_rules(8, 8, keep=experiment.quantize.keep), found)
+    except ValueError as error:
+        raise ConfigError(f"config.quantize.keep, model {key!r}: {error}") from error
+    names = [f"{path}/{half}" for path in found for half in ("weights", "activations")]
+    for pattern in experiment.quantize.fixed_scales:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ConfigError(
+                f"config.quantize.fixed_scales, model {key!r}: {pattern!r} matches none of {names}"
+            )
+
+
+def _check_taught(
+    experiment: Experiment,
+    name: str,
+    models: dict[str, nn.Module],
+    inputs: Inputs,
+    teachers: Teachers,
+) -> None:
+    arm, where = experiment.arms[name], f"config.arms.{name}"
+    aim = objective.of_arm(experiment, name, steps=1)
+    module = teachers.module(name)
+    if aim.teacher_layers and module is None:
+        raise ConfigError(
+            f"{where}: config.distill.{arm.distill} looks at layers of the teacher, and "
+            f"config.teachers.{arm.teacher} has none that it may look at"
+        )
+    taught_by = layers(module, _shapes(module, inputs.image), inputs.image) if module else {}
+    model = models[arm.model]
+    student = layers(model, _shapes(model, inputs.image), inputs.image)
+    try:
+        jax.eval_shape(
+            lambda key: aim.init(key, student, taught_by, inputs.num_examples), jax.random.key(0)
+        )
+    except ConfigError as error:
+        raise ConfigError(f"config.distill.{arm.distill}, arm {name!r}: {error}") from error
+    offered = {"label", *teachers.offers(name)}
+    for term in aim.terms:
+        missing = set(term.method.reads) - offered
+        if missing:
+            raise ConfigError(
+                f"{where}: config.distill.{arm.distill}.terms.{term.name} ({term.loss}) needs "
+                f"{sorted(missing)}; config.cache.kind={experiment.cache.kind!r} and the teacher "
+                f"offer {sorted(offered)}"
+            )
+    if inputs.augments(arm) and teachers.by_example(name):
+        raise ConfigError(
+            f"{where}.augment=True with config.data.augment and a teacher whose logits are kept by "
+            "example: these do not fit augmented images; change one, or config.cache.kind"
+        )

@@ -1,0 +1,87 @@
+"""The data of an experiment: its splits, as training streams and as batches to evaluate."""
+
+import functools
+
+import grain
+import jax
+import numpy as np
+
+from kdq import data
+from kdq.config import Arm, ConfigError, Experiment
+from kdq.types import Batch
+
+
+class Inputs:
+    """Splits are opened when first used."""
+
+    def __init__(self, experiment: Experiment):
+        self._config, self._quantize = experiment.data, experiment.quantize
+        try:
+            self.augment = tuple(data.build_augmentations(self._config.augment))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config.data.augment: {error}") from error
+
+    @functools.cached_property
+    def splits(self) -> dict[str, data.Source]:
+        config = self._config
+        names = {"train": config.train, "validation": config.validation, "test": config.test}
+        return {
+            key: data.open_split(config.name, split, data_dir=config.data_dir or None)
+            for key, split in names.items()
+        }
+
+    @property
+    def num_examples(self) -> int:
+        """Of the training split."""
+        return len(self.splits["train"])
+
+    @property
+    def image(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a batch of one image."""
+        return jax.ShapeDtypeStruct((1, *self.splits["train"].image_shape), np.float32)
+
+    def steps(self, arm: Arm) -> int:
+        return round(arm.epochs * self.num_examples / self._config.batch_size)
+
+    def augments(self, arm: Arm) -> bool:
+        return bool(self.augment) and arm.augment
+
+    def stream(
+        self,
+        arm: Arm,
+        seed: int,
+        *,
+        extra: dict[str, np.ndarray] | None = None,
+        lookup: data.Lookup | None = None,
+    ) -> grain.MapDataset:
+        """The training stream of an arm; see `data.train_dataset`."""
+        return data.train_dataset(
+            self.splits["train"],
+            batch_size=self._config.batch_size,
+            seed=seed,
+            mean=self._config.mean,
+            std=self._config.std,
+            augment=self.augment if arm.augment else (),
+            extra=extra,
+            lookup=lookup,
+        )
+
+    def batches(self, split: str, size: int | None = None) -> data.EvalBatches:
+        size = min(size or self._config.eval_batch_size, len(self.splits[split]))
+        return data.eval_batches(
+            self.splits[split], batch_size=size, mean=self._config.mean, std=self._config.std
+        )
+
+    def calibration_images(self) -> list[np.ndarray]:
+        """The first examples of the training split, in batches of one shape."""
+        count = min(self._quantize.calibration_examples, self.num_examples)
+        batches = self.batches("train", size=min(count, self._config.eval_batch_size))
+        return [batches[i]["image"] for i in range(max(1, count // len(batches[0]["label"])))]
+
+    @functools.cached_property
+    def validation(self) -> list[Batch]:
+        return [jax.device_put(batch) for batch in self.batches("validation")]
+
+    @functools.cached_property
+    def test(self) -> list[Batch]:
+        return [jax.device_put(batch) for batch in self.batches("test")]

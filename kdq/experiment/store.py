@@ -1,0 +1,70 @@
+"""What finished arms left in the workdir: records and weights."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdq import files
+from kdq.config import ConfigError, Experiment
+from kdq.experiment import plan
+from kdq.experiment.progress import Record
+from kdq.train.checkpoint import Checkpointer
+from kdq.types import Variables
+
+
+class Store:
+    """`WORKDIR/ARM/SEED` of every arm and seed."""
+
+    def __init__(self, experiment: Experiment, workdir: Path):
+        self._experiment, self._workdir = experiment, workdir
+        self.digests = plan.digests(experiment)
+        # Arms of one seed run one after another, so few of these are in use at once.
+        self.weights = functools.lru_cache(maxsize=8)(self._load_weights)
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self._workdir / name / str(seed)
+
+    def finished(self, name: str, seed: int) -> Record | None:
+        """The record of an arm that has been run before.
+
+        Raises ConfigError if it was run with another config.
+        """
+        path = self.folder(name, seed) / "result.json"
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text())
+        if record["arm_digest"] != self.digests[name]:
+            raise ConfigError(
+                f"{path} was made with another config (digest {record['arm_digest']}, now "
+                f"{self.digests[name]}): choose another workdir, or delete {path.parent}"
+            )
+        return {**record, "reference": self._experiment.arms[name].reference or None}
+
+    def record(self, name: str, seed: int) -> Record:
+        return json.loads((self.folder(name, seed) / "result.json").read_text())
+
+    def save(self, record: Record) -> None:
+        path = self.folder(record["arm"], record["seed"]) / "result.json"
+        text = json.dumps(record, indent=1, allow_nan=False)
+        files.write_atomic(path, f"{text}\n".encode())
+
+    def _load_weights(self, name: str, seed: int) -> Variables:
+        """The selected variables of an arm: what was trained, before any rounding."""
+        arm = self._experiment.arms[name]
+        if not arm.epochs:
+            return self.weights(arm.init, seed)
+        folder = self.folder(name, seed) / "checkpoints"
+        with Checkpointer(folder) as checkpointer:
+            found = checkpointer.restore({"selected": None})
+        if found is None:
+            raise FileNotFoundError(
+                f"{folder} holds no checkpoint that can be read, but {folder.parent} has a result: "
+                "delete that folder to train the arm again"
+            )
+        # By way of NumPy: Orbax ties arrays to a device, and a step compiles anew for such arrays.
+        selected = jax.tree.map(np.asarray, found[1]["selected"])
+        return jax.tree.map(jnp.asarray, {"params": selected["params"], **selected["model_state"]})

@@ -1,0 +1,233 @@
+"""Who teaches an arm, and from what: a network at every step, or outputs computed before."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdq import config as kdq_config
+from kdq import data, deploy
+from kdq.config import Arm, ConfigError, Experiment
+from kdq.distill import cache, cache_key
+from kdq.distill.cache import Cache
+from kdq.distill.cache_key import CacheKey
+from kdq.distill.teacher import Ensemble, Model, MovingAverage, Peer, Stored, Teacher
+from kdq.evaluate import metrics
+from kdq.experiment import initial
+from kdq.experiment.inputs import Inputs
+from kdq.experiment.store import Store
+from kdq.schema import Packed
+from kdq.types import Array, Batch, Variables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """What an arm's training needs of its teacher; nothing, for labels alone."""
+
+    teacher: Teacher | Peer | None = None
+    arguments: Any = None  # what it computes with at every step
+    extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # stored, by example id
+    lookup: data.Lookup | None = None  # stored, by position in the stream
+    average: bool = False  # whether the state keeps the student's moving average
+    peer: Variables | None = None  # fresh variables of a peer
+
+
+class Teachers:
+    """The teachers of an experiment's arms."""
+
+    def __init__(
+        self, experiment: Experiment, models: dict[str, nn.Module], store: Store, inputs: Inputs
+    ):
+        self._experiment, self._models = experiment, models
+        self._store, self._inputs = store, inputs
+        self.logits = functools.lru_cache(maxsize=8)(self._predict)
+        self._makers: dict[str, Callable[..., Teaching]] = {
+            "ensemble": self._ensemble,
+            "moving_average": self._moving_average,
+            "peer": self._peer,
+            "packed": self._packed,
+            "shuffled": self._shuffled,
+        }
+
+    def of(self, name: str, seed: int) -> Teaching:
+        """What teaches the arm `name` in the run of `seed`."""
+        arm = self._experiment.arms[name]
+        if not arm.teacher:
+            return Teaching()
+        if arm.teacher in self._experiment.arms:
+            return self._arm(arm, seed, self._stored_as(name))
+        config = self._experiment.teachers[arm.teacher]
+        return self._makers[config.kind](config, arm, seed)
+
+    def module(self, name: str) -> nn.Module | None:
+        """The network whose layers the arm `name` may look at, if its teacher has one."""
+        arm = self._experiment.arms[name]
+        config = self._experiment.teachers.get(arm.teacher)
+        if config is None:
+            return self._models[self._experiment.arms[arm.teacher].model]
+        if config.kind == "moving_average":
+            return self._models[arm.model]
+        return _load(config).model if config.kind == "packed" else None
+
+    def offers(self, name: str) -> tuple[str, ...]:
+        """What the terms of the arm `name` may read of its teacher, layers apart."""
+        kind = self._stored_as(name)
+        names = {"top_k": ("indices", "log_probs"), "sampled": ("indices", "weights")}
+        return tuple(f"teacher_{array}" for array in names.get(kind, ("logits",)))
+
+    def by_example(self, name: str) -> bool:
+        """Whether what teaches the arm is stored by example, whatever became of its image."""
+        return self._stored_as(name) in ("memory", "shuffled")
+
+    def _stored_as(self, name: str) -> str:
+        """The kind of cache that the teacher of an arm speaks from; "none" if it runs."""
+        arm, cache = self._experiment.arms[name], self._experiment.cache
+        if arm.teacher in self._experiment.teachers:
+            kind = self._experiment.teachers[arm.teacher].kind
+            return kind if kind == "shuffled" else "none"
+        terms = self._experiment.distill[arm.distill].terms.values()
+        return "none" if any(term.get("teacher") for term in terms) else cache.kind
+
+    # One method a kind of teacher.
+
+    def _arm(self, arm: Arm, seed: int, kind: str) -> Teaching:
+        if kind == "none":
+            module = self._models[self._experiment.arms[arm.teacher].model]
+            return Teaching(teacher=Model(module), arguments=self._arguments(arm.teacher, seed))
+        if kind == "memory":
+            logits = self.logits(arm.teacher, seed, "train")
+            return Teaching(teacher=Stored(), extra={"teacher_logits": logits})
+        stored = self._on_disk(arm, seed)
+        rename = lambda arrays: {f"teacher_{k}": v for k, v in arrays.items() if k != "id"}
+        if stored.key.by_position:
+            lookup = lambda positions, ids: rename(stored.read(positions, ids))
+            return Teaching(teacher=Stored(), lookup=lookup)
+        return Teaching(teacher=Stored(), extra=rename(stored.load()))
+
+    def _ensemble(self, config, arm: Arm, seed: int) -> Teaching:
+        members = [self._experiment.arms[name].model for name in config.arms]
+        return Teaching(
+            teacher=Ensemble(tuple(self._models[m] for m in members), config.average),
+            arguments={
+                "members": tuple(self._arguments(name, seed) for name in config.arms),
+                "weights": jnp.asarray(config.weights or [1.0] * len(members), jnp.float32),
+            },
+        )
+
+    def _moving_average(self, config, arm: Arm, seed: int) -> Teaching:
+        module = self._models[arm.model]
+        return Teaching(teacher=MovingAverage(module, config.decay), average=True)
+
+    def _peer(self, config, arm: Arm, seed: int) -> Teaching:
+        module = self._models[config.model]
+        # Another key than that of the student, which may be of the same model.
+        key = jax.random.fold_in(jax.random.key(seed + arm.seed_offset), 1)
+        images = self._inputs.batches("train")[0]["image"][:1]
+        return Teaching(teacher=Peer(module), peer=initial.variables(module, key, images))
+
+    def _packed(self, config, arm: Arm, seed: int) -> Teaching:
+        packed = _load(config)
+        return Teaching(
+            teacher=Model(packed.model),
+            arguments={"variables": packed.variables, "qparams": packed.qparams},
+        )
+
+    def _shuffled(self, config, arm: Arm, seed: int) -> Teaching:
+        logits = self.logits(config.arm, seed, "train")
+        rng, moved = np.random.default_rng(seed), np.arange(len(logits))
+        labels = self._inputs.splits["train"].read(moved)["label"]
+        groups = labels if config.within_class else np.zeros_like(labels)
+        for group in np.unique(groups):
+            members = np.flatnonzero(groups == group)
+            moved[members] = rng.permutation(members)
+        return Teaching(teacher=Stored(), extra={"teacher_logits": logits[moved]})
+
+    # Outputs of arms.
+
+    def _arguments(self, name: str, seed: int) -> dict[str, Any]:
+        return {"variables": self._store.weights(name, seed), "qparams": {}}
+
+    def _apply(self, name: str):
+        module = self._models[self._experiment.arms[name].model]
+        return functools.partial(_logits, Model(module))
+
+    def _predict(self, name: str, seed: int, split: str) -> np.ndarray:
+        """Logits [examples, classes] of an arm's selected weights, unrounded, on a whole split."""
+        arguments = self._arguments(name, seed)
+        return metrics.predict(self._apply(name), arguments, self._inputs.batches(split))
+
+    def _on_disk(self, arm: Arm, seed: int) -> Cache:
+        """The teacher's outputs in a cache under its folder, made now if they are not there."""
+        config, inputs = self._experiment.cache, self._inputs
+        augmented = inputs.augments(arm)
+        own_seed = seed + arm.seed_offset
+        source = inputs.splits["train"]
+        taught_by = self._experiment.arms[arm.teacher]
+        arguments = self._arguments(arm.teacher, seed)
+        key = CacheKey(
+            teacher=cache_key.digest_variables(arguments["variables"]),
+            teacher_model=kdq_config.to_json(self._experiment.models[taught_by.model]),
+            dataset=self._experiment.data.name,
+            split=self._experiment.data.train,
+            data_digest=source.digest,
+            mean=self._experiment.data.mean,
+            std=self._experiment.data.std,
+            augment=self._experiment.data.augment if augmented else (),
+            stream_seed=own_seed if augmented else None,
+            num_classes=source.num_classes,
+            target=_target(config, own_seed),
+        )
+        length = inputs.num_examples
+        if augmented:
+            length = inputs.steps(arm) * self._experiment.data.batch_size
+        # By its key's digest: arms that differ in augmentation or length have caches side by side.
+        name = f"{config.kind}-{kdq_config.digest([key.to_json(), length])}"
+        folder = self._store.folder(arm.teacher, seed) / "caches" / name
+        apply = self._apply(arm.teacher)
+        batches = self._batches_to_store(arm, own_seed, augmented)
+        records = (_records(key, apply(arguments, b["image"]), b) for b in batches)
+        return cache.write_cache(folder, key, records, length)
+
+    def _batches_to_store(self, arm: Arm, seed: int, augmented: bool) -> Iterator[Batch]:
+        if not augmented:
+            yield from self._inputs.batches("train")
+            return
+        size = self._experiment.data.batch_size
+        for step, batch in enumerate(data.iterate(self._inputs.stream(arm, seed))):
+            yield {**batch, "position": np.arange(step * size, (step + 1) * size)}
+
+
+def _load(config: Packed) -> deploy.PackedModel:
+    try:
+        return deploy.load_packed(config.path)
+    except deploy.PackedFileError as error:
+        raise ConfigError(f"a packed teacher: {error}") from error
+
+
+def _target(
+    config: kdq_config.Cache, seed: int
+) -> cache_key.Dense | cache_key.TopK | cache_key.Sampled:
+    makers = {
+        "dense": lambda size, temperature: cache_key.Dense(),
+        "top_k": lambda size, temperature: cache_key.TopK(k=size, temperature=temperature),
+        "sampled": lambda size, temperature: cache_key.Sampled(
+            samples=size, temperature=temperature, sampling_seed=seed
+        ),
+    }
+    return makers[config.kind](config.size, config.temperature)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Model, arguments: Any, images: Array) -> Array:
+    return model(arguments, {"image": images}).logits
+
+
+def _records(key: CacheKey, logits: Array, batch: Batch) -> dict[str, np.ndarray]:
+    return cache_key.make_records(
+        key, logits, batch["id"], batch.get("position"), batch.get("mask")
+    )

@@ -1,0 +1,192 @@
+"""What a config may say: frozen dataclasses, a comment a field."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which examples, and what is done to them."""
+
+    name: str  # a TFDS image-classification data set
+    data_dir: str = ""  # where TFDS keeps it; "" is TFDS's own default
+    train: str = "train"  # TFDS split expressions
+    validation: str = "validation"  # every choice is made on this one
+    test: str = "test"  # measured once, at the end
+    batch_size: int = 64
+    eval_batch_size: int = 512
+    augment: tuple[Mapping[str, Any], ...] = ()  # e.g. ({"name": "shift", "pixels": 2},)
+    mean: float | tuple[float, ...] = 0.0  # pixels become (pixel - mean) / std
+    std: float | tuple[float, ...] = 255.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Shared by every arm; an arm's own `learning_rate` is its peak. Cosine decay to zero."""
+
+    name: str = "adam"
+    warmup: float = 0.05  # share of the steps in which the rate rises linearly from zero
+    scale_rate: float = 0.1  # quantizer scales train at this multiple of the rate
+    weight_decay: float = 0.0  # decoupled, on weights of two or more dimensions
+    clip_norm: float = 0.0  # global gradient norm; 0 is no clipping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Shared by every quantized arm; an arm's own `bits` apply to the layers not kept."""
+
+    keep: tuple[str, ...] = ()  # path patterns of the layers at `keep_bits`: the first, the last
+    keep_bits: int = 8
+    calibration_examples: int = 512  # the first of the training split
+    # Scales train (learned step sizes) but for those whose "LAYER/weights" or "LAYER/activations"
+    # matches one of these patterns, which stay as calibrated; (".*",) trains none.
+    fixed_scales: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill:
+    """A way to learn from a teacher; arms choose one by its key in `distill`."""
+
+    # Weight of the cross-entropy with the labels: a number, or a schedule (kdq.distill.schedule).
+    task: float | Mapping[str, Any] = 0.1
+    # {name: {"loss": one of kdq.distill.methods.METHODS, "weight": number or schedule, options}}
+    terms: Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One cell of the experiment. All arms go the same way: start, calibrate, train, measure."""
+
+    model: str  # a key of `models`
+    init: str = ""  # arm whose selected weights this one starts from; "" is fresh weights
+    teacher: str = ""  # arm that teaches, or a key of `teachers`; "" is labels only
+    distill: str = ""  # how: a key of `distill`; wanted with a teacher, and only then
+    bits: str = ""  # "W4A4", "W4" (weights only), or "" for float
+    observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse
+    epochs: float = 0.0  # passes over the training split; 0 only calibrates
+    learning_rate: float = 1e-3  # peak
+    label_smoothing: float = 0.0  # of the task loss: this much of the target spread evenly
+    seed_offset: int = 0  # added to the seed: an independent repetition of an equal arm
+    augment: bool = True  # trains on images changed as `data.augment` says, if it says anything
+    reference: str = ""  # arm to compare with in the table, seed by seed
+
+    @property
+    def kind(self) -> str:
+        """What the arm is, in the field's terms."""
+        if self.bits:
+            return "PTQ" if not self.epochs else "QAD" if self.teacher else "QAT"
+        return "KD" if self.teacher else "labels"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+    """How a teacher's outputs on the training split are kept; an arm that needs more runs it live.
+
+    More is: features of its layers, or a teacher that changes with the student.
+    """
+
+    # "none": it runs at every step. "memory": logits, computed once a process; needs training
+    # without augmentation. On disk, under the teacher's folder: "dense" logits, the "top_k" classes
+    # or "sampled" ones; with augmentation a record for each position of the training stream.
+    kind: str = "memory"
+    size: int = 0  # classes that top_k keeps, draws of sampled
+    temperature: float = 1.0  # of top_k and sampled, which are made for one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Measures of what an arm took over from the teacher beside its predictions on test data."""
+
+    examples: int = 0  # the first of the test split; 0 leaves these measures out
+    pairs: int = 256  # of examples of different classes: agreement on the path between them
+    epsilon: float = 0.1  # of an adversarial step, in units of the normalized pixel
+
+
+CACHES = ("none", "memory", "dense", "top_k", "sampled")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """Teachers that are averaged."""
+
+    kind: str = "ensemble"
+    arms: tuple[str, ...]
+    weights: tuple[float, ...] = ()  # one an arm; () is equal ones
+    average: str = "probability"  # or "logit"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arms that have to be there."""
+        return self.arms
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MovingAverage:
+    """The exponential moving average of the student itself."""
+
+    kind: str = "moving_average"
+    decay: float = 0.999
+    needs = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A network trained at once, from fresh weights, that learns from the student in turn."""
+
+    kind: str = "peer"
+    model: str
+    needs = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A model in a packed file."""
+
+    kind: str = "packed"
+    path: str
+    needs = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shuffled:
+    """A control: an arm's logits, each moved to another training example."""
+
+    kind: str = "shuffled"
+    arm: str
+    within_class: bool = True  # to one of the same label: the class is taught, the example is not
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arms that have to be there."""
+        return (self.arm,)
+
+
+TeacherConfig = Ensemble | MovingAverage | Peer | Packed | Shuffled
+TEACHERS = {
+    "ensemble": Ensemble,
+    "moving_average": MovingAverage,
+    "peer": Peer,
+    "packed": Packed,
+    "shuffled": Shuffled,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A set of arms over the same data, splits and seeds."""
+
+    seeds: tuple[int, ...]
+    data: Data
+    models: Mapping[str, Mapping[str, Any]]  # {key: {"name": module of kdq.models, **fields}}
+    arms: Mapping[str, Arm]  # in the order of the table
+    teacher: str = "teacher"  # arm that fidelity and sizes are measured against
+    optimizer: Optimizer = Optimizer()
+    quantize: Quantize = Quantize()
+    distill: Mapping[str, Distill] = dataclasses.field(default_factory=dict)
+    # Teachers that are no arm: {key: {"kind": a key of TEACHERS, **its fields}}.
+    teachers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cache: Cache = Cache()
+    transfer: Transfer = Transfer()
+    evaluations: int = 20  # times that an arm is validated while it trains
+    checkpoint_seconds: float = 30.0  # least time between two checkpoints; 0 is every validation

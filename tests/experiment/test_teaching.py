@@ -1,0 +1,228 @@
+"""Arms that are taught by something else than one arm's logits, and by more than logits."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from kdq import config, deploy, experiment
+from kdq.config import ConfigError
+from kdq.experiment.inputs import Inputs
+from kdq.experiment.runner import _Runner
+
+HINT = {"loss": "hint", "student": "conv_1", "teacher": "norm_1", "adapter": "linear"}
+
+
+def tiny(tiny_config, arms, **sections):
+    """The teacher, and arms of the student with these fields."""
+    base = tiny_config()
+    fields = {"model": "student", "epochs": 0.5, "learning_rate": 1e-2, "distill": "kd"}
+    made = {name: fields | {"teacher": "teacher"} | own for name, own in arms.items()}
+    base["arms"] = {"teacher": base["arms"]["teacher"], **made}
+    for key, section in sections.items():
+        base[key] = {**base.get(key, {}), **section}
+    return base
+
+
+def run(tiny_config, workdir, arms, **sections):
+    frozen = config.freeze(tiny(tiny_config, arms, **sections))
+    records = experiment.run(frozen, workdir)
+    assert [r["status"] for r in records] == ["ok"] * len(records)
+    return {r["arm"]: r for r in records}
+
+
+def curve(workdir, arm, seed=0):
+    lines = (workdir / arm / str(seed) / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+TEACHERS = {
+    "both": {"kind": "ensemble", "arms": ("teacher", "second"), "weights": (3.0, 1.0)},
+    "alone": {"kind": "ensemble", "arms": ("teacher",), "average": "logit"},
+    "itself": {"kind": "moving_average", "decay": 0.5},
+    "peer": {"kind": "peer", "model": "student"},
+    "moved": {"kind": "shuffled", "arm": "teacher"},
+}
+
+
+@pytest.fixture(scope="module")
+def many(tiny_config, tmp_path_factory):
+    """One run with every kind of teacher but a file, and what was transferred."""
+    workdir = tmp_path_factory.mktemp("many")
+    arms = {f"by_{name}": {"teacher": name} for name in TEACHERS} | {
+        "kd": {},
+        "second": {"model": "teacher", "teacher": "", "distill": "", "seed_offset": 7},
+        "hinted": {"distill": "hint"},
+        "hinted_w4": {"distill": "hint", "init": "kd", "bits": "W4A4"},
+        "itself_w4": {"teacher": "kd", "init": "kd", "bits": "W4A4"},
+    }
+    sections = {
+        "teachers": TEACHERS,
+        "distill": {"hint": {"task": 1.0, "terms": {"mine": HINT}}},
+        "transfer": {"examples": 64, "pairs": 16},
+    }
+    return workdir, run(tiny_config, workdir, arms, **sections)
+
+
+def test_an_ensemble_of_one_teaches_as_that_one_does(many):
+    workdir, _ = many
+    for a, b in zip(curve(workdir, "kd"), curve(workdir, "by_alone"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert curve(workdir, "by_both")[3]["kl_loss"] != pytest.approx(
+        curve(workdir, "kd")[3]["kl_loss"], rel=1e-3
+    )
+
+
+def test_an_offset_seed_is_another_repetition(many):
+    workdir, records = many
+    own, other = (
+        deploy.load_packed(workdir / arm / "0" / "model.safetensors").variables["params"]
+        for arm in ("teacher", "second")
+    )
+    assert np.abs(own["head"]["kernel"] - other["head"]["kernel"]).max() > 0.01
+    assert records["second"]["agreement"] < 1
+
+
+def test_nobody_but_the_student_is_packed(many):
+    """Neither adapters, nor a peer, nor an average."""
+    workdir, records = many
+    names = {}
+    for arm in ("kd", "hinted", "by_peer", "by_itself"):
+        with safe_open(workdir / arm / "0" / "model.safetensors", "np") as file:
+            names[arm] = set(file.keys())
+    assert names["hinted"] == names["by_peer"] == names["by_itself"] == names["kd"]
+    assert len({records[arm]["params"] for arm in names}) == 1
+    assert curve(workdir, "hinted")[-1]["mine_loss"] < curve(workdir, "hinted")[0]["mine_loss"]
+
+
+def test_shuffled_logits_are_those_of_other_examples_of_the_class(tiny_config, many):
+    workdir, _ = many
+    teachers = {"moved": TEACHERS["moved"]}
+    base = tiny(tiny_config, {"by_moved": {"teacher": "moved"}}, teachers=teachers)
+    runner = _Runner(config.freeze(base), workdir, experiment.Progress())
+    logits = runner.teachers.logits("teacher", 0, "train")
+    moved = runner.teachers.of("by_moved", 0).extra["teacher_logits"]
+    labels = Inputs(config.freeze(base)).splits["train"].read(np.arange(len(logits)))["label"]
+    assert (np.abs(moved - logits).max(1) > 0).mean() > 0.9
+    for label in range(10):
+        rows = labels == label
+        np.testing.assert_array_equal(np.sort(moved[rows], 0), np.sort(logits[rows], 0))
+
+
+def test_records_say_what_was_transferred(many):
+    _, records = many
+    assert "cka" not in records["teacher"]
+    found = records["hinted"]
+    assert set(found["cka"]) == {"conv_0", "conv_1", "head"}
+    assert set(found["cka"]["conv_1"]) == {"conv_0", "norm_0", "conv_1", "norm_1", "head"}
+    assert all(0 <= v <= 1.000001 for row in found["cka"].values() for v in row.values())
+    assert -1 <= found["attribution_cosine"] <= 1
+    assert 0 <= found["path_agreement"] <= 1
+    assert 0 <= found["adversarial_agreement"] <= 1
+    assert len(found["accuracy_by_class"]) == 10
+    assert found["top5_accuracy"] >= found["accuracy"]
+    assert found["ece"] > 0
+
+
+def test_a_packed_teacher_is_the_arm_it_was_packed_from(tiny_config, many, tmp_path):
+    workdir, _ = many
+    path = workdir / "teacher" / "0" / "model.safetensors"
+    run(
+        tiny_config,
+        tmp_path,
+        {"kd": {"teacher": "file"}},
+        teachers={"file": {"kind": "packed", "path": str(path)}},
+    )
+    for a, b in zip(curve(tmp_path, "kd"), curve(workdir, "kd"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("augment", [(), ({"name": "shift", "pixels": 1},)])
+def test_a_cache_on_disk_gives_the_losses_of_a_live_teacher(tiny_config, tmp_path, augment):
+    arms = {"kd": {}, "again": {}}
+    for kind in ("none", "dense"):
+        run(
+            tiny_config,
+            tmp_path / kind,
+            arms if kind == "dense" else {"kd": {}},
+            cache={"kind": kind},
+            data={"augment": augment},
+        )
+    caches = list((tmp_path / "dense" / "teacher" / "0" / "caches").iterdir())
+    assert len(caches) == 1  # both arms read it
+    live, cached = (curve(tmp_path / kind, "kd") for kind in ("none", "dense"))
+    assert len(live) > 5
+    for a, b in zip(live, cached, strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("top_k", 10), ("sampled", 400)])
+def test_a_sparse_cache_of_everything_teaches_as_the_dense_one(tiny_config, tmp_path, kind, size):
+    """All classes, or very many draws: the first step's gradient is that of the dense loss."""
+    term = {"loss": f"{kind}_kl", "weight": 0.7, "temperature": 2.0}
+    run(tiny_config, tmp_path / "dense", {"kd": {}})
+    run(
+        tiny_config,
+        tmp_path / kind,
+        {"kd": {"distill": "sparse"}},
+        distill={"sparse": {"task": 0.3, "terms": {"kl": term}}},
+        cache={"kind": kind, "size": size, "temperature": 2.0},
+    )
+    dense, sparse = curve(tmp_path / "dense", "kd")[0], curve(tmp_path / kind, "kd")[0]
+    assert sparse["task_loss"] == pytest.approx(dense["task_loss"], rel=1e-5)
+    tolerance = 1e-4 if kind == "top_k" else 0.05
+    assert sparse["grad_norm"] == pytest.approx(dense["grad_norm"], rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("arm", "sections", "words"),
+    [
+        (
+            {"distill": "h"},
+            {"distill": {"h": {"terms": {"t": HINT | {"student": "conv_9"}}}}},
+            ["config.distill.h, arm 'kd'", "layer of the student", "'conv_9'", "conv_1"],
+        ),
+        (
+            {"distill": "h"},
+            {"distill": {"h": {"terms": {"t": HINT | {"teacher": "norm_9"}}}}},
+            ["layer of the teacher", "'norm_9'", "norm_1"],
+        ),
+        (
+            {"distill": "h"},
+            {"distill": {"h": {"terms": {"t": {"loss": "hnt"}}}}},
+            ["config.distill.h.terms.t.loss", "'hint'?"],
+        ),
+        (
+            {"distill": "h", "teacher": "peer"},
+            {
+                "distill": {"h": {"terms": {"t": HINT}}},
+                "teachers": {"peer": {"kind": "peer", "model": "student"}},
+            },
+            ["config.distill.h looks at layers", "config.teachers.peer"],
+        ),
+        (
+            {},
+            {"cache": {"kind": "top_k", "size": 3}},
+            ["terms.kl (kl) needs ['teacher_logits']", "'top_k'", "teacher_indices"],
+        ),
+        (
+            {},
+            {"data": {"augment": ({"name": "shift", "pixels": 1},)}},
+            ["config.arms.kd.augment=True", "config.cache.kind"],
+        ),
+        (
+            {"teacher": "file"},
+            {"teachers": {"file": {"kind": "packed", "path": "nowhere.safetensors"}}},
+            ["config.teachers.file.path='nowhere.safetensors'", "No such file"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_trains(
+    tiny_config, tmp_path, arm, sections, words
+):
+    with pytest.raises(ConfigError) as error:
+        experiment.run(config.freeze(tiny(tiny_config, {"kd": arm}, **sections)), tmp_path / "run")
+    for word in words:
+        assert word in str(error.value), f"{word!r} is not in {error.value}"
+    assert not (tmp_path / "run").exists()
