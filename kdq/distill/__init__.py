@@ -1,7 +1,7 @@
 """Distillation: losses, what they compare, and who teaches; docs/distillation.md is the guide.
 
-`losses` are of logits and `features` of layers, both pure and per example. A `Term` is one of them with
-its weight, the layers it looks at and an adapter (`term`, `methods`, `schedule`, `adapters`,
+`losses` are of logits and `features` of layers, both pure and per example. A `Term` is one of them
+with its weight, the layers it looks at and an adapter (`term`, `methods`, `schedule`, `adapters`,
 `capture`). `teacher` has what can teach, `cache` what it said, stored.
 """
 
