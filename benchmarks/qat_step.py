@@ -22,6 +22,7 @@ import optax
 from absl import app, flags
 
 from kdq import config, models, provenance, quantize
+from kdq.distill.capture import Outputs
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
@@ -99,7 +100,7 @@ def qwix_step(model: nn.Module, variables, batch, bits: str) -> Step:
             logits, updated = quantized.apply(
                 {"params": params, **others}, batch["image"], train=True, mutable=list(others)
             )
-            loss, _ = Objective()(logits, batch, None)
+            loss, *_ = Objective()(Outputs(logits=logits), batch, None)
             return loss, updated
 
         (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
