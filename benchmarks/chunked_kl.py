@@ -8,19 +8,15 @@ temporary arrays and results; the hidden states and heads that all variants are 
 """
 
 import functools
-import json
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from interleaved import publish, show, take_turns
 
-from kdq import provenance
 from kdq.distill import losses
 from kdq.distill.chunked import chunked_kl
 
@@ -55,7 +51,7 @@ def variants(chunks: tuple[int, ...]) -> dict[str, Callable[..., jax.Array]]:
 
 
 def measure(arrays: list[jax.Array], chunks: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Bytes, median seconds and ratios of each variant, and how far its results are from dense."""
+    """Bytes, milliseconds and ratios of each variant, and how far its results are from dense."""
     steps = {
         name: jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arrays).compile()
         for name, loss in variants(chunks).items()
@@ -64,22 +60,12 @@ def measure(arrays: list[jax.Array], chunks: tuple[int, ...], rounds: int) -> di
     memory = {k: p.temp_size_in_bytes + p.output_size_in_bytes for k, p in plans.items()}
     expected = steps["dense"](*arrays)
     found = {k: {"error": _differences(step(*arrays), expected)} for k, step in steps.items()}
-    times = {name: [] for name in steps}
-    for round_ in range(rounds):  # the comparison above has warmed them up
-        # Another order each round, so that nobody always follows the same neighbour.
-        for name in np.random.default_rng(round_).permutation(list(steps)):
-            start = time.perf_counter()
-            jax.block_until_ready(steps[name](*arrays))
-            times[name].append(time.perf_counter() - start)
-    for name, row in found.items():
-        own = np.array(times[name])
-        low, mid, high = np.percentile(own / np.array(times["dense"]), (25, 50, 75))
-        row |= {
+    turns = {name: functools.partial(step, *arrays) for name, step in steps.items()}
+    for name, row in take_turns(turns, "dense", rounds=rounds, warmup=0).items():
+        found[name] |= {
             "bytes": memory[name],
             "dense_bytes_over_bytes": round(memory["dense"] / memory[name], 2),
-            "seconds": round(float(np.median(own)), 3),
-            "ratio": round(float(mid), 3),
-            "quartiles": [round(float(low), 3), round(float(high), 3)],
+            **row,
         }
     return found
 
@@ -112,21 +98,8 @@ def main(argv: list[str]) -> None:
         sizes = {k: v for k, v in setting.items() if k != "chunks"}
         rows = measure(make_arrays(**sizes), setting["chunks"], ROUNDS.value)
         figures[title] = {**sizes, "variants": rows}
-        print(title, file=sys.stderr)
-        for name, row in rows.items():
-            print(f"  {name:30s} {row}", file=sys.stderr)
-    record = {
-        "rounds": ROUNDS.value,
-        "figures": figures,
-        "device": provenance.device(),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-    }
-    text = json.dumps(record, indent=1) + "\n"
-    if OUT.value:
-        Path(OUT.value).write_text(text)
-    else:
-        print(text)
+        show(title, rows)
+    publish(figures, OUT.value, rounds=ROUNDS.value)
 
 
 if __name__ == "__main__":

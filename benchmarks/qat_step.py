@@ -8,11 +8,7 @@ of the variant's time over the float step's time in the same round. Qwix joins i
 """
 
 import functools
-import json
-import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,8 +16,9 @@ import jax
 import numpy as np
 import optax
 from absl import app, flags
+from interleaved import Step, publish, show, take_turns
 
-from kdq import config, models, provenance, quantize
+from kdq import config, models, quantize
 from kdq.distill.capture import Outputs
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
@@ -43,8 +40,6 @@ MODELS = {
     ),
 }
 BITS = ("W8A8", "W4A4")
-
-Step = Callable[[], Any]  # takes one step and returns arrays to wait for
 
 
 def kdq_step(
@@ -147,30 +142,10 @@ def variants(model: nn.Module, variables, batch) -> dict[str, Step | str]:
 
 
 def measure(steps: dict[str, Step | str], rounds: int) -> dict[str, Any]:
-    """Median milliseconds of each step, and of its ratio to "fp32" round by round."""
+    """The figures of the steps that run, and why the others do not."""
     running = {name: step for name, step in steps.items() if callable(step)}
-    times = {name: [] for name in running}
-    for round_ in range(rounds + 3):  # three to warm up
-        # Another order each round, so that nobody always follows the same neighbour.
-        names = list(np.random.default_rng(round_).permutation(list(running)))
-        for name in names:
-            start = time.perf_counter()
-            jax.block_until_ready(running[name]())
-            times[name].append(time.perf_counter() - start)
-    found: dict[str, Any] = {}
-    base = np.array(times["fp32"][3:])
-    for name, step in steps.items():
-        if callable(step):
-            own = np.array(times[name][3:])
-            low, mid, high = np.percentile(own / base, (25, 50, 75))
-            found[name] = {
-                "milliseconds": round(1e3 * float(np.median(own)), 2),
-                "ratio": round(float(mid), 3),
-                "quartiles": [round(float(low), 3), round(float(high), 3)],
-            }
-        else:
-            found[name] = {"error": step}
-    return found
+    found = take_turns(running, "fp32", rounds=rounds)
+    return {name: found.get(name, {"error": step}) for name, step in steps.items()}
 
 
 def main(argv: list[str]) -> None:
@@ -186,22 +161,8 @@ def main(argv: list[str]) -> None:
         }
         variables = model.init(jax.random.key(0), batch["image"], train=False)
         figures[title] = measure(variants(model, variables, batch), ROUNDS.value)
-        print(title, file=sys.stderr)
-        for name, row in figures[title].items():
-            print(f"  {name:42s} {row}", file=sys.stderr)
-    record = {
-        "optimizer": OPTIMIZER.value,
-        "rounds": ROUNDS.value,
-        "figures": figures,
-        "device": provenance.device(),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-    }
-    text = json.dumps(record, indent=1) + "\n"
-    if OUT.value:
-        Path(OUT.value).write_text(text)
-    else:
-        print(text)
+        show(title, figures[title])
+    publish(figures, OUT.value, optimizer=OPTIMIZER.value, rounds=ROUNDS.value)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ class Arm:
     bits: str = ""  # "W4A4", "W4" (weights only), or "" for float
     observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse
     epochs: float = 0.0  # passes over the training split; 0 only calibrates
+    stop: float = 0.0  # end after this many of the epochs, the schedules unfinished; 0: at the end
+    without_classes: tuple[int, ...] = ()  # their examples are kept from the arm's training
     learning_rate: float = 1e-3  # peak
     label_smoothing: float = 0.0  # of the task loss: this much of the target spread evenly
     seed_offset: int = 0  # added to the seed: an independent repetition of an equal arm

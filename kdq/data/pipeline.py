@@ -34,6 +34,7 @@ def train_dataset(
     mean: float | Sequence[float],
     std: float | Sequence[float],
     augment: Sequence[Augmentation] = (),
+    ids: np.ndarray | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
     lookup: Lookup | None = None,
     process_index: int = 0,
@@ -52,6 +53,7 @@ def train_dataset(
       mean: subtracted from the pixels; in units of the stored pixel.
       std: divides the pixels; in units of the stored pixel.
       augment: applied in turn to the uint8 images.
+      ids: [n] int, the examples that are used; None is all.
       extra: arrays [len(source), ...] whose rows join the batch by id, such as cached
         "teacher_logits".
       lookup: gives arrays that join the batch by position in the stream, where they depend on how
@@ -69,13 +71,17 @@ def train_dataset(
     rows = _process_rows(batch_size, process_index, process_count)
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
+    ids = np.arange(len(source)) if ids is None else np.asarray(ids)
+    ids = ids.astype(np.int32)
+    if not len(ids):
+        raise ValueError(f"ids: {source.name} {source.split} would have no example left")
     extra = _checked_extra(extra, source)
     normalize = Normalize(mean, std)
 
     def locate(step: int) -> dict[str, np.ndarray]:
         first = step * batch_size
         positions = np.arange(first + rows.start, first + rows.stop)
-        return {"position": positions, "id": _shuffled(positions, len(source), seed)}
+        return {"position": positions, "id": ids[_shuffled(positions, len(ids), seed)]}
 
     def load(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = lookup(batch["position"], batch["id"]) if lookup else {}

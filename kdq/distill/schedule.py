@@ -28,7 +28,8 @@ class Schedule(flax.struct.PyTreeNode):
 
 
 def _steps(progress: Array, at: Array, values: Array) -> Array:
-    return values[jnp.maximum(jnp.searchsorted(at, progress, side="right") - 1, 0)]
+    phase = jnp.searchsorted(jnp.asarray(at), progress, side="right") - 1
+    return jnp.asarray(values)[jnp.maximum(phase, 0)]
 
 
 def _linear(progress: Array, at: Array, values: Array) -> Array:

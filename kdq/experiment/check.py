@@ -29,7 +29,14 @@ def check(
                 f"{experiment.data.name} has {classes} classes"
             )
     for name, arm in experiment.arms.items():
-        if arm.epochs and not inputs.steps(arm):
+        if not set(arm.without_classes) <= set(range(classes)):
+            raise ConfigError(
+                f"config.arms.{name}.without_classes={arm.without_classes}: "
+                f"{experiment.data.name} has the classes 0 to {classes - 1}"
+            )
+        if not len(inputs.ids(arm)):
+            raise ConfigError(f"config.arms.{name}.without_classes leaves no example to train on")
+        if arm.epochs and not inputs.last_step(arm):
             raise ConfigError(
                 f"config.arms.{name}.epochs={arm.epochs} is not one step of "
                 f"{experiment.data.batch_size} examples"

@@ -40,8 +40,22 @@ class Inputs:
         """Shape and dtype of a batch of one image."""
         return jax.ShapeDtypeStruct((1, *self.splits["train"].image_shape), np.float32)
 
+    def ids(self, arm: Arm) -> np.ndarray:
+        """The examples that an arm trains on, by id in the training split."""
+        return np.flatnonzero(~np.isin(self.labels, arm.without_classes))
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """Of the training split, [num_examples] int32."""
+        return self.splits["train"].read(np.arange(self.num_examples))["label"]
+
     def steps(self, arm: Arm) -> int:
-        return round(arm.epochs * self.num_examples / self._config.batch_size)
+        """Of an arm's whole schedule."""
+        return round(arm.epochs * len(self.ids(arm)) / self._config.batch_size)
+
+    def last_step(self, arm: Arm) -> int:
+        """The step at which an arm's training ends."""
+        return round(self.steps(arm) * arm.stop / arm.epochs) if arm.stop else self.steps(arm)
 
     def augments(self, arm: Arm) -> bool:
         return bool(self.augment) and arm.augment
@@ -62,6 +76,7 @@ class Inputs:
             mean=self._config.mean,
             std=self._config.std,
             augment=self.augment if arm.augment else (),
+            ids=self.ids(arm),
             extra=extra,
             lookup=lookup,
         )

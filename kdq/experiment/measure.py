@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from kdq import deploy, models, quantize
-from kdq.evaluate import fidelity, metrics
+from kdq.evaluate import fidelity, metrics, prior
 from kdq.search import cost
 from kdq.train.loop import Fit, Weights
 from kdq.types import Batch
@@ -55,7 +55,7 @@ def measure(
     packed = deploy.load_packed(path)
     of_file = Weights(variables=packed.variables, qparams=packed.qparams)
     logits = predict(packed.model, of_file, test)
-    labels = np.concatenate([np.asarray(b["label"])[np.asarray(b["mask"]) > 0] for b in test])
+    labels = _labels(test)
     found = fidelity.transfer_summary(logits, labels, teacher_logits)
     last = found
     if fit.last_step != selected.step:
@@ -79,6 +79,30 @@ def measure(
         "selected_step": selected.step,
         "selected_on": "validation" if fit.last_step else "calibration only",
     }
+
+
+def corrected(
+    model: nn.Module,
+    weights: Weights,
+    validation: Sequence[Batch],
+    test: Sequence[Batch],
+    classes: Sequence[int],
+) -> dict[str, Any]:
+    """Test accuracy once the bias of classes that the arm never saw is chosen on validation."""
+    logits, labels = predict(model, weights, test), _labels(test)
+    offset = prior.class_offset(predict(model, weights, validation), _labels(validation), classes)
+    logits[:, list(classes)] += offset
+    return {
+        "class_offset": offset,
+        "accuracy_corrected": float(metrics.correct(logits, labels).mean()),
+        "accuracy_by_class_corrected": [
+            _number(x) for x in fidelity.accuracy_by_class(logits, labels)
+        ],
+    }
+
+
+def _labels(batches: Sequence[Batch]) -> np.ndarray:
+    return np.concatenate([np.asarray(b["label"])[np.asarray(b["mask"]) > 0] for b in batches])
 
 
 def _number(value: float | None) -> float | None:

@@ -95,6 +95,7 @@ class _Runner:
         return [records[name, seed] for name in shown for seed in experiment.seeds]
 
     def _run_arm(self, name: str, seed: int) -> Record:
+        arm = self.experiment.arms[name]
         self.store.folder(name, seed).mkdir(parents=True, exist_ok=True)
         record = self._identity(name, seed)
         try:
@@ -104,6 +105,14 @@ class _Runner:
             fit = self._train(name, seed)
             record |= {"status": "ok", **self._measure(name, seed, fit)}
             record |= self._compare(name, seed, fit)
+            if arm.without_classes:
+                record |= measure.corrected(
+                    self.models[arm.model],
+                    fit.selected.weights,
+                    self.inputs.validation,
+                    self.inputs.test,
+                    arm.without_classes,
+                )
         except NonFiniteError as error:
             log.error("arm %s, seed %d failed: %s", name, seed, error)
             record |= {"status": "failed", "error": f"arm {name}, seed {seed}: {error}"}
@@ -114,8 +123,8 @@ class _Runner:
         config, arm = self.experiment, self.experiment.arms[name]
         model, own_seed = self.models[arm.model], seed + arm.seed_offset
         start = self._start(arm, seed)
-        steps = self.inputs.steps(arm)
-        self.progress.arm(name, seed, steps)
+        steps, last_step = self.inputs.steps(arm), self.inputs.last_step(arm)
+        self.progress.arm(name, seed, last_step)
         validate = functools.partial(self._validate, model)
         if not steps:
             selected = Selection(weights=start, step=0, metrics=validate(start))
@@ -141,8 +150,8 @@ class _Runner:
             optimizer=self.optimizer,
             objective=aim,
             dataset=self.inputs.stream(arm, own_seed, extra=teaching.extra, lookup=teaching.lookup),
-            steps=steps,
-            eval_every=max(1, -(-steps // config.evaluations)),
+            steps=last_step,
+            eval_every=max(1, -(-last_step // config.evaluations)),
             validate=validate,
             teacher=teaching.teacher,
             teacher_arguments=teaching.arguments,

@@ -140,7 +140,7 @@ class Teachers:
     def _shuffled(self, config, arm: Arm, seed: int) -> Teaching:
         logits = self.logits(config.arm, seed, "train")
         rng, moved = np.random.default_rng(seed), np.arange(len(logits))
-        labels = self._inputs.splits["train"].read(moved)["label"]
+        labels = self._inputs.labels
         groups = labels if config.within_class else np.zeros_like(labels)
         for group in np.unique(groups):
             members = np.flatnonzero(groups == group)
@@ -173,7 +173,7 @@ class Teachers:
             teacher=cache_key.digest_variables(arguments["variables"]),
             teacher_model=kdq_config.to_json(self._experiment.models[taught_by.model]),
             dataset=self._experiment.data.name,
-            split=self._experiment.data.train,
+            split=_describe_split(self._experiment.data.train, arm if augmented else None),
             data_digest=source.digest,
             mean=self._experiment.data.mean,
             std=self._experiment.data.std,
@@ -184,7 +184,7 @@ class Teachers:
         )
         length = inputs.num_examples
         if augmented:
-            length = inputs.steps(arm) * self._experiment.data.batch_size
+            length = inputs.last_step(arm) * self._experiment.data.batch_size
         # By its key's digest: arms that differ in augmentation or length have caches side by side.
         name = f"{config.kind}-{kdq_config.digest([key.to_json(), length])}"
         folder = self._store.folder(arm.teacher, seed) / "caches" / name
@@ -207,6 +207,13 @@ def _load(config: Packed) -> deploy.PackedModel:
         return deploy.load_packed(config.path)
     except deploy.PackedFileError as error:
         raise ConfigError(f"a packed teacher: {error}") from error
+
+
+def _describe_split(split: str, arm: Arm | None) -> str:
+    """What a stream is made of: of a whole split, unless the arm leaves classes out."""
+    if arm is None or not arm.without_classes:
+        return split
+    return f"{split} without classes {sorted(set(arm.without_classes))}"
 
 
 def _target(

@@ -36,6 +36,11 @@ def test_values(config, expected):
         np.testing.assert_allclose(built(np.float32(t)), expected(t), rtol=1e-5, atol=1e-6)
 
 
+def test_a_schedule_may_be_a_constant_of_a_jitted_function():
+    built = schedule.build({"kind": "phases", "values": (1.0, 2.0), "starts": (0.0, 0.5)}, "w")
+    assert float(jax.jit(lambda t: built(t))(0.7)) == 2.0
+
+
 def test_numbers_are_data():
     call = jax.jit(lambda s, t: s(t))
     values = [

@@ -1,0 +1,132 @@
+"""Time of a distilled training step over the student's own, by where the teacher's word is from.
+
+    python benchmarks/distill_step.py --out=benchmarks/results/distill_step.json
+
+Student and teacher are those of configs/fashion_mnist.py, on random images. All variants take
+turns, step by step, in one process; a ratio is the median over rounds of the variant's time over
+that of the step with labels alone.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from interleaved import Step, publish, show, take_turns
+
+from kdq import config, models
+from kdq.distill import capture, sparse, term
+from kdq.distill.methods import METHODS
+from kdq.distill.teacher import Model, Stored
+from kdq.train.objective import Objective
+from kdq.train.optimizer import make_optimizer
+from kdq.train.state import create_state
+from kdq.train.step import train_step
+
+OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
+ROUNDS = flags.DEFINE_integer("rounds", 30, "Timed rounds.")
+
+BATCH, CLASSES, EXAMPLES, TEMPERATURE = 256, 10, 54_000, 4.0
+OPTIMIZER = config.Optimizer()
+STUDENT = {"name": "cnn", "widths": (8, 16, 32)}
+TEACHER = {"name": "resnet", "depth": 8, "widths": (32, 32, 64, 128), "stem_pool": True}
+LAYERS = {"student": "conv_2", "teacher": "stage_1_block_0"}  # 7×7 both
+OPTIONS: dict[str, dict[str, Any]] = {
+    "relational_angle": {"chunk": 32},  # all triplets at once are 256³ floats
+    "contrastive": {"negatives": 1024},
+}
+
+
+def make_batch() -> dict[str, jax.Array]:
+    """Random images, and what the caches of a random teacher would have said of them."""
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.standard_normal((BATCH, CLASSES), np.float32)
+    indices, log_probs = sparse.top_k_targets(logits, 5, TEMPERATURE)
+    drawn, weights = sparse.sample_targets(
+        logits, 5, TEMPERATURE, seed=0, counters=np.arange(BATCH)
+    )
+    batch = {
+        "image": rng.standard_normal((BATCH, 28, 28, 1), np.float32),
+        "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
+        "id": rng.permutation(EXAMPLES)[:BATCH].astype(np.int32),
+        "teacher_logits": logits,
+        "teacher_indices": np.asarray(indices),
+        "teacher_log_probs": np.asarray(log_probs),
+        "drawn": drawn,
+        "teacher_weights": weights,
+    }
+    return jax.device_put(batch)
+
+
+def variants() -> dict[str, Step]:
+    """A step of the trainer for each way to be taught."""
+    student, teacher = (models.build(**f, num_classes=CLASSES) for f in (STUDENT, TEACHER))
+    batch = make_batch()
+    image = batch["image"][:1]
+    init = lambda model, seed: model.init(jax.random.key(seed), image, train=False)
+    variables, arguments = init(student, 0), {"variables": init(teacher, 1), "qparams": {}}
+    shapes = [
+        capture.list_outputs(model, own, image, train=False)
+        for model, own in ((student, variables), (teacher, arguments["variables"]))
+    ]
+
+    def step(entry: dict[str, Any] | None, taught_by: Any, batch: dict[str, jax.Array]) -> Step:
+        terms = (term.build("term", entry, "term"),) if entry else ()
+        objective = Objective(terms=terms, steps=np.float32(10_000))
+        adapters, memory = objective.init(jax.random.key(2), *shapes, EXAMPLES)
+        state = create_state(
+            variables,
+            {},
+            OPTIMIZER,
+            seed=0,
+            steps=10_000,
+            learning_rate=1e-3,
+            adapters=adapters,
+            memory=memory,
+        )
+        live = isinstance(taught_by, Model)
+        run = functools.partial(
+            train_step,
+            model=student,
+            teacher=taught_by,
+            objective=objective,
+            optimizer=make_optimizer(OPTIMIZER),
+        )
+
+        def take():
+            nonlocal state
+            state, metrics = run(state, arguments if live else None, batch)
+            return state, metrics
+
+        return take
+
+    live = Model(teacher)
+    soft = {"temperature": TEMPERATURE}
+    found = {
+        "labels": step(None, None, batch),
+        "KD, live teacher": step({"loss": "kl", **soft}, live, batch),
+        "KD, cached logits": step({"loss": "kl", **soft}, Stored(), batch),
+        "KD, top-5 cache": step({"loss": "top_k_kl", **soft}, Stored(), batch),
+        "KD, 5 sampled": step(
+            {"loss": "sampled_kl", **soft}, Stored(), {**batch, "teacher_indices": batch["drawn"]}
+        ),
+    }
+    for loss, method in METHODS.items():
+        if method.layers == 1 and loss != "hidden_states":  # of transformers
+            entry = {"loss": loss, **LAYERS, **OPTIONS.get(loss, {})}
+            found[f"{loss}, live teacher"] = step(entry, live, batch)
+    return found
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    title = f"CNN 8-16-32 taught by a ResNet-8 of 308k parameters, 28x28, batch {BATCH}"
+    figures = {title: take_turns(variants(), "labels", rounds=ROUNDS.value)}
+    show(title, figures[title])
+    publish(figures, OUT.value, rounds=ROUNDS.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

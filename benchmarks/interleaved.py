@@ -1,0 +1,64 @@
+"""What the benchmarks share: variants that take turns, and the record of what was measured."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdq import provenance
+
+Step = Callable[[], Any]  # does its work once and returns arrays to wait for
+
+
+def take_turns(
+    steps: Mapping[str, Step], base: str, *, rounds: int, warmup: int = 3
+) -> dict[str, dict[str, Any]]:
+    """Median milliseconds of each step, and of its ratio to `base` round by round.
+
+    Machines are noisy: what slows one round slows all of its steps.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds + warmup):
+        # Another order each round, so that nobody always follows the same neighbour.
+        for name in np.random.default_rng(round_).permutation(list(steps)):
+            start = time.perf_counter()
+            jax.block_until_ready(steps[name]())
+            times[name].append(time.perf_counter() - start)
+    measured = {name: np.array(own[warmup:]) for name, own in times.items()}
+    found = {}
+    for name, own in measured.items():
+        low, mid, high = np.percentile(own / measured[base], (25, 50, 75))
+        found[name] = {
+            "milliseconds": round(1e3 * float(np.median(own)), 2),
+            "ratio": round(float(mid), 3),
+            "quartiles": [round(float(low), 3), round(float(high), 3)],
+        }
+    return found
+
+
+def show(title: str, rows: Mapping[str, Any]) -> None:
+    """Prints one setting's rows to the terminal."""
+    print(title, file=sys.stderr)
+    for name, row in rows.items():
+        print(f"  {name:42s} {row}", file=sys.stderr)
+
+
+def publish(figures: Mapping[str, Any], out: str | None, **settings: Any) -> None:
+    """Writes the figures with their record to the file `out`, or prints them."""
+    record = {
+        **settings,
+        "figures": figures,
+        "device": provenance.device(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    if out:
+        Path(out).write_text(text)
+    else:
+        print(text)
