@@ -195,10 +195,14 @@ def _check_arm(experiment: Experiment, name: str) -> None:
     if one.init and experiment.arms[one.init].bits and not one.bits:
         raise ConfigError(f"{where}.init={one.init!r} is quantized, but the arm is float")
     parse_bits(one.bits, where=f"{where}.bits")
+    if one.init and one.load:
+        raise ConfigError(f"{where}: init={one.init!r} and load={one.load!r}; want one of them")
+    if one.epochs < 0 or not (one.epochs or one.init or one.load):
+        raise ConfigError(
+            f"{where}.epochs={one.epochs}: want more than 0, or an init or load to keep"
+        )
     if not 0 <= one.stop <= one.epochs:
         raise ConfigError(f"{where}.stop={one.stop}: want 0 to the {one.epochs} epochs")
-    if one.epochs < 0 or not (one.epochs or one.init):
-        raise ConfigError(f"{where}.epochs={one.epochs}: want more than 0, or an init to keep")
     if not 0 <= one.label_smoothing < 1:
         raise ConfigError(f"{where}.label_smoothing={one.label_smoothing}: want 0 to below 1")
     if one.learning_rate <= 0:

@@ -60,6 +60,7 @@ class Arm:
 
     model: str  # a key of `models`
     init: str = ""  # arm whose selected weights this one starts from; "" is fresh weights
+    load: str = ""  # or a packed file: a network that was trained elsewhere
     teacher: str = ""  # arm that teaches, or a key of `teachers`; "" is labels only
     distill: str = ""  # how: a key of `distill`; wanted with a teacher, and only then
     bits: str = ""  # "W4A4", "W4" (weights only), or "" for float

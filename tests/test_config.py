@@ -176,6 +176,8 @@ def test_a_wrong_type_names_the_key_the_value_and_the_type(changes, words):
         ({"arms__labels__epochs": 0}, ["config.arms.labels.epochs=0.0", "more than 0"]),
         ({"arms__kd__label_smoothing": 1.0}, ["arms.kd.label_smoothing=1.0", "0 to below 1"]),
         ({"arms__kd__learning_rate": 0}, ["config.arms.kd.learning_rate=0.0", "more than 0"]),
+        ({"arms__kd__stop": 3.0}, ["config.arms.kd.stop=3.0", "0 to the 2.0 epochs"]),
+        ({"arms__ptq__load": "x"}, ["config.arms.ptq: init='kd' and load='x'", "one of them"]),
         ({"arms__kd__distill": ""}, ["config.arms.kd", "distill=''", "both or neither"]),
         ({"arms__labels__distill": "soft"}, ["config.arms.labels", "both or neither"]),
         ({"teachers__kd": {"kind": "packed", "path": "x"}}, ["teachers.kd", "an arm of that name"]),

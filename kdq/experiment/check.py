@@ -11,6 +11,7 @@ from kdq.config import ConfigError, Experiment
 from kdq.distill import capture
 from kdq.distill.term import Shapes
 from kdq.experiment.inputs import Inputs
+from kdq.experiment.store import load
 from kdq.experiment.teaching import Teachers
 from kdq.quantize.rules import match
 from kdq.train import objective
@@ -40,6 +41,12 @@ def check(
             raise ConfigError(
                 f"config.arms.{name}.epochs={arm.epochs} is not one step of "
                 f"{experiment.data.batch_size} examples"
+            )
+        if arm.load and load(arm.load).model != models[arm.model]:
+            both = (load(arm.load).model, models[arm.model])
+            given, wanted = (" ".join(str(model).split()) for model in both)
+            raise ConfigError(
+                f"config.arms.{name}.load={arm.load!r} is {given}, but the arm's model is {wanted}"
             )
     for key in {arm.model for arm in experiment.arms.values() if arm.bits}:
         _check_quantize(experiment, key, models[key], inputs.image)

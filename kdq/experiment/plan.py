@@ -21,7 +21,7 @@ def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
 def digests(experiment: Experiment) -> dict[str, str]:
     """A digest for each arm of all that decides its numbers: its own config, and its ancestors'.
 
-    Raises ConfigError for a packed teacher whose file is not there.
+    Raises ConfigError for a packed file that is not there.
     """
     shared = {
         "data": dataclasses.replace(experiment.data, data_dir=""),
@@ -36,6 +36,7 @@ def digests(experiment: Experiment) -> dict[str, str]:
             "init": found.get(arm.init, ""),
             "teacher": _taught_by(experiment, name, found) if arm.teacher else "",
             "distill": experiment.distill[arm.distill] if arm.distill else "",
+            "load": _file(arm.load, f"config.arms.{name}.load") if arm.load else "",
             # Fidelity of every arm but the teacher's own ancestors is measured against the teacher.
             "measured_against": found.get(experiment.teacher, ""),
         }
@@ -57,15 +58,18 @@ def _taught_by(experiment: Experiment, name: str, found: dict[str, str]) -> Any:
     config = experiment.teachers[teacher]
     parts = {"config": config, "arms": [found[arm] for arm in config.needs]}
     if config.kind == "packed":
-        try:
-            parts["file"] = hashlib.sha256(Path(config.path).read_bytes()).hexdigest()
-        except OSError as error:
-            where = f"config.teachers.{teacher}.path"
-            raise ConfigError(f"{where}={config.path!r} can't be read: {error.strerror}") from error
+        parts["file"] = _file(config.path, f"config.teachers.{teacher}.path")
         parts["config"] = config.kind  # the same file elsewhere is the same teacher
     if config.kind == "peer":
         parts["model"] = experiment.models[config.model]
     return parts
+
+
+def _file(path: str, where: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{where}={path!r} can't be read: {error.strerror}") from error
 
 
 def experiment_digest(experiment: Experiment) -> str:

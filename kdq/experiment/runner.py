@@ -15,7 +15,7 @@ from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment import check, initial, measure, plan, transfer
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
-from kdq.experiment.store import Store
+from kdq.experiment.store import Store, load
 from kdq.experiment.teaching import Teachers
 from kdq.quantize import observers
 from kdq.train import loop, objective, optimizer
@@ -180,6 +180,8 @@ class _Runner:
         model = self.models[arm.model]
         if arm.init:
             variables = self.store.weights(arm.init, seed)
+        elif arm.load:
+            variables = load(arm.load).variables
         else:
             images = self.inputs.batches("train")[0]["image"][:1]
             variables = initial.variables(model, jax.random.key(seed + arm.seed_offset), images)

@@ -8,12 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq import files
+from kdq import deploy, files
 from kdq.config import ConfigError, Experiment
 from kdq.experiment import plan
 from kdq.experiment.progress import Record
 from kdq.train.checkpoint import Checkpointer
 from kdq.types import Variables
+
+
+def load(path: str) -> deploy.PackedModel:
+    """A packed file that the config names. Raises ConfigError for one that can't be read."""
+    try:
+        return deploy.load_packed(path)
+    except deploy.PackedFileError as error:
+        raise ConfigError(f"a packed file of the config: {error}") from error
 
 
 class Store:
@@ -56,7 +64,7 @@ class Store:
         """The selected variables of an arm: what was trained, before any rounding."""
         arm = self._experiment.arms[name]
         if not arm.epochs:
-            return self.weights(arm.init, seed)
+            return load(arm.load).variables if arm.load else self.weights(arm.init, seed)
         folder = self.folder(name, seed) / "checkpoints"
         with Checkpointer(folder) as checkpointer:
             found = checkpointer.restore({"selected": None})

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import data, deploy
-from kdq.config import Arm, ConfigError, Experiment
+from kdq import data
+from kdq.config import Arm, Experiment
 from kdq.distill import cache, cache_key
 from kdq.distill.cache import Cache
 from kdq.distill.cache_key import CacheKey
@@ -20,8 +20,7 @@ from kdq.distill.teacher import Ensemble, Model, MovingAverage, Peer, Stored, Te
 from kdq.evaluate import metrics
 from kdq.experiment import initial
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.store import Store
-from kdq.schema import Packed
+from kdq.experiment.store import Store, load
 from kdq.types import Array, Batch, Variables
 
 
@@ -72,7 +71,7 @@ class Teachers:
             return self._models[self._experiment.arms[arm.teacher].model]
         if config.kind == "moving_average":
             return self._models[arm.model]
-        return _load(config).model if config.kind == "packed" else None
+        return load(config.path).model if config.kind == "packed" else None
 
     def offers(self, name: str) -> tuple[str, ...]:
         """What the terms of the arm `name` may read of its teacher, layers apart."""
@@ -131,7 +130,7 @@ class Teachers:
         return Teaching(teacher=Peer(module), peer=initial.variables(module, key, images))
 
     def _packed(self, config, arm: Arm, seed: int) -> Teaching:
-        packed = _load(config)
+        packed = load(config.path)
         return Teaching(
             teacher=Model(packed.model),
             arguments={"variables": packed.variables, "qparams": packed.qparams},
@@ -200,13 +199,6 @@ class Teachers:
         size = self._experiment.data.batch_size
         for step, batch in enumerate(data.iterate(self._inputs.stream(arm, seed))):
             yield {**batch, "position": np.arange(step * size, (step + 1) * size)}
-
-
-def _load(config: Packed) -> deploy.PackedModel:
-    try:
-        return deploy.load_packed(config.path)
-    except deploy.PackedFileError as error:
-        raise ConfigError(f"a packed teacher: {error}") from error
 
 
 def _describe_split(split: str, arm: Arm | None) -> str:

@@ -138,6 +138,24 @@ def test_a_packed_teacher_is_the_arm_it_was_packed_from(tiny_config, many, tmp_p
         assert a == pytest.approx(b, rel=1e-4)
 
 
+def test_a_loaded_arm_is_the_one_that_was_packed(tiny_config, many, tmp_path):
+    """A network trained elsewhere teaches, is calibrated and is trained on as if trained here."""
+    workdir, records = many
+    base = tiny(tiny_config, {"kd": {}})
+    path = str(workdir / "teacher" / "0" / "model.safetensors")
+    base["arms"]["teacher"] = {"model": "teacher", "load": path}
+    base["arms"]["ptq"] = {"model": "teacher", "init": "teacher", "bits": "W8"}
+    base["arms"]["more"] = {"model": "teacher", "load": path, "epochs": 0.2}
+    found = {r["arm"]: r for r in experiment.run(config.freeze(base), tmp_path)}
+    assert found["teacher"]["nll"] == pytest.approx(records["teacher"]["nll"], rel=1e-6)
+    assert found["kd"]["nll"] == pytest.approx(records["kd"]["nll"], rel=1e-4)
+    assert 0.9 < found["ptq"]["agreement"] < 1.0 or found["ptq"]["kl_to_teacher"] > 0
+    assert found["more"]["nll"] != found["teacher"]["nll"]
+    base["arms"]["wrong"] = {"model": "student", "load": path}
+    with pytest.raises(ConfigError, match=r"arms\.wrong\.load=.*but the arm's model is"):
+        experiment.run(config.freeze(base), tmp_path)
+
+
 @pytest.mark.parametrize("augment", [(), ({"name": "shift", "pixels": 1},)])
 def test_a_cache_on_disk_gives_the_losses_of_a_live_teacher(tiny_config, tmp_path, augment):
     arms = {"kd": {}, "again": {}}
