@@ -17,6 +17,18 @@ class Mean:
     n: int
 
 
+# Measures that only some experiments have, beside accuracy and fidelity: record key, factor.
+MEASURES = {
+    "ece": 100,
+    "agreement_where_teacher_wrong": 100,
+    "attribution_cosine": 1,
+    "attribution_rank": 1,
+    "path_agreement": 100,
+    "adversarial_agreement": 100,
+    "accuracy_corrected": 100,
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """What a table says about one arm.  A number that nobody measured is nan or has n = 0."""
@@ -38,6 +50,7 @@ class Row:
     bops: float
     train_seconds: float
     selected_on: str
+    measures: dict[str, Mean]  # by the keys of MEASURES
 
 
 def rows(records: Sequence[Record], size_baseline: str | None = None) -> list[Row]:
@@ -102,6 +115,7 @@ def _row(
         bops=_mean(done, "bops").mean,
         train_seconds=_mean(done, "train_seconds").mean,
         selected_on=_agreed(runs, "selected_on") or "",
+        measures={key: _mean(done, key, factor) for key, factor in MEASURES.items()},
     )
 
 

@@ -26,15 +26,23 @@ def markdown(table: Sequence[Row], records: Sequence[Record]) -> str:
       table: what `rows` made of `records`.
       records: for the notes: where the numbers came from.
     """
-    lines = [
-        "| " + " | ".join(name for name, _, _ in COLUMNS) + " |",
-        "|" + "|".join(":--" if name in LEFT else "--:" for name, _, _ in COLUMNS) + "|",
-    ]
-    for row in table:
-        cells = [escape(cell(row)) for _, cell, _ in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = _grid([(name, cell) for name, cell, _ in COLUMNS], table)
+    found = [entry for entry in TRANSFER if any(row.measures[entry[1]].n for row in table)]
+    if not {key for _, key, _ in found} <= EVERYWHERE:
+        lines += ["", "What was transferred:", ""]
+        lines += _grid([("Arm", lambda r: r.arm), *((n, cell) for n, _, cell in found)], table)
     lines += ["", *(f"- {escape(note)}" for note in notes(table, records)), ""]
     return "\n".join(lines)
+
+
+def _grid(columns: Sequence[tuple[str, Callable[[Row], str]]], table: Sequence[Row]) -> list[str]:
+    lines = [
+        "| " + " | ".join(name for name, _ in columns) + " |",
+        "|" + "|".join(":--" if name in LEFT else "--:" for name, _ in columns) + "|",
+    ]
+    for row in table:
+        lines.append("| " + " | ".join(escape(cell(row)) for _, cell in columns) + " |")
+    return lines
 
 
 def print_table(table: Sequence[Row], console: Console | None = None) -> None:
@@ -150,4 +158,18 @@ COLUMNS: tuple[Column, ...] = (
     ("Train s", lambda r: _plain(r.train_seconds, ".1f"), 140),
     ("Seeds", lambda r: str(len(r.seeds)), 120),
 )
+# Name, the measure's key, cell: a second table, where there is more than every record has.
+TRANSFER: tuple[tuple[str, str, Callable[[Row], str]], ...] = tuple(
+    (name, key, lambda r, key=key, digits=digits: _mean_std(r.measures[key], digits))
+    for name, key, digits in (
+        ("ECE %", "ece", 2),
+        ("Agreement where teacher is wrong %", "agreement_where_teacher_wrong", 1),
+        ("Attribution cosine", "attribution_cosine", 3),
+        ("Attribution rank", "attribution_rank", 3),
+        ("Agreement on paths %", "path_agreement", 1),
+        ("Agreement after adversarial step %", "adversarial_agreement", 1),
+        ("Accuracy with bias corrected %", "accuracy_corrected", 2),
+    )
+)
+EVERYWHERE = {"ece", "agreement_where_teacher_wrong"}
 LEFT = ("Arm", "Kind", "Bits", "Δ against", "Selected on")

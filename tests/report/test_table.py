@@ -104,6 +104,20 @@ def test_a_reference_without_results_leaves_a_gap_and_a_note():
     assert "No difference for: qat (against studnet: no such arm)." in text
 
 
+def test_what_was_transferred_is_a_table_of_its_own_where_it_was_measured():
+    plain = [record("kd", 0, 91.0, ece=0.02)]
+    assert "What was transferred" not in markdown(rows(plain), plain)
+    records = [
+        record("kd", 0, 91.0, ece=0.02, attribution_cosine=0.5, path_agreement=None),
+        record("kd", 1, 92.0, ece=0.04, attribution_cosine=0.7, path_agreement=None),
+        record("labels", 0, 90.0, ece=0.05),
+    ]
+    text = markdown(rows(records), records).split("What was transferred:")[1]
+    assert "| Arm | ECE % | Attribution cosine |" in text
+    assert "| kd | 3.00 ± 1.41 | 0.600 ± 0.141 |" in text
+    assert "| labels | 5.00 (n=1) | — |" in text
+
+
 def test_names_cannot_break_the_table():
     records = [
         record("a|b <script>&_x_ *y* `z` [l](u)", 0, 91.0, kind="k\nk"),
