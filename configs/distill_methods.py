@@ -18,7 +18,7 @@ from kdq.config import arm, parse_arg
 # The last maps of equal size, 4×4: the student's second of three convolutions has 16 channels, the
 # teacher's last 128.
 MAPS = {"student": "conv_1", "teacher": "norm_2"}
-LAST = {"student": "conv_2", "teacher": "norm_2"}
+LAST = {"student": "conv_2", "teacher": "norm_2", "pool": True}
 
 # The term without its weight, and the weight that its authors give or that makes it as large as the
 # task's loss. Tuning tries a fifth, one and five times as much.

@@ -32,6 +32,7 @@ class Term(flax.struct.PyTreeNode):
     student: tuple[str, ...] = flax.struct.field(pytree_node=False)  # layer paths
     teacher: tuple[str, ...] = flax.struct.field(pytree_node=False)
     adapter: str = flax.struct.field(pytree_node=False)
+    pool: bool = flax.struct.field(pytree_node=False)  # compare means over positions, not maps
     # Options that shape the computation, such as a chunk size.
     fixed: tuple[tuple[str, Any], ...] = flax.struct.field(pytree_node=False)
 
@@ -64,8 +65,8 @@ class Term(flax.struct.PyTreeNode):
         try:
             return self.method.init(
                 key,
-                tuple(student[path].shape for path in self.student),
-                tuple(teacher[path].shape for path in self.teacher),
+                tuple(self._shape(student[path].shape) for path in self.student),
+                tuple(self._shape(teacher[path].shape) for path in self.teacher),
                 num_examples=num_examples,
                 adapter=self.adapter,
                 options=dict(self.fixed),
@@ -86,7 +87,9 @@ class Term(flax.struct.PyTreeNode):
     ) -> tuple[Array, Any]:
         """`(values [batch], memory)`, not yet weighted."""
         look = lambda outputs, paths: (
-            tuple(outputs.features[path] for path in paths) if paths else (outputs.logits,)
+            tuple(self._feature(outputs.features[path]) for path in paths)
+            if paths
+            else (outputs.logits,)
         )
         given = Given(
             student=look(student, self.student),
@@ -97,13 +100,20 @@ class Term(flax.struct.PyTreeNode):
         )
         return self.method(params, memory, given, {**self.options, **dict(self.fixed)})
 
+    def _feature(self, feature: Array) -> Array:
+        """As the loss sees it: [batch, channels] if pooled."""
+        return feature.mean(tuple(range(1, feature.ndim - 1))) if self.pool else feature
+
+    def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], shape[-1]) if self.pool else shape
+
 
 def build(name: str, config: Mapping[str, Any], where: str) -> Term:
     """A term from its entry in a config.
 
     The entry has "loss", a key of METHODS; "weight", a number or a schedule (`schedule.build`); for
-    the losses on features "student" and "teacher", layer paths, and "adapter"; and what else the
-    loss takes.
+    the losses on features "student" and "teacher", layer paths, "adapter", and "pool" (false: maps
+    and tokens are compared as they are); and what else the loss takes.
 
     Raises:
       ConfigError: an unknown loss or option, a missing one, a value of the wrong type.
@@ -122,6 +132,9 @@ def build(name: str, config: Mapping[str, Any], where: str) -> Term:
     if adapter != method.adapter and (not method.adapter or adapter not in adapters.KINDS):
         valid = adapters.KINDS if method.adapter else ()
         raise ConfigError(unknown(f"{where}.adapter ({loss}):", adapter, valid))
+    pool = fields.pop("pool", False)
+    if not isinstance(pool, bool) or (pool and not method.layers):
+        raise ConfigError(f"{where}.pool={pool!r}: want true or false, and layers ({loss}) to pool")
     options, fixed = _options(method.options(), fields, f"{where} ({loss})")
     return Term(
         weight=weight,
@@ -131,6 +144,7 @@ def build(name: str, config: Mapping[str, Any], where: str) -> Term:
         student=layers["student"],
         teacher=layers["teacher"],
         adapter=adapter,
+        pool=pool,
         fixed=fixed,
     )
 

@@ -92,6 +92,19 @@ def test_values_are_the_loss_of_the_adapted_feature():
     np.testing.assert_allclose(values, expected, rtol=1e-4)
 
 
+def test_pooled_features_are_compared_by_their_means():
+    entry = {"loss": "relational_distance", "student": "maps", "teacher": "same", "pool": True}
+    one = term.build("r", entry, "w")
+    student, teacher = _outputs(STUDENT, 1), _outputs(TEACHER, 2)
+    values, _ = one({}, {}, student, teacher, {}, None)
+    means = [o.features[k].mean((1, 2)) for o, k in ((student, "maps"), (teacher, "same"))]
+    np.testing.assert_allclose(values, features.relational_distance(*means), rtol=1e-5)
+    hint = term.build("h", entry | {"loss": "hint", "teacher": "maps"}, "w")
+    params, _ = hint.init(jax.random.key(0), STUDENT, TEACHER, 1)
+    assert params["adapter"]["kernel"].shape == (3, 8)
+    assert np.isfinite(hint(params, {}, student, teacher, {}, None)[0]).all()
+
+
 def test_a_variance_starts_at_five_and_memory_at_unit_length():
     one = term.build(
         "v", {"loss": "variational_information", "student": "maps", "teacher": "same"}, "w"
@@ -136,6 +149,7 @@ def test_numbers_are_data_and_the_rest_is_not():
         ({"loss": "kl", "temperature": "2"}, ["w (kl).temperature='2'", "want a number"]),
         ({"loss": "kl", "temperature": float("inf")}, ["finite"]),
         ({"loss": "kl", "weight": {"kind": "linaer"}}, ["w.weight.kind", "'linear'?"]),
+        ({"loss": "kl", "pool": True}, ["w.pool=True", "layers (kl)"]),
         ({"loss": "kl", "student": "maps"}, ["w.student", "0 layers"]),
         ({"loss": "kl", "adapter": "conv"}, ["w.adapter (kl)", "valid: none"]),
         ({"loss": "hint", "student": "maps"}, ["w.teacher", "1 layers"]),
