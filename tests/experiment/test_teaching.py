@@ -14,6 +14,9 @@ from kdq.experiment.runner import _Runner
 HINT = {"loss": "hint", "student": "conv_1", "teacher": "norm_1", "adapter": "linear"}
 
 
+HINTED = {"hint": {"task": 1.0, "terms": {"mine": HINT}}}
+
+
 def tiny(tiny_config, arms, **sections):
     """The teacher, and arms of the student with these fields."""
     base = tiny_config()
@@ -48,7 +51,7 @@ TEACHERS = {
 
 @pytest.fixture(scope="module")
 def many(tiny_config, tmp_path_factory):
-    """One run with every kind of teacher but a file, and what was transferred."""
+    """One run with every kind of teacher but a file."""
     workdir = tmp_path_factory.mktemp("many")
     arms = {f"by_{name}": {"teacher": name} for name in TEACHERS} | {
         "kd": {},
@@ -57,12 +60,7 @@ def many(tiny_config, tmp_path_factory):
         "hinted_w4": {"distill": "hint", "init": "kd", "bits": "W4A4"},
         "itself_w4": {"teacher": "kd", "init": "kd", "bits": "W4A4"},
     }
-    sections = {
-        "teachers": TEACHERS,
-        "distill": {"hint": {"task": 1.0, "terms": {"mine": HINT}}},
-        "transfer": {"examples": 64, "pairs": 16},
-    }
-    return workdir, run(tiny_config, workdir, arms, **sections)
+    return workdir, run(tiny_config, workdir, arms, teachers=TEACHERS, distill=HINTED)
 
 
 def test_an_ensemble_of_one_teaches_as_that_one_does(many):
@@ -110,8 +108,9 @@ def test_shuffled_logits_are_those_of_other_examples_of_the_class(tiny_config, m
         np.testing.assert_array_equal(np.sort(moved[rows], 0), np.sort(logits[rows], 0))
 
 
-def test_records_say_what_was_transferred(many):
-    _, records = many
+def test_records_say_what_was_transferred(tiny_config, tmp_path):
+    sections = {"distill": HINTED, "transfer": {"examples": 64, "pairs": 16}}
+    records = run(tiny_config, tmp_path, {"hinted": {"distill": "hint"}}, **sections)
     assert "cka" not in records["teacher"]
     found = records["hinted"]
     assert set(found["cka"]) == {"conv_0", "conv_1", "head"}
