@@ -42,8 +42,8 @@ def check(
                 f"config.arms.{name}.epochs={arm.epochs} is not one step of "
                 f"{experiment.data.batch_size} examples"
             )
-        if arm.load and load(arm.load).model != models[arm.model]:
-            both = (load(arm.load).model, models[arm.model])
+        both = (load(arm.load).model, models[arm.model]) if arm.load else ()
+        if len(set(both)) == 2:
             given, wanted = (" ".join(str(model).split()) for model in both)
             raise ConfigError(
                 f"config.arms.{name}.load={arm.load!r} is {given}, but the arm's model is {wanted}"

@@ -42,6 +42,8 @@ class Inputs:
 
     def ids(self, arm: Arm) -> np.ndarray:
         """The examples that an arm trains on, by id in the training split."""
+        if not arm.without_classes:  # no need to read the labels
+            return np.arange(self.num_examples)
         return np.flatnonzero(~np.isin(self.labels, arm.without_classes))
 
     @functools.cached_property

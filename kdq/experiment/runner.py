@@ -166,6 +166,8 @@ class _Runner:
 
     def _beside(self, aim: Objective, arm: Arm, start: Weights, teaching, seed: int):
         """`(adapters, memory)` of the objective's terms."""
+        if not aim.student_layers:  # losses on logits have neither
+            return {}, {}
         student = check.layers(self.models[arm.model], start.variables, self.inputs.image)
         taught_by = {}
         if aim.teacher_layers:
