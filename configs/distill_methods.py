@@ -3,6 +3,13 @@ r"""Every way to distill, on equal terms: initialization, epochs, data, and tria
 python launch/compress.py --config=configs/distill_methods.py --workdir=runs/methods
 python launch/compress.py --config=configs/distill_methods.py:tune --workdir=runs/methods_tune
 
+On Fashion-MNIST (`:fashion` and `:fashion,tune`) with a short schedule on 20,000 images and one
+teacher, which configs/fashion_mnist.py trained:
+
+python launch/compress.py --config=configs/distill_methods.py:fashion --config.data.data_dir=data \
+    --workdir=runs/methods_fashion \
+    --config.arms.teacher.load=runs/fashion_mnist/teacher/0/model.safetensors
+
 Each method had three weights to choose from, on the validation split and with seeds of their own
 (`:tune`); `WEIGHTS` are the best. Losses on outputs have a tenth of the labels' loss beside them,
 losses on features all of it; what a method adds to plain KL is another question.
@@ -15,10 +22,18 @@ from ml_collections import ConfigDict
 
 from kdq.config import arm, parse_arg
 
-# The last maps of equal size, 4×4: the student's second of three convolutions has 16 channels, the
-# teacher's last 128.
-MAPS = {"student": "conv_1", "teacher": "norm_2"}
-LAST = {"student": "conv_2", "teacher": "norm_2", "pool": True}
+# Where features are compared: maps of equal size before the student's last layer or stage, and the
+# last of both, averaged over positions.
+LAYERS = {
+    "digits": {  # 4×4 maps of 16 and of 128 channels
+        "maps": {"student": "conv_1", "teacher": "norm_2"},
+        "last": {"student": "conv_2", "teacher": "norm_2", "pool": True},
+    },
+    "fashion_mnist": {  # 7×7 maps of 32 and of 64 channels; the teacher's last are 4×4 of 128
+        "maps": {"student": "conv_2", "teacher": "stage_1_block_0"},
+        "last": {"student": "conv_2", "teacher": "stage_2_block_0", "pool": True},
+    },
+}
 
 # The term without its weight, and the weight that its authors give or that makes it as large as the
 # task's loss. Tuning tries a fifth, one and five times as much.
@@ -34,42 +49,53 @@ OUTPUTS = {
     "hard_label": ({}, 0.9),
 }
 FEATURES = {
-    "hint": (MAPS, 1.0),
-    "attention_transfer": (MAPS, 500.0),
-    "similarity_preserving": (LAST, 500.0),
-    "relational_distance": (LAST, 5.0),
-    "relational_angle": (LAST, 10.0),
-    "variational_information": (MAPS, 1.0),
-    "quantized_feature": ({**MAPS, "bits": 4}, 1.0),
-    "contrastive": ({**LAST, "negatives": 256, "dim": 32}, 0.8),
-    "info_nce": ({**LAST, "dim": 32}, 0.8),
+    "hint": ("maps", {}, 1.0),
+    "attention_transfer": ("maps", {}, 500.0),
+    "similarity_preserving": ("last", {}, 500.0),
+    "relational_distance": ("last", {}, 5.0),
+    "relational_angle": ("last", {}, 10.0),
+    "variational_information": ("maps", {}, 1.0),
+    "quantized_feature": ("maps", {"bits": 4}, 1.0),
+    "contrastive": ("last", {"negatives": 256, "dim": 32}, 0.8),
+    "info_nce": ("last", {"dim": 32}, 0.8),
 }
 FACTORS = {"low": 0.2, "mid": 1.0, "high": 5.0}
-WEIGHTS: dict[str, float] = {}  # factors chosen on validation; 1 where none is given
+# Factors chosen on validation; 1 where none is given.
+WEIGHTS: dict[str, dict[str, float]] = {"digits": {}, "fashion_mnist": {}}
 
 
-def recipe(loss: str, factor: float) -> dict:
+def recipe(loss: str, factor: float, data: str) -> dict:
     """The entry of `config.distill` for a loss at a multiple of its usual weight."""
-    fields, weight = {**OUTPUTS, **FEATURES}[loss]
+    if loss in OUTPUTS:
+        fields, weight = OUTPUTS[loss]
+    else:
+        layers, fields, weight = FEATURES[loss]
+        fields = {**LAYERS[data][layers], **fields}
     term = {"loss": loss, **fields, "weight": factor * weight}
     return {"task": 0.1 if loss in OUTPUTS else 1.0, "terms": {loss: term}}
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    """The comparison. `argument` is "tune" or "seeds=N"."""
-    argument = parse_arg(argument, tune=False, seeds=5)
-    path = Path(__file__).with_name("digits.py")
+    """The comparison. `argument` is any of "fashion", "tune" and "seeds=N"."""
+    argument = parse_arg(argument, fashion=False, tune=False, seeds=0)
+    data = "fashion_mnist" if argument.fashion else "digits"
+    path = Path(__file__).with_name(f"{data}.py")
     config = runpy.run_path(str(path))["get_config"]()
-    config.seeds = tuple(range(100, 103)) if argument.tune else tuple(range(argument.seeds))
+    default = {"digits": (5, 3), "fashion_mnist": (3, 1)}[data][argument.tune]
+    seeds = argument.seeds or default
+    config.seeds = tuple(range(100, 100 + seeds) if argument.tune else range(seeds))
     config.transfer = {"examples": 0 if argument.tune else 256}
     config.distill = ConfigDict(sort_keys=False)
-    fields = dict(config.arms.student)
-    arms = {"teacher": dict(config.arms.teacher), "student": fields}
+    teacher, fields = dict(config.arms.teacher), dict(config.arms.student)
+    if argument.fashion:
+        config.data.train = "train[:20000]"
+        teacher["epochs"], fields["epochs"] = 0.0, 4.0
+    arms = {"teacher": teacher, "student": fields}
     for loss in (*OUTPUTS, *FEATURES):
-        chosen = {"": WEIGHTS.get(loss, 1.0)}
+        chosen = {"": WEIGHTS[data].get(loss, 1.0)}
         for label, factor in (FACTORS if argument.tune else chosen).items():
             name = f"{loss}_{label}" if label else loss
-            config.distill[name] = recipe(loss, factor)
+            config.distill[name] = recipe(loss, factor, data)
             own = {"teacher": "teacher", "distill": name}
             reference = "" if argument.tune else "student" if loss == "kl" else "kl"
             arms[name] = arm(**{**fields, **own, "reference": reference})
