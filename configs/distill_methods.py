@@ -61,7 +61,23 @@ FEATURES = {
 }
 FACTORS = {"low": 0.2, "mid": 1.0, "high": 5.0}
 # Factors chosen on validation; 1 where none is given.
-WEIGHTS: dict[str, dict[str, float]] = {"digits": {}, "fashion_mnist": {}}
+WEIGHTS: dict[str, dict[str, float]] = {
+    "digits": {
+        "kl": 5.0,
+        "skew_kl": 5.0,
+        "jensen_shannon": 5.0,
+        "dkd": 0.2,
+        "hard_label": 0.2,
+        "hint": 0.2,
+        "attention_transfer": 0.2,
+        "similarity_preserving": 0.2,
+        "relational_distance": 5.0,
+        "relational_angle": 5.0,
+        "quantized_feature": 5.0,
+        "contrastive": 0.2,
+    },
+    "fashion_mnist": {},
+}
 
 
 def recipe(loss: str, factor: float, data: str) -> dict:
