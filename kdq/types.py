@@ -16,8 +16,9 @@ Batch = Mapping[str, Array]
 # A Linen variable dict: "params" and, for models with batch norm, "batch_stats".
 Variables = Mapping[str, Any]
 
-# {layer path: {"weights" | "activations": {"scale", "zero_point", "qmin", "qmax"}}}, all arrays.
-QParams = Mapping[str, Mapping[str, Mapping[str, Array]]]
+# {layer path: {"weights" | "activations" | "other": a kdq.quantize.Quantizer}}; "other" is the
+# second factor of a product of activations.
+QParams = Mapping[str, Mapping[str, Any]]
 
 # Scalars by name.
 Metrics = Mapping[str, Array]

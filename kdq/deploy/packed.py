@@ -15,6 +15,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -23,10 +24,10 @@ from flax import traverse_util
 from kdq import files, models, quantize
 from kdq.deploy.packing import pack, unpack
 from kdq.quantize import grid
-from kdq.quantize.simulate import WEIGHT_NAMES
+from kdq.quantize.kinds import WEIGHT_NAMES
 from kdq.types import Array, QParams, Variables
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class PackedFileError(ValueError):
@@ -74,8 +75,9 @@ def save_packed(
             names = (_weight_path(layer, name) for name in WEIGHT_NAMES)
             name = next(name for name in names if name in arrays)
             entry["weight"] = _pack_weight(arrays, name, quantizers["weights"])
-        if "activations" in quantizers:
-            entry["input"] = {k: _json(v) for k, v in quantizers["activations"].items()}
+        inputs = {k: _quantizer_json(v) for k, v in quantizers.items() if k != "weights"}
+        if inputs:
+            entry["inputs"] = inputs
     document = {
         "format": FORMAT_VERSION,
         "model": dict(model),
@@ -126,9 +128,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
                 raise PackedFileError(f"{path}: layer {layer!r} has no {error}") from error
             except ValueError as error:
                 raise PackedFileError(f"{path}: layer {layer!r}: {error}") from error
-        if "input" in entry:
-            quantizer = {k: np.asarray(v, np.float32) for k, v in entry["input"].items()}
-            qparams[layer] = {"activations": quantizer}
+        if "inputs" in entry:
+            qparams[layer] = {k: _quantizer(v) for k, v in entry["inputs"].items()}
     if model is None:
         model = models.build(**document["model"])
     return PackedModel(
@@ -158,26 +159,36 @@ def _weight_path(layer: str, weight: str) -> str:
 def _pack_weight(arrays: dict[str, np.ndarray], name: str, quantizer: grid.Quantizer) -> dict:
     """Replaces a weight by its packed codes and scales; returns what is needed to undo that."""
     weight, bits = arrays[name], grid.bits(quantizer)
-    codes = np.asarray(grid.to_codes(weight, quantizer)) - np.asarray(quantizer["qmin"])
+    if quantizer.scale_format:
+        rounded = grid.over_stack(lambda x, q: grid.with_rounded_scale(q).scale, quantizer)
+        scale = rounded(weight, quantizer)
+        quantizer = quantizer.replace(scale=scale, scale_format="")
+    codes = np.asarray(grid.over_stack(grid.to_codes, quantizer)(weight, quantizer))
+    qmin = np.asarray(quantizer.qmin)
+    codes = codes - qmin.reshape(*qmin.shape, *[1] * (codes.ndim - qmin.ndim))
     arrays[name] = pack(codes.astype(np.uint8), bits)
-    arrays[f"{name}:scale"] = np.asarray(quantizer["scale"])
-    zero_point = np.asarray(quantizer["zero_point"])
+    arrays[f"{name}:scale"] = np.asarray(quantizer.scale)
+    zero_point = np.asarray(quantizer.zero_point)
     constant = float(zero_point.flat[0]) if np.ptp(zero_point) == 0 else None
     if constant is None:
         arrays[f"{name}:zero_point"] = zero_point
-    return {
+    info = {
         "name": name.rsplit("/", 1)[1],
         "shape": weight.shape,
         "bits": bits,
-        "qmin": _json(quantizer["qmin"]),
+        "qmin": _json(qmin),
         "zero_point": None if constant is None else _json(constant),
     }
+    if quantizer.levels is not None:
+        info["levels"] = _json(quantizer.levels)
+    return info
 
 
 def _unpack_weight(arrays: dict[str, np.ndarray], name: str, info: Mapping[str, Any]) -> np.ndarray:
     shape = tuple(info["shape"])
     codes = unpack(arrays.pop(name), info["bits"], int(np.prod(shape))).reshape(shape)
     scale = arrays.pop(f"{name}:scale")
+    qmin = np.asarray(info["qmin"], np.float32)
     if scale.ndim > len(shape) or any(
         full % size for size, full in zip(scale.shape[::-1], shape[::-1], strict=False)
     ):
@@ -185,9 +196,38 @@ def _unpack_weight(arrays: dict[str, np.ndarray], name: str, info: Mapping[str, 
     zero_point = info["zero_point"]
     if zero_point is None:
         zero_point = arrays.pop(f"{name}:zero_point")
-    zero_point = np.broadcast_to(np.float32(zero_point), scale.shape)
-    quantizer = {"scale": scale, "zero_point": zero_point}
-    return np.asarray(grid.from_codes(codes + np.float32(info["qmin"]), quantizer))
+    quantizer = grid.Quantizer(
+        scale=scale,
+        zero_point=np.broadcast_to(np.float32(zero_point), scale.shape),
+        qmin=qmin,
+        qmax=qmin,  # what is decoded is not clipped
+        levels=jnp.asarray(info["levels"], jnp.float32) if "levels" in info else None,
+    )
+    codes = codes + qmin.reshape(*qmin.shape, *[1] * (codes.ndim - qmin.ndim))
+    return np.asarray(grid.over_stack(grid.from_codes, quantizer)(codes, quantizer))
+
+
+def _quantizer_json(quantizer: grid.Quantizer) -> dict[str, Any]:
+    """The quantizer of an input; what it trains by is not part of a finished model."""
+    document = {k: _json(getattr(quantizer, k)) for k in ("scale", "zero_point", "qmin", "qmax")}
+    if quantizer.levels is not None:
+        document["levels"] = _json(quantizer.levels)
+    if quantizer.scale_format:
+        document["scale_format"] = quantizer.scale_format
+    if quantizer.dynamic is not None:
+        document["dynamic"] = dataclasses.asdict(quantizer.dynamic)
+    return document
+
+
+def _quantizer(document: Mapping[str, Any]) -> grid.Quantizer:
+    static = ("scale_format", "dynamic")
+    arrays = {k: np.asarray(v, np.float32) for k, v in document.items() if k not in static}
+    dynamic = document.get("dynamic")
+    return grid.Quantizer(
+        **arrays,
+        scale_format=document.get("scale_format", ""),
+        dynamic=None if dynamic is None else grid.Dynamic(**dynamic),
+    )
 
 
 def _numpy(tree: Any) -> Any:

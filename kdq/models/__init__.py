@@ -18,7 +18,10 @@ import jax
 from flax import linen as nn
 
 from kdq.config import unknown
+from kdq.models._product import Product
 from kdq.types import Variables
+
+__all__ = ["Product", "build", "count_parameters", "names"]
 
 
 def names() -> list[str]:

@@ -7,27 +7,35 @@ logits = apply(model, variables, qparams, inputs)
 """
 
 from kdq.quantize.calibrate import calibrate
-from kdq.quantize.layers import LayerInfo, list_layers
+from kdq.quantize.formats import FORMATS
+from kdq.quantize.grid import Dynamic, Quantizer, Training
+from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
 from kdq.quantize.observers import MSE, AbsMax, MinMax, MovingAverage, Observer, Percentile
 from kdq.quantize.rules import QuantizationRule, TensorSpec, uniform_rules
-from kdq.quantize.scales import replace_scales, scales
+from kdq.quantize.scales import Scales, replace_scales, scales
 from kdq.quantize.simulate import apply, predict
 from kdq.quantize.ste import fake_quantize
 
 __all__ = [
+    "FORMATS",
     "MSE",
     "AbsMax",
+    "Dynamic",
     "LayerInfo",
     "MinMax",
     "MovingAverage",
     "Observer",
     "Percentile",
     "QuantizationRule",
+    "Quantizer",
+    "Scales",
     "TensorSpec",
+    "Training",
     "apply",
     "calibrate",
     "fake_quantize",
     "list_layers",
+    "list_unquantized",
     "predict",
     "replace_scales",
     "scales",

@@ -1,18 +1,20 @@
 """Calibration: a few unlabelled batches in, the quantizers of every layer out."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kdq.quantize import grid
-from kdq.quantize.layers import LayerInfo, as_args, at_path, list_layers, path_of
-from kdq.quantize.observers import State
+from kdq.quantize.layers import LayerInfo, at_path, list_layers
+from kdq.quantize.observe import Key, observe
+from kdq.quantize.observers import MinMax, Observer, State
 from kdq.quantize.rules import (
     QuantizationRule,
     TensorSpec,
@@ -41,8 +43,8 @@ def calibrate(
       **apply_kwargs: passed to the model, e.g. `train=False`.
 
     Returns:
-      `{path: {"weights": quantizer, "activations": quantizer}}` in layer order; the half that a
-      rule leaves in float is absent.
+      `{path: {"weights": quantizer, "activations": quantizer}}` in layer order; a part that a rule
+      leaves in float is absent. A product of activations has "activations" and "other".
 
     Raises:
       ValueError: no batches, a rule that fits no layer, or values that are not finite; names the
@@ -54,37 +56,74 @@ def calibrate(
         raise ValueError("calibration got no batches: want at least one")
     layers = list_layers(model, variables, first, **apply_kwargs)
     matched = match(rules, layers)
-    specs = {p: r.activations for p, r in matched.items() if r.activations is not None}
-    batches = itertools.chain([first], batches)
-    states = _observe_inputs(model, variables, specs, layers, batches, apply_kwargs)
+    specs = {
+        (path, operand): rule.activations
+        for path, rule in matched.items()
+        if rule.activations is not None
+        for operand in layers[path].operands
+    }
+    states = _observe_inputs(
+        model, variables, specs, layers, itertools.chain([first], batches), apply_kwargs
+    )
     qparams = {}
     for path, rule in matched.items():
         quantizers = {}
-        if rule.weights is not None:
+        if rule.weights is not None and layers[path].weight_name:
             weight = at_path(variables["params"], path)[layers[path].weight_name]
             quantizers["weights"] = weight_quantizer(weight, rule.weights, layers[path])
-        if rule.activations is not None:
-            shape = activation_scale_shape(rule.activations, layers[path])
-            where = f"the input of layer {path!r}"
-            quantizers["activations"] = _quantizer(
-                states[path], rule.activations, shape, False, where
-            )
+        for operand in layers[path].operands:
+            if (path, operand) in states:
+                quantizers[operand] = input_quantizer(
+                    states[path, operand], rule.activations, layers[path], operand
+                )
         if quantizers:
             qparams[path] = quantizers
     return qparams
 
 
 def weight_quantizer(weight: Array, spec: TensorSpec, layer: LayerInfo) -> grid.Quantizer:
-    """The quantizer of one weight."""
+    """The quantizer of one weight, or of a stack of them.
+
+    Args:
+      weight: [*stack, *layer.weight_shape] float.
+      spec: how.
+      layer: whose it is.
+
+    Raises:
+      ValueError: values that are not finite; names the layer.
+    """
     shape = weight_scale_shape(spec, layer)
-    state = spec.observer.exact(grid.to_groups(weight, shape))
-    return _quantizer(state, spec, shape, True, f"the weight of layer {layer.path!r}")
+    state = spec.observer.exact(grid.to_groups(weight, (*layer.stack, *shape)))
+    where = f"the weight of layer {layer.path!r}"
+    return _quantizer(state, spec, layer.stack, shape, True, where)
+
+
+def input_quantizer(
+    state: State, spec: TensorSpec, layer: LayerInfo, operand: str
+) -> grid.Quantizer:
+    """The quantizer of one input of a layer, from what an observer saw of it."""
+    shape = activation_scale_shape(spec, layer, operand)
+    state = jax.tree.map(lambda s: s.reshape(-1, *s.shape[len(layer.stack) + 1 :]), state)
+    where = f"the input of layer {layer.path!r}"
+    quantizer = _quantizer(state, spec, layer.stack, shape, False, where)
+    if spec.dynamic:
+        # What is left of the observation is the sign; the rest is computed from each tensor.
+        how = grid.Dynamic(
+            granularity=spec.granularity, group_size=spec.group_size, symmetric=spec.symmetric
+        )
+        quantizer = quantizer.replace(scale=jnp.ones_like(quantizer.scale), dynamic=how)
+    return quantizer
 
 
 def _quantizer(
-    state: State, spec: TensorSpec, shape: tuple[int, ...], is_weight: bool, where: str
+    state: State,
+    spec: TensorSpec,
+    stack: tuple[int, ...],
+    shape: tuple[int, ...],
+    is_weight: bool,
+    where: str,
 ) -> grid.Quantizer:
-    """The quantizer, with scales of `shape`, of what an observer saw."""
+    """The quantizer, with scales of `(*stack, *shape)`, of what an observer saw of each."""
     lowest, highest = (np.asarray(bound) for bound in state.bounds())
     if not (np.isfinite(lowest).all() and np.isfinite(highest).all()):
         raise ValueError(f"calibration met NaN or infinity in {where}")
@@ -92,50 +131,47 @@ def _quantizer(
     if signed is None:  # affine codes start at 0: their offset does the rest
         signed = spec.symmetric and (is_weight or bool((lowest < 0).any()))
     options = {"symmetric": spec.symmetric, "signed": signed, "narrow": spec.narrow and signed}
-    low, high = spec.observer.range(state, bits=spec.bits, **options)
-    quantizer = grid.from_range(low, high, spec.bits, **options)
-    return quantizer | {k: quantizer[k].reshape(shape) for k in ("scale", "zero_point")}
+    if spec.format:
+        options = {"format": spec.format}
+    low, high = spec.observer.range(state, bits=spec.width, **options)
+    quantizer = grid.from_range(low, high, spec.width, **options)
+    per_layer = {k: getattr(quantizer, k) for k in ("qmin", "qmax", "levels")}
+    return quantizer.replace(
+        **{k: getattr(quantizer, k).reshape(*stack, *shape) for k in ("scale", "zero_point")},
+        **{
+            k: None if v is None else jnp.broadcast_to(v, (*stack, *v.shape))
+            for k, v in per_layer.items()
+        },
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Observe:
+    """An observer's update, for the input of a layer."""
+
+    observer: Observer
+    shape: tuple[int, ...]  # of the scale
+
+    def __call__(self, state: State, x: Array) -> State:
+        return self.observer.update(state, grid.to_groups(x, self.shape))
 
 
 def _observe_inputs(
     model: nn.Module,
     variables: Variables,
-    specs: dict[str, TensorSpec],
+    specs: dict[Key, TensorSpec],
     layers: dict[str, LayerInfo],
     batches: Iterable[Array | tuple],
     apply_kwargs: dict[str, Any],
-) -> dict[str, State]:
-    """What each layer's observer saw of its inputs."""
-    if not specs:
-        return {}
-    shapes = {path: activation_scale_shape(spec, layers[path]) for path, spec in specs.items()}
-    states = {path: spec.observer.init(math.prod(shapes[path])) for path, spec in specs.items()}
-    observers = tuple((path, spec.observer, shapes[path]) for path, spec in specs.items())
-    for inputs in batches:
-        states = _observe(
-            variables,
-            states,
-            inputs,
-            model=model,
-            observers=observers,
-            apply_kwargs=tuple(sorted(apply_kwargs.items())),
-        )
-    return states
-
-
-@partial(jax.jit, static_argnames=("model", "observers", "apply_kwargs"))
-def _observe(variables, states, inputs, *, model, observers, apply_kwargs):
-    """One batch; compiled once for all bit-widths, which the observers do not know."""
-    states = dict(states)
-    observers = {path: (observer, shape) for path, observer, shape in observers}
-
-    def watch(next_fun, args, kwargs, context):
-        path = path_of(context.module)
-        if context.method_name == "__call__" and path in observers:
-            observer, shape = observers[path]
-            states[path] = observer.update(states[path], grid.to_groups(args[0], shape))
-        return next_fun(*args, **kwargs)
-
-    with nn.intercept_methods(watch):
-        model.apply(variables, *as_args(inputs), **dict(apply_kwargs))
-    return states
+) -> dict[Key, State]:
+    """What each layer's observer saw of its inputs: [*stack, groups, ...]."""
+    watchers, states = {}, {}
+    for (path, operand), spec in specs.items():
+        layer = layers[path]
+        shape = activation_scale_shape(spec, layer, operand)
+        observer = MinMax() if spec.dynamic else spec.observer
+        watchers[path, operand] = _Observe(observer, shape)
+        one = observer.init(math.prod(shape))
+        broadcast = lambda s, stack=layer.stack: jnp.broadcast_to(s, (*stack, *s.shape))
+        states[path, operand] = jax.tree.map(broadcast, one)
+    return observe(model, variables, {}, watchers, states, batches, **apply_kwargs)

@@ -1,24 +1,69 @@
-"""Integer grids: the real numbers that the codes of a quantizer stand for.
-
-A quantizer is a dict of four float32 arrays, `{"scale", "zero_point", "qmin", "qmax"}`: code `q`
-stands for `(q - zero_point) * scale`, with `qmin <= q <= qmax`. The limits are data, not Python
-numbers, so one compiled function serves every bit-width.
+"""Grids: the real numbers that the codes of a quantizer stand for.
 
 `scale` and `zero_point` align with the tensor as in NumPy broadcasting, except that a dimension may
 also *divide* the tensor's: a kernel `[in, out]` with a scale `[in / 128, out]` is quantized in
 groups of 128 inputs. All granularities are shapes of `scale`; nothing else tells them apart.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdq.quantize.formats import E4M3, FORMATS
 from kdq.types import Array
 
-Quantizer = dict[str, Array]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a quantizer behaves under differentiation; what it computes forward is its grid's.
+
+    Methods of quantization-aware training are values of this (see `qat`).
+    """
+
+    # What of the quantizer trains: none, some or all of these.
+    trains: tuple[str, ...] = ("scale",)
+    # "full": by the rounding error inside the grid too (LSQ); "clipped": by what it clips (PACT).
+    scale_gradient: str = "full"
+    # Where it rounds: g (1 + elementwise · sign(g) · (v - q)) for the gradient g (EWGS).
+    elementwise: float = 0.0
+
+
+class Quantizer(flax.struct.PyTreeNode):
+    """A map from numbers to codes and back.
+
+    Code `q` stands for `(q - zero_point) * scale`, with `qmin <= q <= qmax`; if there are `levels`,
+    for `levels[q] * scale`. Arrays are data, so one compiled function serves every bit-width.
+
+    Invariants: `scale` is positive and `zero_point` has its shape; `qmin` and `qmax` are scalars.
+    Of a stack of layers (`nn.scan`, `nn.vmap`) each array has the stack's axes in front, so that
+    `qmin.shape` is the shape of the stack.
+    """
+
+    scale: Array  # float32
+    zero_point: Array  # float32, the code of 0; a half for one signed bit
+    qmin: Array  # float32, the smallest code
+    qmax: Array  # float32, the largest
+    levels: Array | None = None  # [codes] float32, ascending: a number format instead of integers
+    # What follows is static: it decides what is compiled.
+    scale_format: str = flax.struct.field(default="", pytree_node=False)  # a key of `SCALE_FORMATS`
+    dynamic: "Dynamic | None" = flax.struct.field(default=None, pytree_node=False)
+    training: Training = flax.struct.field(default=Training(), pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dynamic:
+    """The scale is computed anew from each tensor; the quantizer's own is not used."""
+
+    granularity: str  # "per_tensor", "per_token" (all but the last axis), "per_group" (of the last)
+    group_size: int | None = None  # with "per_group"
+    symmetric: bool = True
 
 
 def limits(bits: Array | int, *, signed: bool, narrow: bool = False) -> tuple[Array, Array]:
@@ -34,7 +79,7 @@ def limits(bits: Array | int, *, signed: bool, narrow: bool = False) -> tuple[Ar
     return jnp.where(bits == 1, 0.0, low), jnp.where(bits == 1, 1.0, high)
 
 
-@partial(jax.jit, static_argnames=("symmetric", "signed", "narrow"))
+@partial(jax.jit, static_argnames=("symmetric", "signed", "narrow", "format"))
 def from_range(
     low: Array,
     high: Array,
@@ -43,31 +88,58 @@ def from_range(
     symmetric: bool = True,
     signed: bool = True,
     narrow: bool = False,
+    format: str = "",
 ) -> Quantizer:
     """The quantizer whose outermost codes reach `low` and `high` (any shape; widened to hold 0).
 
     Symmetric: `scale = max(|low|, |high|) / qmax` and no offset, except for one signed bit, whose
     two codes stand for ±max(|low|, |high|). Affine: `scale = (high - low) / (qmax - qmin)` and an
-    integer zero point, so that 0 is exact. A range of width 0 (an all-zero channel) gets scale 1:
-    its zeros stay zeros.
+    integer zero point, so that 0 is exact. With a `format`, a key of `FORMATS`, the largest level
+    times the scale is max(|low|, |high|), and `bits` does not matter. A range of width 0 (an
+    all-zero channel) gets scale 1: its zeros stay zeros.
+    """
+    if format:
+        levels = jnp.asarray(FORMATS[format].levels, jnp.float32)
+        template = Quantizer(
+            scale=jnp.float32(1),
+            zero_point=jnp.float32(0),
+            qmin=jnp.float32(0),
+            qmax=jnp.float32(len(levels) - 1),
+            levels=levels,
+            scale_format=FORMATS[format].scale_format,
+        )
+    else:
+        qmin, qmax = limits(bits, signed=signed, narrow=narrow)
+        half = jnp.where(jnp.logical_and(signed and symmetric, jnp.asarray(bits) == 1), 0.5, 0.0)
+        template = Quantizer(scale=jnp.float32(1), zero_point=half, qmin=qmin, qmax=qmax)
+    return fit(template, low, high, symmetric=symmetric)
+
+
+def fit(quantizer: Quantizer, low: Array, high: Array, *, symmetric: bool) -> Quantizer:
+    """`quantizer` with the scale and zero point at which it reaches `low` and `high`.
+
+    What else it is decides how: with levels by the largest; one signed bit, recognized by its zero
+    point of 1/2, by half the distance of its two codes.
     """
     low = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0)
     high = jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
-    qmin, qmax = limits(bits, signed=signed, narrow=narrow)
-    if symmetric:
-        reach = jnp.maximum(-low, high)
-        is_sign = jnp.logical_and(signed, jnp.asarray(bits) == 1)
+    qmin, qmax = quantizer.qmin, quantizer.qmax
+    reach = jnp.maximum(-low, high)
+    is_sign = quantizer.zero_point.max() == 0.5
+    if quantizer.levels is not None:
+        scale = reach / quantizer.levels[-1]
+    elif symmetric:
         scale = jnp.where(is_sign, 2.0 * reach, reach / qmax)
     else:
         scale = (high - low) / (qmax - qmin)
     # Subnormal scales would overflow in 1 / scale.
     empty = scale <= jnp.finfo(jnp.float32).tiny
     scale = jnp.where(empty, 1.0, scale)
-    if symmetric:
+    if symmetric or quantizer.levels is not None:
         zero_point = jnp.where(is_sign & ~empty, 0.5, 0.0)
     else:
         zero_point = jnp.clip(jnp.round(qmin - low / scale), qmin, qmax)
-    return {"scale": scale, "zero_point": zero_point, "qmin": qmin, "qmax": qmax}
+    return quantizer.replace(scale=scale, zero_point=zero_point)
 
 
 def expand(parameter: Array, shape: tuple[int, ...]) -> Array:
@@ -110,19 +182,102 @@ def position(x: Array, scale: Array, zero_point: Array) -> Array:
     return x.astype(jnp.float32) * expand(1.0 / scale, x.shape) + expand(zero_point, x.shape)
 
 
+def resolve(x: Array, quantizer: Quantizer) -> Quantizer:
+    """The quantizer that `x` meets: its scale computed if dynamic, rounded if it has a format."""
+    if quantizer.dynamic is not None:
+        quantizer = _from_tensor(jax.lax.stop_gradient(x), quantizer)
+    return with_rounded_scale(quantizer)
+
+
+def with_rounded_scale(quantizer: Quantizer) -> Quantizer:
+    """The quantizer with a scale that its `scale_format` holds; of one layer, not of a stack."""
+    if not quantizer.scale_format:
+        return quantizer
+    rounding = SCALE_FORMATS[quantizer.scale_format]
+    raw = jax.lax.stop_gradient(quantizer.scale)
+    # The gradient of the logarithm passes through the rounding unchanged (arXiv:1903.08066).
+    scale = quantizer.scale * (rounding(raw, quantizer.levels) / raw)
+    return quantizer.replace(scale=scale, scale_format="")
+
+
+def _from_tensor(x: Array, quantizer: Quantizer) -> Quantizer:
+    how = quantizer.dynamic
+    shape = {
+        "per_tensor": (1,) * x.ndim,
+        "per_token": (*x.shape[:-1], 1),
+        "per_group": (*x.shape[:-1], x.shape[-1] // (how.group_size or 1)),
+    }[how.granularity]
+    groups = to_groups(x.astype(jnp.float32), shape)
+    low, high = (extreme.reshape(shape) for extreme in (groups.min(-1), groups.max(-1)))
+    return fit(quantizer, low, high, symmetric=how.symmetric).replace(dynamic=None)
+
+
+def _power_of_two(scale: Array, levels: Array | None) -> Array:
+    """The next power of two above, so that no range shrinks (TQT, arXiv:1903.08066)."""
+    mantissa, exponent = jnp.frexp(scale)
+    return jnp.ldexp(1.0, jnp.where(mantissa == 0.5, exponent - 1, exponent))
+
+
+def _e8m0(scale: Array, levels: Array | None) -> Array:
+    """The power of two that brings a block's largest number into the topmost binade of the levels.
+
+    2^(floor(log2 reach) - floor(log2 levels[-1])), as the microscaling specification has it: what
+    then exceeds the largest level is clipped to it.
+    """
+    exponent = lambda x: jnp.frexp(x)[1] - 1
+    top = levels[-1]
+    return jnp.ldexp(1.0, exponent(scale * top) - exponent(top))
+
+
+def _e4m3(scale: Array, levels: Array | None) -> Array:
+    """A number of 8 bits times a float32 of the tensor, by which its largest scale is 448."""
+    tensor = scale.max() / E4M3[-1]
+    smallest = E4M3[len(E4M3) // 2 + 1]
+    steps = jnp.asarray(scale / tensor, jnp.float8_e4m3fn).astype(jnp.float32)
+    return jnp.maximum(steps, smallest) * tensor
+
+
+SCALE_FORMATS = {"power_of_two": _power_of_two, "e8m0": _e8m0, "e4m3": _e4m3}
+
+
+def over_stack(function: Callable[[Array, Quantizer], Any], quantizer: Quantizer) -> Callable:
+    """`function(x, quantizer)` of one layer, mapped over the stack of layers that it is for."""
+    for _ in range(jnp.ndim(quantizer.qmin)):
+        function = jax.vmap(function)
+    return function
+
+
+def nearest_level(x: Array, levels: Array) -> Array:
+    """Index of the level nearest to each element, as float32; of two equally near, the even one.
+
+    Even counts from the level 0, as the last bit of a float's mantissa does.
+    """
+    between = (levels[1:] + levels[:-1]) / 2
+    below, above = (jnp.searchsorted(between, x, side=side) for side in ("left", "right"))
+    zero = jnp.argmin(jnp.abs(levels))
+    return jnp.where((below - zero) % 2 == 0, below, above).astype(jnp.float32)
+
+
 def to_codes(x: Array, quantizer: Quantizer) -> Array:
     """Integer codes of `x`, as float32 of the same shape (see `fake_quantize`, which trains)."""
-    codes = jnp.round(position(x, quantizer["scale"], quantizer["zero_point"]))
-    return jnp.clip(codes, quantizer["qmin"], quantizer["qmax"])
+    quantizer = resolve(x, quantizer)
+    if quantizer.levels is None:
+        codes = jnp.round(position(x, quantizer.scale, quantizer.zero_point))
+    else:
+        codes = nearest_level(position(x, quantizer.scale, jnp.float32(0)), quantizer.levels)
+    return jnp.clip(codes, quantizer.qmin, quantizer.qmax)
 
 
 def from_codes(codes: Array, quantizer: Quantizer) -> Array:
     """The float32 numbers that `codes` stand for."""
-    scale, zero_point = (expand(quantizer[k], codes.shape) for k in ("scale", "zero_point"))
-    return (codes.astype(jnp.float32) - zero_point) * scale
+    quantizer = with_rounded_scale(quantizer)
+    scale = expand(quantizer.scale, codes.shape)
+    if quantizer.levels is not None:
+        return quantizer.levels[codes.astype(jnp.int32)] * scale
+    return (codes.astype(jnp.float32) - expand(quantizer.zero_point, codes.shape)) * scale
 
 
 def bits(quantizer: Quantizer) -> int:
     """Bits that hold every code of the quantizer."""
-    codes = np.asarray(quantizer["qmax"]) - np.asarray(quantizer["qmin"]) + 1
+    codes = np.asarray(quantizer.qmax) - np.asarray(quantizer.qmin) + 1
     return int(np.ceil(np.log2(codes.max())))

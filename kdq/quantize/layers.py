@@ -5,39 +5,43 @@ Rules, calibration, cost, search and reports are all keyed by these paths.
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from kdq.quantize import kinds
+from kdq.quantize.kinds import Kind, kind_of
 from kdq.types import Array, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerInfo:
-    """One layer with a weight; shapes as the model sees them on the inputs given."""
+    """One layer; shapes as the model sees them on the inputs given, without the axes of a stack."""
 
     path: str  # module path joined by "/", e.g. "Block_0/Conv_1"
-    kind: str  # "Dense" or "Conv"
-    weight_name: str  # the weight's name in the layer's params
-    weight_shape: tuple[int, ...]  # [..., in, out]: the last axis is the output channel
+    kind: str  # "Dense", "Conv", "Embed", ... (see `kinds`)
+    weight_name: str  # the weight's name in the layer's params; "" for a product of activations
+    weight_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     macs: int  # multiply-accumulates for one example, summed over the calls of a shared layer
+    other_shape: tuple[int, ...] = ()  # of the second input of a product
+    operands: tuple[str, ...] = ("activations",)  # the inputs that can be quantized
+    channel_axes: tuple[int, ...] = (-1,)  # of the weight: those of a scale "per_channel"
+    group_axis: int = -2  # of the weight: the one that "per_group" divides, along the inputs
+    stack: tuple[int, ...] = ()  # leading axes of its parameters in `variables`: nn.scan, nn.vmap
+    module: nn.Module | None = dataclasses.field(default=None, compare=False, repr=False)  # unbound
 
     @property
     def weight_count(self) -> int:
-        return math.prod(self.weight_shape)
-
-
-# Linen class -> (kind, name of its weight). Both weights end in [..., in, out].
-KINDS: dict[type[nn.Module], tuple[str, str]] = {
-    nn.Dense: ("Dense", "kernel"),
-    nn.Conv: ("Conv", "kernel"),
-}
+        """Weights, of the whole stack; 0 where there are none."""
+        return math.prod((*self.stack, *self.weight_shape)) if self.weight_name else 0
 
 
 def path_of(module: nn.Module) -> str:
+    """A bound module's path, joined by "/"."""
     return "/".join(module.path)
 
 
@@ -64,36 +68,104 @@ def list_layers(
       inputs: an array (or shape) with a leading batch axis, or a tuple of positional arguments.
       **apply_kwargs: passed to the model, e.g. `train=False`.
     """
+    return _walk(model, variables, inputs, apply_kwargs)[0]
+
+
+def list_unquantized(
+    model: nn.Module, variables: Variables, inputs: Array | tuple, **apply_kwargs: Any
+) -> dict[str, str]:
+    """What no rule can reach, with the reason: modules with parameters, attention as it is set up.
+
+    Arithmetic outside of modules can't be seen: a model that multiplies activations by `jnp` does
+    so in float. Arguments as of `list_layers`.
+    """
+    return _walk(model, variables, inputs, apply_kwargs)[1]
+
+
+def _walk(
+    model: nn.Module, variables: Variables, inputs: Array | tuple, apply_kwargs: Mapping[str, Any]
+) -> tuple[dict[str, LayerInfo], dict[str, str]]:
     layers: dict[str, LayerInfo] = {}
+    others: dict[str, str] = {}
     # The model's, not the layer's: a model may fold time or space into a layer's leading axis.
     batch = as_args(inputs)[0].shape[0]
 
-    def record(next_fun, args, kwargs, context):
+    def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         outputs = next_fun(*args, **kwargs)
-        kind = next((v for k, v in KINDS.items() if isinstance(context.module, k)), None)
-        if kind is None or context.method_name != "__call__":
+        module = context.module
+        path = path_of(module)
+        kind = kind_of(module)
+        if kind is None or context.method_name not in kind.methods:
+            if context.method_name == "__call__" and (reason := kinds.why_not(module)):
+                others.setdefault(path, reason)
             return outputs
-        name, weight = kind
-        path = path_of(context.module)
-        shape = at_path(variables["params"], path)[weight].shape
-        macs = math.prod(outputs.shape[:-1]) * math.prod(shape) // batch
+        shapes = [
+            getattr(a, "shape", ()) for a in kinds.bind(module, context.method_name, args, kwargs)
+        ]
+        call = kinds.Call(context.method_name, args, kwargs, shapes, outputs.shape)
+        try:
+            layer = _describe(kind, module, path, variables, call, batch)
+        except kinds.Unsupported as error:
+            others[path] = str(error)
+            return outputs
         if path in layers:
-            layers[path] = dataclasses.replace(layers[path], macs=layers[path].macs + macs)
-        else:
-            layers[path] = LayerInfo(
-                path=path,
-                kind=name,
-                weight_name=weight,
-                weight_shape=tuple(shape),
-                input_shape=tuple(args[0].shape),
-                output_shape=tuple(outputs.shape),
-                macs=macs,
+            known = layers[path]
+            layer = dataclasses.replace(
+                known,
+                macs=known.macs + layer.macs,
+                operands=tuple(dict.fromkeys((*known.operands, *layer.operands))),
             )
+        layers[path] = layer
         return outputs
 
-    def forward(variables, *args):
-        with nn.intercept_methods(record):
+    def forward(variables: Variables, *args: Any) -> Any:
+        with nn.intercept_methods(kinds.name_products), nn.intercept_methods(record):
             return model.apply(variables, *args, **apply_kwargs)
 
     jax.eval_shape(forward, variables, *as_args(inputs))
-    return layers
+    return {path: _in_stack(layer, layers) for path, layer in layers.items()}, others
+
+
+def _in_stack(layer: LayerInfo, layers: Mapping[str, LayerInfo]) -> LayerInfo:
+    """A product with the stack of the nearest layer with a weight: it has no arrays to show it."""
+    if layer.weight_name:
+        return layer
+    parents = layer.path.split("/")[:-1]
+    for depth in range(len(parents), 0, -1):
+        prefix = "/".join(parents[:depth]) + "/"
+        for other in layers.values():
+            if other.weight_name and other.path.startswith(prefix):
+                macs = layer.macs * math.prod(other.stack)
+                return dataclasses.replace(layer, stack=other.stack, macs=macs)
+    return layer
+
+
+def _describe(
+    kind: Kind, module: nn.Module, path: str, variables: Variables, call: kinds.Call, batch: int
+) -> LayerInfo:
+    """The layer as this call shows it. Raises `kinds.Unsupported` for a stack of another form."""
+    weight, stack = (), ()
+    if kind.weight:
+        weight = tuple(module.get_variable("params", kind.weight).shape)
+        whole = tuple(at_path(variables["params"], path)[kind.weight].shape)
+        stack = whole[: len(whole) - len(weight)]
+        if whole != (*stack, *weight):
+            raise kinds.Unsupported(
+                f"{kind.name} in a stack whose axis is not the first: {whole} for {weight}"
+            )
+    channels, group = kind.axes(module, weight)
+    return LayerInfo(
+        path=path,
+        kind=kind.name,
+        weight_name=kind.weight,
+        weight_shape=weight,
+        input_shape=tuple(call.shapes[0]),
+        other_shape=tuple(call.shapes[1]) if len(call.shapes) > 1 else (),
+        output_shape=tuple(call.output),
+        macs=kind.macs(module, call, weight) * math.prod(stack) // batch,
+        operands=tuple(kind.methods[call.method]),
+        channel_axes=channels,
+        group_axis=group,
+        stack=stack,
+        module=module.clone(parent=None),
+    )

@@ -4,26 +4,39 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
+from kdq.quantize.formats import FORMATS
 from kdq.quantize.layers import LayerInfo
 from kdq.quantize.observers import AbsMax, Observer
 
-GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_token")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """How one tensor (a weight, or the input of a layer) is quantized."""
 
-    bits: int  # 1 to 8; one signed bit is the sign times a scale
+    bits: int | None = None  # 1 to 8; one signed bit is the sign times a scale
+    format: str = ""  # or, in place of bits, a number format: a key of `formats.FORMATS`
     symmetric: bool = True  # False: affine, with an integer zero point
     signed: bool | None = None  # None: weights are signed; inputs are if calibration saw below 0
-    narrow: bool = False  # drop the most negative code, so that the signed grid is symmetric
-    granularity: str = "per_tensor"  # or "per_channel" (last axis), "per_group" (weights only)
-    group_size: int | None = None  # inputs that share a scale; with "per_group" only
+    narrow: bool = False  # drop the most negative code; of two bits that leaves -1, 0 and 1
+    # "per_tensor", "per_channel" (a weight's outputs, an input's last axis), "per_group" (of a
+    # weight's inputs; of the last axis of a dynamic input), "per_token" (dynamic inputs only).
+    granularity: str = "per_tensor"
+    group_size: int | None = None  # elements that share a scale; with "per_group" only
+    group_axis: int | None = None  # of the weight, where groups are not along the inputs
+    dynamic: bool = False  # inputs only: the range is that of each tensor, not of calibration
     observer: Observer = AbsMax()  # chooses the range
 
     def __post_init__(self):
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+        if (self.bits is None) == (not self.format):
+            raise ValueError(
+                f"bits={self.bits!r}, format={self.format!r}: want one or the other; formats are "
+                f"{tuple(FORMATS)}"
+            )
+        if self.format:
+            self._check_format()
+        elif not (isinstance(self.bits, int) and type(self.bits) is int and 1 <= self.bits <= 8):
             raise ValueError(f"bits={self.bits!r}: want a whole number from 1 to 8")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity={self.granularity!r}: want one of {GRANULARITIES}")
@@ -34,8 +47,31 @@ class TensorSpec:
             )
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size={self.group_size!r}: want at least 1")
+        if self.group_axis is not None and self.granularity != "per_group":
+            raise ValueError(f"group_axis={self.group_axis!r}: only with 'per_group'")
         if self.narrow and (self.signed is False or not self.symmetric):
             raise ValueError("narrow=True is for signed symmetric grids")
+        if self.dynamic and self.granularity == "per_channel":
+            raise ValueError("dynamic=True: want 'per_tensor', 'per_token' or 'per_group'")
+        if self.granularity == "per_token" and not self.dynamic:
+            raise ValueError("granularity='per_token' has no fixed scale: want dynamic=True")
+
+    def _check_format(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format={self.format!r}: want one of {tuple(FORMATS)}")
+        if not self.symmetric or self.narrow or self.signed is not None:
+            raise ValueError(f"format={self.format!r} has its own levels: no symmetric, narrow")
+        block = FORMATS[self.format].group_size
+        if block and self.granularity == "per_tensor":
+            object.__setattr__(self, "granularity", "per_group")
+            object.__setattr__(self, "group_size", block)
+        if block and self.group_size != block:
+            raise ValueError(f"format={self.format!r} has groups of {block}: {self.group_size!r}")
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return FORMATS[self.format].bits if self.format else self.bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +89,11 @@ class QuantizationRule:
             raise ValueError(
                 f"rule path {self.path!r} is no regular expression: {error}"
             ) from error
-        if self.activations is not None and self.activations.granularity == "per_group":
-            raise ValueError(f"rule {self.path!r}: per_group is for weights, not activations")
+        if self.weights is not None and self.weights.dynamic:
+            raise ValueError(f"rule {self.path!r}: dynamic is for activations, not weights")
+        inputs = self.activations
+        if inputs is not None and inputs.granularity == "per_group" and not inputs.dynamic:
+            raise ValueError(f"rule {self.path!r}: per_group activations want dynamic=True")
 
 
 def match(
@@ -76,30 +115,50 @@ def match(
         if rule is None:
             continue
         matched[path] = rule
-        if rule.weights is not None:
+        if rule.weights is not None and layer.weight_name:
             weight_scale_shape(rule.weights, layer)
+        if rule.activations is not None:
+            for operand in layer.operands:
+                activation_scale_shape(rule.activations, layer, operand)
     return matched
 
 
 def weight_scale_shape(spec: TensorSpec, layer: LayerInfo) -> tuple[int, ...]:
-    """Shape of the scale of a layer's weight `[..., in, out]`, aligned with the weight."""
-    *rest, inputs, outputs = layer.weight_shape
-    ones = (1,) * len(rest)
+    """Shape of the scale of a layer's weight, aligned with the weight, without its stack.
+
+    Raises ValueError for groups that do not divide, or an axis that is not there.
+    """
+    shape = layer.weight_shape
+    scale = [1] * len(shape)
     if spec.granularity == "per_tensor":
-        return (*ones, 1, 1)
-    if spec.granularity == "per_channel":
-        return (*ones, 1, outputs)
-    if inputs % spec.group_size:
+        return tuple(scale)
+    for axis in layer.channel_axes:
+        scale[axis] = shape[axis]
+    if spec.granularity == "per_group":
+        axis = layer.group_axis if spec.group_axis is None else spec.group_axis
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"layer {layer.path!r}: group_axis={axis} of a weight {shape}")
+        scale[axis] = _groups(spec, layer, shape[axis], f"inputs (weight shape {shape})")
+    return tuple(scale)
+
+
+def activation_scale_shape(spec: TensorSpec, layer: LayerInfo, operand: str) -> tuple[int, ...]:
+    """Shape of the scale of a layer's input: a scalar, or one a channel (last axis).
+
+    Raises ValueError for groups that do not divide the last axis.
+    """
+    last = (layer.other_shape if operand == "other" else layer.input_shape)[-1]
+    if spec.granularity == "per_group":
+        _groups(spec, layer, last, "channels")
+    return (last,) if spec.granularity == "per_channel" else ()
+
+
+def _groups(spec: TensorSpec, layer: LayerInfo, size: int, what: str) -> int:
+    if size % spec.group_size:
         raise ValueError(
-            f"layer {layer.path!r}: group_size={spec.group_size} does not divide its {inputs} "
-            f"inputs (weight shape {layer.weight_shape})"
+            f"layer {layer.path!r}: group_size={spec.group_size} does not divide its {size} {what}"
         )
-    return (*ones, inputs // spec.group_size, outputs)
-
-
-def activation_scale_shape(spec: TensorSpec, layer: LayerInfo) -> tuple[int, ...]:
-    """Shape of the scale of a layer's input: a scalar, or one a channel (last axis)."""
-    return (layer.input_shape[-1],) if spec.granularity == "per_channel" else ()
+    return size // spec.group_size
 
 
 def uniform_rules(

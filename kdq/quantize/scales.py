@@ -1,38 +1,40 @@
-"""The trainable part of the quantizers: their scales."""
+"""The trainable part of the quantizers: their scales, and what else a method trains."""
 
 import re
 from collections.abc import Sequence
 
 from kdq.types import Array, QParams
 
+# {path: {"weights" | "activations" | "other": {field of the quantizer: array}}}
+Scales = dict[str, dict[str, dict[str, Array]]]
 
-def scales(qparams: QParams, *, fixed: Sequence[str] = ()) -> dict[str, dict[str, Array]]:
-    """`{path: {"weights": scale, "activations": scale}}`, the arrays of `qparams` that train.
+
+def scales(qparams: QParams, *, fixed: Sequence[str] = ()) -> Scales:
+    """The arrays of `qparams` that train: of each quantizer what its `training.trains` names.
 
     Args:
-      qparams: calibrated quantizers.
-      fixed: patterns; a scale whose whole "PATH/weights" or "PATH/activations" matches one is left
-        out.  The scale of the network's own input is a good one to fix: pixels do not move while
-        the network trains, and its gradient alone asks for that of the whole input, a third of the
-        first layer's time.
+      qparams: calibrated quantizers; one that is dynamic has nothing to train.
+      fixed: patterns; a quantizer whose whole "PATH/weights" or "PATH/activations" matches one is
+        left out.  The scale of the network's own input is a good one to fix: pixels do not move
+        while the network trains, and its gradient alone asks for that of the whole input, a third
+        of the first layer's time.
     """
-    found = {}
+    found: Scales = {}
     for path, quantizers in qparams.items():
-        trained = {
-            name: quantizer["scale"]
-            for name, quantizer in quantizers.items()
-            if not any(re.fullmatch(pattern, f"{path}/{name}") for pattern in fixed)
-        }
-        if trained:
-            found[path] = trained
+        for name, quantizer in quantizers.items():
+            if any(re.fullmatch(pattern, f"{path}/{name}") for pattern in fixed):
+                continue
+            if quantizer.training.trains and quantizer.dynamic is None:
+                own = {field: getattr(quantizer, field) for field in quantizer.training.trains}
+                found.setdefault(path, {})[name] = own
     return found
 
 
-def replace_scales(qparams: QParams, scales: dict[str, dict[str, Array]]) -> QParams:
-    """`qparams` with the scales that `scales` has; what it does not name stays."""
+def replace_scales(qparams: QParams, scales: Scales) -> QParams:
+    """`qparams` with what `scales` has; what it does not name stays."""
     return {
         path: {
-            name: {**quantizer, "scale": scales.get(path, {}).get(name, quantizer["scale"])}
+            name: quantizer.replace(**scales.get(path, {}).get(name, {}))
             for name, quantizer in quantizers.items()
         }
         for path, quantizers in qparams.items()

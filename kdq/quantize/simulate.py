@@ -10,15 +10,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from kdq.quantize.layers import KINDS, as_args
+from kdq.quantize import kinds
+from kdq.quantize.kinds import WEIGHT_NAMES
+from kdq.quantize.layers import as_args, path_of
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
 
-# Where a layer finds the quantizer of its input. It travels inside "params", at the layer's own
+# Where a layer finds the quantizers of its inputs. They travel inside "params", at the layer's own
 # path, because that is the collection that Linen's lifted transforms (scan, vmap) slice.
-QUANTIZER = "_input_quantizer"
-
-WEIGHT_NAMES = tuple({weight for _, weight in KINDS.values()})
+QUANTIZERS = "_input_quantizers"
 
 
 def apply(
@@ -38,38 +38,85 @@ def apply(
       KeyError: if `qparams` names a layer that `variables` does not have.
     """
     params = quantize_params(variables["params"], qparams)
-    with nn.intercept_methods(_quantize_input):
-        return model.apply({**variables, "params": params}, *as_args(inputs), **kwargs)
+    met: set[str] = set()
+    interceptor = partial(_quantize_inputs, met)
+    with nn.intercept_methods(kinds.name_products), nn.intercept_methods(interceptor):
+        outputs = model.apply({**variables, "params": params}, *as_args(inputs), **kwargs)
+    for path in qparams:
+        if path not in met and not has_path(variables["params"], path):
+            raise unknown_layer("qparams", path, variables["params"])
+    return outputs
 
 
 def quantize_params(params: Any, qparams: QParams) -> dict[str, Any]:
-    """A copy of `params` with rounded weights, and each layer's input quantizer beside them."""
+    """A copy of `params` with rounded weights, and each layer's input quantizers beside them."""
     params = dict(params)
     for path, quantizers in qparams.items():
-        layer, parents = params, []
-        for name in path.split("/") if path else ():  # "": the model is the layer
-            if name not in layer:
-                raise KeyError(
-                    f"qparams name layer {path!r}, which the params do not have: "
-                    f"at {'/'.join(parents) or 'the top'} there is {sorted(layer)}"
-                )
-            layer[name] = dict(layer[name])
-            layer = layer[name]
-            parents.append(name)
+        layer = copied(params, path, "qparams")
         if "weights" in quantizers:
-            name = next(n for n in WEIGHT_NAMES if n in layer)
-            layer[name] = fake_quantize(layer[name], **quantizers["weights"])
-        if "activations" in quantizers:
-            layer[QUANTIZER] = dict(quantizers["activations"])
+            name = next((n for n in WEIGHT_NAMES if n in layer), None)
+            if name is None:
+                raise unknown_layer("qparams", path, params)
+            layer[name] = fake_quantize(layer[name], quantizers["weights"])
+        inputs = {name: one for name, one in quantizers.items() if name != "weights"}
+        if inputs:
+            layer[QUANTIZERS] = inputs
     return params
 
 
-def _quantize_input(next_fun, args, kwargs, context):
+def copied(params: dict[str, Any], path: str, whose: str) -> dict[str, Any]:
+    """The dict of a layer in `params`, itself and every dict on the way replaced by a copy.
+
+    The last may be new, and empty: a product of activations has no parameters of its own.
+    """
+    layer = params
+    *parents, last = path.split("/")
+    for name in parents:
+        if name not in layer:
+            raise unknown_layer(whose, path, params)
+        layer[name] = dict(layer[name])
+        layer = layer[name]
+    if path:  # "": the model is the layer
+        layer[last] = dict(layer.get(last, {}))
+        layer = layer[last]
+    return layer
+
+
+def has_path(params: Any, path: str) -> bool:
+    """Whether there is something at a "/"-joined path."""
+    for name in path.split("/") if path else ():
+        if name not in params:
+            return False
+        params = params[name]
+    return True
+
+
+def unknown_layer(whose: str, path: str, params: Any) -> KeyError:
+    """The error for a path that is no layer: it says how far the path goes, and what is there."""
+    parents, layer = [], params
+    for name in path.split("/"):
+        if name not in layer:
+            break
+        parents.append(name)
+        layer = layer[name]
+    return KeyError(
+        f"{whose} name layer {path!r}, which the params do not have: "
+        f"at {'/'.join(parents) or 'the top'} there is {sorted(layer)}"
+    )
+
+
+def _quantize_inputs(met, next_fun, args, kwargs, context):
     module = context.module
-    if context.method_name != "__call__" or not module.has_variable("params", QUANTIZER):
+    operands = kinds.operands(module, context.method_name)
+    if not operands or not module.has_variable("params", QUANTIZERS):
         return next_fun(*args, **kwargs)
-    quantizer = module.get_variable("params", QUANTIZER)
-    return next_fun(fake_quantize(args[0], **quantizer), *args[1:], **kwargs)
+    met.add(path_of(module))
+    quantizers = module.get_variable("params", QUANTIZERS)
+    for name, where in operands.items():
+        if name in quantizers:
+            value = fake_quantize(kinds.argument(args, kwargs, where), quantizers[name])
+            args, kwargs = kinds.replace_argument(args, kwargs, where, value)
+    return next_fun(*args, **kwargs)
 
 
 @partial(jax.jit, static_argnames=("model",))

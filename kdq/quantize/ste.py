@@ -1,17 +1,19 @@
 """Rounding that can be trained through: one definition for weights and activations alike."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from kdq.quantize.grid import expand, from_codes, position, reduce_to, to_codes
+from kdq.quantize import grid
+from kdq.quantize.grid import Quantizer, Training
 from kdq.types import Array
 
 
-@jax.custom_vjp
-def fake_quantize(x: Array, scale: Array, zero_point: Array, qmin: Array, qmax: Array) -> Array:
+def fake_quantize(x: Array, quantizer: Quantizer) -> Array:
     """`x` rounded to the nearest number that a code stands for; exact halves go to the even code.
 
-    `(clip(round(x / scale + zero_point), qmin, qmax) - zero_point) * scale`.
+    `(clip(round(x / scale + zero_point), qmin, qmax) - zero_point) * scale`, or the nearest level.
 
     Gradients treat the rounding as the identity (straight-through, arXiv:1308.3432). With
     `v = x / scale + zero_point` and `q = round(v)`, where `qmin <= q <= qmax`:
@@ -19,37 +21,54 @@ def fake_quantize(x: Array, scale: Array, zero_point: Array, qmin: Array, qmax: 
     d/dx = 0, d/dscale = clip(q) - zero_point, d/dzero_point = -scale. The second is the
     learned-step-size gradient (LSQ, arXiv:1902.08153), here without its scale factor, which an
     optimizer that normalizes gradients would cancel. A scale that is not trained costs nothing
-    under `jit`: its gradient is never computed.
+    under `jit`: its gradient is never computed. `quantizer.training` changes these; see `Training`.
 
     Args:
       x: tensor of any shape, float32 or bfloat16; the arithmetic is float32.
-      scale: positive; shape as in `kdq.quantize.grid`.
-      zero_point: like `scale`; the code of 0.
-      qmin: scalar, the smallest code.
-      qmax: scalar, the largest code.
+      quantizer: see `Quantizer`; its arrays align with `x`, after the axes of a stack.
 
     Returns:
       An array of the shape and dtype of `x`.
     """
-    return _forward(x, scale, zero_point, qmin, qmax)[0]
+    return grid.over_stack(_one, quantizer)(x, quantizer)
 
 
-def _forward(x, scale, zero_point, qmin, qmax):
-    quantizer = {"scale": scale, "zero_point": zero_point, "qmin": qmin, "qmax": qmax}
-    y = from_codes(to_codes(x, quantizer), quantizer)
-    return y.astype(x.dtype), (x, y, scale, zero_point, qmin, qmax)
+def _one(x: Array, quantizer: Quantizer) -> Array:
+    q = grid.resolve(x, quantizer)
+    return _round(x, q.scale, q.zero_point, q.qmin, q.qmax, q.levels, q.training)
 
 
-def _backward(residuals, g):
-    x, y, scale, zero_point, qmin, qmax = residuals
-    codes = jnp.round(position(x, scale, zero_point))
-    dx = jnp.where((codes >= qmin) & (codes <= qmax), g, 0)
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _round(x, scale, zero_point, qmin, qmax, levels, training):
+    return _forward(x, scale, zero_point, qmin, qmax, levels, training)[0]
+
+
+def _forward(x, scale, zero_point, qmin, qmax, levels, training):
+    quantizer = Quantizer(scale, zero_point, qmin, qmax, levels)
+    y = grid.from_codes(grid.to_codes(x, quantizer), quantizer)
+    return y.astype(x.dtype), (x, y, scale, zero_point, qmin, qmax, levels)
+
+
+def _backward(training: Training, residuals, g):
+    x, y, scale, zero_point, qmin, qmax, levels = residuals
+    if levels is None:
+        codes = jnp.round(grid.position(x, scale, zero_point))
+        inside = (codes >= qmin) & (codes <= qmax)
+    else:
+        relative = grid.position(x, scale, jnp.float32(0))
+        inside = (relative >= levels[0]) & (relative <= levels[-1])
+    dx = jnp.where(inside, g, 0)
     # In units of the scale, q - v inside is y - x and clip(q) - zero_point outside is y: so the
     # whole sum is over products of arrays that the step has anyway.
-    g32, dx32 = g.astype(jnp.float32), dx.astype(jnp.float32)
-    d_scale = reduce_to(g32 * y - dx32 * x.astype(jnp.float32), scale.shape) / scale
-    d_zero = reduce_to((dx32 - g32) * expand(scale, x.shape), zero_point.shape)
-    return dx, d_scale, d_zero, None, None
+    g32, dx32, x32 = (a.astype(jnp.float32) for a in (g, dx, x))
+    moved = g32 - dx32 if training.scale_gradient == "clipped" else g32
+    held = 0.0 if training.scale_gradient == "clipped" else dx32 * x32
+    d_scale = grid.reduce_to(moved * y - held, scale.shape) / scale
+    d_zero = grid.reduce_to((dx32 - g32) * grid.expand(scale, x.shape), zero_point.shape)
+    if training.elementwise:
+        error = (x32 - y) * grid.expand(1.0 / scale, x.shape)
+        dx = (dx32 * (1 + training.elementwise * jnp.sign(dx32) * error)).astype(dx.dtype)
+    return dx, d_scale, d_zero, None, None, None
 
 
-fake_quantize.defvjp(_forward, _backward)
+_round.defvjp(_forward, _backward)

@@ -1,6 +1,7 @@
 """The optimizer: Optax transformations whose rates are data, so that arms share a compiled step."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,24 @@ def relative() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def _of_quantizers(
+    scale_rate: Array, rate: Callable[[Array], Array]
+) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.scale_by_learning_rate(lambda count: scale_rate * rate(count)),
+    )
+
+
+def _labels(trainable: dict) -> dict:
+    """What of `TrainState.trainable` trains how; what is beside the student trains as it does."""
+    of_field = lambda path, _: path[-1].key
+    return {
+        k: jax.tree.map_with_path(of_field, v) if k == "scales" else "params"
+        for k, v in trainable.items()
+    }
+
+
 @functools.cache
 def _make(name: str, clips: bool) -> optax.GradientTransformation:
     """One object a rule, because the compiled step is keyed by it."""
@@ -55,15 +74,10 @@ def _make(name: str, clips: bool) -> optax.GradientTransformation:
                 optax.add_decayed_weights(weight_decay, mask=matrices),
                 optax.scale_by_learning_rate(rate),
             ),
-            "scales": optax.chain(
-                optax.scale_by_adam(),
-                optax.scale_by_learning_rate(lambda count: scale_rate * rate(count)),
-                relative(),
-            ),
+            "scale": optax.chain(_of_quantizers(scale_rate, rate), relative()),
+            "zero_point": _of_quantizers(scale_rate, rate),
         }
-        # What trains beside the student trains as it does.
-        label = lambda parts: {k: "scales" if k == "scales" else "params" for k in parts}
-        by_part = optax.partition(train, label)
+        by_part = optax.partition(train, _labels)
         return optax.chain(optax.clip_by_global_norm(clip_norm), by_part) if clips else by_part
 
     zeros = dict.fromkeys(
@@ -82,7 +96,7 @@ def init_optimizer(
 ) -> optax.OptState:
     """Fresh state that holds the rates of one arm: cosine decay from `learning_rate` over `steps`.
 
-    Quantizer scales always train by Adam with relative steps, at `scale_rate` times the rate.
+    Quantizers always train by Adam at `scale_rate` times the rate, their scales by relative steps.
     """
     return optax.tree.set(
         make_optimizer(config).init(trainable),

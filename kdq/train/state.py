@@ -20,7 +20,7 @@ class TrainState(flax.struct.PyTreeNode):
     step: Array  # int32 scalar: steps taken
     seed: Array  # uint32 scalar; the random key of a step is fold_in(key(seed), step)
     params: Any  # float weights, also while they are trained quantized
-    scales: dict[str, dict[str, Array]]  # quantizer scales that train; {} if none do
+    scales: quantize.Scales  # what of the quantizers trains; {} if nothing does
     model_state: dict[str, Any]  # every other collection of the model, e.g. "batch_stats"
     qparams: QParams  # quantizers as calibrated; `quantizers` has them with the trained scales
     adapters: dict[str, Any]  # of the terms of the objective, by name: they train, and stay behind

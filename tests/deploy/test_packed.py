@@ -74,7 +74,7 @@ def test_loaded_outputs_are_the_simulated_ones(network, tmp_path, kind, bits):
     for layer, quantizers in qparams.items():
         at = packed.variables["params"][layer]["kernel"]
         simulated = quantize.fake_quantize(
-            variables["params"][layer]["kernel"], **quantizers["weights"]
+            variables["params"][layer]["kernel"], quantizers["weights"]
         )
         np.testing.assert_array_equal(at, simulated)
         stored = safetensors.numpy.load_file(file)[f"params/{layer}/kernel"]
@@ -195,8 +195,8 @@ def test_a_kdq_entry_that_is_no_document(tmp_path, text):
 
 
 def test_another_format_version(good):
-    rewritten(good, lambda arrays, document: document.update(format=2))
-    with pytest.raises(PackedFileError, match=r"has format 2; this kdq reads 1"):
+    rewritten(good, lambda arrays, document: document.update(format=1))
+    with pytest.raises(PackedFileError, match=r"has format 1; this kdq reads 2"):
         load_packed(good)
 
 

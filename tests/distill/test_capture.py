@@ -47,7 +47,7 @@ def test_a_quantized_model_is_captured_as_it_computes(cnn):
     qparams = quantize.calibrate(model, variables, rules, [IMAGES], train=False)
     outputs, _ = capture.run(model, variables, qparams, IMAGES, ("conv_0",), train=False)
     kernel = quantize.fake_quantize(
-        variables["params"]["conv_0"]["kernel"], **qparams["conv_0"]["weights"]
+        variables["params"]["conv_0"]["kernel"], qparams["conv_0"]["weights"]
     )
     expected = _convolve(IMAGES, kernel)
     np.testing.assert_allclose(outputs.features["conv_0"], expected, rtol=1e-4, atol=1e-5)

@@ -59,14 +59,14 @@ def _rules(weights=None, activations=None, path=".*"):
 
 
 def _assert_quantizer(quantizer, scale, zero_point, qmin, qmax):
-    assert set(quantizer) == {"scale", "zero_point", "qmin", "qmax"}
-    assert quantizer["scale"].shape == np.shape(scale)
-    assert quantizer["zero_point"].shape == np.shape(scale)
-    np.testing.assert_allclose(quantizer["scale"], scale, rtol=1e-5)
+    assert (quantizer.levels, quantizer.dynamic, quantizer.scale_format) == (None, None, "")
+    assert quantizer.scale.shape == np.shape(scale)
+    assert quantizer.zero_point.shape == np.shape(scale)
+    np.testing.assert_allclose(quantizer.scale, scale, rtol=1e-5)
     np.testing.assert_array_equal(
-        quantizer["zero_point"], np.broadcast_to(zero_point, np.shape(scale))
+        quantizer.zero_point, np.broadcast_to(zero_point, np.shape(scale))
     )
-    assert (quantizer["qmin"], quantizer["qmax"]) == (qmin, qmax)
+    assert (quantizer.qmin, quantizer.qmax) == (qmin, qmax)
 
 
 def test_two_batches_by_hand():
@@ -189,7 +189,7 @@ def test_no_batches_and_a_rule_without_a_layer_are_refused():
 def _nearest_error(tensor, quantizer):
     """Squared error of the nearest points of the grid, in float64."""
     scale, zero_point, qmin, qmax = (
-        float(np.squeeze(quantizer[k])) for k in ("scale", "zero_point", "qmin", "qmax")
+        float(np.squeeze(getattr(quantizer, k))) for k in ("scale", "zero_point", "qmin", "qmax")
     )
     points = (np.arange(qmin, qmax + 1) - zero_point) * scale
     return np.square(np.asarray(tensor, np.float64).reshape(-1, 1) - points).min(-1).sum()

@@ -34,10 +34,10 @@ def test_symmetric_grid_reaches_the_largest_magnitude(bits, signed, narrow):
     reach = np.maximum(-low, high)
     top = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     is_sign = signed and bits == 1
-    np.testing.assert_allclose(quantizer["scale"], 2 * reach if is_sign else reach / top, rtol=1e-6)
-    np.testing.assert_array_equal(quantizer["zero_point"], np.full(3, 0.5 if is_sign else 0.0))
+    np.testing.assert_allclose(quantizer.scale, 2 * reach if is_sign else reach / top, rtol=1e-6)
+    np.testing.assert_array_equal(quantizer.zero_point, np.full(3, 0.5 if is_sign else 0.0))
     # Whatever the formula: the outermost code is the end of the range.
-    outermost = grid.from_codes(jnp.full(3, quantizer["qmax"]), quantizer)
+    outermost = grid.from_codes(jnp.full(3, quantizer.qmax), quantizer)
     np.testing.assert_allclose(outermost, reach, rtol=1e-6)
 
 
@@ -49,12 +49,14 @@ def test_affine_grid_spans_the_range_and_holds_zero(bits, signed):
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     scale = (high - low) / (2**bits - 1)
     qmin = -(2 ** (bits - 1)) if signed and bits > 1 else 0
-    np.testing.assert_allclose(quantizer["scale"], scale, rtol=1e-6)
-    np.testing.assert_array_equal(quantizer["zero_point"], np.round(qmin - low / scale))
-    assert quantizer["qmax"] - quantizer["qmin"] == 2**bits - 1
+    np.testing.assert_allclose(quantizer.scale, scale, rtol=1e-6)
+    np.testing.assert_array_equal(quantizer.zero_point, np.round(qmin - low / scale))
+    assert quantizer.qmax - quantizer.qmin == 2**bits - 1
     zeros = grid.from_codes(grid.to_codes(jnp.zeros(4), quantizer), quantizer)
     np.testing.assert_array_equal(zeros, np.zeros(4))
-    ends = [grid.from_codes(jnp.full(4, quantizer[k]), quantizer) for k in ("qmin", "qmax")]
+    ends = [
+        grid.from_codes(jnp.full(4, getattr(quantizer, k)), quantizer) for k in ("qmin", "qmax")
+    ]
     # The integer zero point moves both ends by less than half a step.
     assert (np.abs(ends - np.stack([low, high])) <= 0.501 * scale).all()
 
@@ -67,15 +69,15 @@ def test_affine_grid_spans_the_range_and_holds_zero(bits, signed):
 )
 def test_empty_range_keeps_zeros_zero(bits, options):
     quantizer = grid.from_range(jnp.array([0.0, -1.0]), jnp.array([0.0, 1.0]), bits, **options)
-    assert quantizer["scale"][0] == 1.0
+    assert quantizer.scale[0] == 1.0
     values = grid.from_codes(grid.to_codes(jnp.zeros((3, 2)), quantizer), quantizer)
     np.testing.assert_array_equal(values[:, 0], np.zeros(3))
 
 
 def test_scale_too_small_to_invert_is_an_empty_range():
     quantizer = grid.from_range(jnp.zeros(1), jnp.full(1, 1e-37), 8)
-    assert quantizer["scale"][0] == 1.0
-    assert np.isfinite(1.0 / grid.from_range(0.0, 1e-34, 8)["scale"])
+    assert quantizer.scale[0] == 1.0
+    assert np.isfinite(1.0 / grid.from_range(0.0, 1e-34, 8).scale)
 
 
 SCALE_SHAPES = [

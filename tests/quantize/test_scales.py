@@ -27,8 +27,11 @@ def test_what_scales_takes_out_replace_scales_puts_back():
     qparams = _qparams()
     taken = scales(qparams)
     expected = {
-        "conv": {"weights": np.float32([1, 2, 3]) / 7, "activations": np.float32(6) / 255},
-        "block/head": {"weights": np.float32(4) / 7},
+        "conv": {
+            "weights": {"scale": np.float32([1, 2, 3]) / 7},
+            "activations": {"scale": np.float32(6) / 255},
+        },
+        "block/head": {"weights": {"scale": np.float32(4) / 7}},
     }
     assert jax.tree.structure(taken) == jax.tree.structure(expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), taken, expected)
@@ -51,10 +54,11 @@ def test_fixed_scales_are_not_taken_out():
 
 def test_replacing_touches_the_named_scales_alone():
     qparams = _qparams()
-    replaced = replace_scales(qparams, {"conv": {"activations": jnp.float32(9)}})
-    assert replaced["conv"]["activations"]["scale"] == 9
+    replaced = replace_scales(qparams, {"conv": {"activations": {"scale": jnp.float32(9)}}})
+    assert replaced["conv"]["activations"].scale == 9
     expected = _qparams()
-    expected["conv"]["activations"]["scale"] = jnp.float32(9)
+    conv = expected["conv"]
+    conv["activations"] = conv["activations"].replace(scale=jnp.float32(9))
     _assert_equal(replaced, expected)
     _assert_equal(qparams, _qparams())  # the argument is not written to
     _assert_equal(replace_scales(qparams, {}), qparams)

@@ -48,14 +48,18 @@ def _draw(model, x, seed=1, **kwargs):
 
 def _round_weight(kernel, quantizer):
     """Rounded weights and the mask of those that are not clipped, in float64."""
-    scale, qmin, qmax = (np.asarray(quantizer[k], np.float64) for k in ("scale", "qmin", "qmax"))
+    scale, qmin, qmax = (
+        np.asarray(getattr(quantizer, k), np.float64) for k in ("scale", "qmin", "qmax")
+    )
     codes = np.round(np.asarray(kernel, np.float64) / scale)
     return np.clip(codes, qmin, qmax) * scale, (codes >= qmin) & (codes <= qmax)
 
 
 def _scale_gradient(x, quantizer, g, axes):
     """The learned-step-size gradient, given that of the rounded values, in float64."""
-    scale, qmin, qmax = (np.asarray(quantizer[k], np.float64) for k in ("scale", "qmin", "qmax"))
+    scale, qmin, qmax = (
+        np.asarray(getattr(quantizer, k), np.float64) for k in ("scale", "qmin", "qmax")
+    )
     v, g = np.asarray(x, np.float64) / scale, np.asarray(g, np.float64)
     inside = (np.round(v) >= qmin) & (np.round(v) <= qmax)
     each = np.where(inside, np.round(v) - v, np.clip(v, qmin, qmax))
@@ -67,9 +71,9 @@ def _plain_forward(kernels, deltas, biases, quantizers, images):
 
     def rounded(x, name):
         q = quantizers[name]
-        code = jnp.round(x / q["scale"])
-        passed = jnp.where((code >= q["qmin"]) & (code <= q["qmax"]), x, 0.0)
-        value = jnp.clip(code, q["qmin"], q["qmax"]) * q["scale"]
+        code = jnp.round(x / q.scale)
+        passed = jnp.where((code >= q.qmin) & (code <= q.qmax), x, 0.0)
+        value = jnp.clip(code, q.qmin, q.qmax) * q.scale
         stop = jax.lax.stop_gradient
         return stop(value) + (passed - stop(passed)) + deltas[name]
 
@@ -140,11 +144,11 @@ def test_every_quantized_parameter_gets_its_closed_form_gradient():
         kernel, spatial = params[name]["kernel"], tuple(range(g.ndim - 1))
         by_hand = _scale_gradient(kernel, qparams[name]["weights"], g, spatial)
         tolerance = {"rtol": 1e-3, "atol": 1e-5 * np.abs(by_hand).max()}
-        np.testing.assert_allclose(to_scales[name]["weights"], by_hand, **tolerance)
+        np.testing.assert_allclose(to_scales[name]["weights"]["scale"], by_hand, **tolerance)
         assert (np.abs(by_hand) > 0).all()
         axes = tuple(range(inputs[name].ndim))
         by_hand = _scale_gradient(inputs[name], quantizers[name], to_inputs[name], axes)
-        np.testing.assert_allclose(to_scales[name]["activations"], by_hand, rtol=1e-3)
+        np.testing.assert_allclose(to_scales[name]["activations"]["scale"], by_hand, rtol=1e-3)
         assert abs(by_hand) > 1e-3
 
 
@@ -201,7 +205,7 @@ def test_one_compilation_for_fifty_bit_policies():
             for path, (w, a) in zip(paths, bits, strict=True)
         ]
         policies.append(calibrate(model, variables, rules, [images], train=False))
-    chosen = {float(p[path][k]["qmax"]) for p in policies for path in p for k in p[path]}
+    chosen = {float(p[path][k].qmax) for p in policies for path in p for k in p[path]}
     assert chosen == {1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0, 255.0}  # every width did occur
 
     step = jax.jit(lambda q, x: jax.grad(_sum_of(model, variables, x))(q))
@@ -368,4 +372,4 @@ def test_remat_keeps_the_quantizers_and_their_gradients():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), gradient(True), gradient(False)
     )
-    assert all(abs(g["activations"]["scale"]) > 1e-3 for g in gradient(True)[1].values())
+    assert all(abs(g["activations"].scale) > 1e-3 for g in gradient(True)[1].values())

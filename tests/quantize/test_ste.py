@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdq.quantize import fake_quantize, grid
+from kdq.quantize import Quantizer, fake_quantize, grid
 
 SHAPE = (12, 5)
 SCALE_SHAPES = {"per_tensor": (), "per_channel": (1, 5), "per_group": (3, 5)}
@@ -65,14 +65,14 @@ def _oracle(x, scale, zero_point, qmin, qmax):
 @jax.jit
 def _value_and_gradients(x, quantizer, g):
     def run(x, scale, zero_point):
-        return fake_quantize(x, **{**quantizer, "scale": scale, "zero_point": zero_point})
+        return fake_quantize(x, quantizer.replace(scale=scale, zero_point=zero_point))
 
-    y, pull = jax.vjp(run, x, quantizer["scale"], quantizer["zero_point"])
+    y, pull = jax.vjp(run, x, quantizer.scale, quantizer.zero_point)
     return y, *pull(g)
 
 
 def _as_jax(quantizer):
-    return {k: jnp.asarray(v, jnp.float32) for k, v in quantizer.items()}
+    return Quantizer(**{k: jnp.asarray(v, jnp.float32) for k, v in quantizer.items()})
 
 
 @pytest.mark.parametrize("granularity", SCALE_SHAPES)
@@ -119,7 +119,7 @@ def test_scale_gradient_is_the_slope_of_the_value_where_nothing_rounds(kind, gra
 def test_ties_go_to_even_and_the_mask_follows_the_rounded_code():
     x = jnp.array([-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.49, 3.5]) * 0.25
     quantizer = _as_jax({"scale": 0.25, "zero_point": 0, "qmin": -3, "qmax": 3})
-    y, pull = jax.vjp(lambda x: fake_quantize(x, **quantizer), x)
+    y, pull = jax.vjp(lambda x: fake_quantize(x, quantizer), x)
     np.testing.assert_array_equal(y / 0.25, [-3, -2, -2, 0, 0, 2, 2, 3, 3])
     np.testing.assert_array_equal(pull(jnp.ones(9))[0], [0, 1, 1, 1, 1, 1, 1, 1, 0])
 
@@ -163,12 +163,12 @@ def test_outputs_lie_on_the_grid_nearest_to_the_input_and_stay_there(x, scale, b
         zero_point = 0.5
     x = np.array(x, np.float32)
     quantizer = _as_jax({"scale": scale, "zero_point": zero_point, "qmin": qmin, "qmax": qmax})
-    y = np.asarray(_jitted(x, **quantizer))
+    y = np.asarray(_jitted(x, quantizer))
     points = ((np.arange(qmin, qmax + 1) - zero_point) * scale).astype(np.float32)
     assert np.isin(y, points).all()
     nearest = np.abs(x[:, None].astype(np.float64) - points).min(-1)
     assert (np.abs(x.astype(np.float64) - y) <= nearest + 1e-4 * scale).all()
-    np.testing.assert_array_equal(_jitted(y, **quantizer), y)
+    np.testing.assert_array_equal(_jitted(y, quantizer), y)
 
 
 @pytest.mark.parametrize("granularity", SCALE_SHAPES)
@@ -187,5 +187,5 @@ def test_codes_that_are_exported_stand_for_the_values_that_were_trained(kind, gr
         codes = grid.to_codes(x, quantizer)
         assert set(np.unique(codes)) <= set(range(qmin, qmax + 1))
         np.testing.assert_array_equal(
-            grid.from_codes(codes, quantizer), fake_quantize(x, **quantizer)
+            grid.from_codes(codes, quantizer), fake_quantize(x, quantizer)
         )

@@ -20,7 +20,12 @@ def trees(seed):
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     return {
         "params": {"dense": {"kernel": draw(4, 3), "bias": draw(3)}},
-        "scales": {"dense": {"weights": jnp.exp(draw(1, 3)), "activations": jnp.exp(draw())}},
+        "scales": {
+            "dense": {
+                "weights": {"scale": jnp.exp(draw(1, 3))},
+                "activations": {"scale": jnp.exp(draw())},
+            }
+        },
     }
 
 

@@ -101,7 +101,8 @@ def test_gradients_through_quantizers_in_closed_form():
     # Scales smaller than calibration chose them: some weights and inputs are clipped.
     qparams = jax.tree.map(jnp.asarray, qparams)
     for half in ("weights", "activations"):
-        qparams["head"][half]["scale"] = 0.7 * qparams["head"][half]["scale"]
+        quantizer = qparams["head"][half]
+        qparams["head"][half] = quantizer.replace(scale=0.7 * quantizer.scale)
     settings = config.Optimizer(name="sgd", warmup=0.0, scale_rate=2.0)
     state = create_state(variables, qparams, settings, seed=0, steps=10, learning_rate=0.1)
     state, _ = train_step(
@@ -122,7 +123,7 @@ def test_gradients_through_quantizers_in_closed_form():
         assert not inside.all()
         return q * scale, inside, np.where(inside, q - v, q)
 
-    before = {k: np.asarray(q["scale"], np.float64) for k, q in qparams["head"].items()}
+    before = {k: np.asarray(q.scale, np.float64) for k, q in qparams["head"].items()}
     x, _, x_slope = rounded(images.reshape(12, 4), before["activations"], 4)
     w, w_in, w_slope = rounded(kernel, before["weights"], 3)
     logits = x @ w + bias
@@ -144,7 +145,7 @@ def test_gradients_through_quantizers_in_closed_form():
     for half, gradient in d_scale.items():
         assert np.abs(gradient).min() > 1e-4
         expected = before[half] * np.exp(-2.0 * rate * np.sign(gradient))
-        np.testing.assert_allclose(state.scales["head"][half], expected, rtol=1e-4)
+        np.testing.assert_allclose(state.scales["head"][half]["scale"], expected, rtol=1e-4)
 
 
 def test_recompiles_for_new_shapes_only(net):
@@ -217,14 +218,15 @@ def test_scales_train_and_stay_positive(net):
     assert np.isfinite(metrics["loss"])
     for path, halves in quantize.scales(qparams).items():
         for half, before in halves.items():
-            now = np.asarray(state.scales[path][half])
+            now = np.asarray(state.scales[path][half]["scale"])
             assert (now > 0).all()
-            assert (now != before).any(), (path, half)
-            np.testing.assert_array_equal(state.quantizers[path][half]["scale"], now)
+            assert (now != before["scale"]).any(), (path, half)
+            np.testing.assert_array_equal(state.quantizers[path][half].scale, now)
     for path, halves in qparams.items():  # what does not train stays
         for half, quantizer in halves.items():
             for name in ("zero_point", "qmin", "qmax"):
-                np.testing.assert_array_equal(state.quantizers[path][half][name], quantizer[name])
+                now = getattr(state.quantizers[path][half], name)
+                np.testing.assert_array_equal(now, getattr(quantizer, name))
 
 
 def test_scales_that_do_not_train_stay(net):
@@ -246,7 +248,7 @@ def test_a_fixed_scale_stays_while_the_others_train(net):
     for i in range(3):
         state, _ = net.step(state, net.batch(i), Objective())
     moved = lambda path, half: (
-        not np.array_equal(state.quantizers[path][half]["scale"], qparams[path][half]["scale"])
+        not np.array_equal(state.quantizers[path][half].scale, qparams[path][half].scale)
     )
     assert not moved(*fixed)
     assert all(moved(*one) for one in others)
