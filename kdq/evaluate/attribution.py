@@ -1,6 +1,8 @@
 """Input attributions of a model, and how alike those of a student and its teacher are."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from kdq.evaluate import metrics
 from kdq.types import Array
 
 # Images [batch, ...] float -> logits [batch, classes]; pure, each example independent of the rest.
+# If it is a pytree too (`jax.tree_util.Partial` of a module's function, a flax struct that can be
+# called), its leaves are data: one program serves all that differ in them only, see `bind`.
 LogitsFn = Callable[[Array], Array]
 # (fn, images [batch, ...], classes [batch]) -> attributions, of the shape of the images.
 Method = Callable[[LogitsFn, Array, Array], Array]
@@ -106,6 +110,48 @@ def similarity(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return _cosine(a, b), _cosine(*(r - r.mean(1, keepdims=True) for r in ranks))
 
 
+class Explanation:
+    """What a teacher's predictions rest on, to compare any number of students with.
+
+    Args:
+      teacher_fn: images -> logits; jitted here.
+      images: [n, ...] float, in the units that it takes.
+      method: `gradient_times_input`, `integrated_gradients`, or a partial of it.
+      batch_size: images a call; one shape compiles.
+
+    Raises:
+      ValueError: no image, or images that are no floats.
+    """
+
+    def __init__(
+        self,
+        teacher_fn: LogitsFn,
+        images: ArrayLike,
+        method: Method = integrated_gradients,
+        batch_size: int = 128,
+    ) -> None:
+        self._images, self._method, self._batch_size = np.asarray(images), method, batch_size
+        explain = bind(_explain_own, teacher_fn, method=method)
+        self.logits, self.attributions = metrics.in_batches(
+            explain, self._images, batch_size=batch_size
+        )
+
+    def similarity(self, student_fn: LogitsFn) -> dict[str, float]:
+        """See `attribution_similarity`. Raises ValueError for a student of other classes."""
+        explain = bind(_explain, student_fn, method=self._method)
+        attributions = metrics.in_batches(
+            explain, self._images, self.logits, batch_size=self._batch_size
+        )
+        cosine, correlation = similarity(attributions, self.attributions)
+        defined = ~(np.isnan(cosine) | np.isnan(correlation))
+        nothing = float("nan")
+        return {
+            "cosine": float(cosine[defined].mean()) if defined.any() else nothing,
+            "rank_correlation": float(correlation[defined].mean()) if defined.any() else nothing,
+            "undefined": float(1 - defined.mean()),
+        }
+
+
 def attribution_similarity(
     student_fn: LogitsFn,
     teacher_fn: LogitsFn,
@@ -116,7 +162,7 @@ def attribution_similarity(
     """Whether a student looks where its teacher looks, for the class that the teacher predicts.
 
     Args:
-      student_fn: images -> logits; jitted here, once.
+      student_fn: images -> logits; jitted here.
       teacher_fn: likewise, of as many classes.
       images: [n, ...] float, in the units that both take.
       method: `gradient_times_input`, `integrated_gradients`, or a partial of it.
@@ -129,28 +175,39 @@ def attribution_similarity(
     Raises:
       ValueError: no image, images that are no floats, or models of different classes.
     """
+    return Explanation(teacher_fn, images, method, batch_size).similarity(student_fn)
 
-    @jax.jit
-    def attributions(images: Array) -> tuple[Array, Array]:
-        shapes = [jax.eval_shape(fn, images).shape for fn in (student_fn, teacher_fn)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"attribution_similarity: logits of student and teacher have shapes {shapes}"
-            )
-        classes = jnp.argmax(teacher_fn(images), axis=-1)
-        return method(student_fn, images, classes), method(teacher_fn, images, classes)
 
-    images = np.asarray(images)
-    cosine, correlation = metrics.in_batches(
-        lambda batch: similarity(*attributions(batch)), images, batch_size=batch_size
-    )
-    defined = ~(np.isnan(cosine) | np.isnan(correlation))
-    nothing = float("nan")
-    return {
-        "cosine": float(cosine[defined].mean()) if defined.any() else nothing,
-        "rank_correlation": float(correlation[defined].mean()) if defined.any() else nothing,
-        "undefined": float(1 - defined.mean()),
-    }
+def bind(run: Callable[..., Any], fn: LogitsFn, **static: Any) -> Callable[..., Any]:
+    """`functools.partial(run, fn, **static)`, compiled as seldom as `fn` allows.
+
+    Args:
+      run: made by `jax.jit`, with the names of `static` static; takes `fn` first.
+      fn: if a pytree, an argument of `run`, whose program then serves all of this structure.
+        Otherwise (a plain function, a closure) it gets a program of its own, with what it closes
+        over as constants; both are dropped together.
+      **static: hashable.
+    """
+    if jax.tree_util.all_leaves([fn]):
+        # As a static argument of `run` itself, jit's cache would keep it and its weights for good.
+        return jax.jit(functools.partial(run.__wrapped__, fn, **static))
+    return functools.partial(run, fn, **static)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _explain_own(fn: LogitsFn, images: Array, method: Method) -> tuple[Array, Array]:
+    logits = fn(images)
+    return logits, method(fn, images, jnp.argmax(logits, axis=-1))
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _explain(fn: LogitsFn, images: Array, teacher_logits: Array, method: Method) -> Array:
+    shapes = [jax.eval_shape(fn, images).shape, teacher_logits.shape]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"attribution_similarity: logits of student and teacher have shapes {shapes}"
+        )
+    return method(fn, images, jnp.argmax(teacher_logits, axis=-1))
 
 
 def _gradient(fn: LogitsFn, images: Array, classes: Array) -> Array:

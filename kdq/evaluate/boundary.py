@@ -1,5 +1,6 @@
 """Whether a student draws its decision boundary where its teacher draws it."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kdq.evaluate import metrics
-from kdq.evaluate.attribution import LogitsFn
+from kdq.evaluate.attribution import LogitsFn, bind
 from kdq.types import Array
 
 
@@ -42,6 +43,74 @@ def draw_pairs(classes: ArrayLike, pairs: int, seed: int = 0) -> np.ndarray:
     return np.stack([left, order[position]], axis=1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probes:
+    """Points among images and what a teacher predicts there, to try any number of students on."""
+
+    at: Callable[[np.ndarray], np.ndarray]  # rows [batch] int -> images [batch, ...]
+    teacher_logits: np.ndarray  # [rows, classes], none NaN
+    batch_size: int  # rows a call; one shape compiles
+
+    def agreement(self, student_fn: LogitsFn) -> float:
+        """Fraction in [0, 1] of the points where a student predicts what the teacher predicts.
+
+        Raises:
+          ValueError: a student of other classes than the teacher's.
+        """
+        student = bind(_logits_like, student_fn)
+        logits = metrics.in_batches(
+            lambda rows, teacher: student(self.at(rows), teacher),
+            np.arange(len(self.teacher_logits)),
+            self.teacher_logits,
+            batch_size=self.batch_size,
+        )
+        # A student's NaN agrees with nothing.
+        return float(np.mean(metrics.correct(logits, self.teacher_logits.argmax(-1))))
+
+
+def probe_images(teacher_fn: LogitsFn, images: ArrayLike, batch_size: int = 256) -> Probes:
+    """The images themselves as points.
+
+    Args:
+      teacher_fn: images -> logits of at least 2 classes; jitted here.
+      images: [n, ...] float, in the units that it takes.
+      batch_size: images a call; one shape compiles.
+
+    Raises:
+      ValueError: no image, images that are no floats, or a teacher of one class or that predicts a
+        NaN.
+    """
+    images = _floats(images)
+    return _probes(bind(_logits, teacher_fn), images.__getitem__, len(images), batch_size)
+
+
+def probe_paths(
+    teacher_fn: LogitsFn,
+    images: ArrayLike,
+    pairs: int = 256,
+    seed: int = 0,
+    points: int = 9,
+    batch_size: int = 256,
+) -> Probes:
+    """The points of `path_agreement`, with its arguments and errors."""
+    images = _floats(images)
+    if points < 1:
+        raise ValueError(f"path_agreement: points must be at least 1, given {points}")
+    # No batch of either pass is smaller, so one shape compiles.
+    batch_size = min(batch_size, len(images), max(pairs, 1) * points)
+    teacher = bind(_logits, teacher_fn)
+    own = _probes(teacher, images.__getitem__, len(images), batch_size)
+    classes = own.teacher_logits.argmax(-1)
+    ends = np.repeat(draw_pairs(classes, pairs, seed), points, axis=0)
+    fractions = np.tile(np.arange(1, points + 1) / (points + 1), pairs).astype(images.dtype)
+
+    def at(rows: np.ndarray) -> np.ndarray:  # a batch at a time: all of them may be many
+        t = fractions[rows].reshape(-1, *[1] * (images.ndim - 1))
+        return (1 - t) * images[ends[rows, 0]] + t * images[ends[rows, 1]]
+
+    return _probes(teacher, at, len(ends), batch_size)
+
+
 def path_agreement(
     student_fn: LogitsFn,
     teacher_fn: LogitsFn,
@@ -72,25 +141,23 @@ def path_agreement(
       ValueError: no image, images that are no floats, models of different classes, a teacher that
         predicts one class only or a NaN, or no pair or point.
     """
+    probes = probe_paths(teacher_fn, images, pairs, seed, points, batch_size)
+    return probes.agreement(student_fn)
+
+
+def adversarial_images(
+    fn: LogitsFn, images: ArrayLike, epsilon: float, batch_size: int = 256
+) -> np.ndarray:
+    """Images after the step of `adversarial_agreement` against one model: the shape of `images`.
+
+    Raises:
+      ValueError: no image, images that are no floats, or an epsilon that is negative or not finite.
+    """
     images = _floats(images)
-    if points < 1:
-        raise ValueError(f"path_agreement: points must be at least 1, given {points}")
-    both = _both(student_fn, teacher_fn)
-    # No batch of either pass is smaller, so one shape compiles.
-    batch_size = min(batch_size, len(images), max(pairs, 1) * points)
-    _, teacher = metrics.in_batches(both, images, batch_size=batch_size)
-    ends = np.repeat(draw_pairs(_prediction(teacher), pairs, seed), points, axis=0)
-    fractions = np.tile(np.arange(1, points + 1) / (points + 1), pairs).astype(images.dtype)
-
-    def at(left: np.ndarray, right: np.ndarray, t: np.ndarray) -> tuple[Array, Array]:
-        t = t.reshape(-1, *[1] * (images.ndim - 1))
-        return both((1 - t) * images[left] + t * images[right])
-
-    # The images of a path are made a batch at a time: all of them may be many.
-    student, teacher = metrics.in_batches(
-        at, ends[:, 0], ends[:, 1], fractions, batch_size=batch_size
-    )
-    return _agreement(student, teacher)
+    if not 0 <= epsilon < np.inf:
+        raise ValueError(f"adversarial_images: epsilon must be in [0, inf), given {epsilon}")
+    step = bind(_step, fn)
+    return metrics.in_batches(lambda batch: step(batch, epsilon), images, batch_size=batch_size)
 
 
 def adversarial_agreement(
@@ -108,7 +175,7 @@ def adversarial_agreement(
     themselves, with which the others are to be compared.
 
     Args:
-      student_fn: images -> logits of at least 2 classes; jitted here, once.
+      student_fn: images -> logits of at least 2 classes; jitted here.
       teacher_fn: likewise, of as many classes.
       images: [n, ...] float, in the units that both take.
       epsilon: ε ≥ 0 in those units.
@@ -123,23 +190,12 @@ def adversarial_agreement(
       ValueError: no image, images that are no floats, models of different classes or of only one,
         a teacher that predicts a NaN, or an epsilon that is negative or not finite.
     """
-    images = _floats(images)
-    if not 0 <= epsilon < np.inf:
-        raise ValueError(f"adversarial_agreement: epsilon must be in [0, inf), given {epsilon}")
-    both = _both(student_fn, teacher_fn)
-
-    @jax.jit
-    def after_steps(images: Array, epsilon: float) -> list[tuple[Array, Array]]:
-        steps = (_gradient_sign(fn, images) for fn in (teacher_fn, student_fn))
-        return [both(images + epsilon * step) for step in steps]
-
-    outputs = metrics.in_batches(
-        lambda batch: after_steps(batch, epsilon), images, batch_size=batch_size
-    )
-    return {
-        f"against_{name}": _agreement(*logits)
-        for name, logits in zip(("teacher", "student"), outputs, strict=True)
-    }
+    found = {}
+    for name, fn in (("teacher", teacher_fn), ("student", student_fn)):
+        moved = adversarial_images(fn, images, epsilon, batch_size)
+        probes = probe_images(teacher_fn, moved, batch_size)
+        found[f"against_{name}"] = probes.agreement(student_fn)
+    return found
 
 
 def _gradient_sign(fn: LogitsFn, images: Array) -> Array:
@@ -160,18 +216,45 @@ def _gradient_sign(fn: LogitsFn, images: Array) -> Array:
     return jnp.where(jnp.isnan(sign), 0, sign)
 
 
-def _both(student_fn: LogitsFn, teacher_fn: LogitsFn) -> Callable[[ArrayLike], tuple[Array, Array]]:
-    @jax.jit
-    def both(images: Array) -> tuple[Array, Array]:
-        student, teacher = student_fn(images), teacher_fn(images)
-        if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2:
-            raise ValueError(
-                "student_fn and teacher_fn must return logits [batch, classes] of as many classes, "
-                f"at least 2, given {student.shape} and {teacher.shape}"
-            )
-        return student, teacher
+@jax.jit
+def _step(fn: LogitsFn, images: Array, epsilon: float) -> Array:
+    return images + epsilon * _gradient_sign(fn, images)
 
-    return both
+
+@jax.jit
+def _logits(fn: LogitsFn, images: Array) -> Array:
+    logits = fn(images)
+    _check_classes(logits, logits)
+    return logits
+
+
+@jax.jit
+def _logits_like(fn: LogitsFn, images: Array, teacher_logits: Array) -> Array:
+    logits = fn(images)
+    _check_classes(logits, teacher_logits)
+    return logits
+
+
+def _check_classes(student: Array, teacher: Array) -> None:
+    if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2:
+        raise ValueError(
+            "student_fn and teacher_fn must return logits [batch, classes] of as many classes, "
+            f"at least 2, given {student.shape} and {teacher.shape}"
+        )
+
+
+def _probes(
+    teacher: Callable[[ArrayLike], Array],
+    at: Callable[[np.ndarray], np.ndarray],
+    count: int,
+    batch_size: int,
+) -> Probes:
+    logits = metrics.in_batches(
+        lambda rows: teacher(at(rows)), np.arange(count), batch_size=batch_size
+    )
+    if np.isnan(logits).any():
+        raise ValueError("the teacher's logits hold a NaN: such a teacher predicts nothing")
+    return Probes(at=at, teacher_logits=logits, batch_size=batch_size)
 
 
 def _floats(images: ArrayLike) -> np.ndarray:
@@ -179,14 +262,3 @@ def _floats(images: ArrayLike) -> np.ndarray:
     if images.ndim < 2 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be floats [n, ...], given {images.dtype} {images.shape}")
     return images
-
-
-def _prediction(logits: np.ndarray) -> np.ndarray:
-    if np.isnan(logits).any():
-        raise ValueError("the teacher's logits hold a NaN: such a teacher predicts nothing")
-    return logits.argmax(-1)
-
-
-def _agreement(student: np.ndarray, teacher: np.ndarray) -> float:
-    """Over all rows; a student's NaN agrees with nothing."""
-    return float(np.mean(metrics.correct(student, _prediction(teacher))))

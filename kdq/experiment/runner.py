@@ -71,6 +71,8 @@ class _Runner:
         self.optimizer = optimizer.make_optimizer(experiment.optimizer)
         self.inputs = Inputs(experiment)
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
+        # All arms of a seed run before those of the next.
+        self.comparison = functools.lru_cache(maxsize=1)(self._comparison)
 
     def run(self, arms: Sequence[str] | None) -> list[Record]:
         experiment = self.experiment
@@ -231,20 +233,29 @@ class _Runner:
 
     def _compare(self, name: str, seed: int, fit: Fit) -> dict[str, Any]:
         """The measures of transfer, if the config asks for them and the teacher is there."""
-        experiment, examples = self.experiment, self.experiment.transfer.examples
-        teacher = experiment.teacher
-        if not examples or name in kdq_config.ancestors(experiment, teacher):
+        experiment, teacher = self.experiment, self.experiment.teacher
+        if not experiment.transfer.examples or name in kdq_config.ancestors(experiment, teacher):
             return {}
         if self.store.record(teacher, seed)["status"] != "ok":
             return {}
-        images = self.inputs.batches("test", size=examples)[0]["image"]
-        weights = Weights(variables=self.store.weights(teacher, seed), qparams={})
-        return transfer.measure(
-            (self.models[experiment.arms[name].model], fit.selected.weights),
-            (self.models[experiment.arms[teacher].model], weights),
-            images,
-            experiment.transfer,
+        weights = fit.selected.weights
+        student = transfer.Network(
+            variables=weights.variables,
+            qparams=weights.qparams,
+            model=self.models[experiment.arms[name].model],
         )
+        return self.comparison(seed).measure(student)
+
+    def _comparison(self, seed: int) -> transfer.Comparison:
+        """With the teacher of a seed."""
+        config, teacher = self.experiment.transfer, self.experiment.teacher
+        network = transfer.Network(
+            variables=self.store.weights(teacher, seed),
+            qparams={},
+            model=self.models[self.experiment.arms[teacher].model],
+        )
+        images = self.inputs.batches("test", size=config.examples)[0]["image"]
+        return transfer.Comparison(network, images, config)
 
     def _identity(self, name: str, seed: int) -> Record:
         """The part of a record that is known before anything runs."""

@@ -1,9 +1,9 @@
 """What of its teacher a student has become: layers, attributions and decision boundaries."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import numpy as np
 
@@ -11,66 +11,72 @@ from kdq import quantize
 from kdq.distill import capture
 from kdq.evaluate import attribution, boundary, cka
 from kdq.schema import Transfer
-from kdq.train.loop import Weights
-from kdq.types import Array
+from kdq.types import Array, QParams, Variables
 
 
-def measure(
-    student: tuple[nn.Module, Weights],
-    teacher: tuple[nn.Module, Weights],
-    images: np.ndarray,
-    config: Transfer,
-) -> dict[str, Any]:
-    """Compares two networks on some images; takes seconds.
+class Network(flax.struct.PyTreeNode):
+    """Images -> logits. Its weights are leaves, so networks of one structure share programs."""
+
+    variables: Variables
+    qparams: QParams
+    model: nn.Module = flax.struct.field(pytree_node=False)
+
+    def __call__(self, images: Array) -> Array:
+        return quantize.apply(self.model, self.variables, self.qparams, images, train=False)
+
+
+class Comparison:
+    """What is measured of a teacher, once, to compare any number of students with it.
 
     Args:
-      student: the module and what it computes with.
-      teacher: the same.
+      teacher: it.
       images: [n, height, width, channels], normalized.
-      config: how.
-
-    Returns:
-      "cka": {layer of the student: {layer of the teacher: value}}, with maps averaged over
-      positions; "attribution_cosine" and "attribution_rank" (integrated gradients towards the
-      teacher's class); "path_agreement"; "adversarial_agreement" after a step of `config.epsilon`
-      against the teacher. None for what can't be said of these two.
+      config: how to compare.
     """
-    fns = [_logits(*one) for one in (student, teacher)]
-    layers = cka.layer_cka(
-        _features(*student, images), _features(*teacher, images), reduce=cka.global_average
-    )
-    matrix: dict[str, dict[str, float | None]] = {}
-    for (own, other), value in layers.items():
-        matrix.setdefault(own, {})[other] = _number(value)
-    attributions = attribution.attribution_similarity(*fns, images, batch_size=len(images))
-    found = {
-        "attribution_cosine": attributions["cosine"],
-        "attribution_rank": attributions["rank_correlation"],
-        "adversarial_agreement": boundary.adversarial_agreement(
-            *fns, images, config.epsilon, batch_size=len(images)
-        )["against_teacher"],
-    }
-    predicted = np.asarray(jax.jit(fns[1])(images)).argmax(-1)
-    if len(np.unique(predicted)) > 1:  # there is a path between two classes
-        found["path_agreement"] = boundary.path_agreement(*fns, images, pairs=config.pairs)
-    names = ("attribution_cosine", "attribution_rank", "path_agreement", "adversarial_agreement")
-    return {"cka": matrix, **{name: _number(found.get(name, np.nan)) for name in names}}
+
+    def __init__(self, teacher: Network, images: np.ndarray, config: Transfer) -> None:
+        self._images, size = images, len(images)
+        self._features = _averaged(teacher, images)
+        self._explanation = attribution.Explanation(teacher, images, batch_size=size)
+        moved = boundary.adversarial_images(teacher, images, config.epsilon, batch_size=size)
+        self._adversarial = boundary.probe_images(teacher, moved, batch_size=size)
+        self._paths = None
+        if len(np.unique(self._explanation.logits.argmax(-1))) > 1:  # a path between two classes
+            self._paths = boundary.probe_paths(teacher, images, pairs=config.pairs)
+
+    def measure(self, student: Network) -> dict[str, Any]:
+        """Compares a student with the teacher.
+
+        Returns:
+          "cka": {layer of the student: {layer of the teacher: value}}, with maps averaged over
+          positions; "attribution_cosine" and "attribution_rank" (integrated gradients towards the
+          teacher's class); "path_agreement"; "adversarial_agreement" after a step of
+          `config.epsilon` against the teacher. None for what can't be said of these two.
+        """
+        matrix: dict[str, dict[str, float | None]] = {}
+        layers = cka.layer_cka(_averaged(student, self._images), self._features)
+        for (own, other), value in layers.items():
+            matrix.setdefault(own, {})[other] = _number(value)
+        attributions = self._explanation.similarity(student)
+        return {
+            "cka": matrix,
+            "attribution_cosine": _number(attributions["cosine"]),
+            "attribution_rank": _number(attributions["rank_correlation"]),
+            "path_agreement": self._paths.agreement(student) if self._paths else None,
+            "adversarial_agreement": self._adversarial.agreement(student),
+        }
 
 
-def _logits(model: nn.Module, weights: Weights):
-    return lambda images: quantize.apply(
-        model, weights.variables, weights.qparams, images, train=False
-    )
+def _averaged(network: Network, images: np.ndarray) -> dict[str, np.ndarray]:
+    """{layer: [n, channels]} of every layer that can be captured."""
+    return {name: cka.global_average(values) for name, values in _features(network, images).items()}
 
 
-def _features(model: nn.Module, weights: Weights, images: np.ndarray) -> Mapping[str, Array]:
-    layers = capture.list_outputs(model, weights.variables, images, train=False)
-
-    @jax.jit
-    def run(variables, qparams, images):
-        return capture.run(model, variables, qparams, images, layers, train=False)[0].features
-
-    return run(weights.variables, weights.qparams, images)
+@jax.jit
+def _features(network: Network, images: Array) -> dict[str, Array]:
+    model, variables, qparams = network.model, network.variables, network.qparams
+    layers = capture.list_outputs(model, variables, images, train=False)
+    return capture.run(model, variables, qparams, images, layers, train=False)[0].features
 
 
 def _number(value: float) -> float | None:

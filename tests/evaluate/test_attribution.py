@@ -1,7 +1,9 @@
 """Attributions in closed form, their completeness, and SciPy's rank correlation."""
 
 import functools
+import gc
 import math
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +176,42 @@ def test_undefined_examples_are_left_out_and_counted():
     result = attribution.attribution_similarity(fn, fn, images[:2], gradient_times_input)
     assert math.isnan(result["cosine"])
     assert result["undefined"] == 1
+
+
+def _affine(weights, offset, images):
+    return images.reshape(len(images), -1) @ weights + offset
+
+
+def test_a_callable_with_weights_as_leaves_is_compiled_once_for_all_weights():
+    traced = []
+
+    def counted(weights, offset, images):
+        traced.append(1)
+        return _affine(weights, offset, images)
+
+    images, weights = _images(), [_weights(seed=seed) for seed in (5, 6, 7)]
+    students = [jax.tree_util.Partial(counted, w, 0.5) for w in weights[:2]]
+    explained = attribution.Explanation(_linear(weights[2]), images, gradient_times_input)
+    found, traces = [], []
+    for student in students:
+        found.append(explained.similarity(student))
+        traces.append(len(traced))
+    assert traces[0] == traces[1] > 0
+    for w, value in zip(weights, found, strict=False):
+        plain = attribution.attribution_similarity(
+            _linear(w), _linear(weights[2]), images, gradient_times_input
+        )
+        assert value == pytest.approx(plain, abs=1e-6)
+    assert found[0]["cosine"] != pytest.approx(found[1]["cosine"], abs=1e-3)
+
+
+def test_no_cache_keeps_a_plain_function():
+    fn, images = _linear(_weights()), _images()
+    attribution.attribution_similarity(fn, _linear(_weights(seed=5)), images)
+    dropped = weakref.ref(fn)
+    del fn
+    gc.collect()
+    assert dropped() is None
 
 
 def test_what_cannot_be_explained_is_refused():

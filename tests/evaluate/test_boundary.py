@@ -2,6 +2,7 @@
 
 import collections
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -98,6 +99,26 @@ def test_paths_in_the_plane_by_the_crossings_of_two_lines(batch_size):
     assert len(shapes) == 1  # both passes and their last batches are of one shape
 
 
+def test_one_teachers_probes_serve_any_student_and_one_program_all_their_weights():
+    traced = []
+
+    def counted(at, images):
+        traced.append(1)
+        return jnp.concatenate([0 * images, images - at], axis=1)
+
+    images = _column([-1.0, 1.0, -1.0, 1.0, 1.0])
+    paths = boundary.probe_paths(_threshold(0.05), images, pairs=4)
+    # The thresholds of the test above, and the points that are not disputed.
+    for at, agree in ((0.05, 9), (0.25, 8), (-0.45, 6)):
+        student = jax.tree_util.Partial(counted, np.float32(at))
+        assert paths.agreement(student) == pytest.approx(agree / 9)
+        assert len(traced) == 1
+    few = boundary.probe_images(_threshold(0.05), _column([-0.4, 0.0, 0.1, 0.2]))
+    assert few.agreement(_threshold(0.15)) == 0.75
+    assert few.agreement(_threshold(-9.0)) == 0.5
+    assert few.agreement(_threshold(np.nan)) == 0
+
+
 def _fgsm_expected(attacked, student, teacher, images, epsilon):
     """By hand: the loss of a two-class linear model grows against the sign of its own score."""
     agree = []
@@ -108,6 +129,15 @@ def _fgsm_expected(attacked, student, teacher, images, epsilon):
         assert min(abs(s) for s in scores) > 1e-4
         agree.append((scores[0] > 0) == (scores[1] > 0))
     return np.mean(agree)
+
+
+def test_adversarial_images_of_a_linear_model():
+    # Two classes: every pixel moves against its weight where class 1 is predicted, else with it.
+    fn = _affine([[0.0, 2.0], [0.0, -3.0], [0.0, 0.0]], [0.0, 0.0])
+    images = np.array([[1.0, 0.0, 5.0], [-1.0, 0.0, 5.0]], np.float32)
+    for batch_size in (1, 256):
+        moved = boundary.adversarial_images(fn, images, 0.25, batch_size)
+        np.testing.assert_allclose(moved - images, [[-0.25, 0.25, 0], [0.25, -0.25, 0]])
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])

@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from kdq import config, deploy, experiment
 from kdq.config import ConfigError
+from kdq.experiment import transfer
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.runner import _Runner
 
@@ -122,6 +123,39 @@ def test_records_say_what_was_transferred(tiny_config, tmp_path):
     assert len(found["accuracy_by_class"]) == 10
     assert found["top5_accuracy"] >= found["accuracy"]
     assert found["ece"] > 0
+
+
+def test_every_seed_is_compared_with_its_own_teacher_asked_once(tiny_config, tmp_path, monkeypatch):
+    made = []
+
+    class Counted(transfer.Comparison):
+        def __init__(self, *args):
+            made.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(transfer, "Comparison", Counted)
+    sections = {"transfer": {"examples": 64, "pairs": 16}}
+    arms = {name: {"distill": "", "teacher": ""} for name in ("one", "two")}
+    arms["two"]["learning_rate"] = 1e-3
+    frozen = config.freeze({**tiny(tiny_config, arms, **sections), "seeds": (0, 1)})
+    records = {(r["arm"], r["seed"]): r for r in experiment.run(frozen, tmp_path)}
+    assert len(made) == 2
+    images = Inputs(frozen).batches("test", size=64)[0]["image"]
+    for seed in (0, 1):
+        # The files of float arms hold exactly what was compared.
+        networks = {
+            arm: transfer.Network(model=packed.model, variables=packed.variables, qparams={})
+            for arm in ("teacher", "one", "two")
+            for packed in [deploy.load_packed(tmp_path / arm / str(seed) / "model.safetensors")]
+        }
+        again = transfer.Comparison(networks["teacher"], images, frozen.transfer)
+        for arm in ("one", "two"):
+            found = records[arm, seed]
+            for key, value in again.measure(networks[arm]).items():
+                if key != "cka":
+                    assert found[key] == pytest.approx(value, abs=1e-6), (arm, seed, key)
+    taught = [record for (arm, _), record in records.items() if arm != "teacher"]
+    assert len({record["attribution_cosine"] for record in taught}) == 4
 
 
 def test_a_packed_teacher_is_the_arm_it_was_packed_from(tiny_config, many, tmp_path):

@@ -1,0 +1,116 @@
+"""The measures of transfer against plain calls, and what is computed and compiled once."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from kdq import quantize
+from kdq.distill import capture
+from kdq.evaluate import attribution, boundary, cka
+from kdq.experiment.transfer import Comparison, Network
+from kdq.schema import Transfer
+
+CONFIG = Transfer(examples=24, pairs=8, epsilon=0.3)
+IMAGES = np.random.default_rng(0).normal(size=(24, 4, 4, 1)).astype(np.float32)
+
+traced: list[int] = []  # a model's width, each time that it is traced
+ran: list[int] = []  # and each time that its program runs it
+
+
+class Small(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        traced.append(self.width)
+        jax.debug.callback(lambda: ran.append(self.width))
+        x = nn.tanh(nn.Conv(self.width, (3, 3), name="conv")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+def make(width: int, seed: int, bits: bool = False) -> Network:
+    model = Small(width=width)
+    variables = model.init(jax.random.key(seed), IMAGES, train=False)
+    qparams = {}
+    if bits:
+        rules = quantize.uniform_rules(4, 8)
+        qparams = quantize.calibrate(model, variables, rules, [IMAGES], train=False)
+    return Network(variables=variables, qparams=qparams, model=model)
+
+
+def plain(network: Network):
+    """With the weights closed over."""
+    return lambda images: quantize.apply(
+        network.model, network.variables, network.qparams, images, train=False
+    )
+
+
+def means(network: Network) -> dict[str, np.ndarray]:
+    """The layers' outputs, averaged over positions, without jit."""
+    outputs, _ = capture.run(
+        network.model, network.variables, network.qparams, IMAGES, ("conv", "head"), train=False
+    )
+    conv, head = (np.asarray(outputs.features[name], np.float64) for name in ("conv", "head"))
+    return {"conv": conv.mean((1, 2)), "head": head}
+
+
+def test_measures_are_those_of_plain_functions():
+    student, teacher = make(5, 1, bits=True), make(7, 2)
+    found = Comparison(teacher, IMAGES, CONFIG).measure(student)
+    fns = plain(student), plain(teacher)
+    alike = attribution.attribution_similarity(*fns, IMAGES)
+    attacked = boundary.adversarial_agreement(*fns, IMAGES, 0.3)
+    expected = {
+        "attribution_cosine": alike["cosine"],
+        "attribution_rank": alike["rank_correlation"],
+        "path_agreement": boundary.path_agreement(*fns, IMAGES, pairs=8),
+        "adversarial_agreement": attacked["against_teacher"],
+    }
+    assert {k: found[k] for k in expected} == pytest.approx(expected, abs=1e-5)
+    assert all(abs(value) < 0.999 for value in expected.values())
+    matrix = {
+        own: {other: cka.linear_cka(x, y) for other, y in means(teacher).items()}
+        for own, x in means(student).items()
+    }
+    assert set(found["cka"]) == set(matrix)
+    for own, row in matrix.items():
+        assert found["cka"][own] == pytest.approx(row, rel=1e-4)
+
+
+def test_a_teacher_runs_once_and_networks_of_one_structure_compile_once():
+    # Widths of no other test, whose programs would serve here too.
+    networks = {bits: [make(6, seed, bits) for seed in (3, 4)] for bits in (False, True)}
+    teacher, next_teacher = make(8, 2), make(8, 5)
+    comparison = Comparison(teacher, IMAGES, CONFIG)
+    jax.effects_barrier()
+    assert 8 in ran
+    found = []
+    for first, second in networks.values():
+        traced.clear()
+        ran.clear()
+        found.append(comparison.measure(first))
+        assert set(traced) == {6}
+        traced.clear()
+        found.append(comparison.measure(second))
+        assert traced == []
+        jax.effects_barrier()
+        assert set(ran) == {6}
+    assert len({value["attribution_cosine"] for value in found}) == 4
+    other = Comparison(next_teacher, IMAGES, CONFIG).measure(networks[False][0])
+    assert traced == []
+    assert other["attribution_cosine"] != found[0]["attribution_cosine"]
+
+
+def test_a_teacher_of_one_class_has_no_path():
+    teacher, student = make(7, 2), make(5, 1)
+    params = dict(teacher.variables["params"])
+    params["head"] = {**params["head"], "bias": np.float32([100, 0, 0])}
+    sure = teacher.replace(variables={"params": params})
+    share = (np.asarray(plain(student)(IMAGES)).argmax(-1) == 0).mean()
+    assert 0 < share < 1
+    found = Comparison(sure, IMAGES, dataclasses.replace(CONFIG, epsilon=0.0)).measure(student)
+    assert found["path_agreement"] is None
+    assert found["adversarial_agreement"] == pytest.approx(share)
