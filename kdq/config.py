@@ -218,6 +218,10 @@ def _check_taught(experiment: Experiment, name: str) -> None:
         raise ConfigError(
             f"{where}: teacher={one.teacher!r} with distill={one.distill!r}; want both or neither"
         )
+    if one.qat and not (one.bits and one.epochs):
+        raise ConfigError(f"{where}.qat={one.qat!r}: wants bits and epochs")
+    if one.qat and one.qat not in experiment.qat:
+        raise ConfigError(unknown(f"{where}.qat:", one.qat, experiment.qat))
     if one.distill and one.distill not in experiment.distill:
         raise ConfigError(unknown(f"{where}.distill:", one.distill, experiment.distill))
 

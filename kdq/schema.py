@@ -27,7 +27,9 @@ class Optimizer:
 
     name: str = "adam"
     warmup: float = 0.05  # share of the steps in which the rate rises linearly from zero
-    scale_rate: float = 0.1  # quantizer scales train at this multiple of the rate
+    scale_rate: float = 0.1  # what of the quantizers trains does so at this multiple of the rate
+    # "adam": relative steps of their scales; "sgd": absolute ones, with the gradient as it is.
+    scale_rule: str = "adam"
     weight_decay: float = 0.0  # decoupled, on weights of two or more dimensions
     clip_norm: float = 0.0  # global gradient norm; 0 is no clipping
 
@@ -42,6 +44,23 @@ class Quantize:
     # Scales train (learned step sizes) but for those whose "LAYER/weights" or "LAYER/activations"
     # matches one of these patterns, which stay as calibrated; (".*",) trains none.
     fixed_scales: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qat:
+    """A way to train with quantizers; arms choose one by its key in `qat`.
+
+    What may be a schedule is a number or one of kdq.distill.schedule, over the share of training.
+    """
+
+    method: str = "lsq"  # a key of kdq.quantize.qat.METHODS
+    # Quantizers have at least so many bits: 16 and then 0 delays quantization, 8, 4 and then 0
+    # narrows it by stages. 0 is their own.
+    least_bits: float | Mapping[str, Any] = 0.0
+    dampen: float | Mapping[str, Any] = 0.0  # weight of Σ (rounded - weight)², against oscillation
+    freeze: float | Mapping[str, Any] = 0.0  # oscillations a step above which a weight is frozen
+    track_oscillations: bool = False  # report how many weights oscillate; `freeze` does so anyway
+    freeze_norm: float = 1.0  # share of the steps after which batch norm keeps its statistics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +84,7 @@ class Arm:
     distill: str = ""  # how: a key of `distill`; wanted with a teacher, and only then
     bits: str = ""  # "W4A4", "W4" (weights only), or "" for float
     observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse
+    qat: str = ""  # how quantizers train: a key of `qat`; "" is learned step sizes
     epochs: float = 0.0  # passes over the training split; 0 only calibrates
     stop: float = 0.0  # end after this many of the epochs, the schedules unfinished; 0: at the end
     without_classes: tuple[int, ...] = ()  # their examples are kept from the arm's training
@@ -186,6 +206,7 @@ class Experiment:
     teacher: str = "teacher"  # arm that fidelity and sizes are measured against
     optimizer: Optimizer = Optimizer()
     quantize: Quantize = Quantize()
+    qat: Mapping[str, Qat] = dataclasses.field(default_factory=dict)
     distill: Mapping[str, Distill] = dataclasses.field(default_factory=dict)
     # Teachers that are no arm: {key: {"kind": a key of TEACHERS, **its fields}}.
     teachers: Mapping[str, Any] = dataclasses.field(default_factory=dict)

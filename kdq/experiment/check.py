@@ -7,14 +7,15 @@ import flax.linen as nn
 import jax
 
 from kdq import quantize
-from kdq.config import ConfigError, Experiment
+from kdq.config import ConfigError, Experiment, unknown
 from kdq.distill import capture
 from kdq.distill.term import Shapes
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.store import load
 from kdq.experiment.teaching import Teachers
+from kdq.quantize import qat
 from kdq.quantize.rules import match
-from kdq.train import objective
+from kdq.train import objective, regime
 from kdq.types import Variables
 
 
@@ -48,6 +49,13 @@ def check(
             raise ConfigError(
                 f"config.arms.{name}.load={arm.load!r} is {given}, but the arm's model is {wanted}"
             )
+    for key, recipe in experiment.qat.items():
+        where = f"config.qat.{key}"
+        if recipe.method not in qat.METHODS:
+            raise ConfigError(unknown(f"{where}.method:", recipe.method, qat.METHODS))
+        if not 0 <= recipe.freeze_norm <= 1:
+            raise ConfigError(f"{where}.freeze_norm={recipe.freeze_norm}: want 0 to 1")
+        regime.of_recipe(recipe, 1, where)
     for key in {arm.model for arm in experiment.arms.values() if arm.bits}:
         _check_quantize(experiment, key, models[key], inputs.image)
     for name, arm in experiment.arms.items():

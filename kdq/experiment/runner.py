@@ -18,7 +18,8 @@ from kdq.experiment.progress import Progress, Record
 from kdq.experiment.store import Store, load
 from kdq.experiment.teaching import Teachers
 from kdq.quantize import observers
-from kdq.train import loop, objective, optimizer
+from kdq.schema import Qat
+from kdq.train import loop, objective, optimizer, regime
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection, Weights
 from kdq.train.objective import Objective
@@ -132,6 +133,7 @@ class _Runner:
             selected = Selection(weights=start, step=0, metrics=validate(start))
             return Fit(last=start, last_step=0, selected=selected, seconds=0.0)
         aim = objective.of_arm(config, name, steps)
+        recipe = _recipe(config, arm)
         teaching = self.teachers.of(name, seed)
         adapters, memory = self._beside(aim, arm, start, teaching, own_seed)
         state = create_state(
@@ -146,6 +148,7 @@ class _Runner:
             memory=memory,
             average=teaching.average,
             peer=teaching.peer,
+            track_oscillations=recipe.track_oscillations or bool(recipe.freeze),
         )
         task = loop.Task(
             model=model,
@@ -157,6 +160,8 @@ class _Runner:
             validate=validate,
             teacher=teaching.teacher,
             teacher_arguments=teaching.arguments,
+            regime=regime.of_recipe(recipe, steps, f"config.qat.{arm.qat}"),
+            freeze_norm_at=round(recipe.freeze_norm * steps),
         )
         return loop.fit(
             task,
@@ -200,6 +205,8 @@ class _Runner:
         )
         images = self.inputs.calibration_images()
         qparams = quantize.calibrate(model, variables, rules, images, train=False)
+        if arm.epochs:
+            qparams = quantize.prepare(variables, qparams, _recipe(self.experiment, arm).method)
         return Weights(variables=variables, qparams=qparams)
 
     def _validate(self, model: nn.Module, weights: Weights) -> dict[str, float]:
@@ -274,6 +281,10 @@ class _Runner:
             "device": provenance.device(),
             "data": {split: source.digest for split, source in self.inputs.splits.items()},
         }
+
+
+def _recipe(experiment: Experiment, arm: Arm) -> Qat:
+    return experiment.qat[arm.qat] if arm.qat else Qat()
 
 
 def _build_models(experiment: Experiment) -> dict[str, nn.Module]:

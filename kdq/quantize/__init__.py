@@ -11,6 +11,7 @@ from kdq.quantize.formats import FORMATS
 from kdq.quantize.grid import Dynamic, Quantizer, Training
 from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
 from kdq.quantize.observers import MSE, AbsMax, MinMax, MovingAverage, Observer, Percentile
+from kdq.quantize.qat import finish, plain, prepare, widened
 from kdq.quantize.rules import QuantizationRule, TensorSpec, uniform_rules
 from kdq.quantize.scales import Scales, replace_scales, scales
 from kdq.quantize.simulate import apply, predict
@@ -34,10 +35,14 @@ __all__ = [
     "apply",
     "calibrate",
     "fake_quantize",
+    "finish",
     "list_layers",
     "list_unquantized",
+    "plain",
     "predict",
+    "prepare",
     "replace_scales",
     "scales",
     "uniform_rules",
+    "widened",
 ]

@@ -33,6 +33,12 @@ class Training:
     scale_gradient: str = "full"
     # Where it rounds: g (1 + elementwise · sign(g) · (v - q)) for the gradient g (EWGS).
     elementwise: float = 0.0
+    # The scale's gradient over √(elements × qmax), which makes it comparable with a weight's (LSQ).
+    gradient_scale: bool = False
+    # λ of λ/2 · bound², the decay of what the grid reaches, whose gradient is added (PACT).
+    decay: float = 0.0
+    # "tanh": of the weight before it is rounded, stretched over the whole grid (DoReFa).
+    transform: str = ""
 
 
 class Quantizer(flax.struct.PyTreeNode):
@@ -136,7 +142,7 @@ def fit(quantizer: Quantizer, low: Array, high: Array, *, symmetric: bool) -> Qu
     empty = scale <= jnp.finfo(jnp.float32).tiny
     scale = jnp.where(empty, 1.0, scale)
     if symmetric or quantizer.levels is not None:
-        zero_point = jnp.where(is_sign & ~empty, 0.5, 0.0)
+        zero_point = jnp.where(is_sign & ~empty, jnp.float32(0.5), jnp.float32(0))
     else:
         zero_point = jnp.clip(jnp.round(qmin - low / scale), qmin, qmax)
     return quantizer.replace(scale=scale, zero_point=zero_point)

@@ -4,6 +4,7 @@ No JAX function is patched and no model rewritten, so a float teacher, a 4-bit s
 student live in one `jit`, in any order.
 """
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,13 @@ QUANTIZERS = "_input_quantizers"
 
 
 def apply(
-    model: nn.Module, variables: Variables, qparams: QParams, inputs: Array | tuple, **kwargs: Any
+    model: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    inputs: Array | tuple,
+    *,
+    freeze_norm: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """`model.apply(variables, inputs, **kwargs)` with the layers in `qparams` quantized.
 
@@ -32,6 +39,7 @@ def apply(
       qparams: `{path: {"weights": quantizer, "activations": quantizer}}`, either half optional.
         Empty: the float model.
       inputs: an array, or a tuple of positional arguments.
+      freeze_norm: whether batch norm uses its running statistics, and keeps them, in training too.
       **kwargs: passed to `model.apply` (`train`, `mutable`, `rngs`, ...).
 
     Raises:
@@ -39,8 +47,11 @@ def apply(
     """
     params = quantize_params(variables["params"], qparams)
     met: set[str] = set()
-    interceptor = partial(_quantize_inputs, met)
-    with nn.intercept_methods(kinds.name_products), nn.intercept_methods(interceptor):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(nn.intercept_methods(kinds.name_products))
+        stack.enter_context(nn.intercept_methods(partial(_quantize_inputs, met)))
+        if freeze_norm:
+            stack.enter_context(nn.intercept_methods(_freeze_norm))
         outputs = model.apply({**variables, "params": params}, *as_args(inputs), **kwargs)
     for path in qparams:
         if path not in met and not has_path(variables["params"], path):
@@ -103,6 +114,17 @@ def unknown_layer(whose: str, path: str, params: Any) -> KeyError:
         f"{whose} name layer {path!r}, which the params do not have: "
         f"at {'/'.join(parents) or 'the top'} there is {sorted(layer)}"
     )
+
+
+def _freeze_norm(next_fun, args, kwargs, context):
+    module = context.module
+    if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
+        # A bound module belongs to this one call. Flax takes the flag from the field or from the
+        # call, and from both not.
+        object.__setattr__(module, "use_running_average", True)
+        kwargs = {k: v for k, v in kwargs.items() if k != "use_running_average"}
+        args = args[:1]
+    return next_fun(*args, **kwargs)
 
 
 def _quantize_inputs(met, next_fun, args, kwargs, context):

@@ -34,8 +34,22 @@ def fake_quantize(x: Array, quantizer: Quantizer) -> Array:
 
 
 def _one(x: Array, quantizer: Quantizer) -> Array:
+    x = transformed(x, quantizer)
     q = grid.resolve(x, quantizer)
     return _round(x, q.scale, q.zero_point, q.qmin, q.qmax, q.levels, q.training)
+
+
+def transformed(x: Array, quantizer: Quantizer) -> Array:
+    """What is rounded in place of `x` while it trains: `x` itself, or its tanh over the grid.
+
+    `reach · tanh(x) / max|tanh(x)|`, with `reach` half of what the grid spans (arXiv:1606.06160).
+    """
+    if not quantizer.training.transform:
+        return x
+    t = jnp.tanh(x)
+    top = jax.lax.stop_gradient(jnp.max(jnp.abs(t)))
+    reach = grid.expand(quantizer.scale, x.shape) * (quantizer.qmax - quantizer.qmin) / 2
+    return (t * (reach / jnp.where(top > 0, top, 1.0))).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -64,6 +78,10 @@ def _backward(training: Training, residuals, g):
     moved = g32 - dx32 if training.scale_gradient == "clipped" else g32
     held = 0.0 if training.scale_gradient == "clipped" else dx32 * x32
     d_scale = grid.reduce_to(moved * y - held, scale.shape) / scale
+    if training.gradient_scale:
+        d_scale = d_scale / jnp.sqrt(x.size / scale.size * jnp.maximum(qmax, 1))
+    if training.decay:
+        d_scale = d_scale + training.decay * jnp.square(qmax) * scale
     d_zero = grid.reduce_to((dx32 - g32) * grid.expand(scale, x.shape), zero_point.shape)
     if training.elementwise:
         error = (x32 - y) * grid.expand(1.0 / scale, x.shape)

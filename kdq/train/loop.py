@@ -1,6 +1,7 @@
 """The loop: steps, validations, checkpoints. Every arm that trains goes through `fit`."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +13,19 @@ import jax
 import numpy as np
 import optax
 
+from kdq import quantize
 from kdq.data import iterate
 from kdq.distill.teacher import Peer, Teacher
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError, first_nonfinite
 from kdq.train.metrics_writer import MetricsWriter
 from kdq.train.objective import Objective
+from kdq.train.regime import Regime
 from kdq.train.state import TrainState
 from kdq.train.step import ask_teacher, train_step
 from kdq.types import QParams, Variables
 
+OF_THE_STEP = ("grad_norm", "oscillating", "frozen")  # metrics that are no sums over examples
 LOG_EVERY = 50  # steps between two reads of the metrics, which wait for the device
 
 
@@ -65,6 +69,8 @@ class Task:
     validate: Callable[[Weights], dict[str, float]]  # -> "accuracy" and "nll" on validation
     teacher: Teacher | Peer | None = None
     teacher_arguments: Any = None
+    regime: Regime | None = None
+    freeze_norm_at: float = math.inf  # step from which on batch norm keeps its statistics
 
 
 def is_better(metrics: dict[str, float], than: dict[str, float]) -> bool:
@@ -140,6 +146,8 @@ class _Run:
                 teacher=task.teacher,
                 objective=task.objective,
                 optimizer=task.optimizer,
+                regime=task.regime,
+                freeze_norm=self.step >= task.freeze_norm_at,
             )
             self.step += 1
             self.pending.append((self.step, metrics))
@@ -154,11 +162,10 @@ class _Run:
                     self._save(seconds())
                     saved_at = time.monotonic()
         self.checkpointer.wait()
-        best = self.state.replace(**self.best)
         return Fit(
-            last=_weights(self.state),
+            last=_weights(self.state, _parts(self.state)),
             last_step=self.step,
-            selected=Selection(weights=_weights(best), **self.best_record),
+            selected=Selection(weights=_weights(self.state, self.best), **self.best_record),
             seconds=seconds(),
         )
 
@@ -179,7 +186,7 @@ class _Run:
         return f"NaN or infinity at step {step}, first in {place}"
 
     def _validate(self) -> None:
-        metrics = self.task.validate(_weights(self.state))
+        metrics = self.task.validate(_weights(self.state, _parts(self.state)))
         if not np.isfinite(metrics["nll"]):
             raise NonFiniteError(f"NaN or infinity on validation after step {self.step}")
         self.writer.write(self.step, {f"validation_{k}": v for k, v in metrics.items()})
@@ -196,18 +203,25 @@ class _Run:
         self.checkpointer.save(self.step, {"state": self.state, "selected": self.best}, record)
 
 
-def _weights(state: TrainState) -> Weights:
-    return Weights(variables=state.variables, qparams=state.quantizers)
-
-
 def _parts(state: TrainState) -> dict[str, Any]:
-    """The fields of the state that make up its weights."""
-    return {"params": state.params, "model_state": state.model_state, "scales": state.scales}
+    """What makes up the weights, finished: as they are evaluated, packed and started from."""
+    variables, _ = quantize.finish(state.variables, state.quantizers)
+    return {
+        "params": variables["params"],
+        "model_state": state.model_state,
+        "scales": state.scales,
+    }
+
+
+def _weights(state: TrainState, parts: dict[str, Any]) -> Weights:
+    qparams = quantize.plain(quantize.replace_scales(state.qparams, parts["scales"]))
+    return Weights(variables={"params": parts["params"], **parts["model_state"]}, qparams=qparams)
 
 
 def _means(sums: dict[str, Any]) -> dict[str, float]:
     """Masked sums of one step as means; "correct" becomes "accuracy"."""
     count = float(sums["count"])
-    means = {k: float(v) / count for k, v in sums.items() if k not in ("count", "grad_norm")}
+    whole = {k: float(sums[k]) for k in OF_THE_STEP if k in sums}
+    means = {k: float(v) / count for k, v in sums.items() if k not in (*OF_THE_STEP, "count")}
     means["accuracy"] = means.pop("correct")
-    return {**means, "grad_norm": float(sums["grad_norm"])}
+    return {**means, **whole}

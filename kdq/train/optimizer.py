@@ -1,7 +1,6 @@
 """The optimizer: Optax transformations whose rates are data, so that arms share a compiled step."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +34,6 @@ def relative() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _of_quantizers(
-    scale_rate: Array, rate: Callable[[Array], Array]
-) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.scale_by_adam(),
-        optax.scale_by_learning_rate(lambda count: scale_rate * rate(count)),
-    )
-
-
 def _labels(trainable: dict) -> dict:
     """What of `TrainState.trainable` trains how; what is beside the student trains as it does."""
     of_field = lambda path, _: path[-1].key
@@ -54,12 +44,13 @@ def _labels(trainable: dict) -> dict:
 
 
 @functools.cache
-def _make(name: str, clips: bool) -> optax.GradientTransformation:
+def _make(name: str, scale_rule: str, clips: bool) -> optax.GradientTransformation:
     """One object a rule, because the compiled step is keyed by it."""
-    if name not in RULES:
-        raise kdq_config.ConfigError(
-            kdq_config.unknown("config.optimizer.name: optimizer", name, RULES)
-        )
+    for key, rule in (("name", name), ("scale_rule", scale_rule)):
+        if rule not in RULES:
+            raise kdq_config.ConfigError(
+                kdq_config.unknown(f"config.optimizer.{key}: optimizer", rule, RULES)
+            )
 
     def build(learning_rate, steps, warmup, scale_rate, weight_decay, clip_norm):
         def rate(count: Array) -> Array:
@@ -74,9 +65,13 @@ def _make(name: str, clips: bool) -> optax.GradientTransformation:
                 optax.add_decayed_weights(weight_decay, mask=matrices),
                 optax.scale_by_learning_rate(rate),
             ),
-            "scale": optax.chain(_of_quantizers(scale_rate, rate), relative()),
-            "zero_point": _of_quantizers(scale_rate, rate),
+            "zero_point": optax.chain(
+                RULES[scale_rule](),
+                optax.scale_by_learning_rate(lambda count: scale_rate * rate(count)),
+            ),
         }
+        by_log = [relative()] if scale_rule == "adam" else []
+        train["scale"] = optax.chain(train["zero_point"], *by_log)
         by_part = optax.partition(train, _labels)
         return optax.chain(optax.clip_by_global_norm(clip_norm), by_part) if clips else by_part
 
@@ -88,7 +83,7 @@ def _make(name: str, clips: bool) -> optax.GradientTransformation:
 
 def make_optimizer(config: kdq_config.Optimizer) -> optax.GradientTransformation:
     """The optimizer of `TrainState.trainable`; start it with `init_optimizer`."""
-    return _make(config.name, config.clip_norm > 0)
+    return _make(config.name, config.scale_rule, config.clip_norm > 0)
 
 
 def init_optimizer(
@@ -96,7 +91,8 @@ def init_optimizer(
 ) -> optax.OptState:
     """Fresh state that holds the rates of one arm: cosine decay from `learning_rate` over `steps`.
 
-    Quantizers always train by Adam at `scale_rate` times the rate, their scales by relative steps.
+    Quantizers train at `scale_rate` times the rate, by Adam with relative steps of their scales or
+    by plain gradient descent.
     """
     return optax.tree.set(
         make_optimizer(config).init(trainable),

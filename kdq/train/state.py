@@ -10,6 +10,7 @@ import optax
 
 from kdq import config as kdq_config
 from kdq import quantize
+from kdq.quantize import oscillation
 from kdq.train.optimizer import init_optimizer
 from kdq.types import Array, QParams, Variables
 
@@ -27,6 +28,7 @@ class TrainState(flax.struct.PyTreeNode):
     memory: dict[str, Any]  # what those terms remember, by name; does not train
     average: dict[str, Any]  # {"params", "model_state"}: the student's moving average, or {}
     peer: dict[str, Any]  # {"params", "model_state"} of a network that is trained at once, or {}
+    oscillation: dict[str, Any]  # of quantized weights, see kdq.quantize.oscillation; {} if untold
     opt_state: optax.OptState
     halted: Array  # bool scalar: a step met NaN or infinity; nothing changes any more
 
@@ -68,6 +70,7 @@ def create_state(
     memory: dict[str, Any] | None = None,
     average: bool = False,
     peer: Variables | None = None,
+    track_oscillations: bool = False,
 ) -> TrainState:
     """The state before the first of `steps` steps; owns copies, since the step donates it.
 
@@ -83,6 +86,7 @@ def create_state(
       memory: see `Objective.init`.
       average: whether to keep the moving average of the student's weights.
       peer: variables of a network that is trained at once.
+      track_oscillations: whether to count those of the quantized weights.
     """
     # With its dtype, or a weakly typed array would stay so and compile a step of its own.
     copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, x.dtype), tree)
@@ -98,6 +102,7 @@ def create_state(
         memory=copy(memory or {}),
         average=copy(_split(variables)) if average else {},
         peer=copy(_split(peer)) if peer else {},
+        oscillation=oscillation.init(variables["params"], qparams) if track_oscillations else {},
         opt_state=(),
     )
     rates = {"learning_rate": learning_rate, "steps": steps}

@@ -13,13 +13,14 @@ from kdq.distill import capture
 from kdq.distill.capture import Outputs
 from kdq.distill.teacher import MovingAverage, Peer, Teacher
 from kdq.train.objective import Objective
+from kdq.train.regime import Regime
 from kdq.train.state import TrainState
 from kdq.types import Batch, Metrics
 
 
 @partial(
     jax.jit,
-    static_argnames=("model", "teacher", "optimizer"),
+    static_argnames=("model", "teacher", "optimizer", "freeze_norm"),
     donate_argnames=("state",),
 )
 def train_step(
@@ -31,6 +32,8 @@ def train_step(
     teacher: Teacher | Peer | None,
     objective: Objective,
     optimizer: optax.GradientTransformation,
+    regime: Regime | None = None,
+    freeze_norm: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """`(state, batch) -> (state, metrics)`; recompiles for new shapes only, not for new numbers.
 
@@ -45,22 +48,27 @@ def train_step(
       teacher: see `kdq.distill.teacher`; None for labels only.
       objective: its layers decide what is captured of both.
       optimizer: see `make_optimizer`.
+      regime: how the quantizers change; None for not at all.
+      freeze_norm: whether batch norm uses the statistics that it has, and keeps them.
 
     Returns:
       The next state, and metrics as masked sums over the batch (see `Objective`), with
-      "grad_norm" of the step.
+      "grad_norm" of the step, and the shares of weights that oscillate if that is tracked.
     """
+    regime = regime or Regime()
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     taught = ask_teacher(teacher, teacher_arguments, state, batch, objective)
 
     def loss_fn(trainable):
+        qparams = quantize.replace_scales(state.qparams, trainable["scales"])
         student, model_state = capture.run(
             model,
             {"params": trainable["params"], **state.model_state},
-            quantize.replace_scales(state.qparams, trainable["scales"]),
+            regime.quantizers(qparams, state.step),
             batch["image"],
             objective.student_layers,
             train=True,
+            freeze_norm=freeze_norm,
             mutable=list(state.model_state),
             rngs={"dropout": key},
         )
@@ -87,6 +95,7 @@ def train_step(
         )
         if isinstance(teacher, Peer):
             loss += objective(teaching, batch, student, step=state.step)[0]
+        loss += regime.penalty(trainable["params"], qparams, state.step)
         return loss, (sums, {"model_state": model_state, "peer": peer, "memory": memory})
 
     trainable = state.trainable
@@ -94,17 +103,25 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~state.halted
 
-    def advance() -> TrainState:
+    def advance() -> tuple[TrainState, Metrics]:
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         advanced = state.replace(step=state.step + 1, opt_state=opt_state, **changes)
         advanced = advanced.replace_trainable(optax.apply_updates(trainable, updates))
         if isinstance(teacher, MovingAverage):
             average = teacher.follow(state.average, advanced.params, advanced.model_state)
             advanced = advanced.replace(average=average)
-        return advanced
+        past = state.oscillation
+        oscillation, params, shares = regime.settle(
+            past, advanced.params, advanced.quantizers, state.step
+        )
+        return advanced.replace(oscillation=oscillation, params=params), shares
 
-    state = jax.lax.cond(finite, advance, lambda: state.replace(halted=jnp.bool_(True)))
-    return state, {**sums, "grad_norm": grad_norm}
+    def halt() -> tuple[TrainState, Metrics]:
+        shares = regime.settle(state.oscillation, state.params, state.quantizers, state.step)[2]
+        return state.replace(halted=jnp.bool_(True)), shares
+
+    state, shares = jax.lax.cond(finite, advance, halt)
+    return state, {**sums, "grad_norm": grad_norm, **shares}
 
 
 def ask_teacher(

@@ -1,0 +1,155 @@
+"""Methods of quantization-aware training: what of a quantizer trains, and by which gradient.
+
+A method changes how quantizers behave under differentiation (`Training`), never what a finished
+model is made of: `finish` returns plain quantizers, which is all that a packed file knows.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kdq.fields import unknown
+from kdq.quantize.grid import Quantizer, Training, over_stack
+from kdq.quantize.kinds import WEIGHT_NAMES
+from kdq.quantize.simulate import copied
+from kdq.quantize.ste import transformed
+from kdq.types import QParams, Variables
+
+FIXED = Training(trains=())
+LEARNED = Training()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """How quantizers of weights and of activations train."""
+
+    weights: Training
+    activations: Training
+    scale_format: str = ""  # of every scale: a key of grid.SCALE_FORMATS
+
+
+METHODS: dict[str, Method] = {
+    # Straight-through estimation with the clip mask (arXiv:1308.3432); ranges as calibrated.
+    "ste": Method(weights=FIXED, activations=FIXED),
+    # Learned step size (arXiv:1902.08153), with its gradient scale.
+    "lsq": Method(weights=Training(gradient_scale=True), activations=Training(gradient_scale=True)),
+    # The same, and the offset of the activations (arXiv:2004.09576).
+    "lsq_plus": Method(
+        weights=Training(gradient_scale=True),
+        activations=Training(gradient_scale=True, trains=("scale", "zero_point")),
+    ),
+    # Weights by a tanh onto a fixed range, activations clipped at a fixed one (arXiv:1606.06160).
+    # The paper's range is ±1; here it is that of the weights, which a network without batch norm
+    # needs, and calibration's for activations.
+    "dorefa": Method(weights=Training(trains=(), transform="tanh"), activations=FIXED),
+    # Activations clipped where a trained bound says, whose gradient is of what it clips and which
+    # is decayed (arXiv:1805.06085); weights as DoReFa.
+    "pact": Method(
+        weights=Training(trains=(), transform="tanh"),
+        activations=Training(scale_gradient="clipped", decay=2e-4),
+    ),
+    # Thresholds trained in the log domain, scales rounded to powers of two (arXiv:1903.08066).
+    "tqt": Method(weights=LEARNED, activations=LEARNED, scale_format="power_of_two"),
+    # Each gradient scaled by its element's own rounding error (arXiv:2104.00903).
+    "ewgs": Method(weights=Training(elementwise=1e-3), activations=Training(elementwise=1e-3)),
+}
+
+
+def prepare(variables: Variables, qparams: QParams, method: str) -> QParams:
+    """`qparams`, as calibrated, set up to train by a method.
+
+    Args:
+      variables: of the model; the range of a weight that is transformed is taken from them.
+      qparams: plain quantizers.
+      method: a key of `METHODS`.
+
+    Raises:
+      ValueError: an unknown method, or one that a quantizer does not go with; names the layer.
+    """
+    if method not in METHODS:
+        raise ValueError(unknown("method of quantization-aware training:", method, METHODS))
+    how = METHODS[method]
+    prepared: dict[str, dict[str, Quantizer]] = {}
+    for path, quantizers in qparams.items():
+        prepared[path] = {}
+        for name, quantizer in quantizers.items():
+            training = how.weights if name == "weights" else how.activations
+            _check(quantizer, training, how, f"{method!r} at {path}/{name}")
+            if training.transform:
+                weight = _weight(variables["params"], path)
+                quantizer = over_stack(_around_zero, quantizer)(weight, quantizer)
+            scale_format = how.scale_format or quantizer.scale_format
+            prepared[path][name] = quantizer.replace(training=training, scale_format=scale_format)
+    return prepared
+
+
+def _check(quantizer: Quantizer, training: Training, how: Method, where: str) -> None:
+    if quantizer.levels is not None and (training.transform or "zero_point" in training.trains):
+        raise ValueError(f"{where}: only grids of integers, not a number format")
+    if quantizer.scale_format and how.scale_format:
+        raise ValueError(f"{where}: its scales already are {quantizer.scale_format!r}")
+
+
+def finish(variables: Variables, qparams: QParams) -> tuple[Variables, QParams]:
+    """Plain quantizers, and the weights they round, with the same outputs."""
+    params = dict(variables["params"])
+    for path, quantizers in qparams.items():
+        if "weights" in quantizers and quantizers["weights"].training.transform:
+            layer = copied(params, path, "qparams")
+            name = next(n for n in WEIGHT_NAMES if n in layer)
+            change = over_stack(transformed, quantizers["weights"])
+            layer[name] = change(layer[name], quantizers["weights"])
+    return {**variables, "params": params}, plain(qparams)
+
+
+def plain(qparams: QParams) -> QParams:
+    """The quantizers without what they train by."""
+    return {
+        path: {name: quantizer.replace(training=LEARNED) for name, quantizer in of.items()}
+        for path, of in qparams.items()
+    }
+
+
+def widened(qparams: QParams, bits: jax.Array | float) -> QParams:
+    """Quantizers of at least so many bits over the same ranges; `bits` may be traced.
+
+    A whole number of new codes for each old one, so that the codes of an integer grid stay whole:
+    of 2 bits and `bits=4`, 5 times as many steps from end to end. Number formats stay as they are.
+    With 16 a network trains almost as in float, but within the ranges.
+    """
+
+    def widen(quantizer: Quantizer) -> Quantizer:
+        if quantizer.levels is not None:
+            return quantizer
+        factor = (jnp.exp2(jnp.asarray(bits, jnp.float32)) - 1) / (quantizer.qmax - quantizer.qmin)
+        factor = jnp.maximum(1.0, jnp.round(factor))
+        of_scale = factor.reshape(
+            *factor.shape, *[1] * (jnp.ndim(quantizer.scale) - jnp.ndim(factor))
+        )
+        return quantizer.replace(
+            scale=quantizer.scale / of_scale,
+            zero_point=quantizer.zero_point * of_scale,
+            qmin=quantizer.qmin * factor,
+            qmax=quantizer.qmax * factor,
+        )
+
+    return {p: {name: widen(one) for name, one in of.items()} for p, of in qparams.items()}
+
+
+def _weight(params: dict, path: str) -> jax.Array:
+    layer = copied(dict(params), path, "qparams")
+    return layer[next(n for n in WEIGHT_NAMES if n in layer)]
+
+
+def _around_zero(weight: jax.Array, quantizer: Quantizer) -> Quantizer:
+    """Codes spread evenly over ±the largest weight, none of them at 0 (DoReFa, equation 9)."""
+    steps = quantizer.qmax - quantizer.qmin
+    reach = jnp.max(jnp.abs(weight)).astype(jnp.float32)
+    scale = jnp.where(reach > 0, 2 * reach / steps, 1.0)
+    return quantizer.replace(
+        scale=jnp.broadcast_to(scale, quantizer.scale.shape),
+        zero_point=jnp.broadcast_to(steps / 2, quantizer.scale.shape),
+        qmin=jnp.zeros_like(steps),
+        qmax=steps,
+    )
