@@ -3,15 +3,15 @@ r"""Every way to distill, on equal terms: initialization, epochs, data, and tria
 python launch/compress.py --config=configs/distill_methods.py --workdir=runs/methods
 python launch/compress.py --config=configs/distill_methods.py:tune --workdir=runs/methods_tune
 
-On Fashion-MNIST (`:fashion` and `:fashion,tune`) with a short schedule on 20,000 images and one
+On Fashion-MNIST (`:fashion`) with a short schedule on 20,000 images and one
 teacher, which configs/fashion_mnist.py trained:
 
 python launch/compress.py --config=configs/distill_methods.py:fashion --config.data.data_dir=data \
     --workdir=runs/methods_fashion \
     --config.arms.teacher.load=runs/fashion_mnist/teacher/0/model.safetensors
 
-Each method had three weights to choose from, on the validation split and with seeds of their own
-(`:tune`); `WEIGHTS` are the best. Losses on outputs have a tenth of the labels' loss beside them,
+Each method had three weights to choose from, on the validation split of digits and with seeds of
+their own (`:tune`); `WEIGHTS` are the best, for Fashion-MNIST too. Losses on outputs have a tenth of the labels' loss beside them,
 losses on features all of it; what a method adds to plain KL is another question.
 """
 
@@ -60,23 +60,20 @@ FEATURES = {
     "info_nce": ("last", {"dim": 32}, 0.8),
 }
 FACTORS = {"low": 0.2, "mid": 1.0, "high": 5.0}
-# Factors chosen on validation; 1 where none is given.
-WEIGHTS: dict[str, dict[str, float]] = {
-    "digits": {
-        "kl": 5.0,
-        "skew_kl": 5.0,
-        "jensen_shannon": 5.0,
-        "dkd": 0.2,
-        "hard_label": 0.2,
-        "hint": 0.2,
-        "attention_transfer": 0.2,
-        "similarity_preserving": 0.2,
-        "relational_distance": 5.0,
-        "relational_angle": 5.0,
-        "quantized_feature": 5.0,
-        "contrastive": 0.2,
-    },
-    "fashion_mnist": {},
+# Factors chosen on validation of digits; 1 where none is given.
+WEIGHTS = {
+    "kl": 5.0,
+    "skew_kl": 5.0,
+    "jensen_shannon": 5.0,
+    "dkd": 0.2,
+    "hard_label": 0.2,
+    "hint": 0.2,
+    "attention_transfer": 0.2,
+    "similarity_preserving": 0.2,
+    "relational_distance": 5.0,
+    "relational_angle": 5.0,
+    "quantized_feature": 5.0,
+    "contrastive": 0.2,
 }
 
 
@@ -108,7 +105,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         teacher["epochs"], fields["epochs"] = 0.0, 4.0
     arms = {"teacher": teacher, "student": fields}
     for loss in (*OUTPUTS, *FEATURES):
-        chosen = {"": WEIGHTS[data].get(loss, 1.0)}
+        chosen = {"": WEIGHTS.get(loss, 1.0)}
         for label, factor in (FACTORS if argument.tune else chosen).items():
             name = f"{loss}_{label}" if label else loss
             config.distill[name] = recipe(loss, factor, data)
