@@ -11,8 +11,9 @@ python launch/compress.py --config=configs/distill_methods.py:fashion --config.d
     --config.arms.teacher.load=runs/fashion_mnist/teacher/0/model.safetensors
 
 Each method had three weights to choose from, on the validation split of digits and with seeds of
-their own (`:tune`); `WEIGHTS` are the best, for Fashion-MNIST too. Losses on outputs have a tenth of the labels' loss beside them,
-losses on features all of it; what a method adds to plain KL is another question.
+their own (`:tune`); `WEIGHTS` are the best, for Fashion-MNIST too. Losses on outputs have a tenth
+of the labels' loss beside them, losses on features all of it; what a method adds to plain KL is
+another question.
 """
 
 import runpy
