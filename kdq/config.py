@@ -214,10 +214,15 @@ def _check_taught(experiment: Experiment, name: str) -> None:
     if one.teacher and one.teacher not in (*experiment.arms, *experiment.teachers):
         valid = (*experiment.arms, *experiment.teachers)
         raise ConfigError(unknown(f"{where}.teacher: arm or teacher", one.teacher, valid))
-    if bool(one.teacher) != bool(one.distill):
+    guided = one.ptq and not one.epochs and one.teacher in experiment.arms
+    if bool(one.teacher) != bool(one.distill) and not guided:
         raise ConfigError(
             f"{where}: teacher={one.teacher!r} with distill={one.distill!r}; want both or neither"
         )
+    if one.ptq and not one.bits:
+        raise ConfigError(f"{where}.ptq={one.ptq!r}: wants bits")
+    if one.ptq and one.ptq not in experiment.ptq:
+        raise ConfigError(unknown(f"{where}.ptq:", one.ptq, experiment.ptq))
     if one.qat and not (one.bits and one.epochs):
         raise ConfigError(f"{where}.qat={one.qat!r}: wants bits and epochs")
     if one.qat and one.qat not in experiment.qat:

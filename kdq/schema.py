@@ -80,10 +80,13 @@ class Arm:
     model: str  # a key of `models`
     init: str = ""  # arm whose selected weights this one starts from; "" is fresh weights
     load: str = ""  # or a packed file: a network that was trained elsewhere
-    teacher: str = ""  # arm that teaches, or a key of `teachers`; "" is labels only
+    # Arm that teaches, or a key of `teachers`; "" is labels only. With `ptq` and no epochs, the arm
+    # that guides a method that asks a teacher; "" is the float model itself.
+    teacher: str = ""
     distill: str = ""  # how: a key of `distill`; wanted with a teacher, and only then
     bits: str = ""  # "W4A4", "W4" (weights only), or "" for float
     observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse
+    ptq: str = ""  # what is done beside calibration: a key of `ptq`; "" is nothing
     qat: str = ""  # how quantizers train: a key of `qat`; "" is learned step sizes
     epochs: float = 0.0  # passes over the training split; 0 only calibrates
     stop: float = 0.0  # end after this many of the epochs, the schedules unfinished; 0: at the end
@@ -206,6 +209,8 @@ class Experiment:
     teacher: str = "teacher"  # arm that fidelity and sizes are measured against
     optimizer: Optimizer = Optimizer()
     quantize: Quantize = Quantize()
+    # Chains of post-training methods: {key: ({"method": one of kdq.quantize.ptq, options}, ...)}.
+    ptq: Mapping[str, tuple[Mapping[str, Any], ...]] = dataclasses.field(default_factory=dict)
     qat: Mapping[str, Qat] = dataclasses.field(default_factory=dict)
     distill: Mapping[str, Distill] = dataclasses.field(default_factory=dict)
     # Teachers that are no arm: {key: {"kind": a key of TEACHERS, **its fields}}.

@@ -14,6 +14,7 @@ from kdq.experiment.inputs import Inputs
 from kdq.experiment.store import load
 from kdq.experiment.teaching import Teachers
 from kdq.quantize import qat
+from kdq.quantize.ptq import chain
 from kdq.quantize.rules import match
 from kdq.train import objective, regime
 from kdq.types import Variables
@@ -49,6 +50,8 @@ def check(
             raise ConfigError(
                 f"config.arms.{name}.load={arm.load!r} is {given}, but the arm's model is {wanted}"
             )
+    for key, steps in experiment.ptq.items():
+        chain.check(steps, f"config.ptq.{key}")
     for key, recipe in experiment.qat.items():
         where = f"config.qat.{key}"
         if recipe.method not in qat.METHODS:
@@ -59,7 +62,7 @@ def check(
     for key in {arm.model for arm in experiment.arms.values() if arm.bits}:
         _check_quantize(experiment, key, models[key], inputs.image)
     for name, arm in experiment.arms.items():
-        if arm.teacher:
+        if arm.distill:
             _check_taught(experiment, name, models, inputs, teachers)
 
 

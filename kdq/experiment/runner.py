@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from kdq.experiment.progress import Progress, Record
 from kdq.experiment.store import Store, load
 from kdq.experiment.teaching import Teachers
 from kdq.quantize import observers
+from kdq.quantize.ptq import chain
 from kdq.schema import Qat
 from kdq.train import loop, objective, optimizer, regime
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection, Weights
 from kdq.train.objective import Objective
 from kdq.train.state import create_state
+from kdq.types import Array
 
 log = logging.getLogger(__name__)
 
@@ -204,10 +206,26 @@ class _Runner:
             observer=OBSERVERS[arm.observer],
         )
         images = self.inputs.calibration_images()
-        qparams = quantize.calibrate(model, variables, rules, images, train=False)
+        variables, qparams = chain.run(
+            self.experiment.ptq[arm.ptq] if arm.ptq else (),
+            model,
+            variables,
+            rules,
+            images,
+            teacher=self._guide(arm, seed),
+            apply_kwargs={"train": False},
+        )
         if arm.epochs:
             qparams = quantize.prepare(variables, qparams, _recipe(self.experiment, arm).method)
         return Weights(variables=variables, qparams=qparams)
+
+    def _guide(self, arm: Arm, seed: int) -> Callable[[Array], Array] | None:
+        """The teacher's outputs, for an arm that is only calibrated."""
+        if arm.epochs or not arm.teacher:
+            return None
+        model = self.models[self.experiment.arms[arm.teacher].model]
+        variables = self.store.weights(arm.teacher, seed)
+        return lambda images: quantize.predict(model, variables, {}, images)
 
     def _validate(self, model: nn.Module, weights: Weights) -> dict[str, float]:
         return measure.evaluate(model, weights, self.inputs.validation)

@@ -201,8 +201,9 @@ def with_rounded_scale(quantizer: Quantizer) -> Quantizer:
         return quantizer
     rounding = SCALE_FORMATS[quantizer.scale_format]
     raw = jax.lax.stop_gradient(quantizer.scale)
+    rounded = rounding(raw, quantizer.levels)
     # The gradient of the logarithm passes through the rounding unchanged (arXiv:1903.08066).
-    scale = quantizer.scale * (rounding(raw, quantizer.levels) / raw)
+    scale = rounded + (quantizer.scale - raw) * (rounded / raw)
     return quantizer.replace(scale=scale, scale_format="")
 
 

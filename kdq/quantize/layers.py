@@ -26,7 +26,9 @@ class LayerInfo:
     weight_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
-    macs: int  # multiply-accumulates for one example, summed over the calls of a shared layer
+    # Multiply-accumulates for one example, summed over the calls of a shared layer, and over the
+    # layers of a stack, each called once.
+    macs: int
     other_shape: tuple[int, ...] = ()  # of the second input of a product
     operands: tuple[str, ...] = ("activations",)  # the inputs that can be quantized
     channel_axes: tuple[int, ...] = (-1,)  # of the weight: those of a scale "per_channel"
@@ -86,6 +88,7 @@ def _walk(
     model: nn.Module, variables: Variables, inputs: Array | tuple, apply_kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, LayerInfo], dict[str, str]]:
     layers: dict[str, LayerInfo] = {}
+    once: dict[str, int] = {}
     others: dict[str, str] = {}
     # The model's, not the layer's: a model may fold time or space into a layer's leading axis.
     batch = as_args(inputs)[0].shape[0]
@@ -115,6 +118,7 @@ def _walk(
                 macs=known.macs + layer.macs,
                 operands=tuple(dict.fromkeys((*known.operands, *layer.operands))),
             )
+        once.setdefault(path, layer.macs)
         layers[path] = layer
         return outputs
 
@@ -123,19 +127,24 @@ def _walk(
             return model.apply(variables, *args, **apply_kwargs)
 
     jax.eval_shape(forward, variables, *as_args(inputs))
-    return {path: _in_stack(layer, layers) for path, layer in layers.items()}, others
+    return {path: _in_stack(layer, layers, once[path]) for path, layer in layers.items()}, others
 
 
-def _in_stack(layer: LayerInfo, layers: Mapping[str, LayerInfo]) -> LayerInfo:
-    """A product with the stack of the nearest layer with a weight: it has no arrays to show it."""
+def _in_stack(layer: LayerInfo, layers: Mapping[str, LayerInfo], once: int) -> LayerInfo:
+    """The layer as part of its stack, if it is in one.
+
+    `once` are the multiplications of one call: Flax traces the body of a scan more than once, so
+    how often a layer is called in it can't be told. A product has no arrays that show the stack; it
+    is that of the nearest layer with a weight.
+    """
     if layer.weight_name:
-        return layer
+        return dataclasses.replace(layer, macs=once) if layer.stack else layer
     parents = layer.path.split("/")[:-1]
     for depth in range(len(parents), 0, -1):
         prefix = "/".join(parents[:depth]) + "/"
         for other in layers.values():
             if other.weight_name and other.path.startswith(prefix):
-                macs = layer.macs * math.prod(other.stack)
+                macs = once * math.prod(other.stack) if other.stack else layer.macs
                 return dataclasses.replace(layer, stack=other.stack, macs=macs)
     return layer
 
