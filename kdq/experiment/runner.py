@@ -32,6 +32,7 @@ OBSERVERS = {
     "moving_average": observers.MovingAverage(),
     "percentile": observers.Percentile(),
     "mse": observers.MSE(),
+    "entropy": observers.Entropy(),
 }
 
 
