@@ -87,7 +87,7 @@ def test_an_all_zero_channel_quantizes_to_zeros(observer):
 @pytest.mark.parametrize("observer", OBSERVERS, ids=repr)
 @pytest.mark.parametrize("constant", [0.0, 2.5, -1.5])
 def test_a_constant_activation_is_kept(observer, constant):
-    """Exactly; AbsMax and an affine grid, on which ±constant lies between codes, half a step off."""
+    """Exactly; half a step off for AbsMax on an affine grid, where it lies between two codes."""
     model, variables = _dense()
     x = jnp.full((5, 4), constant)
     for symmetric in (True, False):
