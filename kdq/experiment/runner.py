@@ -35,6 +35,7 @@ OBSERVERS = {
     "moving_average": observers.MovingAverage(),
     "percentile": observers.Percentile(),
     "mse": observers.MSE(),
+    "entropy": observers.Entropy(),
 }
 
 

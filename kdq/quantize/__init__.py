@@ -10,18 +10,28 @@ from kdq.quantize.calibrate import calibrate
 from kdq.quantize.formats import FORMATS
 from kdq.quantize.grid import Dynamic, Quantizer, Training
 from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
-from kdq.quantize.observers import MSE, AbsMax, MinMax, MovingAverage, Observer, Percentile
+from kdq.quantize.observers import (
+    MSE,
+    AbsMax,
+    Entropy,
+    MinMax,
+    MovingAverage,
+    Observer,
+    Percentile,
+)
 from kdq.quantize.qat import finish, plain, prepare, widened
 from kdq.quantize.rules import QuantizationRule, TensorSpec, uniform_rules
 from kdq.quantize.scales import Scales, replace_scales, scales
 from kdq.quantize.simulate import apply, predict
 from kdq.quantize.ste import fake_quantize
+from kdq.quantize.summary import Summary, summary
 
 __all__ = [
     "FORMATS",
     "MSE",
     "AbsMax",
     "Dynamic",
+    "Entropy",
     "LayerInfo",
     "MinMax",
     "MovingAverage",
@@ -30,6 +40,7 @@ __all__ = [
     "QuantizationRule",
     "Quantizer",
     "Scales",
+    "Summary",
     "TensorSpec",
     "Training",
     "apply",
@@ -43,6 +54,7 @@ __all__ = [
     "prepare",
     "replace_scales",
     "scales",
+    "summary",
     "uniform_rules",
     "widened",
 ]

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-from kdq.quantize.ptq.bias_correction import bias_correction
-from kdq.quantize.ptq.fold_batch_norm import fold_batch_norm
-from kdq.quantize.ptq.reestimate import reestimate
 
 from kdq.fields import ConfigError, check_arguments, unknown
 from kdq.quantize.calibrate import calibrate
+from kdq.quantize.ptq.bias_correction import bias_correction
+from kdq.quantize.ptq.fold_batch_norm import fold_batch_norm
+from kdq.quantize.ptq.reestimate import reestimate
 from kdq.quantize.rules import QuantizationRule
 from kdq.types import Array, QParams, Variables
 

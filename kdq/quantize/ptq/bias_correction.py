@@ -1,0 +1,173 @@
+"""The mean error that quantization adds to each output channel, taken out of the bias."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from kdq.quantize import simulate
+from kdq.quantize.layers import LayerInfo, at_path, list_layers
+from kdq.quantize.ptq.norms import Norm, list_norms
+from kdq.quantize.ptq.watch import (
+    Progress,
+    first_of,
+    output_channels,
+    outputs_of,
+    quiet,
+    root_of,
+    stack_roots,
+    static,
+)
+from kdq.types import Array, QParams, Variables
+
+
+def bias_correction(
+    model: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    batches: Sequence[Array | tuple],
+    *,
+    apply_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress = quiet,
+) -> tuple[Variables, QParams]:
+    """Makes the mean output of every quantized layer that of the float model.
+
+    bias += E[y] - E[ŷ] for each output channel, over all examples and positions; y is the output
+    of the layer in the float model, ŷ in the quantized one (arXiv:1906.04721, §4.2, with the
+    expectation measured). In the order in which layers run, each after those before it are
+    corrected; of an `nn.scan` one layer of the stack after the other. That is one run over the
+    batches a layer.
+
+    A layer without a bias that goes into a batch norm has it corrected there: mean -= E[y] - E[ŷ],
+    which shifts the output as a bias would, and which a later `reestimate` replaces, not doubles.
+    What has neither (Embed, products of activations, layers with `use_bias=False`) is left as it
+    is, with a log line.
+
+    Args:
+      model: any Linen module.
+      variables: its float variables.
+      qparams: the quantizers.
+      batches: inputs of the model, all of one shape.
+      apply_kwargs: passed to the model; in evaluation mode.
+      progress: see `watch`.
+
+    Returns:
+      Variables with other biases, and `qparams`.
+
+    Raises:
+      ValueError: no batches, or outputs that are not finite; names the layer.
+    """
+    inputs, kwargs = first_of(batches, "bias_correction"), dict(apply_kwargs or {})
+    layers = list_layers(model, variables, inputs, **kwargs)
+    norms = {}
+    if "batch_stats" in variables:
+        listed = list_norms(model, variables, inputs, **kwargs)
+        norms = {norm.source: norm for norm in listed.values() if norm.source}
+    targets = {}
+    for path in (path for path in layers if qparams.get(path)):
+        target = _target(layers[path], norms.get(path), variables)
+        if isinstance(target, str):
+            logging.warning("bias_correction: %r stays as it is: %s", path, target)
+        else:
+            targets[path] = target
+    if not targets:
+        logging.warning("bias_correction: no quantized layer has a bias to correct")
+        return variables, qparams
+    kept = tuple((path, tuple(output_channels(layers[path]))) for path in targets)
+    run = partial(_mean_outputs, model, batches=batches, kept=kept, kwargs=static(apply_kwargs))
+    wanted = run(variables, {})
+    roots = stack_roots(model, variables, inputs, kwargs)
+    for path, index in progress(_in_order(targets, roots, layers), "correcting biases"):
+        error = wanted[path] - run(variables, qparams)[path]
+        if index is not None:
+            error = np.where(
+                np.arange(len(error)).reshape(-1, *[1] * (error.ndim - 1)) == index, error, 0
+            )
+        variables = targets[path].shifted(variables, error)
+    return variables, qparams
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """An array that a layer's outputs are shifted by."""
+
+    collection: str
+    path: str
+    name: str
+    sign: int
+
+    def shifted(self, variables: Variables, error: np.ndarray) -> Variables:
+        changed = dict(variables[self.collection])
+        own = simulate.copied(changed, self.path, "biases")
+        old = own[self.name]
+        own[self.name] = jnp.asarray(np.float64(old) + self.sign * error, old.dtype)
+        return {**variables, self.collection: changed}
+
+
+def _target(layer: LayerInfo, norm: Norm | None, variables: Variables) -> _Target | str:
+    """What to correct, or why there is nothing."""
+    channels = output_channels(layer)
+    if not channels:
+        return f"{layer.kind} has no bias"
+    if "bias" in at_path(variables["params"], layer.path):
+        return _Target("params", layer.path, "bias", 1)
+    if norm is None:
+        return "it has no bias, and its output goes into no batch norm alone"
+    if norm.axes != tuple(channels) or norm.stack != layer.stack:
+        return f"it has no bias, and norm {norm.path!r} does not have its channels"
+    return _Target("batch_stats", norm.path, "mean", -1)
+
+
+def _in_order(
+    targets: Mapping[str, _Target], roots: Sequence[str], layers: Mapping[str, LayerInfo]
+) -> list[tuple[str, int | None]]:
+    """Layers as they run: `(path, index)`, where all of a stack's first layers come first."""
+    groups: dict[Any, list[str]] = {}
+    for path in targets:
+        root = root_of(path, roots) if layers[path].stack else None
+        groups.setdefault((path,) if root is None else root, []).append(path)
+    order = []
+    for group in groups.values():
+        stack = layers[group[0]].stack
+        for index in range(stack[0]) if stack else (None,):
+            order += [(path, index) for path in group]
+    return order
+
+
+def _mean_outputs(model, variables, qparams, *, batches, kept, kwargs) -> dict[str, np.ndarray]:
+    """{path: [*stack, *channels] float64}: the mean output of each channel over all batches."""
+    sums: dict[str, Any] = {}
+    for inputs in batches:
+        found = _batch_sums(variables, qparams, inputs, model=model, kept=kept, kwargs=kwargs)
+        for path, calls in found.items():
+            for call in calls:
+                call = [np.asarray(v, np.float64) for v in call]
+                before = sums.get(path, (0.0, 0.0))
+                sums[path] = tuple(a + b for a, b in zip(before, call, strict=True))
+    means = {}
+    for path, (total, elements) in sums.items():
+        means[path] = total / elements.reshape(*elements.shape, *[1] * (total.ndim - elements.ndim))
+        if not np.isfinite(means[path]).all():
+            raise ValueError(f"bias_correction met NaN or infinity in the output of layer {path!r}")
+    return means
+
+
+@partial(jax.jit, static_argnames=("model", "kept", "kwargs"))
+def _batch_sums(variables, qparams, inputs, *, model, kept, kwargs):
+    """{path: ((sum of the outputs of each channel, how many each is of), ...)}, an entry a call."""
+
+    def sums(output: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+        others = tuple(i for i in range(output.ndim) if i - output.ndim not in axes)
+        # Of a mean: a sum over many positions would lose digits.
+        mean = output.astype(jnp.float32).mean(others)
+        elements = jnp.float32(output.size / mean.size)
+        return mean * elements, elements
+
+    takes = {path: partial(sums, axes=axes) for path, axes in kept}
+    return outputs_of(model, variables, qparams, inputs, takes, dict(kwargs))[1]

@@ -1,0 +1,121 @@
+"""The batch norms of a model, and the layers whose outputs they normalize."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from kdq.quantize import kinds
+from kdq.quantize.layers import as_args, at_path, path_of
+from kdq.types import Array, Variables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norm:
+    """One `nn.BatchNorm`."""
+
+    path: str
+    axes: tuple[int, ...]  # of its input: those that keep statistics, negative, ascending
+    epsilon: float
+    stack: tuple[int, ...]  # leading axes of its variables: nn.scan, nn.vmap
+    source: str | None  # the layer whose output it normalizes, in all of its calls
+    reason: str  # why there is none; "" if there is
+
+
+def list_norms(
+    model: nn.Module, variables: Variables, inputs: Array | tuple, **apply_kwargs: Any
+) -> dict[str, Norm]:
+    """The batch norms in the order in which they first run; nothing is computed.
+
+    A norm and a layer belong together if the norm's input is the very array that the layer
+    returned. Shared ones do too, where each call of the one goes with a call of the other.
+
+    Args:
+      model: any Linen module.
+      variables: its variables, or their shapes.
+      inputs: an array (or shape) with a leading batch axis, or a tuple of positional arguments.
+      **apply_kwargs: passed to the model, e.g. `train=False`.
+    """
+    # The arrays themselves: kept alive, so that none is mistaken for a later one at its address.
+    outputs: list[tuple[Any, str]] = []
+    calls: dict[str, list[str | None]] = {}
+    norms: dict[str, Norm] = {}
+
+    def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        result = next_fun(*args, **kwargs)
+        module, path = context.module, path_of(context.module)
+        if context.method_name != "__call__":
+            return result
+        if kinds.kind_of(module) is not None:
+            outputs.append((result, path))
+        elif isinstance(module, nn.BatchNorm):
+            x = kinds.argument(args, kwargs, (0, "x"))
+            source = next((own for output, own in outputs if output is x), None)
+            calls.setdefault(path, []).append(source)
+            norms[path] = _describe(module, path, x.ndim, variables)
+        return result
+
+    def forward(variables: Variables, *args: Any) -> Any:
+        with nn.intercept_methods(record):
+            return model.apply(variables, *args, **apply_kwargs)
+
+    jax.eval_shape(forward, variables, *as_args(inputs))
+    runs = collections.Counter(path for _, path in outputs)
+    return {path: _pair(norm, calls, runs) for path, norm in norms.items()}
+
+
+def _describe(module: nn.BatchNorm, path: str, rank: int, variables: Variables) -> Norm:
+    axes = module.axis if isinstance(module.axis, Sequence) else (module.axis,)
+    own = module.get_variable("batch_stats", "mean").shape
+    whole = at_path(variables["batch_stats"], path)["mean"].shape
+    return Norm(
+        path=path,
+        axes=tuple(sorted({axis % rank - rank for axis in axes})),
+        epsilon=module.epsilon,
+        stack=tuple(whole[: len(whole) - len(own)]),
+        source=None,
+        reason="",
+    )
+
+
+def _pair(norm: Norm, calls: Mapping[str, list[str | None]], runs: Mapping[str, int]) -> Norm:
+    """The norm with its layer, or with the reason why it has none."""
+    sources = list(dict.fromkeys(calls[norm.path]))
+    if len(sources) > 1:
+        return dataclasses.replace(norm, reason=f"shared: it normalizes the outputs of {sources}")
+    (source,) = sources
+    if source is None:
+        return dataclasses.replace(norm, reason="its input is not the output of a layer")
+    others = [path for path, found in calls.items() if source in found and path != norm.path]
+    if others:
+        return dataclasses.replace(norm, reason=f"the output of {source!r} also goes to {others}")
+    if runs[source] != len(calls[norm.path]):
+        reason = f"{source!r} is shared: it runs more often than the norm"
+        return dataclasses.replace(norm, reason=reason)
+    return dataclasses.replace(norm, source=source)
+
+
+def is_folded(norm: Norm, variables: Variables) -> bool:
+    """Whether the norm multiplies by exactly 1, as `fold_batch_norm` leaves it."""
+    var = np.asarray(at_path(variables["batch_stats"], norm.path)["var"])
+    own = params_of(norm, variables)
+    return bool(
+        (var == identity_variance(norm)).all() and (np.asarray(own.get("scale", 1)) == 1).all()
+    )
+
+
+def identity_variance(norm: Norm) -> np.float32:
+    """The variance that, with epsilon added in float32, is exactly 1."""
+    return np.float32(1) - np.float32(norm.epsilon)
+
+
+def params_of(norm: Norm, variables: Variables) -> Mapping[str, Array]:
+    """The norm's "scale" and "bias", as far as it has them."""
+    params: Any = variables.get("params", {})
+    for name in norm.path.split("/") if norm.path else ():
+        params = params.get(name, {})
+    return params

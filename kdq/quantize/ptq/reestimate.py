@@ -1,0 +1,123 @@
+"""Batch-norm statistics of the quantized model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from kdq.quantize import kinds, simulate
+from kdq.quantize.layers import at_path, path_of
+from kdq.quantize.ptq.norms import is_folded, list_norms
+from kdq.quantize.ptq.watch import Progress, first_of, quiet, static
+from kdq.types import Array, QParams, Variables
+
+MOMENTS = "_moments"
+
+
+def reestimate(
+    model: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    batches: Sequence[Array | tuple],
+    *,
+    apply_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress = quiet,
+) -> tuple[Variables, QParams]:
+    """Replaces the statistics of every batch norm by those of `batches`, quantizers at work.
+
+    The mean and the (biased) variance over all examples and positions of all batches, each counted
+    once: no momentum (arXiv:2105.07576, §3). While a batch runs, each norm normalizes by that
+    batch's own statistics, so that later norms see what the new statistics make of it: exactly
+    for one batch, nearly for several. All else (dropout) runs as `apply_kwargs` say.
+
+    A norm that was folded stays folded, with a log line.
+
+    Args:
+      model: any Linen module.
+      variables: its float variables.
+      qparams: the quantizers; {} for the float model.
+      batches: inputs of the model, all of one shape.
+      apply_kwargs: passed to the model; in evaluation mode: the norms are told otherwise.
+      progress: see `watch`.
+
+    Returns:
+      The variables with new "batch_stats", and `qparams`.
+
+    Raises:
+      ValueError: no batches, or a norm whose inputs are not finite.
+    """
+    inputs, kwargs = first_of(batches, "reestimate"), dict(apply_kwargs or {})
+    norms = list_norms(model, variables, inputs, **kwargs)
+    folded = tuple(path for path, norm in norms.items() if is_folded(norm, variables))
+    for path in folded:
+        logging.info("reestimate: %r has been folded into a layer, and stays as it is", path)
+    paths = tuple(path for path in norms if path not in folded)
+    if not paths:
+        logging.warning("reestimate: the model has no batch norm that could be re-estimated")
+        return variables, qparams
+    seen: dict[str, list] = {path: [] for path in paths}
+    for inputs in progress(batches, "re-estimating batch norms"):
+        found = _moments(
+            variables, qparams, inputs, model=model, paths=paths, apply_kwargs=static(apply_kwargs)
+        )
+        for path in paths:
+            seen[path] += [[np.asarray(v, np.float64) for v in call] for call in found[path]]
+    stats = dict(variables["batch_stats"])
+    for path, calls in seen.items():
+        own = simulate.copied(stats, path, "batch norms")
+        for name, value in zip(("mean", "var"), _pooled(calls), strict=True):
+            if not np.isfinite(value).all():
+                raise ValueError(f"reestimate met NaN or infinity in the input of norm {path!r}")
+            own[name] = jnp.asarray(value, own[name].dtype)
+    return {**variables, "batch_stats": stats}, qparams
+
+
+def _pooled(calls: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of all, from `(elements, mean, variance)` of each call; float64."""
+    weights, means, variances = (np.stack(part) for part in zip(*calls, strict=True))
+    weights = weights.reshape(*weights.shape, *[1] * (means.ndim - weights.ndim))
+    weights = weights / weights.sum(0)
+    mean = (weights * means).sum(0)
+    return mean, (weights * (variances + np.square(means - mean))).sum(0)
+
+
+@partial(jax.jit, static_argnames=("model", "paths", "apply_kwargs"))
+def _moments(variables, qparams, inputs, *, model, paths, apply_kwargs):
+    """{path: a tuple of `(elements, mean, variance)`, one a call} for one batch."""
+
+    def watch(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if path_of(module) not in paths or context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        # A bound module belongs to this one call of the model: nothing outlives it. Momentum 0
+        # leaves the batch's own statistics in place of the running ones.
+        for field, value in (
+            ("use_running_average", False),
+            ("momentum", 0.0),
+            ("axis_name", None),
+            ("use_fast_variance", False),
+        ):
+            object.__setattr__(module, field, value)
+        kwargs = {k: v for k, v in kwargs.items() if k != "use_running_average"}
+        outputs = next_fun(*args[:1], **kwargs)
+        mean, var = (module.get_variable("batch_stats", name) for name in ("mean", "var"))
+        x = kinds.argument(args, kwargs, (0, "x"))
+        mask = kwargs.get("mask")
+        elements = x.size if mask is None else jnp.broadcast_to(mask, x.shape).sum()
+        before = ()
+        if module.has_variable("batch_stats", MOMENTS):
+            before = module.get_variable("batch_stats", MOMENTS)
+        moments = (jnp.asarray(elements / mean.size, jnp.float32), mean, var)
+        module.put_variable("batch_stats", MOMENTS, (*before, moments))
+        return outputs
+
+    with nn.intercept_methods(watch):
+        _, changed = simulate.apply(
+            model, variables, qparams, inputs, mutable=["batch_stats"], **dict(apply_kwargs)
+        )
+    return {path: at_path(changed["batch_stats"], path)[MOMENTS] for path in paths}
