@@ -85,7 +85,7 @@ class Arm:
     teacher: str = ""
     distill: str = ""  # how: a key of `distill`; wanted with a teacher, and only then
     bits: str = ""  # "W4A4", "W4" (weights only), or "" for float
-    observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse
+    observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse, entropy
     ptq: str = ""  # what is done beside calibration: a key of `ptq`; "" is nothing
     qat: str = ""  # how quantizers train: a key of `qat`; "" is learned step sizes
     epochs: float = 0.0  # passes over the training split; 0 only calibrates

@@ -41,6 +41,16 @@ def tiny_config(data_dir: Path) -> Callable[..., dict[str, Any]]:
             },
             "quantize": {"keep": ("conv_0",), "calibration_examples": 128},
             "distill": {"kd": kl(alpha=0.7, temperature=2.0)},
+            "ptq": {"corrected": ({"method": "bias_correction"},)},
+            "qat": {
+                "damped": {
+                    "method": "lsq",
+                    "least_bits": {"kind": "phases", "values": (8.0, 0.0), "starts": (0.0, 0.4)},
+                    "dampen": {"kind": "cosine", "start": 0.0, "end": 1e-3},
+                    "freeze": 0.02,
+                    "freeze_norm": 0.5,
+                }
+            },
             "evaluations": 3,
             "checkpoint_seconds": 0.0,
             "arms": {
@@ -53,8 +63,14 @@ def tiny_config(data_dir: Path) -> Callable[..., dict[str, Any]]:
                     "reference": "student",
                     **taught,
                 },
-                "ptq": {"model": "student", "init": "student", "bits": "W4A4"},
-                "qat": {"model": "student", "init": "student", "bits": "W4A4", "epochs": 0.5},
+                "ptq": {"model": "student", "init": "student", "bits": "W4A4", "ptq": "corrected"},
+                "qat": {
+                    "model": "student",
+                    "init": "student",
+                    "bits": "W4A4",
+                    "epochs": 0.5,
+                    "qat": "damped",
+                },
                 "qad": {"model": "student", "init": "kd", "bits": "W2", "epochs": 0.5, **taught},
             },
         }
