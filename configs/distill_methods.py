@@ -102,8 +102,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.distill = ConfigDict(sort_keys=False)
     teacher, fields = dict(config.arms.teacher), dict(config.arms.student)
     if argument.fashion:
-        config.data.train = "train[:20000]"
-        teacher["epochs"], fields["epochs"] = 0.0, 4.0
+        config.data.train, config.data.batch_size = "train[:20000]", 64
+        teacher["epochs"], fields["epochs"] = 0.0, 3.0
     arms = {"teacher": teacher, "student": fields}
     for loss in (*OUTPUTS, *FEATURES):
         chosen = {"": WEIGHTS.get(loss, 1.0)}
