@@ -3,7 +3,7 @@ r"""Every way to distill, on equal terms: initialization, epochs, data, and tria
 python launch/compress.py --config=configs/distill_methods.py --workdir=runs/methods
 python launch/compress.py --config=configs/distill_methods.py:tune --workdir=runs/methods_tune
 
-On Fashion-MNIST (`:fashion`) with a short schedule on 20,000 images and one
+On Fashion-MNIST (`:fashion`) with a short schedule on 10,000 images and one
 teacher, which configs/fashion_mnist.py trained:
 
 python launch/compress.py --config=configs/distill_methods.py:fashion --config.data.data_dir=data \
@@ -102,8 +102,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.distill = ConfigDict(sort_keys=False)
     teacher, fields = dict(config.arms.teacher), dict(config.arms.student)
     if argument.fashion:
-        config.data.train, config.data.batch_size = "train[:20000]", 64
-        teacher["epochs"], fields["epochs"] = 0.0, 3.0
+        config.data.train, config.data.batch_size = "train[:10000]", 64
+        teacher["epochs"], fields["epochs"], config.evaluations = 0.0, 4.0, 4
     arms = {"teacher": teacher, "student": fields}
     for loss in (*OUTPUTS, *FEATURES):
         chosen = {"": WEIGHTS.get(loss, 1.0)}
