@@ -102,7 +102,9 @@ def create_state(
         memory=copy(memory or {}),
         average=copy(_split(variables)) if average else {},
         peer=copy(_split(peer)) if peer else {},
-        oscillation=oscillation.init(variables["params"], qparams) if track_oscillations else {},
+        oscillation=copy(oscillation.init(variables["params"], qparams))
+        if track_oscillations
+        else {},
         opt_state=(),
     )
     rates = {"learning_rate": learning_rate, "steps": steps}
