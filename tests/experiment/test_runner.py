@@ -177,7 +177,9 @@ def test_ptq_is_the_selected_student_rounded(finished):
         gap = 2 * np.abs(rounded).max(0) / (levels / 2 - 1)
         inside = np.abs(kernel) <= reach
         assert (np.abs(kernel - rounded) <= gap)[inside].all()
-        np.testing.assert_array_equal(student[layer]["bias"], ptq[layer]["bias"])
+        # Its chain corrects biases, by about the mean error of rounding.
+        moved = np.abs(np.asarray(student[layer]["bias"]) - np.asarray(ptq[layer]["bias"]))
+        assert 0 < moved.max() < 0.5
 
 
 def test_the_file_says_what_it_is(finished):
