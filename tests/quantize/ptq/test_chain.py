@@ -53,7 +53,7 @@ def test_a_chain_is_its_methods_by_hand(case):
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ([{"method": "bias"}], r"unknown ptq.x\[0\].method: 'bias'.*'bias_correction'"),
+        ([{"method": "bias"}], r"unknown ptq.x\[0\].method: 'bias'.*bias_correction"),
         ([{"methd": "reestimate"}], r"unknown ptq.x\[0\].method: None"),
         (
             [{"method": "reestimate"}, {"method": "fold_batch_norm"}],
