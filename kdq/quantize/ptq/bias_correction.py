@@ -1,7 +1,7 @@
 """The mean error that quantization adds to each output channel, taken out of the bias."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,16 +14,9 @@ from absl import logging
 from kdq.quantize import simulate
 from kdq.quantize.layers import LayerInfo, at_path, list_layers
 from kdq.quantize.ptq.norms import Norm, list_norms
-from kdq.quantize.ptq.watch import (
-    Progress,
-    first_of,
-    output_channels,
-    outputs_of,
-    quiet,
-    root_of,
-    stack_roots,
-    static,
-)
+from kdq.quantize.ptq.options import Progress, as_list, quiet, static
+from kdq.quantize.ptq.order import in_order, stack_roots
+from kdq.quantize.ptq.watch import output_channels, outputs_of
 from kdq.types import Array, QParams, Variables
 
 
@@ -31,8 +24,9 @@ def bias_correction(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Sequence[Array | tuple],
+    batches: Iterable[Array | tuple],
     *,
+    target: Variables | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> tuple[Variables, QParams]:
@@ -54,8 +48,9 @@ def bias_correction(
       variables: its float variables.
       qparams: the quantizers.
       batches: inputs of the model, all of one shape.
+      target: the float model's, where `variables` have been changed since; None: `variables`.
       apply_kwargs: passed to the model; in evaluation mode.
-      progress: see `watch`.
+      progress: see `options`.
 
     Returns:
       Variables with other biases, and `qparams`.
@@ -63,38 +58,39 @@ def bias_correction(
     Raises:
       ValueError: no batches, or outputs that are not finite; names the layer.
     """
-    inputs, kwargs = first_of(batches, "bias_correction"), dict(apply_kwargs or {})
+    batches, kwargs = as_list(batches, "bias_correction"), dict(apply_kwargs or {})
+    inputs = batches[0]
     layers = list_layers(model, variables, inputs, **kwargs)
     norms = {}
     if "batch_stats" in variables:
         listed = list_norms(model, variables, inputs, **kwargs)
         norms = {norm.source: norm for norm in listed.values() if norm.source}
-    targets = {}
+    biases = {}
     for path in (path for path in layers if qparams.get(path)):
-        target = _target(layers[path], norms.get(path), variables)
-        if isinstance(target, str):
-            logging.warning("bias_correction: %r stays as it is: %s", path, target)
+        shifted = _shifted(layers[path], norms.get(path), variables)
+        if isinstance(shifted, str):
+            logging.warning("bias_correction: %r stays as it is: %s", path, shifted)
         else:
-            targets[path] = target
-    if not targets:
+            biases[path] = shifted
+    if not biases:
         logging.warning("bias_correction: no quantized layer has a bias to correct")
         return variables, qparams
-    kept = tuple((path, tuple(output_channels(layers[path]))) for path in targets)
+    kept = tuple((path, tuple(output_channels(layers[path]))) for path in biases)
     run = partial(_mean_outputs, model, batches=batches, kept=kept, kwargs=static(apply_kwargs))
-    wanted = run(variables, {})
-    roots = stack_roots(model, variables, inputs, kwargs)
-    for path, index in progress(_in_order(targets, roots, layers), "correcting biases"):
-        error = wanted[path] - run(variables, qparams)[path]
-        if index is not None:
-            error = np.where(
-                np.arange(len(error)).reshape(-1, *[1] * (error.ndim - 1)) == index, error, 0
-            )
-        variables = targets[path].shifted(variables, error)
+    wanted = run(variables if target is None else target, {})
+    order = in_order(
+        {path: layers[path].stack for path in biases},
+        stack_roots(model, variables, inputs, kwargs),
+    )
+    for path, index in progress(list(order), "bias_correction"):
+        error = np.zeros_like(wanted[path])
+        error[index] = (wanted[path] - run(variables, qparams)[path])[index]
+        variables = biases[path].shifted(variables, error)
     return variables, qparams
 
 
 @dataclasses.dataclass(frozen=True)
-class _Target:
+class _Bias:
     """An array that a layer's outputs are shifted by."""
 
     collection: str
@@ -110,34 +106,18 @@ class _Target:
         return {**variables, self.collection: changed}
 
 
-def _target(layer: LayerInfo, norm: Norm | None, variables: Variables) -> _Target | str:
+def _shifted(layer: LayerInfo, norm: Norm | None, variables: Variables) -> _Bias | str:
     """What to correct, or why there is nothing."""
     channels = output_channels(layer)
     if not channels:
         return f"{layer.kind} has no bias"
     if "bias" in at_path(variables["params"], layer.path):
-        return _Target("params", layer.path, "bias", 1)
+        return _Bias("params", layer.path, "bias", 1)
     if norm is None:
         return "it has no bias, and its output goes into no batch norm alone"
     if norm.axes != tuple(channels) or norm.stack != layer.stack:
         return f"it has no bias, and norm {norm.path!r} does not have its channels"
-    return _Target("batch_stats", norm.path, "mean", -1)
-
-
-def _in_order(
-    targets: Mapping[str, _Target], roots: Sequence[str], layers: Mapping[str, LayerInfo]
-) -> list[tuple[str, int | None]]:
-    """Layers as they run: `(path, index)`, where all of a stack's first layers come first."""
-    groups: dict[Any, list[str]] = {}
-    for path in targets:
-        root = root_of(path, roots) if layers[path].stack else None
-        groups.setdefault((path,) if root is None else root, []).append(path)
-    order = []
-    for group in groups.values():
-        stack = layers[group[0]].stack
-        for index in range(stack[0]) if stack else (None,):
-            order += [(path, index) for path in group]
-    return order
+    return _Bias("batch_stats", norm.path, "mean", -1)
 
 
 def _mean_outputs(model, variables, qparams, *, batches, kept, kwargs) -> dict[str, np.ndarray]:

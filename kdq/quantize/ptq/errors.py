@@ -1,7 +1,7 @@
 """What quantization does to each layer's output and to the model's: a report, before and after."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq.quantize.layers import list_layers
-from kdq.quantize.ptq.watch import Progress, first_of, outputs_of, quiet, static
+from kdq.quantize.ptq.divergence import kl
+from kdq.quantize.ptq.options import Progress, as_list, quiet, static
+from kdq.quantize.ptq.watch import outputs_of
 from kdq.types import Array, QParams, Variables
 
 
@@ -24,6 +26,14 @@ class LayerErrors:
     sqnr: Mapping[str, tuple[float, float]]
     kl: tuple[float, float] | None  # nats, mean of the examples; None if the output is no logits
     reason: str = ""  # why there is no KL
+
+    def to_json(self) -> dict[str, Any]:
+        """{"layers": {path: [before, after]}, "kl": the same or None}; None where no number is."""
+        finite = lambda pair: [float(v) if np.isfinite(v) else None for v in pair]
+        return {
+            "layers": {path: finite(pair) for path, pair in self.sqnr.items()},
+            "kl": None if self.kl is None else finite(self.kl),
+        }
 
     def __str__(self) -> str:
         rows = [("layer", "SQNR before", "after", "gain [dB]")]
@@ -49,8 +59,9 @@ def layer_errors(
     variables: Variables,
     before: tuple[Variables, QParams],
     after: tuple[Variables, QParams],
-    batches: Sequence[Array | tuple],
+    batches: Iterable[Array | tuple],
     *,
+    target: Variables | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> LayerErrors:
@@ -66,30 +77,34 @@ def layer_errors(
       before: `(variables, qparams)` of a quantized model.
       after: of another; of one that fits as well, e.g. after a method.
       batches: inputs of the model, all of one shape.
+      target: the float model's that `after` is compared with, where methods changed its layers but
+        not its function (folding, rescaling); None: `variables`.
       apply_kwargs: passed to the model; in evaluation mode.
-      progress: see `watch`.
+      progress: see `options`.
 
     Raises:
       ValueError: no batches, or a float output that is not finite; names the layer.
     """
-    inputs = first_of(batches, "layer_errors")
+    batches = as_list(batches, "layer_errors")
+    inputs = batches[0]
     layers = list_layers(model, variables, inputs, **(apply_kwargs or {}))
     depths = tuple((path, len(layer.stack)) for path, layer in layers.items())
     options = {"model": model, "depths": depths, "kwargs": static(apply_kwargs)}
     total = None
     for inputs in progress(batches, "measuring errors"):
-        found = _energies(variables, before, after, inputs, **options)
+        pairs = ((variables, before), (variables if target is None else target, after))
+        found = _energies(pairs, inputs, **options)
         found = jax.tree.map(lambda v: np.asarray(v, np.float64), found)
         total = found if total is None else jax.tree.map(np.add, total, found)
     energies, divergence = total
     sqnr = {}
     for path in layers:  # a `jit` sorts its dicts
-        signal, *noises = energies[path]
-        if not np.isfinite(signal).all():
+        ratios = energies[path]
+        if not all(np.isfinite(signal).all() for signal, _ in ratios):
             raise ValueError(f"layer_errors met NaN or infinity in the output of layer {path!r}")
-        for index in np.ndindex(signal.shape):
+        for index in np.ndindex(ratios[0][0].shape):
             name = path + "".join(f"[{i}]" for i in index)
-            sqnr[name] = tuple(_decibel(signal[index], noise[index]) for noise in noises)
+            sqnr[name] = tuple(_decibel(signal[index], noise[index]) for signal, noise in ratios)
     if divergence is None:
         reason = "the model's output is not one array of logits"
         return LayerErrors(sqnr=sqnr, kl=None, reason=reason)
@@ -103,25 +118,29 @@ def _decibel(signal: float, noise: float) -> float:
 
 
 @partial(jax.jit, static_argnames=("model", "depths", "kwargs"))
-def _energies(variables, before, after, inputs, *, model, depths, kwargs):
-    """{path: (signal, noise before, noise after)}, each [*stack]; sums of KL and their count."""
+def _energies(pairs, inputs, *, model, depths, kwargs):
+    """{path: ((signal, noise) of each pair)}, each [*stack]; sums of KL, and their count."""
     takes = {path: lambda output: output.astype(jnp.float32) for path, _ in depths}
-    models = [(variables, {}), before, after]
-    outputs, seen = zip(
-        *(outputs_of(model, v, q, inputs, takes, dict(kwargs)) for v, q in models), strict=True
+    run = lambda variables, qparams: outputs_of(
+        model, variables, qparams, inputs, takes, dict(kwargs)
     )
+    runs = [(run(target, {}), run(*quantized)) for target, quantized in pairs]
     energies = {}
     for path, depth in depths:
         energy = lambda x, depth=depth: jnp.square(x).sum(tuple(range(depth, x.ndim)))
-        clean, *others = (calls[path] for calls in seen)
-        noises = [sum(energy(a - b) for a, b in zip(clean, other, strict=True)) for other in others]
-        energies[path] = (sum(map(energy, clean)), *noises)
-    return energies, _divergences(*outputs)
+        energies[path] = tuple(
+            (
+                sum(map(energy, clean[path])),
+                sum(energy(a - b) for a, b in zip(clean[path], noisy[path], strict=True)),
+            )
+            for (_, clean), (_, noisy) in runs
+        )
+    return energies, _divergences([(clean, noisy) for (clean, _), (noisy, _) in runs])
 
 
-def _divergences(outputs: Any, *others: Any) -> tuple[Array, ...] | None:
-    if not isinstance(outputs, jax.Array) or not outputs.ndim:
+def _divergences(pairs: Sequence[tuple[Any, Any]]) -> tuple[Array, ...] | None:
+    logits = pairs[0][0]
+    if not isinstance(logits, jax.Array) or not logits.ndim:
         return None
-    clean, *others = (jax.nn.log_softmax(x.astype(jnp.float32)) for x in (outputs, *others))
-    sums = [(jnp.exp(clean) * (clean - other)).sum() for other in others]
-    return (*sums, jnp.float32(clean.size // clean.shape[-1]))
+    examples = jnp.float32(logits.size // logits.shape[-1])
+    return (*(kl(clean, noisy).sum() for clean, noisy in pairs), examples)

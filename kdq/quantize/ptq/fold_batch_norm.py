@@ -1,6 +1,6 @@
 """Batch norms folded into the layers before them, without editing the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,8 @@ from kdq.quantize import simulate
 from kdq.quantize.layers import LayerInfo, as_args, list_layers
 from kdq.quantize.ptq import norms as norms_lib
 from kdq.quantize.ptq.norms import Norm, list_norms
-from kdq.quantize.ptq.watch import Progress, first_of, output_channels, quiet
+from kdq.quantize.ptq.options import Progress, as_list, quiet, refuse_quantizers
+from kdq.quantize.ptq.watch import output_channels
 from kdq.types import Array, QParams, Variables
 
 
@@ -20,7 +21,7 @@ def fold_batch_norm(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Sequence[Array | tuple],
+    batches: Iterable[Array | tuple],
     *,
     tolerance: float = 1e-5,
     apply_kwargs: Mapping[str, Any] | None = None,
@@ -45,7 +46,7 @@ def fold_batch_norm(
       tolerance: allowed change of the output, relative to its largest magnitude. A model that
         computes in bfloat16 needs more.
       apply_kwargs: passed to the model; in evaluation mode.
-      progress: see `watch`.
+      progress: see `options`.
 
     Returns:
       `(variables, {})`.
@@ -53,9 +54,9 @@ def fold_batch_norm(
     Raises:
       ValueError: qparams that are not empty, no batches, or an output that is not finite.
     """
-    if qparams:
-        raise ValueError(f"fold_batch_norm comes before calibration: qparams has {list(qparams)}")
-    inputs, kwargs = first_of(batches, "fold_batch_norm"), dict(apply_kwargs or {})
+    refuse_quantizers(qparams, "fold_batch_norm")
+    batches, kwargs = as_list(batches, "fold_batch_norm"), dict(apply_kwargs or {})
+    inputs = batches[0]
     layers = list_layers(model, variables, inputs, **kwargs)
     norms = list_norms(model, variables, inputs, **kwargs)
     if not norms:

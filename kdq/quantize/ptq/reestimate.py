@@ -1,6 +1,6 @@
 """Batch-norm statistics of the quantized model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from absl import logging
 from kdq.quantize import kinds, simulate
 from kdq.quantize.layers import at_path, path_of
 from kdq.quantize.ptq.norms import is_folded, list_norms
-from kdq.quantize.ptq.watch import Progress, first_of, quiet, static
+from kdq.quantize.ptq.options import Progress, as_list, quiet, static
 from kdq.types import Array, QParams, Variables
 
 MOMENTS = "_moments"
@@ -23,7 +23,7 @@ def reestimate(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Sequence[Array | tuple],
+    batches: Iterable[Array | tuple],
     *,
     apply_kwargs: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
@@ -43,7 +43,7 @@ def reestimate(
       qparams: the quantizers; {} for the float model.
       batches: inputs of the model, all of one shape.
       apply_kwargs: passed to the model; in evaluation mode: the norms are told otherwise.
-      progress: see `watch`.
+      progress: see `options`.
 
     Returns:
       The variables with new "batch_stats", and `qparams`.
@@ -51,7 +51,8 @@ def reestimate(
     Raises:
       ValueError: no batches, or a norm whose inputs are not finite.
     """
-    inputs, kwargs = first_of(batches, "reestimate"), dict(apply_kwargs or {})
+    batches, kwargs = as_list(batches, "reestimate"), dict(apply_kwargs or {})
+    inputs = batches[0]
     norms = list_norms(model, variables, inputs, **kwargs)
     folded = tuple(path for path, norm in norms.items() if is_folded(norm, variables))
     for path in folded:

@@ -1,42 +1,18 @@
-"""What post-training methods share: seeing what modules return, and refusing what is no data."""
+"""Seeing what modules return."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
-import jax
 
 from kdq.quantize import kinds, simulate
-from kdq.quantize.layers import LayerInfo, as_args, at_path, path_of
+from kdq.quantize.layers import LayerInfo, at_path, path_of
 from kdq.types import Array, QParams, Variables
 
-T = TypeVar("T")
-# Wraps a loop under a description, as `kdq.data.progress.track` does with a length.
-Progress = Callable[[Iterable[T], str], Iterable[T]]
 # What to keep of an output of a module.
 Take = Callable[[Array], Any]
 
 TAKEN = "_taken"
-
-
-def quiet(items: Iterable[T], description: str) -> Iterable[T]:
-    """The progress that shows nothing."""
-    return items
-
-
-def first_of(batches: Sequence[Array | tuple], method: str) -> Array | tuple:
-    """The first batch. Raises ValueError if there is none, or they can be read only once."""
-    if iter(batches) is batches:
-        raise ValueError(f"{method} reads its batches several times: want a list, not an iterator")
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError(f"{method} got no batches: want at least one")
-    return first
-
-
-def static(apply_kwargs: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
-    """`apply_kwargs` as a hashable argument of a `jit`."""
-    return tuple(sorted((apply_kwargs or {}).items()))
 
 
 def outputs_of(
@@ -109,37 +85,3 @@ def output_channels(layer: LayerInfo) -> dict[int, int]:
 
 def _size(dimensions: int | Sequence[int]) -> int:
     return len(dimensions) if isinstance(dimensions, Sequence) else 1
-
-
-def stack_roots(
-    model: nn.Module, variables: Variables, inputs: Array | tuple, apply_kwargs: Mapping[str, Any]
-) -> list[str]:
-    """Paths of the modules whose parameters a lifted transform slices; outermost of each first."""
-    sliced: list[str] = []
-
-    def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        path = path_of(context.module)
-        own = context.module.variables.get("params", {})
-        if simulate.has_path(variables["params"], path):
-            shapes = [a.shape for a in jax.tree.leaves(own)]
-            whole = [a.shape for a in jax.tree.leaves(at_path(variables["params"], path))]
-            # Some calls of lifted transforms are made on a module that has nothing yet.
-            if shapes and shapes != whole and not any(_inside(path, root) for root in sliced):
-                sliced.append(path)
-        return next_fun(*args, **kwargs)
-
-    def forward(variables: Variables, *args: Any) -> Any:
-        with nn.intercept_methods(record):
-            return model.apply(variables, *args, **apply_kwargs)
-
-    jax.eval_shape(forward, variables, *as_args(inputs))
-    return sliced
-
-
-def _inside(path: str, root: str) -> bool:
-    return root in ("", path) or path.startswith(root + "/")
-
-
-def root_of(path: str, roots: Sequence[str]) -> str | None:
-    """The root, of `stack_roots`, that a layer is in; None if it is in no stack."""
-    return next((root for root in roots if _inside(path, root)), None)

@@ -242,11 +242,9 @@ def test_refuses_what_it_can_not_work_with():
     model, x = Pair(nn.Dense(5), _norm()), _image(7, 6)
     variables = _draw(model, x)
     qparams = calibrate(model, variables, uniform_rules(4, 4), [x])
-    with pytest.raises(ValueError, match=r"before calibration: qparams has \['layer'\]"):
+    with pytest.raises(ValueError, match=r"fold_batch_norm changes weights"):
         fold_batch_norm(model, variables, qparams, [x])
     with pytest.raises(ValueError, match="fold_batch_norm got no batches"):
         fold_batch_norm(model, variables, {}, [])
-    with pytest.raises(ValueError, match="want a list, not an iterator"):
-        fold_batch_norm(model, variables, {}, iter([x]))
     with pytest.raises(ValueError, match="output is not finite"):
         fold_batch_norm(model, variables, {}, [x.at[0, 0].set(jnp.nan)])

@@ -1,0 +1,68 @@
+"""In which order the pieces of a network run."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from kdq.quantize import simulate
+from kdq.quantize.layers import as_args, at_path, path_of
+from kdq.types import Array, Variables
+
+
+def in_order(
+    stacks: Mapping[str, tuple[int, ...]], roots: Sequence[str]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Each piece at each place of its stack; under one root all of the first place come first.
+
+    Args:
+      stacks: {path: leading axes of its parameters}, in the order in which the model calls them.
+      roots: see `stack_roots`.
+    """
+    groups: dict[Any, list[tuple[str, tuple[int, ...]]]] = {}
+    for path, stack in stacks.items():
+        root = next((root for root in roots if stack and _inside(path, root)), (path,))
+        groups.setdefault(root, []).extend((path, index) for index in np.ndindex(*stack))
+    for group in groups.values():
+        yield from sorted(group, key=lambda place: place[1][:1])
+
+
+def stack_roots(
+    model: nn.Module, variables: Variables, inputs: Array | tuple, apply_kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Paths of the outermost modules whose parameters a lifted transform slices."""
+    sliced: list[str] = []
+
+    def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        path = path_of(context.module)
+        own = context.module.variables.get("params", {})
+        if simulate.has_path(variables["params"], path):
+            shapes = [a.shape for a in jax.tree.leaves(own)]
+            whole = [a.shape for a in jax.tree.leaves(at_path(variables["params"], path))]
+            # Some calls of lifted transforms are made on a module that has nothing yet.
+            if shapes and shapes != whole and not any(_inside(path, root) for root in sliced):
+                sliced.append(path)
+        return next_fun(*args, **kwargs)
+
+    def forward(variables: Variables, *args: Any) -> Any:
+        with nn.intercept_methods(record):
+            return model.apply(variables, *args, **apply_kwargs)
+
+    jax.eval_shape(forward, variables, *as_args(inputs))
+    return sliced
+
+
+def _inside(path: str, root: str) -> bool:
+    return root in ("", path) or path.startswith(root + "/")
+
+
+def _inside(path: str, root: str) -> bool:
+    return root in ("", path) or path.startswith(root + "/")
+
+
+def prefixes(path: str) -> list[str]:
+    """The paths of the modules around a module, the model's own ("") first, and its own."""
+    names = path.split("/") if path else []
+    return ["/".join(names[:i]) for i in range(len(names) + 1)]
