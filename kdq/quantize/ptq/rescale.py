@@ -1,0 +1,295 @@
+"""Which channels can be rescaled and leave the model's function as it is, found by trial.
+
+A producer makes channels: a layer's outputs, or a normalization's scale and bias. If what it makes
+reaches other layers with nothing on the way that a positive factor does not pass (ReLU, pooling, a
+reshape, a concatenation; not GELU, not a residual sum), then the factor can be taken back in their
+weights. No graph is read: the factor is put in, and what arrives is looked at.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from kdq.quantize import kinds, simulate
+from kdq.quantize.layers import LayerInfo, as_args, at_path, list_layers, path_of
+from kdq.quantize.observe import observe
+from kdq.quantize.ptq import matrices
+from kdq.quantize.ptq.channels import Consumer, Producer, Rescaling, output_axes, rescale
+from kdq.quantize.ptq.options import Progress, quiet, static
+from kdq.types import Array, Variables
+
+BASE = 64  # values of a trial factor
+TOLERANCE = 1e-3  # of its logarithm, base 2; two values are 2 / BASE apart
+
+
+def find_rescalings(
+    model: nn.Module,
+    variables: Variables,
+    inputs: Array | tuple,
+    *,
+    seed: int = 0,
+    tolerance: float = 1e-4,
+    progress: Progress = quiet,
+    apply_kwargs: dict[str, Any] | None = None,
+) -> tuple[Rescaling, ...]:
+    """Every producer whose channels can be rescaled, in the order in which they first run.
+
+    Trials: the producer's parameters, with a little noise so that no channel is silent, once as
+    they are and once negated, so that each passes a ReLU one time. Its channels get factors that
+    spell their number, and each layer's input shows by the ratio of its energy which channel it is.
+    The first layer that is found takes the factors back, and the search goes on for the others.
+    What is found is verified: with random factors of 1/4 to 4, taken back, the model's own output
+    must stay. What can't be rescaled is logged with the reason. The factors must stay positive.
+
+    Args:
+      model: any Linen module.
+      variables: its float variables.
+      inputs: one batch.
+      seed: of the trial factors.
+      tolerance: largest change of an output in the verification, as a part of the largest output.
+      progress: `progress(producer paths, description)` yields the paths.
+      apply_kwargs: passed to the model, e.g. `{"train": False}`.
+
+    Raises:
+      ValueError: NaN or infinity in a layer's input; names the layer.
+    """
+    trial = _Trial(model, variables, inputs, apply_kwargs or {}, np.random.default_rng(seed))
+    matrices.check_finite(trial.energies(variables), "the search for channels")
+    producers = _producers(model, variables, inputs, trial.layers, apply_kwargs or {})
+    found = []
+    for path in progress(list(producers), "channels to rescale"):
+        consumers, reason = trial.consumers(producers[path])
+        if not reason:
+            rescaling = Rescaling(producer=producers[path], consumers=tuple(consumers))
+            error = trial.error(rescaling)
+            if error <= tolerance:
+                found.append(rescaling)
+                continue
+            reason = f"the model's output changes by {error:.1e}"
+        logging.info("the channels of %r can't be rescaled: %s", path, reason)
+    return tuple(found)
+
+
+def _producers(
+    model: nn.Module,
+    variables: Variables,
+    inputs: Array | tuple,
+    layers: Mapping[str, LayerInfo],
+    apply_kwargs: Mapping[str, Any],
+) -> dict[str, Producer]:
+    """Layers with a weight, and normalizations with a scale, in the order in which they first run.
+
+    Others are logged.
+    """
+    producers: dict[str, Producer | None] = {}
+
+    def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        outputs = next_fun(*args, **kwargs)
+        module, path = context.module, path_of(context.module)
+        if path in producers or context.method_name != "__call__":
+            return outputs
+        if path in layers and layers[path].weight_name:
+            producers[path] = _layer_producer(layers[path])
+        elif isinstance(module, kinds.NORMS):
+            producers[path] = _norm_producer(module, path, variables)
+        return outputs
+
+    def forward(variables: Variables, *args: Any) -> Any:
+        with nn.intercept_methods(record):
+            return model.apply(variables, *args, **apply_kwargs)
+
+    jax.eval_shape(forward, variables, *as_args(inputs))
+    return {path: producer for path, producer in producers.items() if producer is not None}
+
+
+def _layer_producer(layer: LayerInfo) -> Producer | None:
+    try:
+        form = matrices.form(layer)
+    except kinds.Unsupported as error:
+        logging.info("the channels of %r can't be rescaled: %s", layer.path, error)
+        return None
+    channels = form.size(output_axes(layer, form))
+    return Producer(path=layer.path, channels=channels, stack=layer.stack, layer=layer)
+
+
+def _norm_producer(module: nn.Module, path: str, variables: Variables) -> Producer | None:
+    if not module.has_variable("params", "scale"):
+        logging.info("the channels of %r can't be rescaled: it has no scale", path)
+        return None
+    own = module.get_variable("params", "scale").shape
+    whole = at_path(variables["params"], path)["scale"].shape
+    stack = whole[: len(whole) - len(own)]
+    return Producer(path=path, channels=int(np.prod(own, dtype=int)), stack=stack)
+
+
+def _energy(state: Array, x: Array) -> Array:
+    return state + jnp.square(x).sum(1)
+
+
+class _Trial:
+    """Runs the model with changed parameters on one batch; compiled once."""
+
+    def __init__(self, model, variables, inputs, apply_kwargs, rng):
+        self.model, self.variables, self.inputs = model, variables, inputs
+        self.apply_kwargs, self.rng = apply_kwargs, rng
+        self.layers = list_layers(model, variables, inputs, **apply_kwargs)
+        self.watched, self.watchers, self.states = {}, {}, {}
+        for path, layer in self.layers.items():
+            if not layer.weight_name or "activations" not in layer.operands:
+                continue
+            try:
+                form = matrices.form(layer)
+            except kinds.Unsupported:
+                continue  # if factors reach it, the verification fails
+            self.watched[path] = layer
+            key = (path, "activations")
+            self.watchers[key] = matrices.ByChannel(layer, _energy)
+            self.states[key] = jnp.zeros((*layer.stack, form.size(form.channels)))
+
+    def energies(self, variables: Variables) -> dict[str, np.ndarray]:
+        """Sum of squares of each channel of each layer's input: [layers of the stack, channels]."""
+        seen = observe(
+            self.model,
+            variables,
+            {},
+            self.watchers,
+            self.states,
+            [self.inputs],
+            **self.apply_kwargs,
+        )
+        return {
+            path: np.asarray(state, np.float64).reshape(-1, state.shape[-1])
+            for (path, _), state in seen.items()
+        }
+
+    def error(self, rescaling: Rescaling) -> float:
+        """Change of the model's own output with random factors, as a part of its largest."""
+        factors = 4.0 ** self.rng.uniform(-1, 1, rescaling.producer.factors)
+        kwargs = static(self.apply_kwargs)
+        run = partial(_outputs, inputs=self.inputs, model=self.model, apply_kwargs=kwargs)
+        before = run(self.variables)
+        after = run(rescale(self.variables, rescaling, factors))
+        worst = 0.0
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                change = np.abs(a - b).max() / np.abs(a).max()
+            worst = max(worst, float(np.nan_to_num(change, nan=np.inf)))
+        return worst
+
+    def consumers(self, producer: Producer) -> tuple[list[Consumer], str]:
+        """All layers that take the producer's channels, or why there are none to use."""
+        codes = _codes(producer.factors, self.rng)
+        noisy = self._noisy(producer)
+        maps: dict[str, np.ndarray] = {}
+        base = self._seen(noisy, producer, maps, np.ones(producer.factors))
+        while True:
+            logs = []
+            for digits in codes:
+                seen = self._seen(noisy, producer, maps, _factor(digits))
+                logs.append({path: _log_ratio(seen[path], base[path]) for path in seen})
+            changed = ""
+            for path in self.watched:
+                rows = _read(np.stack([log[path] for log in logs]), codes)
+                known = maps.get(path, np.full_like(rows, -1))
+                moved = (rows != known).any(1)  # by what is not taken back in its weight
+                changed = changed or (path if moved.any() else "")
+                # An input that stays 0 hides which channel it is.
+                clean = moved & ((rows >= -1) & (known < 0) & (base[path] > 0)).all(1)
+                if clean.any():
+                    maps[path] = np.where(clean[:, None], rows, known)
+                    break
+            else:
+                break
+        if changed:
+            return [], f"the input of {changed!r} does not scale with them one by one"
+        if not maps:
+            return [], "no layer takes them"
+        return self._consumers_of(maps), ""
+
+    def _consumers_of(self, maps: Mapping[str, np.ndarray]) -> list[Consumer]:
+        return [
+            Consumer(
+                layer=self.watched[path],
+                channel=rows.reshape(*self.watched[path].stack, rows.shape[-1]),
+            )
+            for path, rows in maps.items()
+        ]
+
+    def _noisy(self, producer: Producer) -> list[Variables]:
+        """The variables with a producer none of whose channels is silent, and with it negated."""
+        own = at_path(self.variables["params"], producer.path)
+        names = ("scale",) if producer.layer is None else (producer.layer.weight_name,)
+        noisy = {}
+        for name in (*names, *(n for n in ("bias",) if n in own)):
+            value = np.asarray(own[name], np.float32)
+            size = np.sqrt(np.square(np.asarray(own[names[0]], np.float32)).mean()) or 0.1
+            noisy[name] = value + 0.2 * size * self.rng.normal(size=value.shape)
+        return [
+            matrices.replaced(
+                self.variables,
+                producer.path,
+                **{n: jnp.asarray(sign * v, own[n].dtype) for n, v in noisy.items()},
+            )
+            for sign in (1, -1)
+        ]
+
+    def _seen(self, noisy, producer, maps, factors) -> dict[str, np.ndarray]:
+        """Energies of both signs with `factors` in, and taken back where `maps` says."""
+        rescaling = Rescaling(producer=producer, consumers=tuple(self._consumers_of(maps)))
+        both = [self.energies(rescale(each, rescaling, factors)) for each in noisy]
+        return {path: both[0][path] + both[1][path] for path in both[0]}
+
+
+def _codes(count: int, rng: np.random.Generator) -> np.ndarray:
+    """A number for each channel, in digits of `BASE`: [digits, count]; one in 16 numbers is used.
+
+    So an input that is none of the channels is hardly taken for one.
+    """
+    digits = 2
+    while BASE**digits < 16 * count:
+        digits += 1
+    numbers = rng.choice(BASE**digits, count, replace=False)
+    return np.stack([numbers // BASE**i % BASE for i in range(digits)])
+
+
+def _factor(digits: np.ndarray) -> np.ndarray:
+    """1/2 to 2, and never 1."""
+    return 2.0 ** (2 * (digits + 0.5) / BASE - 1)
+
+
+def _log_ratio(energy: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """The factor that came with an input, as a logarithm base 2; NaN if all is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log2(energy / base) / 2
+
+
+def _read(logs: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The channel of each input: [rows, inputs]; -1: it did not change, -2: it is no channel.
+
+    Args:
+      logs: [digits, rows, inputs].
+      codes: [digits, channels].
+    """
+    exact = (np.nan_to_num(logs, nan=9.0, posinf=9.0, neginf=9.0) + 1) * BASE / 2 - 0.5
+    digits = np.rint(exact).astype(int)
+    near = (np.abs(exact - digits) < TOLERANCE * BASE / 2).all(0)
+    near &= ((digits >= 0) & (digits < BASE)).all(0)
+    powers = BASE ** np.arange(len(codes))
+    numbers, order = np.unique(np.tensordot(powers, codes, 1), return_index=True)
+    wanted = np.tensordot(powers, digits, 1)
+    place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
+    found = np.where(near & (numbers[place] == wanted), order[place], -2)
+    still = (np.abs(logs) <= TOLERANCE) | np.isnan(logs)
+    return np.where(still.all(0), -1, found)
+
+
+@partial(jax.jit, static_argnames=("model", "apply_kwargs"))
+def _outputs(variables, inputs, *, model, apply_kwargs):
+    return simulate.apply(model, variables, {}, inputs, **dict(apply_kwargs))
