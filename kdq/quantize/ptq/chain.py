@@ -1,29 +1,50 @@
 """Methods of post-training quantization, one after another, with calibration among them."""
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 
 from kdq.fields import ConfigError, check_arguments, unknown
 from kdq.quantize.calibrate import calibrate
+from kdq.quantize.ptq.adaround import adaround
+from kdq.quantize.ptq.awq import awq
 from kdq.quantize.ptq.bias_correction import bias_correction
+from kdq.quantize.ptq.brecq import brecq
+from kdq.quantize.ptq.equalize import equalize
 from kdq.quantize.ptq.fold_batch_norm import fold_batch_norm
+from kdq.quantize.ptq.gptq import gptq
+from kdq.quantize.ptq.options import Progress, quiet
 from kdq.quantize.ptq.reestimate import reestimate
+from kdq.quantize.ptq.smooth import smooth
+from kdq.quantize.ptq.teacher_guided import teacher_guided
 from kdq.quantize.rules import QuantizationRule
 from kdq.types import Array, QParams, Variables
 
-Progress = Callable[[Iterable, str], Iterable]
-
-# They change the float weights, and calibration comes after them.
-BEFORE = {f.__name__: f for f in (fold_batch_norm,)}
+# They change the float weights and leave the function as it is; calibration comes after them.
+BEFORE = {f.__name__: f for f in (fold_batch_norm, equalize, smooth, awq)}
 # They start from calibrated quantizers.
-AFTER = {f.__name__: f for f in (reestimate, bias_correction)}
+AFTER = {
+    f.__name__: f for f in (adaround, brecq, gptq, teacher_guided, reestimate, bias_correction)
+}
 METHODS = {**BEFORE, **AFTER}
 
 # What the chain itself gives to a method; the rest of its keywords are options.
-GIVEN = ("model", "variables", "qparams", "batches", "apply_kwargs", "progress", "teacher")
+GIVEN = {
+    *("model", "variables", "qparams", "batches", "apply_kwargs", "progress"),
+    *("rules", "target", "teacher"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A quantized model, and the float model that it should do as."""
+
+    target: Variables  # float: the function of the model as it was, folded and rescaled
+    variables: Variables
+    qparams: QParams
 
 
 def check(steps: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -59,9 +80,9 @@ def run(
     batches: Sequence[Array | tuple],
     *,
     teacher: Callable[[Array | tuple], Array] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = quiet,
     apply_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[Variables, QParams]:
+) -> Outcome:
     """Calibrated and improved: what comes before calibration, calibration, what comes after.
 
     Args:
@@ -75,23 +96,26 @@ def run(
       apply_kwargs: passed to the model, e.g. {"train": False}.
 
     Returns:
-      Variables whose quantized weights lie on their grids where a method chose the rounding, and
-      the quantizers.
+      Variables whose quantized weights lie on their grids where a method chose the rounding, the
+      quantizers, and the float model that both are to be compared with.
     """
     check(steps, "steps")
-    qparams: QParams = {}
-    apply_kwargs = dict(apply_kwargs or {})
-    shared = {"apply_kwargs": apply_kwargs, "teacher": teacher, "progress": progress}
-    for step in [*_of(steps, BEFORE), None, *_of(steps, AFTER)]:
-        if step is None:
-            qparams = calibrate(model, variables, rules, batches, **apply_kwargs)
-            continue
+    shared = {"apply_kwargs": dict(apply_kwargs or {}), "progress": progress}
+
+    def go(step: Mapping[str, Any], variables: Variables, qparams: QParams, **more: Any):
         options = dict(step)
         method = METHODS[options.pop("method")]
         takes = inspect.signature(method).parameters
-        given = {k: v for k, v in shared.items() if k in takes and v is not None}
-        variables, qparams = method(model, variables, qparams, batches, **given, **options)
-    return variables, qparams
+        given = {k: v for k, v in (shared | more).items() if k in takes}
+        return method(model, variables, qparams, batches, **given, **options)
+
+    for step in _of(steps, BEFORE):
+        variables, _ = go(step, variables, {}, rules=rules)
+    target = variables
+    qparams = calibrate(model, variables, rules, batches, **shared["apply_kwargs"])
+    for step in _of(steps, AFTER):
+        variables, qparams = go(step, variables, qparams, target=target, teacher=teacher)
+    return Outcome(target=target, variables=variables, qparams=qparams)
 
 
 def _of(steps: Sequence[Mapping[str, Any]], methods: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ from kdq import quantize
 from kdq.config import ConfigError
 from kdq.models import build
 from kdq.quantize.ptq import chain
+from kdq.quantize.ptq.awq import awq
 
 RULES = quantize.uniform_rules(3, 8)
 
@@ -27,27 +28,67 @@ def case():
 
 
 def test_a_chain_is_its_methods_by_hand(case):
+    """What comes later aims at the float model, folded, though the weights have been rounded."""
     model, variables, images = case
-    steps = ({"method": "fold_batch_norm"}, {"method": "bias_correction"})
-    found = chain.run(steps, model, variables, RULES, images, apply_kwargs={"train": False})
     apply_kwargs = {"train": False}
-    folded, _ = chain.METHODS["fold_batch_norm"](
-        model, variables, {}, images, apply_kwargs=apply_kwargs
-    )
+    options = {"apply_kwargs": apply_kwargs}
+    steps = ({"method": "fold_batch_norm"}, {"method": "gptq"}, {"method": "bias_correction"})
+    found = chain.run(steps, model, variables, RULES, images, apply_kwargs=apply_kwargs)
+    folded, _ = chain.METHODS["fold_batch_norm"](model, variables, {}, images, **options)
     qparams = quantize.calibrate(model, folded, RULES, images, train=False)
-    expected = chain.METHODS["bias_correction"](
-        model, folded, qparams, images, apply_kwargs=apply_kwargs
+    rounded, _ = chain.METHODS["gptq"](model, folded, qparams, images, **options)
+    corrected, _ = chain.METHODS["bias_correction"](
+        model, rounded, qparams, images, target=folded, **options
     )
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    plain = chain.run((), model, variables, RULES, images, apply_kwargs=apply_kwargs)
-    same = quantize.calibrate(model, variables, RULES, images, train=False)
-    jax.tree.map(np.testing.assert_array_equal, plain, (variables, same))
+    equal(found, (folded, corrected, qparams))
     # Each step moved something: the norm's factor into the kernel, the mean into the bias.
-    norm = found[0]["batch_stats"]["norm_1"]
-    np.testing.assert_allclose(norm["var"], 1 - 1e-5, rtol=1e-6)
-    moved = found[0]["params"]["head"]["bias"] - variables["params"]["head"]["bias"]
+    np.testing.assert_allclose(found.variables["batch_stats"]["norm_1"]["var"], 1 - 1e-5, rtol=1e-6)
+    moved = corrected["params"]["head"]["bias"] - variables["params"]["head"]["bias"]
     assert float(jnp.abs(moved).max()) > 1e-4
+    logits = quantize.predict(model, folded, {}, images[0])
+    np.testing.assert_allclose(logits, quantize.predict(model, variables, {}, images[0]), atol=1e-5)
+
+
+def test_no_steps_only_calibrate(case):
+    model, variables, images = case
+    plain = chain.run((), model, variables, RULES, images, apply_kwargs={"train": False})
+    same = quantize.calibrate(model, variables, RULES, images, train=False)
+    equal(plain, (variables, variables, same))
+
+
+def test_methods_get_the_rules_and_the_teacher(case):
+    """AWQ searches for the bits of the rules; a teacher of constant logits flattens the model's."""
+    model, variables, images = case
+    flat = lambda inputs: jnp.zeros((len(inputs), 3))
+    run = lambda steps, **more: chain.run(
+        steps, model, variables, RULES, images, apply_kwargs={"train": False}, **more
+    )
+    scaled = awq(model, variables, {}, images, rules=RULES, apply_kwargs={"train": False})[0]
+    jax.tree.map(np.testing.assert_array_equal, run([{"method": "awq"}]).target, scaled)
+    guided = [
+        {
+            "method": "teacher_guided",
+            "rounding_steps": 0,
+            "scale_steps": 300,
+            "scale_learning_rate": 1e-2,
+        }
+    ]
+    spread = [
+        float(quantize.predict(model, r.variables, r.qparams, images[0]).std(-1).mean())
+        for r in (run(guided), run(guided, teacher=flat))
+    ]
+    assert spread[1] < 0.7 * spread[0]
+
+
+def equal(found, expected):
+    target, variables, qparams = expected
+    for one, other in (
+        (found.target, target),
+        (found.variables, variables),
+        (found.qparams, qparams),
+    ):
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,268 @@
+"""BRECQ: rounding learned block by block (arXiv:2102.05426), with QDrop (arXiv:2203.05740)."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from kdq.quantize import kinds, simulate
+from kdq.quantize.layers import as_args, at_path
+from kdq.quantize.ptq.adaround import alone
+from kdq.quantize.ptq.divergence import check_logits, kl
+from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet, static
+from kdq.quantize.ptq.order import prefixes, stack_roots
+from kdq.quantize.ptq.reconstruct import Settings, plain, reconstruct
+from kdq.quantize.ptq.units import (
+    NUDGES,
+    SEEN,
+    Unit,
+    Watch,
+    describe,
+    run_watched,
+    why_not,
+)
+from kdq.quantize.ptq.weights import put_weights, weights_of
+from kdq.quantize.ste import fake_quantize
+from kdq.types import Array, QParams, Variables
+
+KEYS = "_drop_keys"
+
+
+def brecq(
+    model: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    batches: Iterable[Array | tuple],
+    *,
+    target: Variables | None = None,
+    blocks: Sequence[str] | None = None,
+    drop: float = 0.0,
+    fisher: bool = False,
+    steps: int = 1000,
+    learning_rate: float = 0.1,
+    scale_learning_rate: float = 1e-3,
+    batch_size: int = 32,
+    regularization: float = 10.0,
+    seed: int = 0,
+    progress: Progress = quiet,
+    apply_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Variables, QParams]:
+    """Weights rounded, and scales of activations moved, so that whole blocks return what they did.
+
+    As `adaround`, of which this has the objective, but all layers of a block are learned at once
+    from the block's output. The logarithms of its activations' scales are learned along.
+
+    Args:
+      model: any Linen module.
+      variables: its variables, with float weights.
+      qparams: from `calibrate`.
+      batches: unlabelled inputs of the model, of one shape; arrays or tuples of arguments.
+      target: the float model's, where `variables` have been changed since; None: `variables`.
+      blocks: patterns; modules whose whole path matches one are blocks ("" is the whole model).
+        None: the smallest modules, but not the model itself, with two or more quantized layers.
+        Layers in no block are blocks of their own.
+      drop: QDrop: while it learns, each element of an activation (and of the block's input) has its
+        float value with this probability, from 0 to below 1. The paper's is 0.5.
+      fisher: weight the squared error by the squared gradient, at the block's output, of
+        KL(float ‖ quantized), the weights of later blocks being float; False: by 1. The mean
+        weight is 1.
+      steps: of Adam, a block.
+      learning_rate: of the rounding variables.
+      scale_learning_rate: of the log scales of activations; 0 leaves them.
+      batch_size: rows of a block's input in a step.
+      regularization: how strongly the rounding is made to decide.
+      seed: of the choice of rows and of what is dropped.
+      progress: (items, description) -> items.
+      apply_kwargs: passed to the model, e.g. {"train": False}.
+
+    Returns:
+      variables whose quantized weights are on their grids, and qparams.
+
+    Raises:
+      ValueError: no batches, an option out of range, a pattern that matches no module, blocks
+        inside of blocks, values that are not finite (names the module).
+    """
+    batches = as_list(batches, "brecq")
+    check_positive("brecq", steps=steps, learning_rate=learning_rate, batch_size=batch_size)
+    if not 0 <= drop < 1:
+        raise ValueError(f"brecq: drop={drop!r}: want at least 0 and less than 1")
+    items, target = static(apply_kwargs), variables if target is None else target
+    paths = dict.fromkeys(p for path in qparams for p in prefixes(path))
+    units = describe(model, variables, batches[0], paths, qparams, items)
+    wanted = smallest(list(qparams)) if blocks is None else matching(blocks, list(paths))
+    chosen = _choose(wanted, units, qparams)
+    watch = Watch(model, tuple(unit.path for unit in chosen), items, batches)
+    settings = Settings(
+        steps=steps,
+        learning_rate=learning_rate,
+        scale_learning_rate=scale_learning_rate,
+        batch_size=batch_size,
+        regularization=regularization,
+        seed=seed,
+        drop=drop,
+    )
+    return reconstruct(
+        watch,
+        variables,
+        qparams,
+        target,
+        chosen,
+        stack_roots(model, variables, batches[0], dict(items)),
+        settings,
+        name="brecq",
+        runner=dropping if drop else plain,
+        importance=_fisher(watch, target, chosen) if fisher else None,
+        progress=progress,
+    )
+
+
+def smallest(layers: Sequence[str]) -> list[str]:
+    """The innermost modules, but not the model, around two or more of these layer paths."""
+    count: dict[str, int] = {}
+    for path in layers:
+        for prefix in prefixes(path)[1:-1]:
+            count[prefix] = count.get(prefix, 0) + 1
+    several = [path for path, n in count.items() if n > 1]
+    return [p for p in several if not any(other.startswith(p + "/") for other in several)]
+
+
+def matching(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """The paths that match. Raises ValueError for a pattern of none, and for nested matches."""
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise ValueError(
+                f"brecq: blocks pattern {pattern!r} matches no module with a quantized layer; "
+                f"these are {list(paths)}"
+            )
+    found = [path for path in paths if any(re.fullmatch(p, path) for p in patterns)]
+    for path in found:
+        for outer in prefixes(path)[:-1]:
+            if outer in found:
+                raise ValueError(f"brecq: block {path!r} is inside of block {outer!r}")
+    return found
+
+
+def _choose(wanted: Sequence[str], units: dict[str, Unit], qparams: QParams) -> list[Unit]:
+    """The blocks that can be run alone, and the layers outside of these; in order."""
+    chosen = []
+    for path in wanted:
+        reason = why_not(units[path]) if path in units else "the model does not call it"
+        if reason:
+            logging.warning("brecq: the layers of block %r are learned alone: %s", path, reason)
+        elif not any("weights" in qparams[units[path].full(p)] for p in units[path].layers):
+            logging.info("brecq: block %r has no quantized weights", path)
+        else:
+            chosen.append(units[path])
+    inside = {unit.full(layer) for unit in chosen for layer in unit.layers}
+    rest = [path for path, own in qparams.items() if "weights" in own and path not in inside]
+    return sorted([*chosen, *alone("brecq", rest, units)], key=list(units.values()).index)
+
+
+def dropping(
+    module: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    args: tuple,
+    key: Array,
+    drop: Array,
+    **kwargs: Any,
+) -> Any:
+    """`simulate.apply` where each element of an input stays float with probability `drop`.
+
+    The keys travel as the quantizers do: each layer of a stack has its own.
+    """
+    params = simulate.quantize_params(variables["params"], qparams)
+    for i, (path, own) in enumerate(qparams.items()):
+        stack = jnp.shape(next(iter(own.values())).qmin)
+        keys = jax.random.split(jax.random.fold_in(key, i), stack)
+        simulate.copied(params, path, "qparams")[KEYS] = jax.random.key_data(keys)
+
+    def interceptor(next_fun, args, kwargs, context):
+        module = context.module
+        operands = kinds.operands(module, context.method_name)
+        if operands and module.has_variable("params", KEYS):
+            own = module.get_variable("params", simulate.QUANTIZERS)
+            key = jax.random.wrap_key_data(module.get_variable("params", KEYS))
+            for i, name in enumerate(operands.keys() & own.keys()):
+                x = kinds.argument(args, kwargs, operands[name])
+                kept = jax.random.bernoulli(jax.random.fold_in(key, i), drop, x.shape)
+                value = jnp.where(kept, x, fake_quantize(x, own[name]))
+                args, kwargs = kinds.replace_argument(args, kwargs, operands[name], value)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(kinds.name_products), nn.intercept_methods(interceptor):
+        return module.apply({**variables, "params": params}, *args, **kwargs)
+
+
+def _fisher(watch: Watch, target: Variables, units: Sequence[Unit]) -> Callable:
+    """The importance of a unit's outputs; see `reconstruct`."""
+
+    def importance(variables, qparams, unit, index):
+        # Weights of units already done are rounded in `variables`, those of later ones are float.
+        inputs = {p: {k: q for k, q in own.items() if k != "weights"} for p, own in qparams.items()}
+        own = {p: qparams[p] for p in map(unit.full, unit.layers) if "weights" in qparams[p]}
+        floats = weights_of(variables["params"], own)
+        nearest = {p: fake_quantize(w, own[p]["weights"]) for p, w in floats.items()}
+        mixed = {p: jnp.asarray(w).at[index].set(nearest[p][index]) for p, w in floats.items()}
+        now = {**variables, "params": put_weights(variables["params"], mixed)}
+        parts = []
+        for batch in watch.batches:
+            gradients = _gradients(
+                target,
+                now,
+                {p: own for p, own in inputs.items() if own},
+                batch,
+                model=watch.model,
+                units=tuple((u.path, u.calls) for u in units),
+                apply_kwargs=watch.apply_kwargs,
+            )[unit.path]
+            parts.append(jax.tree.map(lambda g: g[index].astype(jnp.float32) ** 2, gradients))
+        joined = jax.tree.map(lambda *g: jnp.concatenate(g), *parts)
+        return [_mean_1(joined[str(i)]) for i in range(len(unit.calls))]
+
+    return importance
+
+
+def _mean_1(weights: list[Array]) -> list[Array]:
+    mean = sum(w.sum() for w in weights) / sum(w.size for w in weights)
+    if not np.isfinite(mean):
+        raise ValueError("brecq: the gradients of KL are not finite")
+    return [jnp.where(mean > 0, w / mean, 1.0) for w in weights]
+
+
+@partial(jax.jit, static_argnames=("model", "units", "apply_kwargs"))
+def _gradients(target, variables, qparams, inputs, *, model, units, apply_kwargs):
+    """By unit and call: the gradient of Σ KL(float ‖ quantized) at its float outputs."""
+    wanted = model.apply(target, *as_args(inputs), **dict(apply_kwargs))
+    check_logits("brecq: fisher=True", "the model's outputs", wanted)
+    calls = dict(units)
+    go = partial(run_watched, model, paths=tuple(calls), apply_kwargs=apply_kwargs)
+    shapes, _ = jax.eval_shape(lambda: go(variables, qparams, inputs))
+    zeros = {
+        path: {
+            str(i): [
+                jnp.zeros(a.shape, a.dtype)
+                for a, kept in zip(
+                    at_path(shapes, path)[SEEN][str(i)][1], call.outputs, strict=True
+                )
+                if kept
+            ]
+            for i, call in enumerate(own)
+        }
+        for path, own in calls.items()
+    }
+
+    def divergence(nudges: Any) -> Array:
+        params = dict(variables["params"])
+        for path, own in nudges.items():
+            simulate.copied(params, path, "nudges")[NUDGES] = own
+        _, logits = go({**variables, "params": params}, qparams, inputs)
+        return kl(wanted, logits).sum()
+
+    return jax.grad(divergence)(zeros)

@@ -1,0 +1,286 @@
+"""Reconstruction: rounding by which a piece of the network returns what it did in float."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+
+from kdq.quantize import simulate
+from kdq.quantize.layers import at_path
+from kdq.quantize.ptq import rounding
+from kdq.quantize.ptq.adam import adam
+from kdq.quantize.ptq.options import Progress
+from kdq.quantize.ptq.order import in_order
+from kdq.quantize.ptq.units import Call, Unit, Watch
+from kdq.quantize.ptq.weights import put_weights, weight_name, weights_of
+from kdq.quantize.scales import replace_scales, scales
+from kdq.quantize.ste import fake_quantize
+from kdq.types import Array, QParams, Variables
+
+# (module, variables, quantizers of inputs, args, key, drop, **kwargs) -> outputs
+Runner = Callable[..., Any]
+# By call: arrays in, and what is wanted of each float array out; by array out its weights or None.
+Data = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Numbers of a reconstruction; all but the batch size are data to the compiled function."""
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    regularization: float
+    seed: int
+    scale_learning_rate: float = 0.0  # of log scales of activations; 0 keeps them
+    drop: float = 0.0
+
+    def arrays(self) -> dict[str, Array]:
+        """What the compiled function gets."""
+        own = dataclasses.asdict(self)
+        del own["batch_size"], own["seed"]
+        return jax.tree.map(jnp.asarray, own)
+
+
+def plain(module, variables, qparams, args, key, drop, **kwargs) -> Any:
+    """The runner that quantizes inputs as they will be."""
+    return simulate.apply(module, variables, qparams, args, **kwargs)
+
+
+def reconstruct(
+    watch: Watch,
+    variables: Variables,
+    qparams: QParams,
+    target: Variables,
+    units: Sequence[Unit],
+    roots: Sequence[str],
+    settings: Settings,
+    *,
+    name: str,
+    runner: Runner = plain,
+    importance: Callable[..., list[list[Array]]] | None = None,
+    progress: Progress,
+) -> tuple[Variables, QParams]:
+    """Learns the rounding of each unit in order; all other quantized weights go to the nearest.
+
+    For each, over `steps` of Adam on random rows: the squared error of its outputs, weighted by
+    importance, as a part of that of rounding to nearest, plus `regularization` times the mean of
+    `rounding.regularizer` over its weights. Rounding to nearest stays where learning did not help.
+
+    Args:
+      watch: the model and its batches.
+      variables: with float weights.
+      qparams: calibrated.
+      target: of the float model whose outputs are aimed at.
+      units: see `units.describe`.
+      roots: of stacks; see `order.stack_roots`.
+      settings: numbers.
+      name: of the method, for messages.
+      runner: how a unit is run while it trains.
+      importance: (variables, qparams, unit, index) -> by call, by float output, [rows, ...] >= 0.
+      progress: (items, description) -> items.
+    """
+    floats = variables
+    key = jax.random.key(settings.seed)
+    by_path = {unit.path: unit for unit in units}
+    order = in_order({path: unit.stack(variables) for path, unit in by_path.items()}, roots)
+    for path, index in progress(list(order), name):
+        unit = by_path[path]
+        data = [
+            {"arrays": arrays, "weights": None}
+            for arrays, _ in watch.seen(variables, qparams, unit, index)
+        ]
+        for own, (arrays, outputs) in zip(data, watch.seen(target, {}, unit, index), strict=True):
+            own |= {"float_arrays": arrays, "targets": outputs}
+        if importance is not None:
+            for own, weights in zip(data, importance(variables, qparams, unit, index), strict=True):
+                own["weights"] = weights
+        key, own_key = jax.random.split(key)
+        weights, trained, before, after = _train(
+            unit.variables(floats, index),
+            unit.qparams(qparams, index),
+            data,
+            settings.arrays(),
+            own_key,
+            module=unit.module,
+            calls=unit.calls,
+            batch_size=settings.batch_size,
+            runner=runner,
+        )
+        where = f"{unit.path}{list(index) if index else ''}"
+        logging.info("%s: %s: error %.4g, nearest %.4g", name, where, float(after), float(before))
+        variables = _with_weights(variables, unit, index, weights)
+        qparams = _with_scales(qparams, unit, index, trained)
+    only = {p: {"weights": q["weights"]} for p, q in qparams.items() if "weights" in q}
+    return {**variables, "params": simulate.quantize_params(variables["params"], only)}, qparams
+
+
+def _with_weights(variables, unit, index, weights) -> Variables:
+    whole = {}
+    for layer, weight in weights.items():
+        own = at_path(variables["params"], unit.full(layer))
+        old = jnp.asarray(own[weight_name(own)])
+        whole[unit.full(layer)] = old.at[index].set(weight.astype(old.dtype))
+    return {**variables, "params": put_weights(variables["params"], whole)}
+
+
+def _with_scales(qparams, unit, index, trained) -> QParams:
+    whole = {
+        unit.full(layer): {
+            name: {"scale": qparams[unit.full(layer)][name].scale.at[index].set(own["scale"])}
+            for name, own in by_name.items()
+        }
+        for layer, by_name in trained.items()
+    }
+    return replace_scales(qparams, whole)
+
+
+@partial(jax.jit, static_argnames=("module", "calls", "batch_size", "runner"))
+def _train(
+    variables: Variables,
+    qparams: QParams,
+    data: Data,
+    options: dict[str, Array],
+    key: Array,
+    *,
+    module: nn.Module,
+    calls: tuple[Call, ...],
+    batch_size: int,
+    runner: Runner,
+) -> tuple[dict[str, Array], Any, Array, Array]:
+    """Rounded weights, scales of activations, and the errors of nearest and learned rounding."""
+    floats = weights_of(variables["params"], qparams)
+    quantizers = {path: qparams[path]["weights"] for path in floats}
+    started = {path: rounding.start(w, quantizers[path]) for path, w in floats.items()}
+    around = {p: rounding.neighbours(codes, quantizers[p]) for p, (codes, _) in started.items()}
+    inputs = {p: {k: q for k, q in own.items() if k != "weights"} for p, own in qparams.items()}
+    inputs = {path: own for path, own in inputs.items() if own}
+    piece = _Piece(module, calls, variables, inputs, data, batch_size)
+    old_scales = _log_scales(inputs)
+    nearest = {path: fake_quantize(w, quantizers[path]) for path, w in floats.items()}
+    before = piece.errors(nearest, old_scales)
+    count = sum(w.size for w in floats.values())
+
+    def loss(trained: tuple, step: Array) -> Array:
+        v, scales = trained
+        soft = {
+            path: low + rounding.rectified_sigmoid(v[path]) * (high - low)
+            for path, (low, high) in around.items()
+        }
+        step_key = jax.random.fold_in(key, step)
+        error = piece.batch_error(soft, scales, before, step_key, options["drop"], runner)
+        beta, on = rounding.annealed_beta(step, options["steps"])
+        undecided = sum(rounding.regularizer(one, beta) for one in v.values()) / count
+        return error + on * options["regularization"] * undecided
+
+    trained = {path: v for path, (_, v) in started.items()}, old_scales
+    rates = options["learning_rate"], options["scale_learning_rate"]
+    state = trained, optax.scale_by_adam().init(trained)
+    (v, new_scales), _ = adam(loss, state, rates, 0, options["steps"])
+    learned = {p: rounding.hard(started[p][0], v[p], quantizers[p]) for p in floats}
+    after = piece.errors(learned, new_scales)
+    ratio = sum(a / _above_0(b) for a, b in zip(after, before, strict=True)) / len(calls)
+    choose = partial(jax.tree.map, lambda new, old: jnp.where(ratio <= 1, new, old))
+    weights, log_scales = choose((learned, new_scales), (nearest, old_scales))
+    return weights, jax.tree.map(jnp.exp, log_scales), sum(before), choose(sum(after), sum(before))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A unit with its data, inside of `_train`."""
+
+    module: nn.Module
+    calls: tuple[Call, ...]
+    variables: Variables
+    inputs: QParams
+    data: Data
+    batch_size: int
+
+    def outputs(self, call, weights, scales, arrays, key, drop, runner) -> list[Array]:
+        """The float outputs of a call with these weights and log scales of activations."""
+        params = put_weights(self.variables["params"], weights)
+        args, kwargs = call.arguments(arrays)
+        quantizers = replace_scales(self.inputs, jax.tree.map(jnp.exp, scales))
+        variables = {**self.variables, "params": params}
+        outputs = runner(
+            self.module, variables, quantizers, args, key, drop, method=call.method, **kwargs
+        )
+        return [a for a, kept in zip(jax.tree.leaves(outputs), call.outputs, strict=True) if kept]
+
+    def errors(self, weights, scales) -> list[Array]:
+        """Of each call, the mean error over all rows; inputs are quantized as they will be."""
+        evaluate = lambda call, arrays: self.outputs(call, weights, scales, arrays, None, 0, plain)
+        return [
+            _mean_error(partial(evaluate, call), call, own, self.batch_size)
+            for call, own in zip(self.calls, self.data, strict=True)
+        ]
+
+    def batch_error(self, weights, scales, before, key, drop, runner) -> Array:
+        """The mean error over random rows, as a part of `before`; the mean over the calls."""
+        total = 0.0
+        for i, (call, own) in enumerate(zip(self.calls, self.data, strict=True)):
+            keys = jax.random.split(jax.random.fold_in(key, i), 3)
+            rows = jax.random.randint(keys[0], (self.batch_size,), 0, own["targets"][0].shape[0])
+            arrays, wanted, importance = _pick(call, own, rows)
+            if runner is not plain:
+                floats, *_ = _pick(call, own | {"arrays": own["float_arrays"]}, rows)
+                arrays = _mix(keys[1], drop, call, arrays, floats)
+            outputs = self.outputs(call, weights, scales, arrays, keys[2], drop, runner)
+            total += _row_errors(outputs, wanted, importance).mean() / _above_0(before[i])
+        return total / len(self.calls)
+
+
+def _log_scales(inputs: QParams) -> dict[str, Any]:
+    return {
+        path: {name: {"scale": jnp.log(own["scale"])} for name, own in by_name.items()}
+        for path, by_name in scales(inputs).items()
+        if all("scale" in own for own in by_name.values())
+    }
+
+
+def _above_0(error: Array) -> Array:
+    return jnp.where(error > 0, error, 1.0)
+
+
+def _pick(call: Call, own: dict[str, Any], rows: Array):
+    """Some rows of the arrays in, of the targets and of their weights."""
+    arrays = [a[rows] if has else a for a, has in zip(own["arrays"], call.rows, strict=True)]
+    weights = None if own["weights"] is None else [w[rows] for w in own["weights"]]
+    return arrays, [t[rows] for t in own["targets"]], weights
+
+
+def _mix(key: Array, drop: Array, call: Call, arrays: list[Array], floats: list[Array]):
+    """Each float element of the unit's own inputs that of the float model, with probability."""
+    mixed = []
+    for i, (x, y, has_rows) in enumerate(zip(arrays, floats, call.rows, strict=True)):
+        if has_rows and jnp.issubdtype(x.dtype, jnp.floating):
+            x = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), drop, x.shape), y, x)
+        mixed.append(x)
+    return mixed
+
+
+def _row_errors(outputs: list[Array], targets: list[Array], weights: list[Array] | None) -> Array:
+    """[rows]: the mean squared error of each, over the elements of all arrays."""
+    squared = [(o - t).astype(jnp.float32) ** 2 for o, t in zip(outputs, targets, strict=True)]
+    if weights is not None:
+        squared = [s * w for s, w in zip(squared, weights, strict=True)]
+    per_row = [s.reshape(len(s), -1) for s in squared]
+    return sum(s.sum(1) for s in per_row) / sum(s.shape[1] for s in per_row)
+
+
+def _mean_error(run: Callable, call: Call, own: dict[str, Any], batch_size: int) -> Array:
+    """Over all rows, a batch at a time."""
+    count = own["targets"][0].shape[0]
+
+    def add(i, total):
+        rows = i * batch_size + jnp.arange(batch_size)
+        arrays, wanted, weights = _pick(call, own, jnp.minimum(rows, count - 1))
+        return total + jnp.where(rows < count, _row_errors(run(arrays), wanted, weights), 0).sum()
+
+    return jax.lax.fori_loop(0, -(-count // batch_size), add, jnp.float32(0)) / count

@@ -1,0 +1,277 @@
+"""Pieces of a network that can be run alone, and what they get when the whole runs.
+
+A unit is a module of the model, a layer or a block, at one place of its stack. Units are treated in
+the order in which they run, so that each sees the inputs that its quantized predecessors give it
+and aims at the outputs of the float model: asymmetric reconstruction (AdaRound, 2004.10568).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdq.quantize import kinds, simulate
+from kdq.quantize.layers import at_path, path_of
+from kdq.quantize.ptq.options import Static
+from kdq.types import Array, QParams, Variables
+
+SEEN, NUDGES = "_seen", "_nudges"
+
+
+class _Array:
+    """Stands for an array among the arguments of a call."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """How a module is called: everything but the arrays. Hashable, for it is static."""
+
+    method: str
+    structure: Any  # of (args, kwargs)
+    leaves: tuple[Any, ...]  # of (args, kwargs), `_Array` for an array
+    rows: tuple[bool, ...]  # by array: whether it has a row for each row of the first
+    shapes: tuple[jax.ShapeDtypeStruct, ...]  # by array
+    outputs: tuple[bool, ...]  # by leaf of the output: whether it is float and has those rows
+
+    def arguments(self, arrays: Sequence[Array]) -> tuple[tuple, dict[str, Any]]:
+        """The (args, kwargs) of a call with these arrays."""
+        arrays = iter(arrays)
+        leaves = [next(arrays) if leaf is _Array else leaf for leaf in self.leaves]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A module to reconstruct."""
+
+    path: str
+    module: nn.Module  # unbound and without a name: equal modules are compiled once
+    calls: tuple[Call, ...]  # more than one if it is shared
+    shapes: Any  # of its own variables, at one place of the stack
+    layers: tuple[str, ...]  # paths, relative to its own, of the quantized layers in it
+
+    def stack(self, variables: Variables) -> tuple[int, ...]:
+        """Leading axes of its variables in the model's."""
+        whole = jax.tree.leaves(at_path(variables["params"], self.path))[0].shape
+        own = jax.tree.leaves(self.shapes["params"])[0].shape
+        return whole[: len(whole) - len(own)]
+
+    def variables(self, variables: Variables, index: tuple[int, ...]) -> dict[str, Any]:
+        """Its own variables, at one place of its stack."""
+
+        def cut(own: Any, whole: Array) -> Array:
+            return whole[index] if len(own.shape) < whole.ndim else whole
+
+        return {
+            name: jax.tree.map(cut, own, at_path(variables[name], self.path))
+            for name, own in self.shapes.items()
+        }
+
+    def qparams(self, qparams: QParams, index: tuple[int, ...]) -> dict[str, Any]:
+        """The quantizers in it, by relative path, at one place of its stack."""
+        cut = lambda a: a[index]
+        return {layer: jax.tree.map(cut, dict(qparams[self.full(layer)])) for layer in self.layers}
+
+    def full(self, layer: str) -> str:
+        """The path of one of its layers in the model."""
+        return "/".join(name for name in (self.path, layer) if name)
+
+
+def describe(
+    model: nn.Module,
+    variables: Variables,
+    inputs: Array | tuple,
+    paths: Iterable[str],
+    qparams: QParams,
+    apply_kwargs: Static,
+) -> dict[str, Unit]:
+    """The modules among `paths` that the model calls, in the order of their layers in `qparams`.
+
+    Nothing is computed. Of a layer every method of its kind is a call; of a block only `__call__`.
+    """
+    found: dict[str, tuple[nn.Module, Any, dict[str, Call]]] = {}
+    paths = tuple(paths)
+
+    def run(variables: Variables, inputs: Array | tuple) -> None:
+        run_watched(model, variables, {}, inputs, paths, apply_kwargs, found)
+
+    jax.eval_shape(run, variables, inputs)
+    order = list(qparams)
+    units = {}
+    for path, (module, shapes, calls) in found.items():
+        if not shapes.get("params"):  # a product of activations
+            continue
+        inside = tuple(p for p in order if p == path or not path or p.startswith(path + "/"))
+        units[path] = Unit(
+            path=path,
+            module=module,
+            calls=tuple(calls.values()),
+            shapes=shapes,
+            layers=tuple(p[len(path) :].lstrip("/") for p in inside),
+        )
+    first = lambda unit: min(map(order.index, map(unit.full, unit.layers)), default=len(order))
+    return {unit.path: unit for unit in sorted(units.values(), key=first)}
+
+
+def run_watched(
+    model: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    inputs: Array | tuple,
+    paths: Sequence[str],
+    apply_kwargs: Static,
+    found: dict[str, tuple[nn.Module, Any, dict[str, Call]]] | None = None,
+) -> tuple[Any, Any]:
+    """(params, outputs) of a run in which each module of `paths` leaves its calls under `SEEN`.
+
+    A call is (arrays in, leaves out). What a module has under `NUDGES`, {call: arrays}, is added to
+    the outputs that `Call.outputs` tells; `found` gets (module, shapes of its variables, calls).
+    """
+    active: list[str] = []
+
+    def watch(next_fun, args, kwargs, context):
+        module, path, method = context.module, path_of(context.module), context.method_name
+        kind = kinds.kind_of(module)
+        watched = method in kind.methods if kind else method == "__call__"
+        if path not in paths or not watched or path in active:
+            return next_fun(*args, **kwargs)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), module.variables)
+        active.append(path)
+        outputs = next_fun(*args, **kwargs)
+        active.pop()
+        # Counted in the scope, because lifted transforms trace a module more than once.
+        seen = dict(module.get_variable("params", SEEN, {}))
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        arrays = tuple(leaf for leaf in leaves if _is_array(leaf))
+        returned, out_structure = jax.tree.flatten(outputs)
+        call = _call(method, structure, leaves, arrays, returned)
+        if module.has_variable("params", NUDGES):
+            nudges = iter(module.get_variable("params", NUDGES)[str(len(seen))])
+            pairs = zip(returned, call.outputs, strict=True)
+            returned = [a + next(nudges) if kept else a for a, kept in pairs]
+            outputs = jax.tree.unflatten(out_structure, returned)
+        if found is not None:
+            clone = module.clone(parent=None, name=None)
+            calls = found.setdefault(path, (clone, shapes, {}))[2]
+            calls[str(len(seen))] = call
+        module.put_variable("params", SEEN, seen | {str(len(seen)): (arrays, tuple(returned))})
+        return outputs
+
+    with nn.intercept_methods(watch):
+        outputs, changed = simulate.apply(
+            model, variables, qparams, inputs, mutable=["params"], **dict(apply_kwargs)
+        )
+    return changed["params"], outputs
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def _call(method, structure, leaves, arrays, returned) -> Call:
+    count = arrays[0].shape[:1] if arrays else None
+    has_rows = lambda a: bool(count) and a.shape[:1] == count
+    return Call(
+        method=method,
+        structure=structure,
+        leaves=tuple(_Array if _is_array(leaf) else leaf for leaf in leaves),
+        rows=tuple(map(has_rows, arrays)),
+        shapes=tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays),
+        outputs=tuple(
+            _is_array(a) and jnp.issubdtype(a.dtype, jnp.floating) and has_rows(a) for a in returned
+        ),
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "paths", "apply_kwargs"))
+def _capture(variables, qparams, inputs, *, model, paths, apply_kwargs):
+    """The arrays in and out of every call of the modules: one compilation serves all units."""
+    params, _ = run_watched(model, variables, qparams, inputs, paths, apply_kwargs)
+    return {path: at_path(params, path)[SEEN] for path in paths}
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """A model, and what is to be seen of it while it runs."""
+
+    model: nn.Module
+    paths: tuple[str, ...]
+    apply_kwargs: Static
+    batches: Sequence[Array | tuple]
+
+    def seen(
+        self, variables: Variables, qparams: QParams, unit: Unit, index: tuple[int, ...]
+    ) -> list[tuple[list[Array], list[Array]]]:
+        """(arrays in, float arrays out) of each call of a unit, over all batches.
+
+        Raises:
+          ValueError: values that are not finite, or an argument that neither has a row for each
+            example nor is the same in all batches; names the module.
+        """
+        parts = []
+        for inputs in self.batches:
+            seen = _capture(
+                variables,
+                qparams,
+                inputs,
+                model=self.model,
+                paths=self.paths,
+                apply_kwargs=self.apply_kwargs,
+            )[unit.path]
+            parts.append(jax.tree.map(lambda a: a[index], seen))
+        joined = []
+        for i, call in enumerate(unit.calls):
+            arrays = zip(*(part[str(i)][0] for part in parts), strict=True)
+            returned = zip(*(part[str(i)][1] for part in parts), strict=True)
+            joined.append(
+                (
+                    [_join(a, r, unit.path) for a, r in zip(arrays, call.rows, strict=True)],
+                    [
+                        _join(a, True, unit.path)
+                        for a, r in zip(returned, call.outputs, strict=True)
+                        if r
+                    ],
+                )
+            )
+        return joined
+
+
+def _join(parts: tuple[Array, ...], has_rows: bool, path: str) -> Array:
+    if has_rows:
+        whole = jnp.concatenate(parts)
+        if jnp.issubdtype(whole.dtype, jnp.floating) and not bool(jnp.isfinite(whole).all()):
+            raise ValueError(f"NaN or infinity in the inputs or outputs of module {path!r}")
+        return whole
+    if not all(np.array_equal(parts[0], part) for part in parts[1:]):
+        raise ValueError(
+            f"module {path!r} gets an array of shape {parts[0].shape} that differs from batch to "
+            "batch and has no row for each example: it can't be run alone"
+        )
+    return parts[0]
+
+
+def why_not(unit: Unit) -> str:
+    """Why a unit can't be run alone; "" if it can."""
+    if not all(any(call.outputs) for call in unit.calls):
+        return "its output has no row for each row of its first input"
+    for call in unit.calls:
+        try:
+            hash(call)
+        except TypeError as error:
+            return f"an argument is neither an array nor hashable: {error}"
+
+        def run(variables: Variables, arrays: Sequence[Array], call: Call = call) -> Any:
+            args, kwargs = call.arguments(arrays)
+            return simulate.apply(unit.module, variables, {}, args, method=call.method, **kwargs)
+
+        try:
+            jax.eval_shape(run, unit.shapes, call.shapes)
+        except flax.errors.FlaxError as error:
+            return f"it needs what is outside of it: {error}"
+    return ""
