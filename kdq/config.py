@@ -24,6 +24,7 @@ from kdq.schema import (
     Distill,
     Experiment,
     Optimizer,
+    Peer,
     Quantize,
     TeacherConfig,
 )
@@ -175,6 +176,21 @@ def _check_teacher(experiment: Experiment, name: str) -> None:
         raise ConfigError(f"{where}.decay={one.decay}: want 0 to below 1")
     if one.kind == "peer" and one.model not in experiment.models:
         raise ConfigError(unknown(f"{where}.model:", one.model, experiment.models))
+    if one.kind == "peer" and one.init:
+        start = experiment.arms[one.init]
+        if start.model != one.model or start.bits:
+            raise ConfigError(
+                f"{where}.init={one.init!r} is a {start.bits or 'float'} {start.model!r}: want a "
+                f"float {one.model!r}"
+            )
+    if one.kind == "former_peer" and not peer_of(experiment, one.arm):
+        raise ConfigError(f"{where}.arm={one.arm!r}: it is not taught by a peer")
+
+
+def peer_of(experiment: Experiment, name: str) -> Peer | None:
+    """The peer that teaches the arm `name`, if one does."""
+    teacher = experiment.teachers.get(experiment.arms[name].teacher)
+    return teacher if isinstance(teacher, Peer) else None
 
 
 def _check_arm(experiment: Experiment, name: str) -> None:

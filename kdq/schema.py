@@ -158,11 +158,29 @@ class MovingAverage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A network trained at once, from fresh weights, that learns from the student in turn."""
+    """A network trained at once, that learns from the student in turn."""
 
     kind: str = "peer"
     model: str
-    needs = ()
+    init: str = ""  # float arm whose selected weights it starts from; "" is fresh weights
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arms that have to be there."""
+        return (self.init,) if self.init else ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FormerPeer:
+    """The peer of an arm, as it was at the step that the arm selected; it learns no more."""
+
+    kind: str = "former_peer"
+    arm: str  # one whose teacher is a peer
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arms that have to be there."""
+        return (self.arm,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,11 +206,12 @@ class Shuffled:
         return (self.arm,)
 
 
-TeacherConfig = Ensemble | MovingAverage | Peer | Packed | Shuffled
+TeacherConfig = Ensemble | MovingAverage | Peer | FormerPeer | Packed | Shuffled
 TEACHERS = {
     "ensemble": Ensemble,
     "moving_average": MovingAverage,
     "peer": Peer,
+    "former_peer": FormerPeer,
     "packed": Packed,
     "shuffled": Shuffled,
 }

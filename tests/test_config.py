@@ -114,6 +114,14 @@ def test_arm_spells_out_every_field_so_that_a_flag_can_override_it():
         ({"teachers__both__kind": "ensembl"}, ["config.teachers.both.kind", "'ensemble'?"]),
         ({"teachers__both": {"kind": "ensemble", "arms": ("kdd",)}}, ["teachers.both", "'kd'?"]),
         ({"teachers__two": {"kind": "peer", "model": "smal"}}, ["teachers.two.model", "'small'?"]),
+        (
+            {"teachers__two": {"kind": "peer", "model": "small", "init": "teacher"}},
+            ["teachers.two.init='teacher'", "a float 'large'", "want a float 'small'"],
+        ),
+        (
+            {"teachers__two": {"kind": "former_peer", "arm": "kd"}},
+            ["teachers.two.arm='kd'", "not taught by a peer"],
+        ),
         ({"cache__kind": "topk"}, ["config.cache.kind", "'top_k'?", "none, memory, dense"]),
         ({"arms__kd__model": "smal"}, ["arms.kd.model", "'small'?", "valid: small, large"]),
         ({"arms__kd__teacher": "techer"}, ["arms.kd.teacher", "'teacher'?", "labels, kd, ptq"]),

@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,13 @@ class Store:
         arm = self._experiment.arms[name]
         if not arm.epochs:
             return load(arm.load).variables if arm.load else self.weights(arm.init, seed)
+        return _variables(self._selected(name, seed))
+
+    def peer_weights(self, name: str, seed: int) -> Variables:
+        """The variables of the peer that taught an arm, at the step that the arm selected."""
+        return _variables(self._selected(name, seed)["peer"])
+
+    def _selected(self, name: str, seed: int) -> dict[str, Any]:
         folder = self.folder(name, seed) / "checkpoints"
         with Checkpointer(folder) as checkpointer:
             found = checkpointer.restore({"selected": None})
@@ -74,5 +82,8 @@ class Store:
                 "delete that folder to train the arm again"
             )
         # By way of NumPy: Orbax ties arrays to a device, and a step compiles anew for such arrays.
-        selected = jax.tree.map(np.asarray, found[1]["selected"])
-        return jax.tree.map(jnp.asarray, {"params": selected["params"], **selected["model_state"]})
+        return jax.tree.map(np.asarray, found[1]["selected"])
+
+
+def _variables(parts: dict[str, Any]) -> Variables:
+    return jax.tree.map(jnp.asarray, {"params": parts["params"], **parts["model_state"]})

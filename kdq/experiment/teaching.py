@@ -33,7 +33,7 @@ class Teaching:
     extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # stored, by example id
     lookup: data.Lookup | None = None  # stored, by position in the stream
     average: bool = False  # whether the state keeps the student's moving average
-    peer: Variables | None = None  # fresh variables of a peer
+    peer: Variables | None = None  # what a peer starts from
 
 
 class Teachers:
@@ -49,6 +49,7 @@ class Teachers:
             "ensemble": self._ensemble,
             "moving_average": self._moving_average,
             "peer": self._peer,
+            "former_peer": self._former_peer,
             "packed": self._packed,
             "shuffled": self._shuffled,
         }
@@ -71,6 +72,8 @@ class Teachers:
             return self._models[self._experiment.arms[arm.teacher].model]
         if config.kind == "moving_average":
             return self._models[arm.model]
+        if config.kind == "former_peer":
+            return self._models[kdq_config.peer_of(self._experiment, config.arm).model]
         return load(config.path).model if config.kind == "packed" else None
 
     def offers(self, name: str) -> tuple[str, ...]:
@@ -124,10 +127,17 @@ class Teachers:
 
     def _peer(self, config, arm: Arm, seed: int) -> Teaching:
         module = self._models[config.model]
+        if config.init:
+            return Teaching(teacher=Peer(module), peer=self._store.weights(config.init, seed))
         # Another key than that of the student, which may be of the same model.
         key = jax.random.fold_in(jax.random.key(seed + arm.seed_offset), 1)
         images = self._inputs.batches("train")[0]["image"][:1]
         return Teaching(teacher=Peer(module), peer=initial.variables(module, key, images))
+
+    def _former_peer(self, config, arm: Arm, seed: int) -> Teaching:
+        module = self._models[kdq_config.peer_of(self._experiment, config.arm).model]
+        variables = self._store.peer_weights(config.arm, seed)
+        return Teaching(teacher=Model(module), arguments={"variables": variables, "qparams": {}})
 
     def _packed(self, config, arm: Arm, seed: int) -> Teaching:
         packed = load(config.path)

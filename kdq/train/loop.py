@@ -210,6 +210,7 @@ def _parts(state: TrainState) -> dict[str, Any]:
         "params": variables["params"],
         "model_state": state.model_state,
         "scales": state.scales,
+        **({"peer": state.peer} if state.peer else {}),
     }
 
 

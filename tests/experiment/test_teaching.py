@@ -95,6 +95,29 @@ def test_nobody_but_the_student_is_packed(many):
     assert curve(workdir, "hinted")[-1]["mine_loss"] < curve(workdir, "hinted")[0]["mine_loss"]
 
 
+def test_a_peer_starts_from_an_arm_and_teaches_another_when_it_learns_no_more(
+    tiny_config, tmp_path
+):
+    """With a rate of nearly nothing the former peer is still the arm that it started from."""
+    teachers = {}
+    for name in ("slow", "fast"):
+        teachers[f"{name}_peer"] = {"kind": "peer", "model": "student", "init": "kd"}
+        teachers[f"former_{name}"] = {"kind": "former_peer", "arm": name}
+    arms = {
+        "kd": {},
+        "slow": {"teacher": "slow_peer", "learning_rate": 1e-9},
+        "fast": {"teacher": "fast_peer", "init": "slow", "bits": "W4A4"},
+        "by_slow": {"teacher": "former_slow"},
+        "by_fast": {"teacher": "former_fast"},
+        "by_kd": {"teacher": "kd"},
+    }
+    run(tiny_config, tmp_path, arms, teachers=teachers)
+    for a, b in zip(curve(tmp_path, "by_slow"), curve(tmp_path, "by_kd"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    first = [curve(tmp_path, f"by_{name}")[0]["kl_loss"] for name in ("slow", "fast")]
+    assert first[1] != pytest.approx(first[0], rel=1e-2)
+
+
 def test_shuffled_logits_are_those_of_other_examples_of_the_class(tiny_config, many):
     workdir, _ = many
     teachers = {"moved": TEACHERS["moved"]}
