@@ -90,9 +90,12 @@ class Inputs:
         )
 
     def calibration_images(self) -> list[np.ndarray]:
-        """The first examples of the training split, in batches of one shape."""
+        """The first examples of the training split, in four batches of one shape, or in more.
+
+        So that a method can hold one of them out.
+        """
         count = min(self._quantize.calibration_examples, self.num_examples)
-        batches = self.batches("train", size=min(count, self._config.eval_batch_size))
+        batches = self.batches("train", size=min(max(1, count // 4), self._config.eval_batch_size))
         return [batches[i]["image"] for i in range(max(1, count // len(batches[0]["label"])))]
 
     @functools.cached_property

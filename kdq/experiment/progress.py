@@ -1,8 +1,10 @@
 """What a run tells about itself as it goes."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 class Progress:
@@ -16,6 +18,10 @@ class Progress:
 
     def step(self, step: int) -> None:
         """So many of the arm's steps are done."""
+
+    def method(self, items: Iterable[T], description: str) -> Iterable[T]:
+        """A post-training method goes through `items`, which are returned to it."""
+        return items
 
     def done(self, record: Record) -> None:
         """An arm ended, or had been run before."""

@@ -15,11 +15,9 @@ from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment import check, initial, measure, plan, transfer
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
+from kdq.experiment.quantized import OBSERVERS, quantized, recipe
 from kdq.experiment.store import Store, load
 from kdq.experiment.teaching import Teachers
-from kdq.quantize import observers
-from kdq.quantize.ptq import chain
-from kdq.schema import Qat
 from kdq.train import loop, objective, optimizer, regime
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection, Weights
@@ -28,15 +26,6 @@ from kdq.train.state import create_state
 from kdq.types import Array
 
 log = logging.getLogger(__name__)
-
-OBSERVERS = {
-    "absmax": observers.AbsMax(),
-    "min_max": observers.MinMax(),
-    "moving_average": observers.MovingAverage(),
-    "percentile": observers.Percentile(),
-    "mse": observers.MSE(),
-    "entropy": observers.Entropy(),
-}
 
 
 def run(
@@ -108,8 +97,9 @@ class _Runner:
             for parent in kdq_config.parents(self.experiment, name):
                 if self.store.record(parent, seed)["status"] == "failed":
                     raise NonFiniteError(f"it needs arm {parent!r}, which failed")
-            fit = self._train(name, seed)
-            record |= {"status": "ok", **self._measure(name, seed, fit)}
+            start, told = self._start(arm, seed)
+            fit = self._train(name, seed, start)
+            record |= {"status": "ok", **self._measure(name, seed, fit), **told}
             record |= self._compare(name, seed, fit)
             if arm.without_classes:
                 record |= measure.corrected(
@@ -125,10 +115,9 @@ class _Runner:
         self.store.save(record)
         return record
 
-    def _train(self, name: str, seed: int) -> Fit:
+    def _train(self, name: str, seed: int, start: Weights) -> Fit:
         config, arm = self.experiment, self.experiment.arms[name]
         model, own_seed = self.models[arm.model], seed + arm.seed_offset
-        start = self._start(arm, seed)
         steps, last_step = self.inputs.steps(arm), self.inputs.last_step(arm)
         self.progress.arm(name, seed, last_step)
         validate = functools.partial(self._validate, model)
@@ -136,7 +125,7 @@ class _Runner:
             selected = Selection(weights=start, step=0, metrics=validate(start))
             return Fit(last=start, last_step=0, selected=selected, seconds=0.0)
         aim = objective.of_arm(config, name, steps)
-        recipe = _recipe(config, arm)
+        qat = recipe(config, arm)
         teaching = self.teachers.of(name, seed)
         adapters, memory = self._beside(aim, arm, start, teaching, own_seed)
         state = create_state(
@@ -151,7 +140,7 @@ class _Runner:
             memory=memory,
             average=teaching.average,
             peer=teaching.peer,
-            track_oscillations=recipe.track_oscillations or bool(recipe.freeze),
+            track_oscillations=qat.track_oscillations or bool(qat.freeze),
         )
         task = loop.Task(
             model=model,
@@ -163,8 +152,8 @@ class _Runner:
             validate=validate,
             teacher=teaching.teacher,
             teacher_arguments=teaching.arguments,
-            regime=regime.of_recipe(recipe, steps, f"config.qat.{arm.qat}"),
-            freeze_norm_at=round(recipe.freeze_norm * steps),
+            regime=regime.of_recipe(qat, steps, f"config.qat.{arm.qat}"),
+            freeze_norm_at=round(qat.freeze_norm * steps),
         )
         return loop.fit(
             task,
@@ -187,8 +176,8 @@ class _Runner:
         key = jax.random.fold_in(jax.random.key(seed), 2)
         return aim.init(key, student, taught_by, self.inputs.num_examples)
 
-    def _start(self, arm: Arm, seed: int) -> Weights:
-        """The weights an arm starts from, calibrated if it is quantized."""
+    def _start(self, arm: Arm, seed: int) -> tuple[Weights, Record]:
+        """The weights an arm starts from, and what is to be told of their quantization."""
         model = self.models[arm.model]
         if arm.init:
             variables = self.store.weights(arm.init, seed)
@@ -198,27 +187,16 @@ class _Runner:
             images = self.inputs.batches("train")[0]["image"][:1]
             variables = initial.variables(model, jax.random.key(seed + arm.seed_offset), images)
         if not arm.bits:
-            return Weights(variables=variables, qparams={})
-        config = self.experiment.quantize
-        rules = quantize.uniform_rules(
-            *kdq_config.parse_bits(arm.bits),
-            keep=config.keep,
-            keep_bits=config.keep_bits,
-            observer=OBSERVERS[arm.observer],
-        )
-        images = self.inputs.calibration_images()
-        variables, qparams = chain.run(
-            self.experiment.ptq[arm.ptq] if arm.ptq else (),
+            return Weights(variables=variables, qparams={}), {}
+        return quantized(
+            self.experiment,
+            arm,
             model,
             variables,
-            rules,
-            images,
-            teacher=self._guide(arm, seed),
-            apply_kwargs={"train": False},
+            self.inputs.calibration_images(),
+            guide=self._guide(arm, seed),
+            progress=self.progress,
         )
-        if arm.epochs:
-            qparams = quantize.prepare(variables, qparams, _recipe(self.experiment, arm).method)
-        return Weights(variables=variables, qparams=qparams)
 
     def _guide(self, arm: Arm, seed: int) -> Callable[[Array], Array] | None:
         """The teacher's outputs, for an arm that is only calibrated."""
@@ -300,10 +278,6 @@ class _Runner:
             "device": provenance.device(),
             "data": {split: source.digest for split, source in self.inputs.splits.items()},
         }
-
-
-def _recipe(experiment: Experiment, arm: Arm) -> Qat:
-    return experiment.qat[arm.qat] if arm.qat else Qat()
 
 
 def _build_models(experiment: Experiment) -> dict[str, nn.Module]:

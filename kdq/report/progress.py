@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +17,8 @@ from rich.progress import (
 )
 
 from kdq import experiment
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -57,6 +60,13 @@ class _Bars(experiment.Progress):
 
     def step(self, step: int) -> None:
         self._bars.update(self._steps, completed=step)
+
+    def method(self, items: Iterable[T], description: str) -> Iterator[T]:
+        items = list(items)
+        self._bars.reset(self._steps, total=len(items), description=description, visible=True)
+        for item in items:
+            yield item
+            self._bars.advance(self._steps)
 
     def done(self, record: experiment.Record) -> None:
         self._bars.advance(self._arms)

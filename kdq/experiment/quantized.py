@@ -1,0 +1,105 @@
+"""An arm's quantizers: calibrated, improved by post-training methods, made ready to train."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+
+from kdq import config as kdq_config
+from kdq import quantize
+from kdq.config import Arm, Experiment
+from kdq.experiment.progress import Progress, Record
+from kdq.quantize import observers
+from kdq.quantize.ptq import chain
+from kdq.quantize.ptq.errors import layer_errors
+from kdq.schema import Qat
+from kdq.train.loop import Weights
+from kdq.types import Array, Variables
+
+log = logging.getLogger(__name__)
+
+OBSERVERS = {
+    "absmax": observers.AbsMax(),
+    "min_max": observers.MinMax(),
+    "moving_average": observers.MovingAverage(),
+    "percentile": observers.Percentile(),
+    "mse": observers.MSE(),
+    "entropy": observers.Entropy(),
+}
+
+
+def quantized(
+    experiment: Experiment,
+    arm: Arm,
+    model: nn.Module,
+    variables: Variables,
+    images: Sequence[Array],
+    *,
+    guide: Callable[[Array], Array] | None,
+    progress: Progress,
+) -> tuple[Weights, Record]:
+    """The weights that an arm with bits starts from, and what its record says of them.
+
+    Args:
+      experiment: has the rules and the chains of methods.
+      arm: how many bits, which observer, which chain.
+      model: the arm's.
+      variables: float.
+      images: batches to calibrate on.
+      guide: the teacher of methods that ask one; None is the float model itself.
+      progress: told of methods.
+
+    Returns:
+      The weights; "calibration_seconds", and with a chain "ptq_errors": the signal to quantization
+      noise ratio [dB] of each layer, {"layers": {path: [before, after]}}, and the KL [nats] of the
+      output, {"kl": [before, after]}, on `images`. None is a ratio without noise or signal.
+    """
+    rules = _rules(experiment, arm)
+    steps = experiment.ptq[arm.ptq] if arm.ptq else ()
+    kwargs = {"train": False}
+    start = time.monotonic()
+    found = chain.run(
+        steps,
+        model,
+        variables,
+        rules,
+        images,
+        teacher=guide,
+        progress=progress.method,
+        apply_kwargs=kwargs,
+    )
+    told: Record = {"calibration_seconds": time.monotonic() - start}
+    if steps:
+        plain = quantize.calibrate(model, variables, rules, images, **kwargs)
+        errors = layer_errors(
+            model,
+            variables,
+            (variables, plain),
+            (found.variables, found.qparams),
+            images,
+            target=found.target,
+            progress=progress.method,
+            apply_kwargs=kwargs,
+        )
+        log.info("%s, before and after:\n%s", arm.ptq, errors)
+        told["ptq_errors"] = errors.to_json()
+    qparams = found.qparams
+    if arm.epochs:
+        qparams = quantize.prepare(found.variables, qparams, recipe(experiment, arm).method)
+    return Weights(variables=found.variables, qparams=qparams), told
+
+
+def recipe(experiment: Experiment, arm: Arm) -> Qat:
+    """How the arm's quantizers train."""
+    return experiment.qat[arm.qat] if arm.qat else Qat()
+
+
+def _rules(experiment: Experiment, arm: Arm) -> tuple[quantize.QuantizationRule, ...]:
+    config = experiment.quantize
+    return quantize.uniform_rules(
+        *kdq_config.parse_bits(arm.bits),
+        keep=config.keep,
+        keep_bits=config.keep_bits,
+        observer=OBSERVERS[arm.observer],
+    )
