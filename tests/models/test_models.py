@@ -12,6 +12,7 @@ ALL = {
     "cnn": {"batch_norm": True},
     "mlp": {"widths": (8,)},
     "resnet": {"depth": 8, "widths": (4, 4, 8, 8)},
+    "vit": {"width": 8, "depth": 1, "heads": 2},
     "wide_resnet": {"depth": 10, "width_multiplier": 1},
 }
 
@@ -95,6 +96,8 @@ def test_lists_become_tuples_so_that_a_model_can_be_a_static_argument():
         ("resnet", {"num_classes": 2, "widths": (16, 32)}, "4 numbers; given"),
         ("wide_resnet", {"num_classes": 2, "depth": 20}, "depth 20 is not 6n.4; valid: 10, 16"),
         ("wide_resnet", {"num_classes": 2, "width_multiplier": 0}, "at least 1, given 0"),
+        ("vit", {"num_classes": 2, "width": 10}, "width must be a multiple of heads=4, given 10"),
+        ("vit", {"num_classes": 2, "depth": 0}, "depth must be at least 1, given 0"),
         ("cnn", {"num_classes": 2, "strides": (1, 2)}, "one entry a convolution"),
         ("cnn", {"num_classes": 2, "strides": (1, 3, 1)}, "strides must be 1 or 2"),
     ],
