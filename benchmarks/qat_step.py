@@ -4,12 +4,12 @@
 
 All variants of a model take turns, step by step, in one process; a ratio is the median over rounds
 of the variant's time over the float step's time in the same round. Qwix joins in if it is installed
-(pip install 'kdq[bench]').
+(pip install 'kdq[bench]'); benchmarks/torch_peers.py has the peers that run on PyTorch.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ from interleaved import Step, publish, show, take_turns
 
 from kdq import config, models, quantize
 from kdq.distill.capture import Outputs
+from kdq.quantize.qat import METHODS
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
@@ -27,30 +28,61 @@ from kdq.train.step import train_step
 
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
 ROUNDS = flags.DEFINE_integer("rounds", 60, "Timed rounds of each model.")
-OPTIMIZER = flags.DEFINE_string("optimizer", "sgd", "sgd (Nesterov momentum) or adam.")
+OPTIMIZER = flags.DEFINE_enum(
+    "optimizer", "sgd", ("sgd", "adam"), "sgd with Nesterov momentum, or adam."
+)
+
+
+class Setting(NamedTuple):
+    """A model and its batch."""
+
+    title: str
+    fields: dict[str, Any]
+    shape: tuple[int, ...]  # of the images
+
 
 MODELS = {
-    "MLP 784-1024-1024-10, batch 256": (
+    "mlp": Setting(
+        "MLP 784-1024-1024-10, batch 256",
         {"name": "mlp", "num_classes": 10, "widths": (1024, 1024)},
         (256, 28, 28, 1),
     ),
-    "ResNet-8 16/32/64, 32x32x3, batch 64": (
+    "resnet": Setting(
+        "ResNet-8 16/32/64, 32x32x3, batch 64",
         {"name": "resnet", "num_classes": 10, "depth": 8},
+        (64, 32, 32, 3),
+    ),
+    "vit": Setting(
+        "ViT 4 blocks of 128, 4 heads, patch 4, 32x32x3, batch 64",
+        {"name": "vit", "num_classes": 10, "patch": 4, "width": 128, "depth": 4, "heads": 4},
         (64, 32, 32, 3),
     ),
 }
 BITS = ("W8A8", "W4A4")
+# Bits change nothing of what is computed; two methods show that they do not.
+BITS_OF = dict.fromkeys(METHODS, ("W4A4",)) | {"ste": BITS, "lsq": BITS}
+
+CHOSEN_MODELS = flags.DEFINE_multi_enum("models", list(MODELS), list(MODELS), "Models to measure.")
+CHOSEN_METHODS = flags.DEFINE_multi_enum(
+    "methods", list(METHODS), list(METHODS), "Methods of kdq to measure; peers are not of them."
+)
 
 
 def kdq_step(
-    model: nn.Module, variables, batch, bits: str = "", fixed_scales: Sequence[str] = (".*",)
+    model: nn.Module,
+    variables,
+    batch,
+    method: str = "",
+    bits: str = "",
+    fixed_scales: Sequence[str] = (),
 ) -> Step:
-    """A step of kdq's own trainer: float (no bits), straight-through, or with learned scales."""
+    """A step of kdq's own trainer: float (no method), or quantized by a method."""
     optimizer = config.Optimizer(name=OPTIMIZER.value)
     qparams = {}
-    if bits:
+    if method:
         rules = quantize.uniform_rules(*config.parse_bits(bits))
         qparams = quantize.calibrate(model, variables, rules, [batch["image"]], train=False)
+        qparams = quantize.prepare(variables, qparams, method)
     state = create_state(
         variables,
         qparams,
@@ -115,17 +147,17 @@ def qwix_step(model: nn.Module, variables, batch, bits: str) -> Step:
 
 def variants(model: nn.Module, variables, batch) -> dict[str, Step | str]:
     """Named steps; a string in place of a step says why it can't run."""
-    first_layer = next(iter(quantize.list_layers(model, variables, batch["image"], train=False)))
-    makers = {"fp32": functools.partial(kdq_step, model, variables, batch)}
+    layers = quantize.list_layers(model, variables, batch["image"], train=False)
+    # As is advised (`quantize.scales`): pixels do not move, so their scale stays as calibrated.
+    of_pixels = (f"{next(iter(layers))}/activations",)
+    ours = functools.partial(kdq_step, model, variables, batch)
+    makers = {"fp32": ours}
+    for method in CHOSEN_METHODS.value:
+        for bits in BITS_OF[method]:
+            makers[f"kdq {bits} {method}"] = functools.partial(ours, method, bits, of_pixels)
+    if "lsq" in CHOSEN_METHODS.value:
+        makers["kdq W4A4 lsq, of the pixels too"] = functools.partial(ours, "lsq", "W4A4")
     for bits in BITS:
-        for name, fixed in (
-            ("STE", (".*",)),
-            ("learned scales", (f"{first_layer}/activations",)),
-            ("learned scales, of the pixels too", ()),
-        ):
-            makers[f"kdq {bits} {name}"] = functools.partial(
-                kdq_step, model, variables, batch, bits, fixed
-            )
         makers[f"Qwix {bits}"] = functools.partial(qwix_step, model, variables, batch, bits)
     made: dict[str, Step | str] = {}
     for name, make in makers.items():
@@ -152,7 +184,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     figures = {}
-    for title, (fields, shape) in MODELS.items():
+    for title, fields, shape in map(MODELS.get, CHOSEN_MODELS.value):
         model = models.build(**fields)
         rng = np.random.default_rng(0)
         batch = {
