@@ -11,10 +11,9 @@ statistics of the images, which are random too. W4A8.
 The first run includes compilation. A second, in the same process, is timed if the first took less
 than SECOND_BELOW seconds.
 
-On two cores the lines that train nothing take seconds to about a minute each. `adaround`, `brecq`
-and `teacher_guided` take a thousand steps a layer, a block or the network, and with them the whole
-takes hours rather than minutes: leave them out by `--methods` for a quick look. `equalize` rescales
-layers and no norms, folded or not: here its time is that of its search for channels alone.
+`adaround`, `brecq` and `teacher_guided` take a thousand steps a layer, a block or the network:
+leave them out by `--methods` for a quick look. `equalize` rescales layers and no norms, folded or
+not: here its time is that of its search for channels alone.
 """
 
 import functools
