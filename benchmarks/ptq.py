@@ -12,8 +12,7 @@ The first run includes compilation. A second, in the same process, is timed if t
 than SECOND_BELOW seconds.
 
 `adaround`, `brecq` and `teacher_guided` take a thousand steps a layer, a block or the network:
-leave them out by `--methods` for a quick look. `equalize` rescales layers and no norms, folded or
-not: here its time is that of its search for channels alone.
+leave them out by `--methods` for a quick look.
 """
 
 import functools

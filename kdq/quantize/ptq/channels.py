@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kdq.quantize import simulate
 from kdq.quantize.layers import LayerInfo, at_path
 from kdq.quantize.ptq import matrices
 from kdq.types import Array, Variables
@@ -23,6 +24,8 @@ class Producer:
     channels: int  # of one layer of a stack
     stack: tuple[int, ...] = ()
     layer: LayerInfo | None = None  # None: a normalization
+    # The folded batch norm that adds to the layer's outputs, and nothing else; None if none does.
+    norm: str | None = None
 
     @property
     def factors(self) -> int:
@@ -110,7 +113,7 @@ def input_reach(variables: Variables, consumer: Consumer) -> np.ndarray:
 
 
 def _produce(variables: Variables, producer: Producer, factors: np.ndarray) -> Variables:
-    """The producer's channels, and with them its bias, times `factors`."""
+    """The producer's channels, and with them what is added to them, times `factors`."""
     own = at_path(variables["params"], producer.path)
     factors = factors.reshape(*producer.stack, producer.channels)
     flat = ("scale", "bias") if producer.layer is None else ("bias",)
@@ -122,7 +125,22 @@ def _produce(variables: Variables, producer: Producer, factors: np.ndarray) -> V
         weight = np.asarray(matrices.weight_of(variables, producer.layer))
         changed[producer.layer.weight_name] = _each(multiply, producer.stack, weight, factors)
     changed = {name: value.astype(own[name].dtype) for name, value in changed.items()}
-    return matrices.replaced(variables, producer.path, **changed)
+    variables = matrices.replaced(variables, producer.path, **changed)
+    return variables if producer.norm is None else _shift(variables, producer.norm, factors)
+
+
+def _shift(variables: Variables, path: str, factors: np.ndarray) -> Variables:
+    """The mean and the bias of a folded batch norm times `factors`."""
+    shifted = dict(variables)
+    for collection, name in (("batch_stats", "mean"), ("params", "bias")):
+        changed = dict(variables[collection])
+        if simulate.has_path(changed, path):
+            own = simulate.copied(changed, path, "the norm")
+            if name in own:
+                old = np.asarray(own[name])
+                own[name] = (old * factors.reshape(old.shape)).astype(old.dtype)
+        shifted[collection] = changed
+    return shifted
 
 
 def _each(function: Callable, stack: tuple[int, ...], *arrays: np.ndarray) -> np.ndarray:

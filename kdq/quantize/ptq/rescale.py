@@ -6,6 +6,7 @@ reshape, a concatenation; not GELU, not a residual sum), then the factor can be 
 weights. No graph is read: the factor is put in, and what arrives is looked at.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -21,7 +22,9 @@ from kdq.quantize.layers import LayerInfo, as_args, at_path, list_layers, path_o
 from kdq.quantize.observe import observe
 from kdq.quantize.ptq import matrices
 from kdq.quantize.ptq.channels import Consumer, Producer, Rescaling, output_axes, rescale
+from kdq.quantize.ptq.norms import Norm, is_folded, list_norms
 from kdq.quantize.ptq.options import Progress, quiet, static
+from kdq.quantize.ptq.watch import output_channels
 from kdq.types import Array, Variables
 
 BASE = 64  # values of a trial factor
@@ -85,7 +88,7 @@ def _producers(
 ) -> dict[str, Producer]:
     """Layers with a weight, and normalizations with a scale, in the order in which they first run.
 
-    Others are logged.
+    A folded batch norm is part of the layer that it follows. Others are logged.
     """
     producers: dict[str, Producer | None] = {}
 
@@ -105,7 +108,18 @@ def _producers(
             return model.apply(variables, *args, **apply_kwargs)
 
     jax.eval_shape(forward, variables, *as_args(inputs))
-    return {path: producer for path, producer in producers.items() if producer is not None}
+    found = {path: producer for path, producer in producers.items() if producer is not None}
+    if "batch_stats" in variables:
+        for norm in list_norms(model, variables, inputs, **apply_kwargs).values():
+            if norm.source in found and _only_adds(norm, layers[norm.source], variables):
+                found[norm.source] = dataclasses.replace(found[norm.source], norm=norm.path)
+                found.pop(norm.path, None)
+    return found
+
+
+def _only_adds(norm: Norm, layer: LayerInfo, variables: Variables) -> bool:
+    channels = tuple(output_channels(layer))
+    return norm.axes == channels and norm.stack == layer.stack and is_folded(norm, variables)
 
 
 def _layer_producer(layer: LayerInfo) -> Producer | None:

@@ -5,9 +5,11 @@ import jax
 import numpy as np
 import pytest
 
+from kdq.models import build
 from kdq.quantize import QuantizationRule, TensorSpec, apply, calibrate
 from kdq.quantize.ptq.awq import awq
 from kdq.quantize.ptq.equalize import equalize
+from kdq.quantize.ptq.fold_batch_norm import fold_batch_norm
 from kdq.quantize.ptq.smooth import smooth
 
 
@@ -54,7 +56,8 @@ def _same_function(model, before, after, x):
 
 
 def _kernels(variables):
-    return {p: np.asarray(v["kernel"], np.float64) for p, v in variables["params"].items()}
+    params = variables["params"].items()
+    return {p: np.asarray(v["kernel"], np.float64) for p, v in params if "kernel" in v}
 
 
 def _by_input(kernel, groups):
@@ -94,6 +97,26 @@ def test_equalization_by_the_rule_of_the_paper():
     run = lambda v: np.asarray(apply(model, v, calibrate(model, v, rules, [x]), x))
     exact = np.asarray(model.apply(variables, x))
     assert np.square(run(equal) - exact).sum() < 0.5 * np.square(run(variables) - exact).sum()
+
+
+def test_a_folded_batch_norm_is_part_of_its_layer():
+    """What it adds is rescaled too, so that convolutions without a bias have even ranges."""
+    model = build("cnn", num_classes=3, widths=(4, 6), batch_norm=True)
+    x = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    rng = np.random.default_rng(1)
+    noise = lambda a: (np.asarray(a) * np.exp(rng.normal(size=a.shape)) + 0.1).astype(np.float32)
+    folded, _ = fold_batch_norm(model, jax.tree.map(noise, variables), {}, [x])
+    assert "bias" not in folded["params"]["conv_0"]
+    equal, _ = equalize(model, folded, {}, [x])
+    _same_function(model, folded, equal, x)
+    kernels = _kernels(equal)
+    np.testing.assert_allclose(
+        np.abs(kernels["conv_0"]).max((0, 1, 2)), np.abs(kernels["conv_1"]).max((0, 1, 3)), 1e-2
+    )
+    before = _kernels(folded)
+    uneven = np.abs(before["conv_0"]).max((0, 1, 2)) / np.abs(before["conv_1"]).max((0, 1, 3))
+    assert uneven.max() / uneven.min() > 1.5
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
