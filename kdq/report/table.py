@@ -85,7 +85,8 @@ def escape(text: str) -> str:
     return text.replace("](", r"\](")
 
 
-def _mean_std(value: Mean, digits: int = 2) -> str:
+def mean_cell(value: Mean, digits: int = 2) -> str:
+    """Mean and spread; "—" of nothing."""
     if value.n == 0:
         return ABSENT
     spread = "(n=1)" if value.n == 1 else f"± {value.std:.{digits}f}"
@@ -94,11 +95,11 @@ def _mean_std(value: Mean, digits: int = 2) -> str:
 
 def _accuracy(row: Row) -> str:
     if not row.failures:
-        return _mean_std(row.accuracy)
+        return mean_cell(row.accuracy)
     reasons = "; ".join(dict.fromkeys(_first_line(reason) for _, reason in row.failures))
     total = len(row.failures) + len(row.seeds)
     failed = f"failed ({len(row.failures)} of {total} seeds): {reasons}"
-    return f"{_mean_std(row.accuracy)}; {failed}" if row.seeds else failed
+    return f"{mean_cell(row.accuracy)}; {failed}" if row.seeds else failed
 
 
 def _first_line(reason: str, limit: int = 80) -> str:
@@ -106,7 +107,8 @@ def _first_line(reason: str, limit: int = 80) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def _difference(row: Row) -> str:
+def difference_cell(row: Row) -> str:
+    """The difference to the reference with its interval; marked where that excludes 0."""
     difference = row.difference
     if difference is None:
         return ABSENT
@@ -148,19 +150,19 @@ COLUMNS: tuple[Column, ...] = (
     ("Size", lambda r: _bytes(r.size_bytes), 0),
     ("Smaller", lambda r: ABSENT if math.isnan(r.size_ratio) else f"{r.size_ratio:.1f}×", 100),
     ("Accuracy %", _accuracy, 0),
-    ("Δ [95%]", _difference, 0),
+    ("Δ [95%]", difference_cell, 0),
     ("Δ against", lambda r: r.reference or ABSENT, 100),
     ("Selected on", lambda r: r.selected_on or ABSENT, 140),
-    ("Last step %", lambda r: _mean_std(r.accuracy_last), 160),
-    ("Agreement %", lambda r: _mean_std(r.agreement), 160),
-    ("KL", lambda r: _mean_std(r.kl_to_teacher, 4), 180),
+    ("Last step %", lambda r: mean_cell(r.accuracy_last), 160),
+    ("Agreement %", lambda r: mean_cell(r.agreement), 160),
+    ("KL", lambda r: mean_cell(r.kl_to_teacher, 4), 180),
     ("BOPs", lambda r: _bops(r.bops), 140),
     ("Train s", lambda r: _plain(r.train_seconds, ".1f"), 140),
     ("Seeds", lambda r: str(len(r.seeds)), 120),
 )
 # Name, the measure's key, cell: a second table, where there is more than every record has.
 TRANSFER: tuple[tuple[str, str, Callable[[Row], str]], ...] = tuple(
-    (name, key, lambda r, key=key, digits=digits: _mean_std(r.measures[key], digits))
+    (name, key, lambda r, key=key, digits=digits: mean_cell(r.measures[key], digits))
     for name, key, digits in (
         ("ECE %", "ece", 2),
         ("Agreement where teacher is wrong %", "agreement_where_teacher_wrong", 1),

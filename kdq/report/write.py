@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from kdq.files import write_atomic
-from kdq.report import Record, table
+from kdq.report import Record, pivot, table
 
 
 def write_report(
@@ -21,6 +21,8 @@ def write_report(
     size_baseline: str | None = None,
 ) -> None:
     """Writes results.json, table.md and accuracy_vs_size.png to `workdir`; prints the table.
+
+    And pivot.md, where methods are there at several widths; see `kdq.report.pivot`.
 
     Args:
       records: one dict an arm and seed, as in the package's docstring.
@@ -40,6 +42,8 @@ def write_report(
     text = json.dumps(strict(list(records)), indent=1, allow_nan=False)
     write_atomic(workdir / "results.json", (text + "\n").encode())
     write_atomic(workdir / "table.md", table.markdown(summary, records).encode())
+    if by_width := pivot.markdown(summary):
+        write_atomic(workdir / "pivot.md", by_width.encode())
     plot.accuracy_vs_size(records, workdir / "accuracy_vs_size.png")
     table.print_table(summary, console)
 
