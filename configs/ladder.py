@@ -33,9 +33,10 @@ PTQ = {
     "guided": ({"method": "teacher_guided"},),
 }
 QAT = ("ste", "lsq", "lsq_plus", "pact", "dorefa")
-# At the end of training, from nothing at its start; chosen on validation from these (`:tune`).
+# At the end of training, from nothing at its start. The mean over widths, STE and LSQ was best on
+# validation of digits, in seeds of its own, with the smallest (`:tune,seeds=2`).
 DAMPEN = {"low": 1e-4, "mid": 1e-3, "high": 1e-2}
-CHOSEN = "mid"
+CHOSEN = "low"
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

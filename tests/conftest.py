@@ -5,6 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Most of the time of the tests goes into compiling, and little of it into what is compiled. Child
+# processes take this over, so that what is compared between processes is compiled alike.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 import pytest
 
 from kdq import config, data
