@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -49,6 +49,8 @@ __all__ = [
     "to_json",
     "unknown",
 ]
+
+BITS = r"(?:W([1-8]))?(?:A([1-8]))?"  # what an arm's `bits` may be, beside a key of `rules`
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -132,6 +134,9 @@ def _check(experiment: Experiment) -> None:
             raise ConfigError(f"config.models.{name}.name is missing: a module of kdq.models")
     if experiment.transfer.examples < 0 or experiment.transfer.epsilon < 0:
         raise ConfigError(f"config.transfer={experiment.transfer}: want no negative number")
+    for name in experiment.rules:
+        if re.fullmatch(BITS, name):
+            raise ConfigError(f"config.rules.{name}: that name has a meaning of its own, as bits")
     _check_cache(experiment.cache)
     for name in experiment.teachers:
         _check_teacher(experiment, name)
@@ -210,7 +215,8 @@ def _check_arm(experiment: Experiment, name: str) -> None:
         )
     if one.init and experiment.arms[one.init].bits and not one.bits:
         raise ConfigError(f"{where}.init={one.init!r} is quantized, but the arm is float")
-    parse_bits(one.bits, where=f"{where}.bits")
+    if one.bits not in experiment.rules:
+        parse_bits(one.bits, where=f"{where}.bits", rules=experiment.rules)
     if one.init and one.load:
         raise ConfigError(f"{where}: init={one.init!r} and load={one.load!r}; want one of them")
     if one.epochs < 0 or not (one.epochs or one.init or one.load):
@@ -277,11 +283,19 @@ def parents(experiment: Experiment, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, (one.init, *taught_by))))
 
 
-def parse_bits(bits: str, where: str = "bits") -> tuple[int | None, int | None]:
-    """`"W4A8"` -> (4, 8), `"W4"` -> (4, None), `"A8"` -> (None, 8), `""` -> (None, None)."""
-    found = re.fullmatch(r"(?:W([1-8]))?(?:A([1-8]))?", bits)
+def parse_bits(
+    bits: str, where: str = "bits", rules: Iterable[str] = ()
+) -> tuple[int | None, int | None]:
+    """`"W4A8"` -> (4, 8), `"W4"` -> (4, None), `"A8"` -> (None, 8), `""` -> (None, None).
+
+    Raises ConfigError for anything else; it names `rules`, which would have been valid too.
+    """
+    found = re.fullmatch(BITS, bits)
     if not found:
-        raise ConfigError(f"{where}={bits!r}: want 'W4A4', 'W4', 'A8' or '' with bits from 1 to 8")
+        names = "".join(f", {name!r}" for name in rules)
+        raise ConfigError(
+            f"{where}={bits!r}: want 'W4A4', 'W4', 'A8' or '' with bits from 1 to 8{names}"
+        )
     weights, activations = found.groups()
     return (int(weights) if weights else None, int(activations) if activations else None)
 

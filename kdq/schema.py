@@ -84,7 +84,7 @@ class Arm:
     # that guides a method that asks a teacher; "" is the float model itself.
     teacher: str = ""
     distill: str = ""  # how: a key of `distill`; wanted with a teacher, and only then
-    bits: str = ""  # "W4A4", "W4" (weights only), or "" for float
+    bits: str = ""  # "W4A4", "W4" (weights only), a key of `rules`, or "" for float
     observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse, entropy
     ptq: str = ""  # what is done beside calibration: a key of `ptq`; "" is nothing
     qat: str = ""  # how quantizers train: a key of `qat`; "" is learned step sizes
@@ -228,6 +228,10 @@ class Experiment:
     teacher: str = "teacher"  # arm that fidelity and sizes are measured against
     optimizer: Optimizer = Optimizer()
     quantize: Quantize = Quantize()
+    # What no "W4A4" can say, formats, groups, dynamic ranges: {name: ({"path": pattern, "weights":
+    # fields of kdq.quantize.TensorSpec, "activations": the same}, ...)}; the first that matches a
+    # layer wins, before `quantize.keep`. Observers by name; the arm's, where none is given.
+    rules: Mapping[str, tuple[Mapping[str, Any], ...]] = dataclasses.field(default_factory=dict)
     # Chains of post-training methods: {key: ({"method": one of kdq.quantize.ptq, options}, ...)}.
     ptq: Mapping[str, tuple[Mapping[str, Any], ...]] = dataclasses.field(default_factory=dict)
     qat: Mapping[str, Qat] = dataclasses.field(default_factory=dict)

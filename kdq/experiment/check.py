@@ -11,6 +11,7 @@ from kdq.config import ConfigError, Experiment, unknown
 from kdq.distill import capture
 from kdq.distill.term import Shapes
 from kdq.experiment.inputs import Inputs
+from kdq.experiment.quantized import rules_of
 from kdq.experiment.store import load
 from kdq.experiment.teaching import Teachers
 from kdq.quantize import qat
@@ -62,6 +63,9 @@ def check(
     for key in {arm.model for arm in experiment.arms.values() if arm.bits}:
         _check_quantize(experiment, key, models[key], inputs.image)
     for name, arm in experiment.arms.items():
+        if arm.bits in experiment.rules:
+            _check_rules(experiment, name, models[arm.model], inputs.image)
+    for name, arm in experiment.arms.items():
         if arm.distill:
             _check_taught(experiment, name, models, inputs, teachers)
 
@@ -90,6 +94,19 @@ def _check_quantize(
             raise ConfigError(
                 f"config.quantize.fixed_scales, model {key!r}: {pattern!r} matches none of {names}"
             )
+
+
+def _check_rules(
+    experiment: Experiment, name: str, model: nn.Module, image: jax.ShapeDtypeStruct
+) -> None:
+    arm = experiment.arms[name]
+    found = quantize.list_layers(model, _shapes(model, image), image, train=False)
+    try:
+        match(rules_of(experiment, arm), found)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"config.rules.{arm.bits}, arm {name!r}: {error}") from error
 
 
 def _check_taught(

@@ -45,6 +45,7 @@ def digests(experiment: Experiment) -> dict[str, str]:
                 **shared,
                 "quantize": experiment.quantize if arm.bits else None,
                 "ptq": experiment.ptq[arm.ptq] if arm.ptq else None,
+                **({"rules": experiment.rules[arm.bits]} if arm.bits in experiment.rules else {}),
                 "qat": experiment.qat[arm.qat] if arm.qat else None,
                 "model": experiment.models[arm.model],
                 "arm": {**kdq_config.to_json(arm), "reference": "", **kdq_config.to_json(others)},

@@ -2,15 +2,18 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 
 from kdq import config as kdq_config
 from kdq import quantize
-from kdq.config import Arm, Experiment
+from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment.progress import Progress, Record
-from kdq.quantize import observers
+from kdq.fields import check_arguments, unknown
+from kdq.quantize import QuantizationRule, TensorSpec, observers
+from kdq.quantize.observers import Observer
 from kdq.quantize.ptq import chain
 from kdq.quantize.ptq.errors import layer_errors
 from kdq.schema import Qat
@@ -55,7 +58,7 @@ def quantized(
       noise ratio [dB] of each layer, {"layers": {path: [before, after]}}, and the KL [nats] of the
       output, {"kl": [before, after]}, on `images`. None is a ratio without noise or signal.
     """
-    rules = _rules(experiment, arm)
+    rules = rules_of(experiment, arm)
     steps = experiment.ptq[arm.ptq] if arm.ptq else ()
     kwargs = {"train": False}
     start = time.monotonic()
@@ -95,11 +98,36 @@ def recipe(experiment: Experiment, arm: Arm) -> Qat:
     return experiment.qat[arm.qat] if arm.qat else Qat()
 
 
-def _rules(experiment: Experiment, arm: Arm) -> tuple[quantize.QuantizationRule, ...]:
-    config = experiment.quantize
+def rules_of(experiment: Experiment, arm: Arm) -> tuple[QuantizationRule, ...]:
+    """Which layers of an arm are quantized, and how. Raises ConfigError."""
+    config, observer = experiment.quantize, OBSERVERS[arm.observer]
+    if arm.bits in experiment.rules:
+        where = f"config.rules.{arm.bits}"
+        entries = enumerate(experiment.rules[arm.bits])
+        return tuple(_rule(entry, observer, f"{where}[{i}]") for i, entry in entries)
     return quantize.uniform_rules(
         *kdq_config.parse_bits(arm.bits),
         keep=config.keep,
         keep_bits=config.keep_bits,
-        observer=OBSERVERS[arm.observer],
+        observer=observer,
     )
+
+
+def _rule(entry: Mapping[str, Any], observer: Observer, where: str) -> QuantizationRule:
+    """A rule of the config, checked."""
+    check_arguments(QuantizationRule, entry, where)
+    halves = {}
+    for half in entry.keys() - {"path"}:
+        fields = {"observer": observer, **entry[half]}
+        check_arguments(TensorSpec, fields, f"{where}.{half}")
+        if isinstance(fields["observer"], str):
+            if fields["observer"] not in OBSERVERS:
+                given = fields["observer"]
+                raise ConfigError(unknown(f"{where}.{half}.observer:", given, OBSERVERS))
+            fields["observer"] = OBSERVERS[fields["observer"]]
+        halves[half] = fields
+    try:
+        made = {half: TensorSpec(**fields) for half, fields in halves.items()}
+        return QuantizationRule(path=entry["path"], **made)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error

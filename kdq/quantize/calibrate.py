@@ -133,7 +133,7 @@ def _quantizer(
     options = {"symmetric": spec.symmetric, "signed": signed, "narrow": spec.narrow and signed}
     if spec.format:
         options = {"format": spec.format}
-    low, high = spec.observer.range(state, bits=spec.width, **options)
+    low, high = _observer(spec).range(state, bits=spec.width, **options)
     quantizer = grid.from_range(low, high, spec.width, **options)
     per_layer = {k: getattr(quantizer, k) for k in ("qmin", "qmax", "levels")}
     return quantizer.replace(
@@ -143,6 +143,11 @@ def _quantizer(
             for k, v in per_layer.items()
         },
     )
+
+
+def _observer(spec: TensorSpec) -> Observer:
+    """What looks on: of a dynamic input only the sign is asked."""
+    return MinMax() if spec.dynamic else spec.observer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +174,7 @@ def _observe_inputs(
     for (path, operand), spec in specs.items():
         layer = layers[path]
         shape = activation_scale_shape(spec, layer, operand)
-        observer = MinMax() if spec.dynamic else spec.observer
+        observer = _observer(spec)
         watchers[path, operand] = _Observe(observer, shape)
         one = observer.init(math.prod(shape))
         broadcast = lambda s, stack=layer.stack: jnp.broadcast_to(s, (*stack, *s.shape))

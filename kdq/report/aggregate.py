@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
@@ -51,6 +52,12 @@ class Row:
     train_seconds: float
     selected_on: str
     measures: dict[str, Mean]  # by the keys of MEASURES
+
+    @property
+    def method(self) -> str:
+        """The arm's name without its bits: the same for an arm of other bits. May be empty."""
+        name = re.sub(rf"[\s_\-/.]*{re.escape(self.bits)}", "", self.arm, flags=re.IGNORECASE)
+        return name.strip(" _-/.")
 
 
 def rows(records: Sequence[Record], size_baseline: str | None = None) -> list[Row]:

@@ -1,5 +1,6 @@
 """A method a row and a width a column: the shape in which many quantized arms can be read."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from kdq.report.aggregate import Row
@@ -17,9 +18,8 @@ def markdown(table: Sequence[Row]) -> str:
     """
     found: dict[str, dict[str, Row]] = {}
     for row in table:
-        method = _method(row)
-        if method is not None:
-            found.setdefault(method, {})[row.bits] = row
+        if row.method not in ("", row.arm):
+            found.setdefault(row.method, {})[row.bits] = row
     found = {method: by_bits for method, by_bits in found.items() if len(by_bits) > 1}
     if not found:
         return ""
@@ -48,16 +48,6 @@ def markdown(table: Sequence[Row]) -> str:
     )
 
 
-def _method(row: Row) -> str | None:
-    """The name of an arm without its bits; None if they are not in it."""
-    bits = row.bits.lower()
-    parts = row.arm.split("_")
-    if bits not in parts or len(parts) == 1:
-        return None
-    parts.remove(bits)
-    return "_".join(parts)
-
-
 def _grid(
     found: dict[str, dict[str, Row]],
     widths: Sequence[str],
@@ -77,8 +67,5 @@ def _grid(
 
 def _reference(by_bits: dict[str, Row]) -> str:
     """The arm that a method is compared with, without its bits."""
-    names = set()
-    for bits, row in by_bits.items():
-        parts = (row.reference or ABSENT).split("_")
-        names.add("_".join(part for part in parts if part != bits.lower()))
+    names = {dataclasses.replace(r, arm=r.reference or ABSENT).method for r in by_bits.values()}
     return escape(", ".join(sorted(names)))

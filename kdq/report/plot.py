@@ -5,7 +5,6 @@ import io
 import itertools
 import math
 import os
-import re
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -129,9 +128,8 @@ def _points(table: Sequence[Row]) -> list[_Point]:
 
 
 def _series(row: Row) -> str:
-    """The arm's name without its bits, so that one method's bit-widths share a marker."""
-    name = re.sub(rf"[\s_\-/.]*{re.escape(row.bits)}", "", row.arm, flags=re.IGNORECASE)
-    return name.strip(" _-/.") or row.kind or row.arm
+    """What one method's bit-widths have in common, so that they share a marker."""
+    return row.method or row.kind or row.arm
 
 
 def _side_by_side(sizes: Sequence[float]) -> list[float]:

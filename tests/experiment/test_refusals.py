@@ -34,6 +34,8 @@ def replaced(base, path, value):
         (("arms", "kd", "teacher"), "teach", r"config\.arms\.kd\.teacher.*'teach'.*'teacher'"),
         (("arms", "kd", "model"), "studnt", r"config\.arms\.kd\.model.*'studnt'.*student"),
         (("quantize", "keep"), ("conv_9",), r"'conv_9'.*conv_0.*conv_1.*head"),
+        (("arms", "ptq", "bits"), "W9", r"arms\.ptq\.bits='W9'.*1 to 8"),
+        (("rules", "W4A4"), ({"path": ".*"},), r"rules\.W4A4: that name has a meaning"),
         (
             ("quantize", "fixed_scales"),
             ("conv_0",),
@@ -47,6 +49,15 @@ def test_an_unknown_name_lists_the_valid_ones(tiny_config, tmp_path, path, value
     with pytest.raises((config.ConfigError, data.DataError), match=f"(?s){message}"):
         experiment.run(config.freeze(replaced(tiny_config(), path, value)), workdir)
     assert not workdir.exists()
+
+
+def test_rules_that_fit_no_layer_are_refused(tiny_config, tmp_path):
+    changed = replaced(tiny_config(), ("arms", "ptq", "bits"), "grouped")
+    weights = {"bits": 4, "granularity": "per_group", "group_size": 5}
+    changed["rules"] = {"grouped": ({"path": "head", "weights": weights},)}
+    with pytest.raises(config.ConfigError, match=r"rules\.grouped, arm 'ptq'.*group_size=5"):
+        experiment.run(config.freeze(changed), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_arm_lists_the_valid_ones(tiny_experiment, tmp_path):
