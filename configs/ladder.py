@@ -49,9 +49,11 @@ def get_config(argument: str | None = None) -> ConfigDict:
     if argument.tune:
         config.seeds = tuple(100 + seed for seed in range(argument.seeds))
     further = {"epochs": config.arms.qat_w4a4.epochs, "learning_rate": 1e-2, "augment": False}
-    if argument.fashion:
-        further |= {"epochs": config.arms.qat_w4a4.epochs / 4, "learning_rate": 5e-3}
-        config.data.augment = ()
+    if argument.fashion:  # batches of 64: more steps a second of a CPU
+        further |= {"epochs": config.arms.qat_w4a4.epochs / 8, "learning_rate": 2e-3}
+        config.arms.student.learning_rate = 5e-3
+        config.data.batch_size, config.data.augment = 64, ()
+        config.quantize.calibration_examples = 512
     config.evaluations = 4 if argument.fashion else 20
     config.distill = {
         "kd": dict(config.distill.kd),
@@ -71,12 +73,14 @@ def get_config(argument: str | None = None) -> ConfigDict:
     }
     config.teachers = {}
     for bits in WIDTHS:
-        arms |= _tuning(bits, further) if argument.tune else _rungs(config, bits, further)
+        # There a peer of the teacher's size would take most of the time.
+        staged = not argument.fashion or not bits.endswith("A8")
+        arms |= _tuning(bits, further) if argument.tune else _rungs(config, bits, further, staged)
     config.arms = ConfigDict(arms, sort_keys=False)
     return config
 
 
-def _rungs(config: ConfigDict, bits: str, further: dict) -> dict[str, dict]:
+def _rungs(config: ConfigDict, bits: str, further: dict, staged: bool) -> dict[str, dict]:
     """All arms of a width; `config` gets the teachers that they need."""
     name = lambda step: f"{bits.lower()}_{step}"
     base = {"model": "student", "init": "student", "bits": bits}
@@ -98,6 +102,8 @@ def _rungs(config: ConfigDict, bits: str, further: dict) -> dict[str, dict]:
     taught = {**base, **further, "distill": "kd", "reference": name("lsq")}
     arms[name("qad")] = arm(**taught, teacher="teacher")
     arms[name("qad_kl_only")] = arm(**{**taught, "distill": "kl_only"}, teacher="teacher")
+    if not staged:
+        return arms
     # In three stages of a third of the epochs each (arXiv:1911.12491).
     third = {**taught, "epochs": further["epochs"] / 3}
     peer, former = f"peer_{bits.lower()}", f"former_{bits.lower()}"
