@@ -54,6 +54,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.arms.student.learning_rate = 5e-3
         config.data.batch_size, config.data.augment = 64, ()
         config.quantize.calibration_examples = 512
+        config.arms.teacher.epochs = 0.0  # it is loaded
     config.evaluations = 4 if argument.fashion else 20
     config.distill = {
         "kd": dict(config.distill.kd),
