@@ -69,7 +69,7 @@ def save_packed(
     """
     arrays = traverse_util.flatten_dict(_numpy(variables), sep="/")
     layers = {}
-    for layer, quantizers in qparams.items():
+    for layer, quantizers in quantize.plain(qparams).items():
         layers[layer] = entry = {}
         if "weights" in quantizers:
             names = (_weight_path(layer, name) for name in WEIGHT_NAMES)

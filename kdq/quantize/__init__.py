@@ -19,7 +19,7 @@ from kdq.quantize.observers import (
     Observer,
     Percentile,
 )
-from kdq.quantize.qat import finish, plain, prepare, widened
+from kdq.quantize.qat import finish, plain, prepare, widened, with_keys
 from kdq.quantize.rules import QuantizationRule, TensorSpec, uniform_rules
 from kdq.quantize.scales import Scales, replace_scales, scales
 from kdq.quantize.simulate import apply, predict
@@ -57,4 +57,5 @@ __all__ = [
     "summary",
     "uniform_rules",
     "widened",
+    "with_keys",
 ]

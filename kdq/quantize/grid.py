@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdq.quantize import choice
 from kdq.quantize.formats import E4M3, FORMATS
 from kdq.types import Array
 
@@ -39,6 +40,8 @@ class Training:
     decay: float = 0.0
     # "tanh": of the weight before it is rounded, stretched over the whole grid (DoReFa).
     transform: str = ""
+    # Rounded up or down by chance, in training steps alone: these hand out the keys.
+    stochastic: bool = False
 
 
 class Quantizer(flax.struct.PyTreeNode):
@@ -57,6 +60,7 @@ class Quantizer(flax.struct.PyTreeNode):
     qmin: Array  # float32, the smallest code
     qmax: Array  # float32, the largest
     levels: Array | None = None  # [codes] float32, ascending: a number format instead of integers
+    key: Array | None = None  # random, of one step: round by chance instead of to the nearest
     # What follows is static: it decides what is compiled.
     scale_format: str = flax.struct.field(default="", pytree_node=False)  # a key of `SCALE_FORMATS`
     dynamic: "Dynamic | None" = flax.struct.field(default=None, pytree_node=False)
@@ -254,24 +258,15 @@ def over_stack(function: Callable[[Array, Quantizer], Any], quantizer: Quantizer
     return function
 
 
-def nearest_level(x: Array, levels: Array) -> Array:
-    """Index of the level nearest to each element, as float32; of two equally near, the even one.
-
-    Even counts from the level 0, as the last bit of a float's mantissa does.
-    """
-    between = (levels[1:] + levels[:-1]) / 2
-    below, above = (jnp.searchsorted(between, x, side=side) for side in ("left", "right"))
-    zero = jnp.argmin(jnp.abs(levels))
-    return jnp.where((below - zero) % 2 == 0, below, above).astype(jnp.float32)
-
-
 def to_codes(x: Array, quantizer: Quantizer) -> Array:
     """Integer codes of `x`, as float32 of the same shape (see `fake_quantize`, which trains)."""
     quantizer = resolve(x, quantizer)
-    if quantizer.levels is None:
-        codes = jnp.round(position(x, quantizer.scale, quantizer.zero_point))
+    levels = quantizer.levels
+    at = position(x, quantizer.scale, quantizer.zero_point if levels is None else jnp.float32(0))
+    if quantizer.key is None:
+        codes = choice.nearest(at, levels)
     else:
-        codes = nearest_level(position(x, quantizer.scale, jnp.float32(0)), quantizer.levels)
+        codes = choice.by_chance(at, levels, quantizer.key)
     return jnp.clip(codes, quantizer.qmin, quantizer.qmax)
 
 

@@ -17,6 +17,7 @@ from kdq.quantize.ste import transformed
 from kdq.types import QParams, Variables
 
 FIXED = Training(trains=())
+BY_CHANCE = Training(trains=(), stochastic=True)
 LEARNED = Training()
 
 
@@ -53,6 +54,8 @@ METHODS: dict[str, Method] = {
     "tqt": Method(weights=LEARNED, activations=LEARNED, scale_format="power_of_two"),
     # Each gradient scaled by its element's own rounding error (arXiv:2104.00903).
     "ewgs": Method(weights=Training(elementwise=1e-3), activations=Training(elementwise=1e-3)),
+    # Rounded up or down by chance, without bias (arXiv:1502.02551); ranges as calibrated.
+    "stochastic": Method(weights=BY_CHANCE, activations=BY_CHANCE),
 }
 
 
@@ -104,11 +107,33 @@ def finish(variables: Variables, qparams: QParams) -> tuple[Variables, QParams]:
 
 
 def plain(qparams: QParams) -> QParams:
-    """The quantizers without what they train by."""
+    """The quantizers without what they train by; they round to the nearest."""
     return {
-        path: {name: quantizer.replace(training=LEARNED) for name, quantizer in of.items()}
+        path: {name: one.replace(training=LEARNED, key=None) for name, one in of.items()}
         for path, of in qparams.items()
     }
+
+
+def with_keys(qparams: QParams, key: jax.Array) -> QParams:
+    """`qparams` with a key of its own for each quantizer that is `stochastic`, as of one step.
+
+    Each of a stack of layers has its own too. Where one quantizer meets several tensors, as of a
+    layer that is called twice, it draws the same numbers for tensors of the same shape.
+
+    Args:
+      qparams: as `prepare` set them up.
+      key: random, of this step.
+    """
+    names = sorted((p, name) for p, of in qparams.items() for name in of)
+    number = {name: i for i, name in enumerate(names)}
+
+    def draw(path: str, name: str, quantizer: Quantizer) -> Quantizer:
+        if not quantizer.training.stochastic:
+            return quantizer
+        own = jax.random.fold_in(key, number[path, name])
+        return quantizer.replace(key=jax.random.split(own, jnp.shape(quantizer.qmin)))
+
+    return {p: {name: draw(p, name, one) for name, one in of.items()} for p, of in qparams.items()}
 
 
 def widened(qparams: QParams, bits: jax.Array | float) -> QParams:

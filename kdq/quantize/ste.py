@@ -23,6 +23,9 @@ def fake_quantize(x: Array, quantizer: Quantizer) -> Array:
     optimizer that normalizes gradients would cancel. A scale that is not trained costs nothing
     under `jit`: its gradient is never computed. `quantizer.training` changes these; see `Training`.
 
+    With a `quantizer.key` an element goes up or down by chance, so that its mean is `x` wherever
+    the grid reaches (arXiv:1502.02551). Gradients are the same, of the `y` that was drawn.
+
     Args:
       x: tensor of any shape, float32 or bfloat16; the arithmetic is float32.
       quantizer: see `Quantizer`; its arrays align with `x`, after the axes of a stack.
@@ -36,7 +39,7 @@ def fake_quantize(x: Array, quantizer: Quantizer) -> Array:
 def _one(x: Array, quantizer: Quantizer) -> Array:
     x = transformed(x, quantizer)
     q = grid.resolve(x, quantizer)
-    return _round(x, q.scale, q.zero_point, q.qmin, q.qmax, q.levels, q.training)
+    return _round(x, q.scale, q.zero_point, q.qmin, q.qmax, q.levels, q.key, q.training)
 
 
 def transformed(x: Array, quantizer: Quantizer) -> Array:
@@ -52,13 +55,13 @@ def transformed(x: Array, quantizer: Quantizer) -> Array:
     return (t * (reach / jnp.where(top > 0, top, 1.0))).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _round(x, scale, zero_point, qmin, qmax, levels, training):
-    return _forward(x, scale, zero_point, qmin, qmax, levels, training)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _round(x, scale, zero_point, qmin, qmax, levels, key, training):
+    return _forward(x, scale, zero_point, qmin, qmax, levels, key, training)[0]
 
 
-def _forward(x, scale, zero_point, qmin, qmax, levels, training):
-    quantizer = Quantizer(scale, zero_point, qmin, qmax, levels)
+def _forward(x, scale, zero_point, qmin, qmax, levels, key, training):
+    quantizer = Quantizer(scale, zero_point, qmin, qmax, levels, key)
     y = grid.from_codes(grid.to_codes(x, quantizer), quantizer)
     return y.astype(x.dtype), (x, y, scale, zero_point, qmin, qmax, levels)
 
@@ -86,7 +89,7 @@ def _backward(training: Training, residuals, g):
     if training.elementwise:
         error = (x32 - y) * grid.expand(1.0 / scale, x.shape)
         dx = (dx32 * (1 + training.elementwise * jnp.sign(dx32) * error)).astype(dx.dtype)
-    return dx, d_scale, d_zero, None, None, None
+    return dx, d_scale, d_zero, None, None, None, None
 
 
 _round.defvjp(_forward, _backward)

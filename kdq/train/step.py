@@ -61,10 +61,11 @@ def train_step(
 
     def loss_fn(trainable):
         qparams = quantize.replace_scales(state.qparams, trainable["scales"])
+        quantizers = regime.quantizers(qparams, state.step)
         student, model_state = capture.run(
             model,
             {"params": trainable["params"], **state.model_state},
-            regime.quantizers(qparams, state.step),
+            quantize.with_keys(quantizers, jax.random.fold_in(key, 3)),
             batch["image"],
             objective.student_layers,
             train=True,
