@@ -1,7 +1,9 @@
 """The packed file: a model in one safetensors file, sub-byte weights really packed.
 
 Tensors: `PATH/WEIGHT` as packed bytes where the weight is quantized, with its `PATH/WEIGHT:scale`
-(and `:zero_point`, where that is not 0) beside it; every other array as it is. The metadata hold
+(and `:zero_point`, where that is not 0) beside it; every other array as it is. The scales of block
+formats are bytes, `:scale_e8m0` or `:scale_e4m3`, the second with a float32 of the tensor in
+`:scale_tensor`; a reader that knows `:scale` alone finds none and refuses. The metadata hold
 one JSON document under "kdq" (format version, the model's name and fields, and for each quantized
 layer the bits, shapes and the quantizer of its input).
 """
@@ -23,7 +25,7 @@ from flax import traverse_util
 
 from kdq import files, models, quantize
 from kdq.deploy.packing import pack, unpack
-from kdq.quantize import grid
+from kdq.quantize import grid, scale_formats
 from kdq.quantize.kinds import WEIGHT_NAMES
 from kdq.types import Array, QParams, Variables
 
@@ -66,6 +68,9 @@ def save_packed(
       model: `{"name": a module of kdq.models, **fields}`, or any description of your own model;
         JSON-able.
       metadata: anything else worth keeping with the model; JSON-able.
+
+    Raises:
+      ValueError: a scale that its format does not hold; names the layer.
     """
     arrays = traverse_util.flatten_dict(_numpy(variables), sep="/")
     layers = {}
@@ -74,7 +79,10 @@ def save_packed(
         if "weights" in quantizers:
             names = (_weight_path(layer, name) for name in WEIGHT_NAMES)
             name = next(name for name in names if name in arrays)
-            entry["weight"] = _pack_weight(arrays, name, quantizers["weights"])
+            try:
+                entry["weight"] = _pack_weight(arrays, name, quantizers["weights"])
+            except ValueError as error:
+                raise ValueError(f"layer {layer!r}: {error}") from error
         inputs = {k: _quantizer_json(v) for k, v in quantizers.items() if k != "weights"}
         if inputs:
             entry["inputs"] = inputs
@@ -159,15 +167,13 @@ def _weight_path(layer: str, weight: str) -> str:
 def _pack_weight(arrays: dict[str, np.ndarray], name: str, quantizer: grid.Quantizer) -> dict:
     """Replaces a weight by its packed codes and scales; returns what is needed to undo that."""
     weight, bits = arrays[name], grid.bits(quantizer)
-    if quantizer.scale_format:
-        rounded = grid.over_stack(lambda x, q: grid.with_rounded_scale(q).scale, quantizer)
-        scale = rounded(weight, quantizer)
-        quantizer = quantizer.replace(scale=scale, scale_format="")
+    scale_format = quantizer.scale_format
+    quantizer, stored = _pack_scale(weight, quantizer)
     codes = np.asarray(grid.over_stack(grid.to_codes, quantizer)(weight, quantizer))
     qmin = np.asarray(quantizer.qmin)
-    codes = codes - qmin.reshape(*qmin.shape, *[1] * (codes.ndim - qmin.ndim))
+    codes = codes - _beside(qmin, codes)
     arrays[name] = pack(codes.astype(np.uint8), bits)
-    arrays[f"{name}:scale"] = np.asarray(quantizer.scale)
+    arrays.update({f"{name}:{suffix}": array for suffix, array in stored.items()})
     zero_point = np.asarray(quantizer.zero_point)
     constant = float(zero_point.flat[0]) if np.ptp(zero_point) == 0 else None
     if constant is None:
@@ -181,14 +187,55 @@ def _pack_weight(arrays: dict[str, np.ndarray], name: str, quantizer: grid.Quant
     }
     if quantizer.levels is not None:
         info["levels"] = _json(quantizer.levels)
+    if scale_format in scale_formats.STORED:
+        info["scale_format"] = scale_format
     return info
+
+
+def _pack_scale(
+    weight: np.ndarray, quantizer: grid.Quantizer
+) -> tuple[grid.Quantizer, dict[str, np.ndarray]]:
+    """The quantizer with the scale that its format holds, and the arrays of it by their suffix."""
+    name = quantizer.scale_format
+    if not name:
+        return quantizer, {"scale": np.asarray(quantizer.scale)}
+    of_layer = lambda _, q: (grid.with_rounded_scale(q).scale, scale_formats.of_tensor(q.scale))
+    scale, shared = map(np.asarray, grid.over_stack(of_layer, quantizer)(weight, quantizer))
+    quantizer = quantizer.replace(scale=scale, scale_format="")
+    if name not in scale_formats.STORED:
+        return quantizer, {"scale": scale}
+    if not scale_formats.STORED[name].shared:
+        return quantizer, {f"scale_{name}": scale_formats.encode(scale, np.float32(1), name)}
+    codes = scale_formats.encode(scale, _beside(shared, scale), name)
+    return quantizer, {f"scale_{name}": codes, "scale_tensor": shared}
+
+
+def _unpack_scale(
+    arrays: dict[str, np.ndarray], name: str, scale_format: str, stack: tuple[int, ...]
+) -> np.ndarray:
+    if not scale_format:
+        return arrays.pop(f"{name}:scale")
+    if scale_format not in scale_formats.STORED:
+        raise ValueError(f"{scale_format=}: want one of {tuple(scale_formats.STORED)}")
+    codes, shared = arrays.pop(f"{name}:scale_{scale_format}"), np.float32(1)
+    if scale_formats.STORED[scale_format].shared:
+        shared = arrays.pop(f"{name}:scale_tensor")
+        if (shared.dtype, shared.shape) != (np.float32, stack):
+            raise ValueError(f"scale_tensor: want float32 {stack}: {shared.dtype} {shared.shape}")
+    return scale_formats.decode(codes, _beside(shared, codes), scale_format)
+
+
+def _beside(of_stack: np.ndarray, array: np.ndarray) -> np.ndarray:
+    """What each layer of a stack has one of, so that it broadcasts with an array of the stack."""
+    of_stack = np.asarray(of_stack)
+    return of_stack.reshape(*of_stack.shape, *[1] * (array.ndim - of_stack.ndim))
 
 
 def _unpack_weight(arrays: dict[str, np.ndarray], name: str, info: Mapping[str, Any]) -> np.ndarray:
     shape = tuple(info["shape"])
     codes = unpack(arrays.pop(name), info["bits"], int(np.prod(shape))).reshape(shape)
-    scale = arrays.pop(f"{name}:scale")
     qmin = np.asarray(info["qmin"], np.float32)
+    scale = _unpack_scale(arrays, name, info.get("scale_format", ""), qmin.shape)
     if scale.ndim > len(shape) or any(
         full % size for size, full in zip(scale.shape[::-1], shape[::-1], strict=False)
     ):
@@ -203,7 +250,7 @@ def _unpack_weight(arrays: dict[str, np.ndarray], name: str, info: Mapping[str, 
         qmax=qmin,  # what is decoded is not clipped
         levels=jnp.asarray(info["levels"], jnp.float32) if "levels" in info else None,
     )
-    codes = codes + qmin.reshape(*qmin.shape, *[1] * (codes.ndim - qmin.ndim))
+    codes = codes + _beside(qmin, codes)
     return np.asarray(grid.over_stack(grid.from_codes, quantizer)(codes, quantizer))
 
 

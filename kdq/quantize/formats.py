@@ -16,7 +16,7 @@ class Format:
 
     levels: tuple[float, ...]  # ascending; a value is a level times a scale
     group_size: int | None = None  # block formats: elements along the inputs that share a scale
-    scale_format: str = ""  # of that scale: a key of grid.SCALE_FORMATS
+    scale_format: str = ""  # of that scale: a key of scale_formats.ROUNDINGS
 
     @property
     def bits(self) -> int:

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.quantize import choice
-from kdq.quantize.formats import E4M3, FORMATS
+from kdq.quantize import choice, scale_formats
+from kdq.quantize.formats import FORMATS
 from kdq.types import Array
 
 
@@ -62,7 +62,7 @@ class Quantizer(flax.struct.PyTreeNode):
     levels: Array | None = None  # [codes] float32, ascending: a number format instead of integers
     key: Array | None = None  # random, of one step: round by chance instead of to the nearest
     # What follows is static: it decides what is compiled.
-    scale_format: str = flax.struct.field(default="", pytree_node=False)  # a key of `SCALE_FORMATS`
+    scale_format: str = flax.struct.field(default="", pytree_node=False)  # see `scale_formats`
     dynamic: "Dynamic | None" = flax.struct.field(default=None, pytree_node=False)
     training: Training = flax.struct.field(default=Training(), pytree_node=False)
 
@@ -203,7 +203,7 @@ def with_rounded_scale(quantizer: Quantizer) -> Quantizer:
     """The quantizer with a scale that its `scale_format` holds; of one layer, not of a stack."""
     if not quantizer.scale_format:
         return quantizer
-    rounding = SCALE_FORMATS[quantizer.scale_format]
+    rounding = scale_formats.ROUNDINGS[quantizer.scale_format]
     raw = jax.lax.stop_gradient(quantizer.scale)
     rounded = rounding(raw, quantizer.levels)
     # The gradient of the logarithm passes through the rounding unchanged (arXiv:1903.08066).
@@ -221,34 +221,6 @@ def _from_tensor(x: Array, quantizer: Quantizer) -> Quantizer:
     groups = to_groups(x.astype(jnp.float32), shape)
     low, high = (extreme.reshape(shape) for extreme in (groups.min(-1), groups.max(-1)))
     return fit(quantizer, low, high, symmetric=how.symmetric).replace(dynamic=None)
-
-
-def _power_of_two(scale: Array, levels: Array | None) -> Array:
-    """The next power of two above, so that no range shrinks (TQT, arXiv:1903.08066)."""
-    mantissa, exponent = jnp.frexp(scale)
-    return jnp.ldexp(1.0, jnp.where(mantissa == 0.5, exponent - 1, exponent))
-
-
-def _e8m0(scale: Array, levels: Array | None) -> Array:
-    """The power of two that brings a block's largest number into the topmost binade of the levels.
-
-    2^(floor(log2 reach) - floor(log2 levels[-1])), as the microscaling specification has it: what
-    then exceeds the largest level is clipped to it.
-    """
-    exponent = lambda x: jnp.frexp(x)[1] - 1
-    top = levels[-1]
-    return jnp.ldexp(1.0, exponent(scale * top) - exponent(top))
-
-
-def _e4m3(scale: Array, levels: Array | None) -> Array:
-    """A number of 8 bits times a float32 of the tensor, by which its largest scale is 448."""
-    tensor = scale.max() / E4M3[-1]
-    smallest = E4M3[len(E4M3) // 2 + 1]
-    steps = jnp.asarray(scale / tensor, jnp.float8_e4m3fn).astype(jnp.float32)
-    return jnp.maximum(steps, smallest) * tensor
-
-
-SCALE_FORMATS = {"power_of_two": _power_of_two, "e8m0": _e8m0, "e4m3": _e4m3}
 
 
 def over_stack(function: Callable[[Array, Quantizer], Any], quantizer: Quantizer) -> Callable:

@@ -27,7 +27,7 @@ class Method:
 
     weights: Training
     activations: Training
-    scale_format: str = ""  # of every scale: a key of grid.SCALE_FORMATS
+    scale_format: str = ""  # of every scale: a key of scale_formats.ROUNDINGS
 
 
 METHODS: dict[str, Method] = {

@@ -13,9 +13,11 @@ from kdq.quantize import grid
 from kdq.quantize.formats import FORMATS
 from kdq.quantize.layers import LayerInfo, at_path, list_layers, list_unquantized
 from kdq.quantize.rules import QuantizationRule, TensorSpec, match, weight_scale_shape
+from kdq.quantize.scale_formats import stored_bytes
 from kdq.types import Array, QParams, Variables
 
 FLOAT = "float"
+DYNAMIC = " dynamic"  # after the number of bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,8 +146,8 @@ class _Tensor:
     name: str
     granularity: str
     observer: str
-    scales: int  # numbers stored beside it
-    zero_points: int
+    scale_bytes: int  # of what is stored beside it
+    zero_points: int  # so many float32 more
 
 
 _Found = dict[str, tuple[_Tensor | None, dict[str, _Tensor]]]
@@ -175,24 +177,22 @@ def _from_rules(
 
 def _of_spec(spec: TensorSpec, layer: LayerInfo | None) -> _Tensor:
     """Of a weight, or of an input if there is no layer."""
-    scales = 0
+    scales, scale_bytes = 0, 0
     if layer is not None:
         scales = math.prod((*layer.stack, *weight_scale_shape(spec, layer)))
+        scale_format = FORMATS[spec.format].scale_format if spec.format else ""
+        scale_bytes = stored_bytes(scales, math.prod(layer.stack), scale_format)
     granularity = spec.granularity
     if spec.group_size is not None:
         granularity += f" {spec.group_size}"
     return _Tensor(
         bits=spec.width,
-        name=_name(spec.format or str(spec.width), spec.dynamic),
+        name=(spec.format or str(spec.width)) + DYNAMIC * spec.dynamic,
         granularity=granularity,
         observer="" if spec.dynamic else repr(spec.observer),
-        scales=scales,
+        scale_bytes=scale_bytes,
         zero_points=0 if spec.symmetric else scales,
     )
-
-
-def _name(bits: str, dynamic: bool) -> str:
-    return f"{bits} dynamic" if dynamic else bits
 
 
 def _from_qparams(
@@ -232,10 +232,10 @@ def _of_quantizer(
     bits = grid.bits(quantizer)
     return _Tensor(
         bits=bits,
-        name=_name(_format(quantizer) or str(bits), dynamic is not None),
+        name=(_format(quantizer) or str(bits)) + DYNAMIC * (dynamic is not None),
         granularity=granularity,
         observer="",
-        scales=count,
+        scale_bytes=stored_bytes(count, math.prod(layer.stack), quantizer.scale_format),
         zero_points=0 if constant else count,
     )
 
@@ -270,7 +270,7 @@ def _row(
     if weights is not None:
         weight = at_path(variables["params"], layer.path)[layer.weight_name]
         packed = -(-layer.weight_count * weights.bits // 8)
-        size += packed + 4 * (weights.scales + weights.zero_points) - _nbytes(weight)
+        size += packed + weights.scale_bytes + 4 * weights.zero_points - _nbytes(weight)
     input_names = [inputs[o].name if o in inputs else FLOAT for o in layer.operands]
     tensors = [t for t in (weights, *inputs.values()) if t is not None]
     weight_name = FLOAT if weights is None else weights.name
