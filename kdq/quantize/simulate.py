@@ -27,6 +27,7 @@ def apply(
     variables: Variables,
     qparams: QParams,
     inputs: Array | tuple,
+    /,
     *,
     freeze_norm: bool = False,
     **kwargs: Any,

@@ -171,6 +171,7 @@ def dropping(
     args: tuple,
     key: Array,
     drop: Array,
+    /,
     **kwargs: Any,
 ) -> Any:
     """`simulate.apply` where each element of an input stays float with probability `drop`.

@@ -48,7 +48,7 @@ class Settings:
         return jax.tree.map(jnp.asarray, own)
 
 
-def plain(module, variables, qparams, args, key, drop, **kwargs) -> Any:
+def plain(module, variables, qparams, args, key, drop, /, **kwargs) -> Any:
     """The runner that quantizes inputs as they will be."""
     return simulate.apply(module, variables, qparams, args, **kwargs)
 

@@ -58,7 +58,8 @@ def _choices(weight, quantizer):
 class Two(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(1, use_bias=False, name="b")(nn.relu(nn.Dense(9, name="a")(x)))
+        x = nn.relu(nn.Dense(9, name="a")(x))
+        return nn.Dense(1, use_bias=False, name="b")(inputs=x)  # by name, as `apply` has one
 
 
 def test_second_layer_is_close_to_the_best_of_all_roundings_given_the_quantized_first():
