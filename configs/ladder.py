@@ -56,9 +56,12 @@ def get_config(argument: str | None = None) -> ConfigDict:
         config.quantize.calibration_examples = 512
         config.arms.teacher.epochs = 0.0  # it is loaded
     config.evaluations = 4 if argument.fashion else 20
+    temperature = config.distill.kd.terms.kl.temperature
     config.distill = {
         "kd": dict(config.distill.kd),
-        "kl_only": kl(alpha=1.0, temperature=config.distill.kd.terms.kl.temperature),
+        "kl_only": kl(alpha=1.0, temperature=temperature),
+        # Both ways, with the labels as heavy: with a tenth of them the two agree on knowing nothing.
+        "mutual": kl(alpha=0.5, temperature=temperature),
     }
     config.ptq = PTQ
     config.qat = {method: {"method": method} for method in QAT}
@@ -111,7 +114,8 @@ def _rungs(config: ConfigDict, bits: str, further: dict, staged: bool) -> dict[s
     config.teachers[peer] = {"kind": "peer", "model": "teacher", "init": "teacher"}
     config.teachers[former] = {"kind": "former_peer", "arm": name("qad_2_co_study")}
     arms[name("qad_1_self_study")] = arm(**{**third, "distill": ""})
-    arms[name("qad_2_co_study")] = arm(**{**third, "init": name("qad_1_self_study")}, teacher=peer)
+    together = {**third, "init": name("qad_1_self_study"), "distill": "mutual"}
+    arms[name("qad_2_co_study")] = arm(**together, teacher=peer)
     arms[name("qad_3_tutored")] = arm(**{**third, "init": name("qad_2_co_study")}, teacher=former)
     return arms
 
