@@ -60,7 +60,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.distill = {
         "kd": dict(config.distill.kd),
         "kl_only": kl(alpha=1.0, temperature=temperature),
-        # Both ways, with the labels as heavy: with a tenth of them the two agree on knowing nothing.
+        # Both ways, with the labels as heavy: with a tenth of them the two agree on nothing much.
         "mutual": kl(alpha=0.5, temperature=temperature),
     }
     config.ptq = PTQ
