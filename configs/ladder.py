@@ -23,15 +23,6 @@ from kdq.arms import kl
 from kdq.config import arm, parse_arg
 
 WIDTHS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4", "W2A2")
-# The student's layers are in a row, so the block of BRECQ is the whole network.
-PTQ = {
-    "corrected": ({"method": "equalize"}, {"method": "bias_correction"}),
-    "adaround": ({"method": "adaround"},),
-    "brecq": ({"method": "brecq", "blocks": ("",)},),
-    "qdrop": ({"method": "brecq", "blocks": ("",), "drop": 0.5},),
-    "gptq": ({"method": "gptq"},),
-    "guided": ({"method": "teacher_guided"},),
-}
 QAT = ("ste", "lsq", "lsq_plus", "pact", "dorefa")
 # At the end of training, from nothing at its start. The mean over widths, STE and LSQ was best on
 # validation of digits, in seeds of its own, with the smallest (`:tune,seeds=2`).
@@ -49,8 +40,10 @@ def get_config(argument: str | None = None) -> ConfigDict:
     if argument.tune:
         config.seeds = tuple(100 + seed for seed in range(argument.seeds))
     further = {"epochs": config.arms.qat_w4a4.epochs, "learning_rate": 1e-2, "augment": False}
-    if argument.fashion:  # batches of 64: more steps a second of a CPU
-        further |= {"epochs": config.arms.qat_w4a4.epochs / 8, "learning_rate": 2e-3}
+    steps = 1000
+    if argument.fashion:  # for a CPU: batches of 64, a third of an epoch, half the steps of PTQ
+        steps = 500
+        further |= {"epochs": config.arms.qat_w4a4.epochs / 12, "learning_rate": 2e-3}
         config.arms.student.learning_rate = 5e-3
         config.data.batch_size, config.data.augment = 64, ()
         config.quantize.calibration_examples = 512
@@ -63,7 +56,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         # Both ways, with the labels as heavy: with a tenth of them the two agree on nothing much.
         "mutual": kl(alpha=0.5, temperature=temperature),
     }
-    config.ptq = PTQ
+    config.ptq = ptq(steps)
     config.qat = {method: {"method": method} for method in QAT}
     for level, weight in DAMPEN.items():
         for method in QAT:
@@ -84,6 +77,20 @@ def get_config(argument: str | None = None) -> ConfigDict:
     return config
 
 
+def ptq(steps: int) -> dict[str, tuple[dict, ...]]:
+    """Chains of one method or two; the learned ones take so many steps a layer or network."""
+    # The student's layers are in a row, so the block of BRECQ is the whole network.
+    block = {"method": "brecq", "blocks": ("",), "steps": steps}
+    return {
+        "corrected": ({"method": "equalize"}, {"method": "bias_correction"}),
+        "adaround": ({"method": "adaround", "steps": steps},),
+        "brecq": (block,),
+        "qdrop": ({**block, "drop": 0.5},),
+        "gptq": ({"method": "gptq"},),
+        "guided": ({"method": "teacher_guided", "rounding_steps": steps},),
+    }
+
+
 def _rungs(config: ConfigDict, bits: str, further: dict, staged: bool) -> dict[str, dict]:
     """All arms of a width; `config` gets the teachers that they need."""
     name = lambda step: f"{bits.lower()}_{step}"
@@ -92,7 +99,7 @@ def _rungs(config: ConfigDict, bits: str, further: dict, staged: bool) -> dict[s
         name("rtn"): arm(**base, observer="min_max", reference="student"),
         name("mse"): arm(**base, reference=name("rtn")),
     }
-    for chain in PTQ:
+    for chain in config.ptq:
         arms[name(chain)] = arm(**base, ptq=chain, reference=name("mse"))
     arms[name("guided_teacher")] = arm(
         **base, ptq="guided", teacher="teacher", reference=name("guided")
