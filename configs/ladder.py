@@ -40,9 +40,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
     if argument.tune:
         config.seeds = tuple(100 + seed for seed in range(argument.seeds))
     further = {"epochs": config.arms.qat_w4a4.epochs, "learning_rate": 1e-2, "augment": False}
-    steps = 1000
+    config.ptq = ptq()
     if argument.fashion:  # for a CPU: batches of 64, a third of an epoch, half the steps of PTQ
-        steps = 500
+        config.ptq = ptq({"steps": 500}, {"rounding_steps": 500})
         further |= {"epochs": config.arms.qat_w4a4.epochs / 12, "learning_rate": 2e-3}
         config.arms.student.learning_rate = 5e-3
         config.data.batch_size, config.data.augment = 64, ()
@@ -56,7 +56,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
         # Both ways, with the labels as heavy: with a tenth of them the two agree on nothing much.
         "mutual": kl(alpha=0.5, temperature=temperature),
     }
-    config.ptq = ptq(steps)
     config.qat = {method: {"method": method} for method in QAT}
     for level, weight in DAMPEN.items():
         for method in QAT:
@@ -77,17 +76,17 @@ def get_config(argument: str | None = None) -> ConfigDict:
     return config
 
 
-def ptq(steps: int) -> dict[str, tuple[dict, ...]]:
-    """Chains of one method or two; the learned ones take so many steps a layer or network."""
+def ptq(learned: dict | None = None, guided: dict | None = None) -> dict[str, tuple[dict, ...]]:
+    """Chains of one method or two, with options of those that learn."""
     # The student's layers are in a row, so the block of BRECQ is the whole network.
-    block = {"method": "brecq", "blocks": ("",), "steps": steps}
+    learned, block = learned or {}, {"method": "brecq", "blocks": ("",)}
     return {
         "corrected": ({"method": "equalize"}, {"method": "bias_correction"}),
-        "adaround": ({"method": "adaround", "steps": steps},),
-        "brecq": (block,),
-        "qdrop": ({**block, "drop": 0.5},),
+        "adaround": ({"method": "adaround", **learned},),
+        "brecq": ({**block, **learned},),
+        "qdrop": ({**block, "drop": 0.5, **learned},),
         "gptq": ({"method": "gptq"},),
-        "guided": ({"method": "teacher_guided", "rounding_steps": steps},),
+        "guided": ({"method": "teacher_guided", **(guided or {})},),
     }
 
 
