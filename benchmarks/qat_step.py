@@ -82,7 +82,7 @@ def kdq_step(
     if method:
         rules = quantize.uniform_rules(*config.parse_bits(bits))
         qparams = quantize.calibrate(model, variables, rules, [batch["image"]], train=False)
-        qparams = quantize.prepare(variables, qparams, method)
+        variables, qparams = quantize.prepare(variables, qparams, method)
     state = create_state(
         variables,
         qparams,

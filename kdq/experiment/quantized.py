@@ -87,10 +87,11 @@ def quantized(
         )
         log.info("%s, before and after:\n%s", arm.ptq, errors)
         told["ptq_errors"] = errors.to_json()
-    qparams = found.qparams
+    variables, qparams = found.variables, found.qparams
     if arm.epochs:
-        qparams = quantize.prepare(found.variables, qparams, recipe(experiment, arm).method)
-    return Weights(variables=found.variables, qparams=qparams), told
+        method = recipe(experiment, arm).method
+        variables, qparams = quantize.prepare(variables, qparams, method)
+    return Weights(variables=variables, qparams=qparams), told
 
 
 def recipe(experiment: Experiment, arm: Arm) -> Qat:

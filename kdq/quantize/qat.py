@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kdq.fields import unknown
-from kdq.quantize.grid import Quantizer, Training, over_stack
+from kdq.quantize.grid import Quantizer, Training, expand, over_stack, to_groups
 from kdq.quantize.kinds import WEIGHT_NAMES
 from kdq.quantize.simulate import copied
 from kdq.quantize.ste import transformed
@@ -59,13 +59,17 @@ METHODS: dict[str, Method] = {
 }
 
 
-def prepare(variables: Variables, qparams: QParams, method: str) -> QParams:
-    """`qparams`, as calibrated, set up to train by a method.
+def prepare(variables: Variables, qparams: QParams, method: str) -> tuple[Variables, QParams]:
+    """A calibrated model, set up to train by a method; `finish` is the way back.
 
     Args:
-      variables: of the model; the range of a weight that is transformed is taken from them.
+      variables: of the model.
       qparams: plain quantizers.
       method: a key of `METHODS`.
+
+    Returns:
+      Variables of which only weights that the method transforms have changed, so that what is
+      rounded is the same as before, and the quantizers.
 
     Raises:
       ValueError: an unknown method, or one that a quantizer does not go with; names the layer.
@@ -74,17 +78,19 @@ def prepare(variables: Variables, qparams: QParams, method: str) -> QParams:
         raise ValueError(unknown("method of quantization-aware training:", method, METHODS))
     how = METHODS[method]
     prepared: dict[str, dict[str, Quantizer]] = {}
+    params = dict(variables.get("params", {}))
     for path, quantizers in qparams.items():
         prepared[path] = {}
         for name, quantizer in quantizers.items():
             training = how.weights if name == "weights" else how.activations
             _check(quantizer, training, how, f"{method!r} at {path}/{name}")
             if training.transform:
-                weight = _weight(variables["params"], path)
-                quantizer = over_stack(_around_zero, quantizer)(weight, quantizer)
+                layer = copied(params, path, "qparams")
+                kind = next(n for n in WEIGHT_NAMES if n in layer)
+                layer[kind], quantizer = over_stack(_before_tanh, quantizer)(layer[kind], quantizer)
             scale_format = how.scale_format or quantizer.scale_format
             prepared[path][name] = quantizer.replace(training=training, scale_format=scale_format)
-    return prepared
+    return {**variables, "params": params} if params else variables, prepared
 
 
 def _check(quantizer: Quantizer, training: Training, how: Method, where: str) -> None:
@@ -162,19 +168,22 @@ def widened(qparams: QParams, bits: jax.Array | float) -> QParams:
     return {p: {name: widen(one) for name, one in of.items()} for p, of in qparams.items()}
 
 
-def _weight(params: dict, path: str) -> jax.Array:
-    layer = copied(dict(params), path, "qparams")
-    return layer[next(n for n in WEIGHT_NAMES if n in layer)]
+def _before_tanh(weight: jax.Array, quantizer: Quantizer) -> tuple[jax.Array, Quantizer]:
+    """The weight of which `ste.transformed` makes `weight`, and the quantizer that it is for.
 
-
-def _around_zero(weight: jax.Array, quantizer: Quantizer) -> Quantizer:
-    """Codes spread evenly over ±the largest weight, none of them at 0 (DoReFa, equation 9)."""
-    steps = quantizer.qmax - quantizer.qmin
-    reach = jnp.max(jnp.abs(weight)).astype(jnp.float32)
-    scale = jnp.where(reach > 0, 2 * reach / steps, 1.0)
-    return quantizer.replace(
-        scale=jnp.broadcast_to(scale, quantizer.scale.shape),
-        zero_point=jnp.broadcast_to(steps / 2, quantizer.scale.shape),
+    Its codes are spread evenly over ± the largest weight of those that share a scale, none of them
+    at 0 (arXiv:1606.06160, equation 9, which has one range for the whole tensor).
+    """
+    steps, shape = quantizer.qmax - quantizer.qmin, quantizer.scale.shape
+    reach = to_groups(jnp.abs(weight), shape).max(-1).reshape(shape).astype(jnp.float32)
+    reach = jnp.where(reach > 0, reach, steps / 2)  # of zeros: a scale of 1
+    # How much of the tanh is used is free: what it is divided by makes up for it. Up to 1 the
+    # weights stay about what they are; large ones would end where it is flat.
+    used = jnp.tanh(jnp.minimum(reach, 1.0))
+    moved = jnp.arctanh(weight * expand(used / reach, weight.shape)).astype(weight.dtype)
+    return moved, quantizer.replace(
+        scale=2 * reach / steps,
+        zero_point=jnp.broadcast_to(steps / 2, shape),
         qmin=jnp.zeros_like(steps),
         qmax=steps,
     )

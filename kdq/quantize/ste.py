@@ -46,13 +46,16 @@ def transformed(x: Array, quantizer: Quantizer) -> Array:
     """What is rounded in place of `x` while it trains: `x` itself, or its tanh over the grid.
 
     `reach · tanh(x) / max|tanh(x)|`, with `reach` half of what the grid spans (arXiv:1606.06160).
+    The maximum is of the elements that share a scale, the whole tensor in the paper: so channels
+    keep the ranges that they were calibrated to.
     """
     if not quantizer.training.transform:
         return x
     t = jnp.tanh(x)
-    top = jax.lax.stop_gradient(jnp.max(jnp.abs(t)))
-    reach = grid.expand(quantizer.scale, x.shape) * (quantizer.qmax - quantizer.qmin) / 2
-    return (t * (reach / jnp.where(top > 0, top, 1.0))).astype(x.dtype)
+    shape = quantizer.scale.shape
+    top = grid.to_groups(jnp.abs(jax.lax.stop_gradient(t)), shape).max(-1).reshape(shape)
+    reach = quantizer.scale * (quantizer.qmax - quantizer.qmin) / 2
+    return (t * grid.expand(reach / jnp.where(top > 0, top, 1.0), x.shape)).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))

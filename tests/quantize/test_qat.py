@@ -12,6 +12,7 @@ from kdq.deploy import load_packed, save_packed
 from kdq.models import build
 from kdq.quantize import Quantizer, Training, fake_quantize, grid, qat
 from kdq.quantize.layers import list_layers
+from kdq.quantize.ste import transformed
 
 RNG = np.random.default_rng(0)
 
@@ -73,32 +74,51 @@ def test_pact_learns_its_bound_from_what_it_clips(case):
     np.testing.assert_array_equal(dx, np.where(inside, g, 0))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6)], ids=["tensor", "channel"])
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_dorefa_weights(case, bits):
+def test_dorefa_weights(case, bits, shape):
     x, g = case
-    layer = {"weights": grid.from_range(-jnp.ones((1, 6)), jnp.ones((1, 6)), bits)}
+    x = (x * np.linspace(0.2, 3.0, 6)).astype(np.float32)  # channels of very different ranges
+    layer = {"weights": grid.from_range(-jnp.ones(shape), jnp.ones(shape), bits)}
     variables = {"params": {"layer": {"kernel": jnp.asarray(x)}}}
-    quantizer = quantize.prepare(variables, {"layer": layer}, "dorefa")["layer"]["weights"]
-    y, dx, _, _ = _gradients(x, quantizer, g)
-    # Equation 9, times the largest weight: 2 quantize_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1.
-    t, top = np.tanh(x.astype(np.float64)), np.abs(x).max().astype(np.float64)
+    moved, qparams = quantize.prepare(variables, {"layer": layer}, "dorefa")
+    quantizer, w = qparams["layer"]["weights"], np.asarray(moved["params"]["layer"]["kernel"])
+    y, dx, _, _ = _gradients(w, quantizer, g)
+    # Equation 9, times the largest weight that was, of the tensor or of each channel:
+    # 2 quantize_k(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1.
+    axes = None if shape == (1, 1) else 0
+    t, top = np.tanh(w.astype(np.float64)), np.abs(x).max(axes).astype(np.float64)
+    most = np.abs(t).max(axes)
     steps = 2**bits - 1
-    unit = t / (2 * np.abs(t).max()) + 0.5
+    unit = t / (2 * most) + 0.5
     np.testing.assert_allclose(y, top * (2 * np.round(unit * steps) / steps - 1), atol=1e-5)
-    np.testing.assert_allclose(dx, g * top * (1 - t**2) / np.abs(t).max(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dx, g * top * (1 - t**2) / most, rtol=1e-4, atol=1e-5)
+    # Weights start where the tanh makes of them what they were: nothing but rounding is new.
+    np.testing.assert_allclose(transformed(jnp.asarray(w), quantizer), x, rtol=1e-4, atol=1e-6)
     # What it ends as is a plain quantizer of the transformed weight, with the same numbers.
-    finished, plain = quantize.finish(variables, {"layer": {"weights": quantizer}})
+    finished, plain = quantize.finish(moved, {"layer": {"weights": quantizer}})
     assert plain["layer"]["weights"].training == Training()
     again = fake_quantize(finished["params"]["layer"]["kernel"], plain["layer"]["weights"])
     np.testing.assert_allclose(again, y, atol=1e-5)
     np.testing.assert_array_equal(variables["params"]["layer"]["kernel"], x)
 
 
+def test_dorefa_keeps_a_channel_of_zeros():
+    kernel = jnp.asarray([[0.0, 1.0], [0.0, -0.5]])
+    layer = {"weights": grid.from_range(-jnp.ones((1, 2)), jnp.ones((1, 2)), 3)}
+    variables = {"params": {"layer": {"kernel": kernel}}}
+    moved, qparams = quantize.prepare(variables, {"layer": layer}, "dorefa")
+    quantizer = qparams["layer"]["weights"]
+    again = transformed(moved["params"]["layer"]["kernel"], quantizer)
+    np.testing.assert_allclose(again, kernel, atol=1e-6)
+    assert jnp.isfinite(quantizer.scale).all()
+
+
 @pytest.mark.parametrize("scale", [0.11, 0.25, 0.26])
 def test_tqt_rounds_the_scale_up_to_a_power_of_two(case, scale):
     x, g = case
     layer = {"activations": _unsigned(3, scale)}
-    quantizer = quantize.prepare({}, {"layer": layer}, "tqt")["layer"]["activations"]
+    quantizer = quantize.prepare({}, {"layer": layer}, "tqt")[1]["layer"]["activations"]
     y, _, d_scale, _ = _gradients(x, quantizer, g)
     power = 2.0 ** np.ceil(np.log2(scale))
     v = x.astype(np.float64) / power
@@ -128,12 +148,12 @@ def test_lsq_plus_trains_offsets_of_activations_alone():
             "activations": grid.from_range(-0.2, 1.0, 4, symmetric=False),
         }
     }
-    trained = quantize.scales(quantize.prepare({}, qparams, "lsq_plus"))["layer"]
+    trained = quantize.scales(quantize.prepare({}, qparams, "lsq_plus")[1])["layer"]
     assert {k: sorted(v) for k, v in trained.items()} == {
         "weights": ["scale"],
         "activations": ["scale", "zero_point"],
     }
-    assert quantize.scales(quantize.prepare({}, qparams, "ste")) == {}
+    assert quantize.scales(quantize.prepare({}, qparams, "ste")[1]) == {}
 
 
 @pytest.mark.parametrize("method", qat.METHODS)
@@ -146,7 +166,7 @@ def test_every_method_ends_in_a_file_that_says_what_was_trained(method, tmp_path
     calibrated = quantize.calibrate(
         model, variables, quantize.uniform_rules(3, 4), [images], train=False
     )
-    qparams = quantize.prepare(variables, calibrated, method)
+    variables, qparams = quantize.prepare(variables, calibrated, method)
 
     def loss(trained, qparams):
         params, scales = trained

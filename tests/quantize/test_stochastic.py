@@ -132,7 +132,7 @@ def stacked():
         "weights": of_stack(grid.from_range(-reach, reach, 3)),
         "activations": of_stack(grid.from_range(0.0, 1.0, 3, signed=False)),
     }
-    return x, variables, quantize.prepare(variables, {"layers/dense": calibrated}, "stochastic")
+    return x, *quantize.prepare(variables, {"layers/dense": calibrated}, "stochastic")
 
 
 @pytest.mark.parametrize("halves", [("weights",), ("weights", "activations")])
@@ -169,7 +169,7 @@ def test_keys_are_of_a_step_and_of_stochastic_quantizers_alone(stacked):
     x, variables, qparams = stacked
     plain = quantize.plain(qparams)
     for method in ("ste", "lsq"):
-        prepared = quantize.prepare(variables, plain, method)
+        _, prepared = quantize.prepare(variables, plain, method)
         keyed = quantize.with_keys(prepared, jax.random.key(0))
         assert jax.tree.structure(keyed) == jax.tree.structure(prepared)
     keyed = quantize.with_keys(qparams, jax.random.key(0))

@@ -39,7 +39,7 @@ def start(dataset):
     images = dataset[0]["image"]
     variables = MODEL.init(jax.random.key(0), images)
     calibrated = quantize.calibrate(MODEL, variables, RULES, [images], train=False)
-    return variables, quantize.prepare(variables, calibrated, "stochastic")
+    return quantize.prepare(variables, calibrated, "stochastic")
 
 
 def test_each_step_and_seed_draws_its_own_without_a_compilation(start, dataset):
