@@ -69,9 +69,11 @@ def get_config(argument: str | None = None) -> ConfigDict:
     }
     config.teachers = {}
     for bits in WIDTHS:
-        # There a peer of the teacher's size would take most of the time.
-        staged = not argument.fashion or bits in ("W4A4", "W2A2")
-        arms |= _tuning(bits, further) if argument.tune else _rungs(config, bits, further, staged)
+        arms |= (
+            _tuning(bits, further)
+            if argument.tune
+            else _rungs(config, bits, further, argument.fashion)
+        )
     config.arms = ConfigDict(arms, sort_keys=False)
     return config
 
@@ -90,19 +92,20 @@ def ptq(learned: dict | None = None, guided: dict | None = None) -> dict[str, tu
     }
 
 
-def _rungs(config: ConfigDict, bits: str, further: dict, staged: bool) -> dict[str, dict]:
-    """All arms of a width; `config` gets the teachers that they need."""
+def _rungs(config: ConfigDict, bits: str, further: dict, short: bool) -> dict[str, dict]:
+    """All arms of a width, or but the slow ones; `config` gets the teachers that they need."""
     name = lambda step: f"{bits.lower()}_{step}"
     base = {"model": "student", "init": "student", "bits": bits}
     arms = {
         name("rtn"): arm(**base, observer="min_max", reference="student"),
         name("mse"): arm(**base, reference=name("rtn")),
     }
-    for chain in config.ptq:
+    for chain in ptq():
         arms[name(chain)] = arm(**base, ptq=chain, reference=name("mse"))
-    arms[name("guided_teacher")] = arm(
-        **base, ptq="guided", teacher="teacher", reference=name("guided")
-    )
+    if not short:
+        arms[name("guided_teacher")] = arm(
+            **base, ptq="guided", teacher="teacher", reference=name("guided")
+        )
     for method in QAT:
         trained = {**base, **further}
         arms[name(method)] = arm(**trained, qat=method, reference=name("mse"))
@@ -112,7 +115,7 @@ def _rungs(config: ConfigDict, bits: str, further: dict, staged: bool) -> dict[s
     taught = {**base, **further, "distill": "kd", "reference": name("lsq")}
     arms[name("qad")] = arm(**taught, teacher="teacher")
     arms[name("qad_kl_only")] = arm(**{**taught, "distill": "kl_only"}, teacher="teacher")
-    if not staged:
+    if short and bits not in ("W4A4", "W2A2"):  # a peer of the teacher's size trains along
         return arms
     # In three stages of a third of the epochs each (arXiv:1911.12491).
     third = {**taught, "epochs": further["epochs"] / 3}
