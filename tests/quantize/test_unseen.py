@@ -219,7 +219,9 @@ def test_layers_that_rules_leave_out_are_bit_identical_to_float(case):
     assert not np.array_equal(*seen["einsum"])
 
 
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_token"])
+@pytest.mark.parametrize(
+    "granularity", [pytest.param("per_tensor", marks=pytest.mark.slow), "per_token"]
+)
 def test_dynamic_ranges_need_no_calibration_data(case, granularity):
     """8 bits with the range of each tensor: close to float on data of another size."""
     model, variables, inputs = case

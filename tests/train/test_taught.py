@@ -211,7 +211,9 @@ FEATURES = (
 )
 
 
-@pytest.mark.parametrize("kind", ["features", "peer", "average"])
+@pytest.mark.parametrize(
+    "kind", ["features", *(pytest.param(k, marks=pytest.mark.slow) for k in ("peer", "average"))]
+)
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path, kind):
     """Adapters, a contrastive memory, a peer and an average are checkpointed, and restored."""
     _, teacher_variables, _, _ = resume_task.start()
