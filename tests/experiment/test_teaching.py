@@ -148,6 +148,7 @@ def test_records_say_what_was_transferred(tiny_config, tmp_path):
     assert found["ece"] > 0
 
 
+@pytest.mark.slow
 def test_every_seed_is_compared_with_its_own_teacher_asked_once(tiny_config, tmp_path, monkeypatch):
     made = []
 
