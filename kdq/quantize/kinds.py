@@ -164,6 +164,13 @@ KINDS: dict[type[nn.Module], Kind] = {
 }
 
 WEIGHT_NAMES = tuple(dict.fromkeys(kind.weight for kind in KINDS.values() if kind.weight))
+
+
+def weight_name(layer: Mapping[str, Any]) -> str:
+    """The name of the weight among the params of a layer."""
+    return next(name for name in WEIGHT_NAMES if name in layer)
+
+
 NORMS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm)
 
 

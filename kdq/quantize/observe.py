@@ -11,14 +11,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from kdq.quantize import kinds, simulate
 from kdq.quantize.layers import at_path, path_of
 from kdq.types import Array, QParams, Variables
 
 STATES = "_observed"
-INPUTS = "_seen"
 
 # (state, input of the layer) -> state; hashable, and equal if it does the same: it is static.
 Watcher = Callable[[Any, Array], Any]
@@ -94,52 +92,3 @@ def _observe(variables, qparams, states, inputs, *, model, watchers, apply_kwarg
             **dict(apply_kwargs),
         )
     return {(path, name): at_path(changed["params"], path)[STATES][name] for path, name in states}
-
-
-@partial(jax.jit, static_argnames=("model", "paths", "apply_kwargs"))
-def inputs_of(
-    model: nn.Module,
-    variables: Variables,
-    qparams: QParams,
-    inputs: Array | tuple,
-    *,
-    paths: tuple[str, ...],
-    apply_kwargs: tuple[tuple[str, Any], ...] = (),
-) -> dict[str, tuple[tuple[Array, ...], Array]]:
-    """What modules get and what they return, for one batch.
-
-    Args:
-      model: any Linen module.
-      variables: its float variables.
-      qparams: quantizers that are at work; a layer's own input is seen before it is quantized.
-      inputs: of the model.
-      paths: of layers or of whole blocks.
-      apply_kwargs: passed to the model, as sorted items.
-
-    Returns:
-      `{path: (positional array arguments, output)}`; of a stack of layers with its axes in front.
-      Of a module that is called several times the batches are joined, if their shapes allow.
-    """
-    params = dict(variables["params"])
-
-    def watch(next_fun, args, kwargs, context):
-        outputs = next_fun(*args, **kwargs)
-        module = context.module
-        if context.method_name == "__call__" and path_of(module) in paths:
-            seen = (tuple(a for a in args if isinstance(a, jax.Array)), outputs)
-            if module.has_variable("params", INPUTS):
-                join = lambda a, b: jnp.concatenate([a, b])
-                seen = jax.tree.map(join, module.get_variable("params", INPUTS), seen)
-            module.put_variable("params", INPUTS, seen)
-        return outputs
-
-    with nn.intercept_methods(watch):
-        _, changed = simulate.apply(
-            model,
-            {**variables, "params": params},
-            qparams,
-            inputs,
-            mutable=["params"],
-            **dict(apply_kwargs),
-        )
-    return {path: at_path(changed["params"], path)[INPUTS] for path in paths}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kdq.quantize.grid import Quantizer, from_codes, over_stack, to_codes
-from kdq.quantize.kinds import WEIGHT_NAMES
+from kdq.quantize.kinds import weight_name
 from kdq.quantize.simulate import copied
 from kdq.quantize.ste import transformed
 from kdq.types import Array, QParams
@@ -80,7 +80,7 @@ def update(
             frozen=frozen,
         )
         layer = copied(params, path, "oscillations")
-        name = _name(layer)
+        name = weight_name(layer)
         resting = over_stack(from_codes, quantizer)(codes, quantizer)
         layer[name] = jnp.where(frozen, resting.astype(layer[name].dtype), layer[name])
     return after, params
@@ -97,7 +97,7 @@ def dampening(params: Any, qparams: QParams) -> Array:
             continue
         quantizer = jax.lax.stop_gradient(quantizers["weights"])
         layer = copied(dict(params), path, "qparams")
-        total += over_stack(_distance, quantizer)(layer[_name(layer)], quantizer).sum()
+        total += over_stack(_distance, quantizer)(layer[weight_name(layer)], quantizer).sum()
     return total
 
 
@@ -123,8 +123,4 @@ def _ends(quantizer: Quantizer) -> tuple[Array, Array]:
 def _codes(params: Any, path: str, quantizer: Quantizer) -> Array:
     layer = copied(dict(params), path, "qparams")
     encode = lambda w, q: to_codes(transformed(w, q), q)
-    return over_stack(encode, quantizer)(layer[_name(layer)], quantizer)
-
-
-def _name(layer: dict[str, Any]) -> str:
-    return next(name for name in WEIGHT_NAMES if name in layer)
+    return over_stack(encode, quantizer)(layer[weight_name(layer)], quantizer)

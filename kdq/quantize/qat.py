@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kdq.fields import unknown
 from kdq.quantize.grid import Quantizer, Training, expand, over_stack, to_groups
-from kdq.quantize.kinds import WEIGHT_NAMES
+from kdq.quantize.kinds import weight_name
 from kdq.quantize.simulate import copied
 from kdq.quantize.ste import transformed
 from kdq.types import QParams, Variables
@@ -86,8 +86,10 @@ def prepare(variables: Variables, qparams: QParams, method: str) -> tuple[Variab
             _check(quantizer, training, how, f"{method!r} at {path}/{name}")
             if training.transform:
                 layer = copied(params, path, "qparams")
-                kind = next(n for n in WEIGHT_NAMES if n in layer)
-                layer[kind], quantizer = over_stack(_before_tanh, quantizer)(layer[kind], quantizer)
+                weight = weight_name(layer)
+                layer[weight], quantizer = over_stack(_before_tanh, quantizer)(
+                    layer[weight], quantizer
+                )
             scale_format = how.scale_format or quantizer.scale_format
             prepared[path][name] = quantizer.replace(training=training, scale_format=scale_format)
     return {**variables, "params": params} if params else variables, prepared
@@ -106,7 +108,7 @@ def finish(variables: Variables, qparams: QParams) -> tuple[Variables, QParams]:
     for path, quantizers in qparams.items():
         if "weights" in quantizers and quantizers["weights"].training.transform:
             layer = copied(params, path, "qparams")
-            name = next(n for n in WEIGHT_NAMES if n in layer)
+            name = weight_name(layer)
             change = over_stack(transformed, quantizers["weights"])
             layer[name] = change(layer[name], quantizers["weights"])
     return {**variables, "params": params}, plain(qparams)

@@ -58,10 +58,6 @@ def _inside(path: str, root: str) -> bool:
     return root in ("", path) or path.startswith(root + "/")
 
 
-def _inside(path: str, root: str) -> bool:
-    return root in ("", path) or path.startswith(root + "/")
-
-
 def prefixes(path: str) -> list[str]:
     """The paths of the modules around a module, the model's own ("") first, and its own."""
     names = path.split("/") if path else []

@@ -12,13 +12,14 @@ import optax
 from absl import logging
 
 from kdq.quantize import simulate
+from kdq.quantize.kinds import weight_name
 from kdq.quantize.layers import at_path
 from kdq.quantize.ptq import rounding
 from kdq.quantize.ptq.adam import adam
 from kdq.quantize.ptq.options import Progress
 from kdq.quantize.ptq.order import in_order
 from kdq.quantize.ptq.units import Call, Unit, Watch
-from kdq.quantize.ptq.weights import put_weights, weight_name, weights_of
+from kdq.quantize.ptq.weights import put_weights, rounded, weights_of
 from kdq.quantize.scales import replace_scales, scales
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
@@ -117,8 +118,7 @@ def reconstruct(
         logging.info("%s: %s: error %.4g, nearest %.4g", name, where, float(after), float(before))
         variables = _with_weights(variables, unit, index, weights)
         qparams = _with_scales(qparams, unit, index, trained)
-    only = {p: {"weights": q["weights"]} for p, q in qparams.items() if "weights" in q}
-    return {**variables, "params": simulate.quantize_params(variables["params"], only)}, qparams
+    return rounded(variables, qparams), qparams
 
 
 def _with_weights(variables, unit, index, weights) -> Variables:

@@ -15,7 +15,7 @@ from kdq.quantize.ptq import rounding
 from kdq.quantize.ptq.adam import adam
 from kdq.quantize.ptq.divergence import check_logits, kl
 from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet, static
-from kdq.quantize.ptq.weights import put_weights, weights_of
+from kdq.quantize.ptq.weights import put_weights, rounded, weights_of
 from kdq.quantize.scales import replace_scales, scales
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
@@ -138,11 +138,7 @@ class _Search:
         self._float = variables
         self._fitted, self._unseen, self._temperature = fitted, unseen, temperature
         self.qparams = qparams
-        only = {p: {"weights": q["weights"]} for p, q in qparams.items() if "weights" in q}
-        self.variables = {
-            **variables,
-            "params": simulate.quantize_params(variables["params"], only),
-        }
+        self.variables = rounded(variables, qparams)
         self.first = self.best = self._measure(self.variables, qparams)
         if not jnp.isfinite(self.first):
             raise ValueError("teacher_guided: the quantized model's outputs are not finite")

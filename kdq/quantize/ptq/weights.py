@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdq.quantize import simulate
-from kdq.quantize.kinds import WEIGHT_NAMES
+from kdq.quantize.kinds import weight_name
 from kdq.quantize.layers import at_path
-from kdq.types import Array, QParams
+from kdq.types import Array, QParams, Variables
 
 
 def weights_of(params: Any, qparams: QParams) -> dict[str, Array]:
@@ -15,9 +15,10 @@ def weights_of(params: Any, qparams: QParams) -> dict[str, Array]:
     return {path: own[weight_name(own)] for path, own in layers.items()}
 
 
-def weight_name(layer: Mapping[str, Any]) -> str:
-    """The name of the weight among the params of a layer."""
-    return next(name for name in WEIGHT_NAMES if name in layer)
+def rounded(variables: Variables, qparams: QParams) -> Variables:
+    """The variables with every quantized weight on its grid, rounded to nearest."""
+    only = {path: {"weights": q["weights"]} for path, q in qparams.items() if "weights" in q}
+    return {**variables, "params": simulate.quantize_params(variables["params"], only)}
 
 
 def put_weights(params: Any, weights: Mapping[str, Array]) -> dict[str, Any]:
