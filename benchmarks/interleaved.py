@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdq import provenance
+from kdq import heap, provenance
+
+heap.keep_freed_memory()  # as the programs in launch/ do
 
 Step = Callable[[], Any]  # does its work once and returns arrays to wait for
 

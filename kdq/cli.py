@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, data
+from kdq import config, data, heap
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
@@ -36,6 +36,7 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
         except (config.ConfigError, data.DataError, OSError) as error:
             sys.exit(f"error: {error}")
 
+    heap.keep_freed_memory()
     flags.mark_flags_as_required(required)
     logging.set_verbosity(logging.WARNING)
     app.run(call, flags_parser=_parse)

@@ -35,4 +35,19 @@ def by_chance(x: Array, levels: Array | None, key: Array) -> Array:
         share = (x - levels[index]) / (levels[index + 1] - levels[index])
         below = index.astype(jnp.float32)
     # Not floor(x + u): the sum rounds, and pushes some whole numbers up.
-    return below + (jax.random.uniform(key, x.shape) < share)
+    return below + (_uniform(key, x.shape) < share)
+
+
+def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
+    """Uniform numbers in [0, 1], at a quarter of the price of `jax.random.uniform`.
+
+    Each has 8 random bits of its own, above a fraction that all of them share. So each by itself is
+    uniform to 2⁻²⁴; what they share moves the mean over a tensor by less than 1/256, and that only
+    where all of its elements lie at the same place between two levels.
+    """
+    *rows, columns = shape or (1,)
+    of_each, of_all = jax.random.split(key)
+    words = jax.random.bits(of_each, (*rows, -(-columns // 4)), jnp.uint32)
+    octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*rows, -1)
+    own = octets[..., :columns].reshape(shape)
+    return (own + jax.random.uniform(of_all)) / 256

@@ -179,9 +179,6 @@ def reduce_to(x: Array, scale_shape: tuple[int, ...]) -> Array:
     padded = (1,) * (x.ndim - len(scale_shape)) + tuple(scale_shape)
     if any(1 < s < d for s, d in zip(padded, x.shape, strict=True)):
         return to_groups(x, scale_shape).sum(-1).reshape(scale_shape)
-    if x.ndim > 1:
-        # XLA's CPU backend has a fast sum, but fuses what makes `x` into a slow one of its own.
-        x = jax.lax.optimization_barrier(x)
     axes = tuple(i for i, s in enumerate(padded) if s == 1)
     return x.sum(axes).reshape(scale_shape)
 

@@ -66,32 +66,31 @@ def _round(x, scale, zero_point, qmin, qmax, levels, key, training):
 def _forward(x, scale, zero_point, qmin, qmax, levels, key, training):
     quantizer = Quantizer(scale, zero_point, qmin, qmax, levels, key)
     y = grid.from_codes(grid.to_codes(x, quantizer), quantizer)
-    return y.astype(x.dtype), (x, y, scale, zero_point, qmin, qmax, levels)
-
-
-def _backward(training: Training, residuals, g):
-    x, y, scale, zero_point, qmin, qmax, levels = residuals
     if levels is None:
         codes = jnp.round(grid.position(x, scale, zero_point))
         inside = (codes >= qmin) & (codes <= qmax)
     else:
         relative = grid.position(x, scale, jnp.float32(0))
         inside = (relative >= levels[0]) & (relative <= levels[-1])
+    # (q - v) * scale inside, (clip(q) - zero_point) * scale outside.
+    error = jnp.where(inside, 0 if training.scale_gradient == "clipped" else y - x, y)
+    return y.astype(x.dtype), (error, inside, scale, zero_point, qmax)
+
+
+def _backward(training: Training, residuals, g):
+    error, inside, scale, zero_point, qmax = residuals
     dx = jnp.where(inside, g, 0)
-    # In units of the scale, q - v inside is y - x and clip(q) - zero_point outside is y: so the
-    # whole sum is over products of arrays that the step has anyway.
-    g32, dx32, x32 = (a.astype(jnp.float32) for a in (g, dx, x))
-    moved = g32 - dx32 if training.scale_gradient == "clipped" else g32
-    held = 0.0 if training.scale_gradient == "clipped" else dx32 * x32
-    d_scale = grid.reduce_to(moved * y - held, scale.shape) / scale
+    g32 = g.astype(jnp.float32)
+    d_scale = grid.reduce_to(g32 * error, scale.shape) / scale
     if training.gradient_scale:
-        d_scale = d_scale / jnp.sqrt(x.size / scale.size * jnp.maximum(qmax, 1))
+        d_scale = d_scale / jnp.sqrt(error.size / scale.size * jnp.maximum(qmax, 1))
     if training.decay:
         d_scale = d_scale + training.decay * jnp.square(qmax) * scale
-    d_zero = grid.reduce_to((dx32 - g32) * grid.expand(scale, x.shape), zero_point.shape)
+    clipped = jnp.where(inside, 0, g32) * grid.expand(scale, g.shape)
+    d_zero = -grid.reduce_to(clipped, zero_point.shape)
     if training.elementwise:
-        error = (x32 - y) * grid.expand(1.0 / scale, x.shape)
-        dx = (dx32 * (1 + training.elementwise * jnp.sign(dx32) * error)).astype(dx.dtype)
+        steps = error * grid.expand(1.0 / scale, g.shape)
+        dx = (dx * (1 - training.elementwise * jnp.sign(g32) * steps)).astype(dx.dtype)
     return dx, d_scale, d_zero, None, None, None, None
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kdq import quantize
-from kdq.quantize import Quantizer, fake_quantize, grid
+from kdq.quantize import Quantizer, choice, fake_quantize, grid
 from kdq.quantize.formats import E2M1
 from kdq.quantize.qat import BY_CHANCE
 
@@ -92,6 +92,29 @@ def test_large_codes_that_are_whole_stay():
     x = jnp.full(200_000, 127.0)
     quantizer = Quantizer(*map(jnp.float32, (1, 0, -1000, 1000)), key=jax.random.key(0))
     np.testing.assert_array_equal(grid.to_codes(x, quantizer), x)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 8)])
+def test_a_share_finer_than_an_elements_own_bits_counts(shape):
+    """1 of 1024, with 8 bits a number: without what the numbers share it would be 0 or 4."""
+    x = jnp.full(shape, 1 / 1024)
+    draw = jax.jit(jax.vmap(lambda key: choice.by_chance(x, None, key)))
+    found = np.asarray(draw(jax.random.split(jax.random.key(1), 2**18)))
+    expected = 2**18 / 1024
+    assert np.abs(found.sum(0) - expected).max() < 5 * np.sqrt(expected)
+
+
+def test_numbers_of_one_draw_are_uniform_and_go_their_own_ways():
+    share = np.random.default_rng(0).random((400, 501), np.float32)
+    up = np.asarray(choice.by_chance(jnp.asarray(share), None, jax.random.key(2)))
+    for low in np.arange(0, 1, 0.125):  # wherever they lie between two levels
+        here = (share >= low) & (share < low + 0.125)
+        bound = 5 * np.sqrt(0.25 / here.sum())
+        assert abs(up[here].mean() - share[here].mean()) < bound
+    error = up - share
+    for lag in (1, 2, 3, 4):  # neighbours, of which some come from one word
+        pairs = np.corrcoef(error[:, lag:].ravel(), error[:, :-lag].ravel())[0, 1]
+        assert abs(pairs) < 5 / np.sqrt(up.size)
 
 
 class Layer(nn.Module):
