@@ -55,7 +55,7 @@ OBSERVERS = {
 CALIBRATIONS = {f"calibrate, {name}": name for name in OBSERVERS}
 LINES = [*CALIBRATIONS, *METHODS]
 
-OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
+OUT = flags.DEFINE_string("out", None, "JSON file for the figures.")
 EXAMPLES = flags.DEFINE_integer("examples", 256, f"Images, in batches of {BATCH}.", lower_bound=64)
 CHOSEN_MODELS = flags.DEFINE_multi_enum("models", list(MODELS), list(MODELS), "Models to measure.")
 CHOSEN = flags.DEFINE_multi_enum("methods", LINES, LINES, "Lines to measure.")
@@ -139,7 +139,8 @@ def main(argv: list[str]) -> None:
             found = figures[title]["seconds"][line] = measure(line, subject)
             second = "-" if found["second"] is None else found["second"]
             print(f"  {line:28s} {found['first']:>10} {second:>10}", flush=True)
-    publish(figures, OUT.value, examples=EXAMPLES.value, batch=BATCH, bits="W4A8")
+            if OUT.value:  # after each line: the last ones take long
+                publish(figures, OUT.value, examples=EXAMPLES.value, batch=BATCH, bits="W4A8")
 
 
 if __name__ == "__main__":

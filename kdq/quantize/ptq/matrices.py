@@ -64,24 +64,35 @@ def from_matrix(matrix: Array, form: Form, shape: tuple[int, ...]) -> Array:
 def patches(layer: LayerInfo, x: Array) -> Array:
     """What each row of the matrix is multiplied by: [groups, samples, inputs] float32.
 
-    A convolution's come from the layer itself with a kernel that is an identity matrix, so that
-    padding, strides and dilations of any sort are its own.
+    A convolution's come from the layer itself, channel by channel, with a kernel that has an output
+    for each of its taps, so that padding, strides and dilations of any sort are its own.
     """
     own = form(layer)
+    taps = tuple(axis for axis in own.inputs if axis not in own.channels)
+    channels = by_channel(x, own) if not taps else jnp.moveaxis(x, own.input_axes, (0,))
+    rows = _taps(layer, own, channels[..., None]) if taps else channels
+    # The axes of `split` that the rows have, -1 for their samples; in order, and as they are to be.
+    found = (*own.channels, -1, *taps)
+    wanted = (*own.groups, -1, *own.inputs)
+    rows = rows.reshape([-1 if axis < 0 else own.split[axis] for axis in found])
+    rows = rows.transpose([found.index(axis) for axis in wanted])
     groups, inputs = own.size(own.groups), own.size(own.inputs)
-    if len(own.channels) == len(own.groups) + len(own.inputs):
-        rows = by_channel(x, own).reshape(groups, inputs, -1)
-        return rows.swapaxes(1, 2).astype(jnp.float32)
-    split = list(own.split)
-    split[own.outputs[0]] = inputs
-    wide = dataclasses.replace(own, split=tuple(split))
-    identity = jnp.broadcast_to(jnp.eye(inputs), (groups, inputs, inputs))
-    kernel = from_matrix(identity, wide, (*split[: len(layer.weight_shape) - 1], -1))
-    module = layer.module.clone(
-        features=groups * inputs, use_bias=False, precision=jax.lax.Precision.HIGHEST
-    )
-    rows = module.apply({"params": {"kernel": kernel}}, x)
-    return rows.reshape(-1, groups, inputs).swapaxes(0, 1).astype(jnp.float32)
+    return rows.reshape(groups, -1, inputs).astype(jnp.float32)
+
+
+def _taps(layer: LayerInfo, form: Form, x: Array) -> Array:
+    """Of each element of the output, the inputs under the kernel: [..., 1] -> [..., taps]."""
+    ones = (*form.groups, *form.channels)
+    split = [1 if axis in ones else size for axis, size in enumerate(form.split)]
+    count = math.prod(split[axis] for axis in form.inputs)
+    split[form.outputs[0]] = count
+    single = dataclasses.replace(form, split=tuple(split))
+    shape = (*split[: len(layer.weight_shape) - 1], -1)
+    changed = {"features": count, "use_bias": False, "precision": jax.lax.Precision.HIGHEST}
+    if form.groups:
+        changed["feature_group_count"] = 1
+    kernel = from_matrix(jnp.eye(count)[None], single, shape)
+    return layer.module.clone(**changed).apply({"params": {"kernel": kernel}}, x)
 
 
 def by_channel(x: Array, form: Form) -> Array:
