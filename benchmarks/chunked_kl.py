@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from interleaved import publish, show, take_turns
+from absl import flags
+from interleaved import publish, run, show, take_turns
 
 from kdq.distill import losses
 from kdq.distill.chunked import chunked_kl
@@ -90,9 +90,7 @@ def make_arrays(tokens: int, vocabulary: int, d: int) -> list[jax.Array]:
     return [jax.device_put(v) for v in arrays]
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+def main(_: list[str]) -> None:
     figures = {}
     for title, setting in SETTINGS.items():
         sizes = {k: v for k, v in setting.items() if k != "chunks"}
@@ -103,4 +101,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
-from interleaved import Step, publish, show, take_turns
+from absl import flags
+from interleaved import Step, publish, run, show, take_turns
 
 from kdq import config, models
 from kdq.distill import capture, sparse, term
@@ -122,9 +122,7 @@ def variants() -> dict[str, Step]:
     return found
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+def main(_: list[str]) -> None:
     title = f"CNN 8-16-32 taught by a ResNet-8 of 308k parameters, 28x28, batch {BATCH}"
     figures = {title: take_turns(variants(), "labels", rounds=ROUNDS.value)}
     show(title, figures[title])
@@ -132,4 +130,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -9,12 +9,27 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import app, flags
 
 from kdq import heap, provenance
 
-heap.keep_freed_memory()  # as the programs in launch/ do
-
 Step = Callable[[], Any]  # does its work once and returns arrays to wait for
+
+
+KEEP = flags.DEFINE_bool("keep_freed_memory", True, "As the programs in launch/ do; see kdq.heap.")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Calls `main` as `app.run` does, on the heap that the flag asks for."""
+
+    def call(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown arguments: {argv[1:]}")
+        if KEEP.value:
+            heap.keep_freed_memory()
+        main(argv)
+
+    app.run(call)
 
 
 def take_turns(
@@ -54,6 +69,7 @@ def publish(figures: Mapping[str, Any], out: str | None, **settings: Any) -> Non
     """Writes the figures with their record to the file `out`, or prints them."""
     record = {
         **settings,
+        "keep_freed_memory": KEEP.value,
         "figures": figures,
         "device": provenance.device(),
         "versions": provenance.versions(),

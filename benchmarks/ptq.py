@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
-from interleaved import publish
+from absl import flags, logging
+from interleaved import publish, run
 
 from kdq import models, quantize
 from kdq.quantize.ptq.chain import AFTER, METHODS
@@ -124,9 +124,7 @@ def measure(line: str, subject: Subject) -> dict[str, float | None]:
     return {"first": first, "second": seconds(run) if first < SECOND_BELOW else None}
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # methods tell of each layer that they leave
     figures = {}
     for title, fields in map(MODELS.get, CHOSEN_MODELS.value):
@@ -144,4 +142,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

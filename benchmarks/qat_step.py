@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from absl import app, flags
-from interleaved import Step, publish, show, take_turns
+from absl import flags
+from interleaved import Step, publish, run, show, take_turns
 
 from kdq import config, models, quantize
 from kdq.distill.capture import Outputs
@@ -180,9 +180,7 @@ def measure(steps: dict[str, Step | str], rounds: int) -> dict[str, Any]:
     return {name: found.get(name, {"error": step}) for name, step in steps.items()}
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+def main(_: list[str]) -> None:
     figures = {}
     for title, fields, shape in map(MODELS.get, CHOSEN_MODELS.value):
         model = models.build(**fields)
@@ -198,4 +196,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -21,8 +21,8 @@ from importlib import metadata
 
 import numpy as np
 import torch
-from absl import app, flags
-from interleaved import Step, publish, show, take_turns
+from absl import flags
+from interleaved import Step, publish, run, show, take_turns
 from torch import nn
 from torch_models import MODELS, Layers
 
@@ -154,9 +154,7 @@ def peer_versions() -> dict[str, str]:
     return found
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+def main(_: list[str]) -> None:
     warnings.simplefilter("ignore")  # peers' own deprecations
     figures = {}
     for name in CHOSEN_MODELS.value:
@@ -177,4 +175,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)
