@@ -6,16 +6,15 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from absl import logging
 
 from kdq.quantize import simulate
 from kdq.quantize.kinds import weight_name
 from kdq.quantize.layers import at_path
-from kdq.quantize.ptq import rounding
-from kdq.quantize.ptq.adam import adam
+from kdq.quantize.ptq import adam, rounding
 from kdq.quantize.ptq.options import Progress
 from kdq.quantize.ptq.order import in_order
 from kdq.quantize.ptq.units import Call, Unit, Watch
@@ -103,17 +102,16 @@ def reconstruct(
             for own, weights in zip(data, importance(variables, qparams, unit, index), strict=True):
                 own["weights"] = weights
         key, own_key = jax.random.split(key)
-        weights, trained, before, after = _train(
-            unit.variables(floats, index),
-            unit.qparams(qparams, index),
-            data,
-            settings.arrays(),
-            own_key,
+        piece = _Piece(
+            variables=unit.variables(floats, index),
+            qparams=unit.qparams(qparams, index),
+            data=data,
             module=unit.module,
             calls=unit.calls,
             batch_size=settings.batch_size,
-            runner=runner,
+            trains_scales=settings.scale_learning_rate > 0,
         )
+        weights, trained, before, after = _train(piece, settings, own_key, runner)
         where = f"{unit.path}{list(index) if index else ''}"
         logging.info("%s: %s: error %.4g, nearest %.4g", name, where, float(after), float(before))
         variables = _with_weights(variables, unit, index, weights)
@@ -141,87 +139,66 @@ def _with_scales(qparams, unit, index, trained) -> QParams:
     return replace_scales(qparams, whole)
 
 
-@partial(jax.jit, static_argnames=("module", "calls", "batch_size", "runner"))
-def _train(
-    variables: Variables,
-    qparams: QParams,
-    data: Data,
-    options: dict[str, Array],
-    key: Array,
-    *,
-    module: nn.Module,
-    calls: tuple[Call, ...],
-    batch_size: int,
-    runner: Runner,
-) -> tuple[dict[str, Array], Any, Array, Array]:
-    """Rounded weights, scales of activations, and the errors of nearest and learned rounding."""
-    floats = weights_of(variables["params"], qparams)
-    quantizers = {path: qparams[path]["weights"] for path in floats}
-    started = {path: rounding.start(w, quantizers[path]) for path, w in floats.items()}
-    around = {p: rounding.neighbours(codes, quantizers[p]) for p, (codes, _) in started.items()}
-    inputs = {p: {k: q for k, q in own.items() if k != "weights"} for p, own in qparams.items()}
-    inputs = {path: own for path, own in inputs.items() if own}
-    piece = _Piece(module, calls, variables, inputs, data, batch_size)
-    old_scales = _log_scales(inputs)
-    nearest = {path: fake_quantize(w, quantizers[path]) for path, w in floats.items()}
-    before = piece.errors(nearest, old_scales)
-    count = sum(w.size for w in floats.values())
+class _Piece(flax.struct.PyTreeNode):
+    """A unit with its data."""
 
-    def loss(trained: tuple, step: Array) -> Array:
-        v, scales = trained
-        soft = {
-            path: low + rounding.rectified_sigmoid(v[path]) * (high - low)
-            for path, (low, high) in around.items()
-        }
-        step_key = jax.random.fold_in(key, step)
-        error = piece.batch_error(soft, scales, before, step_key, options["drop"], runner)
-        beta, on = rounding.annealed_beta(step, options["steps"])
-        undecided = sum(rounding.regularizer(one, beta) for one in v.values()) / count
-        return error + on * options["regularization"] * undecided
-
-    trained = {path: v for path, (_, v) in started.items()}, old_scales
-    rates = options["learning_rate"], options["scale_learning_rate"]
-    state = trained, optax.scale_by_adam().init(trained)
-    (v, new_scales), _ = adam(loss, state, rates, 0, options["steps"])
-    learned = {p: rounding.hard(started[p][0], v[p], quantizers[p]) for p in floats}
-    after = piece.errors(learned, new_scales)
-    ratio = sum(a / _above_0(b) for a, b in zip(after, before, strict=True)) / len(calls)
-    choose = partial(jax.tree.map, lambda new, old: jnp.where(ratio <= 1, new, old))
-    weights, log_scales = choose((learned, new_scales), (nearest, old_scales))
-    return weights, jax.tree.map(jnp.exp, log_scales), sum(before), choose(sum(after), sum(before))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """A unit with its data, inside of `_train`."""
-
-    module: nn.Module
-    calls: tuple[Call, ...]
-    variables: Variables
-    inputs: QParams
+    variables: Variables  # with float weights
+    qparams: QParams
     data: Data
-    batch_size: int
+    module: nn.Module = flax.struct.field(pytree_node=False)
+    calls: tuple[Call, ...] = flax.struct.field(pytree_node=False)
+    batch_size: int = flax.struct.field(pytree_node=False)
+    trains_scales: bool = flax.struct.field(pytree_node=False)
 
-    def outputs(self, call, weights, scales, arrays, key, drop, runner) -> list[Array]:
-        """The float outputs of a call with these weights and log scales of activations."""
+    @property
+    def floats(self) -> dict[str, Array]:
+        """The weights to round, by layer."""
+        return weights_of(self.variables["params"], self.qparams)
+
+    @property
+    def quantizers(self) -> dict[str, Any]:
+        """Of these weights."""
+        return {path: self.qparams[path]["weights"] for path in self.floats}
+
+    @property
+    def inputs(self) -> QParams:
+        """The quantizers of what layers get."""
+        found = {
+            path: {name: one for name, one in own.items() if name != "weights"}
+            for path, own in self.qparams.items()
+        }
+        return {path: by_name for path, by_name in found.items() if by_name}
+
+    def log_scales(self) -> dict[str, Any]:
+        """Of the inputs whose scales train, as they were calibrated."""
+        if not self.trains_scales:
+            return {}
+        return {
+            path: {name: {"scale": jnp.log(own["scale"])} for name, own in by_name.items()}
+            for path, by_name in scales(self.inputs).items()
+            if all("scale" in own for own in by_name.values())
+        }
+
+    def outputs(self, call, weights, log_scales, arrays, key, drop, runner) -> list[Array]:
+        """The float outputs of a call with these weights and scales of activations."""
         params = put_weights(self.variables["params"], weights)
         args, kwargs = call.arguments(arrays)
-        quantizers = replace_scales(self.inputs, jax.tree.map(jnp.exp, scales))
+        quantizers = replace_scales(self.inputs, jax.tree.map(jnp.exp, log_scales))
         variables = {**self.variables, "params": params}
         outputs = runner(
             self.module, variables, quantizers, args, key, drop, method=call.method, **kwargs
         )
         return [a for a, kept in zip(jax.tree.leaves(outputs), call.outputs, strict=True) if kept]
 
-    def errors(self, weights, scales) -> list[Array]:
+    def errors(self, weights, log_scales) -> list[Array]:
         """Of each call, the mean error over all rows; inputs are quantized as they will be."""
-        evaluate = lambda call, arrays: self.outputs(call, weights, scales, arrays, None, 0, plain)
-        return [
-            _mean_error(partial(evaluate, call), call, own, self.batch_size)
-            for call, own in zip(self.calls, self.data, strict=True)
-        ]
+        counts = [own["targets"][0].shape[0] for own in self.data]
+        starts = range(0, max(counts), self.batch_size)
+        sums = [_error_sums(self, weights, log_scales, start) for start in starts]
+        totals = map(sum, zip(*sums, strict=True))
+        return [total / count for total, count in zip(totals, counts, strict=True)]
 
-    def batch_error(self, weights, scales, before, key, drop, runner) -> Array:
+    def batch_error(self, weights, log_scales, before, key, drop, runner) -> Array:
         """The mean error over random rows, as a part of `before`; the mean over the calls."""
         total = 0.0
         for i, (call, own) in enumerate(zip(self.calls, self.data, strict=True)):
@@ -231,17 +208,92 @@ class _Piece:
             if runner is not plain:
                 floats, *_ = _pick(call, own | {"arrays": own["float_arrays"]}, rows)
                 arrays = _mix(keys[1], drop, call, arrays, floats)
-            outputs = self.outputs(call, weights, scales, arrays, keys[2], drop, runner)
+            outputs = self.outputs(call, weights, log_scales, arrays, keys[2], drop, runner)
             total += _row_errors(outputs, wanted, importance).mean() / _above_0(before[i])
         return total / len(self.calls)
 
 
-def _log_scales(inputs: QParams) -> dict[str, Any]:
-    return {
-        path: {name: {"scale": jnp.log(own["scale"])} for name, own in by_name.items()}
-        for path, by_name in scales(inputs).items()
-        if all("scale" in own for own in by_name.values())
-    }
+def _train(
+    piece: _Piece, settings: Settings, key: Array, runner: Runner
+) -> tuple[dict[str, Array], Any, Array, Array]:
+    """Rounded weights, scales of activations, and the errors of nearest and learned rounding."""
+    nearest, old_scales = _nearest(piece), piece.log_scales()
+    before = piece.errors(nearest, old_scales)
+    (state, codes), options = _start(piece), settings.arrays()
+    for number in range(settings.steps):
+        state = _step(state, codes, piece, before, options, key, number, runner=runner)
+    v, new_scales = state[0]
+    learned = _decided(codes, v, piece.quantizers)
+    after = piece.errors(learned, new_scales)
+    ratio = sum(a / _above_0(b) for a, b in zip(after, before, strict=True)) / len(piece.calls)
+    found = (learned, new_scales, after) if ratio <= 1 else (nearest, old_scales, before)
+    return found[0], jax.tree.map(jnp.exp, found[1]), sum(before), sum(found[2])
+
+
+@jax.jit
+def _nearest(piece: _Piece) -> dict[str, Array]:
+    quantizers = piece.quantizers
+    return {path: fake_quantize(w, quantizers[path]) for path, w in piece.floats.items()}
+
+
+@jax.jit
+def _start(piece: _Piece) -> tuple[adam.State, dict[str, Array]]:
+    """The state before the first step, and the codes below each weight."""
+    quantizers = piece.quantizers
+    started = {path: rounding.start(w, quantizers[path]) for path, w in piece.floats.items()}
+    v = {path: own for path, (_, own) in started.items()}
+    codes = {path: below for path, (below, _) in started.items()}
+    return adam.start((v, piece.log_scales())), codes
+
+
+@partial(jax.jit, static_argnames=("runner",), donate_argnames=("state",))
+def _step(
+    state: adam.State,
+    codes: dict[str, Array],
+    piece: _Piece,
+    before: list[Array],
+    options: dict[str, Array],
+    key: Array,
+    number: Array,
+    *,
+    runner: Runner,
+) -> adam.State:
+    quantizers = piece.quantizers
+    around = {path: rounding.neighbours(own, quantizers[path]) for path, own in codes.items()}
+    count = sum(own.size for own in codes.values())
+
+    def loss(trained: tuple, number: Array) -> Array:
+        v, log_scales = trained
+        soft = {
+            path: low + rounding.rectified_sigmoid(v[path]) * (high - low)
+            for path, (low, high) in around.items()
+        }
+        own_key = jax.random.fold_in(key, number)
+        error = piece.batch_error(soft, log_scales, before, own_key, options["drop"], runner)
+        beta, on = rounding.annealed_beta(number, options["steps"])
+        undecided = sum(rounding.regularizer(one, beta) for one in v.values()) / count
+        return error + on * options["regularization"] * undecided
+
+    rates = options["learning_rate"], options["scale_learning_rate"]
+    return adam.step(loss, state, rates, number)
+
+
+@jax.jit
+def _decided(codes: dict[str, Array], v: dict[str, Array], quantizers: dict[str, Any]):
+    return {path: rounding.hard(own, v[path], quantizers[path]) for path, own in codes.items()}
+
+
+@jax.jit
+def _error_sums(piece: _Piece, weights, log_scales, start: Array) -> list[Array]:
+    """Of each call, the sum of the errors of a batch of its rows, from `start` on."""
+    sums = []
+    for call, own in zip(piece.calls, piece.data, strict=True):
+        count = own["targets"][0].shape[0]
+        rows = start + jnp.arange(piece.batch_size)
+        arrays, wanted, importance = _pick(call, own, jnp.minimum(rows, count - 1))
+        outputs = piece.outputs(call, weights, log_scales, arrays, None, 0, plain)
+        sums.append(jnp.where(rows < count, _row_errors(outputs, wanted, importance), 0).sum())
+    return sums
 
 
 def _above_0(error: Array) -> Array:
@@ -272,15 +324,3 @@ def _row_errors(outputs: list[Array], targets: list[Array], weights: list[Array]
         squared = [s * w for s, w in zip(squared, weights, strict=True)]
     per_row = [s.reshape(len(s), -1) for s in squared]
     return sum(s.sum(1) for s in per_row) / sum(s.shape[1] for s in per_row)
-
-
-def _mean_error(run: Callable, call: Call, own: dict[str, Any], batch_size: int) -> Array:
-    """Over all rows, a batch at a time."""
-    count = own["targets"][0].shape[0]
-
-    def add(i, total):
-        rows = i * batch_size + jnp.arange(batch_size)
-        arrays, wanted, weights = _pick(call, own, jnp.minimum(rows, count - 1))
-        return total + jnp.where(rows < count, _row_errors(run(arrays), wanted, weights), 0).sum()
-
-    return jax.lax.fori_loop(0, -(-count // batch_size), add, jnp.float32(0)) / count

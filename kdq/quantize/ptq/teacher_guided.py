@@ -7,12 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 from absl import logging
 
 from kdq.quantize import simulate
-from kdq.quantize.ptq import rounding
-from kdq.quantize.ptq.adam import adam
+from kdq.quantize.ptq import adam, rounding
 from kdq.quantize.ptq.divergence import check_logits, kl
 from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet, static
 from kdq.quantize.ptq.weights import put_weights, rounded, weights_of
@@ -145,8 +143,19 @@ class _Search:
         self._start_kl = jnp.float32(self.first) if self.first > 0 else jnp.float32(1)
 
     def _measure(self, variables: Variables, qparams: QParams) -> float:
-        held = _held_out(variables, qparams, self._unseen, self._temperature, **self._static)
-        return float(held)
+        inputs, wanted = self._unseen
+        found = [
+            _held_out(
+                variables,
+                qparams,
+                jax.tree.map(lambda a, i=i: a[i], inputs),
+                wanted[i],
+                self._temperature,
+                **self._static,
+            )
+            for i in range(len(wanted))
+        ]
+        return float(sum(found)) / len(found)
 
     def phase(self, name, steps, checks, options, key, progress) -> None:
         """Steps from the best so far; keeps what a check finds better."""
@@ -158,27 +167,28 @@ class _Search:
         started = {path: rounding.start(w, quantizers[path]) for path, w in floats.items()}
         below = {path: codes for path, (codes, _) in started.items()}
         trained = ({path: v for path, (_, v) in started.items()}, _to_log(scales(qparams)))
-        state = (trained, optax.scale_by_adam().init(trained))
+        state = adam.start(trained)
+        options = {
+            **options,
+            "start": self._start_kl,
+            "steps": jnp.float32(steps),
+            "temperature": self._temperature,
+        }
         ends = sorted({round(steps * i / checks) for i in range(1, checks + 1)} - {0})
         step = 0
         for end in progress(ends, f"teacher_guided: {name}"):
-            state = _advance(
-                state,
-                self._float,
-                qparams,
-                below,
-                self._fitted,
-                {
-                    **options,
-                    "start": self._start_kl,
-                    "steps": jnp.float32(steps),
-                    "temperature": self._temperature,
-                },
-                key,
-                step,
-                end,
-                **self._static,
-            )
+            for number in range(step, end):
+                state = _step(
+                    state,
+                    self._float,
+                    qparams,
+                    below,
+                    self._fitted,
+                    options,
+                    key,
+                    number,
+                    **self._static,
+                )
             step = end
             self._keep(*_decide(state[0], self._float, qparams, below))
 
@@ -189,13 +199,9 @@ class _Search:
 
 
 @partial(jax.jit, static_argnames=("model", "apply_kwargs"))
-def _held_out(variables, qparams, data, temperature, *, model, apply_kwargs):
-    def one(pair):
-        inputs, wanted = pair
-        logits = simulate.apply(model, variables, qparams, inputs, **dict(apply_kwargs))
-        return _softened(wanted, logits, temperature)
-
-    return jax.lax.map(one, data).mean()
+def _held_out(variables, qparams, inputs, wanted, temperature, *, model, apply_kwargs):
+    logits = simulate.apply(model, variables, qparams, inputs, **dict(apply_kwargs))
+    return _softened(wanted, logits, temperature)
 
 
 def _softened(wanted: Array, logits: Array, temperature: Array) -> Array:
@@ -203,8 +209,8 @@ def _softened(wanted: Array, logits: Array, temperature: Array) -> Array:
     return temperature**2 * kl(wanted / temperature, logits / temperature).mean()
 
 
-@partial(jax.jit, static_argnames=("model", "apply_kwargs"))
-def _advance(
+@partial(jax.jit, static_argnames=("model", "apply_kwargs"), donate_argnames=("state",))
+def _step(
     state,
     variables,
     qparams,
@@ -212,13 +218,12 @@ def _advance(
     data,
     options,
     key,
-    first,
-    last,
+    number,
     *,
     model,
     apply_kwargs,
 ):
-    """Adam from step `first` to `last`; rounding is soft where `below` has codes."""
+    """One of Adam; rounding is soft where `below` has codes."""
     count = sum(codes.size for codes in below.values())
 
     def loss(trained, step):
@@ -242,7 +247,7 @@ def _advance(
         undecided = sum(rounding.regularizer(one, beta) for one in v.values()) / count
         return total + on * options["regularization"] * undecided
 
-    return adam(loss, state, options["rates"], first, last, options["steps"])
+    return adam.step(loss, state, options["rates"], number, options["steps"])
 
 
 @jax.jit
