@@ -72,8 +72,10 @@ def _forward(x, scale, zero_point, qmin, qmax, levels, key, training):
     else:
         relative = grid.position(x, scale, jnp.float32(0))
         inside = (relative >= levels[0]) & (relative <= levels[-1])
-    # (q - v) * scale inside, (clip(q) - zero_point) * scale outside.
-    error = jnp.where(inside, 0 if training.scale_gradient == "clipped" else y - x, y)
+    # (q - v) * scale inside, (clip(q) - zero_point) * scale outside. 0 · ∞ is NaN, so that clipping
+    # does not hide an infinite x from a training step.
+    clipped_only = training.scale_gradient == "clipped"
+    error = jnp.where(inside, 0, y) if clipped_only else y - jnp.where(inside, x, 0 * x)
     return y.astype(x.dtype), (error, inside, scale, zero_point, qmax)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from kdq.types import Array
@@ -19,7 +20,8 @@ _MOMENTS = optax.scale_by_adam()
 
 
 def start(parameters: tuple) -> State:
-    """The state before the first step."""
+    """The state before the first step, of arrays of its own: steps may donate it."""
+    parameters = jax.tree.map(jnp.array, parameters)
     return parameters, _MOMENTS.init(parameters)
 
 
