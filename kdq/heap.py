@@ -11,8 +11,8 @@ def keep_freed_memory() -> bool:
 
     XLA allocates the intermediates of a step on a CPU in one piece and frees them after it. That
     is more than glibc keeps, so each step would get pages that the system has to fill with zeros
-    at first touch: a third of a step's time in `benchmarks/qat_step.py`. The price is that the
-    process holds the most that it ever held.
+    at first touch: a quarter of the time of a small transformer's step (`benchmarks/results/`). The
+    price is that the process holds the most that it ever held.
 
     To be called before JAX computes anything: its threads must not have heaps of their own yet,
     for those are too small for such a piece. What a user has set by MALLOC_* or GLIBC_TUNABLES for
