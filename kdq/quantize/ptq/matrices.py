@@ -69,8 +69,9 @@ def patches(layer: LayerInfo, x: Array) -> Array:
     """
     own = form(layer)
     taps = tuple(axis for axis in own.inputs if axis not in own.channels)
-    channels = by_channel(x, own) if not taps else jnp.moveaxis(x, own.input_axes, (0,))
-    rows = _taps(layer, own, channels[..., None]) if taps else channels
+    rows = jnp.moveaxis(x, own.input_axes, range(len(own.input_axes)))
+    if taps:
+        rows = _taps(layer, own, rows[..., None])
     # The axes of `split` that the rows have, -1 for their samples; in order, and as they are to be.
     found = (*own.channels, -1, *taps)
     wanted = (*own.groups, -1, *own.inputs)

@@ -88,15 +88,11 @@ def teacher_guided(
     items, target = static(apply_kwargs), variables if target is None else target
     key, order_key = jax.random.split(jax.random.key(seed))
     order = [int(i) for i in jax.random.permutation(order_key, len(batches))]
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *(batches[i] for i in order))
+    batches = [batches[i] for i in order]
+    wanted = _wanted(model, target, teacher, batches, items)
     held = max(1, len(batches) // 4)
-    wanted = _wanted(
-        model, variables if target is None else target, teacher, [batches[i] for i in order], items
-    )
-    fitted, unseen = (
-        jax.tree.map(lambda a, cut=cut: a[cut], (stacked, wanted))
-        for cut in (slice(held, None), slice(held))
-    )
+    unseen = list(zip(batches[:held], wanted[:held], strict=True))
+    fitted = jax.tree.map(lambda *a: jnp.stack(a), *batches[held:]), wanted[held:]
     search = _Search(model, variables, qparams, items, fitted, unseen, jnp.float32(temperature))
     options = {
         "rates": (jnp.float32(learning_rate), jnp.float32(scale_learning_rate)),
@@ -143,17 +139,9 @@ class _Search:
         self._start_kl = jnp.float32(self.first) if self.first > 0 else jnp.float32(1)
 
     def _measure(self, variables: Variables, qparams: QParams) -> float:
-        inputs, wanted = self._unseen
         found = [
-            _held_out(
-                variables,
-                qparams,
-                jax.tree.map(lambda a, i=i: a[i], inputs),
-                wanted[i],
-                self._temperature,
-                **self._static,
-            )
-            for i in range(len(wanted))
+            _held_out(variables, qparams, inputs, wanted, self._temperature, **self._static)
+            for inputs, wanted in self._unseen
         ]
         return float(sum(found)) / len(found)
 
