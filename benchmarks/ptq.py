@@ -36,8 +36,8 @@ BATCH, BITS, EVALUATE = 32, (4, 8), {"train": False}
 MODELS = {
     "resnet20": ("ResNet-20 16/32/64, 32x32x3", 32, {"name": "resnet", "depth": 20}),
     # Plain, with batch norm and 3×3 convolutions throughout: no method has nothing to do. Its 512
-    # channels are those of a ResNet-18's last stage. They see 3×3: of images smaller than its kernel
-    # XLA's CPU backend computes a convolution 20 times slower.
+    # channels are those of a ResNet-18's last stage, on 3×3 positions: XLA's CPU backend computes a
+    # convolution of images smaller than its kernel 20 times slower.
     "cnn20m": (
         "CNN of 12 convolutions to 512 channels, 24x24x3",
         24,
