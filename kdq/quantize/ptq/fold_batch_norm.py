@@ -107,10 +107,8 @@ def _fold(variables: Variables, norm: Norm, layer: LayerInfo) -> Variables:
     params, stats = dict(variables["params"]), dict(variables["batch_stats"])
     own_layer = simulate.copied(params, layer.path, "batch norms")
     own_stats = simulate.copied(stats, norm.path, "batch norms")
-    mean, var = (np.asarray(own_stats[name], np.float64) for name in ("mean", "var"))
-    own = {k: np.asarray(v, np.float64) for k, v in norms_lib.params_of(norm, variables).items()}
-    factor = own.get("scale", 1.0) / np.sqrt(var + np.float64(np.float32(norm.epsilon)))
-    offset = own.get("bias", 0.0) - mean * factor
+    own = norms_lib.params_of(norm, variables)
+    factor, offset = norms_lib.affine(norm, variables)
 
     channels, depth = output_channels(layer), len(layer.stack)
     axes = [channels[axis] for axis in norm.axes]
@@ -124,8 +122,9 @@ def _fold(variables: Variables, norm: Norm, layer: LayerInfo) -> Variables:
         factor, offset_b = (_spread(v, depth, axes, len(places)) for v in (factor, offset))
         own_layer["bias"] = _like(bias, np.float64(bias) * factor + offset_b)
         offset = np.zeros_like(offset)
-    own_stats["var"] = _like(own_stats["var"], np.full_like(var, norms_lib.identity_variance(norm)))
-    own_stats["mean"] = _like(own_stats["mean"], 0 * mean if "bias" in own else -offset)
+    variance = np.full_like(offset, norms_lib.identity_variance(norm))
+    own_stats["var"] = _like(own_stats["var"], variance)
+    own_stats["mean"] = _like(own_stats["mean"], 0 * offset if "bias" in own else -offset)
     if own:
         own_norm = simulate.copied(params, norm.path, "batch norms")
         for name, value in (("scale", np.ones_like(offset)), ("bias", offset)):

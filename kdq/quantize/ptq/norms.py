@@ -108,6 +108,18 @@ def is_folded(norm: Norm, variables: Variables) -> bool:
     )
 
 
+def affine(norm: Norm, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
+    """`(factor, offset)` with which the norm's output is `x * factor + offset`; float64.
+
+    Each has the norm's stack in front, and then an axis for each of its axes.
+    """
+    stats = at_path(variables["batch_stats"], norm.path)
+    mean, var = (np.asarray(stats[name], np.float64) for name in ("mean", "var"))
+    own = {k: np.asarray(v, np.float64) for k, v in params_of(norm, variables).items()}
+    factor = own.get("scale", 1.0) / np.sqrt(var + np.float64(np.float32(norm.epsilon)))
+    return factor, own.get("bias", 0.0) - mean * factor
+
+
 def identity_variance(norm: Norm) -> np.float32:
     """The variance that, with epsilon added in float32, is exactly 1."""
     return np.float32(1) - np.float32(norm.epsilon)

@@ -1,0 +1,191 @@
+"""Arithmetic on codes: what an integer kernel computes, in the order in which it does.
+
+It is that of ONNX Runtime's kernels, bit for bit: a product is summed in int32, its bias is an
+int32 at the scale of the sum, and a sum becomes a code by one float32 multiplication that is
+rounded to the nearest, halves to even. `fixed_point` has the way of microcontrollers instead.
+
+Inputs are uint8 codes around a zero point (`InputGrid`), weights signed codes (`QTensor`). Sums are
+of `(x - zero_point) * w`, but no such difference is ever made: `x` goes in as it is, less 128 so
+that it is an int8, and what that adds, `(128 - zero_point) * sum(w)`, is taken off afterwards.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kdq.deploy.contraction import Conv, Dot, Kernel, of_side
+from kdq.deploy.qtensor import InputGrid
+from kdq.types import Array
+
+LARGEST = np.finfo(np.float32).max
+
+
+def product(
+    kernel: Kernel,
+    x: Array,
+    x_zero: Array,
+    w: Array,
+    w_sum: Array | None = None,
+    w_zero: Array | None = None,
+) -> Array:
+    """`sum((x - x_zero) * (w - w_zero))` in int32.
+
+    Args:
+      kernel: which product.
+      x: uint8 codes of an input; a convolution pads them with their zero point.
+      x_zero: int32, of `x`.
+      w: int8 (or smaller) codes of a weight; or uint8, of a second input.
+      w_sum: int32, their sum for each output channel, which broadcasts with the output; computed
+        here if not given.
+      w_zero: int32, their zero point, which broadcasts with the output; None is 0.
+    """
+    if isinstance(kernel, Conv):
+        edges = zip(kernel.padding, kernel.input_dilation, strict=True)
+        spatial = kernel.dimension_numbers.lhs_spec[2:]
+        config = [(0, 0, 0)] * x.ndim
+        for axis, ((low, high), dilation) in zip(spatial, edges, strict=True):
+            config[axis] = (low, high, dilation - 1)
+        x = lax.pad(x, x_zero.astype(x.dtype), config)
+    left, left_zero = _int8(x), x_zero - 128
+    if w.dtype == jnp.uint8:
+        w, w_zero = _int8(w), w_zero - 128
+    w = w.astype(jnp.int8)
+    if w_sum is None:
+        w_sum = _sums(kernel, w, 1, x.ndim)
+    total = _multiply(kernel, left, w) - left_zero * w_sum
+    if w_zero is None:
+        return total
+    if isinstance(kernel, Conv):
+        x_sum = _multiply(kernel, left, jnp.ones_like(w))
+    else:
+        x_sum = _sums(kernel, left, 0, w.ndim)
+    return total - w_zero * (x_sum - left_zero * _terms(kernel, w.shape))
+
+
+def _int8(codes: Array) -> Array:
+    """uint8 codes less 128."""
+    return (codes.astype(jnp.int16) - 128).astype(jnp.int8)
+
+
+def _sums(kernel: Dot, codes: Array, of_input: int, rank: int) -> Array:
+    """Sums of the codes of the input (0) or of what it meets (1) over what is contracted."""
+    summed = lambda values, axes: values.astype(jnp.int32).sum(axes)
+    return of_side(kernel, codes, of_input ^ kernel.swapped, rank, summed)
+
+
+def _terms(kernel: Kernel, shape: tuple[int, ...]) -> int:
+    """How many products a sum has, by the shape of the weight."""
+    if isinstance(kernel, Conv):
+        axes = kernel.dimension_numbers.rhs_spec[1:]
+    else:
+        axes = kernel.dimension_numbers[0][0 if kernel.swapped else 1]
+    return math.prod(shape[axis] for axis in axes)
+
+
+def _multiply(kernel: Kernel, x: Array, w: Array) -> Array:
+    if isinstance(kernel, Dot):
+        left, right = (w, x) if kernel.swapped else (x, w)
+        numbers = kernel.dimension_numbers
+        return lax.dot_general(left, right, numbers, preferred_element_type=jnp.int32)
+    return lax.conv_general_dilated(
+        x,
+        w,
+        kernel.strides,
+        "VALID",
+        rhs_dilation=kernel.kernel_dilation,
+        dimension_numbers=kernel.dimension_numbers,
+        feature_group_count=kernel.groups,
+        preferred_element_type=jnp.int32,
+    )
+
+
+def quantize(x: Array, grid: InputGrid) -> Array:
+    """`clip(round(x / scale) + zero_point, 0, top)` as uint8, as QuantizeLinear of ONNX has it."""
+    codes = jnp.round(x.astype(jnp.float32) / grid.scale) + grid.zero_point.astype(jnp.float32)
+    return jnp.clip(codes, 0, grid.top.astype(jnp.float32)).astype(jnp.uint8)
+
+
+def dequantize(codes: Array, grid: InputGrid) -> Array:
+    """The float32 numbers of input codes."""
+    centred = codes.astype(jnp.int32) - grid.zero_point
+    return _exactly(centred.astype(jnp.float32) * grid.scale)
+
+
+def to_float(total: Array, scale: Array) -> Array:
+    """The float32 numbers of int32 sums."""
+    return _exactly(total.astype(jnp.float32) * scale)
+
+
+def _exactly(product: Array) -> Array:
+    """A product that is rounded before it is added to anything.
+
+    XLA's CPU backend joins a product and a sum into one operation with one rounding, and neither
+    `optimization_barrier` nor `reduce_precision` keeps it from that; a minimum does.
+    """
+    return jnp.minimum(product, LARGEST)
+
+
+def requantize(total: Array, scale: Array, grid: InputGrid) -> Array:
+    """int32 sums at `scale` as the codes of the next input, by a float32 multiplier."""
+    codes = jnp.round(total.astype(jnp.float32) * (scale / grid.scale))
+    return _to_codes(codes.astype(jnp.int32), grid)
+
+
+def _to_codes(steps: Array, grid: InputGrid) -> Array:
+    # Clipped before the zero point is added, as the sum could overflow.
+    low, high = -grid.zero_point, grid.top - grid.zero_point
+    return (jnp.clip(steps, low, high) + grid.zero_point).astype(jnp.uint8)
+
+
+def fixed_point(multiplier: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`(mantissa, shift)` with multiplier ≈ mantissa · 2^(-31 - shift); arXiv:1712.05877, §2.2.
+
+    Args:
+      multiplier: positive, below 2^30.
+
+    Returns:
+      int32 arrays of its shape; the mantissa in [2^30, 2^31).
+    """
+    multiplier = np.asarray(multiplier, np.float64)
+    if not (np.isfinite(multiplier) & (multiplier > 0) & (multiplier < 2.0**30)).all():
+        raise ValueError(f"a multiplier is positive and below 2^30, got {multiplier}")
+    fraction, exponent = np.frexp(multiplier)
+    mantissa = np.round(fraction * 2.0**31).astype(np.int64)
+    carried = mantissa == 2**31
+    mantissa, exponent = np.where(carried, 2**30, mantissa), exponent + carried
+    return mantissa.astype(np.int32), (-exponent).astype(np.int32)
+
+
+def requantize_fixed_point(total: Array, mantissa: Array, shift: Array, grid: InputGrid) -> Array:
+    """int32 sums as codes by integers alone: the high half of a product, then a rounding shift.
+
+    `round(total · mantissa · 2^-31)` with halves up, then the shift with halves away from zero; a
+    negative shift comes before the product and saturates. This is what gemmlowp and CMSIS-NN do.
+    """
+    left, right = jnp.maximum(-shift, 0), jnp.maximum(shift, 0)
+    limit = jnp.right_shift(jnp.int32(2**31 - 1), left)
+    total = jnp.left_shift(jnp.clip(total, -limit, limit), left)
+    high = _high_product(total, mantissa)
+    mask = jnp.left_shift(jnp.int32(1), jnp.minimum(right, 31)) - 1
+    remainder = jnp.bitwise_and(high, mask)
+    threshold = jnp.right_shift(mask, 1) + (high < 0)
+    steps = jnp.right_shift(high, jnp.minimum(right, 31)) + (remainder > threshold)
+    return _to_codes(jnp.where(right > 31, 0, steps), grid)
+
+
+def _high_product(a: Array, b: Array) -> Array:
+    """`floor((a · b + 2^30) / 2^31)` of int32, without int64, which JAX has not by default."""
+    a_high, a_low = jnp.right_shift(a, 16), jnp.bitwise_and(a, 0xFFFF).astype(jnp.uint32)
+    b_high, b_low = jnp.right_shift(b, 16), jnp.bitwise_and(b, 0xFFFF).astype(jnp.uint32)
+    # a·b = a_high·b_high·2^32 + (a_high·b_low + a_low·b_high)·2^16 + a_low·b_low, each carried
+    # upwards so that nothing overflows; low words are unsigned.
+    low = a_low * b_low
+    first = a_high * b_low.astype(jnp.int32) + jnp.right_shift(low, 16).astype(jnp.int32)
+    second = a_low.astype(jnp.int32) * b_high + jnp.bitwise_and(first, 0xFFFF)
+    high = a_high * b_high + jnp.right_shift(first, 16) + jnp.right_shift(second, 16)
+    low_word = jnp.left_shift(second.astype(jnp.uint32), 16) | jnp.bitwise_and(low, 0xFFFF)
+    rounded = low_word + jnp.uint32(2**30)
+    high = high + (rounded < low_word)
+    return jnp.left_shift(high, 1) | jnp.right_shift(rounded, 31).astype(jnp.int32)

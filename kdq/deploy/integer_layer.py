@@ -1,0 +1,148 @@
+"""A layer that multiplies integers, made from a float one and its quantizers."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from kdq.deploy import contraction
+from kdq.deploy.contraction import BIAS, INPUT, OTHER, RESULT, WEIGHT, Kernel
+from kdq.deploy.qtensor import InputGrid, QTensor
+from kdq.quantize import grid
+from kdq.quantize.kinds import Unsupported
+from kdq.types import Array
+
+INT32 = 2**31 - 1
+
+
+class IntegerLayer(flax.struct.PyTreeNode):
+    """What an integer layer computes with; of a stack of layers with its axes in front.
+
+    All but `weight` broadcast with the output of the layer's product. No weight is float.
+    """
+
+    inputs: dict[str, InputGrid]  # by operand
+    scale: Array  # float32, of the int32 sums
+    weight: QTensor | None = None  # None: a product of two inputs
+    weight_sum: Array | None = None  # int32, of the weight's codes
+    weight_zero: Array | None = None  # int32, of the weight; None is 0
+    bias: Array | None = None  # int32, at `scale`
+
+
+@dataclasses.dataclass(frozen=True)
+class _Find(contraction.Steps):
+    """Takes a layer's weight and bias to where they meet its input."""
+
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def multiply(self, kernel: Kernel, left: Any, right: Any) -> Any:
+        if "kernel" in self.found:
+            raise Unsupported("it multiplies more than once")
+        self.found.update(kernel=kernel, rank=left.ndim, weight=right)
+        return None
+
+    def add_bias(self, result: Any, bias: Any) -> Any:
+        self.found["bias"] = np.asarray(bias)
+        return result
+
+
+def make(
+    traced: core.ClosedJaxpr,
+    roles: Sequence[str],
+    inputs: Mapping[str, InputGrid],
+    weight: QTensor | None,
+    bias: np.ndarray | None,
+    offset: np.ndarray | None = None,
+) -> tuple[IntegerLayer, int]:
+    """One layer, not a stack of them, and a bound of its sums.
+
+    Args:
+      traced: the layer's own code in floats.
+      roles: of its arguments.
+      inputs: the grids of its inputs.
+      weight: its weight; None for a product of two inputs.
+      bias: float, one of the arguments; None if it has none.
+      offset: float, which broadcasts with the layer's output, to be added if there is no bias.
+
+    Raises:
+      Unsupported: why it can't be computed with integers.
+    """
+    operands = []
+    for role, atom in zip(roles, traced.jaxpr.invars, strict=True):
+        if role == WEIGHT:
+            operands.append((role, _spread(weight)))
+        elif role == BIAS:
+            operands.append((role, jnp.asarray(bias)))
+        else:
+            operands.append((role, jnp.zeros(atom.aval.shape, jnp.uint8)))
+    find = _Find()
+    role, _ = contraction.follow(traced, operands, find, {INPUT: 0, OTHER: 0})
+    found = find.found
+    if offset is not None:
+        if role != RESULT:
+            raise Unsupported("it rearranges its output, behind which a norm adds to it")
+        found["bias"] = offset
+    scale = np.prod([np.asarray(one.scale) for one in inputs.values()], dtype=np.float32)
+    if weight is None:
+        scale = jnp.float32(scale)
+        return IntegerLayer(inputs=dict(inputs), scale=scale), INT32
+    kernel, arrays = found["kernel"], {k: np.asarray(v) for k, v in found["weight"].items()}
+    centred = arrays["codes"].astype(np.int64) - arrays["zero_point"]
+    of_weight = contraction.of_channels(kernel, arrays["scale"], found["rank"], _same)
+    of_sums = np.float32(scale) * of_weight
+    summed = lambda values: contraction.of_channels(kernel, values, found["rank"], np.sum)
+    zero = contraction.of_channels(kernel, arrays["zero_point"], found["rank"], _same)
+    bias = _rounded_bias(found.get("bias"), of_sums)
+    steps = inputs["activations"]
+    reach = max(int(steps.zero_point), int(steps.top) - int(steps.zero_point))
+    # The product of the codes as they are is larger than that of the differences; both must fit.
+    largest = 255 * int(summed(abs(centred)).max()) + int(abs(bias).max(initial=0))
+    if largest > INT32:
+        raise Unsupported(
+            f"its sums reach {largest:.3g}, more than 32 bits hold; its bias is up to "
+            f"{abs(bias).max():.3g} of the steps {of_sums.min():.3g} of its sums"
+        )
+    largest = reach * int(summed(abs(centred)).max()) + int(abs(bias).max(initial=0))
+    layer = IntegerLayer(
+        inputs=dict(inputs),
+        scale=jnp.asarray(of_sums, jnp.float32),
+        weight=weight,
+        weight_sum=jnp.asarray(summed(arrays["codes"].astype(np.int64)), jnp.int32),
+        weight_zero=jnp.asarray(zero, jnp.int32) if zero.any() else None,
+        bias=jnp.asarray(bias, jnp.int32) if bias.any() else None,
+    )
+    return layer, largest
+
+
+def _rounded_bias(bias: np.ndarray | None, scale: np.ndarray) -> np.ndarray:
+    if bias is None:
+        return np.zeros(scale.shape, np.int64)
+    steps = np.round(np.asarray(bias, np.float64) / scale)
+    return steps.clip(-(2.0**62), 2.0**62).astype(np.int64)
+
+
+def _spread(weight: QTensor) -> dict[str, Array]:
+    """Every array of a weight, of the weight's shape, so that they are rearranged alike."""
+    if weight.levels is not None:
+        raise Unsupported("its weight has a number format, not integers")
+    shape = weight.shape
+    full = lambda one: jnp.broadcast_to(grid.expand(one, shape), shape)
+    zero_point = jnp.int32(0) if weight.zero_point is None else weight.zero_point
+    return {
+        "codes": weight.codes.astype(jnp.int8),
+        "scale": full(weight.scale),
+        "zero_point": full(zero_point),
+    }
+
+
+def _same(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """What the elements of a sum share."""
+    if np.ptp(values, axis=axes).any():
+        raise Unsupported(
+            "its weight has scales in groups along its inputs, which can't share a sum"
+        )
+    return values.max(axes)

@@ -1,0 +1,454 @@
+"""Lowering: a simulated model becomes one whose layers multiply integers."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+
+from kdq import quantize
+from kdq.deploy import integer_layer, network, qtensor
+from kdq.deploy.contraction import BIAS, INPUT, OTHER, WEIGHT
+from kdq.deploy.integer_layer import IntegerLayer
+from kdq.deploy.network import LayerCall
+from kdq.deploy.qtensor import QTensor
+from kdq.quantize import kinds, simulate
+from kdq.quantize.grid import Quantizer
+from kdq.quantize.kinds import Unsupported
+from kdq.quantize.layers import LayerInfo, as_args, list_layers, list_unquantized, path_of
+from kdq.quantize.ptq import norms as norms_lib
+from kdq.quantize.ptq.norms import Norm, list_norms
+from kdq.quantize.ptq.watch import output_channels
+from kdq.quantize.ste import fake_quantize
+from kdq.types import Array, QParams, Variables
+
+# Where a layer finds what it computes with: in "params", which Linen's lifted transforms slice.
+LOWERED = "_lowered"
+
+
+class FloatLayer(flax.struct.PyTreeNode):
+    """A layer that multiplies floats: its weight is kept as codes if it was quantized."""
+
+    weight: QTensor | None
+    inputs: dict[str, Quantizer]  # what its inputs are rounded by
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What of an integer model is not arrays."""
+
+    model: nn.Module
+    apply_kwargs: tuple[tuple[str, Any], ...]
+    grids: tuple[tuple[tuple[str, str], int], ...]  # {(path, operand): equal numbers, equal grids}
+    largest: tuple[tuple[str, int], ...]  # {path: bound of the sums}
+    weights: tuple[tuple[str, str, tuple[int, ...], Any], ...]  # (path, name, shape, dtype)
+    biases: tuple[tuple[str, tuple[int, ...], Any], ...]  # (path, shape, dtype)
+    folded: frozenset[str]  # batch norms that are part of the layer before them
+    in_float: tuple[tuple[str, str], ...]  # {path: why}
+
+
+class IntegerModel(flax.struct.PyTreeNode):
+    """A model whose quantized layers compute with integers; a pytree, jittable.
+
+    Between layers codes stay codes wherever an output is only rounded to one grid again. What is
+    not a layer (additions, normalization, softmax) is float, and so are the layers `in_float`.
+    """
+
+    variables: Variables
+    static: _Static = flax.struct.field(pytree_node=False)
+
+    @property
+    def in_float(self) -> dict[str, str]:
+        """What computes in float, with the reason, by module path."""
+        return dict(self.static.in_float)
+
+    def __call__(self, inputs: Array | tuple) -> Array:
+        """The outputs in evaluation mode; compiled once for a shape."""
+        return _predict(self, inputs)
+
+    def apply(self, inputs: Array | tuple) -> Array:
+        """The same, to be traced by a function of yours."""
+        arguments = as_args(inputs)
+        traced, structure = _trace(self, arguments)
+        outputs = network.run(traced, jax.tree.leaves((self.variables, arguments)))
+        return jax.tree.unflatten(structure, outputs)
+
+
+@jax.jit
+def _predict(lowered: IntegerModel, inputs: Array | tuple) -> Array:
+    return lowered.apply(inputs)
+
+
+def _trace(lowered: IntegerModel, arguments: tuple) -> tuple[core.ClosedJaxpr, Any]:
+    static = lowered.static
+
+    def forward(variables: Variables, arguments: tuple) -> Any:
+        # Modules with a `setup` ask for their weight when they are made. Nothing uses it.
+        params = dict(variables["params"])
+        for path, name, shape, dtype in static.weights:
+            simulate.copied(params, path, "weights")[name] = jnp.zeros(shape, dtype)
+        with (
+            nn.intercept_methods(kinds.name_products),
+            nn.intercept_methods(partial(_integer_call, static)),
+        ):
+            kwargs = dict(static.apply_kwargs)
+            return static.model.apply({**variables, "params": params}, *arguments, **kwargs)
+
+    traced, shape = jax.make_jaxpr(forward, return_shape=True)(lowered.variables, arguments)
+    return traced, jax.tree.structure(shape)
+
+
+def lower(
+    model: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    inputs: Array | tuple,
+    **apply_kwargs: Any,
+) -> IntegerModel:
+    """The integer model of a simulated one.
+
+    Args:
+      model: any Linen module.
+      variables: its float variables.
+      qparams: its quantizers.
+      inputs: an array with a leading batch axis, or a tuple of positional arguments; only the
+        shapes matter.
+      **apply_kwargs: passed to the model, in evaluation mode, e.g. `train=False`.
+
+    Returns:
+      The model. Its layers multiply codes where weight and input both have integers with fixed
+      scales; `in_float` has the others and why. A batch norm behind such a layer becomes part of
+      its scale and bias, without a change to its codes.
+
+    Raises:
+      KeyError: `qparams` name a layer that there is not.
+    """
+    kwargs = apply_kwargs
+    qparams = quantize.plain(qparams)
+    layers = list_layers(model, variables, inputs, **kwargs)
+    for path in qparams:
+        if path not in layers:
+            raise simulate.unknown_layer("qparams", path, variables["params"])
+    calls = _calls(model, variables, inputs, kwargs)
+    norms = _foldable(model, variables, inputs, layers, kwargs)
+    in_float = {path: "no rule quantizes it" for path in layers if path not in qparams}
+    in_float |= list_unquantized(model, variables, inputs, **kwargs)
+    params, folded = dict(variables["params"]), set()
+    largest, grids, weights, biases = {}, {}, [], []
+    for path, quantizers in qparams.items():
+        layer = layers[path]
+        own = simulate.copied(params, path, "qparams")
+        weight = own.get(layer.weight_name) if layer.weight_name else None
+        norm = norms.get(path)
+        made = None
+        try:
+            made, bound = _integer(layer, own, quantizers, calls[path], norm, variables)
+            folded |= {norm.path} if norm is not None else set()
+        except Unsupported as error:
+            reason = str(error)
+            if norm is not None:  # perhaps without it
+                try:
+                    made, bound = _integer(layer, own, quantizers, calls[path], None, variables)
+                    in_float[norm.path] = f"{reason}, with the norm in it"
+                except Unsupported as error:
+                    reason = str(error)
+        if made is None:
+            in_float[path] = reason
+            own[LOWERED] = FloatLayer(
+                weight=qtensor.from_quantizer(weight, quantizers["weights"])
+                if "weights" in quantizers
+                else None,
+                inputs={k: q for k, q in quantizers.items() if k != "weights"},
+            )
+        else:
+            own[LOWERED] = made
+            if "bias" in own:
+                biases.append((path, own["bias"].shape[len(layer.stack) :], own["bias"].dtype))
+            own.pop("bias", None)
+            largest[path] = bound
+            for operand in made.inputs:
+                grids[path, operand] = quantizers[operand]
+        if "weights" in quantizers:
+            del own[layer.weight_name]
+            weights.append((path, layer.weight_name, weight.shape, weight.dtype))
+    for norm in folded:
+        in_float.pop(norm, None)
+    static = _Static(
+        model=model,
+        apply_kwargs=tuple(sorted(kwargs.items())),
+        grids=tuple(_numbered(grids).items()),
+        largest=tuple(largest.items()),
+        weights=tuple(weights),
+        biases=tuple(biases),
+        folded=frozenset(folded),
+        in_float=tuple(in_float.items()),
+    )
+    return IntegerModel(variables={**variables, "params": params}, static=static)
+
+
+def _numbered(grids: Mapping[tuple[str, str], Quantizer]) -> dict[tuple[str, str], int]:
+    """The same number for the same grid; a stack of layers has one of its own."""
+    numbers: dict[Any, int] = {}
+    found = {}
+    for key, quantizer in grids.items():
+        same = tuple(
+            np.asarray(getattr(quantizer, name)).tobytes()
+            for name in ("scale", "zero_point", "qmin", "qmax")
+        )
+        same = (key if np.ndim(quantizer.qmin) else same, quantizer.scale_format)
+        found[key] = numbers.setdefault(same, len(numbers))
+    return found
+
+
+def _integer(
+    layer: LayerInfo,
+    own: Mapping[str, Any],
+    quantizers: Mapping[str, Quantizer],
+    calls: list["_Traced"],
+    norm: Norm | None,
+    variables: Variables,
+) -> tuple[IntegerLayer, int]:
+    """The integer layer, of a stack if it is one, and the bound of its sums."""
+    if not calls:
+        raise Unsupported("it looks up rows, which become floats, and multiplies nothing")
+    wanted = [*layer.operands, *(["weights"] if layer.weight_name else [])]
+    floats = [name for name in wanted if name not in quantizers]
+    if floats:
+        raise Unsupported(f"no rule quantizes its {' and '.join(floats)}")
+    inputs = {name: qtensor.input_grid(quantizers[name]) for name in layer.operands}
+    weight = bias = None
+    if layer.weight_name:
+        weight = qtensor.from_quantizer(own[layer.weight_name], quantizers["weights"])
+        bias = None if "bias" not in own else np.asarray(own["bias"], np.float64)
+    factor, offset = (None, None) if norm is None else norms_lib.affine(norm, variables)
+    made, bounds = [], []
+    for index in np.ndindex(layer.stack):
+        one = lambda tree, index=index: jax.tree.map(lambda a: a[index], tree)
+        found = _integer_one(layer, calls, *map(one, (inputs, weight, bias, factor, offset)), norm)
+        made.append(found[0])
+        bounds.append(found[1])
+    stacked = jax.tree.map(lambda *a: jnp.stack(a).reshape(*layer.stack, *a[0].shape), *made)
+    return stacked, max(bounds)
+
+
+def _integer_one(layer, calls, inputs, weight, bias, factor, offset, norm):
+    """The integer layer of one of a stack."""
+    if norm is not None:
+        channels = output_channels(layer)
+        if not set(norm.axes) <= set(channels):
+            raise Unsupported(f"the norm's axes {norm.axes} are no output channels")
+        axes = [channels[axis] for axis in norm.axes]
+        weight = qtensor.scaled(weight, _spread(factor, axes, len(layer.weight_shape)))
+        if bias is not None:
+            places = list(channels)
+            axes = [places.index(axis) - len(places) for axis in norm.axes]
+            bias = bias * _spread(factor, axes, bias.ndim) + _spread(offset, axes, bias.ndim)
+            offset = None
+        else:
+            offset = _spread(offset, norm.axes, len(layer.output_shape))
+    made = [
+        integer_layer.make(call.code, call.roles, inputs, weight, bias, offset) for call in calls
+    ]
+    if len({str(jax.tree.map(jnp.shape, one)) for one, _ in made}) > 1:
+        raise Unsupported("it is called with inputs of several ranks")
+    return made[0]
+
+
+def _spread(values: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
+    """`values`, one axis each for `axes` (negative) of an array of so many, aligned with it."""
+    shape = [1] * rank
+    values = values.transpose(np.argsort(axes))
+    for size, axis in zip(values.shape, sorted(axes), strict=True):
+        shape[axis] = size
+    return values.reshape(shape)
+
+
+def _foldable(
+    model: nn.Module,
+    variables: Variables,
+    inputs: Array | tuple,
+    layers: Mapping[str, LayerInfo],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Norm]:
+    """{layer: the batch norm that is all that its output goes to}."""
+    if "batch_stats" not in variables:
+        return {}
+    norms = {
+        norm.source: norm
+        for norm in list_norms(model, variables, inputs, **kwargs).values()
+        if norm.source in layers and norm.stack == layers[norm.source].stack
+    }
+    behind = {norm.path for norm in norms.values()}
+
+    def tag(next_fun: Callable, args: tuple, kw: dict, context: Any) -> Any:
+        path = path_of(context.module)
+        if context.method_name == "__call__" and path in behind:
+            return kinds.argument(args, kw, (0, "x")) * 1.0  # one use, whatever a norm does
+        outputs = next_fun(*args, **kw)
+        if context.method_name == "__call__" and path in norms:
+            return checkpoint_name(outputs, path)
+        return outputs
+
+    def forward(variables: Variables, *arguments: Any) -> Any:
+        with nn.intercept_methods(kinds.name_products), nn.intercept_methods(tag):
+            return model.apply(variables, *arguments, **kwargs)
+
+    uses: collections.Counter[str] = collections.Counter()
+    _count_uses(jax.make_jaxpr(forward)(variables, *as_args(inputs)).jaxpr, uses)
+    return {path: norm for path, norm in norms.items() if uses[path] == 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """The code of one call of a layer, in floats."""
+
+    code: core.ClosedJaxpr
+    roles: tuple[str, ...]  # of its arguments: inputs, weight, bias
+    operands: tuple[str, ...]  # names of its inputs
+
+
+def _layer_code(
+    module: nn.Module,
+    method: str,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    params: Mapping[str, Any],
+) -> _Traced:
+    """The code of a call of a layer.
+
+    Args:
+      module: bound.
+      method: its method.
+      args: of the call.
+      kwargs: of the call.
+      params: its weight and bias by name, or their shapes.
+    """
+    kind, where = kinds.kind_of(module), kinds.operands(module, method)
+    free = module.clone(parent=None, name=None)
+
+    def forward(*values: Any) -> Any:
+        call_args, call_kwargs = args, dict(kwargs)
+        for place, value in zip(where.values(), values, strict=False):
+            call_args, call_kwargs = kinds.replace_argument(call_args, call_kwargs, place, value)
+        own = dict(zip(params, values[len(where) :], strict=True))
+        return free.apply({"params": own}, *call_args, method=method, **call_kwargs)
+
+    shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    given = [kinds.argument(args, kwargs, place) for place in where.values()]
+    code = jax.make_jaxpr(forward)(*map(shaped, given), *map(shaped, params.values()))
+    roles = (*(INPUT, OTHER)[: len(where)], *(WEIGHT if n == kind.weight else BIAS for n in params))
+    return _Traced(code, roles, tuple(where))
+
+
+def _calls(
+    model: nn.Module, variables: Variables, inputs: Array | tuple, kwargs: Mapping[str, Any]
+) -> dict[str, list[_Traced]]:
+    """The code of every call of every layer that multiplies."""
+    found: dict[str, list] = collections.defaultdict(list)
+    inside = []
+
+    def record(next_fun: Callable, args: tuple, kw: dict, context: Any) -> Any:
+        outputs = next_fun(*args, **kw)
+        module, method = context.module, context.method_name
+        kind = kinds.kind_of(module)
+        if kind is None or method not in kind.methods or inside:
+            return outputs
+        calls = found[path_of(module)]
+        if not kind.methods[method]:  # a lookup
+            return outputs
+        own = module.variables.get("params", {})
+        params = {name: own[name] for name in (kind.weight, "bias") if name in own}
+        inside.append(module)  # its code is a model of its own, which is intercepted too
+        calls.append(_layer_code(module, method, args, kw, params))
+        inside.clear()
+        return outputs
+
+    def forward(variables: Variables, *arguments: Any) -> Any:
+        with nn.intercept_methods(kinds.name_products), nn.intercept_methods(record):
+            return model.apply(variables, *arguments, **kwargs)
+
+    jax.eval_shape(forward, variables, *as_args(inputs))
+    return found
+
+
+def _count_uses(jaxpr: core.Jaxpr, uses: collections.Counter) -> None:
+    """How often each named array is used."""
+    names = {
+        eqn.outvars[0]: eqn.params["name"] for eqn in jaxpr.eqns if eqn.primitive.name == "name"
+    }
+    for eqn in jaxpr.eqns:
+        uses.update(names[a] for a in eqn.invars if isinstance(a, core.Var) and a in names)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inner, core.ClosedJaxpr):
+                    _count_uses(inner.jaxpr, uses)
+                elif isinstance(inner, core.Jaxpr):
+                    _count_uses(inner, uses)
+    uses.update(names[a] for a in jaxpr.outvars if isinstance(a, core.Var) and a in names)
+
+
+def _integer_call(static: _Static, next_fun: Callable, args: tuple, kw: dict, context: Any) -> Any:
+    """An interceptor: layers compute with what they were lowered to."""
+    module, method, path = context.module, context.method_name, path_of(context.module)
+    if method == "__call__" and path in static.folded:
+        return kinds.argument(args, kw, (0, "x"))
+    kind = kinds.kind_of(module)
+    if kind is None or method not in kind.methods or not module.has_variable("params", LOWERED):
+        return next_fun(*args, **kw)
+    lowered = module.get_variable("params", LOWERED)
+    if not kind.methods[method]:
+        return _look_up(lowered, module, args, kw)
+    if isinstance(lowered, FloatLayer):
+        return _float_call(lowered, module, method, args, kw)
+    params = {}
+    if lowered.weight is not None:
+        dtypes = {layer: dtype for layer, _, _, dtype in static.weights}
+        params[kind.weight] = jax.ShapeDtypeStruct(lowered.weight.shape, dtypes[path])
+    for layer, shape, dtype in static.biases:
+        if layer == path:
+            params["bias"] = jax.ShapeDtypeStruct(shape, dtype)
+    code = _layer_code(module, method, args, kw, params)
+    numbers = dict(static.grids)
+    call = LayerCall(
+        path=path,
+        traced=code.code,
+        roles=code.roles,
+        operands=code.operands,
+        grids=tuple(numbers[path, operand] for operand in code.operands),
+        structure=jax.tree.structure(lowered),
+        largest=dict(static.largest)[path],
+    )
+    inputs = [kinds.argument(args, kw, place) for place in kinds.operands(module, method).values()]
+    return network.call_layer(call, lowered, inputs)
+
+
+def _look_up(
+    lowered: FloatLayer | IntegerLayer, module: nn.Embed, args: tuple, kw: Mapping[str, Any]
+) -> Array:
+    """The rows of a table, of which only those asked for become floats."""
+    rows = lowered.weight.rows(kinds.argument(args, kw, (0, "inputs")))
+    return rows if module.dtype is None else rows.astype(module.dtype)
+
+
+def _float_call(
+    lowered: FloatLayer, module: nn.Module, method: str, args: tuple, kw: Mapping[str, Any]
+) -> Any:
+    """A layer that computes in float, with the weight that its codes stand for."""
+    kind = kinds.kind_of(module)
+    for name, place in kinds.operands(module, method).items():
+        if name in lowered.inputs:
+            value = fake_quantize(kinds.argument(args, kw, place), lowered.inputs[name])
+            args, kw = kinds.replace_argument(args, kw, place, value)
+    params = {k: v for k, v in module.variables.get("params", {}).items() if k != LOWERED}
+    if lowered.weight is not None:
+        params[kind.weight] = lowered.weight.dequantize()
+    free = module.clone(parent=None, name=None)
+    return free.apply({"params": params}, *args, method=method, **kw)

@@ -1,0 +1,331 @@
+"""The network of integer layers: what runs between them, and where numbers stay codes.
+
+The model is traced with each integer layer as one opaque equation, floats in and floats out; alone
+such a layer rounds its inputs to codes and its sums back to floats. Then the equations are run, and
+what can be left out is: a layer whose output only reaches inputs with one grid, through operations
+that move or compare numbers, makes the codes of that grid itself.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.interpreters import batching, mlir
+
+from kdq.deploy import arithmetic, contraction
+from kdq.deploy.contraction import INPUT, LAYOUT, OTHER, RESULT, Kernel
+from kdq.deploy.integer_layer import IntegerLayer
+from kdq.deploy.qtensor import InputGrid
+from kdq.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One call of an integer layer: what is static of it."""
+
+    path: str
+    traced: core.ClosedJaxpr  # the layer's own code, in floats
+    roles: tuple[str, ...]  # of its arguments
+    operands: tuple[str, ...]  # names of its inputs
+    grids: tuple[int, ...]  # of each input: the same number for the same grid
+    structure: Any  # of the IntegerLayer
+    largest: int  # a bound of its sums
+
+
+class Codes:
+    """An array that is codes of a grid by now."""
+
+    def __init__(self, codes: Array, grid: InputGrid):
+        self.codes, self.grid = codes, grid
+
+
+class Sums:
+    """An array that is still int32 sums."""
+
+    def __init__(self, total: Array, scale: Array, largest: int):
+        self.total, self.scale, self.largest = total, scale, largest
+
+
+class _Run(contraction.Steps):
+    """A layer on codes."""
+
+    def __init__(self, layer: IntegerLayer, finish: Callable[[Array], Any]):
+        self.layer, self.finish = layer, finish
+
+    def multiply(self, kernel: Kernel, left: Array, right: Array) -> Any:
+        layer = self.layer
+        zero = layer.inputs["activations"].zero_point
+        if layer.weight is None:
+            other = layer.inputs["other"].zero_point
+            total = arithmetic.product(kernel, left, zero, right, w_zero=other)
+        else:
+            sums = layer.weight_sum, layer.weight_zero
+            total = arithmetic.product(kernel, left, zero, right, *sums)
+        return self.finish(total if layer.bias is None else total + layer.bias)
+
+    def add_bias(self, result: Any, bias: Any) -> Any:
+        return result  # it is in the sum already
+
+
+def run_layer(
+    call: LayerCall, layer: IntegerLayer, codes: Sequence[Array], finish: Callable[[Array], Array]
+) -> tuple[str, Array]:
+    """A layer on the codes of its inputs, its sums finished by `finish`; see `follow`."""
+    given = dict(zip((INPUT, OTHER), codes, strict=False))
+    if layer.weight is not None:
+        given[contraction.WEIGHT] = layer.weight.codes
+    operands = [(role, given.get(role)) for role in call.roles]
+    zeros = {
+        role: layer.inputs[name].zero_point
+        for role, name in zip((INPUT, OTHER), call.operands, strict=False)
+    }
+    return contraction.follow(call.traced, operands, _Run(layer, finish), zeros)
+
+
+def _alone(*arrays: Array, call: LayerCall) -> Array:
+    """A layer with floats in and out."""
+    inputs, layer = _split(arrays, call)
+    codes = [
+        arithmetic.quantize(x, layer.inputs[name])
+        for x, name in zip(inputs, call.operands, strict=True)
+    ]
+    finish = lambda total: arithmetic.to_float(total, layer.scale)
+    return run_layer(call, layer, codes, finish)[1].astype(call.traced.out_avals[0].dtype)
+
+
+def _split(arrays: Sequence[Any], call: LayerCall) -> tuple[Sequence[Any], IntegerLayer]:
+    count = len(call.operands)
+    return arrays[:count], jax.tree.unflatten(call.structure, arrays[count:])
+
+
+layer_p = core.Primitive("kdq_integer_layer")
+layer_p.def_impl(_alone)
+layer_p.def_abstract_eval(
+    lambda *avals, call: jax.core.ShapedArray(
+        call.traced.out_avals[0].shape, call.traced.out_avals[0].dtype
+    )
+)
+batching.primitive_batchers[layer_p] = lambda arrays, axes, *, call: (
+    jax.vmap(partial(_alone, call=call), axes)(*arrays),
+    0,
+)
+mlir.register_lowering(layer_p, mlir.lower_fun(_alone, multiple_results=False))
+
+
+def call_layer(call: LayerCall, layer: IntegerLayer, inputs: Sequence[Array]) -> Array:
+    """A layer as one equation."""
+    return layer_p.bind(*inputs, *jax.tree.leaves(layer), call=call)
+
+
+def run(traced: core.ClosedJaxpr, arguments: Sequence[Array]) -> list[Array]:
+    """The outputs of a traced network."""
+    flat = jax.make_jaxpr(lambda *args: _inlined(traced.jaxpr, traced.consts, args))(*arguments)
+    return _run(flat.jaxpr, flat.consts, arguments)
+
+
+def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """The same, without calls of other jaxprs."""
+    known = dict(zip([*jaxpr.invars, *jaxpr.constvars], [*arguments, *consts], strict=True))
+    for eqn in jaxpr.eqns:
+        given = [_value(known, atom) for atom in eqn.invars]
+        inner = contraction.sub_jaxpr(eqn)
+        if inner is not None:
+            found = _inlined(inner.jaxpr, inner.consts, given)
+        else:
+            found = _bind(eqn, given)
+        known.update(zip(eqn.outvars, found, strict=True))
+    return [_value(known, atom) for atom in jaxpr.outvars]
+
+
+def _value(known: Mapping, atom: Any) -> Any:
+    return atom.val if isinstance(atom, core.Literal) else known[atom]
+
+
+def _bind(eqn: core.JaxprEqn, given: Sequence[Any]) -> Sequence[Any]:
+    found = eqn.primitive.bind(*given, **eqn.params)
+    return found if eqn.primitive.multiple_results else [found]
+
+
+def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Array]:
+    known = dict(zip([*jaxpr.invars, *jaxpr.constvars], [*arguments, *consts], strict=True))
+    wanted = _wanted(jaxpr)
+    rounded: dict[tuple[Any, int], Array] = {}  # codes of floats that several layers take
+    grids: dict[int, InputGrid] = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is layer_p:
+            _, layer = _split([known.get(a) for a in eqn.invars], eqn.params["call"])
+            for number, name in _grids(eqn.params["call"]):
+                grids.setdefault(number, layer.inputs[name])
+    for eqn in jaxpr.eqns:
+        given = [_value(known, atom) for atom in eqn.invars]
+        if eqn.primitive is layer_p:
+            found = [_run_layer(eqn, given, rounded, grids.get(wanted.get(eqn.outvars[0])))]
+        else:
+            found = _run_other(eqn, given)
+        known.update(zip(eqn.outvars, found, strict=True))
+    return [_as_float(_value(known, atom), atom.aval.dtype) for atom in jaxpr.outvars]
+
+
+def _grids(call: LayerCall) -> list[tuple[int, str]]:
+    return list(zip(call.grids, call.operands, strict=True))
+
+
+def _run_layer(eqn, given, rounded, grid: InputGrid | None) -> Any:
+    call = eqn.params["call"]
+    inputs, layer = _split(given, call)
+    codes = []
+    for x, atom, (number, name) in zip(inputs, eqn.invars, _grids(call), strict=False):
+        if isinstance(x, Codes):
+            codes.append(x.codes)
+            continue
+        if (atom, number) not in rounded:
+            floats = _as_float(x, atom.aval.dtype)
+            rounded[atom, number] = arithmetic.quantize(floats, layer.inputs[name])
+        codes.append(rounded[atom, number])
+    if grid is not None:
+        finish = lambda total: arithmetic.requantize(total, layer.scale, grid)
+        return Codes(run_layer(call, layer, codes, finish)[1], grid)
+    role, total = run_layer(call, layer, codes, lambda total: total)
+    if role == RESULT:
+        return Sums(total, layer.scale, call.largest)
+    finish = lambda total: arithmetic.to_float(total, layer.scale)
+    return run_layer(call, layer, codes, finish)[1].astype(eqn.outvars[0].aval.dtype)
+
+
+def _as_float(value: Any, dtype: Any) -> Array:
+    if isinstance(value, Codes):
+        return arithmetic.dequantize(value.codes, value.grid).astype(dtype)
+    if isinstance(value, Sums):
+        return arithmetic.to_float(value.total, value.scale).astype(dtype)
+    return value
+
+
+def _run_other(eqn: core.JaxprEqn, given: Sequence[Any]) -> Sequence[Any]:
+    """An equation between layers: on codes or sums where it means the same there."""
+    if any(isinstance(value, Codes) for value in given):
+        return [_on_codes(eqn, given)]
+    if any(isinstance(value, Sums) for value in given):
+        found = _on_sums(eqn, given)
+        if found is not None:
+            return [found]
+        given = [
+            _as_float(value, atom.aval.dtype) for value, atom in zip(given, eqn.invars, strict=True)
+        ]
+    return _bind(eqn, given)
+
+
+def _on_codes(eqn: core.JaxprEqn, given: Sequence[Any]) -> Codes:
+    """An operation of `_wanted`, on codes."""
+    name, grid = eqn.primitive.name, next(v.grid for v in given if isinstance(v, Codes))
+    zero = grid.zero_point.astype(jnp.uint8)
+    arrays = [value.codes if isinstance(value, Codes) else zero for value in given]
+    if name == "max":
+        return Codes(jnp.maximum(*arrays), grid)
+    if name == "reduce_window_max":
+        return Codes(_window_max(arrays[0], eqn.params), grid)
+    return Codes(_bind(eqn, arrays)[0], grid)
+
+
+def _window_max(codes: Array, params: Mapping[str, Any]) -> Array:
+    """Padding is -∞ there, and the smallest code here."""
+    return jax.lax.reduce_window(
+        codes,
+        jnp.uint8(0),
+        jax.lax.max,
+        params["window_dimensions"],
+        params["window_strides"],
+        params["padding"],
+        params["base_dilation"],
+        params["window_dilation"],
+    )
+
+
+def _on_sums(eqn: core.JaxprEqn, given: Sequence[Any]) -> Sums | None:
+    """A rectifier, a mean or a factor, on sums; None for anything else."""
+    name, sums = eqn.primitive.name, given[0]
+    if not isinstance(sums, Sums) or any(isinstance(v, Sums) for v in given[1:]):
+        return None
+    total, scale, largest = sums.total, sums.scale, sums.largest
+    if name == "max" and _is_zero(eqn.invars[1]):
+        return Sums(jnp.maximum(total, 0), scale, largest)
+    if name in ("mul", "div") and isinstance(eqn.invars[1], core.Literal):
+        factor = float(eqn.invars[1].val)
+        if factor > 0:
+            return Sums(total, scale * factor if name == "mul" else scale / factor, largest)
+    if name == "reduce_sum":
+        axes = [axis - total.ndim for axis in eqn.params["axes"]]
+        count = int(np.prod([total.shape[axis] for axis in axes]))
+        shared = all(-axis > scale.ndim or scale.shape[axis] == 1 for axis in axes)
+        if shared and count * largest < 2**31:
+            own = tuple(axis for axis in axes if -axis <= scale.ndim)
+            return Sums(total.sum(axes, dtype=jnp.int32), scale.squeeze(own), count * largest)
+    return None
+
+
+def _is_zero(atom: Any) -> bool:
+    return isinstance(atom, core.Literal) and np.ndim(atom.val) == 0 and atom.val == 0
+
+
+def _passes(eqn: core.JaxprEqn) -> bool:
+    """Whether an operation picks or moves numbers, and never makes new ones."""
+    name, atoms = eqn.primitive.name, eqn.invars
+    if name == "max":
+        return all(not isinstance(a, core.Literal) or _is_zero(a) for a in atoms)
+    if name == "pad":
+        return _is_zero(atoms[1])
+    return name in LAYOUT or name == "reduce_window_max"
+
+
+def _wanted(jaxpr: core.Jaxpr) -> dict[core.Var, int]:
+    """The grid whose codes an array can be: for each that only goes where it is rounded so."""
+    refused: set[core.Var] = set()
+    while True:
+        wanted = _backwards(jaxpr, refused)
+        made = _forwards(jaxpr, wanted)
+        wrong = {
+            atom
+            for eqn in jaxpr.eqns
+            if eqn.primitive is not layer_p
+            for atom in eqn.invars
+            if isinstance(atom, core.Var) and atom in made and eqn.outvars[0] not in made
+        }
+        if not wrong:
+            return {var: grid for var, grid in wanted.items() if var in made}
+        refused |= wrong
+
+
+def _backwards(jaxpr: core.Jaxpr, refused: set[core.Var]) -> dict[core.Var, int]:
+    """The one grid that everything that becomes of an array is rounded to."""
+    uses: dict[core.Var, set[int | None]] = {atom: {None} for atom in refused}
+    for atom in jaxpr.outvars:
+        if isinstance(atom, core.Var):
+            uses.setdefault(atom, set()).add(None)
+    for eqn in reversed(jaxpr.eqns):
+        own = uses.get(eqn.outvars[0], {None})
+        through = next(iter(own)) if len(own) == 1 and _passes(eqn) else None
+        grids: Sequence[int | None] = [through] * len(eqn.invars)
+        if eqn.primitive is layer_p:
+            call = eqn.params["call"]
+            grids = [*call.grids, *[None] * (len(eqn.invars) - len(call.grids))]
+        for atom, grid in zip(eqn.invars, grids, strict=True):
+            if isinstance(atom, core.Var):
+                uses.setdefault(atom, set()).add(grid)
+    return {var: next(iter(of)) for var, of in uses.items() if len(of) == 1 and None not in of}
+
+
+def _forwards(jaxpr: core.Jaxpr, wanted: Mapping[core.Var, int]) -> set[core.Var]:
+    """The arrays that can be made as codes."""
+    made: set[core.Var] = set()
+    for eqn in jaxpr.eqns:
+        out = eqn.outvars[0]
+        if out not in wanted:
+            continue
+        atoms = [a for a in eqn.invars if isinstance(a, core.Var)]
+        if eqn.primitive is layer_p or (_passes(eqn) and all(a in made for a in atoms)):
+            made.add(out)
+    return made

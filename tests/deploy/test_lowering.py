@@ -1,0 +1,165 @@
+"""Integer models against the simulated ones."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdq import models, quantize
+from kdq.deploy import lower
+from kdq.deploy.integer_layer import IntegerLayer
+from kdq.quantize import QuantizationRule, TensorSpec
+
+NETWORKS = {
+    "mlp": {"name": "mlp", "widths": (32, 16)},
+    "cnn": {"name": "cnn", "widths": (4, 6, 6)},
+    "pooled": {"name": "cnn", "widths": (4, 6, 6), "pool": True, "batch_norm": True},
+    "resnet": {"name": "resnet", "depth": 8, "widths": (4, 4, 6, 8)},
+    "vit": {"name": "vit", "width": 16, "depth": 1, "heads": 2},
+}
+BITS = [(8, 8), (4, 8), (4, 4), (2, 8)]
+
+
+def _network(name, offsets=0.0):
+    """`(model, variables, images)` whose batch norms multiply, some by less than 0.
+
+    Without offsets: a sum rounds them to its own steps, which may move a code.
+    """
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(64, 8, 8, 1)), jnp.float32)
+    model = models.build(**NETWORKS[name], num_classes=10)
+    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    draw = lambda low, high: lambda a: jnp.asarray(rng.uniform(low, high, a.shape), a.dtype)
+    if "batch_stats" in variables:
+
+        def drawn(keys, a):
+            name = jax.tree_util.keystr(keys)
+            if "var" in name:
+                return draw(0.5, 1.5)(a)
+            if "norm" in name:
+                return draw(-1.5, 1.5)(a) if "scale" in name else draw(-offsets, offsets)(a)
+            return a
+
+        variables = jax.tree_util.tree_map_with_path(drawn, variables)
+    return model, variables, images
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_does_as_the_simulated_model(name, bits):
+    model, variables, images = _network(name)
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
+    simulated = quantize.apply(model, variables, qparams, images)
+    lowered = lower(model, variables, qparams, images)
+    outputs = lowered(images)
+    layers = [path for path in lowered.in_float if path in qparams]
+    assert not layers
+    if "resnet" in name or "pooled" in name:
+        assert not lowered.in_float  # every norm became part of a layer
+    # A code may come to lie on the other side of a half; most examples have none that does.
+    same = np.isclose(outputs, simulated, atol=1e-4 * float(np.abs(simulated).max())).all(-1)
+    assert same.mean() >= 0.5
+    assert (outputs.argmax(-1) == simulated.argmax(-1)).mean() >= 0.95
+
+
+@pytest.mark.parametrize("name", ["pooled", "resnet"])
+def test_offsets_of_norms_become_biases(name):
+    model, variables, images = _network(name, offsets=0.5)
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
+    simulated = quantize.apply(model, variables, qparams, images)
+    without = _network(name)[1]
+    error, change = (
+        float(np.abs(outputs - simulated).max())
+        for outputs in (
+            lower(model, variables, qparams, images)(images),
+            quantize.apply(model, without, qparams, images),
+        )
+    )
+    assert error < 0.02 * float(np.abs(simulated).max())
+    assert change > 10 * error  # what it would be without them
+
+
+def test_keeps_no_float_weight():
+    model, variables, images = _network("resnet", offsets=0.5)
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(4, 8), [images])
+    lowered = lower(model, variables, qparams, images)
+    for keys, array in jax.tree_util.tree_leaves_with_path(lowered.variables["params"]):
+        name = jax.tree_util.keystr(keys)
+        assert "kernel" not in name
+        if name.endswith(".codes"):
+            assert array.dtype == jnp.int4, name
+    layer = lowered.variables["params"]["stem"]["_lowered"]
+    assert isinstance(layer, IntegerLayer)
+    assert layer.bias.dtype == layer.weight_sum.dtype == jnp.int32
+
+
+def test_what_stays_in_float_is_listed_with_the_reason():
+    model, variables, images = _network("mlp")
+    whole = TensorSpec(bits=8)
+    rules = (
+        QuantizationRule(path="dense_0", weights=whole),
+        QuantizationRule(
+            path="dense_1",
+            weights=TensorSpec(bits=4, granularity="per_group", group_size=8),
+            activations=whole,
+        ),
+        QuantizationRule(path="head", weights=TensorSpec(format="fp8_e4m3"), activations=whole),
+    )
+    qparams = quantize.calibrate(model, variables, rules, [images])
+    lowered = lower(model, variables, qparams, images)
+    assert lowered.in_float == {
+        "dense_0": "no rule quantizes its activations",
+        "dense_1": "its weight has scales in groups along its inputs, which can't share a sum",
+        "head": "its weight has a number format, not integers",
+    }
+    simulated = quantize.apply(model, variables, qparams, images)
+    np.testing.assert_allclose(lowered(images), simulated, atol=1e-5)
+
+
+class Large(nn.Module):
+    """A bias that is too large for the steps of its sums."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, bias_init=nn.initializers.constant(1e9), name="dense")(x)
+
+
+def test_sums_that_do_not_fit_stay_in_float():
+    x = jnp.full((4, 3), 1e-3)
+    model = Large()
+    variables = model.init(jax.random.key(0), x)
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x])
+    lowered = lower(model, variables, qparams, x)
+    assert "more than 32 bits hold" in lowered.in_float["dense"]
+    np.testing.assert_allclose(lowered(x), quantize.apply(model, variables, qparams, x), rtol=1e-6)
+
+
+class Used(nn.Module):
+    """A layer whose output goes to a norm and elsewhere."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = nn.Dense(4, name="dense")(x)
+        return y + nn.BatchNorm(use_running_average=True, name="norm")(y)
+
+
+def test_a_norm_behind_an_output_that_is_also_used_elsewhere_stays():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+    model = Used()
+    variables = model.init(jax.random.key(0), x)
+    variables = {**variables, "batch_stats": {"norm": {"mean": jnp.ones(4), "var": jnp.ones(4)}}}
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x])
+    lowered = lower(model, variables, qparams, x)
+    assert list(lowered.in_float) == ["norm"]
+    np.testing.assert_allclose(
+        lowered(x), quantize.apply(model, variables, qparams, x), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_an_unknown_layer_is_an_error():
+    model, variables, images = _network("mlp")
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
+    with pytest.raises(KeyError, match="nowhere"):
+        lower(model, variables, {"nowhere": qparams["head"]}, images)
