@@ -18,7 +18,7 @@ NETWORKS = {
     "resnet": {"name": "resnet", "depth": 8, "widths": (4, 4, 6, 8)},
     "vit": {"name": "vit", "width": 16, "depth": 1, "heads": 2},
 }
-BITS = [(8, 8), (4, 8), (4, 4), (2, 8)]
+BITS = [(8, 8), *(pytest.param(b, marks=pytest.mark.slow) for b in [(4, 8), (4, 4)]), (2, 8)]
 
 
 def _network(name, offsets=0.0):
