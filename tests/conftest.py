@@ -1,6 +1,8 @@
 """What several test folders share: a prepared data set, and an experiment that runs in seconds."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 # processes take this over, so that what is compared between processes is compiled alike.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
+import jax
 import pytest
 
 from kdq import config, data
@@ -87,12 +90,20 @@ def tiny_experiment(tiny_config: Callable[..., dict[str, Any]]) -> config.Experi
     return config.freeze(tiny_config())
 
 
-@pytest.fixture(scope="session")
-def child_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of child processes: they share what they compile."""
-    cache = tmp_path_factory.mktemp("compiled")
-    return {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+# All processes share what they compile: the first makes the folder for it, and removes it.
+CACHE = {"JAX_COMPILATION_CACHE_DIR": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+is_worker = "PYTEST_XDIST_WORKER" in os.environ
+
+
+def pytest_configure() -> None:
+    if is_worker:
+        return
+    CACHE["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kdq-tests-")
+    os.environ.update(CACHE)
+    jax.config.update("jax_compilation_cache_dir", CACHE["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def pytest_unconfigure() -> None:
+    if not is_worker:
+        shutil.rmtree(CACHE["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -4,6 +4,7 @@ Most runs use configs/digits.py:quick with fewer arms; the whole of it runs with
 """
 
 import json
+import os
 import runpy
 import signal
 import subprocess
@@ -44,10 +45,10 @@ def narrowed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launch(child_environment, data_dir):
+def launch(data_dir):
     """Runs a script of launch/ from the root of the repository."""
     environment = {
-        **child_environment,
+        **os.environ,
         "TFDS_DATA_DIR": str(data_dir),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # half the time to compile
     }

@@ -73,6 +73,19 @@ def sub_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
 
 
+def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
+    """An equation on other values."""
+    return at_once(lambda *arrays: eqn.primitive.bind(*arrays, **eqn.params), *values)
+
+
+def at_once(function: Callable[..., Any], *values: Any) -> Any:
+    """`function(*values)`, computed now if all are known, whatever is being traced."""
+    if any(isinstance(value, jax.core.Tracer) for value in values):
+        return function(*values)
+    with jax.ensure_compile_time_eval():
+        return function(*values)
+
+
 def follow(
     traced: core.ClosedJaxpr, operands: Sequence[tuple[str, Any]], steps: Steps, zeros: Mapping
 ) -> tuple[str, Any]:
@@ -124,7 +137,7 @@ def _step(eqn, given, steps, zeros) -> tuple[str, Any]:
     meant = [role for role in roles if role]
     values = [value for _, value in given]
     if not meant:
-        out = eqn.primitive.bind(*values, **eqn.params)
+        out = bind(eqn, values)
         return "", out[0] if eqn.primitive.multiple_results else out
     if name == "convert_element_type":
         return given[0]
@@ -152,7 +165,7 @@ def _rearrange(eqn, given, zero) -> Any:
     values = [value for _, value in given]
     if any(value is None for value in values):
         return None
-    return jax.tree.map(lambda *arrays: eqn.primitive.bind(*arrays, **eqn.params), *values)
+    return jax.tree.map(lambda *arrays: bind(eqn, arrays), *values)
 
 
 def _conv(params: Mapping[str, Any]) -> Conv:

@@ -1,6 +1,8 @@
 """A layer that multiplies integers, made from a float one and its quantizers."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,11 +28,18 @@ class IntegerLayer(flax.struct.PyTreeNode):
     """
 
     inputs: dict[str, InputGrid]  # by operand
-    scale: Array  # float32, of the int32 sums
     weight: QTensor | None = None  # None: a product of two inputs
+    weight_scale: Array | None = None  # float32, of the weight
     weight_sum: Array | None = None  # int32, of the weight's codes
     weight_zero: Array | None = None  # int32, of the weight; None is 0
     bias: Array | None = None  # int32, at `scale`
+
+    @property
+    def scale(self) -> Array:
+        """float32: of the int32 sums."""
+        factors = [*[grid.scale for grid in self.inputs.values()], self.weight_scale]
+        factors = [factor for factor in factors if factor is not None]
+        return contraction.at_once(lambda *of: functools.reduce(operator.mul, of), *factors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +95,16 @@ def make(
         if role != RESULT:
             raise Unsupported("it rearranges its output, behind which a norm adds to it")
         found["bias"] = offset
-    scale = np.prod([np.asarray(one.scale) for one in inputs.values()], dtype=np.float32)
     if weight is None:
-        scale = jnp.float32(scale)
-        return IntegerLayer(inputs=dict(inputs), scale=scale), INT32
+        return IntegerLayer(inputs=dict(inputs)), INT32
     kernel, arrays = found["kernel"], {k: np.asarray(v) for k, v in found["weight"].items()}
     centred = arrays["codes"].astype(np.int64) - arrays["zero_point"]
     of_weight = contraction.of_channels(kernel, arrays["scale"], found["rank"], _same)
-    of_sums = np.float32(scale) * of_weight
     summed = lambda values: contraction.of_channels(kernel, values, found["rank"], np.sum)
     zero = contraction.of_channels(kernel, arrays["zero_point"], found["rank"], _same)
-    bias = _rounded_bias(found.get("bias"), of_sums)
     steps = inputs["activations"]
+    of_sums = np.float32(steps.scale) * of_weight
+    bias = _rounded_bias(found.get("bias"), of_sums)
     reach = max(int(steps.zero_point), int(steps.top) - int(steps.zero_point))
     # The product of the codes as they are is larger than that of the differences; both must fit.
     largest = 255 * int(summed(abs(centred)).max()) + int(abs(bias).max(initial=0))
@@ -109,8 +116,8 @@ def make(
     largest = reach * int(summed(abs(centred)).max()) + int(abs(bias).max(initial=0))
     layer = IntegerLayer(
         inputs=dict(inputs),
-        scale=jnp.asarray(of_sums, jnp.float32),
         weight=weight,
+        weight_scale=jnp.asarray(of_weight, jnp.float32),
         weight_sum=jnp.asarray(summed(arrays["codes"].astype(np.int64)), jnp.int32),
         weight_zero=jnp.asarray(zero, jnp.int32) if zero.any() else None,
         bias=jnp.asarray(bias, jnp.int32) if bias.any() else None,

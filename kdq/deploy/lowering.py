@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from kdq import quantize
-from kdq.deploy import integer_layer, network, qtensor
+from kdq.deploy import integer_layer, network, primitives, qtensor
 from kdq.deploy.contraction import BIAS, INPUT, OTHER, WEIGHT
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.deploy.network import LayerCall
@@ -74,11 +74,25 @@ class IntegerModel(flax.struct.PyTreeNode):
         """The outputs in evaluation mode; compiled once for a shape."""
         return _predict(self, inputs)
 
-    def apply(self, inputs: Array | tuple) -> Array:
-        """The same, to be traced by a function of yours."""
+    def apply(
+        self,
+        inputs: Array | tuple,
+        *,
+        unroll: bool = False,
+        made: dict[str, Array] | None = None,
+    ) -> Array:
+        """The same, to be traced by a function of yours.
+
+        Args:
+          inputs: an array, or a tuple of positional arguments.
+          unroll: write each layer of a scanned stack out.
+          made: gets what each integer layer makes, by its path: uint8 codes of the next grid, or
+            int32 sums. Layers of a stack are in it if it is unrolled.
+        """
         arguments = as_args(inputs)
         traced, structure = _trace(self, arguments)
-        outputs = network.run(traced, jax.tree.leaves((self.variables, arguments)))
+        leaves = jax.tree.leaves((self.variables, arguments))
+        outputs = network.run(traced, leaves, unroll=unroll, made={} if made is None else made)
         return jax.tree.unflatten(structure, outputs)
 
 
@@ -434,7 +448,7 @@ def _look_up(
     lowered: FloatLayer | IntegerLayer, module: nn.Embed, args: tuple, kw: Mapping[str, Any]
 ) -> Array:
     """The rows of a table, of which only those asked for become floats."""
-    rows = lowered.weight.rows(kinds.argument(args, kw, (0, "inputs")))
+    rows = primitives.rows(lowered.weight, kinds.argument(args, kw, (0, "inputs")))
     return rows if module.dtype is None else rows.astype(module.dtype)
 
 
@@ -449,6 +463,6 @@ def _float_call(
             args, kw = kinds.replace_argument(args, kw, place, value)
     params = {k: v for k, v in module.variables.get("params", {}).items() if k != LOWERED}
     if lowered.weight is not None:
-        params[kind.weight] = lowered.weight.dequantize()
+        params[kind.weight] = primitives.weight(lowered.weight)
     free = module.clone(parent=None, name=None)
     return free.apply({"params": params}, *args, method=method, **kw)

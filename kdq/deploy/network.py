@@ -7,17 +7,15 @@ that move or compare numbers, makes the codes of that grid itself.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.interpreters import batching, mlir
 
-from kdq.deploy import arithmetic, contraction
+from kdq.deploy import contraction, primitives
 from kdq.deploy.contraction import INPUT, LAYOUT, OTHER, RESULT, Kernel
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.deploy.qtensor import InputGrid
@@ -32,7 +30,7 @@ class LayerCall:
     traced: core.ClosedJaxpr  # the layer's own code, in floats
     roles: tuple[str, ...]  # of its arguments
     operands: tuple[str, ...]  # names of its inputs
-    grids: tuple[int, ...]  # of each input: the same number for the same grid
+    grids: tuple[Hashable, ...]  # of each input: the same for the same grid
     structure: Any  # of the IntegerLayer
     largest: int  # a bound of its sums
 
@@ -54,28 +52,25 @@ class Sums:
 class _Run(contraction.Steps):
     """A layer on codes."""
 
-    def __init__(self, layer: IntegerLayer, finish: Callable[[Array], Any]):
-        self.layer, self.finish = layer, finish
+    def __init__(self, layer: IntegerLayer, to: InputGrid | type):
+        self.layer, self.to = layer, to
 
-    def multiply(self, kernel: Kernel, left: Array, right: Array) -> Any:
-        layer = self.layer
-        zero = layer.inputs["activations"].zero_point
-        if layer.weight is None:
-            other = layer.inputs["other"].zero_point
-            total = arithmetic.product(kernel, left, zero, right, w_zero=other)
-        else:
-            sums = layer.weight_sum, layer.weight_zero
-            total = arithmetic.product(kernel, left, zero, right, *sums)
-        return self.finish(total if layer.bias is None else total + layer.bias)
+    def multiply(self, kernel: Kernel, left: Array, right: Array) -> Array:
+        grid = self.to if isinstance(self.to, InputGrid) else None
+        result = primitives.multiply(kernel, left, right, self.layer, grid)
+        return primitives.to_float(result, self.layer.scale) if self.to is float else result
 
     def add_bias(self, result: Any, bias: Any) -> Any:
         return result  # it is in the sum already
 
 
 def run_layer(
-    call: LayerCall, layer: IntegerLayer, codes: Sequence[Array], finish: Callable[[Array], Array]
+    call: LayerCall, layer: IntegerLayer, codes: Sequence[Array], to: InputGrid | type
 ) -> tuple[str, Array]:
-    """A layer on the codes of its inputs, its sums finished by `finish`; see `follow`."""
+    """A layer on the codes of its inputs, to codes of a grid, to `float` or to `int`: its sums.
+
+    Returns what `follow` does.
+    """
     given = dict(zip((INPUT, OTHER), codes, strict=False))
     if layer.weight is not None:
         given[contraction.WEIGHT] = layer.weight.codes
@@ -84,18 +79,17 @@ def run_layer(
         role: layer.inputs[name].zero_point
         for role, name in zip((INPUT, OTHER), call.operands, strict=False)
     }
-    return contraction.follow(call.traced, operands, _Run(layer, finish), zeros)
+    return contraction.follow(call.traced, operands, _Run(layer, to), zeros)
 
 
 def _alone(*arrays: Array, call: LayerCall) -> Array:
     """A layer with floats in and out."""
     inputs, layer = _split(arrays, call)
     codes = [
-        arithmetic.quantize(x, layer.inputs[name])
+        primitives.quantize(x, layer.inputs[name])
         for x, name in zip(inputs, call.operands, strict=True)
     ]
-    finish = lambda total: arithmetic.to_float(total, layer.scale)
-    return run_layer(call, layer, codes, finish)[1].astype(call.traced.out_avals[0].dtype)
+    return run_layer(call, layer, codes, float)[1].astype(call.traced.out_avals[0].dtype)
 
 
 def _split(arrays: Sequence[Any], call: LayerCall) -> tuple[Sequence[Any], IntegerLayer]:
@@ -103,18 +97,7 @@ def _split(arrays: Sequence[Any], call: LayerCall) -> tuple[Sequence[Any], Integ
     return arrays[:count], jax.tree.unflatten(call.structure, arrays[count:])
 
 
-layer_p = core.Primitive("kdq_integer_layer")
-layer_p.def_impl(_alone)
-layer_p.def_abstract_eval(
-    lambda *avals, call: jax.core.ShapedArray(
-        call.traced.out_avals[0].shape, call.traced.out_avals[0].dtype
-    )
-)
-batching.primitive_batchers[layer_p] = lambda arrays, axes, *, call: (
-    jax.vmap(partial(_alone, call=call), axes)(*arrays),
-    0,
-)
-mlir.register_lowering(layer_p, mlir.lower_fun(_alone, multiple_results=False))
+layer_p = primitives.primitive("kdq_integer_layer", _alone)
 
 
 def call_layer(call: LayerCall, layer: IntegerLayer, inputs: Sequence[Array]) -> Array:
@@ -122,23 +105,76 @@ def call_layer(call: LayerCall, layer: IntegerLayer, inputs: Sequence[Array]) ->
     return layer_p.bind(*inputs, *jax.tree.leaves(layer), call=call)
 
 
-def run(traced: core.ClosedJaxpr, arguments: Sequence[Array]) -> list[Array]:
-    """The outputs of a traced network."""
-    flat = jax.make_jaxpr(lambda *args: _inlined(traced.jaxpr, traced.consts, args))(*arguments)
-    return _run(flat.jaxpr, flat.consts, arguments)
+def run(
+    traced: core.ClosedJaxpr,
+    arguments: Sequence[Array],
+    *,
+    unroll: bool,
+    made: dict[str, Array],
+) -> list[Array]:
+    """The outputs of a traced network.
+
+    Args:
+      traced: it.
+      arguments: what it was traced with, or other arrays of these shapes.
+      unroll: write each layer of a scanned stack out.
+      made: gets what integer layers make; see `IntegerModel.apply`.
+    """
+    inlined = lambda *args: _inlined(traced.jaxpr, traced.consts, args, unroll, "")
+    flat = jax.make_jaxpr(inlined)(*arguments)
+    return _run(flat.jaxpr, flat.consts, arguments, made)
 
 
-def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """The same, without calls of other jaxprs."""
+def _inlined(
+    jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], unroll: bool, turn: str
+) -> list[Any]:
+    """The same, without calls of other jaxprs; `turn` names the turn of the loops it is in."""
     known = dict(zip([*jaxpr.invars, *jaxpr.constvars], [*arguments, *consts], strict=True))
     for eqn in jaxpr.eqns:
         given = [_value(known, atom) for atom in eqn.invars]
         inner = contraction.sub_jaxpr(eqn)
         if inner is not None:
-            found = _inlined(inner.jaxpr, inner.consts, given)
+            found = _inlined(inner.jaxpr, inner.consts, given, unroll, turn)
+        elif unroll and eqn.primitive.name == "scan":
+            found = _unrolled(eqn.params, given, turn)
+        elif turn and eqn.primitive is layer_p:
+            call = eqn.params["call"]
+            # The layers of a stack have grids of their own.
+            grids = tuple((number, turn) for number in call.grids)
+            call = dataclasses.replace(call, path=call.path + turn, grids=grids)
+            found = [layer_p.bind(*given, call=call)]
         else:
             found = _bind(eqn, given)
         known.update(zip(eqn.outvars, found, strict=True))
+    return [_value(known, atom) for atom in jaxpr.outvars]
+
+
+def _unrolled(params: Mapping[str, Any], given: Sequence[Any], turn: str) -> list[Any]:
+    """The outputs of a scan, turn by turn."""
+    inner, shared = params["jaxpr"], params["num_consts"]
+    split = shared + params["num_carry"]
+    consts, carry, stacked = given[:shared], given[shared:split], given[split:]
+    turns = range(params["length"])
+    made = []
+    for i in reversed(turns) if params["reverse"] else turns:
+        arguments = [*consts, *carry, *[array[i] for array in stacked]]
+        found = _inlined(inner.jaxpr, inner.consts, arguments, True, f"{turn}[{i}]")
+        carry, rest = found[: len(carry)], found[len(carry) :]
+        made.append(rest)
+    columns = zip(*(reversed(made) if params["reverse"] else made), strict=True)
+    return [*carry, *[jnp.stack(column) for column in columns]]
+
+
+def evaluate(traced: core.ClosedJaxpr, arguments: Sequence[Any], bind: Callable) -> list[Any]:
+    """The outputs, with `bind(eqn, values)` for each equation."""
+    jaxpr = traced.jaxpr
+    names = [*jaxpr.invars, *jaxpr.constvars]
+    known = dict(zip(names, [*arguments, *traced.consts], strict=True))
+    for eqn in jaxpr.eqns:
+        found = bind(eqn, [_value(known, atom) for atom in eqn.invars])
+        known.update(
+            zip(eqn.outvars, found if eqn.primitive.multiple_results else [found], strict=True)
+        )
     return [_value(known, atom) for atom in jaxpr.outvars]
 
 
@@ -147,31 +183,65 @@ def _value(known: Mapping, atom: Any) -> Any:
 
 
 def _bind(eqn: core.JaxprEqn, given: Sequence[Any]) -> Sequence[Any]:
-    found = eqn.primitive.bind(*given, **eqn.params)
+    if eqn.primitive is primitives.weight_p:  # what is stored stays codes, even if it is known
+        found = eqn.primitive.bind(*given, **eqn.params)
+    else:
+        found = contraction.bind(eqn, given)
     return found if eqn.primitive.multiple_results else [found]
 
 
-def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Array]:
+def _run(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    arguments: Sequence[Any],
+    made: dict[str, Array],
+) -> list[Array]:
     known = dict(zip([*jaxpr.invars, *jaxpr.constvars], [*arguments, *consts], strict=True))
     wanted = _wanted(jaxpr)
-    rounded: dict[tuple[Any, int], Array] = {}  # codes of floats that several layers take
-    grids: dict[int, InputGrid] = {}
-    for eqn in jaxpr.eqns:
+    rounded: dict[tuple[Any, Hashable], Array] = {}  # codes of floats that several layers take
+    before, after = _around_layers(jaxpr)
+    for eqn in before:
+        given = [_value(known, atom) for atom in eqn.invars]
+        known.update(zip(eqn.outvars, _bind(eqn, given), strict=True))
+    grids: dict[Hashable, InputGrid] = {}
+    for eqn in after:
         if eqn.primitive is layer_p:
             _, layer = _split([known.get(a) for a in eqn.invars], eqn.params["call"])
             for number, name in _grids(eqn.params["call"]):
                 grids.setdefault(number, layer.inputs[name])
-    for eqn in jaxpr.eqns:
+    for eqn in after:
         given = [_value(known, atom) for atom in eqn.invars]
         if eqn.primitive is layer_p:
             found = [_run_layer(eqn, given, rounded, grids.get(wanted.get(eqn.outvars[0])))]
+            _note(made, eqn.params["call"].path, found[0])
         else:
             found = _run_other(eqn, given)
         known.update(zip(eqn.outvars, found, strict=True))
     return [_as_float(_value(known, atom), atom.aval.dtype) for atom in jaxpr.outvars]
 
 
-def _grids(call: LayerCall) -> list[tuple[int, str]]:
+def _around_layers(jaxpr: core.Jaxpr) -> tuple[list[core.JaxprEqn], list[core.JaxprEqn]]:
+    """The equations that need no layer's output, which make the arrays of layers, and the rest."""
+    before, after, outputs = [], [], set()
+    for eqn in jaxpr.eqns:
+        atoms = {atom for atom in eqn.invars if isinstance(atom, core.Var)}
+        if eqn.primitive is layer_p or not outputs.isdisjoint(atoms):
+            outputs.update(eqn.outvars)
+            after.append(eqn)
+        else:
+            before.append(eqn)
+    return before, after
+
+
+def _note(made: dict[str, Array], path: str, result: Any) -> None:
+    """Keeps what a layer made; of a later call as PATH#2, ...; not what is float already."""
+    kept = {Codes: "codes", Sums: "total"}.get(type(result))
+    if kept:
+        calls = sum(name.partition("#")[0] == path for name in made)
+        made[f"{path}#{calls + 1}" if calls else path] = getattr(result, kept)
+
+
+def _grids(call: LayerCall) -> list[tuple[Hashable, str]]:
     return list(zip(call.grids, call.operands, strict=True))
 
 
@@ -185,23 +255,21 @@ def _run_layer(eqn, given, rounded, grid: InputGrid | None) -> Any:
             continue
         if (atom, number) not in rounded:
             floats = _as_float(x, atom.aval.dtype)
-            rounded[atom, number] = arithmetic.quantize(floats, layer.inputs[name])
+            rounded[atom, number] = primitives.quantize(floats, layer.inputs[name])
         codes.append(rounded[atom, number])
     if grid is not None:
-        finish = lambda total: arithmetic.requantize(total, layer.scale, grid)
-        return Codes(run_layer(call, layer, codes, finish)[1], grid)
-    role, total = run_layer(call, layer, codes, lambda total: total)
+        return Codes(run_layer(call, layer, codes, grid)[1], grid)
+    role, total = run_layer(call, layer, codes, int)
     if role == RESULT:
         return Sums(total, layer.scale, call.largest)
-    finish = lambda total: arithmetic.to_float(total, layer.scale)
-    return run_layer(call, layer, codes, finish)[1].astype(eqn.outvars[0].aval.dtype)
+    return run_layer(call, layer, codes, float)[1].astype(eqn.outvars[0].aval.dtype)
 
 
 def _as_float(value: Any, dtype: Any) -> Array:
     if isinstance(value, Codes):
-        return arithmetic.dequantize(value.codes, value.grid).astype(dtype)
+        return primitives.dequantize(value.codes, value.grid).astype(dtype)
     if isinstance(value, Sums):
-        return arithmetic.to_float(value.total, value.scale).astype(dtype)
+        return primitives.to_float(value.total, value.scale).astype(dtype)
     return value
 
 
@@ -222,13 +290,19 @@ def _run_other(eqn: core.JaxprEqn, given: Sequence[Any]) -> Sequence[Any]:
 def _on_codes(eqn: core.JaxprEqn, given: Sequence[Any]) -> Codes:
     """An operation of `_wanted`, on codes."""
     name, grid = eqn.primitive.name, next(v.grid for v in given if isinstance(v, Codes))
-    zero = grid.zero_point.astype(jnp.uint8)
+    zero = contraction.at_once(lambda zero: zero.astype(jnp.uint8), grid.zero_point)
     arrays = [value.codes if isinstance(value, Codes) else zero for value in given]
+    if name == "max" and any(array is zero for array in arrays) and _is_known(zero, 0):
+        return next(value for value in given if isinstance(value, Codes))  # no code is less
     if name == "max":
         return Codes(jnp.maximum(*arrays), grid)
     if name == "reduce_window_max":
         return Codes(_window_max(arrays[0], eqn.params), grid)
     return Codes(_bind(eqn, arrays)[0], grid)
+
+
+def _is_known(value: Any, number: int) -> bool:
+    return not isinstance(value, jax.core.Tracer) and int(value) == number
 
 
 def _window_max(codes: Array, params: Mapping[str, Any]) -> Array:
@@ -281,7 +355,7 @@ def _passes(eqn: core.JaxprEqn) -> bool:
     return name in LAYOUT or name == "reduce_window_max"
 
 
-def _wanted(jaxpr: core.Jaxpr) -> dict[core.Var, int]:
+def _wanted(jaxpr: core.Jaxpr) -> dict[core.Var, Hashable]:
     """The grid whose codes an array can be: for each that only goes where it is rounded so."""
     refused: set[core.Var] = set()
     while True:
@@ -299,16 +373,16 @@ def _wanted(jaxpr: core.Jaxpr) -> dict[core.Var, int]:
         refused |= wrong
 
 
-def _backwards(jaxpr: core.Jaxpr, refused: set[core.Var]) -> dict[core.Var, int]:
+def _backwards(jaxpr: core.Jaxpr, refused: set[core.Var]) -> dict[core.Var, Hashable]:
     """The one grid that everything that becomes of an array is rounded to."""
-    uses: dict[core.Var, set[int | None]] = {atom: {None} for atom in refused}
+    uses: dict[core.Var, set[Hashable]] = {atom: {None} for atom in refused}
     for atom in jaxpr.outvars:
         if isinstance(atom, core.Var):
             uses.setdefault(atom, set()).add(None)
     for eqn in reversed(jaxpr.eqns):
         own = uses.get(eqn.outvars[0], {None})
         through = next(iter(own)) if len(own) == 1 and _passes(eqn) else None
-        grids: Sequence[int | None] = [through] * len(eqn.invars)
+        grids: Sequence[Hashable] = [through] * len(eqn.invars)
         if eqn.primitive is layer_p:
             call = eqn.params["call"]
             grids = [*call.grids, *[None] * (len(eqn.invars) - len(call.grids))]

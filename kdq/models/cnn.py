@@ -84,9 +84,12 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
     Returns:
       [batch, height // 2, width // 2, channels].
     """
-    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    x = jnp.maximum(x[:, 0:height:2], x[:, 1:height:2])
-    return jnp.maximum(x[:, :, 0:width:2], x[:, :, 1:width:2])
+    for axis in (1, 2):
+        size = x.shape[axis] // 2 * 2
+        # Not by indexing, which makes a gather of it where the batch has no fixed size.
+        even, odd = (jax.lax.slice_in_dim(x, start, size, 2, axis) for start in (0, 1))
+        x = jnp.maximum(even, odd)
+    return x
 
 
 Model = CNN

@@ -5,50 +5,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import NETWORKS, network
 
-from kdq import models, quantize
+from kdq import quantize
 from kdq.deploy import lower
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.quantize import QuantizationRule, TensorSpec
 
-NETWORKS = {
-    "mlp": {"name": "mlp", "widths": (32, 16)},
-    "cnn": {"name": "cnn", "widths": (4, 6, 6)},
-    "pooled": {"name": "cnn", "widths": (4, 6, 6), "pool": True, "batch_norm": True},
-    "resnet": {"name": "resnet", "depth": 8, "widths": (4, 4, 6, 8)},
-    "vit": {"name": "vit", "width": 16, "depth": 1, "heads": 2},
-}
-BITS = [(8, 8), *(pytest.param(b, marks=pytest.mark.slow) for b in [(4, 8), (4, 4)]), (2, 8)]
+FEW = ("mlp", "pooled")  # those of which the default tests have few bits too
+CASES = [
+    *((name, (8, 8)) for name in NETWORKS),
+    *((name, (2, 8)) for name in FEW),
+    *(
+        pytest.param(name, bits, marks=pytest.mark.slow)
+        for name in NETWORKS
+        for bits in [(4, 8), (4, 4), (2, 8)]
+        if not (name in FEW and bits == (2, 8))
+    ),
+]
 
 
-def _network(name, offsets=0.0):
-    """`(model, variables, images)` whose batch norms multiply, some by less than 0.
-
-    Without offsets: a sum rounds them to its own steps, which may move a code.
-    """
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.normal(size=(64, 8, 8, 1)), jnp.float32)
-    model = models.build(**NETWORKS[name], num_classes=10)
-    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
-    draw = lambda low, high: lambda a: jnp.asarray(rng.uniform(low, high, a.shape), a.dtype)
-    if "batch_stats" in variables:
-
-        def drawn(keys, a):
-            name = jax.tree_util.keystr(keys)
-            if "var" in name:
-                return draw(0.5, 1.5)(a)
-            if "norm" in name:
-                return draw(-1.5, 1.5)(a) if "scale" in name else draw(-offsets, offsets)(a)
-            return a
-
-        variables = jax.tree_util.tree_map_with_path(drawn, variables)
-    return model, variables, images
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "bits"), CASES)
 def test_does_as_the_simulated_model(name, bits):
-    model, variables, images = _network(name)
+    model, variables, images = network(name)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
     simulated = quantize.apply(model, variables, qparams, images)
     lowered = lower(model, variables, qparams, images)
@@ -65,10 +44,10 @@ def test_does_as_the_simulated_model(name, bits):
 
 @pytest.mark.parametrize("name", ["pooled", "resnet"])
 def test_offsets_of_norms_become_biases(name):
-    model, variables, images = _network(name, offsets=0.5)
+    model, variables, images = network(name, offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
     simulated = quantize.apply(model, variables, qparams, images)
-    without = _network(name)[1]
+    without = network(name)[1]
     error, change = (
         float(np.abs(outputs - simulated).max())
         for outputs in (
@@ -81,7 +60,7 @@ def test_offsets_of_norms_become_biases(name):
 
 
 def test_keeps_no_float_weight():
-    model, variables, images = _network("resnet", offsets=0.5)
+    model, variables, images = network("resnet", offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(4, 8), [images])
     lowered = lower(model, variables, qparams, images)
     for keys, array in jax.tree_util.tree_leaves_with_path(lowered.variables["params"]):
@@ -95,7 +74,7 @@ def test_keeps_no_float_weight():
 
 
 def test_what_stays_in_float_is_listed_with_the_reason():
-    model, variables, images = _network("mlp")
+    model, variables, images = network("mlp")
     whole = TensorSpec(bits=8)
     rules = (
         QuantizationRule(path="dense_0", weights=whole),
@@ -159,7 +138,7 @@ def test_a_norm_behind_an_output_that_is_also_used_elsewhere_stays():
 
 
 def test_an_unknown_layer_is_an_error():
-    model, variables, images = _network("mlp")
+    model, variables, images = network("mlp")
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
     with pytest.raises(KeyError, match="nowhere"):
         lower(model, variables, {"nowhere": qparams["head"]}, images)

@@ -113,12 +113,10 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(unbroken, tmp_path, step):
     assert_same_run(result, again, workdir, tmp_path)
 
 
-def test_a_killed_process_ends_as_the_unbroken_one(unbroken, tmp_path, child_environment):
+def test_a_killed_process_ends_as_the_unbroken_one(unbroken, tmp_path):
     result, workdir = unbroken
     command = [sys.executable, resume_task.__file__, str(tmp_path), "14"]
-    process = subprocess.run(
-        command, env=child_environment, capture_output=True, timeout=300, check=False
-    )
+    process = subprocess.run(command, capture_output=True, timeout=300, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert not list(Path(tmp_path).glob("checkpoints/24"))
     steps = []

@@ -1,0 +1,153 @@
+"""ONNX: an integer model as a file that ONNX Runtime executes with the same integers."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kdq import files
+from kdq.deploy import extras, network
+from kdq.deploy.lowering import IntegerModel
+from kdq.quantize.layers import as_args
+from kdq.types import Array
+
+INPUT, OUTPUT = "input", "output"
+OPSET, OPSET_INT2 = 21, 25  # the first with int4, and with int2
+
+
+def to_onnx(
+    lowered: IntegerModel,
+    inputs: Array | tuple,
+    *,
+    each_layer: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> Any:
+    """The model as an `onnx.ModelProto`, for batches of any size.
+
+    Its inputs are `input` (`input_1`, ...), its outputs `output` (`output_1`, ...).
+
+    Args:
+      lowered: see `lower`.
+      inputs: an array with a leading batch axis, or a tuple of these; only the shapes matter.
+      each_layer: further outputs, int32, with what each integer layer makes; see `layer_names`.
+      metadata: texts to keep in the file.
+
+    Raises:
+      ImportError: jax2onnx is not installed; says how to.
+      ValueError: an integer layer is inside `nn.vmap`, or in a loop that is no scan.
+    """
+    jax2onnx, onnx_ops = extras.load("onnx", "jax2onnx", "kdq.deploy.onnx_ops")
+    program, specs, _ = _program(lowered, inputs, each_layer)
+    function = lambda *arrays: network.evaluate(program, arrays, onnx_ops.bind)
+    names = lambda base, count: [f"{base}_{i}" if i else base for i in range(count)]
+    with _quiet("onnx_ir.serde"):
+        proto = jax2onnx.to_onnx(
+            function,
+            inputs=list(specs),
+            model_name="kdq",
+            opset=OPSET_INT2 if _has_int2(lowered) else OPSET,
+            input_names=names(INPUT, len(specs)),
+            output_names=names(OUTPUT, len(program.jaxpr.outvars)),
+        )
+    for key, value in (metadata or {}).items():
+        proto.metadata_props.add(key=key, value=value)
+    return proto
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Without warnings: jax2onnx leaves the type of some values to be inferred."""
+    found = logging.getLogger(logger)
+    level = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(level)
+
+
+def layer_names(lowered: IntegerModel, inputs: Array | tuple) -> list[str]:
+    """The names of what `each_layer` of `to_onnx` adds, and `IntegerModel.apply` has in `made`."""
+    return _program(lowered, inputs, True)[2]
+
+
+def _program(lowered: IntegerModel, inputs: Array | tuple, each_layer: bool) -> tuple:
+    """The model with a batch of any size: its program, the inputs, the names of its layers."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    specs = [
+        jax.ShapeDtypeStruct((batch, *jnp.shape(array)[1:]), jnp.result_type(array))
+        for array in as_args(inputs)
+    ]
+    names: list[str] = []
+
+    def forward(*arrays: Array) -> Any:
+        made: dict[str, Array] = {}
+        outputs = lowered.apply(arrays, unroll=True, made=made)
+        names.extend(made)
+        # Added to, as jax2onnx loses outputs that are transposed back for the next layer.
+        copies = [array.astype(jnp.int32) + 0 for array in made.values()]
+        return (outputs, copies) if each_layer else outputs
+
+    program = jax.make_jaxpr(forward)(*specs)
+    for eqn in program.jaxpr.eqns:
+        of_codes = any(atom.aval.dtype == jnp.int8 for atom in eqn.invars)
+        multiplies = eqn.primitive.name in ("dot_general", "conv_general_dilated")
+        if eqn.primitive is network.layer_p or (of_codes and multiplies):
+            raise ValueError(
+                "an integer layer inside nn.vmap, or a loop that is no scan, has no form in ONNX: "
+                "leave it in float"
+            )
+    return program, specs, names
+
+
+def _has_int2(lowered: IntegerModel) -> bool:
+    return any(leaf.dtype == jnp.int2 for leaf in jax.tree.leaves(lowered))
+
+
+def save_onnx(
+    path: str | os.PathLike[str],
+    lowered: IntegerModel,
+    inputs: Array | tuple,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Writes an ONNX file, atomically; returns its size in bytes. See `to_onnx`."""
+    data = to_onnx(lowered, inputs, metadata=metadata).SerializeToString()
+    files.write_atomic(path, data)
+    return len(data)
+
+
+def onnx_session(
+    model: str | os.PathLike[str] | bytes, *, threads: int | None = None, exact: bool = True
+) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU.
+
+    Args:
+      model: the file, or what is in it.
+      threads: how many; None is one a core.
+      exact: sums of uint8 with int8 products as the standard has them. Without it a CPU that has
+        no instruction for these (VNNI) saturates pairs of products at 16 bits.
+
+    Raises:
+      ImportError: onnxruntime is not installed; says how to.
+      FileNotFoundError: no such file.
+    """
+    (onnxruntime,) = extras.load("onnx", "onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if not isinstance(model, bytes):
+        path = Path(model)
+        if not path.is_file():
+            raise FileNotFoundError(f"no ONNX model at {path}")
+        model = str(path)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,456 @@
+"""The operations on codes in ONNX: converters that jax2onnx calls for `kdq.deploy.primitives`.
+
+Where ONNX Runtime has an integer kernel for a whole layer, the layer is written as
+DequantizeLinear, Conv or Gemm, QuantizeLinear, which it fuses into one; anything else as
+ConvInteger or MatMulInteger. Both compute what `arithmetic` does, bit for bit. Weights are stored
+in their own 2, 4 or 8 bits.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import onnx_ir
+from jax.extend import core
+from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
+
+from kdq.deploy import primitives
+from kdq.deploy.contraction import Conv, Dot
+from kdq.deploy.qtensor import InputGrid
+
+# jax2onnx computes the shapes of these at every run of the model, if the batch has any size.
+reshape_p = primitives.primitive("kdq_reshape", lambda x, *, shape: x.reshape(shape))
+slice_p = primitives.primitive("kdq_slice", lambda x, **params: jax.lax.slice_p.bind(x, **params))
+
+_IR_TYPES = {
+    np.dtype(np.float32): onnx_ir.DataType.FLOAT,
+    np.dtype(np.int32): onnx_ir.DataType.INT32,
+    np.dtype(np.bool_): onnx_ir.DataType.BOOL,
+    np.dtype(np.int8): onnx_ir.DataType.INT8,
+    np.dtype(np.uint8): onnx_ir.DataType.UINT8,
+}
+
+
+class _Graph:
+    """Adds nodes to the graph that jax2onnx builds."""
+
+    def __init__(self, context: Any):
+        self.context = context
+
+    def node(self, op: str, inputs: Sequence[Any], dtype: Any, shape: Sequence[Any], **attributes):
+        """The value of a new node; None among `inputs` is one that is left out."""
+        given = [onnx_ir.Value(name="") if value is None else value for value in inputs]
+        build = getattr(self.context.builder, op)
+        value = build(*given, _outputs=[self.context.fresh_name(op)], **attributes)
+        value.type = onnx_ir.TensorType(_IR_TYPES[np.dtype(dtype)])
+        value.shape = onnx_ir.Shape([_dimension(size) for size in shape])
+        return value
+
+    def constant(self, array: Any) -> Any:
+        name = self.context.fresh_name("constant")
+        return self.context.builder.add_initializer_from_array(name, np.asarray(array))
+
+    def value(self, atom: Any) -> Any:
+        """What the graph knows an array of the program as."""
+        return self.context.get_value_for_var(atom)
+
+    def known(self, tree: Any) -> Any:
+        """The arrays of a pytree of atoms, which must not depend on the input."""
+
+        def one(atom: Any) -> np.ndarray:
+            if isinstance(atom, core.Literal):
+                return np.asarray(atom.val)
+            array = self.context.try_evaluate_const(atom)
+            if array is None:
+                raise ValueError(
+                    "an ONNX model has the weights and scales of its layers as constants"
+                )
+            return array
+
+        return jax.tree.map(one, tree)
+
+    def transpose(self, value: Any, permutation: Sequence[int], dtype: Any) -> Any:
+        if list(permutation) == sorted(permutation):
+            return value
+        shape = [value.shape[axis] for axis in permutation]
+        return self.node("Transpose", [value], dtype, shape, perm=list(map(int, permutation)))
+
+    def reshape(self, value: Any, shape: Sequence[Any], dtype: Any) -> Any:
+        """To a shape with at most one size that is not a number."""
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        return self.node("Reshape", [value, self.constant(np.int64(sizes))], dtype, shape)
+
+    def clip(self, codes: Any, grid: Any, shape: Sequence[Any]) -> Any:
+        """uint8 codes within those of a grid."""
+        if grid.top >= 255:
+            return codes
+        inputs = [codes, self.constant(np.uint8(0)), self.constant(np.uint8(grid.top))]
+        return self.node("Clip", inputs, np.uint8, shape)
+
+    def to_codes(self, value: Any, scale: Any, grid: Any, shape: Sequence[Any]) -> Any:
+        """uint8 codes of floats at a scale, all within those of a grid."""
+        inputs = [value, self.constant(np.float32(scale)), self.constant(np.uint8(grid.zero_point))]
+        return self.clip(self.node("QuantizeLinear", inputs, np.uint8, shape), grid, shape)
+
+    def from_codes(self, codes: Any, scale: Any, zero: Any, shape: Sequence[Any], **at: Any) -> Any:
+        """floats of codes: `(codes - zero) * scale`; without a zero no integer kernel is found."""
+        inputs = [codes, self.constant(np.float32(scale))]
+        inputs += [] if zero is None else [self.constant(zero)]
+        return self.node("DequantizeLinear", inputs, np.float32, shape, **at)
+
+    def weight(self, codes: np.ndarray) -> Any:
+        """int8 codes, stored in as few bits as they have."""
+        stored = self.constant(codes)
+        if codes.dtype == np.int8:
+            return stored
+        return self.node("Cast", [stored], np.int8, codes.shape, to=onnx_ir.DataType.INT8.value)
+
+
+def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
+    """An equation on other values, by an operation that needs no shape at run time if it can be."""
+    name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
+    if [isinstance(size, int) for size in shape].count(False) == 1:
+        if name in ("reshape", "squeeze", "expand_dims"):
+            return reshape_p.bind(values[0], shape=shape)
+        given = eqn.invars[0].aval.shape
+        if name == "broadcast_in_dim" and len(values) == 1 and _count(given) == _count(shape):
+            return reshape_p.bind(values[0], shape=shape)
+        if name == "slice" and all(
+            isinstance(size, int) or (start == 0 and limit == size)
+            for start, limit, size in zip(
+                params["start_indices"], params["limit_indices"], given, strict=True
+            )
+        ):
+            return slice_p.bind(values[0], **params)
+    return eqn.primitive.bind(*values, **params)
+
+
+def _count(shape: Sequence[Any]) -> Any:
+    return math.prod(shape)
+
+
+def _dimension(size: Any) -> Any:
+    if isinstance(size, int | np.integer):
+        return int(size)
+    return size if isinstance(size, onnx_ir.SymbolicDim) else str(size)
+
+
+def _convert(primitive: core.Primitive, operator: str):
+    """Registers a function `(graph, eqn) -> value` as the converter of a primitive."""
+
+    def register(convert):
+        class Plugin(PrimitiveLeafPlugin):
+            def lower(self, ctx: Any, eqn: core.JaxprEqn) -> None:
+                ctx.bind_value_for_var(eqn.outvars[0], convert(_Graph(ctx), eqn))
+
+        register_primitive(
+            jaxpr_primitive=primitive.name,
+            jax_doc="",
+            onnx=[{"component": operator, "doc": "https://onnx.ai/onnx/operators/"}],
+            since="",
+            context="kdq",
+            component=primitive.name,
+            testcases=[],
+        )(Plugin)
+        return convert
+
+    return register
+
+
+@_convert(primitives.quantize_p, "QuantizeLinear")
+def _quantize(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    grid = graph.known(InputGrid(*eqn.invars[1:]))
+    shape = eqn.outvars[0].aval.shape
+    return graph.to_codes(graph.value(eqn.invars[0]), grid.scale, grid, shape)
+
+
+@_convert(primitives.dequantize_p, "DequantizeLinear")
+def _dequantize(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    grid = graph.known(InputGrid(*eqn.invars[1:]))
+    shape = eqn.outvars[0].aval.shape
+    return graph.from_codes(
+        graph.value(eqn.invars[0]), grid.scale, np.uint8(grid.zero_point), shape
+    )
+
+
+@_convert(primitives.to_float_p, "Cast")
+def _to_float(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    total, scale = eqn.invars
+    return _scaled(graph, graph.value(total), graph.value(scale), eqn.outvars[0].aval.shape)
+
+
+def _scaled(graph: _Graph, total: Any, scale: Any, shape: Sequence[Any]) -> Any:
+    """int32 sums times a scale."""
+    cast = graph.node("Cast", [total], np.float32, shape, to=onnx_ir.DataType.FLOAT.value)
+    return graph.node("Mul", [cast, scale], np.float32, shape)
+
+
+@_convert(reshape_p, "Reshape")
+def _reshape(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    value = graph.value(eqn.invars[0])
+    return graph.reshape(value, eqn.params["shape"], eqn.outvars[0].aval.dtype)
+
+
+@_convert(slice_p, "Slice")
+def _slice(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    given, out, params = eqn.invars[0].aval.shape, eqn.outvars[0].aval, eqn.params
+    axes = [axis for axis, size in enumerate(given) if isinstance(size, int)]
+    steps = params["strides"] or [1] * len(given)
+    lists = (params["start_indices"], params["limit_indices"], range(len(given)), steps)
+    bounds = [graph.constant(np.int64([of[axis] for axis in axes])) for of in lists]
+    return graph.node("Slice", [graph.value(eqn.invars[0]), *bounds], out.dtype, out.shape)
+
+
+@_convert(primitives.weight_p, "DequantizeLinear")
+def _weight(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    weight = graph.known(jax.tree.unflatten(eqn.params["structure"], eqn.invars))
+    codes, shape = weight.codes, weight.codes.shape
+    scale, zero = _aligned(weight.scale, len(shape)), weight.zero_point
+    along = [axis for axis, size in enumerate(scale.shape) if size > 1]
+    groups = [axis for axis in along if scale.shape[axis] != shape[axis]]
+    if weight.levels is not None:
+        few = np.asarray(codes).astype(ml_dtypes.uint4 if len(weight.levels) <= 16 else np.uint8)
+        to = onnx_ir.DataType.INT32.value
+        index = graph.node("Cast", [graph.constant(few)], np.int32, shape, to=to)
+        levels = graph.constant(np.float32(weight.levels))
+        value = graph.node("Gather", [levels, index], np.float32, shape, axis=0)
+        # Each axis as its groups and what is in one.
+        sizes = [s for n, of in zip(shape, scale.shape, strict=True) for s in (of, n // of)]
+        value = graph.reshape(value, sizes, np.float32)
+        scale = graph.constant(scale.reshape([s for of in scale.shape for s in (of, 1)]))
+        return graph.reshape(
+            graph.node("Mul", [value, scale], np.float32, sizes), shape, np.float32
+        )
+    at: dict[str, int] = {}
+    if groups:
+        (axis,) = groups
+        sizes = [n if a != axis else scale.shape[a] for a, n in enumerate(shape)]
+        at = {"axis": axis, "block_size": shape[axis] // scale.shape[axis]}
+    elif len(along) == 1:
+        sizes, at = [-1], {"axis": along[0]}
+    elif not along:
+        sizes = []
+    else:
+        raise ValueError(f"ONNX has no scale of shape {scale.shape} for a weight of shape {shape}")
+
+    def sized(array: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(array, sizes) if groups else array.reshape(sizes)
+
+    zero = None if zero is None else sized(_aligned(zero, len(shape))).astype(codes.dtype)
+    return graph.from_codes(graph.constant(codes), sized(scale), zero, shape, **at)
+
+
+@_convert(primitives.rows_p, "Gather")
+def _rows(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    indices, *leaves = eqn.invars
+    table = graph.known(jax.tree.unflatten(eqn.params["structure"], leaves))
+    indices, shape = graph.value(indices), eqn.outvars[0].aval.shape
+
+    def picked(value: Any, array: np.ndarray) -> Any:
+        """Rows of what has one for each row of the table."""
+        if array.shape[0] == 1:
+            return value
+        # A scale of a row has one column.
+        return graph.node("Gather", [value, indices], array.dtype, [*shape[:-1], array.shape[-1]])
+
+    to_float = {"to": onnx_ir.DataType.FLOAT.value}
+    if table.levels is not None:
+        index = picked(graph.constant(table.codes.astype(np.int32)), table.codes)
+        levels = graph.constant(np.float32(table.levels))
+        floats = graph.node("Gather", [levels, index], np.float32, shape, axis=0)
+    else:
+        codes = picked(graph.weight(table.codes), np.asarray(table.codes).astype(np.int8))
+        floats = graph.node("Cast", [codes], np.float32, shape, **to_float)
+    if table.zero_point is not None:
+        zero = np.float32(table.zero_point)
+        floats = graph.node("Sub", [floats, picked(graph.constant(zero), zero)], np.float32, shape)
+    scale = np.float32(table.scale)
+    return graph.node("Mul", [floats, picked(graph.constant(scale), scale)], np.float32, shape)
+
+
+@_convert(primitives.multiply_p, "QLinearConv")
+def _multiply(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    x, w, *leaves = eqn.invars
+    parts = graph.known(jax.tree.unflatten(eqn.params["structure"], leaves))
+    kernel, out = eqn.params["kernel"], eqn.outvars[0].aval
+    if isinstance(kernel, Conv):
+        return _conv(graph, kernel, graph.value(x), graph.known(w), parts, out)
+    return _dot(graph, kernel, x, w, parts, out)
+
+
+def _finished(graph: _Graph, total: Any, parts: dict, out: Any) -> Any:
+    """int32 sums without a bias -> what the layer makes."""
+    if parts["bias"] is not None:
+        total = graph.node("Add", [total, graph.constant(parts["bias"])], np.int32, out.shape)
+    grid = parts["grid"]
+    if grid is None:
+        return total
+    multiplier = graph.constant(np.float32(parts["scale"]) / np.float32(grid.scale))
+    return graph.to_codes(_scaled(graph, total, multiplier, out.shape), 1, grid, out.shape)
+
+
+def _product(graph: _Graph, multiply: Callable, w: np.ndarray, parts: dict, out: Any) -> Any:
+    """`multiply(w)` in the layout of the result, less what the zero points of the weight add."""
+    total = multiply(w)
+    if parts["w_zero"] is None:
+        return total
+    sums, zeros = multiply(np.ones_like(w, np.int8)), graph.constant(parts["w_zero"])
+    moved = graph.node("Mul", [sums, zeros], np.int32, out.shape)
+    return graph.node("Sub", [total, moved], np.int32, out.shape)
+
+
+def _fused(
+    graph: _Graph,
+    op: str,
+    x: Any,
+    w: np.ndarray,
+    axis: int,
+    parts: dict,
+    by_channel: Callable[[Any], np.ndarray],
+    shape: Sequence[Any],
+    **attributes: Any,
+) -> Any:
+    """A layer from codes to codes that ONNX Runtime has one kernel for.
+
+    Args:
+      graph: where.
+      op: Conv or Gemm.
+      x: codes.
+      w: codes.
+      axis: of the weight, its channels.
+      parts: see `primitives.multiply`.
+      by_channel: makes a list of what broadcasts with the result.
+      shape: of the result.
+      **attributes: of `op`.
+    """
+    of_input, scale = parts["x"], by_channel(parts["w_scale"])
+    zeros = lambda dtype: np.zeros(len(scale), dtype)
+    floats = [
+        graph.from_codes(x, of_input.scale, np.uint8(of_input.zero_point), x.shape),
+        graph.from_codes(graph.weight(w), scale, zeros(np.int8), w.shape, axis=axis),
+    ]
+    if parts["bias"] is not None:
+        bias = graph.constant(by_channel(parts["bias"]))
+        of_sums = np.float32(of_input.scale) * scale
+        floats.append(graph.from_codes(bias, of_sums, zeros(np.int32), [len(scale)], axis=0))
+    result = graph.node(op, floats, np.float32, shape, **attributes)
+    return graph.to_codes(result, parts["grid"].scale, parts["grid"], shape)
+
+
+def _conv(graph: _Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: Any) -> Any:
+    numbers = kernel.dimension_numbers
+    x = graph.transpose(x, numbers.lhs_spec, np.uint8)
+    w = np.transpose(w, numbers.rhs_spec)
+    x, padding = _stuffed(graph, kernel, x, parts["x"].zero_point)
+    shape = [out.shape[axis] for axis in numbers.out_spec]
+    attributes = {
+        "pads": [low for low, _ in padding] + [high for _, high in padding],
+        "strides": list(kernel.strides),
+        "dilations": list(kernel.kernel_dilation),
+        "group": kernel.groups,
+        "kernel_shape": list(w.shape[2:]),
+    }
+    back = np.argsort(numbers.out_spec)
+    if parts["grid"] is not None and parts["w_zero"] is None:
+
+        def by_channel(array: Any) -> np.ndarray:
+            array = _aligned(array, len(shape)).transpose(numbers.out_spec)
+            return np.broadcast_to(array, [1, len(w), *[1] * (len(shape) - 2)]).ravel()
+
+        codes = _fused(graph, "Conv", x, w, 0, parts, by_channel, shape, **attributes)
+        return graph.transpose(codes, back, np.uint8)
+    zero = graph.constant(np.uint8(parts["x"].zero_point))
+
+    def multiply(w: np.ndarray) -> Any:
+        factors = [x, graph.weight(w), zero]
+        total = graph.node("ConvInteger", factors, np.int32, shape, **attributes)
+        return graph.transpose(total, back, np.int32)
+
+    return _finished(graph, _product(graph, multiply, w, parts, out), parts, out)
+
+
+def _aligned(array: Any, rank: int) -> np.ndarray:
+    """An array with its leading axes of one element."""
+    array = np.asarray(array)
+    return array.reshape([1] * (rank - array.ndim) + list(array.shape))
+
+
+def _stuffed(graph: _Graph, kernel: Conv, x: Any, zero: Any) -> tuple[Any, Sequence]:
+    """NC... codes with the zeros of a transposed convolution between them, and the padding left."""
+    if set(kernel.input_dilation) == {1} and min(min(pair) for pair in kernel.padding) >= 0:
+        return x, kernel.padding
+    fill = graph.constant(np.uint8(zero))
+
+    def pad(x: Any, shape: Sequence[Any], axis: int, low: int, high: int) -> Any:
+        ends = np.zeros((2, len(shape)), np.int64)
+        ends[:, axis] = low, high  # negative ones crop
+        return graph.node("Pad", [x, graph.constant(ends.ravel()), fill], np.uint8, shape)
+
+    for axis, (step, pair) in enumerate(zip(kernel.input_dilation, kernel.padding, strict=True), 2):
+        before, size, after = list(x.shape[:axis]), x.shape[axis], list(x.shape[axis + 1 :])
+        if step > 1:
+            x = graph.reshape(x, [*before, size, 1, *after], np.uint8)
+            x = pad(x, [*before, size, step, *after], axis + 1, 0, step - 1)
+            x = graph.reshape(x, [*before, size * step, *after], np.uint8)
+        low, high = pair[0], pair[1] - (step - 1)
+        x = pad(x, [*before, size * step + low + high, *after], axis, low, high)
+    return x, [(0, 0)] * len(kernel.padding)
+
+
+def _dot(graph: _Graph, kernel: Dot, x_atom: Any, w_atom: Any, parts: dict, out: Any) -> Any:
+    (summed, shared), swap = kernel.dimension_numbers, -1 if kernel.swapped else 1
+    (x_summed, w_summed), (x_shared, w_shared) = summed[::swap], shared[::swap]
+    sizes = lambda atom, axes: [atom.aval.shape[axis] for axis in axes]
+    others = lambda atom, *used: [a for a in range(atom.aval.ndim) if a not in sum(used, ())]
+    x_free, w_free = others(x_atom, x_summed, x_shared), others(w_atom, w_summed, w_shared)
+    parallel, terms = sizes(x_atom, x_shared), math.prod(sizes(x_atom, x_summed))
+    rows, columns = sizes(x_atom, x_free), sizes(w_atom, w_free)
+    height, width = math.prod(rows), math.prod(columns)
+    # The result has the axes of the left factor before those of the right.
+    order = list(range(len(out.shape)))
+    if kernel.swapped:
+        first, second = len(parallel), len(parallel) + len(rows)
+        order = [*order[:first], *order[second:], *order[first:second]]
+
+    def matrices(value: Any, axes: Sequence[int], shape: Sequence[Any], split: int) -> Any:
+        """Codes with one axis of rows and one of columns; `split` is where these begin."""
+        value = graph.transpose(value, axes, np.uint8)
+        if len(axes) == len(parallel) + 2 and split == len(parallel) + 1:
+            return value
+        return graph.reshape(value, [*parallel, *shape], np.uint8)
+
+    def laid_out(value: Any, dtype: Any) -> Any:
+        """A product of matrices in the layout of the result."""
+        if len(rows) != 1 or len(columns) != 1:
+            value = graph.reshape(value, [*parallel, *rows, *columns], dtype)
+        return graph.transpose(value, order, dtype)
+
+    axes = [*x_shared, *x_free, *x_summed]
+    x = matrices(graph.value(x_atom), axes, [height, terms], len(parallel) + len(rows))
+    x_zero = graph.constant(np.uint8(parts["x"].zero_point))
+    axes = [*w_shared, *w_summed, *w_free]
+    if parts["other"] is not None:
+        w = matrices(graph.value(w_atom), axes, [terms, width], len(parallel) + len(w_summed))
+        factors = [x, w, x_zero, graph.constant(np.uint8(parts["other"].zero_point))]
+        total = graph.node("MatMulInteger", factors, np.int32, [*parallel, height, width])
+        return _finished(graph, laid_out(total, np.int32), parts, out)
+    w = graph.known(w_atom)
+    w = np.transpose(w, axes).reshape(*sizes(w_atom, w_shared), terms, width)
+    if parts["grid"] is not None and parts["w_zero"] is None and not parallel:
+
+        def by_channel(array: Any) -> np.ndarray:
+            array = _aligned(array, len(order)).transpose(np.argsort(order))
+            return np.broadcast_to(array, [1] * len(rows) + columns).ravel()
+
+        codes = _fused(graph, "Gemm", x, w, 1, parts, by_channel, [height, width])
+        return laid_out(codes, np.uint8)
+
+    def multiply(w: np.ndarray) -> Any:
+        factors = [x, graph.weight(w), x_zero]
+        total = graph.node("MatMulInteger", factors, np.int32, [*parallel, height, width])
+        return laid_out(total, np.int32)
+
+    return _finished(graph, _product(graph, multiply, w, parts, out), parts, out)

@@ -1,0 +1,123 @@
+"""The operations on codes as equations of their own, which an export can tell from others.
+
+To JAX each is what it computes; a converter sees its name and finds the operation of its format.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import batching, mlir
+
+from kdq.deploy import arithmetic
+from kdq.deploy.contraction import Kernel
+from kdq.deploy.integer_layer import IntegerLayer
+from kdq.deploy.qtensor import InputGrid, QTensor
+from kdq.types import Array
+
+
+def primitive(name: str, function: Callable[..., Array]) -> core.Primitive:
+    """A primitive with one output: `function(*arrays, **params)`."""
+    made = core.Primitive(name)
+    made.def_impl(function)
+
+    def shape(*avals: Any, **params: Any) -> Any:
+        out = jax.eval_shape(partial(function, **params), *avals)
+        return jax.core.ShapedArray(out.shape, out.dtype)
+
+    def batched(arrays: Any, axes: Any, **params: Any) -> tuple[Array, int]:
+        return jax.vmap(partial(function, **params), axes)(*arrays), 0
+
+    made.def_abstract_eval(shape)
+    batching.primitive_batchers[made] = batched
+    mlir.register_lowering(made, mlir.lower_fun(function, multiple_results=False))
+    return made
+
+
+def _quantize(x: Array, *leaves: Array) -> Array:
+    return arithmetic.quantize(x, InputGrid(*leaves))
+
+
+def _dequantize(codes: Array, *leaves: Array) -> Array:
+    return arithmetic.dequantize(codes, InputGrid(*leaves))
+
+
+def _multiply(x: Array, w: Array, *leaves: Array, kernel: Kernel, structure: Any) -> Array:
+    parts = jax.tree.unflatten(structure, leaves)
+    total = arithmetic.product(kernel, x, parts["x"].zero_point, w, parts["w_sum"], parts["w_zero"])
+    total = total if parts["bias"] is None else total + parts["bias"]
+    if parts["grid"] is None:
+        return total
+    return arithmetic.requantize(total, parts["scale"], parts["grid"])
+
+
+def _weight(*leaves: Array, structure: Any) -> Array:
+    return jax.tree.unflatten(structure, leaves).dequantize()
+
+
+def _rows(indices: Array, *leaves: Array, structure: Any) -> Array:
+    return jax.tree.unflatten(structure, leaves).rows(indices)
+
+
+quantize_p = primitive("kdq_quantize", _quantize)
+dequantize_p = primitive("kdq_dequantize", _dequantize)
+to_float_p = primitive("kdq_to_float", arithmetic.to_float)
+multiply_p = primitive("kdq_multiply", _multiply)
+weight_p = primitive("kdq_weight", _weight)
+rows_p = primitive("kdq_rows", _rows)
+
+
+def quantize(x: Array, grid: InputGrid) -> Array:
+    """See `arithmetic.quantize`."""
+    return quantize_p.bind(x, *jax.tree.leaves(grid))
+
+
+def dequantize(codes: Array, grid: InputGrid) -> Array:
+    """See `arithmetic.dequantize`."""
+    return dequantize_p.bind(codes, *jax.tree.leaves(grid))
+
+
+def to_float(total: Array, scale: Array) -> Array:
+    """See `arithmetic.to_float`."""
+    return to_float_p.bind(total, scale)
+
+
+def multiply(
+    kernel: Kernel, x: Array, w: Array, layer: IntegerLayer, grid: InputGrid | None
+) -> Array:
+    """The product of an integer layer, with its bias: int32 sums, or the codes of `grid`.
+
+    Args:
+      kernel: which product.
+      x: uint8 codes of its input.
+      w: the codes of its weight, arranged as the product sees them; or of its second input.
+      layer: what else it computes with.
+      grid: of the codes to make; None for sums.
+    """
+    other = None if layer.weight is not None else layer.inputs["other"]
+    parts = {
+        "x": layer.inputs["activations"],
+        "other": other,
+        "w_scale": layer.weight_scale,
+        "w_sum": layer.weight_sum,
+        "w_zero": layer.weight_zero if other is None else other.zero_point,
+        "bias": layer.bias,
+        "scale": None if grid is None else layer.scale,
+        "grid": grid,
+    }
+    leaves, structure = jax.tree.flatten(parts)
+    return multiply_p.bind(x, w, *leaves, kernel=kernel, structure=structure)
+
+
+def weight(codes: QTensor) -> Array:
+    """See `QTensor.dequantize`."""
+    leaves, structure = jax.tree.flatten(codes)
+    return weight_p.bind(*leaves, structure=structure)
+
+
+def rows(codes: QTensor, indices: Array) -> Array:
+    """See `QTensor.rows`."""
+    leaves, structure = jax.tree.flatten(codes)
+    return rows_p.bind(indices, *leaves, structure=structure)
