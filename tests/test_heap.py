@@ -31,6 +31,7 @@ def page_faults(which: str) -> int:
     return int(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_intermediates_are_not_paged_in_again_each_step():
     assert page_faults("kept") < page_faults("freed") / 2

@@ -55,8 +55,22 @@ class _Find(contraction.Steps):
         return None
 
     def add_bias(self, result: Any, bias: Any) -> Any:
-        self.found["bias"] = np.asarray(bias)
+        self.found["bias"], self.found["index"] = map(np.asarray, bias)
         return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """What rounding to int32 adds to the bias of a layer."""
+
+    added: np.ndarray  # float64, as it broadcasts with the result of the layer's product
+    index: np.ndarray | None  # which element of the layer's own bias each is; None: it has none
+
+    def of_bias(self, shape: tuple[int, ...]) -> np.ndarray:
+        """What is added to each element of the layer's own bias."""
+        added = np.zeros(shape)
+        added.flat[self.index.ravel()] = np.broadcast_to(self.added, self.index.shape).ravel()
+        return added
 
 
 def make(
@@ -66,8 +80,8 @@ def make(
     weight: QTensor | None,
     bias: np.ndarray | None,
     offset: np.ndarray | None = None,
-) -> tuple[IntegerLayer, int]:
-    """One layer, not a stack of them, and a bound of its sums.
+) -> tuple[IntegerLayer, int, Rounded | None]:
+    """One layer, not a stack of them, a bound of its sums, and what became of its bias.
 
     Args:
       traced: the layer's own code in floats.
@@ -85,7 +99,7 @@ def make(
         if role == WEIGHT:
             operands.append((role, _spread(weight)))
         elif role == BIAS:
-            operands.append((role, jnp.asarray(bias)))
+            operands.append((role, (jnp.asarray(bias), jnp.arange(bias.size).reshape(bias.shape))))
         else:
             operands.append((role, jnp.zeros(atom.aval.shape, jnp.uint8)))
     find = _Find()
@@ -96,7 +110,7 @@ def make(
             raise Unsupported("it rearranges its output, behind which a norm adds to it")
         found["bias"] = offset
     if weight is None:
-        return IntegerLayer(inputs=dict(inputs)), INT32
+        return IntegerLayer(inputs=dict(inputs)), INT32, None
     kernel, arrays = found["kernel"], {k: np.asarray(v) for k, v in found["weight"].items()}
     centred = arrays["codes"].astype(np.int64) - arrays["zero_point"]
     of_weight = contraction.of_channels(kernel, arrays["scale"], found["rank"], _same)
@@ -104,7 +118,8 @@ def make(
     zero = contraction.of_channels(kernel, arrays["zero_point"], found["rank"], _same)
     steps = inputs["activations"]
     of_sums = np.float32(steps.scale) * of_weight
-    bias = _rounded_bias(found.get("bias"), of_sums)
+    given = found.get("bias")
+    bias = _rounded_bias(given, of_sums)
     reach = max(int(steps.zero_point), int(steps.top) - int(steps.zero_point))
     # The product of the codes as they are is larger than that of the differences; both must fit.
     largest = 255 * int(summed(abs(centred)).max()) + int(abs(bias).max(initial=0))
@@ -122,7 +137,10 @@ def make(
         weight_zero=jnp.asarray(zero, jnp.int32) if zero.any() else None,
         bias=jnp.asarray(bias, jnp.int32) if bias.any() else None,
     )
-    return layer, largest
+    rounded = None
+    if given is not None:
+        rounded = Rounded(bias * np.float64(of_sums) - given, found.get("index"))
+    return layer, largest, rounded
 
 
 def _rounded_bias(bias: np.ndarray | None, scale: np.ndarray) -> np.ndarray:

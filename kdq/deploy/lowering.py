@@ -4,7 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -17,7 +17,7 @@ from jax.extend import core
 from kdq import quantize
 from kdq.deploy import integer_layer, network, primitives, qtensor
 from kdq.deploy.contraction import BIAS, INPUT, OTHER, WEIGHT
-from kdq.deploy.integer_layer import IntegerLayer
+from kdq.deploy.integer_layer import IntegerLayer, Rounded
 from kdq.deploy.network import LayerCall
 from kdq.deploy.qtensor import QTensor
 from kdq.quantize import kinds, simulate
@@ -86,8 +86,10 @@ class IntegerModel(flax.struct.PyTreeNode):
         Args:
           inputs: an array, or a tuple of positional arguments.
           unroll: write each layer of a scanned stack out.
-          made: gets what each integer layer makes, by its path: uint8 codes of the next grid, or
-            int32 sums. Layers of a stack are in it if it is unrolled.
+          made: gets the uint8 codes that each integer layer takes, as PATH/activations (and
+            PATH/other), and what it makes of them, as PATH: uint8 codes of the next grid, or int32
+            sums. Of a later call of a layer PATH is PATH#2, ... Layers of a stack are in it if they
+            are unrolled.
         """
         arguments = as_args(inputs)
         traced, structure = _trace(self, arguments)
@@ -145,37 +147,18 @@ def lower(
     Raises:
       KeyError: `qparams` name a layer that there is not.
     """
-    kwargs = apply_kwargs
-    qparams = quantize.plain(qparams)
+    kwargs, qparams = apply_kwargs, quantize.plain(qparams)
     layers = list_layers(model, variables, inputs, **kwargs)
-    for path in qparams:
-        if path not in layers:
-            raise simulate.unknown_layer("qparams", path, variables["params"])
-    calls = _calls(model, variables, inputs, kwargs)
-    norms = _foldable(model, variables, inputs, layers, kwargs)
     in_float = {path: "no rule quantizes it" for path in layers if path not in qparams}
     in_float |= list_unquantized(model, variables, inputs, **kwargs)
     params, folded = dict(variables["params"]), set()
     largest, grids, weights, biases = {}, {}, [], []
-    for path, quantizers in qparams.items():
-        layer = layers[path]
+    for path, made in _make_layers(model, variables, qparams, inputs, kwargs).items():
+        layer, quantizers = layers[path], qparams[path]
         own = simulate.copied(params, path, "qparams")
         weight = own.get(layer.weight_name) if layer.weight_name else None
-        norm = norms.get(path)
-        made = None
-        try:
-            made, bound = _integer(layer, own, quantizers, calls[path], norm, variables)
-            folded |= {norm.path} if norm is not None else set()
-        except Unsupported as error:
-            reason = str(error)
-            if norm is not None:  # perhaps without it
-                try:
-                    made, bound = _integer(layer, own, quantizers, calls[path], None, variables)
-                    in_float[norm.path] = f"{reason}, with the norm in it"
-                except Unsupported as error:
-                    reason = str(error)
-        if made is None:
-            in_float[path] = reason
+        in_float |= made.reasons
+        if made.layer is None:
             own[LOWERED] = FloatLayer(
                 weight=qtensor.from_quantizer(weight, quantizers["weights"])
                 if "weights" in quantizers
@@ -183,12 +166,13 @@ def lower(
                 inputs={k: q for k, q in quantizers.items() if k != "weights"},
             )
         else:
-            own[LOWERED] = made
+            own[LOWERED] = made.layer
+            folded |= {made.norm.path} if made.norm is not None else set()
             if "bias" in own:
                 biases.append((path, own["bias"].shape[len(layer.stack) :], own["bias"].dtype))
             own.pop("bias", None)
-            largest[path] = bound
-            for operand in made.inputs:
+            largest[path] = made.bound
+            for operand in made.layer.inputs:
                 grids[path, operand] = quantizers[operand]
         if "weights" in quantizers:
             del own[layer.weight_name]
@@ -206,6 +190,97 @@ def lower(
         in_float=tuple(in_float.items()),
     )
     return IntegerModel(variables={**variables, "params": params}, static=static)
+
+
+def round_biases(
+    model: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    inputs: Array | tuple,
+    **apply_kwargs: Any,
+) -> Variables:
+    """Variables whose biases are those of the integer model, to simulate just what it computes.
+
+    A bias of an integer layer is an int32 at the scale of its sums, which at few bits is coarse
+    enough to move codes. Where a batch norm becomes part of a layer without a bias, it is the
+    norm's that changes. Arguments are those of `lower`.
+    """
+    kwargs, qparams = apply_kwargs, quantize.plain(qparams)
+    layers = list_layers(model, variables, inputs, **kwargs)
+    params = dict(variables["params"])
+    for path, made in _make_layers(model, variables, qparams, inputs, kwargs).items():
+        if not any(made.rounded):
+            continue
+        own = simulate.copied(params, path, "qparams")
+        of_norm, factor = {}, None
+        if made.norm is not None:
+            if norms_lib.params_of(made.norm, variables):
+                of_norm = simulate.copied(params, made.norm.path, "variables")
+            factor = norms_lib.affine(made.norm, variables)[0]
+        for place, rounded in zip(np.ndindex(layers[path].stack), made.rounded, strict=False):
+            if rounded is None:
+                continue
+            if rounded.index is not None:
+                added = rounded.of_bias(own["bias"][place].shape)
+                if factor is not None:
+                    by = _of_bias(factor[place], made.norm, layers[path], added.ndim)
+                    by = np.broadcast_to(by, added.shape)
+                    added = np.divide(added, by, out=np.zeros_like(added), where=by != 0)
+                own["bias"] = _plus(own["bias"], place, added)
+            elif "bias" in of_norm and rounded.added.size == factor[place].size:
+                added = rounded.added.reshape(factor[place].shape)
+                of_norm["bias"] = _plus(of_norm["bias"], place, added)
+    return {**variables, "params": params}
+
+
+def _plus(array: Array, place: tuple[int, ...], added: np.ndarray) -> Array:
+    """The array with something added to one of its stack."""
+    total = np.array(array, np.float64)
+    total[place] += added
+    return jnp.asarray(total, array.dtype)
+
+
+class _Made(NamedTuple):
+    """What became of a layer."""
+
+    layer: IntegerLayer | None  # None: it computes in float
+    reasons: dict[str, str]  # why: of the layer, or of the norm behind it
+    bound: int = 0  # of its sums
+    norm: Norm | None = None  # the batch norm that is part of it
+    rounded: tuple[Rounded | None, ...] = ()  # its bias; of each layer of a stack
+
+
+def _make_layers(
+    model: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    inputs: Array | tuple,
+    kwargs: Mapping[str, Any],
+) -> dict[str, _Made]:
+    """What becomes of each layer that `qparams` quantize, by path."""
+    layers = list_layers(model, variables, inputs, **kwargs)
+    for path in qparams:
+        if path not in layers:
+            raise simulate.unknown_layer("qparams", path, variables["params"])
+    calls = _calls(model, variables, inputs, kwargs)
+    norms = _foldable(model, variables, inputs, layers, kwargs)
+    found = {}
+    for path, quantizers in qparams.items():
+        own = simulate.copied(dict(variables["params"]), path, "qparams")
+        norm, reasons, made = norms.get(path), {}, None
+        arguments = (layers[path], own, quantizers, calls[path])
+        if norm is not None:
+            try:
+                made = _integer(*arguments, norm, variables)
+            except Unsupported as error:  # perhaps without it
+                reasons[norm.path] = f"{error}, with the norm in it"
+        if made is None:
+            try:
+                made = _integer(*arguments, None, variables)._replace(reasons=reasons)
+            except Unsupported as error:
+                made = _Made(None, {path: str(error)})
+        found[path] = made
+    return found
 
 
 def _numbered(grids: Mapping[tuple[str, str], Quantizer]) -> dict[tuple[str, str], int]:
@@ -229,8 +304,8 @@ def _integer(
     calls: list["_Traced"],
     norm: Norm | None,
     variables: Variables,
-) -> tuple[IntegerLayer, int]:
-    """The integer layer, of a stack if it is one, and the bound of its sums."""
+) -> _Made:
+    """The integer layer, of a stack if it is one."""
     if not calls:
         raise Unsupported("it looks up rows, which become floats, and multiplies nothing")
     wanted = [*layer.operands, *(["weights"] if layer.weight_name else [])]
@@ -243,18 +318,18 @@ def _integer(
         weight = qtensor.from_quantizer(own[layer.weight_name], quantizers["weights"])
         bias = None if "bias" not in own else np.asarray(own["bias"], np.float64)
     factor, offset = (None, None) if norm is None else norms_lib.affine(norm, variables)
-    made, bounds = [], []
+    found = []
     for index in np.ndindex(layer.stack):
         one = lambda tree, index=index: jax.tree.map(lambda a: a[index], tree)
-        found = _integer_one(layer, calls, *map(one, (inputs, weight, bias, factor, offset)), norm)
-        made.append(found[0])
-        bounds.append(found[1])
+        parts = map(one, (inputs, weight, bias, factor, offset))
+        found.append(_integer_one(layer, calls, *parts, norm))
+    made, bounds, rounded = zip(*found, strict=True)
     stacked = jax.tree.map(lambda *a: jnp.stack(a).reshape(*layer.stack, *a[0].shape), *made)
-    return stacked, max(bounds)
+    return _Made(stacked, {}, max(bounds), norm, rounded)
 
 
 def _integer_one(layer, calls, inputs, weight, bias, factor, offset, norm):
-    """The integer layer of one of a stack."""
+    """The integer layer of one of a stack, and what `integer_layer.make` returns with it."""
     if norm is not None:
         channels = output_channels(layer)
         if not set(norm.axes) <= set(channels):
@@ -262,16 +337,14 @@ def _integer_one(layer, calls, inputs, weight, bias, factor, offset, norm):
         axes = [channels[axis] for axis in norm.axes]
         weight = qtensor.scaled(weight, _spread(factor, axes, len(layer.weight_shape)))
         if bias is not None:
-            places = list(channels)
-            axes = [places.index(axis) - len(places) for axis in norm.axes]
-            bias = bias * _spread(factor, axes, bias.ndim) + _spread(offset, axes, bias.ndim)
-            offset = None
+            of_bias = lambda values: _of_bias(values, norm, layer, bias.ndim)
+            bias, offset = bias * of_bias(factor) + of_bias(offset), None
         else:
             offset = _spread(offset, norm.axes, len(layer.output_shape))
     made = [
         integer_layer.make(call.code, call.roles, inputs, weight, bias, offset) for call in calls
     ]
-    if len({str(jax.tree.map(jnp.shape, one)) for one, _ in made}) > 1:
+    if len({str(jax.tree.map(jnp.shape, one)) for one, *_ in made}) > 1:
         raise Unsupported("it is called with inputs of several ranks")
     return made[0]
 
@@ -283,6 +356,12 @@ def _spread(values: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
     for size, axis in zip(values.shape, sorted(axes), strict=True):
         shape[axis] = size
     return values.reshape(shape)
+
+
+def _of_bias(values: np.ndarray, norm: Norm, layer: LayerInfo, rank: int) -> np.ndarray:
+    """What a norm has of each channel, aligned with the bias of the layer before it."""
+    places = list(output_channels(layer))
+    return _spread(values, [places.index(axis) - len(places) for axis in norm.axes], rank)
 
 
 def _foldable(

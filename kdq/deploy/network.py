@@ -212,8 +212,8 @@ def _run(
     for eqn in after:
         given = [_value(known, atom) for atom in eqn.invars]
         if eqn.primitive is layer_p:
-            found = [_run_layer(eqn, given, rounded, grids.get(wanted.get(eqn.outvars[0])))]
-            _note(made, eqn.params["call"].path, found[0])
+            grid = grids.get(wanted.get(eqn.outvars[0]))
+            found = [_run_layer(eqn, given, rounded, grid, made)]
         else:
             found = _run_other(eqn, given)
         known.update(zip(eqn.outvars, found, strict=True))
@@ -233,20 +233,16 @@ def _around_layers(jaxpr: core.Jaxpr) -> tuple[list[core.JaxprEqn], list[core.Ja
     return before, after
 
 
-def _note(made: dict[str, Array], path: str, result: Any) -> None:
-    """Keeps what a layer made; of a later call as PATH#2, ...; not what is float already."""
-    kept = {Codes: "codes", Sums: "total"}.get(type(result))
-    if kept:
-        calls = sum(name.partition("#")[0] == path for name in made)
-        made[f"{path}#{calls + 1}" if calls else path] = getattr(result, kept)
-
-
 def _grids(call: LayerCall) -> list[tuple[Hashable, str]]:
     return list(zip(call.grids, call.operands, strict=True))
 
 
-def _run_layer(eqn, given, rounded, grid: InputGrid | None) -> Any:
+def _run_layer(eqn, given, rounded, grid: InputGrid | None, made: dict[str, Array]) -> Any:
     call = eqn.params["call"]
+    path, calls = call.path, 1
+    while f"{path}/{call.operands[0]}" in made:
+        calls += 1
+        path = f"{call.path}#{calls}"
     inputs, layer = _split(given, call)
     codes = []
     for x, atom, (number, name) in zip(inputs, eqn.invars, _grids(call), strict=False):
@@ -257,10 +253,13 @@ def _run_layer(eqn, given, rounded, grid: InputGrid | None) -> Any:
             floats = _as_float(x, atom.aval.dtype)
             rounded[atom, number] = primitives.quantize(floats, layer.inputs[name])
         codes.append(rounded[atom, number])
+    made.update(zip((f"{path}/{name}" for name in call.operands), codes, strict=True))
     if grid is not None:
-        return Codes(run_layer(call, layer, codes, grid)[1], grid)
+        made[path] = run_layer(call, layer, codes, grid)[1]
+        return Codes(made[path], grid)
     role, total = run_layer(call, layer, codes, int)
     if role == RESULT:
+        made[path] = total
         return Sums(total, layer.scale, call.largest)
     return run_layer(call, layer, codes, float)[1].astype(eqn.outvars[0].aval.dtype)
 

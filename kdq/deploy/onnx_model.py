@@ -34,7 +34,8 @@ def to_onnx(
     Args:
       lowered: see `lower`.
       inputs: an array with a leading batch axis, or a tuple of these; only the shapes matter.
-      each_layer: further outputs, int32, with what each integer layer makes; see `layer_names`.
+      each_layer: further outputs, int32, with what each integer layer takes and makes; see
+        `layer_names`.
       metadata: texts to keep in the file.
 
     Raises:
@@ -50,7 +51,7 @@ def to_onnx(
             function,
             inputs=list(specs),
             model_name="kdq",
-            opset=OPSET_INT2 if _has_int2(lowered) else OPSET,
+            opset=opset(lowered),
             input_names=names(INPUT, len(specs)),
             output_names=names(OUTPUT, len(program.jaxpr.outvars)),
         )
@@ -105,8 +106,10 @@ def _program(lowered: IntegerModel, inputs: Array | tuple, each_layer: bool) -> 
     return program, specs, names
 
 
-def _has_int2(lowered: IntegerModel) -> bool:
-    return any(leaf.dtype == jnp.int2 for leaf in jax.tree.leaves(lowered))
+def opset(lowered: IntegerModel) -> int:
+    """The version of the operators that a model's file needs."""
+    of_2_bits = any(leaf.dtype == jnp.int2 for leaf in jax.tree.leaves(lowered))
+    return OPSET_INT2 if of_2_bits else OPSET
 
 
 def save_onnx(

@@ -3,13 +3,14 @@
 Tensors: `PATH/WEIGHT` as packed bytes where the weight is quantized, with its `PATH/WEIGHT:scale`
 (and `:zero_point`, where that is not 0) beside it; every other array as it is. The scales of block
 formats are bytes, `:scale_e8m0` or `:scale_e4m3`, the second with a float32 of the tensor in
-`:scale_tensor`; a reader that knows `:scale` alone finds none and refuses. The metadata hold
-one JSON document under "kdq" (format version, the model's name and fields, and for each quantized
-layer the bits, shapes and the quantizer of its input).
+`:scale_tensor`; a reader that knows `:scale` alone finds none and refuses. The metadata hold one
+JSON document under "kdq" (see `Header`), with a checksum of it and of the tensors.
+
+Reading never runs what is in the file, and allocates no more than its arrays are, unpacked.
 """
 
 import dataclasses
-import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,21 +20,66 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
-from kdq import files, models, quantize
+from kdq import models, quantize
+from kdq.deploy import container
+from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.packing import pack, unpack
+from kdq.fields import ConfigError, build
 from kdq.quantize import grid, scale_formats
 from kdq.quantize.kinds import WEIGHT_NAMES
 from kdq.types import Array, QParams, Variables
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class PackedFileError(ValueError):
     """A file that is no packed model, or one that does not fit together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header:
+    """The document of a packed file."""
+
+    format: int
+    model: Mapping[str, Any]  # the module's name and fields
+    layers: Mapping[str, "Layer"]  # the quantized ones, by path
+    metadata: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """How a layer is quantized."""
+
+    weight: "Weight | None" = None
+    inputs: Mapping[str, "Input"] = dataclasses.field(default_factory=dict)  # by operand
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A packed weight."""
+
+    name: str  # of the parameter
+    shape: tuple[int, ...]
+    bits: int
+    qmin: Any  # the number that the code 0 stands for; of a stack of layers, nested lists
+    zero_point: Any  # the same; None: in a tensor of its own
+    levels: Any = None  # of a number format
+    scale_format: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Input:
+    """The quantizer of an input: see `kdq.quantize.grid.Quantizer`."""
+
+    scale: Any
+    zero_point: Any
+    qmin: Any
+    qmax: Any
+    levels: Any = None
+    scale_format: str = ""
+    dynamic: grid.Dynamic | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +89,21 @@ class PackedModel:
     model: nn.Module
     variables: Variables  # quantized weights already as the numbers their codes stand for
     qparams: QParams  # the quantizers of the layers' inputs
+    weight_quantizers: QParams  # those that made the codes: what `variables` are on the grids of
     metadata: Mapping[str, Any]  # what was given to `save_packed`
 
     def __call__(self, inputs: Array) -> Array:
         """The outputs in evaluation mode, [batch, classes] for our models."""
         return quantize.predict(self.model, self.variables, self.qparams, inputs)
+
+    def lower(self, inputs: Array | tuple) -> IntegerModel:
+        """The integer model, in evaluation mode; see `lower`. Only the shapes of inputs matter."""
+        paths = {*self.qparams, *self.weight_quantizers}
+        qparams = {
+            path: {**self.weight_quantizers.get(path, {}), **self.qparams.get(path, {})}
+            for path in paths
+        }
+        return lower(self.model, self.variables, qparams, inputs, train=False)
 
 
 def save_packed(
@@ -92,10 +148,7 @@ def save_packed(
         "layers": layers,
         "metadata": dict(metadata or {}),
     }
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-    data = safetensors.numpy.save(arrays, metadata={"kdq": text})
-    files.write_atomic(path, data)
-    return len(data)
+    return container.write(path, document, arrays)
 
 
 def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> PackedModel:
@@ -113,50 +166,41 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
     if not path.is_file():
         raise FileNotFoundError(f"no packed model at {path}")
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            text = (file.metadata() or {}).get("kdq")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+        return _load(path, model)
+    except (ConfigError, container.ContainerError, PackedFileError, RecursionError) as error:
         raise PackedFileError(f"{path} is no packed model: {error}") from error
-    if text is None:
-        raise PackedFileError(f"{path} is no packed model: its metadata have no 'kdq' entry")
-    document = _parse(text, path)
+
+
+def _load(path: Path, model: nn.Module | None) -> PackedModel:
+    document, arrays = container.read(path)
     if document["format"] != FORMAT_VERSION:
-        raise PackedFileError(
-            f"{path} has format {document['format']}; this kdq reads {FORMAT_VERSION}"
-        )
-    qparams = {}
-    for layer, entry in document["layers"].items():
-        if "weight" in entry:
-            info = entry["weight"]
-            name = _weight_path(layer, info["name"])
-            try:
-                arrays[name] = _unpack_weight(arrays, name, info)
-            except KeyError as error:
-                raise PackedFileError(f"{path}: layer {layer!r} has no {error}") from error
-            except ValueError as error:
-                raise PackedFileError(f"{path}: layer {layer!r}: {error}") from error
-        if "inputs" in entry:
-            qparams[layer] = {k: _quantizer(v) for k, v in entry["inputs"].items()}
+        raise PackedFileError(f"format={document['format']!r}; this kdq reads {FORMAT_VERSION}")
+    header = build(Header, document, container.KEY)
+    qparams, weight_quantizers = {}, {}
+    for layer, entry in header.layers.items():
+        try:
+            if entry.weight is not None:
+                name = _weight_path(layer, entry.weight.name)
+                arrays[name], quantizer = _unpack_weight(arrays, name, entry.weight)
+                weight_quantizers[layer] = {"weights": quantizer}
+            if entry.inputs:
+                qparams[layer] = {k: _quantizer(k, v) for k, v in entry.inputs.items()}
+        except KeyError as error:
+            raise PackedFileError(f"layer {layer!r} has no {error}") from error
+        except (ValueError, OverflowError) as error:
+            raise PackedFileError(f"layer {layer!r}: {error}") from error
     if model is None:
-        model = models.build(**document["model"])
+        try:
+            model = models.build(**header.model)
+        except (TypeError, ValueError) as error:
+            raise PackedFileError(f"model: {error}") from error
     return PackedModel(
         model=model,
         variables=jax.device_put(traverse_util.unflatten_dict(arrays, sep="/")),
         qparams=qparams,
+        weight_quantizers=weight_quantizers,
         metadata=document["metadata"],
     )
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    """The document under "kdq"."""
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise PackedFileError(f"{path} is no packed model: its 'kdq' entry: {error}") from error
-    if not isinstance(document, dict) or "format" not in document:
-        raise PackedFileError(f"{path} is no packed model: its 'kdq' entry has no format")
-    return document
 
 
 def _weight_path(layer: str, weight: str) -> str:
@@ -231,27 +275,60 @@ def _beside(of_stack: np.ndarray, array: np.ndarray) -> np.ndarray:
     return of_stack.reshape(*of_stack.shape, *[1] * (array.ndim - of_stack.ndim))
 
 
-def _unpack_weight(arrays: dict[str, np.ndarray], name: str, info: Mapping[str, Any]) -> np.ndarray:
-    shape = tuple(info["shape"])
-    codes = unpack(arrays.pop(name), info["bits"], int(np.prod(shape))).reshape(shape)
-    qmin = np.asarray(info["qmin"], np.float32)
-    scale = _unpack_scale(arrays, name, info.get("scale_format", ""), qmin.shape)
-    if scale.ndim > len(shape) or any(
-        full % size for size, full in zip(scale.shape[::-1], shape[::-1], strict=False)
-    ):
-        raise ValueError(f"a scale of shape {scale.shape} for a weight of shape {shape}")
-    zero_point = info["zero_point"]
+def _unpack_weight(
+    arrays: dict[str, np.ndarray], name: str, info: Weight
+) -> tuple[np.ndarray, grid.Quantizer]:
+    """A weight's numbers, and the quantizer that makes its codes of them."""
+    shape, size = info.shape, math.prod(info.shape)
+    if any(axis < 0 for axis in shape):
+        raise ValueError(f"weight.shape={shape}: want no negative number")
+    codes = unpack(arrays.pop(name), info.bits, size).reshape(shape)
+    qmin = _floats(info.qmin, "weight.qmin")
+    if qmin.shape != shape[: qmin.ndim]:
+        raise ValueError(f"weight.qmin has shape {qmin.shape}, the weight {shape}")
+    scale = _unpack_scale(arrays, name, info.scale_format, qmin.shape)
+    _check_scale(scale, shape, "scale")
+    zero_point = info.zero_point
     if zero_point is None:
         zero_point = arrays.pop(f"{name}:zero_point")
+    zero_point = _floats(zero_point, "weight.zero_point")
+    if zero_point.ndim and zero_point.shape != scale.shape:
+        raise ValueError(f"zero_point has shape {zero_point.shape}, the scale {scale.shape}")
+    levels = None
+    if info.levels is not None:
+        levels = np.atleast_1d(_floats(info.levels, "weight.levels"))
+        if levels.shape[:-1] != qmin.shape or codes.max(initial=0) >= levels.shape[-1]:
+            raise ValueError(f"weight.levels: {levels.shape} for codes up to {codes.max()}")
     quantizer = grid.Quantizer(
         scale=scale,
-        zero_point=np.broadcast_to(np.float32(zero_point), scale.shape),
+        zero_point=np.broadcast_to(zero_point, scale.shape),
         qmin=qmin,
-        qmax=qmin,  # what is decoded is not clipped
-        levels=jnp.asarray(info["levels"], jnp.float32) if "levels" in info else None,
+        qmax=qmin + np.float32(2**info.bits - 1),
+        levels=None if levels is None else jnp.asarray(levels),
     )
     codes = codes + _beside(qmin, codes)
-    return np.asarray(grid.over_stack(grid.from_codes, quantizer)(codes, quantizer))
+    return np.asarray(grid.over_stack(grid.from_codes, quantizer)(codes, quantizer)), quantizer
+
+
+def _check_scale(scale: np.ndarray, shape: tuple[int, ...], where: str) -> None:
+    if scale.ndim > len(shape) or any(
+        not size or full % size for size, full in zip(scale.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise ValueError(f"a {where} of shape {scale.shape} for a weight of shape {shape}")
+    if scale.dtype != np.float32 or not np.isfinite(scale).all():
+        raise ValueError(f"{where}: want finite float32, got {scale.dtype} {scale.shape}")
+
+
+def _floats(value: Any, where: str) -> np.ndarray:
+    """An array of a document."""
+    try:
+        with np.errstate(over="ignore"):
+            array = np.asarray(value, np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where}={str(value)[:60]}: want numbers") from error
+    if not np.isfinite(array).all():
+        raise ValueError(f"{where}={str(value)[:60]}: want finite float32 numbers")
+    return array
 
 
 def _quantizer_json(quantizer: grid.Quantizer) -> dict[str, Any]:
@@ -266,15 +343,16 @@ def _quantizer_json(quantizer: grid.Quantizer) -> dict[str, Any]:
     return document
 
 
-def _quantizer(document: Mapping[str, Any]) -> grid.Quantizer:
-    static = ("scale_format", "dynamic")
-    arrays = {k: np.asarray(v, np.float32) for k, v in document.items() if k not in static}
-    dynamic = document.get("dynamic")
-    return grid.Quantizer(
-        **arrays,
-        scale_format=document.get("scale_format", ""),
-        dynamic=None if dynamic is None else grid.Dynamic(**dynamic),
-    )
+def _quantizer(operand: str, info: Input) -> grid.Quantizer:
+    names = [
+        "scale",
+        "zero_point",
+        "qmin",
+        "qmax",
+        *(["levels"] if info.levels is not None else []),
+    ]
+    arrays = {k: _floats(getattr(info, k), f"inputs.{operand}.{k}") for k in names}
+    return grid.Quantizer(**arrays, scale_format=info.scale_format, dynamic=info.dynamic)
 
 
 def _numpy(tree: Any) -> Any:

@@ -36,8 +36,17 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
         raise ValueError(
             f"{count} codes of {bits} bits take uint8 [{want}], got {packed.dtype} {packed.shape}"
         )
-    as_bits = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
-    return np.packbits(as_bits, axis=1, bitorder="little")[:, 0]
+    groups = -(-count // 8)  # eight codes begin and end with a byte
+    padded = np.zeros(groups * bits, np.uint8)
+    padded[:want] = packed
+    padded, codes = padded.reshape(groups, bits), np.empty((groups, 8), np.uint8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        code = padded[:, byte] >> shift
+        if shift + bits > 8:
+            code |= padded[:, byte + 1] << (8 - shift)
+        codes[:, i] = code & (2**bits - 1)
+    return codes.reshape(-1)[:count]
 
 
 def packed_bytes(count: int, bits: int) -> int:

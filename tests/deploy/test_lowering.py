@@ -8,20 +8,16 @@ import pytest
 from networks import NETWORKS, network
 
 from kdq import quantize
-from kdq.deploy import lower
+from kdq.deploy import lower, round_biases
 from kdq.deploy.integer_layer import IntegerLayer
-from kdq.quantize import QuantizationRule, TensorSpec
+from kdq.quantize import QuantizationRule, TensorSpec, grid, kinds
+from kdq.quantize.layers import path_of
 
-FEW = ("mlp", "pooled")  # those of which the default tests have few bits too
+DEFAULT = [("mlp", (8, 8)), ("pooled", (2, 8)), ("resnet", (8, 8))]  # the others are slow
 CASES = [
-    *((name, (8, 8)) for name in NETWORKS),
-    *((name, (2, 8)) for name in FEW),
-    *(
-        pytest.param(name, bits, marks=pytest.mark.slow)
-        for name in NETWORKS
-        for bits in [(4, 8), (4, 4), (2, 8)]
-        if not (name in FEW and bits == (2, 8))
-    ),
+    pytest.param(name, bits, marks=() if (name, bits) in DEFAULT else pytest.mark.slow)
+    for name in NETWORKS
+    for bits in [(8, 8), (4, 8), (4, 4), (2, 8)]
 ]
 
 
@@ -40,6 +36,50 @@ def test_does_as_the_simulated_model(name, bits):
     same = np.isclose(outputs, simulated, atol=1e-4 * float(np.abs(simulated).max())).all(-1)
     assert same.mean() >= 0.5
     assert (outputs.argmax(-1) == simulated.argmax(-1)).mean() >= 0.95
+
+
+def _codes_of_inputs(model, variables, qparams, images):
+    """What the simulation rounds the inputs of layers to: `{PATH/OPERAND: codes}`."""
+    found = {}
+
+    def record(next_fun, args, kwargs, context):
+        module, path = context.module, path_of(context.module)
+        if path in qparams and context.method_name == "__call__":
+            for operand, place in kinds.operands(module, "__call__").items():
+                quantizer = qparams[path][operand]
+                codes = grid.to_codes(kinds.argument(args, kwargs, place), quantizer)
+                found[f"{path}/{operand}"] = codes - quantizer.qmin
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(kinds.name_products), nn.intercept_methods(record):
+        quantize.apply(model, variables, qparams, images)
+    return found
+
+
+@pytest.mark.parametrize(("name", "bits"), CASES)
+def test_codes_are_those_of_the_simulation_with_its_biases(name, bits):
+    model, variables, images = network(name, offsets=0.5)
+    rng = np.random.default_rng(1)
+    drawn = lambda keys, a: (
+        jnp.asarray(rng.normal(0, 0.3, a.shape), a.dtype) if "bias" in str(keys[-1]) else a
+    )
+    variables = jax.tree_util.tree_map_with_path(drawn, variables)
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
+    rounded = round_biases(model, variables, qparams, images)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), variables, rounded)
+    assert max(jax.tree.leaves(moved)) > 0
+    again = round_biases(model, rounded, qparams, images)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), rounded, again
+    )
+    made = {}
+    lower(model, rounded, qparams, images).apply(images, made=made)
+    expected = _codes_of_inputs(model, rounded, qparams, images)
+    assert set(expected) < set(made)
+    for key, codes in expected.items():
+        apart = np.abs(np.asarray(made[key], np.int32) - codes)
+        assert apart.max() <= 1, key
+        assert (apart > 0).mean() <= 0.005, key
 
 
 @pytest.mark.parametrize("name", ["pooled", "resnet"])

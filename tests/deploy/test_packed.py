@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import tracemalloc
 
 import flax.linen as nn
 import jax
@@ -12,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from kdq import models, quantize
-from kdq.deploy import PackedFileError, load_packed, save_packed
+from kdq.deploy import PackedFileError, container, load_packed, packing, save_packed
 from kdq.quantize import MinMax, QuantizationRule, TensorSpec
 
 CNN = {"name": "cnn", "num_classes": 10, "widths": [4, 6], "batch_norm": True}
@@ -156,12 +158,10 @@ def good(network, tmp_path):
 
 
 def rewritten(file, change):
-    """`file` with its tensors and kdq document passed through `change`."""
-    with safetensors.safe_open(file, framework="numpy") as opened:
-        document = json.loads(opened.metadata()["kdq"])
-        arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    """`file` with its tensors and kdq document passed through `change`; its checksum is right."""
+    document, arrays = container.read(file)
     change(arrays, document)
-    safetensors.numpy.save_file(arrays, file, metadata={"kdq": json.dumps(document)})
+    container.write(file, document, arrays)
     return file
 
 
@@ -196,7 +196,7 @@ def test_a_kdq_entry_that_is_no_document(tmp_path, text):
 
 def test_another_format_version(good):
     rewritten(good, lambda arrays, document: document.update(format=1))
-    with pytest.raises(PackedFileError, match=r"has format 1; this kdq reads 2"):
+    with pytest.raises(PackedFileError, match=r"format=1; this kdq reads 3"):
         load_packed(good)
 
 
@@ -250,3 +250,151 @@ def test_saving_twice_gives_the_same_bytes(network, tmp_path):
     for name in ("one", "two"):
         save_packed(tmp_path / name, network[1], qparams, model=CNN, metadata={"seed": 1})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+FIELDS = {
+    "kdq.layers.conv_1.weight.bits='4'": lambda layer, _: layer["weight"].update(bits="4"),
+    "key in kdq.layers.conv_1.weight: 'bit'": lambda layer, _: layer["weight"].update(bit=4),
+    "kdq.layers.conv_1.weight.shape[0]='3'": lambda layer, _: layer["weight"].update(shape=["3"]),
+    "kdq.layers.conv_1.weight.qmin is missing": lambda layer, _: layer["weight"].pop("qmin"),
+    "kdq.layers=3": lambda _, document: document.update(layers=3),
+    "weight.qmin=": lambda layer, _: layer["weight"].update(qmin={"a": 1}),
+    "weight.shape=(-1, 3)": lambda layer, _: layer["weight"].update(shape=[-1, 3]),
+    "inputs.activations.scale=": lambda layer, _: layer["inputs"]["activations"].update(scale="x"),
+    "field of model 'cnn': 'width'": lambda _, document: document["model"].update(width=1),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_wrong_field_is_named(good, field):
+    rewritten(good, lambda _, document: FIELDS[field](document["layers"]["conv_1"], document))
+    with pytest.raises(PackedFileError, match=rf"model\.safetensors.*{re.escape(field)}"):
+        load_packed(good)
+
+
+def test_a_bit_that_flipped_is_found(good):
+    data = bytearray(good.read_bytes())
+    data[-3] ^= 4  # of a tensor: the file is as readable as before
+    good.write_bytes(data)
+    with pytest.raises(PackedFileError, match="it is damaged"):
+        load_packed(good)
+
+
+def _peak(function):
+    """The most memory that a call held at once, in bytes of NumPy and Python."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(PackedFileError):
+            function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", [[3, 3, 4, 2**40], [2**31, 2**31, 2**31], [10**9]])
+def test_a_shape_that_the_codes_do_not_fill_takes_no_memory(good, shape):
+    rewritten(good, lambda _, d: d["layers"]["conv_1"]["weight"].update(shape=shape))
+    assert _peak(lambda: load_packed(good)) < 2**20
+
+
+def test_an_offset_beyond_the_file_takes_no_memory(good):
+    data = good.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[KERNEL]["shape"] = [2**40]
+    header[KERNEL]["data_offsets"][1] = header[KERNEL]["data_offsets"][0] + 2**40
+    text = json.dumps(header).encode()
+    good.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert _peak(lambda: load_packed(good)) < 2**20
+    good.write_bytes((2**62).to_bytes(8, "little") + text)
+    assert _peak(lambda: load_packed(good)) < 2**20
+
+
+def test_mutations_load_or_are_refused(good):
+    """2,000 files with some bytes changed, cut out or put in; half of them with a new checksum."""
+    rng = np.random.default_rng(0)
+    data, document_and_arrays = good.read_bytes(), container.read(good)
+    unpacked = sum(4 * a.size * 2 for a in document_and_arrays[1].values())  # float32 of 4 bits
+    loaded, peak, messages = 0, 0, set()
+    tracemalloc.start()
+    for index in range(2000):
+        if index % 2:
+            _mutated(good, data, rng)
+        else:
+            _mutated_inside(good, *document_and_arrays, rng)
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        try:
+            load_packed(good)
+            loaded += 1
+        except PackedFileError as error:
+            messages.add(str(error).startswith(str(good)))
+        peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
+    tracemalloc.stop()
+    assert messages == {True}
+    assert 0 < loaded < 1000  # some of what has a right checksum is a model
+    assert peak < 2 * (len(data) + unpacked) + 2**18  # and what Python itself needs
+
+
+def _mutated(path, data, rng):
+    """Writes `data` with a few bytes changed, or a piece cut out or put in."""
+    mutated, start = bytearray(data), int(rng.integers(len(data)))
+    kind = rng.integers(4)
+    if kind == 0:
+        for place in rng.integers(len(data), size=rng.integers(1, 8)):
+            mutated[place] = rng.integers(256)
+    elif kind == 1:
+        del mutated[start : start + int(rng.integers(1, 200))]
+    elif kind == 2:
+        mutated[start:start] = rng.bytes(int(rng.integers(1, 200)))
+    else:
+        mutated[start] ^= 1 << int(rng.integers(8))
+    path.write_bytes(mutated)
+
+
+VALUES = [None, 0, -1, 1.5, 2**70, "", "x", [], [1], [[1], [2, 3]], {}, True, 1e300]
+
+
+def _mutated_inside(path, document, arrays, rng):
+    """Writes the file with a value of its document, or a tensor, replaced."""
+    document, arrays = json.loads(json.dumps(document)), dict(arrays)
+    if rng.random() < 0.7:
+        places = list(_places(document))
+        place, key = places[rng.integers(len(places))]
+        place[key] = VALUES[rng.integers(len(VALUES))]
+    else:
+        name = sorted(arrays)[rng.integers(len(arrays))]
+        array = arrays.pop(name)
+        changes = [
+            lambda a: a.astype(np.int16),
+            lambda a: np.ravel(a)[1:].copy(),
+            lambda a: np.broadcast_to(a, (2, *a.shape)).copy(),
+            lambda a: np.frombuffer(rng.bytes(a.nbytes), a.dtype).reshape(a.shape),
+            lambda a: None,
+        ]
+        changed = changes[rng.integers(len(changes))](array)
+        if changed is not None:
+            arrays[name if rng.random() < 0.8 else f"{name}/more"] = changed
+    container.write(path, document, arrays)
+
+
+def _places(value):
+    """Every `(container, key)` of a JSON document."""
+    keys = value if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
+    for key in keys:
+        yield value, key
+        yield from _places(value[key])
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_unpacking_takes_no_more_than_the_codes(bits):
+    count = 80_000
+    packed = packing.pack(np.arange(count) % 2**bits, bits)
+    peaks = []
+    for _ in range(3):  # whatever else runs in this process counts too
+        tracemalloc.start()
+        codes = packing.unpack(packed, bits, count)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    np.testing.assert_array_equal(codes, np.arange(count) % 2**bits)
+    assert min(peaks) < 2.3 * count

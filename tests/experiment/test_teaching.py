@@ -95,6 +95,7 @@ def test_nobody_but_the_student_is_packed(many):
     assert curve(workdir, "hinted")[-1]["mine_loss"] < curve(workdir, "hinted")[0]["mine_loss"]
 
 
+@pytest.mark.slow
 def test_a_peer_starts_from_an_arm_and_teaches_another_when_it_learns_no_more(
     tiny_config, tmp_path
 ):
@@ -132,6 +133,7 @@ def test_shuffled_logits_are_those_of_other_examples_of_the_class(tiny_config, m
         np.testing.assert_array_equal(np.sort(moved[rows], 0), np.sort(logits[rows], 0))
 
 
+@pytest.mark.slow
 def test_records_say_what_was_transferred(tiny_config, tmp_path):
     sections = {"distill": HINTED, "transfer": {"examples": 64, "pairs": 16}}
     records = run(tiny_config, tmp_path, {"hinted": {"distill": "hint"}}, **sections)

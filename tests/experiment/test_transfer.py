@@ -57,6 +57,7 @@ def means(network: Network) -> dict[str, np.ndarray]:
     return {"conv": conv.mean((1, 2)), "head": head}
 
 
+@pytest.mark.slow
 def test_measures_are_those_of_plain_functions():
     student, teacher = make(5, 1, bits=True), make(7, 2)
     found = Comparison(teacher, IMAGES, CONFIG).measure(student)

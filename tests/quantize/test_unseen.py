@@ -140,6 +140,7 @@ def _one_by_one(variables, qparams, x):
     return seen, x
 
 
+@pytest.mark.slow
 def test_a_stack_is_calibrated_and_quantized_as_its_layers_one_by_one():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, TOKENS, WIDTH)), jnp.float32)
     variables = Stack().init(jax.random.key(0), x)
@@ -219,9 +220,8 @@ def test_layers_that_rules_leave_out_are_bit_identical_to_float(case):
     assert not np.array_equal(*seen["einsum"])
 
 
-@pytest.mark.parametrize(
-    "granularity", [pytest.param("per_tensor", marks=pytest.mark.slow), "per_token"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_token"])
 def test_dynamic_ranges_need_no_calibration_data(case, granularity):
     """8 bits with the range of each tensor: close to float on data of another size."""
     model, variables, inputs = case

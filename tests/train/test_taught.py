@@ -38,6 +38,7 @@ def _beside(net, objective, teacher=None):
     return objective.init(jax.random.key(5), student, taught_by, num_examples=64)
 
 
+@pytest.mark.slow
 def test_a_hint_trains_the_student_and_its_adapter_as_plain_jax_would(net):
     objective = _objective(
         {"loss": "hint", "weight": 0.7, "student": "conv_0", "teacher": "conv_0"}
@@ -212,7 +213,7 @@ FEATURES = (
 
 
 @pytest.mark.parametrize(
-    "kind", ["features", *(pytest.param(k, marks=pytest.mark.slow) for k in ("peer", "average"))]
+    "kind", [pytest.param(k, marks=pytest.mark.slow) for k in ("features", "peer", "average")]
 )
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path, kind):
     """Adapters, a contrastive memory, a peer and an average are checkpointed, and restored."""

@@ -134,6 +134,7 @@ class Unrolled(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_a_scanned_stack_is_learned_as_its_layers_one_after_the_other():
     x = jnp.asarray(_correlated(64, 6))
     variables = _draw(Scanned(), x)

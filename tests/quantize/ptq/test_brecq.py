@@ -141,6 +141,7 @@ class Stack(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_qdrop_in_a_stack_learns_rounding_and_scales():
     x = _inputs_of(64, 2)
     variables = _draw(Stack(), x)

@@ -194,6 +194,7 @@ def test_awq_picks_what_trying_each_power_picks():
     assert error < 0.7 * run(variables)
 
 
+@pytest.mark.slow
 def test_awq_in_a_scan_and_on_groups_never_loses():
     model = Stack()
     variables, x = _variables(model, (16, 3, 4), spread=1.0)

@@ -122,6 +122,7 @@ def stack():
     return model, jax.jit(model.init)(jax.random.key(0), ids), ids
 
 
+@pytest.mark.slow
 def test_a_stack_and_the_order_of_layers_by_the_oracle(stack):
     """Every layer sees what the rounded layers before it make, activations rounded as well."""
     model, variables, ids = stack

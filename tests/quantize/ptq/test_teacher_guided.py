@@ -123,6 +123,7 @@ class Stack(nn.Module):
         return nn.scan(Body, length=2, **axes)(name="layers")(x, None)[0]
 
 
+@pytest.mark.slow
 def test_a_stack_with_quantized_activations():
     batches, _, _ = _setup()
     rng = np.random.default_rng(1)

@@ -1,0 +1,85 @@
+"""A file of arrays with a document: safetensors, with a checksum over both."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from kdq import files
+
+KEY = "kdq"
+
+
+class ContainerError(ValueError):
+    """A file that is no such container, or a damaged one; the message says where."""
+
+
+def write(
+    path: str | os.PathLike[str], document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> int:
+    """Writes a file, atomically; returns its size in bytes.
+
+    Args:
+      path: where; its folder is made if need be.
+      document: JSON-able, without NaN.
+      arrays: by name.
+    """
+    text = _text({**document, "sha256": _checksum(document, arrays)})
+    data = safetensors.numpy.save(dict(arrays), metadata={KEY: text})
+    files.write_atomic(path, data)
+    return len(data)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """`(document, arrays)` of a file that is what was written.
+
+    Raises:
+      ContainerError: it is not.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            texts = file.metadata() or {}
+            document = _document(texts)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ContainerError(f"it can't be read: {error}") from error
+    given, found = document.pop("sha256", None), _checksum(document, arrays)
+    if given != found:
+        raise ContainerError(f"sha256={given!r}, but its contents have {found!r}: it is damaged")
+    return document, arrays
+
+
+def _document(texts: Mapping[str, str]) -> dict[str, Any]:
+    if KEY not in texts:
+        raise ContainerError(f"its metadata have no {KEY!r} entry")
+    try:
+        document = json.loads(texts[KEY], parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ContainerError(f"its {KEY!r} entry: {error}") from error
+    if not isinstance(document, dict) or "format" not in document:
+        raise ContainerError(f"its {KEY!r} entry has no format")
+    return document
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, separators=(",", ":"), allow_nan=False)
+
+
+def _checksum(document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the document and of the arrays with their names, dtypes and shapes."""
+    found = hashlib.sha256(_text(document).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        found.update(json.dumps([name, str(array.dtype), arrays[name].shape]).encode())
+        found.update(array.reshape(-1).view(np.uint8))
+    return found.hexdigest()

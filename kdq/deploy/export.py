@@ -1,0 +1,234 @@
+"""Exports: a packed model in the forms that runtimes take, each checked against the simulation."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from kdq import files
+from kdq.deploy import onnx_model, stablehlo
+from kdq.deploy.lowering import IntegerModel
+from kdq.deploy.packed import load_packed
+from kdq.fields import unknown
+from kdq.types import Array
+
+MANIFEST = "manifest.json"
+Runtime = Callable[[np.ndarray], np.ndarray]
+
+
+class ParityError(RuntimeError):
+    """A file whose runtime does not do what was simulated; the message says by how much."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A form that a model can be exported in."""
+
+    file: str  # its name
+    packages: tuple[str, ...]  # whose versions decide what is in it and what it does
+    save: Callable[[Path, "Source"], dict[str, Any]]  # returns what the manifest shall say of it
+    load: Callable[[Path], Runtime]
+    compare: Callable[["Source"], dict[str, Any]] = lambda source: {}  # layer by layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is exported."""
+
+    path: Path  # the packed file
+    integer: IntegerModel
+    images: np.ndarray  # to compare on
+    about: Mapping[str, str]  # texts to keep in a file
+
+
+def export(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    formats: Sequence[str],
+    images: np.ndarray,
+    *,
+    model: nn.Module | None = None,
+    agreement: float = 0.99,
+) -> dict[str, Any]:
+    """Writes a packed model in other formats, and `manifest.json`, which says what they are.
+
+    Each file is loaded in its own runtime and run on `images`. In the manifest, for each format:
+    its size and SHA-256; `argmax_agreement` and `max_logit_difference` with the simulated model;
+    for ONNX also `max_code_difference`, of what any integer layer makes, from integer JAX. Files of
+    formats that are not asked for, and their part of the manifest, stay as they are.
+
+    Args:
+      path: the packed file.
+      folder: made if need be.
+      formats: keys of `FORMATS`.
+      images: [examples, ...] held out, as the model takes them.
+      model: the module; None builds it from the packed file.
+      agreement: least share of the examples on which a file has the simulation's class.
+
+    Raises:
+      ValueError: a format that there is not.
+      ImportError: a library that a format needs is not installed; says how to install it.
+      ParityError: less agreement; the file is not there then.
+      PackedFileError: `path` is no packed model.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(unknown("export format", name, FORMATS))
+    path, folder = Path(path), Path(folder)
+    packed = load_packed(path, model)
+    integer = packed.lower(images[:1])
+    simulated = np.asarray(packed(images))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest = _manifest(folder, digest)
+    manifest |= {
+        "metadata": packed.metadata,
+        "in_float": integer.in_float,
+        "examples": len(images),
+        "versions": {"kdq": packages.version("kdq"), "jax": jax.__version__},
+    }
+    about = {"packed_sha256": digest, "metadata": json.dumps(packed.metadata)}
+    source = Source(path, integer, images, about)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in formats:
+        manifest["files"].pop(name, None)
+        entry = _export_one(name, source, folder, simulated, agreement)
+        manifest["files"][name] = entry
+        text = json.dumps(manifest, indent=1, allow_nan=False)
+        files.write_atomic(folder / MANIFEST, f"{text}\n".encode())
+    return manifest
+
+
+def _manifest(folder: Path, digest: str) -> dict[str, Any]:
+    """What is there of the same packed file."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads((folder / MANIFEST).read_text())
+        if found["packed_sha256"] == digest:
+            return found
+    return {"packed_sha256": digest, "files": {}}
+
+
+def _export_one(
+    name: str, source: Source, folder: Path, simulated: np.ndarray, agreement: float
+) -> dict[str, Any]:
+    one = FORMATS[name]
+    target = folder / one.file
+    with _new_file(target) as temporary:
+        details = one.save(temporary, source)
+        outputs = one.load(temporary)(source.images)
+        found = parity(outputs, simulated) | one.compare(source)
+        if not found["argmax_agreement"] >= agreement:
+            raise ParityError(
+                f"{target}: its runtime has the class of the simulated model on "
+                f"{found['argmax_agreement']:.2%} of {len(outputs)} examples, want {agreement:.2%} "
+                f"(largest difference of outputs {found['max_logit_difference']:.3g})"
+            )
+    data = target.read_bytes()
+    return {
+        "file": one.file,
+        "size_bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        **details,
+        **found,
+        "versions": {package: packages.version(package) for package in one.packages},
+    }
+
+
+@contextlib.contextmanager
+def _new_file(target: Path) -> Iterator[Path]:
+    """A path beside `target` that becomes it; nothing is left of it after an error."""
+    temporary = target.with_name(f".new-{target.name}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def parity(outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """How alike two arrays of outputs [examples, ..., classes] are."""
+    same = (outputs.argmax(-1) == expected.argmax(-1)).mean()
+    return {
+        "argmax_agreement": float(same),
+        "max_logit_difference": float(np.abs(outputs - expected).max()),
+    }
+
+
+# One save and one load for each format.
+
+
+def _copy_packed(path: Path, source: Source) -> dict[str, Any]:
+    shutil.copyfile(source.path, path)
+    return {}
+
+
+def _load_packed(path: Path) -> Runtime:
+    packed = load_packed(path)
+    return lambda images: np.asarray(packed(images))
+
+
+def _save_onnx(path: Path, source: Source) -> dict[str, Any]:
+    onnx_model.save_onnx(path, source.integer, source.images[:1], metadata=source.about)
+    return {"opset": onnx_model.opset(source.integer)}
+
+
+def _load_onnx(path: Path) -> Runtime:
+    session = onnx_model.onnx_session(path)
+    (name,) = (given.name for given in session.get_inputs())
+    return lambda images: session.run(None, {name: np.asarray(images)})[0]
+
+
+def _compare_onnx(source: Source) -> dict[str, Any]:
+    """What each integer layer makes in ONNX Runtime and in JAX."""
+    ours = _made(source.integer, source.images)
+    proto = onnx_model.to_onnx(source.integer, source.images[:1], each_layer=True)
+    session = onnx_model.onnx_session(proto.SerializeToString())
+    outputs = session.run(None, {onnx_model.INPUT: np.asarray(source.images)})[1:]
+    names = onnx_model.layer_names(source.integer, source.images[:1])
+    apart = {
+        name: np.abs(np.asarray(ours[name]).astype(np.int64) - theirs)
+        for name, theirs in zip(names, outputs, strict=True)
+    }
+    apart = {name: array for name, array in apart.items() if array.any()}
+    return {
+        "max_code_difference": max((int(array.max()) for array in apart.values()), default=0),
+        "layers_that_differ": {name: float((array > 0).mean()) for name, array in apart.items()},
+    }
+
+
+@jax.jit
+def _made(integer: IntegerModel, images: Array) -> dict[str, Array]:
+    made: dict[str, Array] = {}
+    integer.apply(images, unroll=True, made=made)
+    return made
+
+
+def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:
+    platforms = ("cpu", "cuda")
+    stablehlo.save_stablehlo(
+        path, source.integer, source.images[:1], platforms=platforms, metadata=source.about
+    )
+    return {"platforms": platforms}
+
+
+def _load_stablehlo(path: Path) -> Runtime:
+    program = jax.jit(stablehlo.load_stablehlo(path))
+    return lambda images: np.asarray(program(images))
+
+
+FORMATS = {
+    "packed": Format("model.safetensors", ("safetensors",), _copy_packed, _load_packed),
+    "onnx": Format(
+        "model.onnx", ("jax2onnx", "onnx", "onnxruntime"), _save_onnx, _load_onnx, _compare_onnx
+    ),
+    "stablehlo": Format("model.stablehlo", ("jax", "jaxlib"), _save_stablehlo, _load_stablehlo),
+}
