@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, data, heap
+from kdq import config, data, deploy, heap
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
@@ -33,7 +33,7 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
             sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
         try:
             main(argv)
-        except (config.ConfigError, data.DataError, OSError) as error:
+        except (config.ConfigError, data.DataError, deploy.ParityError, OSError) as error:
             sys.exit(f"error: {error}")
 
     heap.keep_freed_memory()

@@ -23,6 +23,7 @@ from kdq.schema import (
     Data,
     Distill,
     Experiment,
+    Export,
     Optimizer,
     Peer,
     Quantize,
@@ -36,6 +37,7 @@ __all__ = [
     "Data",
     "Distill",
     "Experiment",
+    "Export",
     "Optimizer",
     "Quantize",
     "ancestors",
@@ -117,6 +119,7 @@ def _check(experiment: Experiment) -> None:
         ("data.eval_batch_size", experiment.data.eval_batch_size),
         ("quantize.calibration_examples", experiment.quantize.calibration_examples),
         ("transfer.pairs", experiment.transfer.pairs),
+        ("export.examples", experiment.export.examples),
     ):
         if positive < 1:
             raise ConfigError(f"config.{key}={positive}: want at least 1")
@@ -134,6 +137,8 @@ def _check(experiment: Experiment) -> None:
             raise ConfigError(f"config.models.{name}.name is missing: a module of kdq.models")
     if experiment.transfer.examples < 0 or experiment.transfer.epsilon < 0:
         raise ConfigError(f"config.transfer={experiment.transfer}: want no negative number")
+    if not 0 <= experiment.export.agreement <= 1:
+        raise ConfigError(f"config.export.agreement={experiment.export.agreement}: want 0 to 1")
     for name in experiment.rules:
         if re.fullmatch(BITS, name):
             raise ConfigError(f"config.rules.{name}: that name has a meaning of its own, as bits")

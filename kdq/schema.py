@@ -129,6 +129,15 @@ class Transfer:
     epsilon: float = 0.1  # of an adversarial step, in units of the normalized pixel
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """What every arm becomes beside its packed file, in WORKDIR/ARM/SEED/export."""
+
+    formats: tuple[str, ...] = ()  # keys of kdq.deploy.FORMATS
+    examples: int = 1000  # the first of the validation split, on which a file is compared
+    agreement: float = 0.99  # least share of these with the class of the simulated model
+
+
 CACHES = ("none", "memory", "dense", "top_k", "sampled")
 
 
@@ -240,5 +249,6 @@ class Experiment:
     teachers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cache: Cache = Cache()
     transfer: Transfer = Transfer()
+    export: Export = Export()
     evaluations: int = 20  # times that an arm is validated while it trains
     checkpoint_seconds: float = 30.0  # least time between two checkpoints; 0 is every validation

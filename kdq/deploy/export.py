@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from kdq import files
-from kdq.deploy import onnx_model, stablehlo
+from kdq.deploy import extras, onnx_model, stablehlo
 from kdq.deploy.lowering import IntegerModel
 from kdq.deploy.packed import load_packed
 from kdq.fields import unknown
@@ -35,6 +35,7 @@ class Format:
     """A form that a model can be exported in."""
 
     file: str  # its name
+    extra: str  # of kdq, that installs what it needs; "" is none
     packages: tuple[str, ...]  # whose versions decide what is in it and what it does
     save: Callable[[Path, "Source"], dict[str, Any]]  # returns what the manifest shall say of it
     load: Callable[[Path], Runtime]
@@ -81,9 +82,7 @@ def export(
       ParityError: less agreement; the file is not there then.
       PackedFileError: `path` is no packed model.
     """
-    for name in formats:
-        if name not in FORMATS:
-            raise ValueError(unknown("export format", name, FORMATS))
+    check_formats(formats)
     path, folder = Path(path), Path(folder)
     packed = load_packed(path, model)
     integer = packed.lower(images[:1])
@@ -106,6 +105,16 @@ def export(
         text = json.dumps(manifest, indent=1, allow_nan=False)
         files.write_atomic(folder / MANIFEST, f"{text}\n".encode())
     return manifest
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raises what `export` raises for formats that there are not, or that need a library."""
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(unknown("export format", name, FORMATS))
+        if FORMATS[name].extra:
+            modules = [package.replace("-", "_") for package in FORMATS[name].packages]
+            extras.load(FORMATS[name].extra, *modules)
 
 
 def _manifest(folder: Path, digest: str) -> dict[str, Any]:
@@ -221,14 +230,19 @@ def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:
 
 
 def _load_stablehlo(path: Path) -> Runtime:
-    program = jax.jit(stablehlo.load_stablehlo(path))
+    program = stablehlo.load_stablehlo(path)
     return lambda images: np.asarray(program(images))
 
 
 FORMATS = {
-    "packed": Format("model.safetensors", ("safetensors",), _copy_packed, _load_packed),
+    "packed": Format("model.safetensors", "", ("safetensors",), _copy_packed, _load_packed),
     "onnx": Format(
-        "model.onnx", ("jax2onnx", "onnx", "onnxruntime"), _save_onnx, _load_onnx, _compare_onnx
+        "model.onnx",
+        "onnx",
+        ("jax2onnx", "onnx", "onnxruntime"),
+        _save_onnx,
+        _load_onnx,
+        _compare_onnx,
     ),
-    "stablehlo": Format("model.stablehlo", ("jax", "jaxlib"), _save_stablehlo, _load_stablehlo),
+    "stablehlo": Format("model.stablehlo", "", ("jax", "jaxlib"), _save_stablehlo, _load_stablehlo),
 }

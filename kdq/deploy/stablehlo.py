@@ -5,8 +5,9 @@ program: codes in their own 2, 4 or 8 bits.
 """
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ FORMAT_VERSION = 1
 FEW_BITS = {"int2": 2, "int4": 4}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Program:
     """A program that was loaded, with what it computes with."""
 
@@ -32,8 +33,12 @@ class Program:
     metadata: Mapping[str, Any]
 
     def __call__(self, *inputs: Array) -> Array:
-        """The outputs, for a batch of any size."""
-        return self.exported.call(self.arguments, *inputs)
+        """The outputs, for a batch of any size; compiled once for each."""
+        return self._call(self.arguments, *inputs)
+
+    @functools.cached_property
+    def _call(self) -> Callable[..., Array]:
+        return jax.jit(self.exported.call)
 
 
 def save_stablehlo(
@@ -54,6 +59,7 @@ def save_stablehlo(
       metadata: JSON-able, kept in the file.
     """
     leaves, structure = jax.tree.flatten(lowered)
+    given = [_argument(leaf) for leaf in leaves]
 
     def function(leaves: tuple[Array, ...], *arrays: Array) -> Any:
         return jax.tree.unflatten(structure, leaves).apply(arrays)
@@ -63,7 +69,7 @@ def save_stablehlo(
         jax.ShapeDtypeStruct((batch, *jnp.shape(array)[1:]), jnp.result_type(array))
         for array in as_args(inputs)
     ]
-    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in given)
     exported = jax.export.export(jax.jit(function), platforms=platforms)(shapes, *specs)
     document = {
         "format": FORMAT_VERSION,
@@ -73,6 +79,11 @@ def save_stablehlo(
     arrays = {f"{i:05}": _stored(np.asarray(leaf)) for i, leaf in enumerate(leaves)}
     arrays["program"] = np.frombuffer(exported.serialize(), np.uint8)
     return container.write(path, document, arrays)
+
+
+def _argument(array: Array) -> Array:
+    """An array as a program takes it: `jax.export` has no int2."""
+    return array.astype(jnp.int4) if array.dtype == jnp.int2 else array
 
 
 def _stored(array: np.ndarray) -> np.ndarray:
@@ -112,4 +123,4 @@ def _loaded(array: np.ndarray, dtype: str, shape: Sequence[int]) -> Array:
     if bits is None:
         return jnp.asarray(array.reshape(shape))
     codes = packing.unpack(array, bits, int(np.prod(shape))).astype(np.int8) - 2 ** (bits - 1)
-    return jnp.asarray(codes.reshape(shape)).astype(dtype)
+    return _argument(jnp.asarray(codes.reshape(shape)).astype(dtype))

@@ -51,6 +51,8 @@ def measure(
     """
     selected = fit.selected
     variables, qparams = selected.weights.variables, selected.weights.qparams
+    if qparams:  # what the file simulates is what integers compute
+        variables = deploy.round_biases(model, variables, qparams, test[0]["image"], train=False)
     size = deploy.save_packed(path, variables, qparams, model=model_config, metadata=metadata)
     packed = deploy.load_packed(path)
     of_file = Weights(variables=packed.variables, qparams=packed.qparams)

@@ -12,7 +12,7 @@ import jax
 from kdq import config as kdq_config
 from kdq import models, provenance, quantize
 from kdq.config import Arm, ConfigError, Experiment
-from kdq.experiment import check, initial, measure, plan, transfer
+from kdq.experiment import check, exports, initial, measure, plan, transfer
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
 from kdq.experiment.quantized import OBSERVERS, quantized, recipe
@@ -81,10 +81,14 @@ class _Runner:
         }
         if None in records.values():
             check.check(experiment, self.models, self.inputs, self.teachers)
+        exports.check(experiment.export.formats, "config.export.formats")
+        self.store.save_config()
         self.progress.start(len(records))
         for (name, seed), record in records.items():
             if record is None:
                 record = records[name, seed] = self._run_arm(name, seed)
+            if record["status"] == "ok":
+                self._export(record)
             self.progress.done(record)
         shown = [name for name in experiment.arms if name in order]
         return [records[name, seed] for name in shown for seed in experiment.seeds]
@@ -114,6 +118,18 @@ class _Runner:
             record |= {"status": "failed", "error": f"arm {name}, seed {seed}: {error}"}
         self.store.save(record)
         return record
+
+    def _export(self, record: Record) -> None:
+        """Adds what the config asks for and the record does not have."""
+        wanted, done = self.experiment.export, record.get("exports", {})
+        formats = [name for name in wanted.formats if name not in done]
+        if not formats:
+            return
+        folder = self.store.folder(record["arm"], record["seed"])
+        path = folder / "model.safetensors"
+        found = exports.export(path, folder / exports.FOLDER, formats, self.inputs, wanted)
+        record["exports"] = {**done, **found}
+        self.store.save(record)
 
     def _train(self, name: str, seed: int, start: Weights) -> Fit:
         config, arm = self.experiment, self.experiment.arms[name]

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdq import config as kdq_config
 from kdq import deploy, files
 from kdq.config import ConfigError, Experiment
 from kdq.experiment import plan
 from kdq.experiment.progress import Record
 from kdq.train.checkpoint import Checkpointer
 from kdq.types import Variables
+
+CONFIG = "config.json"
 
 
 def load(path: str) -> deploy.PackedModel:
@@ -52,6 +55,11 @@ class Store:
                 f"{self.digests[name]}): choose another workdir, or delete {path.parent}"
             )
         return {**record, "reference": self._experiment.arms[name].reference or None}
+
+    def save_config(self) -> None:
+        """What is run here, for those who look at it later."""
+        text = json.dumps(kdq_config.to_json(self._experiment), indent=1)
+        files.write_atomic(self._workdir / CONFIG, f"{text}\n".encode())
 
     def record(self, name: str, seed: int) -> Record:
         return json.loads((self.folder(name, seed) / "result.json").read_text())

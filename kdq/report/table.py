@@ -52,7 +52,7 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
       table: what `rows` made of records.
       console: where; None is the standard output.
     """
-    console = console or _standard_output()
+    console = console or standard_output()
     width = console.width
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown = [column for column in COLUMNS if column[2] <= width]
@@ -70,8 +70,8 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         console.print(Text(f"Not shown at this width: {left_out}."))
 
 
-def _standard_output() -> Console:
-    """A log file or a pipe has room for every column."""
+def standard_output() -> Console:
+    """Where tables are printed: a log file or a pipe has room for every column."""
     console = Console()
     return console if console.is_terminal else Console(width=240)
 
@@ -123,7 +123,7 @@ def _plain(value: float, form: str) -> str:
     return ABSENT if math.isnan(value) else format(value, form)
 
 
-def _bytes(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Kibibytes up to a mebibyte: 12.3 KiB, 4.56 MiB."""
     if math.isnan(size):
         return ABSENT
@@ -147,7 +147,7 @@ COLUMNS: tuple[Column, ...] = (
     ("Kind", lambda r: r.kind or ABSENT, 120),
     ("Bits", lambda r: r.bits or ABSENT, 0),
     ("Params", lambda r: ABSENT if r.params is None else f"{r.params:,}", 140),
-    ("Size", lambda r: _bytes(r.size_bytes), 0),
+    ("Size", lambda r: format_bytes(r.size_bytes), 0),
     ("Smaller", lambda r: ABSENT if math.isnan(r.size_ratio) else f"{r.size_ratio:.1f}×", 100),
     ("Accuracy %", _accuracy, 0),
     ("Δ [95%]", difference_cell, 0),

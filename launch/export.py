@@ -1,0 +1,32 @@
+"""Exports an arm of an experiment that has been run, and says what runtimes make of it.
+
+    python launch/export.py --workdir=runs/digits --arm=qat_w4a4 --format=onnx,stablehlo --out=DIR
+
+Each file is run in its own runtime: it must have the class of the simulated model on nearly all of
+the held-out examples, or it is an error. DIR/manifest.json says what the files are.
+"""
+
+from absl import flags
+
+from kdq import cli, deploy, experiment
+from kdq.report import exports
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of launch/compress.py or train.py.")
+ARM = flags.DEFINE_string("arm", None, "The arm, a key of config.arms.")
+FORMAT = flags.DEFINE_list("format", ["onnx"], f"Some of: {', '.join(deploy.FORMATS)}.")
+OUT = flags.DEFINE_string(
+    "out", None, "Folder for the files, one a seed in it; WORKDIR/ARM/SEED/export if not given."
+)
+SEED = flags.DEFINE_integer("seed", None, "One seed; all that have been run if not given.")
+
+
+def main(_: list[str]) -> None:
+    seeds = () if SEED.value is None else (SEED.value,)
+    found = experiment.export(
+        WORKDIR.value, ARM.value, formats=FORMAT.value, out=OUT.value, seeds=seeds
+    )
+    exports.print_table(found)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=["workdir", "arm"])
