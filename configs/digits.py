@@ -52,7 +52,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "calibration_examples": 512,
         "fixed_scales": ("conv_0/activations",),  # of the pixels
     }
-    config.export = {"formats": (), "examples": 1000, "agreement": 0.99}
+    config.export = {
+        "formats": (),
+        "examples": 1000,
+        "agreement": 0.99,
+        "latency_batches": (),
+    }
     config.evaluations = 20
     config.checkpoint_seconds = 30.0
     config.distill = {"kd": kl(alpha=0.9, temperature=2.0)}

@@ -56,7 +56,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "calibration_examples": 1000,
         "fixed_scales": ("conv_0/activations",),  # of the pixels
     }
-    config.export = {"formats": (), "examples": 1000, "agreement": 0.99}
+    config.export = {
+        "formats": (),
+        "examples": 1000,
+        "agreement": 0.99,
+        "latency_batches": (),
+    }
     config.evaluations = 8
     config.checkpoint_seconds = 60.0
     config.distill = {"kd": kl(alpha=0.9, temperature=1.0)}

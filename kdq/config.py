@@ -139,6 +139,9 @@ def _check(experiment: Experiment) -> None:
         raise ConfigError(f"config.transfer={experiment.transfer}: want no negative number")
     if not 0 <= experiment.export.agreement <= 1:
         raise ConfigError(f"config.export.agreement={experiment.export.agreement}: want 0 to 1")
+    if any(size < 1 for size in experiment.export.latency_batches):
+        sizes = experiment.export.latency_batches
+        raise ConfigError(f"config.export.latency_batches={sizes}: want sizes of at least 1")
     for name in experiment.rules:
         if re.fullmatch(BITS, name):
             raise ConfigError(f"config.rules.{name}: that name has a meaning of its own, as bits")

@@ -136,6 +136,8 @@ class Export:
     formats: tuple[str, ...] = ()  # keys of kdq.deploy.FORMATS
     examples: int = 1000  # the first of the validation split, on which a file is compared
     agreement: float = 0.99  # least share of these with the class of the simulated model
+    # Batch sizes at which each format is timed, beside the float model in ONNX Runtime; () is none.
+    latency_batches: tuple[int, ...] = ()
 
 
 CACHES = ("none", "memory", "dense", "top_k", "sampled")

@@ -159,7 +159,7 @@ def test_train_runs_one_arm_and_what_it_needs(unbroken, launch, narrowed, tmp_pa
     process = launch("train", *command)
     assert process.returncode == 0, process.stderr
     assert "ptq_w4a4_student_mse" in process.stdout
-    arms = sorted(p.name for p in tmp_path.iterdir())
+    arms = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
     assert arms == ["ptq_w4a4_student_mse", "student", "teacher"]
     for arm in arms:  # the same files as launch/compress.py makes
         file = Path(arm, "0", "model.safetensors")
@@ -212,6 +212,41 @@ def test_a_mistake_is_answered_in_one_line(launch, tmp_path, arguments, message)
     assert process.stderr.startswith(message)
     assert process.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_export_writes_files_and_says_what_they_do(unbroken, launch, tmp_path):
+    _, workdir = unbroken
+    arguments = (f"--workdir={workdir}", "--arm=qat_w4a4", f"--out={tmp_path / 'out'}")
+    process = launch("export", *arguments, "--format=packed,stablehlo")
+    assert process.returncode == 0, process.stderr
+    record = json.loads((workdir / "qat_w4a4" / "0" / "result.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"packed", "stablehlo"}
+    lines = [line.split() for line in process.stdout.splitlines()]
+    accuracies = {cells[1]: cells[4] for cells in lines if cells and cells[0] == "0"}
+    # What the record says was measured on the same weights, by the simulation.
+    assert accuracies == dict.fromkeys(manifest["files"], f"{100 * record['accuracy']:.2f}")
+
+
+EXPORT_MISTAKES = {
+    "arm": (["--arm=qat"], r"error: unknown arm 'qat' (did you mean 'kd'?); valid: "),
+    "format": (["--arm=kd", "--format=onyx"], "error: format: unknown export format 'onyx' (did"),
+    "seed": (["--arm=kd", "--seed=7"], "has the seeds [0] of arm 'kd', wanted [7]"),
+    "workdir": (["--arm=kd", "--workdir=nowhere"], "error: nowhere holds no experiment: no "),
+    "out": (["--arm=kd", "--format=packed", "--out=/dev/null/x"], "'/dev/null/x'"),
+}
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    ["workdir", *(pytest.param(m, marks=slow) for m in EXPORT_MISTAKES if m != "workdir")],
+)
+def test_a_mistake_of_an_export_is_answered_in_one_line(unbroken, launch, mistake):
+    arguments, message = EXPORT_MISTAKES[mistake]
+    process = launch("export", f"--workdir={unbroken[1]}", *arguments)
+    assert process.returncode == 1
+    assert message in process.stderr
+    assert process.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", ["train", pytest.param("compress", marks=slow)])

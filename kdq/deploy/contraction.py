@@ -35,6 +35,7 @@ class Dot:
     """`lax.dot_general` of an input and what it meets; the other way around if `swapped`."""
 
     dimension_numbers: tuple
+    rank: int  # of the input
     swapped: bool = False
 
 
@@ -48,6 +49,11 @@ class Conv:
     kernel_dilation: tuple[int, ...]
     dimension_numbers: lax.ConvDimensionNumbers
     groups: int
+
+    @property
+    def rank(self) -> int:
+        """Of the input."""
+        return len(self.dimension_numbers.lhs_spec)
 
 
 Kernel = Dot | Conv
@@ -143,7 +149,8 @@ def _step(eqn, given, steps, zeros) -> tuple[str, Any]:
         return given[0]
     if name == "dot_general" and {RESULT, MOVED}.isdisjoint(meant) and len(meant) == 2:
         swapped = roles[0] != INPUT
-        kernel = Dot(eqn.params["dimension_numbers"], swapped)
+        rank = eqn.invars[1 if swapped else 0].aval.ndim
+        kernel = Dot(eqn.params["dimension_numbers"], rank, swapped)
         return RESULT, steps.multiply(kernel, *(reversed(values) if swapped else values))
     if name == "conv_general_dilated" and roles == [INPUT, WEIGHT]:
         return RESULT, steps.multiply(_conv(eqn.params), *values)
@@ -181,13 +188,12 @@ def _conv(params: Mapping[str, Any]) -> Conv:
     )
 
 
-def of_channels(kernel: Kernel, values: Array, rank: int, reduce: Callable) -> Array:
+def of_channels(kernel: Kernel, values: Array, reduce: Callable) -> Array:
     """Numbers of a weight's elements as one for each channel of the product's output.
 
     Args:
       kernel: the product.
       values: of the weight's shape, as the product sees it; of JAX or NumPy.
-      rank: of the input, as the product sees it.
       reduce: `reduce(values, axes)`: what becomes of the elements of a channel.
 
     Returns:
@@ -198,7 +204,7 @@ def of_channels(kernel: Kernel, values: Array, rank: int, reduce: Callable) -> A
         shape = [1] * values.ndim
         shape[numbers.out_spec[1]] = -1
         return reduce(values, tuple(sorted(numbers.rhs_spec[1:]))).reshape(shape)
-    return of_side(kernel, values, 0 if kernel.swapped else 1, rank, reduce)
+    return of_side(kernel, values, 0 if kernel.swapped else 1, kernel.rank, reduce)
 
 
 def of_side(kernel: Dot, values: Array, side: int, rank: int, reduce: Callable) -> Array:

@@ -14,7 +14,6 @@ from jax.extend import core
 from kdq.deploy import contraction
 from kdq.deploy.contraction import BIAS, INPUT, OTHER, RESULT, WEIGHT, Kernel
 from kdq.deploy.qtensor import InputGrid, QTensor
-from kdq.quantize import grid
 from kdq.quantize.kinds import Unsupported
 from kdq.types import Array
 
@@ -51,7 +50,7 @@ class _Find(contraction.Steps):
     def multiply(self, kernel: Kernel, left: Any, right: Any) -> Any:
         if "kernel" in self.found:
             raise Unsupported("it multiplies more than once")
-        self.found.update(kernel=kernel, rank=left.ndim, weight=right)
+        self.found.update(kernel=kernel, weight=right)
         return None
 
     def add_bias(self, result: Any, bias: Any) -> Any:
@@ -95,13 +94,13 @@ def make(
       Unsupported: why it can't be computed with integers.
     """
     operands = []
-    for role, atom in zip(roles, traced.jaxpr.invars, strict=True):
+    for role in roles:
         if role == WEIGHT:
             operands.append((role, _spread(weight)))
         elif role == BIAS:
-            operands.append((role, (jnp.asarray(bias), jnp.arange(bias.size).reshape(bias.shape))))
+            operands.append((role, (np.float32(bias), np.arange(bias.size).reshape(bias.shape))))
         else:
-            operands.append((role, jnp.zeros(atom.aval.shape, jnp.uint8)))
+            operands.append((role, None))
     find = _Find()
     role, _ = contraction.follow(traced, operands, find, {INPUT: 0, OTHER: 0})
     found = find.found
@@ -113,9 +112,9 @@ def make(
         return IntegerLayer(inputs=dict(inputs)), INT32, None
     kernel, arrays = found["kernel"], {k: np.asarray(v) for k, v in found["weight"].items()}
     centred = arrays["codes"].astype(np.int64) - arrays["zero_point"]
-    of_weight = contraction.of_channels(kernel, arrays["scale"], found["rank"], _same)
-    summed = lambda values: contraction.of_channels(kernel, values, found["rank"], np.sum)
-    zero = contraction.of_channels(kernel, arrays["zero_point"], found["rank"], _same)
+    of_weight = contraction.of_channels(kernel, arrays["scale"], _same)
+    summed = lambda values: contraction.of_channels(kernel, values, np.sum)
+    zero = contraction.of_channels(kernel, arrays["zero_point"], _same)
     steps = inputs["activations"]
     of_sums = np.float32(steps.scale) * of_weight
     given = found.get("bias")
@@ -150,18 +149,23 @@ def _rounded_bias(bias: np.ndarray | None, scale: np.ndarray) -> np.ndarray:
     return steps.clip(-(2.0**62), 2.0**62).astype(np.int64)
 
 
-def _spread(weight: QTensor) -> dict[str, Array]:
+def _spread(weight: QTensor) -> dict[str, np.ndarray]:
     """Every array of a weight, of the weight's shape, so that they are rearranged alike."""
     if weight.levels is not None:
         raise Unsupported("its weight has a number format, not integers")
-    shape = weight.shape
-    full = lambda one: jnp.broadcast_to(grid.expand(one, shape), shape)
-    zero_point = jnp.int32(0) if weight.zero_point is None else weight.zero_point
+    zero_point = np.int32(0) if weight.zero_point is None else weight.zero_point
     return {
-        "codes": weight.codes.astype(jnp.int8),
-        "scale": full(weight.scale),
-        "zero_point": full(zero_point),
+        "codes": np.asarray(weight.codes).astype(np.int8),
+        "scale": _expanded(np.asarray(weight.scale), weight.shape),
+        "zero_point": _expanded(np.asarray(zero_point), weight.shape),
     }
+
+
+def _expanded(parameter: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`parameter` for each element of a tensor of that shape; see `kdq.quantize.grid.expand`."""
+    for axis in range(-parameter.ndim, 0):
+        parameter = np.repeat(parameter, shape[axis] // parameter.shape[axis], axis)
+    return np.broadcast_to(parameter, shape)
 
 
 def _same(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -113,7 +113,7 @@ def _trace(lowered: IntegerModel, arguments: tuple) -> tuple[core.ClosedJaxpr, A
             simulate.copied(params, path, "weights")[name] = jnp.zeros(shape, dtype)
         with (
             nn.intercept_methods(kinds.name_products),
-            nn.intercept_methods(partial(_integer_call, static)),
+            nn.intercept_methods(functools.partial(_integer_call, static)),
         ):
             kwargs = dict(static.apply_kwargs)
             return static.model.apply({**variables, "params": params}, *arguments, **kwargs)
@@ -148,9 +148,9 @@ def lower(
       KeyError: `qparams` name a layer that there is not.
     """
     kwargs, qparams = apply_kwargs, quantize.plain(qparams)
-    layers = list_layers(model, variables, inputs, **kwargs)
+    layers, unquantized, _, _ = _structure(model, variables, inputs, kwargs)
     in_float = {path: "no rule quantizes it" for path in layers if path not in qparams}
-    in_float |= list_unquantized(model, variables, inputs, **kwargs)
+    in_float |= unquantized
     params, folded = dict(variables["params"]), set()
     largest, grids, weights, biases = {}, {}, [], []
     for path, made in _make_layers(model, variables, qparams, inputs, kwargs).items():
@@ -206,7 +206,7 @@ def round_biases(
     norm's that changes. Arguments are those of `lower`.
     """
     kwargs, qparams = apply_kwargs, quantize.plain(qparams)
-    layers = list_layers(model, variables, inputs, **kwargs)
+    layers = _structure(model, variables, inputs, kwargs)[0]
     params = dict(variables["params"])
     for path, made in _make_layers(model, variables, qparams, inputs, kwargs).items():
         if not any(made.rounded):
@@ -250,6 +250,36 @@ class _Made(NamedTuple):
     rounded: tuple[Rounded | None, ...] = ()  # its bias; of each layer of a stack
 
 
+def _structure(
+    model: nn.Module, variables: Variables, inputs: Array | tuple, kwargs: Mapping[str, Any]
+) -> tuple:
+    """What `_traced_structure` finds, once for a model and shapes."""
+    shaped = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    leaves, structure = jax.tree.flatten((variables, inputs))
+    arguments = (model, structure, tuple(map(shaped, leaves)), tuple(sorted(kwargs.items())))
+    try:
+        hash(model)
+    except TypeError:  # it has a field that is a list
+        return _traced_structure.__wrapped__(*arguments)
+    return _traced_structure(*arguments)
+
+
+@functools.lru_cache(maxsize=16)
+def _traced_structure(
+    model: nn.Module, structure: Any, leaves: tuple, kwargs: tuple[tuple[str, Any], ...]
+) -> tuple:
+    """`(layers, what no rule reaches, code of the layers' calls, norms to fold)`."""
+    variables, inputs = jax.tree.unflatten(structure, leaves)
+    kwargs = dict(kwargs)
+    layers = list_layers(model, variables, inputs, **kwargs)
+    return (
+        layers,
+        list_unquantized(model, variables, inputs, **kwargs),
+        _calls(model, variables, inputs, kwargs),
+        _foldable(model, variables, inputs, layers, kwargs),
+    )
+
+
 def _make_layers(
     model: nn.Module,
     variables: Variables,
@@ -258,12 +288,10 @@ def _make_layers(
     kwargs: Mapping[str, Any],
 ) -> dict[str, _Made]:
     """What becomes of each layer that `qparams` quantize, by path."""
-    layers = list_layers(model, variables, inputs, **kwargs)
+    layers, _, calls, norms = _structure(model, variables, inputs, kwargs)
     for path in qparams:
         if path not in layers:
             raise simulate.unknown_layer("qparams", path, variables["params"])
-    calls = _calls(model, variables, inputs, kwargs)
-    norms = _foldable(model, variables, inputs, layers, kwargs)
     found = {}
     for path, quantizers in qparams.items():
         own = simulate.copied(dict(variables["params"]), path, "qparams")
@@ -320,12 +348,14 @@ def _integer(
     factor, offset = (None, None) if norm is None else norms_lib.affine(norm, variables)
     found = []
     for index in np.ndindex(layer.stack):
-        one = lambda tree, index=index: jax.tree.map(lambda a: a[index], tree)
+        one = lambda tree, index=index: jax.tree.map(lambda a: a[index] if index else a, tree)
         parts = map(one, (inputs, weight, bias, factor, offset))
         found.append(_integer_one(layer, calls, *parts, norm))
     made, bounds, rounded = zip(*found, strict=True)
-    stacked = jax.tree.map(lambda *a: jnp.stack(a).reshape(*layer.stack, *a[0].shape), *made)
-    return _Made(stacked, {}, max(bounds), norm, rounded)
+    whole = made[0]
+    if layer.stack:
+        whole = jax.tree.map(lambda *a: jnp.stack(a).reshape(*layer.stack, *a[0].shape), *made)
+    return _Made(whole, {}, max(bounds), norm, rounded)
 
 
 def _integer_one(layer, calls, inputs, weight, bias, factor, offset, norm):

@@ -26,6 +26,7 @@ from kdq import models, quantize
 from kdq.deploy import container
 from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.packing import pack, unpack
+from kdq.deploy.qtensor import codes_and_scale
 from kdq.fields import ConfigError, build
 from kdq.quantize import grid, scale_formats
 from kdq.quantize.kinds import WEIGHT_NAMES
@@ -213,7 +214,7 @@ def _pack_weight(arrays: dict[str, np.ndarray], name: str, quantizer: grid.Quant
     weight, bits = arrays[name], grid.bits(quantizer)
     scale_format = quantizer.scale_format
     quantizer, stored = _pack_scale(weight, quantizer)
-    codes = np.asarray(grid.over_stack(grid.to_codes, quantizer)(weight, quantizer))
+    codes = np.asarray(codes_and_scale(weight, quantizer)[0])
     qmin = np.asarray(quantizer.qmin)
     codes = codes - _beside(qmin, codes)
     arrays[name] = pack(codes.astype(np.uint8), bits)

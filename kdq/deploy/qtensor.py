@@ -74,9 +74,7 @@ def from_quantizer(weight: Array, quantizer: Quantizer) -> QTensor:
       weight: [*stack, ...] float.
       quantizer: of the weight; see `Quantizer`.
     """
-    codes = np.asarray(grid.over_stack(grid.to_codes, quantizer)(weight, quantizer))
-    rounded = lambda _, q: grid.with_rounded_scale(q).scale
-    scale = np.asarray(grid.over_stack(rounded, quantizer)(weight, quantizer))
+    codes, scale = map(np.asarray, codes_and_scale(weight, quantizer))
     if quantizer.levels is not None:
         return _on_device(codes=codes.astype(np.uint8), scale=scale, levels=quantizer.levels)
     zero_point = np.asarray(quantizer.zero_point)
@@ -93,6 +91,14 @@ def from_quantizer(weight: Array, quantizer: Quantizer) -> QTensor:
     )
 
 
+@jax.jit
+def codes_and_scale(weight: Array, quantizer: Quantizer) -> tuple[Array, Array]:
+    """The codes of a weight, as float32, and its scale as its format holds it."""
+    rounded = lambda _, q: grid.with_rounded_scale(q).scale
+    of_stack = lambda function: grid.over_stack(function, quantizer)(weight, quantizer)
+    return of_stack(grid.to_codes), of_stack(rounded)
+
+
 def input_grid(quantizer: Quantizer) -> InputGrid:
     """The codes of an input.
 
@@ -106,8 +112,9 @@ def input_grid(quantizer: Quantizer) -> InputGrid:
     stack = np.shape(quantizer.qmin)
     if np.shape(quantizer.scale) != stack:
         raise Unsupported("its input has a scale for each channel: they can't share a sum")
-    rounded = lambda _, q: grid.with_rounded_scale(q).scale
-    scale = grid.over_stack(rounded, quantizer)(jnp.zeros(stack), quantizer)
+    scale = quantizer.scale
+    if quantizer.scale_format:
+        scale = codes_and_scale(jnp.zeros(stack), quantizer)[1]
     zero_point, qmin, qmax = (
         np.asarray(v) for v in (quantizer.zero_point, quantizer.qmin, quantizer.qmax)
     )

@@ -1,5 +1,6 @@
 """Arms in the forms that runtimes take, measured there."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 from kdq import config as kdq_config
 from kdq import deploy
 from kdq.config import ConfigError, Experiment
+from kdq.deploy import latency
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.store import CONFIG, Store
+from kdq.experiment.store import CONFIG, PACKED
 
 FOLDER = "export"
 
@@ -21,7 +23,9 @@ def export(
 ) -> dict[str, Any]:
     """Exports a packed file; what the record says of each format.
 
-    That is its part of the manifest, with "accuracy": on the whole test split, in its own runtime.
+    That is its part of the manifest, with "accuracy": on the whole test split, in its own runtime;
+    and "latency", if the config asks for it: of each batch size the milliseconds, and how many
+    times faster it is than the float model in ONNX Runtime.
 
     Raises:
       ParityError: see `deploy.export`.
@@ -30,14 +34,38 @@ def export(
     manifest = deploy.export(path, folder, formats, images, agreement=config.agreement)
     test, labels = _images(inputs, "test"), inputs.splits["test"]
     labels = labels.read(np.arange(len(labels)))["label"]
-    found = {}
+    found, runtimes = {}, {}
     for name in formats:
         entry = manifest["files"][name]
-        run, size = deploy.FORMATS[name].load(folder / entry["file"]), 500
-        outputs = [run(test[start : start + size]) for start in range(0, len(test), size)]
-        accuracy = (np.concatenate(outputs).argmax(-1) == labels).mean()
+        runtimes[name] = run = deploy.FORMATS[name].load(folder / entry["file"])
+        parts = np.split(test, range(500, len(test), 500))
+        accuracy = (np.concatenate([run(part) for part in parts]).argmax(-1) == labels).mean()
         found[name] = {**entry, "accuracy": float(accuracy)}
+    if config.latency_batches:
+        for name, timings in _latency(path, runtimes, images, config.latency_batches).items():
+            found[name]["latency"] = timings
     return found
+
+
+FLOAT = "float in ONNX Runtime"
+
+
+def _latency(
+    path: Path, runtimes: dict[str, Any], images: np.ndarray, batches: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    packed = deploy.load_packed(path)
+    model = deploy.lower(packed.model, packed.variables, {}, images[:1], train=False)
+    session = deploy.onnx_session(deploy.to_onnx(model, images[:1]).SerializeToString())
+    base = lambda batch: session.run(None, {"input": batch})
+    timed = latency.measure({**runtimes, FLOAT: base}, images, base=FLOAT, batches=batches)
+    conditions = latency.conditions()
+    return {
+        name: {
+            "conditions": conditions,
+            **{str(size): dataclasses.asdict(timing) for size, timing in timed[name].items()},
+        }
+        for name in runtimes
+    }
 
 
 def _images(inputs: Inputs, split: str) -> np.ndarray:
@@ -62,7 +90,7 @@ def of_workdir(
       formats: keys of `deploy.FORMATS`.
       out: the folder; one a seed in it, if there are several. None: "export" beside its packed
         file.
-      seeds: which; () is all that the experiment has.
+      seeds: which; () is all that have been run.
 
     Raises:
       ConfigError: no such experiment, arm or format, or one that has not been run.
@@ -72,14 +100,18 @@ def of_workdir(
     check(formats, "format")
     if arm not in experiment.arms:
         raise ConfigError(kdq_config.unknown("arm", arm, experiment.arms))
-    store, inputs = Store(experiment, Path(workdir)), Inputs(experiment)
-    seeds, found = seeds or experiment.seeds, {}
+    files = {
+        int(path.parent.name): path
+        for path in sorted(Path(workdir, arm).glob(f"*/{PACKED}"))
+        if path.parent.name.isdigit()
+    }
+    seeds, inputs, found = seeds or sorted(files), Inputs(experiment), {}
+    if not seeds or not set(seeds) <= set(files):
+        raise ConfigError(
+            f"{workdir} has the seeds {sorted(files)} of arm {arm!r}, wanted {list(seeds)}"
+        )
     for seed in seeds:
-        path = store.folder(arm, seed) / "model.safetensors"
-        if not path.is_file():
-            raise ConfigError(f"arm {arm!r}, seed {seed} has not been run: no {path}")
-    for seed in seeds:
-        path = store.folder(arm, seed) / "model.safetensors"
+        path = files[seed]
         folder = path.parent / FOLDER
         if out is not None:
             folder = Path(out) / str(seed) if len(seeds) > 1 else Path(out)

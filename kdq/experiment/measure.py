@@ -9,6 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from kdq import deploy, models, quantize
+from kdq.deploy import energy
 from kdq.evaluate import fidelity, metrics, prior
 from kdq.search import cost
 from kdq.train.loop import Fit, Weights
@@ -75,6 +76,7 @@ def measure(
         "validation_nll": selected.metrics["nll"],
         "macs": cost.macs(layers),
         "bops": cost.bops(layers, qparams),
+        "energy_modelled_nj": sum(one.total for one in energy.modelled(layers, qparams).values()),
         "size_bytes": size,
         "train_seconds": fit.seconds,
         "steps": fit.last_step,

@@ -16,7 +16,7 @@ from kdq.experiment import check, exports, initial, measure, plan, transfer
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
 from kdq.experiment.quantized import OBSERVERS, quantized, recipe
-from kdq.experiment.store import Store, load
+from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
 from kdq.train import loop, objective, optimizer, regime
 from kdq.train.diagnose import NonFiniteError
@@ -81,7 +81,10 @@ class _Runner:
         }
         if None in records.values():
             check.check(experiment, self.models, self.inputs, self.teachers)
-        exports.check(experiment.export.formats, "config.export.formats")
+        wanted = experiment.export
+        exports.check(wanted.formats, "config.export.formats")
+        if wanted.latency_batches:  # beside the float model in ONNX Runtime
+            exports.check(("onnx",), "config.export.latency_batches")
         self.store.save_config()
         self.progress.start(len(records))
         for (name, seed), record in records.items():
@@ -126,7 +129,7 @@ class _Runner:
         if not formats:
             return
         folder = self.store.folder(record["arm"], record["seed"])
-        path = folder / "model.safetensors"
+        path = folder / PACKED
         found = exports.export(path, folder / exports.FOLDER, formats, self.inputs, wanted)
         record["exports"] = {**done, **found}
         self.store.save(record)
@@ -236,7 +239,7 @@ class _Runner:
             fit,
             self.models[arm.model],
             self.inputs.test,
-            self.store.folder(name, seed) / "model.safetensors",
+            self.store.folder(name, seed) / PACKED,
             model_config=kdq_config.to_json(experiment.models[arm.model]),
             metadata={
                 **{key: identity[key] for key in ("arm", "seed", "bits", "arm_digest")},

@@ -17,7 +17,7 @@ from kdq.experiment.progress import Record
 from kdq.train.checkpoint import Checkpointer
 from kdq.types import Variables
 
-CONFIG = "config.json"
+CONFIG, PACKED = "config.json", "model.safetensors"  # of an experiment, and of an arm and seed
 
 
 def load(path: str) -> deploy.PackedModel:
@@ -58,8 +58,10 @@ class Store:
 
     def save_config(self) -> None:
         """What is run here, for those who look at it later."""
-        text = json.dumps(kdq_config.to_json(self._experiment), indent=1)
-        files.write_atomic(self._workdir / CONFIG, f"{text}\n".encode())
+        path = self._workdir / CONFIG
+        text = json.dumps(kdq_config.to_json(self._experiment), indent=1) + "\n"
+        if not path.is_file() or path.read_text() != text:
+            files.write_atomic(path, text.encode())
 
     def record(self, name: str, seed: int) -> Record:
         return json.loads((self.folder(name, seed) / "result.json").read_text())

@@ -11,9 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from kdq.quantize import kinds
+from kdq.quantize import grid, kinds
 from kdq.quantize.kinds import Kind, kind_of
-from kdq.types import Array, Variables
+from kdq.types import Array, QParams, Variables
+
+FLOAT_BITS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,19 @@ class LayerInfo:
     def weight_count(self) -> int:
         """Weights, of the whole stack; 0 where there are none."""
         return math.prod((*self.stack, *self.weight_shape)) if self.weight_name else 0
+
+
+def layer_bits(qparams: QParams, path: str) -> tuple[int, int]:
+    """`(weight bits, activation bits)` of a layer; 32 where it stays in float.
+
+    Of a product of two inputs the second has the place of the weight.
+    """
+    quantizers = qparams.get(path, {})
+    second = "weights" if "weights" in quantizers else "other"
+    return tuple(
+        grid.bits(quantizers[name]) if name in quantizers else FLOAT_BITS
+        for name in (second, "activations")
+    )
 
 
 def path_of(module: nn.Module) -> str:

@@ -49,6 +49,7 @@ class Row:
     size_bytes: float  # of the file on disk
     size_ratio: float  # bytes of the size baseline / size_bytes: how many times smaller
     bops: float
+    energy_modelled_nj: float  # for one example; see kdq.deploy.energy
     train_seconds: float
     selected_on: str
     measures: dict[str, Mean]  # by the keys of MEASURES
@@ -120,6 +121,7 @@ def _row(
         size_bytes=size,
         size_ratio=baseline / size if size else math.nan,
         bops=_mean(done, "bops").mean,
+        energy_modelled_nj=_mean(done, "energy_modelled_nj").mean,
         train_seconds=_mean(done, "train_seconds").mean,
         selected_on=_agreed(runs, "selected_on") or "",
         measures={key: _mean(done, key, factor) for key, factor in MEASURES.items()},

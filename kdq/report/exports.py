@@ -1,13 +1,16 @@
-"""What exported files are and do, on a terminal."""
+"""What exported files are and do: on a terminal of one arm, as Markdown of a whole experiment."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdq.report.table import format_bytes, standard_output
+from kdq.evaluate.statistics import summary
+from kdq.report import Record
+from kdq.report.aggregate import Mean
+from kdq.report.table import ABSENT, escape, format_bytes, mean_cell, standard_output
 
 
 def print_table(found: Mapping[int, Mapping[str, Any]], console: Console | None = None) -> None:
@@ -26,6 +29,58 @@ def print_table(found: Mapping[int, Mapping[str, Any]], console: Console | None 
                 f"{100 * entry['accuracy']:.2f}",
                 f"{100 * entry['argmax_agreement']:.2f}",
                 f"{entry['max_logit_difference']:.2g}",
-                "—" if codes is None else str(codes),
+                ABSENT if codes is None else str(codes),
             )
     (console or standard_output()).print(table)
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """A table with a row for each arm and format, over seeds; "" if nothing was exported."""
+    entries: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        for name, entry in record.get("exports", {}).items():
+            entries.setdefault((record["arm"], name), []).append(entry)
+    if not entries:
+        return ""
+    sizes = sorted({int(s) for own in entries.values() for e in own for s in _batches(e)})
+    times = [name for s in sizes for name in (f"Batch {s}, ms", f"Batch {s}, times faster")]
+    head = ["Arm", "Format", "Size", "Accuracy %", "Agreement %", "Δ codes", *times]
+    left = ("Arm", "Format")
+    lines = [
+        "| " + " | ".join(head) + " |",
+        "|" + "|".join(":--" if name in left else "--:" for name in head) + "|",
+    ]
+    for (arm, name), own in entries.items():
+        of = lambda key, own=own: [entry[key] for entry in own if key in entry]
+        codes = of("max_code_difference")
+        cells = [
+            escape(arm),
+            name,
+            format_bytes(summary(of("size_bytes"))[0]),
+            _mean([100 * value for value in of("accuracy")]),
+            _mean([100 * value for value in of("argmax_agreement")]),
+            str(max(codes)) if codes else ABSENT,
+        ]
+        for size in sizes:
+            timed = [_batches(e)[str(size)] for e in own if str(size) in _batches(e)]
+            cells += [_mean([t["milliseconds"] for t in timed], 3)]
+            cells += [_mean([t["ratio"] for t in timed])]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = [
+        "Accuracy: of the exported file in its own runtime, on the whole test split.",
+        "Agreement: with the class of the simulated model, on held-out examples.",
+        "Δ codes: the largest difference of any integer of any layer from integer JAX.",
+    ]
+    if sizes:
+        notes.append("Times faster: than the same architecture as float in ONNX Runtime.")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+
+
+def _batches(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Timings by batch size."""
+    return {k: v for k, v in entry.get("latency", {}).items() if k.isdigit()}
+
+
+def _mean(values: Sequence[float], digits: int = 2) -> str:
+    mean, std = summary(values)
+    return mean_cell(Mean(mean=mean, std=std, n=len(values)), digits)

@@ -132,6 +132,12 @@ def format_bytes(size: float) -> str:
     return f"{size / 1024:.1f} KiB" if size < 1024**2 else f"{size / 1024**2:.2f} MiB"
 
 
+def _energy(nanojoules: float) -> str:
+    if math.isnan(nanojoules):
+        return ABSENT
+    return f"{nanojoules:.3g} nJ" if nanojoules < 1000 else f"{nanojoules / 1000:.3g} µJ"
+
+
 def _bops(value: float) -> str:
     if math.isnan(value):
         return ABSENT
@@ -157,6 +163,7 @@ COLUMNS: tuple[Column, ...] = (
     ("Agreement %", lambda r: mean_cell(r.agreement), 160),
     ("KL", lambda r: mean_cell(r.kl_to_teacher, 4), 180),
     ("BOPs", lambda r: _bops(r.bops), 140),
+    ("Energy, modelled", lambda r: _energy(r.energy_modelled_nj), 180),
     ("Train s", lambda r: _plain(r.train_seconds, ".1f"), 140),
     ("Seeds", lambda r: str(len(r.seeds)), 120),
 )

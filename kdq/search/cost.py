@@ -2,24 +2,13 @@
 
 from collections.abc import Mapping
 
-from kdq.quantize import LayerInfo, grid
+from kdq.quantize.layers import LayerInfo, layer_bits
 from kdq.types import QParams
-
-FLOAT_BITS = 32
 
 
 def macs(layers: Mapping[str, LayerInfo]) -> int:
     """Multiply-accumulates for one example."""
     return sum(layer.macs for layer in layers.values())
-
-
-def layer_bits(qparams: QParams, path: str) -> tuple[int, int]:
-    """`(weight bits, activation bits)` of a layer; 32 where it stays in float."""
-    quantizers = qparams.get(path, {})
-    return tuple(
-        grid.bits(quantizers[half]) if half in quantizers else FLOAT_BITS
-        for half in ("weights", "activations")
-    )
 
 
 def bops(layers: Mapping[str, LayerInfo], qparams: QParams) -> int:

@@ -70,7 +70,7 @@ def test_a_product_is_that_of_the_differences(weight_zero):
     x = rng.integers(0, 256, (4, 6)).astype(np.uint8)
     w = rng.integers(-128, 128, (6, 3)).astype(np.int8)
     found = arithmetic.product(
-        Dot((((1,), (0,)), ((), ()))),
+        Dot((((1,), (0,)), ((), ())), rank=2),
         jnp.asarray(x),
         jnp.int32(77),
         jnp.asarray(w),

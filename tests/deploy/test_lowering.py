@@ -21,7 +21,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "bits"), CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "bits"), [case.values for case in CASES])
 def test_does_as_the_simulated_model(name, bits):
     model, variables, images = network(name)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])

@@ -310,14 +310,15 @@ def test_an_offset_beyond_the_file_takes_no_memory(good):
     assert _peak(lambda: load_packed(good)) < 2**20
 
 
-def test_mutations_load_or_are_refused(good):
-    """2,000 files with some bytes changed, cut out or put in; half of them with a new checksum."""
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutations_load_or_are_refused(good, count):
+    """Files with some bytes changed, cut out or put in; half of them with a new checksum."""
     rng = np.random.default_rng(0)
     data, document_and_arrays = good.read_bytes(), container.read(good)
     unpacked = sum(4 * a.size * 2 for a in document_and_arrays[1].values())  # float32 of 4 bits
     loaded, peak, messages = 0, 0, set()
     tracemalloc.start()
-    for index in range(2000):
+    for index in range(count):
         if index % 2:
             _mutated(good, data, rng)
         else:
@@ -332,7 +333,7 @@ def test_mutations_load_or_are_refused(good):
         peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
     tracemalloc.stop()
     assert messages == {True}
-    assert 0 < loaded < 1000  # some of what has a right checksum is a model
+    assert 0 < loaded < count / 2  # some of what has a right checksum is a model
     assert peak < 2 * (len(data) + unpacked) + 2**18  # and what Python itself needs
 
 

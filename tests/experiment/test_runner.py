@@ -206,6 +206,7 @@ def test_a_finished_experiment_does_nothing(finished):
 
 def test_only_what_is_new_runs(copied, tiny_config, finished):
     before, changed = every_file(copied), tiny_config()
+    before = {path: file for path, file in before.items() if path.name != "config.json"}
     changed["arms"]["ptq8"] = {"model": "student", "init": "kd", "bits": "W8A8"}
     watcher = Watcher()
     records = experiment.run(config.freeze(changed), copied, progress=watcher)

@@ -62,7 +62,9 @@ def test_evaluation_of_an_image_ignores_the_rest_of_the_batch(model_and_variable
     )
 
 
-@pytest.mark.parametrize("name", sorted(ALL))
+@pytest.mark.parametrize(
+    "name", ["cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(ALL) if n != "cnn")]
+)
 def test_half_precision_keeps_parameters_and_logits_in_float32(name):
     model = models.build(name, num_classes=5, dtype="bfloat16", **ALL[name])
     variables = _variables(model)

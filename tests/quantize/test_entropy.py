@@ -95,7 +95,11 @@ def _divergences(values, low, high, bits, candidates, **options):
 
 @pytest.mark.parametrize(
     ("bits", "options"),
-    [(8, SIGNED), (4, SIGNED), (2, SIGNED), (1, SIGNED), (6, UNSIGNED), (5, AFFINE)],
+    [
+        *((4, SIGNED), (1, SIGNED), (6, UNSIGNED)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(8, SIGNED), (2, SIGNED)]),
+        (5, AFFINE),
+    ],
 )
 def test_finds_the_best_of_its_candidates(bits, options):
     batches = _batches(positive=options is UNSIGNED)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from kdq import models, quantize
-from kdq.quantize import QuantizationRule, TensorSpec
+from kdq.quantize import QuantizationRule, TensorSpec, layers
 from kdq.search import cost
 
 # conv_0: 8×8 positions, 3×3 kernel, 1 -> 4 channels; conv_1 strides to 4×4, 4 -> 6; head 6 -> 10.
@@ -44,7 +44,7 @@ def test_bops_of_mixed_bits(student):
         QuantizationRule(path="head", weights=spec(1)),
     )
     qparams = calibrated(student, rules)
-    assert {path: cost.layer_bits(qparams, path) for path in student[-1]} == {
+    assert {path: layers.layer_bits(qparams, path) for path in student[-1]} == {
         "conv_0": (8, 8),
         "conv_1": (3, 5),
         "head": (1, 32),
@@ -57,7 +57,7 @@ def test_a_layer_without_a_rule_counts_as_float(student):
     qparams = calibrated(
         student, (QuantizationRule(path="conv_1", activations=TensorSpec(bits=2)),)
     )
-    assert cost.layer_bits(qparams, "conv_1") == (32, 2)
+    assert layers.layer_bits(qparams, "conv_1") == (32, 2)
     expected = (CONV_0 + HEAD) * 32 * 32 + CONV_1 * 32 * 2
     assert cost.bops(student[-1], qparams) == expected
 

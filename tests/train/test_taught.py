@@ -102,6 +102,7 @@ def test_clipping_counts_the_adapters(net):
     np.testing.assert_allclose(moved, 1.9e-3, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_peers_learn_from_each_other_as_two_plain_models_do(net):
     objective = net.objective(0.5, 2.0)
     state = net.state(steps=STEPS, learning_rate=RATE, peer=net.teacher_variables)

@@ -56,6 +56,7 @@ def test_no_steps_only_calibrate(case):
     equal(plain, (variables, variables, same))
 
 
+@pytest.mark.slow
 def test_methods_get_the_rules_and_the_teacher(case):
     """AWQ searches for the bits of the rules; a teacher of constant logits flattens the model's."""
     model, variables, images = case

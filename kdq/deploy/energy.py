@@ -1,0 +1,146 @@
+"""Energy: measured where the machine has a counter, and modelled, which is always said.
+
+The model counts, for one example, the multiplications and additions of each layer at its bits, and
+the reads and writes of its numbers. Constants are of 45 nm chips: Horowitz, "Computing's energy
+problem", ISSCC 2014; below 8 bits the fits of QKeras (qtools) to them. It says which of two models
+of one kind needs less, not what a device draws.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdq.quantize.layers import FLOAT_BITS, LayerInfo, layer_bits
+from kdq.types import QParams
+
+# Picojoules.
+FLOAT_MULTIPLY, FLOAT_ADD = 3.7, 0.9
+# A read of 64 bits from a memory of at most so many bytes; beyond the last, from DRAM.
+SRAM = ((8 * 2**10, 10.0), (32 * 2**10, 20.0), (2**20, 100.0))
+DRAM = 1300.0  # the least of 1300 to 2600
+ACCUMULATOR_BITS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Energy:
+    """Nanojoules for one example, modelled."""
+
+    arithmetic: float
+    weights: float  # reading each once
+    activations: float  # reading inputs and writing outputs
+
+    @property
+    def total(self) -> float:
+        """Of the three."""
+        return self.arithmetic + self.weights + self.activations
+
+
+def integer_add(bits: int) -> float:
+    """Picojoules of an addition."""
+    return 0.003125 * bits
+
+
+def integer_multiply(bits: int, other_bits: int) -> float:
+    """Picojoules of a product; of equal bits the fit of QKeras, which grows with their product."""
+    return 0.0029948 * bits * other_bits + 0.0010417 * (bits + other_bits) / 2
+
+
+def modelled(layers: Mapping[str, LayerInfo], qparams: QParams) -> dict[str, Energy]:
+    """The energy of each layer for one example, by path.
+
+    A layer computes with integers if weight and input both have bits, else with float32. Weights
+    are in the smallest memory that holds those of all layers, activations in the smallest that
+    holds those of any one.
+
+    Args:
+      layers: from `list_layers`.
+      qparams: the quantizers; what has none is float32.
+    """
+    bits = {path: layer_bits(qparams, path) for path in layers}
+    of_weights = sum(layer.weight_count * bits[path][0] for path, layer in layers.items())
+    moved = {path: _activations(layer, bits[path][1]) for path, layer in layers.items()}
+    per_weight = _read(of_weights / 8)
+    per_activation = _read(max(moved.values(), default=0) / 8)
+    found = {}
+    for path, layer in layers.items():
+        weight_bits, activation_bits = bits[path]
+        if FLOAT_BITS in (weight_bits, activation_bits):
+            multiply, add = FLOAT_MULTIPLY, FLOAT_ADD
+        else:
+            multiply = integer_multiply(weight_bits, activation_bits)
+            add = integer_add(ACCUMULATOR_BITS)
+        found[path] = Energy(
+            arithmetic=1e-3 * layer.macs * (multiply + add),
+            weights=1e-3 * layer.weight_count * weight_bits / 64 * per_weight,
+            activations=1e-3 * moved[path] * math.prod(layer.stack) / 64 * per_activation,
+        )
+    return found
+
+
+def _activations(layer: LayerInfo, bits: int) -> int:
+    """Bits of what one layer reads and writes for one example; outputs as wide as inputs."""
+    shapes = (layer.input_shape, layer.other_shape, layer.output_shape)
+    return bits * sum(math.prod(shape[1:]) for shape in shapes if shape)
+
+
+def _read(size: float) -> float:
+    """Picojoules of a read of 64 bits from a memory that holds `size` bytes."""
+    return next((energy for most, energy in SRAM if size <= most), DRAM)
+
+
+def measured(
+    call: Callable[[], Any], *, seconds: float = 2.0, root: Path = Path("/sys/class/powercap")
+) -> dict[str, Any] | None:
+    """Joules of a call, by the counters of the processor (RAPL) or else of an NVIDIA GPU.
+
+    Everything else that the machine does in the meantime is counted too.
+
+    Args:
+      call: does its work once, to the end.
+      seconds: it is repeated for at least so long.
+      root: where Linux has the counters of RAPL.
+
+    Returns:
+      `{"joules", "calls", "source"}`; None where there is no counter: not measured.
+    """
+    for source, read in (("RAPL", lambda: _rapl(root)), ("NVML", _nvml)):
+        before = read()
+        if before is None:
+            continue
+        start, calls = time.perf_counter(), 0
+        while calls == 0 or time.perf_counter() - start < seconds:
+            call()
+            calls += 1
+        after = read()
+        joules = sum((after[name][0] - value) % limit for name, (value, limit) in before.items())
+        return {"joules": joules / calls, "calls": calls, "source": source}
+    return None
+
+
+def _rapl(root: Path) -> dict[str, tuple[float, float]] | None:
+    """`{package: (joules, at which it starts again from 0)}`."""
+    found = {}
+    for zone in sorted(root.glob("intel-rapl:?")):  # those with a second number are parts of these
+        try:
+            joules = 1e-6 * int((zone / "energy_uj").read_text())
+            found[zone.name] = joules, 1e-6 * int((zone / "max_energy_range_uj").read_text())
+        except (OSError, ValueError):  # root alone may read it
+            continue
+    return found or None
+
+
+def _nvml() -> dict[str, tuple[float, float]] | None:
+    try:
+        import pynvml  # noqa: PLC0415
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        read = pynvml.nvmlDeviceGetTotalEnergyConsumption  # millijoules since the driver started
+        return {str(i): (1e-3 * read(handle), math.inf) for i, handle in enumerate(handles)} or None
+    except pynvml.NVMLError:
+        return None

@@ -1,0 +1,96 @@
+"""Latency: how long a model takes in each runtime, all of them taking turns in one process."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[], Any]  # does its work once, to the end
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Of one of those that took turns."""
+
+    milliseconds: float  # median of a call
+    ratio: float  # median over the rounds of the base's time over its own: how many times faster
+    quartiles: tuple[float, float]  # of that ratio
+
+
+def take_turns(
+    calls: Mapping[str, Call],
+    base: str,
+    *,
+    rounds: int = 30,
+    warmup: int = 3,
+    least_seconds: float = 0.01,
+) -> dict[str, Timing]:
+    """Times calls, one after the other in each round: what slows a round slows all of them.
+
+    Args:
+      calls: by name.
+      base: that the others are compared with, round by round.
+      rounds: that count.
+      warmup: rounds before them.
+      least_seconds: a call that takes less is repeated within its turn.
+    """
+    repeats = {name: _repeats(call, least_seconds) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + warmup):
+        # Another order each round, so that nobody always follows the same neighbour.
+        for name in np.random.default_rng(round_).permutation(list(calls)):
+            call, count = calls[name], repeats[name]
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            times[name].append((time.perf_counter() - start) / count)
+    measured = {name: np.array(own[warmup:]) for name, own in times.items()}
+    found = {}
+    for name, own in measured.items():
+        low, mid, high = np.percentile(measured[base] / own, (25, 50, 75))
+        found[name] = Timing(1e3 * float(np.median(own)), float(mid), (float(low), float(high)))
+    return found
+
+
+def _repeats(call: Call, least_seconds: float) -> int:
+    """How often a call fits into the time, after the first, which may compile."""
+    call()
+    start = time.perf_counter()
+    call()
+    taken = time.perf_counter() - start
+    return max(1, int(np.ceil(least_seconds / max(taken, 1e-7))))
+
+
+def measure(
+    runtimes: Mapping[str, Callable[[np.ndarray], Any]],
+    images: np.ndarray,
+    *,
+    base: str,
+    batches: Sequence[int] = (1, 64),
+    **turns: Any,
+) -> dict[str, dict[int, Timing]]:
+    """Times runtimes on batches of images: `{name: {batch size: timing}}`.
+
+    Args:
+      runtimes: functions of a batch that return when its outputs are there.
+      images: [examples, ...] as the models take them; repeated for a larger batch.
+      base: one of the runtimes.
+      batches: sizes.
+      **turns: of `take_turns`.
+    """
+    found: dict[str, dict[int, Timing]] = {name: {} for name in runtimes}
+    for size in batches:
+        batch = np.ascontiguousarray(np.resize(images, (size, *images.shape[1:])))
+        calls = {name: lambda run=run, batch=batch: run(batch) for name, run in runtimes.items()}
+        for name, timing in take_turns(calls, base, **turns).items():
+            found[name][size] = timing
+    return found
+
+
+def conditions(threads: int | None = None) -> dict[str, Any]:
+    """What latencies were measured under, for their record."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {"threads": threads or len(cores), "cores": cores, "load": os.getloadavg()[0]}

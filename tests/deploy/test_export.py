@@ -1,0 +1,114 @@
+"""Exports: files that do what was simulated, and nothing of those that do not."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from networks import NETWORKS, network
+
+from kdq import deploy, quantize
+from kdq.deploy import ParityError, container, export, load_packed, load_stablehlo
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """`(packed file, images)` of a network of 2-bit weights."""
+    model, variables, images = network("pooled", offsets=0.5)
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(2, 8), [images])
+    variables = deploy.round_biases(model, variables, qparams, images)
+    path = tmp_path_factory.mktemp("packed") / "model.safetensors"
+    description = {**NETWORKS["pooled"], "num_classes": 10}
+    deploy.save_packed(path, variables, qparams, model=description, metadata={"arm": "qat"})
+    return path, np.asarray(images)
+
+
+def test_the_manifest_is_true(packed, tmp_path):
+    path, images = packed
+    manifest = export(path, tmp_path / "new" / "out", ["packed", "stablehlo"], images)
+    folder = tmp_path / "new" / "out"
+    assert json.loads((folder / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
+    assert {p.name for p in folder.iterdir()} == {
+        "manifest.json", "model.safetensors", "model.stablehlo",
+    }  # fmt: skip
+    assert manifest["metadata"] == {"arm": "qat"}
+    assert manifest["in_float"] == {}
+    assert manifest["examples"] == len(images)
+    for entry in manifest["files"].values():
+        data = (folder / entry["file"]).read_bytes()
+        assert entry["size_bytes"] == len(data)
+        assert entry["sha256"] == hashlib.sha256(data).hexdigest()
+        assert entry["argmax_agreement"] == 1
+    simulated = np.asarray(load_packed(path)(images))
+    outputs = np.asarray(load_stablehlo(folder / "model.stablehlo")(images))
+    found = manifest["files"]["stablehlo"]["max_logit_difference"]
+    assert found == np.abs(outputs - simulated).max() < 1e-4
+    assert manifest["files"]["packed"]["max_logit_difference"] == 0
+
+
+def test_files_of_other_formats_stay_until_the_model_changes(packed, tmp_path):
+    path, images = packed
+    first = export(path, tmp_path / "out", ["packed"], images)["files"]
+    both = export(path, tmp_path / "out", ["stablehlo"], images)["files"]
+    assert both["packed"] == first["packed"]
+    other = tmp_path / "other.safetensors"
+    loaded = load_packed(path)
+    deploy.save_packed(other, loaded.variables, {}, model={**NETWORKS["pooled"], "num_classes": 10})
+    assert set(export(other, tmp_path / "out", ["stablehlo"], images)["files"]) == {"stablehlo"}
+
+
+def test_another_class_is_an_error_and_leaves_no_file(packed, tmp_path, monkeypatch):
+    path, images = packed
+    export(path, tmp_path / "out", ["packed", "stablehlo"], images)
+
+    def load(file):
+        run = deploy.FORMATS["stablehlo"].load(file)
+        return lambda images: np.roll(run(images), 1, axis=-1)
+
+    wrong = dataclasses.replace(deploy.FORMATS["stablehlo"], load=load)
+    with monkeypatch.context() as patch:
+        patch.setitem(deploy.FORMATS, "wrong", dataclasses.replace(wrong, file="wrong.bin"))
+        with pytest.raises(
+            ParityError, match=r"wrong\.bin: .* 0\.00% of 64 examples, want 99\.00%"
+        ):
+            export(path, tmp_path / "out", ["wrong"], images)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "manifest.json", "model.safetensors", "model.stablehlo",
+    }  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_written(packed, tmp_path):
+    path, images = packed
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        export(path, tmp_path / "file" / "out", ["packed"], images)
+
+
+def test_an_unknown_format(packed, tmp_path):
+    path, images = packed
+    with pytest.raises(ValueError, match=r"unknown export format 'onx'.*'onnx'"):
+        export(path, tmp_path / "out", ["packed", "onx"], images)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_runs_without_the_model_and_refuses_damage(packed, tmp_path):
+    path, images = packed
+    integer = load_packed(path).lower(images[:1])
+    file = tmp_path / "model.stablehlo"
+    size = deploy.save_stablehlo(file, integer, images[:1], metadata={"arm": "qat"})
+    assert size == file.stat().st_size
+    program = load_stablehlo(file)
+    assert program.metadata == {"arm": "qat"}
+    assert set(program.exported.platforms) == {"cpu", "cuda"}
+    for count in (1, 7):
+        np.testing.assert_array_equal(program(images[:count]), integer(images[:count]))
+    stored = {a.dtype for a in program.arguments}
+    assert np.dtype("int4") in stored  # 2 bits, which programs can't take
+    data = file.read_bytes()
+    for damaged in (data[:-5], data[:100], b"", data[:-9] + b"x" + data[-8:]):
+        file.write_bytes(damaged)
+        with pytest.raises(container.ContainerError, match=r"model\.stablehlo"):
+            load_stablehlo(file)
+    with pytest.raises(FileNotFoundError, match="gone"):
+        load_stablehlo(tmp_path / "gone")
