@@ -25,14 +25,6 @@ from kdq.deploy.qtensor import InputGrid
 reshape_p = primitives.primitive("kdq_reshape", lambda x, *, shape: x.reshape(shape))
 slice_p = primitives.primitive("kdq_slice", lambda x, **params: jax.lax.slice_p.bind(x, **params))
 
-_IR_TYPES = {
-    np.dtype(np.float32): onnx_ir.DataType.FLOAT,
-    np.dtype(np.int32): onnx_ir.DataType.INT32,
-    np.dtype(np.bool_): onnx_ir.DataType.BOOL,
-    np.dtype(np.int8): onnx_ir.DataType.INT8,
-    np.dtype(np.uint8): onnx_ir.DataType.UINT8,
-}
-
 
 class _Graph:
     """Adds nodes to the graph that jax2onnx builds."""
@@ -41,11 +33,10 @@ class _Graph:
         self.context = context
 
     def node(self, op: str, inputs: Sequence[Any], dtype: Any, shape: Sequence[Any], **attributes):
-        """The value of a new node; None among `inputs` is one that is left out."""
-        given = [onnx_ir.Value(name="") if value is None else value for value in inputs]
+        """The value of a new node."""
         build = getattr(self.context.builder, op)
-        value = build(*given, _outputs=[self.context.fresh_name(op)], **attributes)
-        value.type = onnx_ir.TensorType(_IR_TYPES[np.dtype(dtype)])
+        value = build(*inputs, _outputs=[self.context.fresh_name(op)], **attributes)
+        value.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(np.dtype(dtype)))
         value.shape = onnx_ir.Shape([_dimension(size) for size in shape])
         return value
 
@@ -116,7 +107,8 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
         if name in ("reshape", "squeeze", "expand_dims"):
             return reshape_p.bind(values[0], shape=shape)
         given = eqn.invars[0].aval.shape
-        if name == "broadcast_in_dim" and len(values) == 1 and _count(given) == _count(shape):
+        same_count = math.prod(given) == math.prod(shape)
+        if name == "broadcast_in_dim" and len(values) == 1 and same_count:
             return reshape_p.bind(values[0], shape=shape)
         if name == "slice" and all(
             isinstance(size, int) or (start == 0 and limit == size)
@@ -126,10 +118,6 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
         ):
             return slice_p.bind(values[0], **params)
     return eqn.primitive.bind(*values, **params)
-
-
-def _count(shape: Sequence[Any]) -> Any:
-    return math.prod(shape)
 
 
 def _dimension(size: Any) -> Any:
@@ -212,18 +200,7 @@ def _weight(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     along = [axis for axis, size in enumerate(scale.shape) if size > 1]
     groups = [axis for axis in along if scale.shape[axis] != shape[axis]]
     if weight.levels is not None:
-        few = np.asarray(codes).astype(ml_dtypes.uint4 if len(weight.levels) <= 16 else np.uint8)
-        to = onnx_ir.DataType.INT32.value
-        index = graph.node("Cast", [graph.constant(few)], np.int32, shape, to=to)
-        levels = graph.constant(np.float32(weight.levels))
-        value = graph.node("Gather", [levels, index], np.float32, shape, axis=0)
-        # Each axis as its groups and what is in one.
-        sizes = [s for n, of in zip(shape, scale.shape, strict=True) for s in (of, n // of)]
-        value = graph.reshape(value, sizes, np.float32)
-        scale = graph.constant(scale.reshape([s for of in scale.shape for s in (of, 1)]))
-        return graph.reshape(
-            graph.node("Mul", [value, scale], np.float32, sizes), shape, np.float32
-        )
+        return _of_levels(graph, codes, np.float32(weight.levels), scale)
     at: dict[str, int] = {}
     if groups:
         (axis,) = groups
@@ -241,6 +218,20 @@ def _weight(graph: _Graph, eqn: core.JaxprEqn) -> Any:
 
     zero = None if zero is None else sized(_aligned(zero, len(shape))).astype(codes.dtype)
     return graph.from_codes(graph.constant(codes), sized(scale), zero, shape, **at)
+
+
+def _of_levels(graph: _Graph, codes: np.ndarray, levels: np.ndarray, scale: np.ndarray) -> Any:
+    """A weight of a number format."""
+    shape, to = codes.shape, onnx_ir.DataType.INT32.value
+    few = np.asarray(codes).astype(ml_dtypes.uint4 if len(levels) <= 16 else np.uint8)
+    index = graph.node("Cast", [graph.constant(few)], np.int32, shape, to=to)
+    value = graph.node("Gather", [graph.constant(levels), index], np.float32, shape, axis=0)
+    # Each axis as its groups and what is in one.
+    sizes = [s for n, of in zip(shape, scale.shape, strict=True) for s in (of, n // of)]
+    value = graph.reshape(value, sizes, np.float32)
+    scale = graph.constant(scale.reshape([s for of in scale.shape for s in (of, 1)]))
+    scaled = graph.node("Mul", [value, scale], np.float32, sizes)
+    return graph.reshape(scaled, shape, np.float32)
 
 
 @_convert(primitives.rows_p, "Gather")

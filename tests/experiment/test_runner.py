@@ -255,6 +255,7 @@ class Interrupting(experiment.Progress):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_experiment_ends_as_the_unbroken_one(finished, tmp_path):
     """Interrupted twice: between two checkpoints of an arm, and in the last step of another."""
     frozen, workdir, records = finished

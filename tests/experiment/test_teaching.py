@@ -235,7 +235,8 @@ def test_a_cache_on_disk_gives_the_losses_of_a_live_teacher(tiny_config, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"), [pytest.param("top_k", 10, marks=pytest.mark.slow), ("sampled", 400)]
+    ("kind", "size"),
+    [pytest.param(*case, marks=pytest.mark.slow) for case in [("top_k", 10), ("sampled", 400)]],
 )
 def test_a_sparse_cache_of_everything_teaches_as_the_dense_one(tiny_config, tmp_path, kind, size):
     """All classes, or very many draws: the first step's gradient is that of the dense loss."""

@@ -81,6 +81,7 @@ def test_measures_are_those_of_plain_functions():
         assert found["cka"][own] == pytest.approx(row, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_runs_once_and_networks_of_one_structure_compile_once():
     # Widths of no other test, whose programs would serve here too.
     networks = {bits: [make(6, seed, bits) for seed in (3, 4)] for bits in (False, True)}

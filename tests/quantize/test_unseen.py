@@ -158,6 +158,7 @@ def test_a_stack_is_calibrated_and_quantized_as_its_layers_one_by_one():
     assert float(jnp.abs(found - Stack().apply(variables, x)).max()) > 0.1
 
 
+@pytest.mark.slow
 def test_trains_with_quantizers_and_packs(case, tmp_path):
     model, variables, inputs = case
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(4, 8), [inputs])

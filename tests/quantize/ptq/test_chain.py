@@ -27,6 +27,7 @@ def case():
     return model, variables, images
 
 
+@pytest.mark.slow
 def test_a_chain_is_its_methods_by_hand(case):
     """What comes later aims at the float model, folded, though the weights have been rounded."""
     model, variables, images = case
