@@ -14,6 +14,15 @@ from kdq import config, data, deploy, heap
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
 
+MISTAKES = (
+    config.ConfigError,
+    data.DataError,
+    deploy.PackedFileError,
+    deploy.ParityError,
+    OSError,
+)
+
+
 def define_config() -> flags.FlagHolder:
     """The flag --config=FILE[:ARGUMENT], whose fields are flags too: --config.seeds=0,1."""
     return config_flags.DEFINE_config_file(
@@ -33,7 +42,7 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
             sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
         try:
             main(argv)
-        except (config.ConfigError, data.DataError, deploy.ParityError, OSError) as error:
+        except MISTAKES as error:
             sys.exit(f"error: {error}")
 
     heap.keep_freed_memory()

@@ -6,6 +6,7 @@ Most runs use configs/digits.py:quick with fewer arms; the whole of it runs with
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,21 @@ def test_a_mistake_of_an_export_is_answered_in_one_line(unbroken, launch, mistak
     assert process.returncode == 1
     assert message in process.stderr
     assert process.stderr.count("\n") == 1
+
+
+@slow
+def test_a_damaged_file_is_not_exported(unbroken, launch, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken[1], workdir)
+    path = workdir / "kd" / "0" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    process = launch("export", f"--workdir={workdir}", "--arm=kd", "--format=packed")
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"error: {path} is no packed model: ")
+    assert process.stderr.count("\n") == 1
+    assert not (path.parent / "export").exists()
 
 
 @pytest.mark.parametrize("script", ["train", pytest.param("compress", marks=slow)])

@@ -1,9 +1,11 @@
 """Checkpoints, by Orbax: the only file that imports it."""
 
+import contextlib
+import errno
 import itertools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,7 +34,8 @@ class Checkpointer:
         # Copies: the caller's next step donates its buffers while Orbax still reads.
         items = {k: ocp.args.StandardSave(jax.tree.map(jnp.copy, t)) for k, t in trees.items()}
         args = ocp.args.Composite(record=ocp.args.JsonSave(dict(record)), **items)
-        self._manager.save(step, args=args)
+        with self._full_disk():
+            self._manager.save(step, args=args)
 
     def restore(
         self, like: Mapping[str, Any | None]
@@ -67,11 +70,28 @@ class Checkpointer:
         return None
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is on disk; raises what went wrong in the background.
+
+        Raises:
+          OSError: the disk is full.
+        """
+        with self._full_disk():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._full_disk():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        """Says so in a line: TensorStore raises a ValueError of kilobytes."""
+        try:
+            yield
+        except ValueError as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            message = os.strerror(errno.ENOSPC)
+            raise OSError(errno.ENOSPC, message, self._directory) from None
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -152,3 +152,23 @@ def test_all_damaged_is_none(tmp_path, caplog):
     garbage(tmp_path / "10")
     assert restored(tmp_path) is None
     assert damaged_names(tmp_path) == ["10.damaged", "5.damaged"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        ("RESOURCE_EXHAUSTED: ...: No space left on device [os_", OSError, "No space left on dev"),
+        ("something else", ValueError, "something else"),
+    ],
+)
+def test_a_full_disk_is_said_in_a_line(tmp_path, monkeypatch, error, kind, message):
+    """TensorStore's own error, shortened: it goes on for kilobytes."""
+
+    def fail(manager):
+        raise ValueError(error)
+
+    with Checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.wait_until_finished", fail)
+        with pytest.raises(kind, match=message) as raised:
+            checkpointer.wait()
+    assert kind is not OSError or raised.value.filename == str(tmp_path)
