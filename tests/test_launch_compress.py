@@ -230,7 +230,7 @@ def test_export_writes_files_and_says_what_they_do(unbroken, launch, tmp_path):
 
 
 EXPORT_MISTAKES = {
-    "arm": (["--arm=qat"], r"error: unknown arm 'qat' (did you mean 'kd'?); valid: "),
+    "arm": (["--arm=qat_w4a"], "error: unknown arm 'qat_w4a' (did you mean 'qat_w4a4'?); valid: "),
     "format": (["--arm=kd", "--format=onyx"], "error: format: unknown export format 'onyx' (did"),
     "seed": (["--arm=kd", "--seed=7"], "has the seeds [0] of arm 'kd', wanted [7]"),
     "workdir": (["--arm=kd", "--workdir=nowhere"], "error: nowhere holds no experiment: no "),
