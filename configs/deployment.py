@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     }
     config.evaluations = 4
     config.checkpoint_seconds = 60.0
-    config.arms = {}
+    config.arms = ConfigDict(sort_keys=False)
     for model in MODELS:
         epochs = 2.0 if model in ("mlp", "cnn") else 1.0
         config.arms[model] = arm(model=model, epochs=epochs, learning_rate=2e-3)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from kdq import files
-from kdq.deploy import extras, onnx_model, stablehlo
+from kdq.deploy import extras, memory, onnx_model, stablehlo
 from kdq.deploy.lowering import IntegerModel
 from kdq.deploy.packed import load_packed
 from kdq.fields import unknown
@@ -65,8 +65,9 @@ def export(
 
     Each file is loaded in its own runtime and run on `images`. In the manifest, for each format:
     its size and SHA-256; `argmax_agreement` and `max_logit_difference` with the simulated model;
-    for ONNX also `max_code_difference`, of what any integer layer makes, from integer JAX. Files of
-    formats that are not asked for, and their part of the manifest, stay as they are.
+    for ONNX also `max_code_difference`, of what any integer layer makes, from integer JAX. Of the
+    model: the bytes of what is loaded, and the most that are alive at once for one example. Files
+    of formats that are not asked for, and their part of the manifest, stay as they are.
 
     Args:
       path: the packed file.
@@ -92,6 +93,8 @@ def export(
     manifest |= {
         "metadata": packed.metadata,
         "in_float": integer.in_float,
+        "weight_bytes": memory.weight_bytes(integer),
+        "activation_bytes": memory.activation_bytes(integer, images[:1]),
         "examples": len(images),
         "versions": {"kdq": packages.version("kdq"), "jax": jax.__version__},
     }

@@ -1,0 +1,69 @@
+"""Memory: what a model's numbers take when it is loaded, and while it runs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from kdq.deploy.lowering import IntegerModel
+from kdq.quantize.layers import as_args
+from kdq.types import Array
+
+
+def weight_bytes(lowered: IntegerModel) -> int:
+    """Bytes of the loaded model: codes in their own bits, scales, biases and all else."""
+    return -(-sum(_bits(leaf) for leaf in jax.tree.leaves(lowered)) // 8)
+
+
+def activation_bytes(lowered: IntegerModel, inputs: Array | tuple) -> int:
+    """The most bytes that are alive at once between the operations on one example.
+
+    An array is alive from the operation that makes it, or from the start if it is an input, to the
+    last that takes it. A layer is one operation: what its kernel needs inside is not counted.
+
+    Args:
+      lowered: see `lower`.
+      inputs: an array with a leading batch axis, or a tuple of these; only the shapes matter.
+    """
+    specs = [
+        jax.ShapeDtypeStruct((1, *jnp.shape(array)[1:]), jnp.result_type(array))
+        for array in as_args(inputs)
+    ]
+    program = jax.make_jaxpr(lambda *arrays: lowered.apply(arrays, unroll=True))(*specs).jaxpr
+    needed = _needed(program)
+    last = {atom: i for i, eqn in enumerate(needed) for atom in _variables(eqn.invars)}
+    last |= dict.fromkeys(_variables(program.outvars), len(needed))
+    made = {*program.invars, *(out for eqn in needed for out in eqn.outvars)}
+    alive = sum(_bits(var.aval) for var in program.invars)
+    most = alive
+    for i, eqn in enumerate(needed):
+        alive += sum(_bits(out.aval) for out in eqn.outvars)
+        most = max(most, alive)
+        ended = {var for var in {*_variables(eqn.invars), *eqn.outvars} if last.get(var, i) == i}
+        alive -= sum(_bits(var.aval) for var in ended & made)
+    return -(-most // 8)
+
+
+def _needed(program: core.Jaxpr) -> list[core.JaxprEqn]:
+    """The equations that the outputs need, of the inputs and not of weights alone."""
+    wanted, kept = set(_variables(program.outvars)), []
+    for eqn in reversed(program.eqns):
+        if not wanted.isdisjoint(eqn.outvars):
+            wanted |= set(_variables(eqn.invars))
+            kept.append(eqn)
+    reached, needed = set(program.invars), []
+    for eqn in reversed(kept):
+        if not reached.isdisjoint(_variables(eqn.invars)):
+            reached |= set(eqn.outvars)
+            needed.append(eqn)
+    return needed
+
+
+def _variables(atoms: Any) -> list[core.Var]:
+    return [atom for atom in atoms if isinstance(atom, core.Var)]
+
+
+def _bits(array: Any) -> int:
+    name = jnp.dtype(array.dtype).name
+    return array.size * {"int2": 2, "int4": 4, "uint4": 4}.get(name, 8 * array.dtype.itemsize)
