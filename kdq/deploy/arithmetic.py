@@ -103,33 +103,44 @@ def _multiply(kernel: Kernel, x: Array, w: Array) -> Array:
 
 def quantize(x: Array, grid: InputGrid) -> Array:
     """`clip(round(x / scale) + zero_point, 0, top)` as uint8, as QuantizeLinear of ONNX has it."""
-    codes = jnp.round(x.astype(jnp.float32) / grid.scale) + grid.zero_point.astype(jnp.float32)
+    steps = jnp.round(divide(x.astype(jnp.float32), grid.scale))
+    codes = steps + grid.zero_point.astype(jnp.float32)
     return jnp.clip(codes, 0, grid.top.astype(jnp.float32)).astype(jnp.uint8)
 
 
 def dequantize(codes: Array, grid: InputGrid) -> Array:
     """The float32 numbers of input codes."""
     centred = codes.astype(jnp.int32) - grid.zero_point
-    return _exactly(centred.astype(jnp.float32) * grid.scale)
+    return exactly(centred.astype(jnp.float32) * grid.scale)
 
 
 def to_float(total: Array, scale: Array) -> Array:
     """The float32 numbers of int32 sums."""
-    return _exactly(total.astype(jnp.float32) * scale)
+    return exactly(total.astype(jnp.float32) * scale)
 
 
-def _exactly(product: Array) -> Array:
-    """A product that is rounded before it is added to anything.
+def exactly(product: Array) -> Array:
+    """A product that is rounded before anything is done with it.
 
-    XLA's CPU backend joins a product and a sum into one operation with one rounding, and neither
-    `optimization_barrier` nor `reduce_precision` keeps it from that; a minimum does.
+    XLA joins a product and a sum into one operation with one rounding, and divides one factor where
+    the product is to be divided. Neither `optimization_barrier` nor `reduce_precision` keeps it
+    from that; a minimum does.
     """
     return jnp.minimum(product, LARGEST)
 
 
+def divide(x: Array, scale: Array) -> Array:
+    """`x / scale` of a scalar, rounded once.
+
+    XLA multiplies by the reciprocal of what is the same for every element, and so rounds twice;
+    here it can't know that it is.
+    """
+    return x / jnp.where(x == x, scale, x)
+
+
 def requantize(total: Array, scale: Array, grid: InputGrid) -> Array:
     """int32 sums at `scale` as the codes of the next input, by a float32 multiplier."""
-    codes = jnp.round(total.astype(jnp.float32) * (scale / grid.scale))
+    codes = jnp.round(total.astype(jnp.float32) * divide(scale, grid.scale))
     return _to_codes(codes.astype(jnp.int32), grid)
 
 

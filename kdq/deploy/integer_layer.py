@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from kdq.deploy import contraction
+from kdq.deploy import arithmetic, contraction
 from kdq.deploy.contraction import BIAS, INPUT, OTHER, RESULT, WEIGHT, Kernel
 from kdq.deploy.qtensor import InputGrid, QTensor
 from kdq.quantize.kinds import Unsupported
@@ -38,7 +38,8 @@ class IntegerLayer(flax.struct.PyTreeNode):
         """float32: of the int32 sums."""
         factors = [*[grid.scale for grid in self.inputs.values()], self.weight_scale]
         factors = [factor for factor in factors if factor is not None]
-        return contraction.at_once(lambda *of: functools.reduce(operator.mul, of), *factors)
+        product = lambda *of: arithmetic.exactly(functools.reduce(operator.mul, of))
+        return contraction.at_once(product, *factors)
 
 
 @dataclasses.dataclass(frozen=True)

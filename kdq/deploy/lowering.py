@@ -97,6 +97,17 @@ class IntegerModel(flax.struct.PyTreeNode):
         outputs = network.run(traced, leaves, unroll=unroll, made={} if made is None else made)
         return jax.tree.unflatten(structure, outputs)
 
+    def evaluate(self, inputs: Array | tuple, bind: Callable) -> Array:
+        """The outputs with `bind(eqn, values)` for each equation, to be traced.
+
+        A layer is one equation, `network.layer_p`, between floats. Layers of a stack are unrolled.
+        """
+        arguments = as_args(inputs)
+        traced, structure = _trace(self, arguments)
+        leaves = jax.tree.leaves((self.variables, arguments))
+        flat = network.inlined(traced, leaves, unroll=True)
+        return jax.tree.unflatten(structure, network.evaluate(flat, leaves, bind))
+
 
 @jax.jit
 def _predict(lowered: IntegerModel, inputs: Array | tuple) -> Array:

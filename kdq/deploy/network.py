@@ -84,7 +84,7 @@ def run_layer(
 
 def _alone(*arrays: Array, call: LayerCall) -> Array:
     """A layer with floats in and out."""
-    inputs, layer = _split(arrays, call)
+    inputs, layer = split(arrays, call)
     codes = [
         primitives.quantize(x, layer.inputs[name])
         for x, name in zip(inputs, call.operands, strict=True)
@@ -92,7 +92,8 @@ def _alone(*arrays: Array, call: LayerCall) -> Array:
     return run_layer(call, layer, codes, float)[1].astype(call.traced.out_avals[0].dtype)
 
 
-def _split(arrays: Sequence[Any], call: LayerCall) -> tuple[Sequence[Any], IntegerLayer]:
+def split(arrays: Sequence[Any], call: LayerCall) -> tuple[Sequence[Any], IntegerLayer]:
+    """A layer's inputs and what it computes with, of the arrays of its equation."""
     count = len(call.operands)
     return arrays[:count], jax.tree.unflatten(call.structure, arrays[count:])
 
@@ -120,9 +121,16 @@ def run(
       unroll: write each layer of a scanned stack out.
       made: gets what integer layers make; see `IntegerModel.apply`.
     """
-    inlined = lambda *args: _inlined(traced.jaxpr, traced.consts, args, unroll, "")
-    flat = jax.make_jaxpr(inlined)(*arguments)
+    flat = inlined(traced, arguments, unroll=unroll)
     return _run(flat.jaxpr, flat.consts, arguments, made)
+
+
+def inlined(
+    traced: core.ClosedJaxpr, arguments: Sequence[Array], *, unroll: bool
+) -> core.ClosedJaxpr:
+    """A network without calls of other jaxprs; arguments as of `run`."""
+    flat = lambda *args: _inlined(traced.jaxpr, traced.consts, args, unroll, "")
+    return jax.make_jaxpr(flat)(*arguments)
 
 
 def _inlined(
@@ -206,7 +214,7 @@ def _run(
     grids: dict[Hashable, InputGrid] = {}
     for eqn in after:
         if eqn.primitive is layer_p:
-            _, layer = _split([known.get(a) for a in eqn.invars], eqn.params["call"])
+            _, layer = split([known.get(a) for a in eqn.invars], eqn.params["call"])
             for number, name in _grids(eqn.params["call"]):
                 grids.setdefault(number, layer.inputs[name])
     for eqn in after:
@@ -243,7 +251,7 @@ def _run_layer(eqn, given, rounded, grid: InputGrid | None, made: dict[str, Arra
     while f"{path}/{call.operands[0]}" in made:
         calls += 1
         path = f"{call.path}#{calls}"
-    inputs, layer = _split(given, call)
+    inputs, layer = split(given, call)
     codes = []
     for x, atom, (number, name) in zip(inputs, eqn.invars, _grids(call), strict=False):
         if isinstance(x, Codes):

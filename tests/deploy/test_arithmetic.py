@@ -101,3 +101,19 @@ def test_a_convolution_is_padded_with_its_zero_point(weight_zero):
         window = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3, c // 2 * 2 : c // 2 * 2 + 2]
         wanted[:, i, j, c] = (window * weight[..., c]).sum((1, 2, 3))
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_multipliers_and_codes_are_those_of_numpy():
+    """XLA would divide one factor by the scale, or multiply by the reciprocal of it."""
+    rng = np.random.default_rng(4)
+    scales = rng.uniform(0.001, 0.01, 4096).astype(np.float32)
+    own, other = np.float32(0.0078912), np.float32(0.0312345)
+    compiled = jax.jit(lambda a, b, c: arithmetic.divide(arithmetic.exactly(a * b), c))
+    expected = (own * scales) / other
+    np.testing.assert_array_equal(compiled(own, scales, other), expected)
+    assert (jax.jit(lambda a, b, c: a * b / c)(own, scales, other) != expected).any()
+    # Halves of steps, where the last bit decides.
+    x = (rng.integers(-100, 100, 10**5) + 0.5).astype(np.float32) * own
+    grid = InputGrid(jnp.float32(own), jnp.int32(128), jnp.int32(255))
+    codes = np.clip(np.round(x / own) + 128, 0, 255)
+    np.testing.assert_array_equal(jax.jit(arithmetic.quantize)(x, grid), codes)
