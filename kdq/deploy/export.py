@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from kdq import files
-from kdq.deploy import extras, memory, onnx_model, stablehlo
+from kdq.deploy import extras, litert, memory, onnx_model, stablehlo
 from kdq.deploy.lowering import IntegerModel
 from kdq.deploy.packed import load_packed
 from kdq.fields import unknown
@@ -237,6 +237,11 @@ def _load_stablehlo(path: Path) -> Runtime:
     return lambda images: np.asarray(program(images))
 
 
+def _save_litert(path: Path, source: Source) -> dict[str, Any]:
+    litert.save_litert(path, source.integer, source.images[:1])
+    return {}
+
+
 FORMATS = {
     "packed": Format("model.safetensors", "", ("safetensors",), _copy_packed, _load_packed),
     "onnx": Format(
@@ -246,6 +251,13 @@ FORMATS = {
         _save_onnx,
         _load_onnx,
         _compare_onnx,
+    ),
+    "litert": Format(
+        "model.tflite",
+        "litert",
+        ("ai-edge-litert", "litert-converter"),
+        _save_litert,
+        litert.litert_model,
     ),
     "stablehlo": Format("model.stablehlo", "", ("jax", "jaxlib"), _save_stablehlo, _load_stablehlo),
 }
