@@ -81,7 +81,10 @@ def sub_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
     """An equation on other values."""
-    return at_once(lambda *arrays: eqn.primitive.bind(*arrays, **eqn.params), *values)
+    function = lambda *arrays: eqn.primitive.bind(*arrays, **eqn.params)
+    if all(isinstance(size, int) for var in eqn.outvars for size in var.aval.shape):
+        return at_once(function, *values)
+    return function(*values)  # of a batch of any size
 
 
 def at_once(function: Callable[..., Any], *values: Any) -> Any:
