@@ -2,7 +2,8 @@
 
 Where ONNX Runtime has an integer kernel for a whole layer, the layer is written as
 DequantizeLinear, Conv or Gemm, QuantizeLinear, which it fuses into one; anything else as
-ConvInteger or MatMulInteger. Both compute what `arithmetic` does, bit for bit. Weights are stored
+MatMulInteger, of the windows of a convolution too (its ConvInteger takes four times as long, and is
+left for groups of channels). Each computes what `arithmetic` does, bit for bit. Weights are stored
 in their own 2, 4 or 8 bits.
 """
 
@@ -333,9 +334,12 @@ def _fused(
 
 def _conv(graph: _Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: Any) -> Any:
     numbers = kernel.dimension_numbers
-    x = graph.transpose(x, numbers.lhs_spec, np.uint8)
     w = np.transpose(w, numbers.rhs_spec)
-    x, padding = _stuffed(graph, kernel, x, parts["x"].zero_point)
+    fused = parts["grid"] is not None and parts["w_zero"] is None
+    if not fused and kernel.groups == 1:
+        return _windows_product(graph, kernel, x, w, parts, out)
+    x = graph.transpose(x, numbers.lhs_spec, np.uint8)
+    x, padding = _stuffed(graph, kernel, x, 2, parts["x"].zero_point)
     shape = [out.shape[axis] for axis in numbers.out_spec]
     attributes = {
         "pads": [low for low, _ in padding] + [high for _, high in padding],
@@ -345,7 +349,7 @@ def _conv(graph: _Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: 
         "kernel_shape": list(w.shape[2:]),
     }
     back = np.argsort(numbers.out_spec)
-    if parts["grid"] is not None and parts["w_zero"] is None:
+    if fused:
 
         def by_channel(array: Any) -> np.ndarray:
             array = _aligned(array, len(shape)).transpose(numbers.out_spec)
@@ -363,14 +367,62 @@ def _conv(graph: _Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: 
     return _finished(graph, _product(graph, multiply, w, parts, out), parts, out)
 
 
+def _windows_product(
+    graph: _Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: Any
+) -> Any:
+    """A convolution as a product of matrices; `w` is [output channels, input channels, ...]."""
+    numbers = kernel.dimension_numbers
+    channels_last = lambda spec: [spec[0], *spec[2:], spec[1]]
+    x = graph.transpose(x, channels_last(numbers.lhs_spec), np.uint8)
+    x, padding = _stuffed(graph, kernel, x, 1, parts["x"].zero_point)
+    x = _padded(graph, x, padding, parts["x"].zero_point)
+    order = channels_last(numbers.out_spec)
+    shape, size = [out.shape[axis] for axis in order], w.shape[2:]
+    axes = graph.constant(np.arange(1, len(size) + 1))
+    steps = graph.constant(np.int64(kernel.strides))
+    reach = np.multiply(np.subtract(shape[1:-1], 1), kernel.strides) + 1
+    taken = []
+    for tap in np.ndindex(*size):
+        start = np.multiply(tap, kernel.kernel_dilation)
+        bounds = [graph.constant(np.int64(start)), graph.constant(np.int64(start + reach))]
+        at = [*shape[:-1], w.shape[1]]
+        taken.append(graph.node("Slice", [x, *bounds, axes, steps], np.uint8, at))
+    terms = w.shape[1] * len(taken)
+    windows = graph.node("Concat", taken, np.uint8, [*shape[:-1], terms], axis=len(shape) - 1)
+    zero = graph.constant(np.uint8(parts["x"].zero_point))
+
+    def multiply(w: np.ndarray) -> Any:
+        matrix = np.moveaxis(w, (0, 1), (-1, -2)).reshape(terms, -1)
+        factors = [windows, graph.weight(matrix), zero]
+        total = graph.node("MatMulInteger", factors, np.int32, shape)
+        return graph.transpose(total, np.argsort(order), np.int32)
+
+    return _finished(graph, _product(graph, multiply, w, parts, out), parts, out)
+
+
+def _padded(graph: _Graph, x: Any, padding: Sequence[tuple[int, int]], zero: Any) -> Any:
+    """N...C codes with their zero point around them."""
+    if not np.any(padding):
+        return x
+    ends = np.int64([(0, 0), *padding, (0, 0)]).T
+    grown = [n + low + high for n, (low, high) in zip(x.shape[1:-1], padding, strict=True)]
+    inputs = [x, graph.constant(ends.ravel()), graph.constant(np.uint8(zero))]
+    return graph.node("Pad", inputs, np.uint8, [x.shape[0], *grown, x.shape[-1]])
+
+
 def _aligned(array: Any, rank: int) -> np.ndarray:
     """An array with its leading axes of one element."""
     array = np.asarray(array)
     return array.reshape([1] * (rank - array.ndim) + list(array.shape))
 
 
-def _stuffed(graph: _Graph, kernel: Conv, x: Any, zero: Any) -> tuple[Any, Sequence]:
-    """NC... codes with the zeros of a transposed convolution between them, and the padding left."""
+def _stuffed(
+    graph: _Graph, kernel: Conv, x: Any, first: int, zero: Any
+) -> tuple[Any, Sequence[tuple[int, int]]]:
+    """Codes with the zeros of a transposed convolution between them, and the padding left.
+
+    `first` is the first axis of those that are convolved.
+    """
     if set(kernel.input_dilation) == {1} and min(min(pair) for pair in kernel.padding) >= 0:
         return x, kernel.padding
     fill = graph.constant(np.uint8(zero))
@@ -380,7 +432,9 @@ def _stuffed(graph: _Graph, kernel: Conv, x: Any, zero: Any) -> tuple[Any, Seque
         ends[:, axis] = low, high  # negative ones crop
         return graph.node("Pad", [x, graph.constant(ends.ravel()), fill], np.uint8, shape)
 
-    for axis, (step, pair) in enumerate(zip(kernel.input_dilation, kernel.padding, strict=True), 2):
+    for axis, (step, pair) in enumerate(
+        zip(kernel.input_dilation, kernel.padding, strict=True), first
+    ):
         before, size, after = list(x.shape[:axis]), x.shape[axis], list(x.shape[axis + 1 :])
         if step > 1:
             x = graph.reshape(x, [*before, size, 1, *after], np.uint8)
