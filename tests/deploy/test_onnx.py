@@ -17,7 +17,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("jax2onnx")
 
 slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
-DEFAULT = [("cnn", (4, 4)), ("resnet", (2, 8))]
+DEFAULT = [("resnet", (2, 8))]
 CASES = [
     (name, bits) if (name, bits) in DEFAULT else slow(name, bits)
     for name in ("mlp", "cnn", "pooled", "resnet")
@@ -140,7 +140,7 @@ class Layer(nn.Module):
         return nn.relu(nn.Dense(8, name="dense")(x)), None
 
 
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("granularity", ["per_tensor", slow("per_channel")])
 def test_tables_and_stacks(granularity):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 11, (6, 5)), jnp.int32)

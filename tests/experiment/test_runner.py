@@ -375,6 +375,7 @@ def test_a_teacher_that_diverges_leaves_labels_and_no_fidelity(tiny_config, tmp_
 # A live teacher, augmentation.
 
 
+@pytest.mark.slow
 def test_a_live_teacher_on_augmented_images(tiny_config, tmp_path):
     changed = tiny_config()
     changed["cache"] = {"kind": "none"}

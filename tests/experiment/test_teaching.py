@@ -215,7 +215,9 @@ def test_a_loaded_arm_is_the_one_that_was_packed(tiny_config, many, tmp_path):
         experiment.run(config.freeze(base), tmp_path)
 
 
-@pytest.mark.parametrize("augment", [(), ({"name": "shift", "pixels": 1},)])
+@pytest.mark.parametrize(
+    "augment", [pytest.param((), marks=pytest.mark.slow), ({"name": "shift", "pixels": 1},)]
+)
 def test_a_cache_on_disk_gives_the_losses_of_a_live_teacher(tiny_config, tmp_path, augment):
     arms = {"kd": {}, "again": {}}
     for kind in ("none", "dense"):

@@ -156,7 +156,13 @@ def test_lsq_plus_trains_offsets_of_activations_alone():
     assert quantize.scales(quantize.prepare({}, qparams, "ste")[1]) == {}
 
 
-@pytest.mark.parametrize("method", qat.METHODS)
+METHODS = [
+    method if method in ("lsq", "pact") else pytest.param(method, marks=pytest.mark.slow)
+    for method in qat.METHODS
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_in_a_file_that_says_what_was_trained(method, tmp_path):
     """Loss falls over some steps; the finished model is the trained one, in the packed file too."""
     model = build("mlp", num_classes=3, widths=(12,))

@@ -241,6 +241,7 @@ def test_dynamic_ranges_need_no_calibration_data(case, granularity):
     assert float(jnp.abs(clipped - expected).max()) > 0.5 * spread
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_its_dtype(case):
     _, variables, inputs = case
     model = Unseen(dtype=jnp.bfloat16)
