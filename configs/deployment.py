@@ -49,6 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "examples": 1000,
         "agreement": 0.99,
         "latency_batches": (1, 64),
+        "threads": 0,
     }
     config.evaluations = 4
     config.checkpoint_seconds = 60.0

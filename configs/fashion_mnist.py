@@ -61,6 +61,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "examples": 1000,
         "agreement": 0.99,
         "latency_batches": (),
+        "threads": 0,
     }
     config.evaluations = 8
     config.checkpoint_seconds = 60.0

@@ -142,6 +142,8 @@ def _check(experiment: Experiment) -> None:
     if any(size < 1 for size in experiment.export.latency_batches):
         sizes = experiment.export.latency_batches
         raise ConfigError(f"config.export.latency_batches={sizes}: want sizes of at least 1")
+    if experiment.export.threads < 0:
+        raise ConfigError(f"config.export.threads={experiment.export.threads}: want 0 or more")
     for name in experiment.rules:
         if re.fullmatch(BITS, name):
             raise ConfigError(f"config.rules.{name}: that name has a meaning of its own, as bits")

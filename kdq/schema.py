@@ -138,6 +138,7 @@ class Export:
     agreement: float = 0.99  # least share of these with the class of the simulated model
     # Batch sizes at which each format is timed, beside the float model in ONNX Runtime; () is none.
     latency_batches: tuple[int, ...] = ()
+    threads: int = 0  # of each runtime when it is timed; 0 is one a core
 
 
 CACHES = ("none", "memory", "dense", "top_k", "sampled")

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from kdq import files
-from kdq.deploy import extras, litert, memory, onnx_model, stablehlo
-from kdq.deploy.lowering import IntegerModel
-from kdq.deploy.packed import load_packed
+from kdq.deploy import extras, latency, litert, memory, onnx_model, stablehlo
+from kdq.deploy.lowering import IntegerModel, lower
+from kdq.deploy.packed import PackedModel, load_packed
 from kdq.fields import unknown
 from kdq.types import Array
 
@@ -38,8 +38,9 @@ class Format:
     extra: str  # of kdq, that installs what it needs; "" is none
     packages: tuple[str, ...]  # whose versions decide what is in it and what it does
     save: Callable[[Path, "Source"], dict[str, Any]]  # returns what the manifest shall say of it
-    load: Callable[[Path], Runtime]
+    load: Callable[[Path, int | None], Runtime]  # with as many threads; None: one a core
     compare: Callable[["Source"], dict[str, Any]] = lambda source: {}  # layer by layer
+    simulates: bool = False  # its runtime is the simulation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,8 @@ def export(
     *,
     model: nn.Module | None = None,
     agreement: float = 0.99,
+    latency_batches: Sequence[int] = (),
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Writes a packed model in other formats, and `manifest.json`, which says what they are.
 
@@ -67,7 +70,11 @@ def export(
     its size and SHA-256; `argmax_agreement` and `max_logit_difference` with the simulated model;
     for ONNX also `max_code_difference`, of what any integer layer makes, from integer JAX. Of the
     model: the bytes of what is loaded, and the most that are alive at once for one example. Files
-    of formats that are not asked for, and their part of the manifest, stay as they are.
+    of formats that are not asked for, and their part of the manifest, stay as they are. If they are
+    timed, "latency" has the milliseconds for each batch size and how many times faster that is than
+    the float model in ONNX Runtime, beside it in the same process; "smaller_than_float" is how many
+    times smaller a file is than that model's ONNX file; and the manifest's "recommended" is the
+    format that is fastest with the first of the sizes.
 
     Args:
       path: the packed file.
@@ -76,14 +83,17 @@ def export(
       images: [examples, ...] held out, as the model takes them.
       model: the module; None builds it from the packed file.
       agreement: least share of the examples on which a file has the simulation's class.
+      latency_batches: batch sizes at which each format is timed.
+      threads: of each runtime when it is timed; None is one a core.
 
     Raises:
-      ValueError: a format that there is not.
+      ValueError: a format that there is not, or more threads than cores.
       ImportError: a library that a format needs is not installed; says how to install it.
       ParityError: less agreement; the file is not there then.
       PackedFileError: `path` is no packed model.
     """
-    check_formats(formats)
+    check_formats([*formats, *(["onnx"] if latency_batches else [])])
+    cores = latency.cores(threads)
     path, folder = Path(path), Path(folder)
     packed = load_packed(path, model)
     integer = packed.lower(images[:1])
@@ -105,9 +115,51 @@ def export(
         manifest["files"].pop(name, None)
         entry = _export_one(name, source, folder, simulated, agreement)
         manifest["files"][name] = entry
-        text = json.dumps(manifest, indent=1, allow_nan=False)
-        files.write_atomic(folder / MANIFEST, f"{text}\n".encode())
+        _write(folder, manifest)
+    if latency_batches:
+        _add_latencies(packed, folder, manifest["files"], images, latency_batches, cores)
+        manifest["recommended"] = _fastest(manifest["files"], str(latency_batches[0]))
+        _write(folder, manifest)
     return manifest
+
+
+def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=1, allow_nan=False)
+    files.write_atomic(folder / MANIFEST, f"{text}\n".encode())
+
+
+FLOAT = "float in ONNX Runtime"
+
+
+def _add_latencies(
+    packed: PackedModel,
+    folder: Path,
+    entries: Mapping[str, dict[str, Any]],
+    images: np.ndarray,
+    batches: Sequence[int],
+    cores: Sequence[int],
+) -> None:
+    """Adds to the entry of each file what it is beside the float model in ONNX Runtime."""
+    model = lower(packed.model, packed.variables, {}, images[:1], train=False)
+    proto = onnx_model.to_onnx(model, images[:1]).SerializeToString()
+    with latency.pinned(cores):
+        runtimes = {FLOAT: _onnx_runtime(proto, len(cores))}
+        for name, entry in entries.items():
+            runtimes[name] = FORMATS[name].load(folder / entry["file"], len(cores))
+        timed = latency.measure(runtimes, images, base=FLOAT, batches=batches)
+        conditions = latency.conditions(cores)
+    for name, entry in entries.items():
+        sizes = {str(size): dataclasses.asdict(timing) for size, timing in timed[name].items()}
+        entry["latency"] = {"conditions": conditions, **sizes}
+        entry["smaller_than_float"] = len(proto) / entry["size_bytes"]
+
+
+def _fastest(entries: Mapping[str, Any], size: str) -> str | None:
+    """The format, other than the simulation."""
+    ratios = {
+        k: e["latency"][size]["ratio"] for k, e in entries.items() if not FORMATS[k].simulates
+    }
+    return max(ratios, key=ratios.__getitem__, default=None)
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -125,7 +177,8 @@ def _manifest(folder: Path, digest: str) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads((folder / MANIFEST).read_text())
         if found["packed_sha256"] == digest:
-            return found
+            there = {k: e for k, e in found["files"].items() if (folder / e["file"]).is_file()}
+            return {**found, "files": there}
     return {"packed_sha256": digest, "files": {}}
 
 
@@ -136,7 +189,7 @@ def _export_one(
     target = folder / one.file
     with _new_file(target) as temporary:
         details = one.save(temporary, source)
-        outputs = one.load(temporary)(source.images)
+        outputs = one.load(temporary, None)(source.images)
         found = parity(outputs, simulated) | one.compare(source)
         if not found["argmax_agreement"] >= agreement:
             raise ParityError(
@@ -183,7 +236,7 @@ def _copy_packed(path: Path, source: Source) -> dict[str, Any]:
     return {}
 
 
-def _load_packed(path: Path) -> Runtime:
+def _load_packed(path: Path, threads: int | None) -> Runtime:
     packed = load_packed(path)
     return lambda images: np.asarray(packed(images))
 
@@ -193,8 +246,8 @@ def _save_onnx(path: Path, source: Source) -> dict[str, Any]:
     return {"opset": onnx_model.opset(source.integer)}
 
 
-def _load_onnx(path: Path) -> Runtime:
-    session = onnx_model.onnx_session(path)
+def _onnx_runtime(path: Path | bytes, threads: int | None) -> Runtime:
+    session = onnx_model.onnx_session(path, threads=threads)
     (name,) = (given.name for given in session.get_inputs())
     return lambda images: session.run(None, {name: np.asarray(images)})[0]
 
@@ -232,7 +285,7 @@ def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:
     return {"platforms": platforms}
 
 
-def _load_stablehlo(path: Path) -> Runtime:
+def _load_stablehlo(path: Path, threads: int | None) -> Runtime:
     program = stablehlo.load_stablehlo(path)
     return lambda images: np.asarray(program(images))
 
@@ -243,13 +296,15 @@ def _save_litert(path: Path, source: Source) -> dict[str, Any]:
 
 
 FORMATS = {
-    "packed": Format("model.safetensors", "", ("safetensors",), _copy_packed, _load_packed),
+    "packed": Format(
+        "model.safetensors", "", ("safetensors",), _copy_packed, _load_packed, simulates=True
+    ),
     "onnx": Format(
         "model.onnx",
         "onnx",
         ("jax2onnx", "onnx", "onnxruntime"),
         _save_onnx,
-        _load_onnx,
+        _onnx_runtime,
         _compare_onnx,
     ),
     "litert": Format(
@@ -257,7 +312,7 @@ FORMATS = {
         "litert",
         ("ai-edge-litert", "litert-converter"),
         _save_litert,
-        litert.litert_model,
+        lambda path, threads: litert.litert_model(path, threads=threads),
     ),
     "stablehlo": Format("model.stablehlo", "", ("jax", "jaxlib"), _save_stablehlo, _load_stablehlo),
 }

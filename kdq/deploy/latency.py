@@ -1,12 +1,15 @@
 """Latency: how long a model takes in each runtime, all of them taking turns in one process."""
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from kdq import provenance
 
 Call = Callable[[], Any]  # does its work once, to the end
 
@@ -90,7 +93,32 @@ def measure(
     return found
 
 
-def conditions(threads: int | None = None) -> dict[str, Any]:
+def cores(threads: int | None) -> list[int]:
+    """The first cores that this process may use, as many as threads; None is all.
+
+    Raises:
+      ValueError: there are not as many.
+    """
+    found = sorted(os.sched_getaffinity(0))
+    if threads is not None and not 1 <= threads <= len(found):
+        raise ValueError(f"threads={threads}: this process has {len(found)} cores")
+    return found[:threads]
+
+
+@contextlib.contextmanager
+def pinned(cores: Collection[int]) -> Iterator[None]:
+    """Keeps this thread, and those that it starts meanwhile, to these cores.
+
+    JAX has started its own by then, and uses every core.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def conditions(cores: Sequence[int]) -> dict[str, Any]:
     """What latencies were measured under, for their record."""
-    cores = sorted(os.sched_getaffinity(0))
-    return {"threads": threads or len(cores), "cores": cores, "load": os.getloadavg()[0]}
+    return {"device": provenance.device(), "cores": list(cores), "load": os.getloadavg()[0]}

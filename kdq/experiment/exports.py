@@ -1,6 +1,5 @@
 """Arms in the forms that runtimes take, measured there."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,48 +23,33 @@ def export(
     """Exports a packed file; what the record says of each format.
 
     That is its part of the manifest, with "accuracy": on the whole test split, in its own runtime;
-    and "latency", if the config asks for it: of each batch size the milliseconds, and how many
-    times faster it is than the float model in ONNX Runtime.
+    and whether it is the recommended one, if they are timed.
 
     Raises:
       ParityError: see `deploy.export`.
     """
     images = _images(inputs, "validation")[: config.examples]
-    manifest = deploy.export(path, folder, formats, images, agreement=config.agreement)
+    manifest = deploy.export(
+        path,
+        folder,
+        formats,
+        images,
+        agreement=config.agreement,
+        latency_batches=config.latency_batches,
+        threads=config.threads or None,
+    )
     test, labels = _images(inputs, "test"), inputs.splits["test"]
     labels = labels.read(np.arange(len(labels)))["label"]
-    found, runtimes = {}, {}
+    found = {}
     for name in formats:
         entry = manifest["files"][name]
-        runtimes[name] = run = deploy.FORMATS[name].load(folder / entry["file"])
+        run = deploy.FORMATS[name].load(folder / entry["file"], None)
         parts = np.split(test, range(500, len(test), 500))
         accuracy = (np.concatenate([run(part) for part in parts]).argmax(-1) == labels).mean()
         found[name] = {**entry, "accuracy": float(accuracy)}
-    if config.latency_batches:
-        for name, timings in _latency(path, runtimes, images, config.latency_batches).items():
-            found[name]["latency"] = timings
+        if config.latency_batches:
+            found[name]["recommended"] = manifest["recommended"] == name
     return found
-
-
-FLOAT = "float in ONNX Runtime"
-
-
-def _latency(
-    path: Path, runtimes: dict[str, Any], images: np.ndarray, batches: Sequence[int]
-) -> dict[str, dict[str, Any]]:
-    packed = deploy.load_packed(path)
-    model = deploy.lower(packed.model, packed.variables, {}, images[:1], train=False)
-    session = deploy.onnx_session(deploy.to_onnx(model, images[:1]).SerializeToString())
-    base = lambda batch: session.run(None, {"input": batch})
-    timed = latency.measure({**runtimes, FLOAT: base}, images, base=FLOAT, batches=batches)
-    conditions = latency.conditions()
-    return {
-        name: {
-            "conditions": conditions,
-            **{str(size): dataclasses.asdict(timing) for size, timing in timed[name].items()},
-        }
-        for name in runtimes
-    }
 
 
 def _images(inputs: Inputs, split: str) -> np.ndarray:
@@ -135,3 +119,14 @@ def check(formats: Sequence[str], where: str) -> None:
         deploy.check_formats(formats)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def check_config(config: kdq_config.Export) -> None:
+    """Raises ConfigError for a section that can't be done here."""
+    check(config.formats, "config.export.formats")
+    if config.latency_batches:  # beside the float model in ONNX Runtime
+        check(("onnx",), "config.export.latency_batches")
+    try:
+        latency.cores(config.threads or None)
+    except ValueError as error:
+        raise ConfigError(f"config.export.{error}") from error

@@ -81,10 +81,7 @@ class _Runner:
         }
         if None in records.values():
             check.check(experiment, self.models, self.inputs, self.teachers)
-        wanted = experiment.export
-        exports.check(wanted.formats, "config.export.formats")
-        if wanted.latency_batches:  # beside the float model in ONNX Runtime
-            exports.check(("onnx",), "config.export.latency_batches")
+        exports.check_config(experiment.export)
         self.store.save_config()
         self.progress.start(len(records))
         for (name, seed), record in records.items():

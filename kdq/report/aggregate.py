@@ -154,7 +154,7 @@ def _agreed(runs: list[Record], key: str):
     return values[0] if values else None
 
 
-def _number(record: Record, key: str) -> float:
+def number(record: Record, key: str) -> float:
     """A record's number; nan where it is absent, or null as JSON writes a nan."""
     value = record.get(key)
     return math.nan if value is None else float(value)
@@ -162,12 +162,12 @@ def _number(record: Record, key: str) -> float:
 
 def _mean(runs: list[Record], key: str, scale: float = 1) -> Mean:
     """Over the seeds that have the number: an arm without a teacher has no agreement."""
-    values = [_number(r, key) * scale for r in runs]
+    values = [number(r, key) * scale for r in runs]
     values = [v for v in values if not math.isnan(v)]
     mean, std = summary(values)
     return Mean(mean=mean, std=std, n=len(values))
 
 
 def _by_seed(runs: dict[int, Record]) -> dict[int, float]:
-    values = {seed: 100 * _number(r, "accuracy") for seed, r in runs.items()}
+    values = {seed: 100 * number(r, "accuracy") for seed, r in runs.items()}
     return {seed: value for seed, value in values.items() if not math.isnan(value)}

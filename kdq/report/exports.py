@@ -9,8 +9,15 @@ from rich.table import Table
 
 from kdq.evaluate.statistics import summary
 from kdq.report import Record
-from kdq.report.aggregate import Mean
-from kdq.report.table import ABSENT, escape, format_bytes, mean_cell, standard_output
+from kdq.report.aggregate import Mean, number
+from kdq.report.cells import (
+    ABSENT,
+    escape,
+    format_bytes,
+    format_energy,
+    mean_cell,
+    standard_output,
+)
 
 
 def print_table(found: Mapping[int, Mapping[str, Any]], console: Console | None = None) -> None:
@@ -37,14 +44,18 @@ def print_table(found: Mapping[int, Mapping[str, Any]], console: Console | None 
 def markdown(records: Sequence[Record]) -> str:
     """A table with a row for each arm and format, over seeds; "" if nothing was exported."""
     entries: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    energy: dict[str, list[float]] = {}
     for record in records:
+        energy.setdefault(record["arm"], []).append(number(record, "energy_modelled_nj"))
         for name, entry in record.get("exports", {}).items():
             entries.setdefault((record["arm"], name), []).append(entry)
     if not entries:
         return ""
     sizes = sorted({int(s) for own in entries.values() for e in own for s in _batches(e)})
     times = [name for s in sizes for name in (f"Batch {s}, ms", f"Batch {s}, times faster")]
-    head = ["Arm", "Format", "Size", "Accuracy %", "Agreement %", "Δ codes", *times]
+    smaller = ["Smaller"] if sizes else []
+    head = ["Arm", "Format", "Accuracy %", "Agreement %", "Δ codes", "Size", *smaller, *times]
+    head.append("Energy, modelled")
     left = ("Arm", "Format")
     lines = [
         "| " + " | ".join(head) + " |",
@@ -52,19 +63,23 @@ def markdown(records: Sequence[Record]) -> str:
     ]
     for (arm, name), own in entries.items():
         of = lambda key, own=own: [entry[key] for entry in own if key in entry]
-        codes = of("max_code_difference")
+        codes, recommended = of("max_code_difference"), of("recommended")
         cells = [
             escape(arm),
-            name,
-            format_bytes(summary(of("size_bytes"))[0]),
+            f"**{name}**" if recommended and all(recommended) else name,
             _mean([100 * value for value in of("accuracy")]),
             _mean([100 * value for value in of("argmax_agreement")]),
             str(max(codes)) if codes else ABSENT,
+            format_bytes(summary(of("size_bytes"))[0]),
         ]
+        if sizes:
+            factors = of("smaller_than_float")
+            cells.append(f"{summary(factors)[0]:.1f}×" if factors else ABSENT)
         for size in sizes:
             timed = [_batches(e)[str(size)] for e in own if str(size) in _batches(e)]
             cells += [_mean([t["milliseconds"] for t in timed], 3)]
             cells += [_mean([t["ratio"] for t in timed])]
+        cells.append(format_energy(summary(energy[arm])[0]))
         lines.append("| " + " | ".join(cells) + " |")
     notes = [
         "Accuracy: of the exported file in its own runtime, on the whole test split.",
@@ -72,7 +87,10 @@ def markdown(records: Sequence[Record]) -> str:
         "Δ codes: the largest difference of any integer of any layer from integer JAX.",
     ]
     if sizes:
-        notes.append("Times faster: than the same architecture as float in ONNX Runtime.")
+        notes.append(
+            "Smaller, times faster: than the same architecture as float in ONNX and ONNX Runtime, "
+            "timed beside it. The fastest format of an arm for the first batch size is **bold**."
+        )
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from kdq.report.aggregate import Row
-from kdq.report.table import ABSENT, difference_cell, escape, mean_cell
+from kdq.report.cells import ABSENT, escape, mean_cell
+from kdq.report.table import difference_cell
 
 
 def markdown(table: Sequence[Row]) -> str:

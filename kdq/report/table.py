@@ -1,7 +1,6 @@
 """The table of an experiment, as Markdown and on a terminal."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 
 from rich import box
@@ -9,13 +8,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kdq.report import Record
-from kdq.report.aggregate import Mean, Row, rows
+from kdq.report import Record, exports
+from kdq.report.aggregate import Row, rows
+from kdq.report.cells import (
+    ABSENT,
+    escape,
+    format_bytes,
+    format_energy,
+    mean_cell,
+    standard_output,
+)
 from kdq.report.notes import notes
 
 __all__ = ["Row", "markdown", "print_table", "rows"]
 
-ABSENT = "—"
 Column = tuple[str, Callable[[Row], str], int]
 
 
@@ -32,6 +38,8 @@ def markdown(table: Sequence[Row], records: Sequence[Record]) -> str:
         lines += ["", "What was transferred:", ""]
         lines += _grid([("Arm", lambda r: r.arm), *((n, cell) for n, _, cell in found)], table)
     lines += ["", *(f"- {escape(note)}" for note in notes(table, records)), ""]
+    if files := exports.markdown(records):
+        lines += ["What was exported:", "", files]
     return "\n".join(lines)
 
 
@@ -70,29 +78,6 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         console.print(Text(f"Not shown at this width: {left_out}."))
 
 
-def standard_output() -> Console:
-    """Where tables are printed: a log file or a pipe has room for every column."""
-    console = Console()
-    return console if console.is_terminal else Console(width=240)
-
-
-def escape(text: str) -> str:
-    """Makes text literal within a Markdown table cell or list item, on one line."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\|`*~])", r"\\\1", text)
-    # Only an underscore at a word's edge can start emphasis; a bracket only matters before "(".
-    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
-    return text.replace("](", r"\](")
-
-
-def mean_cell(value: Mean, digits: int = 2) -> str:
-    """Mean and spread; "—" of nothing."""
-    if value.n == 0:
-        return ABSENT
-    spread = "(n=1)" if value.n == 1 else f"± {value.std:.{digits}f}"
-    return f"{value.mean:.{digits}f} {spread}"
-
-
 def _accuracy(row: Row) -> str:
     if not row.failures:
         return mean_cell(row.accuracy)
@@ -123,21 +108,6 @@ def _plain(value: float, form: str) -> str:
     return ABSENT if math.isnan(value) else format(value, form)
 
 
-def format_bytes(size: float) -> str:
-    """Kibibytes up to a mebibyte: 12.3 KiB, 4.56 MiB."""
-    if math.isnan(size):
-        return ABSENT
-    if size < 1024:
-        return f"{size:.0f} B"
-    return f"{size / 1024:.1f} KiB" if size < 1024**2 else f"{size / 1024**2:.2f} MiB"
-
-
-def _energy(nanojoules: float) -> str:
-    if math.isnan(nanojoules):
-        return ABSENT
-    return f"{nanojoules:.3g} nJ" if nanojoules < 1000 else f"{nanojoules / 1000:.3g} µJ"
-
-
 def _bops(value: float) -> str:
     if math.isnan(value):
         return ABSENT
@@ -163,7 +133,7 @@ COLUMNS: tuple[Column, ...] = (
     ("Agreement %", lambda r: mean_cell(r.agreement), 160),
     ("KL", lambda r: mean_cell(r.kl_to_teacher, 4), 180),
     ("BOPs", lambda r: _bops(r.bops), 140),
-    ("Energy, modelled", lambda r: _energy(r.energy_modelled_nj), 180),
+    ("Energy, modelled", lambda r: format_energy(r.energy_modelled_nj), 180),
     ("Train s", lambda r: _plain(r.train_seconds, ".1f"), 140),
     ("Seeds", lambda r: str(len(r.seeds)), 120),
 )

@@ -62,8 +62,8 @@ def test_another_class_is_an_error_and_leaves_no_file(packed, tmp_path, monkeypa
     path, images = packed
     export(path, tmp_path / "out", ["packed", "stablehlo"], images)
 
-    def load(file):
-        run = deploy.FORMATS["stablehlo"].load(file)
+    def load(file, threads):
+        run = deploy.FORMATS["stablehlo"].load(file, threads)
         return lambda images: np.roll(run(images), 1, axis=-1)
 
     wrong = dataclasses.replace(deploy.FORMATS["stablehlo"], load=load)
@@ -112,3 +112,31 @@ def test_a_program_runs_without_the_model_and_refuses_damage(packed, tmp_path):
             load_stablehlo(file)
     with pytest.raises(FileNotFoundError, match="gone"):
         load_stablehlo(tmp_path / "gone")
+
+
+def test_the_fastest_is_recommended_but_never_the_simulation(packed, tmp_path):
+    pytest.importorskip("jax2onnx")
+    path, images = packed
+    formats, folder = ["packed", "onnx", "stablehlo"], tmp_path / "out"
+    manifest = export(path, folder, formats, images, latency_batches=(2, 64), threads=1)
+    assert json.loads((folder / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
+    timed = {name: entry["latency"] for name, entry in manifest["files"].items()}
+    assert set(timed) == set(formats)
+    for latency in timed.values():
+        assert latency["2"]["milliseconds"] < latency["64"]["milliseconds"]
+        low, high = latency["2"]["quartiles"]
+        assert low <= latency["2"]["ratio"] <= high
+        assert len(latency["conditions"]["cores"]) == 1
+    loaded = load_packed(path)
+    in_float = deploy.lower(loaded.model, loaded.variables, {}, images, train=False)
+    size = deploy.save_onnx(tmp_path / "float.onnx", in_float, images)
+    for entry in manifest["files"].values():
+        assert entry["smaller_than_float"] == pytest.approx(size / entry["size_bytes"])
+    best = max(("onnx", "stablehlo"), key=lambda name: timed[name]["2"]["ratio"])
+    assert manifest["recommended"] == best
+
+
+def test_more_threads_than_cores_are_refused_before_anything_is_written(packed, tmp_path):
+    with pytest.raises(ValueError, match=r"threads=100000: this process has \d+ cores"):
+        export(packed[0], tmp_path / "out", ["packed"], packed[1], threads=100_000)
+    assert not (tmp_path / "out").exists()

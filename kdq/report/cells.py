@@ -1,0 +1,49 @@
+"""Numbers and texts as cells of tables."""
+
+import math
+import re
+
+from rich.console import Console
+
+from kdq.report.aggregate import Mean
+
+ABSENT = "—"
+
+
+def escape(text: str) -> str:
+    """Makes text literal within a Markdown table cell or list item, on one line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\|`*~])", r"\\\1", text)
+    # Only an underscore at a word's edge can start emphasis; a bracket only matters before "(".
+    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+    return text.replace("](", r"\](")
+
+
+def mean_cell(value: Mean, digits: int = 2) -> str:
+    """Mean and spread; "—" of nothing."""
+    if value.n == 0:
+        return ABSENT
+    spread = "(n=1)" if value.n == 1 else f"± {value.std:.{digits}f}"
+    return f"{value.mean:.{digits}f} {spread}"
+
+
+def format_bytes(size: float) -> str:
+    """Kibibytes up to a mebibyte: 12.3 KiB, 4.56 MiB."""
+    if math.isnan(size):
+        return ABSENT
+    if size < 1024:
+        return f"{size:.0f} B"
+    return f"{size / 1024:.1f} KiB" if size < 1024**2 else f"{size / 1024**2:.2f} MiB"
+
+
+def format_energy(nanojoules: float) -> str:
+    """Nanojoules up to a microjoule: 12.3 nJ, 4.56 µJ."""
+    if math.isnan(nanojoules):
+        return ABSENT
+    return f"{nanojoules:.3g} nJ" if nanojoules < 1000 else f"{nanojoules / 1000:.3g} µJ"
+
+
+def standard_output() -> Console:
+    """Where tables are printed: a log file or a pipe has room for every column."""
+    console = Console()
+    return console if console.is_terminal else Console(width=240)
