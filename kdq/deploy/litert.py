@@ -19,10 +19,10 @@ from jax.extend import core
 
 from kdq import files
 from kdq.deploy import contraction, extras, network
-from kdq.deploy.contraction import Conv, Kernel
+from kdq.deploy.contraction import Conv, Dot, Kernel
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.deploy.lowering import IntegerModel
-from kdq.deploy.qtensor import InputGrid, QTensor
+from kdq.deploy.qtensor import InputGrid
 from kdq.quantize.layers import as_args
 from kdq.types import Array
 
@@ -49,40 +49,82 @@ class _Types:
             x = jnp.clip(x, low, high)
         return self.rounded(x, f"!quant.uniform<i8:f32, {float(scale)!r}:{int(zero) - 128}>")
 
-    def weight(self, weight: QTensor) -> Array:
-        """A weight, stored in 4 or 8 bits."""
-        bits = 4 if weight.codes.dtype in (jnp.int2, jnp.int4) else 8
-        scale = np.asarray(weight.scale)
-        along = [axis for axis in range(-scale.ndim, 0) if scale.shape[axis] > 1]
-        if weight.zero_point is not None or len(along) > 1:
-            raise ValueError("LiteRT has weights with one scale, or one for each channel, around 0")
+    def weight(self, codes: np.ndarray, scale: np.ndarray, axis: int, bits: int) -> Array:
+        """A weight of these codes, with a scale for each channel; one scale if all are alike."""
+        shape = [1] * codes.ndim
+        shape[axis] = -1
+        scale = np.float32(scale)
         with jax.ensure_compile_time_eval():
-            values = weight.dequantize()
-        if not along:
-            kind = f"!quant.uniform<i{bits}:f32, {float(scale.reshape(()))!r}>"
+            values = jnp.asarray(codes.astype(np.float32) * scale.reshape(shape))
+        if (scale == scale[0]).all():
+            kind = f"!quant.uniform<i{bits}:f32, {float(scale[0])!r}>"
         else:
-            axis = along[0] % values.ndim
-            scales = ", ".join(repr(float(one)) for one in scale.ravel())
+            scales = ", ".join(repr(float(one)) for one in scale)
             kind = f"!quant.uniform<i{bits}:f32:{axis}, {{{scales}}}>"
         return self.rounded(values, kind)
+
+
+def _on_grid(x: Array, grid: InputGrid) -> Array:
+    """An input rounded to its grid by operations on floats."""
+    scale, zero, top = (np.float32(v) for v in (grid.scale, grid.zero_point, grid.top))
+    return (jnp.clip(jnp.round(x / scale) + zero, 0, top) - zero) * scale
 
 
 class _Floats(contraction.Steps):
     """A layer on the floats that its codes stand for."""
 
-    def __init__(self, layer: IntegerLayer):
-        self.layer = layer
+    def __init__(self, layer: IntegerLayer, types: _Types):
+        self.layer, self.types = layer, types
 
     def multiply(self, kernel: Kernel, left: Array, right: Array) -> Array:
-        total = _product(kernel, left, right)
-        if self.layer.bias is None:
+        layer = self.layer
+        if layer.weight is None:
+            total = _product(kernel, left, right)
+        elif layer.weight_zero is not None:
+            raise ValueError("LiteRT has weights around 0 only")
+        else:
+            # Stored in 4 or 8 bits.
+            bits = 4 if layer.weight.codes.dtype in (jnp.int2, jnp.int4) else 8
+            weight = np.asarray(right), np.asarray(layer.weight_scale), bits
+            by_weight = self._convolve if isinstance(kernel, Conv) else self._matrix
+            total = by_weight(kernel, left, *weight)
+        if layer.bias is None:
             return total
         with jax.ensure_compile_time_eval():
-            bias = self.layer.bias.astype(jnp.float32) * self.layer.scale
+            bias = layer.bias.astype(jnp.float32) * layer.scale
         return total + bias
 
     def add_bias(self, result: Any, bias: Any) -> Any:
         return result  # it is in the sum already
+
+    def _convolve(
+        self, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
+    ) -> Array:
+        axis = kernel.dimension_numbers.rhs_spec[0]
+        scale = np.broadcast_to(scale.ravel(), codes.shape[axis])
+        return _product(kernel, x, self.types.weight(codes, scale, axis, bits))
+
+    def _matrix(
+        self, kernel: Dot, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
+    ) -> Array:
+        """By a weight of one axis of terms and one of channels, which LiteRT has scales for."""
+        (summed, shared), turn = kernel.dimension_numbers, -1 if kernel.swapped else 1
+        if shared[0]:
+            raise ValueError("LiteRT has no weight for each example")
+        of_x, of_weight = summed[::turn]
+        others = lambda rank, used: [axis for axis in range(rank) if axis not in used]
+        rows, columns = others(x.ndim, of_x), others(codes.ndim, of_weight)
+        height, width = [x.shape[a] for a in rows], [codes.shape[a] for a in columns]
+        # The result has the axes of the left factor before those of the right.
+        order = list(range(len(rows) + len(columns)))
+        if kernel.swapped:
+            order = [*order[len(columns) :], *order[: len(columns)]]
+        scale = scale.reshape([1] * (len(order) - scale.ndim) + list(scale.shape))
+        scale = np.broadcast_to(scale.transpose(order), [1] * len(rows) + width).ravel()
+        codes = codes.transpose([*of_weight, *columns]).reshape(-1, len(scale))
+        x = x.transpose([*rows, *of_x]).reshape([*height, len(codes)])
+        total = x @ self.types.weight(codes, scale, 1, bits)
+        return total.reshape([*height, *width]).transpose(np.argsort(order))
 
 
 def _product(kernel: Kernel, x: Array, w: Array) -> Array:
@@ -105,16 +147,19 @@ def _layer(eqn: core.JaxprEqn, values: Sequence[Any], types: _Types) -> Array:
     """A layer between floats."""
     call = eqn.params["call"]
     inputs, layer = network.split(values, call)
+    # Its kernel for a product of two inputs rounds twice, which moves codes of few bits.
+    by_floats = layer.weight is None and any(int(g.top) < 255 for g in layer.inputs.values())
+    round_input = _on_grid if by_floats else types.input
     given = {
-        role: types.input(x, layer.inputs[name])
+        role: round_input(x, layer.inputs[name])
         for role, x, name in zip(
             (contraction.INPUT, contraction.OTHER), inputs, call.operands, strict=False
         )
     }
     if layer.weight is not None:
-        given[contraction.WEIGHT] = types.weight(layer.weight)
+        given[contraction.WEIGHT] = layer.weight.codes
     operands = [(role, given.get(role)) for role in call.roles]
-    result = contraction.follow(call.traced, operands, _Floats(layer), {})[1]
+    result = contraction.follow(call.traced, operands, _Floats(layer, types), {})[1]
     return result.astype(eqn.outvars[0].aval.dtype)
 
 

@@ -12,7 +12,7 @@ interpreter = pytest.importorskip("ai_edge_litert.interpreter")
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 8)])
-@pytest.mark.parametrize("name", ["mlp", "pooled", "resnet"])
+@pytest.mark.parametrize("name", ["mlp", "pooled", "resnet", "vit"])
 def test_does_as_the_integer_model(name, bits):
     model, variables, images = network(name, offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
