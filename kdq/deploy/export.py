@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import files
+from kdq import files, provenance
 from kdq.deploy import extras, latency, litert, memory, onnx_model, stablehlo
 from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.packed import PackedModel, load_packed
@@ -204,6 +204,7 @@ def _export_one(
         "sha256": hashlib.sha256(data).hexdigest(),
         **details,
         **found,
+        "commit": provenance.commit(),
         "versions": {package: packages.version(package) for package in one.packages},
     }
 
