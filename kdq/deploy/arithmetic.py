@@ -2,7 +2,7 @@
 
 It is that of ONNX Runtime's kernels, bit for bit: a product is summed in int32, its bias is an
 int32 at the scale of the sum, and a sum becomes a code by one float32 multiplication that is
-rounded to the nearest, halves to even. `fixed_point` has the way of microcontrollers instead.
+rounded to the nearest, halves to even; or, the way of microcontrollers, by `multiply_fixed_point`.
 
 Inputs are uint8 codes around a zero point (`InputGrid`), weights signed codes (`QTensor`). Sums are
 of `(x - zero_point) * w`, but no such difference is ever made: `x` goes in as it is, less 128 so
@@ -138,43 +138,42 @@ def divide(x: Array, scale: Array) -> Array:
     return x / jnp.where(x == x, scale, x)
 
 
-def requantize(total: Array, scale: Array, grid: InputGrid) -> Array:
-    """int32 sums at `scale` as the codes of the next input, by a float32 multiplier."""
-    codes = jnp.round(total.astype(jnp.float32) * divide(scale, grid.scale))
-    return _to_codes(codes.astype(jnp.int32), grid)
+def requantize(total: Array, scale: Array, grid: InputGrid, *, fixed_point: bool = False) -> Array:
+    """int32 sums at `scale` as the codes of the next input.
 
-
-def _to_codes(steps: Array, grid: InputGrid) -> Array:
+    By a float32 multiplier, or by integers alone: `multiply_fixed_point`.
+    """
+    multiplier = divide(scale, grid.scale)
+    if fixed_point:
+        steps = multiply_fixed_point(total, multiplier)
+    else:
+        steps = jnp.round(total.astype(jnp.float32) * multiplier).astype(jnp.int32)
     # Clipped before the zero point is added, as the sum could overflow.
     low, high = -grid.zero_point, grid.top - grid.zero_point
     return (jnp.clip(steps, low, high) + grid.zero_point).astype(jnp.uint8)
 
 
-def fixed_point(multiplier: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`(mantissa, shift)` with multiplier ≈ mantissa · 2^(-31 - shift); arXiv:1712.05877, §2.2.
+def fixed_point(multiplier: Array) -> tuple[Array, Array]:
+    """`(mantissa, shift)` with multiplier = mantissa · 2^(-31 - shift); arXiv:1712.05877, §2.2.
 
     Args:
-      multiplier: positive, below 2^30.
+      multiplier: float32, positive and below 2^30.
 
     Returns:
-      int32 arrays of its shape; the mantissa in [2^30, 2^31).
+      int32 arrays of its shape; the mantissa in [2^30, 2^31), its last 7 bits 0.
     """
-    multiplier = np.asarray(multiplier, np.float64)
-    if not (np.isfinite(multiplier) & (multiplier > 0) & (multiplier < 2.0**30)).all():
-        raise ValueError(f"a multiplier is positive and below 2^30, got {multiplier}")
-    fraction, exponent = np.frexp(multiplier)
-    mantissa = np.round(fraction * 2.0**31).astype(np.int64)
-    carried = mantissa == 2**31
-    mantissa, exponent = np.where(carried, 2**30, mantissa), exponent + carried
-    return mantissa.astype(np.int32), (-exponent).astype(np.int32)
+    fraction, exponent = jnp.frexp(multiplier)
+    return (fraction * 2.0**24).astype(jnp.int32) << 7, -exponent
 
 
-def requantize_fixed_point(total: Array, mantissa: Array, shift: Array, grid: InputGrid) -> Array:
-    """int32 sums as codes by integers alone: the high half of a product, then a rounding shift.
+def multiply_fixed_point(total: Array, multiplier: Array) -> Array:
+    """int32 times float32, rounded to int32: the high half of a product, then a rounding shift.
 
     `round(total · mantissa · 2^-31)` with halves up, then the shift with halves away from zero; a
     negative shift comes before the product and saturates. This is what gemmlowp and CMSIS-NN do.
+    Only the multiplier is a float, which is a constant of a model.
     """
+    mantissa, shift = fixed_point(multiplier)
     left, right = jnp.maximum(-shift, 0), jnp.maximum(shift, 0)
     limit = jnp.right_shift(jnp.int32(2**31 - 1), left)
     total = jnp.left_shift(jnp.clip(total, -limit, limit), left)
@@ -183,7 +182,7 @@ def requantize_fixed_point(total: Array, mantissa: Array, shift: Array, grid: In
     remainder = jnp.bitwise_and(high, mask)
     threshold = jnp.right_shift(mask, 1) + (high < 0)
     steps = jnp.right_shift(high, jnp.minimum(right, 31)) + (remainder > threshold)
-    return _to_codes(jnp.where(right > 31, 0, steps), grid)
+    return jnp.where(right > 31, 0, steps)
 
 
 def _high_product(a: Array, b: Array) -> Array:

@@ -53,6 +53,7 @@ class _Static:
     biases: tuple[tuple[str, tuple[int, ...], Any], ...]  # (path, shape, dtype)
     folded: frozenset[str]  # batch norms that are part of the layer before them
     in_float: tuple[tuple[str, str], ...]  # {path: why}
+    fixed_point: bool
 
 
 class IntegerModel(flax.struct.PyTreeNode):
@@ -94,7 +95,13 @@ class IntegerModel(flax.struct.PyTreeNode):
         arguments = as_args(inputs)
         traced, structure = _trace(self, arguments)
         leaves = jax.tree.leaves((self.variables, arguments))
-        outputs = network.run(traced, leaves, unroll=unroll, made={} if made is None else made)
+        outputs = network.run(
+            traced,
+            leaves,
+            unroll=unroll,
+            made={} if made is None else made,
+            fixed_point=self.static.fixed_point,
+        )
         return jax.tree.unflatten(structure, outputs)
 
     def evaluate(self, inputs: Array | tuple, bind: Callable) -> Array:
@@ -138,6 +145,8 @@ def lower(
     variables: Variables,
     qparams: QParams,
     inputs: Array | tuple,
+    *,
+    fixed_point: bool = False,
     **apply_kwargs: Any,
 ) -> IntegerModel:
     """The integer model of a simulated one.
@@ -148,6 +157,9 @@ def lower(
       qparams: its quantizers.
       inputs: an array with a leading batch axis, or a tuple of positional arguments; only the
         shapes matter.
+      fixed_point: multiply sums by a fixed-point number and shift, as microcontrollers do, rather
+        than by a float32; and add sums as integers, as those of a residual block. A code may be
+        the next one then.
       **apply_kwargs: passed to the model, in evaluation mode, e.g. `train=False`.
 
     Returns:
@@ -199,6 +211,7 @@ def lower(
         biases=tuple(biases),
         folded=frozenset(folded),
         in_float=tuple(in_float.items()),
+        fixed_point=fixed_point,
     )
     return IntegerModel(variables={**variables, "params": params}, static=static)
 

@@ -7,6 +7,7 @@ that move or compare numbers, makes the codes of that grid itself.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from kdq.deploy import contraction, primitives
+from kdq.deploy import arithmetic, contraction, primitives
 from kdq.deploy.contraction import INPUT, LAYOUT, OTHER, RESULT, Kernel
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.deploy.qtensor import InputGrid
@@ -52,12 +53,12 @@ class Sums:
 class _Run(contraction.Steps):
     """A layer on codes."""
 
-    def __init__(self, layer: IntegerLayer, to: InputGrid | type):
-        self.layer, self.to = layer, to
+    def __init__(self, layer: IntegerLayer, to: InputGrid | type, fixed_point: bool):
+        self.layer, self.to, self.fixed_point = layer, to, fixed_point
 
     def multiply(self, kernel: Kernel, left: Array, right: Array) -> Array:
         grid = self.to if isinstance(self.to, InputGrid) else None
-        result = primitives.multiply(kernel, left, right, self.layer, grid)
+        result = primitives.multiply(kernel, left, right, self.layer, grid, self.fixed_point)
         return primitives.to_float(result, self.layer.scale) if self.to is float else result
 
     def add_bias(self, result: Any, bias: Any) -> Any:
@@ -65,7 +66,12 @@ class _Run(contraction.Steps):
 
 
 def run_layer(
-    call: LayerCall, layer: IntegerLayer, codes: Sequence[Array], to: InputGrid | type
+    call: LayerCall,
+    layer: IntegerLayer,
+    codes: Sequence[Array],
+    to: InputGrid | type,
+    *,
+    fixed_point: bool = False,
 ) -> tuple[str, Array]:
     """A layer on the codes of its inputs, to codes of a grid, to `float` or to `int`: its sums.
 
@@ -79,7 +85,7 @@ def run_layer(
         role: layer.inputs[name].zero_point
         for role, name in zip((INPUT, OTHER), call.operands, strict=False)
     }
-    return contraction.follow(call.traced, operands, _Run(layer, to), zeros)
+    return contraction.follow(call.traced, operands, _Run(layer, to, fixed_point), zeros)
 
 
 def _alone(*arrays: Array, call: LayerCall) -> Array:
@@ -112,6 +118,7 @@ def run(
     *,
     unroll: bool,
     made: dict[str, Array],
+    fixed_point: bool,
 ) -> list[Array]:
     """The outputs of a traced network.
 
@@ -120,9 +127,10 @@ def run(
       arguments: what it was traced with, or other arrays of these shapes.
       unroll: write each layer of a scanned stack out.
       made: gets what integer layers make; see `IntegerModel.apply`.
+      fixed_point: no floats between integer layers where there need not be; see `lower`.
     """
     flat = inlined(traced, arguments, unroll=unroll)
-    return _run(flat.jaxpr, flat.consts, arguments, made)
+    return _run(flat.jaxpr, flat.consts, arguments, made, fixed_point)
 
 
 def inlined(
@@ -203,6 +211,7 @@ def _run(
     consts: Sequence[Any],
     arguments: Sequence[Any],
     made: dict[str, Array],
+    fixed_point: bool,
 ) -> list[Array]:
     known = dict(zip([*jaxpr.invars, *jaxpr.constvars], [*arguments, *consts], strict=True))
     wanted = _wanted(jaxpr)
@@ -221,9 +230,9 @@ def _run(
         given = [_value(known, atom) for atom in eqn.invars]
         if eqn.primitive is layer_p:
             grid = grids.get(wanted.get(eqn.outvars[0]))
-            found = [_run_layer(eqn, given, rounded, grid, made)]
+            found = [_run_layer(eqn, given, rounded, grid, made, fixed_point)]
         else:
-            found = _run_other(eqn, given)
+            found = _run_other(eqn, given, fixed_point)
         known.update(zip(eqn.outvars, found, strict=True))
     return [_as_float(_value(known, atom), atom.aval.dtype) for atom in jaxpr.outvars]
 
@@ -245,7 +254,14 @@ def _grids(call: LayerCall) -> list[tuple[Hashable, str]]:
     return list(zip(call.grids, call.operands, strict=True))
 
 
-def _run_layer(eqn, given, rounded, grid: InputGrid | None, made: dict[str, Array]) -> Any:
+def _run_layer(
+    eqn: core.JaxprEqn,
+    given: Sequence[Any],
+    rounded: dict[tuple[Any, Hashable], Array],
+    grid: InputGrid | None,
+    made: dict[str, Array],
+    fixed_point: bool,
+) -> Any:
     call = eqn.params["call"]
     path, calls = call.path, 1
     while f"{path}/{call.operands[0]}" in made:
@@ -258,18 +274,24 @@ def _run_layer(eqn, given, rounded, grid: InputGrid | None, made: dict[str, Arra
             codes.append(x.codes)
             continue
         if (atom, number) not in rounded:
-            floats = _as_float(x, atom.aval.dtype)
-            rounded[atom, number] = primitives.quantize(floats, layer.inputs[name])
+            rounded[atom, number] = _codes(x, atom.aval.dtype, layer.inputs[name], fixed_point)
         codes.append(rounded[atom, number])
     made.update(zip((f"{path}/{name}" for name in call.operands), codes, strict=True))
     if grid is not None:
-        made[path] = run_layer(call, layer, codes, grid)[1]
+        made[path] = run_layer(call, layer, codes, grid, fixed_point=fixed_point)[1]
         return Codes(made[path], grid)
     role, total = run_layer(call, layer, codes, int)
     if role == RESULT:
         made[path] = total
         return Sums(total, layer.scale, call.largest)
     return run_layer(call, layer, codes, float)[1].astype(eqn.outvars[0].aval.dtype)
+
+
+def _codes(value: Any, dtype: Any, grid: InputGrid, fixed_point: bool) -> Array:
+    """The codes of an input."""
+    if fixed_point and isinstance(value, Sums):
+        return arithmetic.requantize(value.total, value.scale, grid, fixed_point=True)
+    return primitives.quantize(_as_float(value, dtype), grid)
 
 
 def _as_float(value: Any, dtype: Any) -> Array:
@@ -280,12 +302,12 @@ def _as_float(value: Any, dtype: Any) -> Array:
     return value
 
 
-def _run_other(eqn: core.JaxprEqn, given: Sequence[Any]) -> Sequence[Any]:
+def _run_other(eqn: core.JaxprEqn, given: Sequence[Any], fixed_point: bool) -> Sequence[Any]:
     """An equation between layers: on codes or sums where it means the same there."""
     if any(isinstance(value, Codes) for value in given):
         return [_on_codes(eqn, given)]
     if any(isinstance(value, Sums) for value in given):
-        found = _on_sums(eqn, given)
+        found = _on_sums(eqn, given, fixed_point)
         if found is not None:
             return [found]
         given = [
@@ -326,9 +348,11 @@ def _window_max(codes: Array, params: Mapping[str, Any]) -> Array:
     )
 
 
-def _on_sums(eqn: core.JaxprEqn, given: Sequence[Any]) -> Sums | None:
+def _on_sums(eqn: core.JaxprEqn, given: Sequence[Any], fixed_point: bool) -> Sums | None:
     """A rectifier, a mean or a factor, on sums; None for anything else."""
     name, sums = eqn.primitive.name, given[0]
+    if fixed_point and name == "add" and all(isinstance(value, Sums) for value in given):
+        return _added(*given)
     if not isinstance(sums, Sums) or any(isinstance(v, Sums) for v in given[1:]):
         return None
     total, scale, largest = sums.total, sums.scale, sums.largest
@@ -342,10 +366,35 @@ def _on_sums(eqn: core.JaxprEqn, given: Sequence[Any]) -> Sums | None:
         axes = [axis - total.ndim for axis in eqn.params["axes"]]
         count = int(np.prod([total.shape[axis] for axis in axes]))
         shared = all(-axis > scale.ndim or scale.shape[axis] == 1 for axis in axes)
+        if fixed_point:
+            total, scale, largest = _shortened(sums, count)
         if shared and count * largest < 2**31:
             own = tuple(axis for axis in axes if -axis <= scale.ndim)
             return Sums(total.sum(axes, dtype=jnp.int32), scale.squeeze(own), count * largest)
     return None
+
+
+ADDED = 2**29  # a bound of what two sums add up to
+
+
+def _added(left: Sums, right: Sums) -> Sums:
+    """Two arrays of sums, first brought to one scale at which they fit."""
+    largest = lambda a, b: (jnp.max(a) * left.largest + jnp.max(b) * right.largest) / ADDED
+    scale = contraction.at_once(largest, left.scale, right.scale)
+    rescaled = [
+        arithmetic.multiply_fixed_point(sums.total, arithmetic.divide(sums.scale, scale))
+        for sums in (left, right)
+    ]
+    return Sums(rescaled[0] + rescaled[1], scale, ADDED + 2)
+
+
+def _shortened(sums: Sums, count: int) -> tuple[Array, Array, int]:
+    """Sums of which as many can be added, with their scale and bound."""
+    shift = max(0, math.ceil(math.log2(count * (sums.largest + 1) / 2**31)))
+    if not shift:
+        return sums.total, sums.scale, sums.largest
+    half = 1 << (shift - 1)
+    return (sums.total + half) >> shift, sums.scale * 2**shift, (sums.largest >> shift) + 1
 
 
 def _is_zero(atom: Any) -> bool:

@@ -40,8 +40,11 @@ def to_onnx(
 
     Raises:
       ImportError: jax2onnx is not installed; says how to.
-      ValueError: an integer layer is inside `nn.vmap`, or in a loop that is no scan.
+      ValueError: an integer layer is inside `nn.vmap`, or in a loop that is no scan; or the model
+        multiplies by fixed-point numbers.
     """
+    if lowered.static.fixed_point:
+        raise ValueError("ONNX has multipliers of sums in float32: lower without fixed_point")
     jax2onnx, onnx_ops = extras.load("onnx", "jax2onnx", "kdq.deploy.onnx_ops")
     program, specs, _ = _program(lowered, inputs, each_layer)
     function = lambda *arrays: network.evaluate(program, arrays, onnx_ops.bind)

@@ -97,14 +97,16 @@ class PackedModel:
         """The outputs in evaluation mode, [batch, classes] for our models."""
         return quantize.predict(self.model, self.variables, self.qparams, inputs)
 
-    def lower(self, inputs: Array | tuple) -> IntegerModel:
+    def lower(self, inputs: Array | tuple, *, fixed_point: bool = False) -> IntegerModel:
         """The integer model, in evaluation mode; see `lower`. Only the shapes of inputs matter."""
         paths = {*self.qparams, *self.weight_quantizers}
         qparams = {
             path: {**self.weight_quantizers.get(path, {}), **self.qparams.get(path, {})}
             for path in paths
         }
-        return lower(self.model, self.variables, qparams, inputs, train=False)
+        return lower(
+            self.model, self.variables, qparams, inputs, fixed_point=fixed_point, train=False
+        )
 
 
 def save_packed(

@@ -44,13 +44,15 @@ def _dequantize(codes: Array, *leaves: Array) -> Array:
     return arithmetic.dequantize(codes, InputGrid(*leaves))
 
 
-def _multiply(x: Array, w: Array, *leaves: Array, kernel: Kernel, structure: Any) -> Array:
+def _multiply(
+    x: Array, w: Array, *leaves: Array, kernel: Kernel, structure: Any, fixed_point: bool
+) -> Array:
     parts = jax.tree.unflatten(structure, leaves)
     total = arithmetic.product(kernel, x, parts["x"].zero_point, w, parts["w_sum"], parts["w_zero"])
     total = total if parts["bias"] is None else total + parts["bias"]
     if parts["grid"] is None:
         return total
-    return arithmetic.requantize(total, parts["scale"], parts["grid"])
+    return arithmetic.requantize(total, parts["scale"], parts["grid"], fixed_point=fixed_point)
 
 
 def _weight(*leaves: Array, structure: Any) -> Array:
@@ -85,7 +87,12 @@ def to_float(total: Array, scale: Array) -> Array:
 
 
 def multiply(
-    kernel: Kernel, x: Array, w: Array, layer: IntegerLayer, grid: InputGrid | None
+    kernel: Kernel,
+    x: Array,
+    w: Array,
+    layer: IntegerLayer,
+    grid: InputGrid | None,
+    fixed_point: bool,
 ) -> Array:
     """The product of an integer layer, with its bias: int32 sums, or the codes of `grid`.
 
@@ -95,6 +102,7 @@ def multiply(
       w: the codes of its weight, arranged as the product sees them; or of its second input.
       layer: what else it computes with.
       grid: of the codes to make; None for sums.
+      fixed_point: how to make codes; see `arithmetic.requantize`.
     """
     other = None if layer.weight is not None else layer.inputs["other"]
     parts = {
@@ -108,7 +116,9 @@ def multiply(
         "grid": grid,
     }
     leaves, structure = jax.tree.flatten(parts)
-    return multiply_p.bind(x, w, *leaves, kernel=kernel, structure=structure)
+    return multiply_p.bind(
+        x, w, *leaves, kernel=kernel, structure=structure, fixed_point=fixed_point
+    )
 
 
 def weight(codes: QTensor) -> Array:

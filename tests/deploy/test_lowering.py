@@ -9,6 +9,7 @@ from networks import NETWORKS, network
 
 from kdq import quantize
 from kdq.deploy import lower, round_biases
+from kdq.deploy import network as network_of_layers
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.quantize import QuantizationRule, TensorSpec, grid, kinds
 from kdq.quantize.layers import path_of
@@ -183,3 +184,57 @@ def test_an_unknown_layer_is_an_error():
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
     with pytest.raises(KeyError, match="nowhere"):
         lower(model, variables, {"nowhere": qparams["head"]}, images)
+
+
+def _floats_between(jaxpr):
+    """Operations that make an image of floats after the first codes have been made."""
+    found, codes = [], False
+    for eqn in jaxpr.eqns:
+        out = eqn.outvars[0].aval
+        codes = codes or out.dtype == jnp.uint8
+        if codes and out.ndim == 4 and out.shape[0] > 1 and out.dtype == jnp.float32:
+            found.append(eqn.primitive.name)
+    return found
+
+
+def test_by_fixed_point_numbers_a_residual_network_is_integers_from_end_to_end():
+    model, variables, images = network("resnet", offsets=0.5)
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
+    variables = round_biases(model, variables, qparams, images)
+    by_float = lower(model, variables, qparams, images)
+    by_fixed = lower(model, variables, qparams, images, fixed_point=True)
+    flat = lambda lowered: jax.make_jaxpr(
+        lambda x: lowered.apply(x, unroll=True)
+    )(images).jaxpr  # fmt: skip
+    assert "kdq_to_float" in _floats_between(flat(by_float))
+    assert _floats_between(flat(by_fixed)) == []
+    expected, found = _codes(by_float, images), _codes(by_fixed, images)
+    assert expected.keys() == found.keys()
+    apart = np.concatenate([np.abs(expected[k].astype(int) - found[k]).ravel() for k in expected])
+    assert 0 < (apart > 0).mean() < 0.03  # the two roundings
+    assert apart.max() == 1
+    outputs, wanted = np.asarray(by_fixed(images)), np.asarray(by_float(images))
+    assert np.abs(outputs - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+def _codes(lowered, images):
+    """What each layer takes."""
+
+    @jax.jit
+    def run(lowered, images):
+        made = {}
+        lowered.apply(images, unroll=True, made=made)
+        return {name: array for name, array in made.items() if array.dtype == jnp.uint8}
+
+    return jax.tree.map(np.asarray, run(lowered, images))
+
+
+def test_many_sums_are_shortened_before_they_are_added():
+    rng = np.random.default_rng(0)
+    total = rng.integers(-(2**29), 2**29, (4, 7, 7, 3)).astype(np.int32)
+    sums = network_of_layers.Sums(jnp.asarray(total), jnp.float32(1e-6), 2**29)
+    short, scale, largest = network_of_layers._shortened(sums, 49)
+    assert 49 * largest < 2**31
+    assert np.abs(short).max() <= largest
+    found = np.asarray(short).sum((1, 2), dtype=np.int32) * np.float64(scale)
+    np.testing.assert_allclose(found, total.sum((1, 2), dtype=np.int64) * 1e-6, rtol=1e-5, atol=0.5)

@@ -201,6 +201,14 @@ def test_pairs_of_products_saturate_unless_told_otherwise():
     assert np.abs(run(exact=False)[0] - integer(x)).max() > 10
 
 
+def test_fixed_point_multipliers_are_an_error():
+    model, variables, images = network("mlp")
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
+    integer = deploy.lower(model, variables, qparams, images, fixed_point=True)
+    with pytest.raises(ValueError, match="lower without fixed_point"):
+        deploy.to_onnx(integer, images)
+
+
 def test_a_layer_that_onnx_has_no_form_for_is_an_error():
     members = nn.vmap(
         nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
