@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "fixed_scales": (),
     }
     config.export = {
-        "formats": ("onnx", "stablehlo"),
+        "formats": ("onnx", "litert", "stablehlo"),
         "examples": 1000,
         "agreement": 0.99,
         "latency_batches": (1, 64),

@@ -11,8 +11,15 @@ pytest.importorskip("litert_converter")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter")
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 8)])
-@pytest.mark.parametrize("name", ["mlp", "pooled", "resnet", "vit"])
+DEFAULT = [("mlp", (2, 8)), ("vit", (4, 4))]
+CASES = [
+    pytest.param(name, bits, marks=() if (name, bits) in DEFAULT else pytest.mark.slow)
+    for name in ("mlp", "pooled", "resnet", "vit")
+    for bits in [(8, 8), (4, 4), (2, 8)]
+]
+
+
+@pytest.mark.parametrize(("name", "bits"), CASES)
 def test_does_as_the_integer_model(name, bits):
     model, variables, images = network(name, offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
