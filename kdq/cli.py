@@ -18,7 +18,7 @@ MISTAKES = (
     config.ConfigError,
     data.DataError,
     deploy.PackedFileError,
-    deploy.ParityError,
+    deploy.ExportError,
     OSError,
 )
 

@@ -1,6 +1,6 @@
 """Deployment: files that are really smaller, and the models loaded back from them."""
 
-from kdq.deploy.export import FORMATS, ParityError, check_formats, export
+from kdq.deploy.export import FORMATS, ExportError, ParityError, check_formats, export
 from kdq.deploy.lowering import IntegerModel, lower, round_biases
 from kdq.deploy.onnx_model import layer_names, onnx_session, save_onnx, to_onnx
 from kdq.deploy.packed import PackedFileError, PackedModel, load_packed, save_packed
@@ -8,6 +8,7 @@ from kdq.deploy.stablehlo import load_stablehlo, save_stablehlo
 
 __all__ = [
     "FORMATS",
+    "ExportError",
     "IntegerModel",
     "PackedFileError",
     "PackedModel",

@@ -26,7 +26,11 @@ MANIFEST = "manifest.json"
 Runtime = Callable[[np.ndarray], np.ndarray]
 
 
-class ParityError(RuntimeError):
+class ExportError(RuntimeError):
+    """A model that a format has no words for; the message says which part."""
+
+
+class ParityError(ExportError):
     """A file whose runtime does not do what was simulated; the message says by how much."""
 
 
@@ -89,7 +93,8 @@ def export(
     Raises:
       ValueError: a format that there is not, or more threads than cores.
       ImportError: a library that a format needs is not installed; says how to install it.
-      ParityError: less agreement; the file is not there then.
+      ExportError: a format can't hold the model, or (ParityError) a file does not agree; it is not
+        there then.
       PackedFileError: `path` is no packed model.
     """
     check_formats([*formats, *(["onnx"] if latency_batches else [])])
@@ -188,7 +193,10 @@ def _export_one(
     one = FORMATS[name]
     target = folder / one.file
     with _new_file(target) as temporary:
-        details = one.save(temporary, source)
+        try:
+            details = one.save(temporary, source)
+        except ValueError as error:
+            raise ExportError(f"format {name!r}: {error}") from error
         outputs = one.load(temporary, None)(source.images)
         found = parity(outputs, simulated) | one.compare(source)
         if not found["argmax_agreement"] >= agreement:
@@ -247,8 +255,19 @@ def _save_onnx(path: Path, source: Source) -> dict[str, Any]:
     return {"opset": onnx_model.opset(source.integer)}
 
 
-def _onnx_runtime(path: Path | bytes, threads: int | None) -> Runtime:
-    session = onnx_model.onnx_session(path, threads=threads)
+def _save_symmetric(path: Path, source: Source) -> dict[str, Any]:
+    onnx_model.save_onnx(
+        path, source.integer, source.images[:1], symmetric=True, metadata=source.about
+    )
+    return {"opset": onnx_model.opset(source.integer)}
+
+
+def _symmetric_runtime(path: Path, threads: int | None) -> Runtime:
+    return _onnx_runtime(path, threads, integer=False)
+
+
+def _onnx_runtime(path: Path | bytes, threads: int | None, integer: bool = True) -> Runtime:
+    session = onnx_model.onnx_session(path, threads=threads, integer=integer)
     (name,) = (given.name for given in session.get_inputs())
     return lambda images: session.run(None, {name: np.asarray(images)})[0]
 
@@ -307,6 +326,14 @@ FORMATS = {
         _save_onnx,
         _onnx_runtime,
         _compare_onnx,
+    ),
+    "onnx_int8": Format(
+        "model.int8.onnx",
+        "onnx",
+        ("jax2onnx", "onnx", "onnxruntime"),
+        _save_symmetric,
+        _symmetric_runtime,
+        simulates=True,  # TensorRT would not
     ),
     "litert": Format(
         "model.tflite",

@@ -9,18 +9,13 @@ so an output may be a code away from that of integer JAX.
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.extend import core
 
 from kdq import files
-from kdq.deploy import contraction, extras, network
-from kdq.deploy.contraction import Conv, Dot, Kernel
-from kdq.deploy.integer_layer import IntegerLayer
+from kdq.deploy import extras, rounded
 from kdq.deploy.lowering import IntegerModel
 from kdq.deploy.qtensor import InputGrid
 from kdq.quantize.layers import as_args
@@ -29,28 +24,31 @@ from kdq.types import Array
 MARK = "kdq_rounded_"
 
 
-class _Types:
+class _Types(rounded.Rounding):
     """The quantized types of a program, each by the number of its mark."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
-    def rounded(self, x: Array, quantized: str) -> Array:
+    def _marked(self, x: Array, quantized: str) -> Array:
         """`x`, marked to be rounded to a quantized element type."""
         self.found.append(quantized)
         name = f"{MARK}{len(self.found) - 1}"
         return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(x.shape, jnp.float32))(x)
 
-    def input(self, x: Array, grid: InputGrid) -> Array:
-        """An input of a layer on its grid: int8 codes, those of kdq less 128."""
+    def input(self, x: Array, grid: InputGrid, of_two: bool) -> Array:
+        """int8 codes, those of kdq less 128."""
+        if of_two and int(grid.top) < 255:
+            # Its kernel for a product of two inputs rounds twice, which moves codes of few bits.
+            return _on_grid(x, grid)
         scale, zero, top = (np.asarray(v) for v in (grid.scale, grid.zero_point, grid.top))
         if top < 255:  # the operators know no fewer codes than 256
             low, high = (np.float32(scale * (code - zero)) for code in (0, int(top)))
             x = jnp.clip(x, low, high)
-        return self.rounded(x, f"!quant.uniform<i8:f32, {float(scale)!r}:{int(zero) - 128}>")
+        return self._marked(x, f"!quant.uniform<i8:f32, {float(scale)!r}:{int(zero) - 128}>")
 
     def weight(self, codes: np.ndarray, scale: np.ndarray, axis: int, bits: int) -> Array:
-        """A weight of these codes, with a scale for each channel; one scale if all are alike."""
+        """With one scale if all are alike; stored in as many bits."""
         shape = [1] * codes.ndim
         shape[axis] = -1
         scale = np.float32(scale)
@@ -61,106 +59,13 @@ class _Types:
         else:
             scales = ", ".join(repr(float(one)) for one in scale)
             kind = f"!quant.uniform<i{bits}:f32:{axis}, {{{scales}}}>"
-        return self.rounded(values, kind)
+        return self._marked(values, kind)
 
 
 def _on_grid(x: Array, grid: InputGrid) -> Array:
     """An input rounded to its grid by operations on floats."""
     scale, zero, top = (np.float32(v) for v in (grid.scale, grid.zero_point, grid.top))
     return (jnp.clip(jnp.round(x / scale) + zero, 0, top) - zero) * scale
-
-
-class _Floats(contraction.Steps):
-    """A layer on the floats that its codes stand for."""
-
-    def __init__(self, layer: IntegerLayer, types: _Types):
-        self.layer, self.types = layer, types
-
-    def multiply(self, kernel: Kernel, left: Array, right: Array) -> Array:
-        layer = self.layer
-        if layer.weight is None:
-            total = _product(kernel, left, right)
-        elif layer.weight_zero is not None:
-            raise ValueError("LiteRT has weights around 0 only")
-        else:
-            # Stored in 4 or 8 bits.
-            bits = 4 if layer.weight.codes.dtype in (jnp.int2, jnp.int4) else 8
-            weight = np.asarray(right), np.asarray(layer.weight_scale), bits
-            by_weight = self._convolve if isinstance(kernel, Conv) else self._matrix
-            total = by_weight(kernel, left, *weight)
-        if layer.bias is None:
-            return total
-        with jax.ensure_compile_time_eval():
-            bias = layer.bias.astype(jnp.float32) * layer.scale
-        return total + bias
-
-    def add_bias(self, result: Any, bias: Any) -> Any:
-        return result  # it is in the sum already
-
-    def _convolve(
-        self, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
-    ) -> Array:
-        axis = kernel.dimension_numbers.rhs_spec[0]
-        scale = np.broadcast_to(scale.ravel(), codes.shape[axis])
-        return _product(kernel, x, self.types.weight(codes, scale, axis, bits))
-
-    def _matrix(
-        self, kernel: Dot, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
-    ) -> Array:
-        """By a weight of one axis of terms and one of channels, which LiteRT has scales for."""
-        (summed, shared), turn = kernel.dimension_numbers, -1 if kernel.swapped else 1
-        if shared[0]:
-            raise ValueError("LiteRT has no weight for each example")
-        of_x, of_weight = summed[::turn]
-        others = lambda rank, used: [axis for axis in range(rank) if axis not in used]
-        rows, columns = others(x.ndim, of_x), others(codes.ndim, of_weight)
-        height, width = [x.shape[a] for a in rows], [codes.shape[a] for a in columns]
-        # The result has the axes of the left factor before those of the right.
-        order = list(range(len(rows) + len(columns)))
-        if kernel.swapped:
-            order = [*order[len(columns) :], *order[: len(columns)]]
-        scale = scale.reshape([1] * (len(order) - scale.ndim) + list(scale.shape))
-        scale = np.broadcast_to(scale.transpose(order), [1] * len(rows) + width).ravel()
-        codes = codes.transpose([*of_weight, *columns]).reshape(-1, len(scale))
-        x = x.transpose([*rows, *of_x]).reshape([*height, len(codes)])
-        total = x @ self.types.weight(codes, scale, 1, bits)
-        return total.reshape([*height, *width]).transpose(np.argsort(order))
-
-
-def _product(kernel: Kernel, x: Array, w: Array) -> Array:
-    if isinstance(kernel, Conv):
-        return lax.conv_general_dilated(
-            x,
-            w,
-            kernel.strides,
-            kernel.padding,
-            kernel.input_dilation,
-            kernel.kernel_dilation,
-            kernel.dimension_numbers,
-            feature_group_count=kernel.groups,
-        )
-    left, right = (w, x) if kernel.swapped else (x, w)
-    return lax.dot_general(left, right, kernel.dimension_numbers)
-
-
-def _layer(eqn: core.JaxprEqn, values: Sequence[Any], types: _Types) -> Array:
-    """A layer between floats."""
-    call = eqn.params["call"]
-    inputs, layer = network.split(values, call)
-    # Its kernel for a product of two inputs rounds twice, which moves codes of few bits.
-    by_floats = layer.weight is None and any(int(g.top) < 255 for g in layer.inputs.values())
-    round_input = _on_grid if by_floats else types.input
-    given = {
-        role: round_input(x, layer.inputs[name])
-        for role, x, name in zip(
-            (contraction.INPUT, contraction.OTHER), inputs, call.operands, strict=False
-        )
-    }
-    if layer.weight is not None:
-        given[contraction.WEIGHT] = layer.weight.codes
-    operands = [(role, given.get(role)) for role in call.roles]
-    result = contraction.follow(call.traced, operands, _Floats(layer, types), {})[1]
-    return result.astype(eqn.outvars[0].aval.dtype)
 
 
 def to_litert(lowered: IntegerModel, inputs: Array | tuple) -> bytes:
@@ -186,15 +91,7 @@ def to_litert(lowered: IntegerModel, inputs: Array | tuple) -> bytes:
     ]
     types = _Types()
 
-    def forward(*arrays: Array) -> Any:
-        bind = lambda eqn, values: (
-            _layer(eqn, values, types)
-            if eqn.primitive is network.layer_p
-            else contraction.bind(eqn, values)
-        )
-        return lowered.evaluate(arrays, bind)
-
-    text = jax.jit(forward).lower(*specs).as_text(dialect="stablehlo")
+    text = jax.jit(rounded.forward(lowered, types)).lower(*specs).as_text(dialect="stablehlo")
     context = ir.Context()
     converter.prepare_mlir_context(context)
     with context:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kdq import files
-from kdq.deploy import extras, network
+from kdq.deploy import extras, network, rounded
 from kdq.deploy.lowering import IntegerModel
 from kdq.quantize.layers import as_args
 from kdq.types import Array
@@ -25,6 +25,7 @@ def to_onnx(
     inputs: Array | tuple,
     *,
     each_layer: bool = False,
+    symmetric: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Any:
     """The model as an `onnx.ModelProto`, for batches of any size.
@@ -36,17 +37,26 @@ def to_onnx(
       inputs: an array with a leading batch axis, or a tuple of these; only the shapes matter.
       each_layer: further outputs, int32, with what each integer layer takes and makes; see
         `layer_names`.
+      symmetric: for TensorRT and its like: layers multiply floats behind pairs of QuantizeLinear
+        and DequantizeLinear of int8 around 0, which such a runtime makes integer kernels of. Inputs
+        of 8 bits must be signed; weights have 8 bits in the file.
       metadata: texts to keep in the file.
 
     Raises:
       ImportError: jax2onnx is not installed; says how to.
-      ValueError: an integer layer is inside `nn.vmap`, or in a loop that is no scan; or the model
-        multiplies by fixed-point numbers.
+      ValueError: an integer layer is inside `nn.vmap`, or in a loop that is no scan; the model
+        multiplies by fixed-point numbers; or it has inputs that are not symmetric.
     """
     if lowered.static.fixed_point:
         raise ValueError("ONNX has multipliers of sums in float32: lower without fixed_point")
+    if symmetric and each_layer:
+        raise ValueError("each_layer: a symmetric model has no integers between its layers")
     jax2onnx, onnx_ops = extras.load("onnx", "jax2onnx", "kdq.deploy.onnx_ops")
-    program, specs, _ = _program(lowered, inputs, each_layer)
+    if symmetric:
+        specs = _specs(inputs)
+        program = jax.make_jaxpr(rounded.forward(lowered, onnx_ops.Symmetric()))(*specs)
+    else:
+        program, specs, _ = _program(lowered, inputs, each_layer)
     function = lambda *arrays: network.evaluate(program, arrays, onnx_ops.bind)
     names = lambda base, count: [f"{base}_{i}" if i else base for i in range(count)]
     with _quiet("onnx_ir.serde"):
@@ -80,13 +90,18 @@ def layer_names(lowered: IntegerModel, inputs: Array | tuple) -> list[str]:
     return _program(lowered, inputs, True)[2]
 
 
-def _program(lowered: IntegerModel, inputs: Array | tuple, each_layer: bool) -> tuple:
-    """The model with a batch of any size: its program, the inputs, the names of its layers."""
+def _specs(inputs: Array | tuple) -> list[jax.ShapeDtypeStruct]:
+    """Of inputs with a batch of any size."""
     (batch,) = jax.export.symbolic_shape("batch")
-    specs = [
+    return [
         jax.ShapeDtypeStruct((batch, *jnp.shape(array)[1:]), jnp.result_type(array))
         for array in as_args(inputs)
     ]
+
+
+def _program(lowered: IntegerModel, inputs: Array | tuple, each_layer: bool) -> tuple:
+    """The model with a batch of any size: its program, the inputs, the names of its layers."""
+    specs = _specs(inputs)
     names: list[str] = []
 
     def forward(*arrays: Array) -> Any:
@@ -120,10 +135,11 @@ def save_onnx(
     lowered: IntegerModel,
     inputs: Array | tuple,
     *,
+    symmetric: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Writes an ONNX file, atomically; returns its size in bytes. See `to_onnx`."""
-    data = to_onnx(lowered, inputs, metadata=metadata).SerializeToString()
+    data = to_onnx(lowered, inputs, symmetric=symmetric, metadata=metadata).SerializeToString()
     files.write_atomic(path, data)
     return len(data)
 
@@ -134,6 +150,7 @@ def onnx_session(
     threads: int | None = None,
     exact: bool = True,
     round_floats: bool = True,
+    integer: bool = True,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU.
 
@@ -145,6 +162,9 @@ def onnx_session(
       round_floats: where weights alone are quantized, round what they are multiplied with to 8
         bits, in blocks with a scale of their own, as ONNX Runtime does by default. Without it
         floats stay floats, as simulated: slower, and very slow unless weights have 4 bits.
+      integer: make integer kernels of pairs of QuantizeLinear and DequantizeLinear and of what is
+        between them. Without it they are computed as they are written, which a `symmetric` model
+        is to be checked with: ONNX Runtime 1.32 fails to make kernels of some.
 
     Raises:
       ImportError: onnxruntime is not installed; says how to.
@@ -158,6 +178,8 @@ def onnx_session(
     options.inter_op_num_threads = 1
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if not integer:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not round_floats:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if not isinstance(model, bytes):

@@ -7,6 +7,7 @@ left for groups of channels). Each computes what `arithmetic` does, bit for bit.
 in their own 2, 4 or 8 bits.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,9 +20,10 @@ import onnx_ir
 from jax.extend import core
 from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
-from kdq.deploy import primitives
+from kdq.deploy import arithmetic, primitives, rounded
 from kdq.deploy.contraction import Conv, Dot
 from kdq.deploy.qtensor import InputGrid
+from kdq.types import Array
 
 # jax2onnx computes the shapes of these at every run of the model, if the batch has any size.
 reshape_p = primitives.primitive("kdq_reshape", lambda x, *, shape: x.reshape(shape))
@@ -29,6 +31,49 @@ slice_p = primitives.primitive("kdq_slice", lambda x, **params: jax.lax.slice_p.
 # jax2onnx adds a scalar 0 to it, with which ONNX Runtime has no kernel for weights of few bits.
 matmul_p = primitives.primitive("kdq_matmul", jnp.matmul)
 add_p = primitives.primitive("kdq_add", jnp.add)  # of a bias without axes of one element
+
+
+def _round_int8(x: Array, scale: Array) -> Array:
+    return jnp.clip(jnp.round(arithmetic.divide(x, scale)), -128, 127) * scale
+
+
+def _int8_weight(codes: Array, scale: Array, *, axis: int) -> Array:
+    shape = [-1 if a == axis else 1 for a in range(codes.ndim)]
+    return codes.astype(jnp.float32) * scale.reshape(shape)
+
+
+round_int8_p = primitives.primitive("kdq_round_int8", _round_int8)
+int8_weight_p = primitives.primitive("kdq_int8_weight", _int8_weight)
+
+
+class Symmetric(rounded.Rounding):
+    """Pairs of QuantizeLinear and DequantizeLinear, of int8 around 0: what TensorRT reads."""
+
+    def input(self, x: Array, grid: InputGrid, of_two: bool) -> Array:
+        scale, zero, top = np.float32(grid.scale), int(grid.zero_point), int(grid.top)
+        low, high = -zero, top - zero
+        if low < -128 or high > 127:
+            raise ValueError(
+                f"it has integers from -128 to 127 for inputs, and a layer's go from {low} to "
+                f"{high}: calibrate with activations=TensorSpec(bits=8, signed=True)"
+            )
+        if (low, high) != (-128, 127):
+            x = jnp.clip(x, low * scale, high * scale)
+        return round_int8_p.bind(x, scale)
+
+    def weight(self, codes: np.ndarray, scale: np.ndarray, axis: int, bits: int) -> Array:
+        return int8_weight_p.bind(codes.astype(np.int8), scale, axis=axis)
+
+    def convolve(
+        self, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
+    ) -> Array:
+        """With the channels first, so that nothing is between a weight and its convolution."""
+        numbers = kernel.dimension_numbers
+        plain = jax.lax.ConvDimensionNumbers(*[tuple(range(x.ndim))] * 3)
+        kernel = dataclasses.replace(kernel, dimension_numbers=plain)
+        x, codes = x.transpose(numbers.lhs_spec), codes.transpose(numbers.rhs_spec)
+        total = super().convolve(kernel, x, codes, scale, bits)
+        return total.transpose(np.argsort(numbers.out_spec))
 
 
 class _Graph:
@@ -172,6 +217,21 @@ def _quantize(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     grid = graph.known(InputGrid(*eqn.invars[1:]))
     shape = eqn.outvars[0].aval.shape
     return graph.to_codes(graph.value(eqn.invars[0]), grid.scale, grid, shape)
+
+
+@_convert(round_int8_p, "QuantizeLinear")
+def _int8_pair(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    scale, shape = graph.known(eqn.invars[1]), eqn.outvars[0].aval.shape
+    inputs = [graph.value(eqn.invars[0]), graph.constant(scale), graph.constant(np.int8(0))]
+    codes = graph.node("QuantizeLinear", inputs, np.int8, shape)
+    return graph.from_codes(codes, scale, np.int8(0), shape)
+
+
+@_convert(int8_weight_p, "DequantizeLinear")
+def _int8_weight_codes(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    codes, scale = graph.known(eqn.invars[0]), graph.known(eqn.invars[1])
+    zeros, axis = np.zeros(len(scale), np.int8), eqn.params["axis"]
+    return graph.from_codes(graph.constant(codes), scale, zeros, codes.shape, axis=axis)
 
 
 @_convert(primitives.dequantize_p, "DequantizeLinear")

@@ -26,7 +26,7 @@ def export(
     and whether it is the recommended one, if they are timed.
 
     Raises:
-      ParityError: see `deploy.export`.
+      ExportError: see `deploy.export`.
     """
     images = _images(inputs, "validation")[: config.examples]
     manifest = deploy.export(
@@ -78,7 +78,7 @@ def of_workdir(
 
     Raises:
       ConfigError: no such experiment, arm or format, or one that has not been run.
-      ParityError: see `deploy.export`.
+      ExportError: see `deploy.export`.
     """
     experiment = _read(Path(workdir))
     check(formats, "format")

@@ -140,3 +140,10 @@ def test_more_threads_than_cores_are_refused_before_anything_is_written(packed, 
     with pytest.raises(ValueError, match=r"threads=100000: this process has \d+ cores"):
         export(packed[0], tmp_path / "out", ["packed"], packed[1], threads=100_000)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_format_can_not_hold_is_one_error_and_no_file(packed, tmp_path):
+    pytest.importorskip("jax2onnx")
+    with pytest.raises(deploy.ExportError, match=r"format 'onnx_int8': .* signed=True"):
+        export(packed[0], tmp_path / "out", ["packed", "onnx_int8"], packed[1])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"manifest.json", "model.safetensors"}

@@ -201,6 +201,50 @@ def test_pairs_of_products_saturate_unless_told_otherwise():
     assert np.abs(run(exact=False)[0] - integer(x)).max() > 10
 
 
+def _symmetric_rules(weights, activations):
+    return (
+        QuantizationRule(
+            path=".*",
+            weights=TensorSpec(bits=weights, granularity="per_channel"),
+            activations=TensorSpec(bits=activations, signed=True),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("resnet", (8, 8)), ("vit", (4, 8)), slow("cnn", (8, 4))]
+)
+def test_symmetric_models_have_pairs_of_int8_around_0(name, bits):
+    model, variables, images = network(name)
+    integer, _ = lowered(model, variables, images, _symmetric_rules(*bits))
+    proto = deploy.to_onnx(integer, images, symmetric=True)
+    known = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
+    makers = {node.output[0]: node for node in proto.graph.node}
+    pairs = 0
+    for node in proto.graph.node:
+        assert "Integer" not in node.op_type
+        assert not node.op_type.startswith("QLinear")
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero = known[node.input[2]]
+            assert zero.dtype == np.int8
+            assert not zero.any()
+        if node.op_type in ("Conv", "MatMul"):
+            # Nothing is between a weight and what multiplies it.
+            pairs += makers[node.input[1]].op_type == "DequantizeLinear"
+    layers = sum(1 for path in integer.static.largest if not path[0].endswith(("/qk", "/av")))
+    assert pairs >= layers
+    session = deploy.onnx_session(proto.SerializeToString(), integer=False)
+    (outputs,) = session.run(None, {"input": np.asarray(images)})
+    np.testing.assert_allclose(outputs, integer(images), atol=1e-5)
+
+
+def test_inputs_that_are_not_symmetric_are_an_error():
+    model, variables, images = network("mlp")
+    integer, _ = lowered(model, variables, images, quantize.uniform_rules(8, 8))
+    with pytest.raises(ValueError, match=r"from 0 to 255: calibrate with .*signed=True"):
+        deploy.to_onnx(integer, images, symmetric=True)
+
+
 def test_fixed_point_multipliers_are_an_error():
     model, variables, images = network("mlp")
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
