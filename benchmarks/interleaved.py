@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from absl import app, flags
 
 from kdq import heap, provenance
+from kdq.deploy import latency
 
 Step = Callable[[], Any]  # does its work once and returns arrays to wait for
 
@@ -39,14 +39,8 @@ def take_turns(
 
     Machines are noisy: what slows one round slows all of its steps.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + warmup):
-        # Another order each round, so that nobody always follows the same neighbour.
-        for name in np.random.default_rng(round_).permutation(list(steps)):
-            start = time.perf_counter()
-            jax.block_until_ready(steps[name]())
-            times[name].append(time.perf_counter() - start)
-    measured = {name: np.array(own[warmup:]) for name, own in times.items()}
+    ready = {name: lambda step=step: jax.block_until_ready(step()) for name, step in steps.items()}
+    measured = latency.seconds(ready, rounds=rounds, warmup=warmup, least_seconds=0)
     found = {}
     for name, own in measured.items():
         low, mid, high = np.percentile(own / measured[base], (25, 50, 75))

@@ -16,11 +16,10 @@ import jax
 import numpy as np
 
 from kdq import files, provenance
-from kdq.deploy import extras, latency, litert, memory, onnx_model, stablehlo
+from kdq.deploy import extras, latency, litert, memory, onnx_model, parity, stablehlo
 from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.packed import PackedModel, load_packed
 from kdq.fields import unknown
-from kdq.types import Array
 
 MANIFEST = "manifest.json"
 Runtime = Callable[[np.ndarray], np.ndarray]
@@ -73,7 +72,8 @@ def export(
     Each file is loaded in its own runtime and run on `images`. In the manifest, for each format:
     its size and SHA-256; `argmax_agreement` and `max_logit_difference` with the simulated model;
     for ONNX also `max_code_difference`, of what any integer layer makes, from integer JAX. Of the
-    model: the bytes of what is loaded, and the most that are alive at once for one example. Files
+    model: how many codes of layers' inputs differ between the simulation and integer JAX, the bytes
+    of what is loaded, and the most that are alive at once for one example. Files
     of formats that are not asked for, and their part of the manifest, stay as they are. If they are
     timed, "latency" has the milliseconds for each batch size and how many times faster that is than
     the float model in ONNX Runtime, beside it in the same process; "smaller_than_float" is how many
@@ -111,6 +111,9 @@ def export(
         "weight_bytes": memory.weight_bytes(integer),
         "activation_bytes": memory.activation_bytes(integer, images[:1]),
         "examples": len(images),
+        "simulation": parity.of_integers(
+            parity.simulated_codes(packed, integer, images), parity.made(integer, images)
+        ),
         "versions": {"kdq": packages.version("kdq"), "jax": jax.__version__},
     }
     about = {"packed_sha256": digest, "metadata": json.dumps(packed.metadata)}
@@ -198,7 +201,7 @@ def _export_one(
         except ValueError as error:
             raise ExportError(f"format {name!r}: {error}") from error
         outputs = one.load(temporary, None)(source.images)
-        found = parity(outputs, simulated) | one.compare(source)
+        found = parity.of_outputs(outputs, simulated) | one.compare(source)
         if not found["argmax_agreement"] >= agreement:
             raise ParityError(
                 f"{target}: its runtime has the class of the simulated model on "
@@ -226,15 +229,6 @@ def _new_file(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def parity(outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """How alike two arrays of outputs [examples, ..., classes] are."""
-    same = (outputs.argmax(-1) == expected.argmax(-1)).mean()
-    return {
-        "argmax_agreement": float(same),
-        "max_logit_difference": float(np.abs(outputs - expected).max()),
-    }
 
 
 # One save and one load for each format.
@@ -274,27 +268,12 @@ def _onnx_runtime(path: Path | bytes, threads: int | None, integer: bool = True)
 
 def _compare_onnx(source: Source) -> dict[str, Any]:
     """What each integer layer makes in ONNX Runtime and in JAX."""
-    ours = _made(source.integer, source.images)
     proto = onnx_model.to_onnx(source.integer, source.images[:1], each_layer=True)
     session = onnx_model.onnx_session(proto.SerializeToString())
     outputs = session.run(None, {onnx_model.INPUT: np.asarray(source.images)})[1:]
     names = onnx_model.layer_names(source.integer, source.images[:1])
-    apart = {
-        name: np.abs(np.asarray(ours[name]).astype(np.int64) - theirs)
-        for name, theirs in zip(names, outputs, strict=True)
-    }
-    apart = {name: array for name, array in apart.items() if array.any()}
-    return {
-        "max_code_difference": max((int(array.max()) for array in apart.values()), default=0),
-        "layers_that_differ": {name: float((array > 0).mean()) for name, array in apart.items()},
-    }
-
-
-@jax.jit
-def _made(integer: IntegerModel, images: Array) -> dict[str, Array]:
-    made: dict[str, Array] = {}
-    integer.apply(images, unroll=True, made=made)
-    return made
+    theirs = dict(zip(names, outputs, strict=True))
+    return parity.of_integers(parity.made(source.integer, source.images), theirs)
 
 
 def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:

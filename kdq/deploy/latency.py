@@ -40,6 +40,18 @@ def take_turns(
       warmup: rounds before them.
       least_seconds: a call that takes less is repeated within its turn.
     """
+    measured = seconds(calls, rounds=rounds, warmup=warmup, least_seconds=least_seconds)
+    found = {}
+    for name, own in measured.items():
+        low, mid, high = np.percentile(measured[base] / own, (25, 50, 75))
+        found[name] = Timing(1e3 * float(np.median(own)), float(mid), (float(low), float(high)))
+    return found
+
+
+def seconds(
+    calls: Mapping[str, Call], *, rounds: int, warmup: int, least_seconds: float
+) -> dict[str, np.ndarray]:
+    """The seconds of each call in each round that counts; arguments of `take_turns`."""
     repeats = {name: _repeats(call, least_seconds) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + warmup):
@@ -50,16 +62,13 @@ def take_turns(
             for _ in range(count):
                 call()
             times[name].append((time.perf_counter() - start) / count)
-    measured = {name: np.array(own[warmup:]) for name, own in times.items()}
-    found = {}
-    for name, own in measured.items():
-        low, mid, high = np.percentile(measured[base] / own, (25, 50, 75))
-        found[name] = Timing(1e3 * float(np.median(own)), float(mid), (float(low), float(high)))
-    return found
+    return {name: np.array(own[warmup:]) for name, own in times.items()}
 
 
 def _repeats(call: Call, least_seconds: float) -> int:
     """How often a call fits into the time, after the first, which may compile."""
+    if not least_seconds:
+        return 1
     call()
     start = time.perf_counter()
     call()

@@ -9,7 +9,7 @@ import pytest
 from networks import NETWORKS, network
 
 from kdq import deploy, quantize
-from kdq.deploy import ParityError, container, export, load_packed, load_stablehlo
+from kdq.deploy import ParityError, container, export, load_packed, load_stablehlo, parity
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,8 @@ def test_the_manifest_is_true(packed, tmp_path):
     assert manifest["metadata"] == {"arm": "qat"}
     assert manifest["in_float"] == {}
     assert manifest["examples"] == len(images)
+    assert manifest["simulation"]["max_code_difference"] <= 1
+    assert manifest["simulation"]["codes_that_differ"] <= 0.005
     for entry in manifest["files"].values():
         data = (folder / entry["file"]).read_bytes()
         assert entry["size_bytes"] == len(data)
@@ -147,3 +149,28 @@ def test_what_a_format_can_not_hold_is_one_error_and_no_file(packed, tmp_path):
     with pytest.raises(deploy.ExportError, match=r"format 'onnx_int8': .* signed=True"):
         export(packed[0], tmp_path / "out", ["packed", "onnx_int8"], packed[1])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"manifest.json", "model.safetensors"}
+
+
+def test_codes_that_differ_are_counted():
+    ours = {"a": np.uint8([[0, 1], [2, 255]]), "b": np.int32([5, 5, 5, 5]), "c": np.uint8([9])}
+    theirs = {"a": np.int32([[0, 1], [4, 254]]), "b": np.int32([5, 5, 5, 5]), "d": np.uint8([1])}
+    found = parity.of_integers(ours, theirs)
+    assert found == {
+        "max_code_difference": 2, "codes_that_differ": 2 / 8, "layers_that_differ": {"a": 0.5},
+    }  # fmt: skip
+
+
+def test_codes_of_the_simulation_by_hand(tmp_path):
+    """One layer, of which the codes of two calls are known."""
+    model, variables, images = network("mlp")
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
+    path = tmp_path / "model.safetensors"
+    deploy.save_packed(path, variables, qparams, model={**NETWORKS["mlp"], "num_classes": 10})
+    packed = load_packed(path)
+    integer = packed.lower(images)
+    codes = parity.simulated_codes(packed, integer, images)
+    assert set(codes) == {name for name in parity.made(integer, images) if "/" in name}
+    name = next(name for name in codes if codes[name].shape[-1] == 64)  # of the pixels
+    scale = np.float32(qparams[name.split("/")[0]]["activations"].scale)
+    steps = np.round(np.asarray(images).reshape(len(images), -1) / scale)
+    np.testing.assert_array_equal(codes[name], np.clip(steps, -128, 127) + 128)

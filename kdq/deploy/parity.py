@@ -1,0 +1,80 @@
+"""How alike they are: the simulation, the integer model, and a file in its own runtime."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from kdq import quantize
+from kdq.deploy.lowering import IntegerModel
+from kdq.deploy.packed import PackedModel
+from kdq.quantize import grid, kinds
+from kdq.quantize.layers import path_of
+from kdq.types import Array
+
+
+def of_outputs(outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Of two arrays of outputs [examples, ..., classes]."""
+    same = (outputs.argmax(-1) == expected.argmax(-1)).mean()
+    return {
+        "argmax_agreement": float(same),
+        "max_logit_difference": float(np.abs(outputs - expected).max()),
+    }
+
+
+def of_integers(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> dict[str, Any]:
+    """Of what layers take and make, by name; what the first has not is left out."""
+    apart = {
+        name: np.abs(np.asarray(ours[name]).astype(np.int64) - np.asarray(array))
+        for name, array in theirs.items()
+        if name in ours
+    }
+    count = sum(array.size for array in apart.values())
+    return {
+        "max_code_difference": max((int(array.max()) for array in apart.values()), default=0),
+        "codes_that_differ": sum(int((a > 0).sum()) for a in apart.values()) / max(count, 1),
+        "layers_that_differ": {
+            name: float((array > 0).mean()) for name, array in apart.items() if array.any()
+        },
+    }
+
+
+@jax.jit
+def made(integer: IntegerModel, images: Array) -> dict[str, Array]:
+    """What each integer layer takes and makes; see `IntegerModel.apply`."""
+    found: dict[str, Array] = {}
+    integer.apply(images, unroll=True, made=found)
+    return found
+
+
+def simulated_codes(packed: PackedModel, integer: IntegerModel, images: Array) -> dict[str, Array]:
+    """What the simulation rounds the inputs of layers to, named as by `made`.
+
+    Of layers in a stack nothing.
+    """
+    wanted = set(jax.eval_shape(made, integer, images))
+
+    def codes(variables: Any, qparams: Any, images: Array) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+
+        def record(next_fun: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+            path, method = path_of(context.module), context.method_name
+            quantizers = qparams.get(path, {})
+            name, calls = path, 1
+            while any(f"{name}/{operand}" in found for operand in quantizers):
+                calls += 1
+                name = f"{path}#{calls}"
+            for operand, place in kinds.operands(context.module, method).items():
+                if f"{name}/{operand}" in wanted and operand in quantizers:
+                    x = kinds.argument(args, kwargs, place)
+                    rounded = grid.to_codes(x, quantizers[operand]) - quantizers[operand].qmin
+                    found[f"{name}/{operand}"] = rounded
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(kinds.name_products), nn.intercept_methods(record):
+            quantize.apply(packed.model, variables, qparams, images, train=False)
+        return found
+
+    return jax.jit(codes)(packed.variables, packed.qparams, images)
