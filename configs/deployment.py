@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "examples": 1000,
         "agreement": 0.99,
         "latency_batches": (1, 64),
-        "threads": 0,
+        "threads": 1,  # the work on one example is too little for more
     }
     config.evaluations = 4
     config.checkpoint_seconds = 60.0

@@ -16,6 +16,7 @@ import numpy as np
 
 from kdq import files
 from kdq.deploy import extras, rounded
+from kdq.deploy.contraction import Conv
 from kdq.deploy.lowering import IntegerModel
 from kdq.deploy.qtensor import InputGrid
 from kdq.quantize.layers import as_args
@@ -48,7 +49,7 @@ class _Types(rounded.Rounding):
         return self._marked(x, f"!quant.uniform<i8:f32, {float(scale)!r}:{int(zero) - 128}>")
 
     def weight(self, codes: np.ndarray, scale: np.ndarray, axis: int, bits: int) -> Array:
-        """With one scale if all are alike; stored in as many bits."""
+        """With one scale if all are alike."""
         shape = [1] * codes.ndim
         shape[axis] = -1
         scale = np.float32(scale)
@@ -60,6 +61,12 @@ class _Types(rounded.Rounding):
             scales = ", ".join(repr(float(one)) for one in scale)
             kind = f"!quant.uniform<i{bits}:f32:{axis}, {{{scales}}}>"
         return self._marked(values, kind)
+
+    def convolve(
+        self, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
+    ) -> Array:
+        """In 8 bits: its kernel for convolutions with 4 is a hundred times slower, and inexact."""
+        return super().convolve(kernel, x, codes, scale, 8)
 
 
 def _on_grid(x: Array, grid: InputGrid) -> Array:

@@ -57,7 +57,7 @@ def to_onnx(
         program = jax.make_jaxpr(rounded.forward(lowered, onnx_ops.Symmetric()))(*specs)
     else:
         program, specs, _ = _program(lowered, inputs, each_layer)
-    function = lambda *arrays: network.evaluate(program, arrays, onnx_ops.bind)
+    function = lambda *arrays: onnx_ops.evaluate(program, arrays)
     names = lambda base, count: [f"{base}_{i}" if i else base for i in range(count)]
     with _quiet("onnx_ir.serde"):
         proto = jax2onnx.to_onnx(
@@ -108,9 +108,10 @@ def _program(lowered: IntegerModel, inputs: Array | tuple, each_layer: bool) -> 
         made: dict[str, Array] = {}
         outputs = lowered.apply(arrays, unroll=True, made=made)
         names.extend(made)
+        if not each_layer:
+            return outputs
         # Added to, as jax2onnx loses outputs that are transposed back for the next layer.
-        copies = [array.astype(jnp.int32) + 0 for array in made.values()]
-        return (outputs, copies) if each_layer else outputs
+        return outputs, [array.astype(jnp.int32) + 0 for array in made.values()]
 
     program = jax.make_jaxpr(forward)(*specs)
     for eqn in program.jaxpr.eqns:

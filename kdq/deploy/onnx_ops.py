@@ -7,9 +7,10 @@ left for groups of channels). Each computes what `arithmetic` does, bit for bit.
 in their own 2, 4 or 8 bits.
 """
 
+import collections
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import onnx_ir
 from jax.extend import core
 from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
-from kdq.deploy import arithmetic, primitives, rounded
+from kdq.deploy import arithmetic, network, primitives, rounded
 from kdq.deploy.contraction import Conv, Dot
 from kdq.deploy.qtensor import InputGrid
 from kdq.types import Array
@@ -42,6 +43,12 @@ def _int8_weight(codes: Array, scale: Array, *, axis: int) -> Array:
     return codes.astype(jnp.float32) * scale.reshape(shape)
 
 
+def _multiply_to_float(x: Array, w: Array, *leaves: Array, **params: Any) -> Array:
+    *leaves, scale = leaves
+    return arithmetic.to_float(primitives.multiply_p.bind(x, w, *leaves, **params), scale)
+
+
+multiply_to_float_p = primitives.primitive("kdq_multiply_to_float", _multiply_to_float)
 round_int8_p = primitives.primitive("kdq_round_int8", _round_int8)
 int8_weight_p = primitives.primitive("kdq_int8_weight", _int8_weight)
 
@@ -148,6 +155,53 @@ class _Graph:
         if codes.dtype == np.int8:
             return stored
         return self.node("Cast", [stored], np.int8, codes.shape, to=onnx_ir.DataType.INT8.value)
+
+
+def evaluate(program: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
+    """The outputs of a program, by operations that ONNX Runtime is fast at."""
+    uses = collections.Counter(
+        atom
+        for atoms in [*(eqn.invars for eqn in program.jaxpr.eqns), program.jaxpr.outvars]
+        for atom in atoms
+        if isinstance(atom, core.Var)
+    )
+    makers = {eqn.outvars[0]: eqn for eqn in program.jaxpr.eqns}
+    known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+    of_floats = {}  # products whose sums become floats at once, by that
+    for eqn in program.jaxpr.eqns:
+        if eqn.primitive is primitives.to_float_p and uses[eqn.invars[0]] == 1:
+            maker = makers.get(eqn.invars[0])
+            if maker is not None and _is_gemm_to_float(maker, known.get(eqn.invars[1]), known):
+                of_floats[eqn.outvars[0]] = maker
+    joined = {maker.outvars[0] for maker in of_floats.values()}
+
+    def one(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
+        if eqn.outvars[0] in joined:
+            return values  # for the one below
+        if eqn.outvars[0] in of_floats:
+            operands, scale = values
+            params = of_floats[eqn.outvars[0]].params
+            return multiply_to_float_p.bind(*operands, scale, **params)
+        return bind(eqn, values)
+
+    return network.evaluate(program, arrays, one)
+
+
+def _is_gemm_to_float(eqn: core.JaxprEqn, scale: Any, known: Mapping[core.Var, Any]) -> bool:
+    """Whether an equation is the product of rows and a matrix, whose sums have this scale."""
+    if eqn.primitive is not primitives.multiply_p or scale is None:
+        return False
+    parts = jax.tree.unflatten(eqn.params["structure"], eqn.invars[2:])
+    kernel = eqn.params["kernel"]
+    if not isinstance(kernel, Dot) or kernel.dimension_numbers[1][0]:
+        return False
+    if any(parts[name] is not None for name in ("grid", "other", "w_zero")):
+        return False
+    factors = [known.get(atom) for atom in (parts["x"].scale, parts["w_scale"])]
+    if any(factor is None for factor in factors):
+        return False
+    own = np.float32(factors[0]) * np.float32(factors[1])
+    return np.shape(own) == np.shape(scale) and bool((own == np.asarray(scale)).all())
 
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
@@ -359,6 +413,13 @@ def _rows(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     return graph.node("Mul", [floats, picked(graph.constant(scale), scale)], np.float32, shape)
 
 
+@_convert(multiply_to_float_p, "Gemm")
+def _multiply_floats(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+    x, w, *leaves, _ = eqn.invars
+    parts = graph.known(jax.tree.unflatten(eqn.params["structure"], leaves))
+    return _dot(graph, eqn.params["kernel"], x, w, parts, eqn.outvars[0].aval)
+
+
 @_convert(primitives.multiply_p, "QLinearConv")
 def _multiply(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     x, w, *leaves = eqn.invars
@@ -401,7 +462,7 @@ def _fused(
     shape: Sequence[Any],
     **attributes: Any,
 ) -> Any:
-    """A layer from codes to codes that ONNX Runtime has one kernel for.
+    """A layer from codes to codes, or floats, that ONNX Runtime has one kernel for.
 
     Args:
       graph: where.
@@ -425,6 +486,8 @@ def _fused(
         of_sums = np.float32(of_input.scale) * scale
         floats.append(graph.from_codes(bias, of_sums, zeros(np.int32), [len(scale)], axis=0))
     result = graph.node(op, floats, np.float32, shape, **attributes)
+    if parts["grid"] is None:
+        return result
     return graph.to_codes(result, parts["grid"].scale, parts["grid"], shape)
 
 
@@ -580,14 +643,15 @@ def _dot(graph: _Graph, kernel: Dot, x_atom: Any, w_atom: Any, parts: dict, out:
         return _finished(graph, laid_out(total, np.int32), parts, out)
     w = graph.known(w_atom)
     w = np.transpose(w, axes).reshape(*sizes(w_atom, w_shared), terms, width)
-    if parts["grid"] is not None and parts["w_zero"] is None and not parallel:
+    to_float = out.dtype == jnp.float32
+    if to_float or (parts["grid"] is not None and parts["w_zero"] is None and not parallel):
 
         def by_channel(array: Any) -> np.ndarray:
             array = _aligned(array, len(order)).transpose(np.argsort(order))
             return np.broadcast_to(array, [1] * len(rows) + columns).ravel()
 
-        codes = _fused(graph, "Gemm", x, w, 1, parts, by_channel, [height, width])
-        return laid_out(codes, np.uint8)
+        found = _fused(graph, "Gemm", x, w, 1, parts, by_channel, [height, width])
+        return laid_out(found, np.float32 if to_float else np.uint8)
 
     def multiply(w: np.ndarray) -> Any:
         factors = [x, graph.weight(w), x_zero]
