@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kdq import files
-from kdq.deploy import extras, network, rounded
+from kdq.deploy import extras, network, onnx_program, rounded
 from kdq.deploy.lowering import IntegerModel
 from kdq.quantize.layers import as_args
 from kdq.types import Array
@@ -51,13 +51,13 @@ def to_onnx(
         raise ValueError("ONNX has multipliers of sums in float32: lower without fixed_point")
     if symmetric and each_layer:
         raise ValueError("each_layer: a symmetric model has no integers between its layers")
-    jax2onnx, onnx_ops = extras.load("onnx", "jax2onnx", "kdq.deploy.onnx_ops")
+    jax2onnx, _ = extras.load("onnx", "jax2onnx", "kdq.deploy.onnx_ops")
     if symmetric:
         specs = _specs(inputs)
-        program = jax.make_jaxpr(rounded.forward(lowered, onnx_ops.Symmetric()))(*specs)
+        program = jax.make_jaxpr(rounded.forward(lowered, onnx_program.Symmetric()))(*specs)
     else:
         program, specs, _ = _program(lowered, inputs, each_layer)
-    function = lambda *arrays: onnx_ops.evaluate(program, arrays)
+    function = lambda *arrays: onnx_program.evaluate(program, arrays)
     names = lambda base, count: [f"{base}_{i}" if i else base for i in range(count)]
     with _quiet("onnx_ir.serde"):
         proto = jax2onnx.to_onnx(
@@ -68,9 +68,29 @@ def to_onnx(
             input_names=names(INPUT, len(specs)),
             output_names=names(OUTPUT, len(program.jaxpr.outvars)),
         )
+    _compact(proto.graph)
     for key, value in (metadata or {}).items():
         proto.metadata_props.add(key=key, value=value)
     return proto
+
+
+def _compact(graph: Any) -> None:
+    """Leaves out what a runtime finds itself: shapes, names, a second copy of a constant."""
+    del graph.value_info[:]
+    first: dict[bytes, str] = {}
+    same, kept = {}, []
+    for constant in graph.initializer:
+        name = constant.name
+        constant.name = ""
+        same[name] = first.setdefault(constant.SerializeToString(), name)
+        constant.name = name
+        if same[name] == name:
+            kept.append(constant)
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    for node in graph.node:
+        node.ClearField("name")
+        node.input[:] = [same.get(name, name) for name in node.input]
 
 
 @contextlib.contextmanager

@@ -7,10 +7,8 @@ left for groups of channels). Each computes what `arithmetic` does, bit for bit.
 in their own 2, 4 or 8 bits.
 """
 
-import collections
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,66 +19,9 @@ import onnx_ir
 from jax.extend import core
 from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
-from kdq.deploy import arithmetic, network, primitives, rounded
+from kdq.deploy import onnx_program, primitives
 from kdq.deploy.contraction import Conv, Dot
 from kdq.deploy.qtensor import InputGrid
-from kdq.types import Array
-
-# jax2onnx computes the shapes of these at every run of the model, if the batch has any size.
-reshape_p = primitives.primitive("kdq_reshape", lambda x, *, shape: x.reshape(shape))
-slice_p = primitives.primitive("kdq_slice", lambda x, **params: jax.lax.slice_p.bind(x, **params))
-# jax2onnx adds a scalar 0 to it, with which ONNX Runtime has no kernel for weights of few bits.
-matmul_p = primitives.primitive("kdq_matmul", jnp.matmul)
-add_p = primitives.primitive("kdq_add", jnp.add)  # of a bias without axes of one element
-
-
-def _round_int8(x: Array, scale: Array) -> Array:
-    return jnp.clip(jnp.round(arithmetic.divide(x, scale)), -128, 127) * scale
-
-
-def _int8_weight(codes: Array, scale: Array, *, axis: int) -> Array:
-    shape = [-1 if a == axis else 1 for a in range(codes.ndim)]
-    return codes.astype(jnp.float32) * scale.reshape(shape)
-
-
-def _multiply_to_float(x: Array, w: Array, *leaves: Array, **params: Any) -> Array:
-    *leaves, scale = leaves
-    return arithmetic.to_float(primitives.multiply_p.bind(x, w, *leaves, **params), scale)
-
-
-multiply_to_float_p = primitives.primitive("kdq_multiply_to_float", _multiply_to_float)
-round_int8_p = primitives.primitive("kdq_round_int8", _round_int8)
-int8_weight_p = primitives.primitive("kdq_int8_weight", _int8_weight)
-
-
-class Symmetric(rounded.Rounding):
-    """Pairs of QuantizeLinear and DequantizeLinear, of int8 around 0: what TensorRT reads."""
-
-    def input(self, x: Array, grid: InputGrid, of_two: bool) -> Array:
-        scale, zero, top = np.float32(grid.scale), int(grid.zero_point), int(grid.top)
-        low, high = -zero, top - zero
-        if low < -128 or high > 127:
-            raise ValueError(
-                f"it has integers from -128 to 127 for inputs, and a layer's go from {low} to "
-                f"{high}: calibrate with activations=TensorSpec(bits=8, signed=True)"
-            )
-        if (low, high) != (-128, 127):
-            x = jnp.clip(x, low * scale, high * scale)
-        return round_int8_p.bind(x, scale)
-
-    def weight(self, codes: np.ndarray, scale: np.ndarray, axis: int, bits: int) -> Array:
-        return int8_weight_p.bind(codes.astype(np.int8), scale, axis=axis)
-
-    def convolve(
-        self, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
-    ) -> Array:
-        """With the channels first, so that nothing is between a weight and its convolution."""
-        numbers = kernel.dimension_numbers
-        plain = jax.lax.ConvDimensionNumbers(*[tuple(range(x.ndim))] * 3)
-        kernel = dataclasses.replace(kernel, dimension_numbers=plain)
-        x, codes = x.transpose(numbers.lhs_spec), codes.transpose(numbers.rhs_spec)
-        total = super().convolve(kernel, x, codes, scale, bits)
-        return total.transpose(np.argsort(numbers.out_spec))
 
 
 class _Graph:
@@ -157,87 +98,6 @@ class _Graph:
         return self.node("Cast", [stored], np.int8, codes.shape, to=onnx_ir.DataType.INT8.value)
 
 
-def evaluate(program: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
-    """The outputs of a program, by operations that ONNX Runtime is fast at."""
-    uses = collections.Counter(
-        atom
-        for atoms in [*(eqn.invars for eqn in program.jaxpr.eqns), program.jaxpr.outvars]
-        for atom in atoms
-        if isinstance(atom, core.Var)
-    )
-    makers = {eqn.outvars[0]: eqn for eqn in program.jaxpr.eqns}
-    known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-    of_floats = {}  # products whose sums become floats at once, by that
-    for eqn in program.jaxpr.eqns:
-        if eqn.primitive is primitives.to_float_p and uses[eqn.invars[0]] == 1:
-            maker = makers.get(eqn.invars[0])
-            if maker is not None and _is_gemm_to_float(maker, known.get(eqn.invars[1]), known):
-                of_floats[eqn.outvars[0]] = maker
-    joined = {maker.outvars[0] for maker in of_floats.values()}
-
-    def one(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-        if eqn.outvars[0] in joined:
-            return values  # for the one below
-        if eqn.outvars[0] in of_floats:
-            operands, scale = values
-            params = of_floats[eqn.outvars[0]].params
-            return multiply_to_float_p.bind(*operands, scale, **params)
-        return bind(eqn, values)
-
-    return network.evaluate(program, arrays, one)
-
-
-def _is_gemm_to_float(eqn: core.JaxprEqn, scale: Any, known: Mapping[core.Var, Any]) -> bool:
-    """Whether an equation is the product of rows and a matrix, whose sums have this scale."""
-    if eqn.primitive is not primitives.multiply_p or scale is None:
-        return False
-    parts = jax.tree.unflatten(eqn.params["structure"], eqn.invars[2:])
-    kernel = eqn.params["kernel"]
-    if not isinstance(kernel, Dot) or kernel.dimension_numbers[1][0]:
-        return False
-    if any(parts[name] is not None for name in ("grid", "other", "w_zero")):
-        return False
-    factors = [known.get(atom) for atom in (parts["x"].scale, parts["w_scale"])]
-    if any(factor is None for factor in factors):
-        return False
-    own = np.float32(factors[0]) * np.float32(factors[1])
-    return np.shape(own) == np.shape(scale) and bool((own == np.asarray(scale)).all())
-
-
-def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-    """An equation on other values, by an operation that runs faster if there is one."""
-    name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
-    if name == "dot_general" and _is_matmul(eqn):
-        return matmul_p.bind(*values)
-    if name == "add" and not isinstance(values[1], jax.core.Tracer):
-        bias = values[1].shape
-        if len(bias) > 1 and math.prod(bias) == bias[-1]:
-            return add_p.bind(values[0], np.ravel(values[1]))
-    if [isinstance(size, int) for size in shape].count(False) == 1:
-        if name in ("reshape", "squeeze", "expand_dims"):
-            return reshape_p.bind(values[0], shape=shape)
-        given = eqn.invars[0].aval.shape
-        same_count = math.prod(given) == math.prod(shape)
-        if name == "broadcast_in_dim" and len(values) == 1 and same_count:
-            return reshape_p.bind(values[0], shape=shape)
-        if name == "slice" and all(
-            isinstance(size, int) or (start == 0 and limit == size)
-            for start, limit, size in zip(
-                params["start_indices"], params["limit_indices"], given, strict=True
-            )
-        ):
-            return slice_p.bind(values[0], **params)
-    return eqn.primitive.bind(*values, **params)
-
-
-def _is_matmul(eqn: core.JaxprEqn) -> bool:
-    """Whether a product is that of float rows and a matrix."""
-    x, matrix = (atom.aval for atom in eqn.invars)
-    numbers = (((x.ndim - 1,), (0,)), ((), ()))
-    floats = x.dtype == matrix.dtype == eqn.outvars[0].aval.dtype == jnp.float32
-    return floats and matrix.ndim == 2 and eqn.params["dimension_numbers"] == numbers
-
-
 def _dimension(size: Any) -> Any:
     if isinstance(size, int | np.integer):
         return int(size)
@@ -273,7 +133,7 @@ def _quantize(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     return graph.to_codes(graph.value(eqn.invars[0]), grid.scale, grid, shape)
 
 
-@_convert(round_int8_p, "QuantizeLinear")
+@_convert(onnx_program.round_int8_p, "QuantizeLinear")
 def _int8_pair(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     scale, shape = graph.known(eqn.invars[1]), eqn.outvars[0].aval.shape
     inputs = [graph.value(eqn.invars[0]), graph.constant(scale), graph.constant(np.int8(0))]
@@ -281,7 +141,7 @@ def _int8_pair(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     return graph.from_codes(codes, scale, np.int8(0), shape)
 
 
-@_convert(int8_weight_p, "DequantizeLinear")
+@_convert(onnx_program.int8_weight_p, "DequantizeLinear")
 def _int8_weight_codes(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     codes, scale = graph.known(eqn.invars[0]), graph.known(eqn.invars[1])
     zeros, axis = np.zeros(len(scale), np.int8), eqn.params["axis"]
@@ -309,25 +169,25 @@ def _scaled(graph: _Graph, total: Any, scale: Any, shape: Sequence[Any]) -> Any:
     return graph.node("Mul", [cast, scale], np.float32, shape)
 
 
-@_convert(reshape_p, "Reshape")
+@_convert(onnx_program.reshape_p, "Reshape")
 def _reshape(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     value = graph.value(eqn.invars[0])
     return graph.reshape(value, eqn.params["shape"], eqn.outvars[0].aval.dtype)
 
 
-@_convert(matmul_p, "MatMul")
+@_convert(onnx_program.matmul_p, "MatMul")
 def _matmul(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     out = eqn.outvars[0].aval
     return graph.node("MatMul", [graph.value(atom) for atom in eqn.invars], out.dtype, out.shape)
 
 
-@_convert(add_p, "Add")
+@_convert(onnx_program.add_p, "Add")
 def _add(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     out = eqn.outvars[0].aval
     return graph.node("Add", [graph.value(atom) for atom in eqn.invars], out.dtype, out.shape)
 
 
-@_convert(slice_p, "Slice")
+@_convert(onnx_program.slice_p, "Slice")
 def _slice(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     given, out, params = eqn.invars[0].aval.shape, eqn.outvars[0].aval, eqn.params
     axes = [axis for axis, size in enumerate(given) if isinstance(size, int)]
@@ -413,7 +273,7 @@ def _rows(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     return graph.node("Mul", [floats, picked(graph.constant(scale), scale)], np.float32, shape)
 
 
-@_convert(multiply_to_float_p, "Gemm")
+@_convert(onnx_program.multiply_to_float_p, "Gemm")
 def _multiply_floats(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     x, w, *leaves, _ = eqn.invars
     parts = graph.known(jax.tree.unflatten(eqn.params["structure"], leaves))
@@ -484,7 +344,7 @@ def _fused(
     if parts["bias"] is not None:
         bias = graph.constant(by_channel(parts["bias"]))
         of_sums = np.float32(of_input.scale) * scale
-        floats.append(graph.from_codes(bias, of_sums, zeros(np.int32), [len(scale)], axis=0))
+        floats.append(graph.from_codes(bias, of_sums, None, [len(scale)], axis=0))
     result = graph.node(op, floats, np.float32, shape, **attributes)
     if parts["grid"] is None:
         return result

@@ -25,16 +25,23 @@ def of_outputs(outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
 
 
 def of_integers(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> dict[str, Any]:
-    """Of what layers take and make, by name; what the first has not is left out."""
+    """Of what layers take and make, by name: uint8 codes, and int32 sums.
+
+    What the first has not is left out.
+    """
     apart = {
         name: np.abs(np.asarray(ours[name]).astype(np.int64) - np.asarray(array))
         for name, array in theirs.items()
         if name in ours
     }
-    count = sum(array.size for array in apart.values())
+    codes = [array for name, array in apart.items() if ours[name].dtype == np.uint8]
+    sums = [array for name, array in apart.items() if ours[name].dtype != np.uint8]
+    largest = lambda arrays: max((int(array.max()) for array in arrays), default=0)
+    count = sum(array.size for array in codes)
     return {
-        "max_code_difference": max((int(array.max()) for array in apart.values()), default=0),
-        "codes_that_differ": sum(int((a > 0).sum()) for a in apart.values()) / max(count, 1),
+        "max_code_difference": largest(codes),
+        "max_sum_difference": largest(sums),
+        "codes_that_differ": sum(int((array > 0).sum()) for array in codes) / max(count, 1),
         "layers_that_differ": {
             name: float((array > 0).mean()) for name, array in apart.items() if array.any()
         },

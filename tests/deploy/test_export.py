@@ -153,11 +153,13 @@ def test_what_a_format_can_not_hold_is_one_error_and_no_file(packed, tmp_path):
 
 def test_codes_that_differ_are_counted():
     ours = {"a": np.uint8([[0, 1], [2, 255]]), "b": np.int32([5, 5, 5, 5]), "c": np.uint8([9])}
-    theirs = {"a": np.int32([[0, 1], [4, 254]]), "b": np.int32([5, 5, 5, 5]), "d": np.uint8([1])}
-    found = parity.of_integers(ours, theirs)
-    assert found == {
-        "max_code_difference": 2, "codes_that_differ": 2 / 8, "layers_that_differ": {"a": 0.5},
-    }  # fmt: skip
+    theirs = {"a": np.int32([[0, 1], [4, 254]]), "b": np.int32([5, 5, 5, 9]), "d": np.uint8([1])}
+    assert parity.of_integers(ours, theirs) == {
+        "max_code_difference": 2,
+        "max_sum_difference": 4,
+        "codes_that_differ": 2 / 4,
+        "layers_that_differ": {"a": 0.5, "b": 0.25},
+    }
 
 
 def test_codes_of_the_simulation_by_hand(tmp_path):

@@ -1,0 +1,157 @@
+"""A program on its way to ONNX: equations in place of those that ONNX Runtime is slow at.
+
+`kdq.deploy.onnx_ops` has the operators that its primitives become.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from kdq.deploy import arithmetic, network, primitives, rounded
+from kdq.deploy.contraction import Conv, Dot
+from kdq.deploy.qtensor import InputGrid
+from kdq.types import Array
+
+# jax2onnx computes the shapes of these at every run of the model, if the batch has any size.
+reshape_p = primitives.primitive("kdq_reshape", lambda x, *, shape: x.reshape(shape))
+slice_p = primitives.primitive("kdq_slice", lambda x, **params: jax.lax.slice_p.bind(x, **params))
+# jax2onnx adds a scalar 0 to it, with which ONNX Runtime has no kernel for weights of few bits.
+matmul_p = primitives.primitive("kdq_matmul", jnp.matmul)
+add_p = primitives.primitive("kdq_add", jnp.add)  # of a bias without axes of one element
+
+
+def _round_int8(x: Array, scale: Array) -> Array:
+    return jnp.clip(jnp.round(arithmetic.divide(x, scale)), -128, 127) * scale
+
+
+def _int8_weight(codes: Array, scale: Array, *, axis: int) -> Array:
+    shape = [-1 if a == axis else 1 for a in range(codes.ndim)]
+    return codes.astype(jnp.float32) * scale.reshape(shape)
+
+
+def _multiply_to_float(x: Array, w: Array, *leaves: Array, **params: Any) -> Array:
+    *leaves, scale = leaves
+    return arithmetic.to_float(primitives.multiply_p.bind(x, w, *leaves, **params), scale)
+
+
+multiply_to_float_p = primitives.primitive("kdq_multiply_to_float", _multiply_to_float)
+round_int8_p = primitives.primitive("kdq_round_int8", _round_int8)
+int8_weight_p = primitives.primitive("kdq_int8_weight", _int8_weight)
+
+
+class Symmetric(rounded.Rounding):
+    """Pairs of QuantizeLinear and DequantizeLinear, of int8 around 0: what TensorRT reads."""
+
+    def input(self, x: Array, grid: InputGrid, of_two: bool) -> Array:
+        scale, zero, top = np.float32(grid.scale), int(grid.zero_point), int(grid.top)
+        low, high = -zero, top - zero
+        if low < -128 or high > 127:
+            raise ValueError(
+                f"it has integers from -128 to 127 for inputs, and a layer's go from {low} to "
+                f"{high}: calibrate with activations=TensorSpec(bits=8, signed=True)"
+            )
+        if (low, high) != (-128, 127):
+            x = jnp.clip(x, low * scale, high * scale)
+        return round_int8_p.bind(x, scale)
+
+    def weight(self, codes: np.ndarray, scale: np.ndarray, axis: int, bits: int) -> Array:
+        return int8_weight_p.bind(codes.astype(np.int8), scale, axis=axis)
+
+    def convolve(
+        self, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
+    ) -> Array:
+        """With the channels first, so that nothing is between a weight and its convolution."""
+        numbers = kernel.dimension_numbers
+        plain = jax.lax.ConvDimensionNumbers(*[tuple(range(x.ndim))] * 3)
+        kernel = dataclasses.replace(kernel, dimension_numbers=plain)
+        x, codes = x.transpose(numbers.lhs_spec), codes.transpose(numbers.rhs_spec)
+        total = super().convolve(kernel, x, codes, scale, bits)
+        return total.transpose(np.argsort(numbers.out_spec))
+
+
+def evaluate(program: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
+    """The outputs of a program, by operations that ONNX Runtime is fast at."""
+    uses = collections.Counter(
+        atom
+        for atoms in [*(eqn.invars for eqn in program.jaxpr.eqns), program.jaxpr.outvars]
+        for atom in atoms
+        if isinstance(atom, core.Var)
+    )
+    makers = {eqn.outvars[0]: eqn for eqn in program.jaxpr.eqns}
+    known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+    of_floats = {}  # products whose sums become floats at once, by that
+    for eqn in program.jaxpr.eqns:
+        if eqn.primitive is primitives.to_float_p and uses[eqn.invars[0]] == 1:
+            maker = makers.get(eqn.invars[0])
+            if maker is not None and _is_gemm_to_float(maker, known.get(eqn.invars[1]), known):
+                of_floats[eqn.outvars[0]] = maker
+    joined = {maker.outvars[0] for maker in of_floats.values()}
+
+    def one(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
+        if eqn.outvars[0] in joined:
+            return values  # for the one below
+        if eqn.outvars[0] in of_floats:
+            operands, scale = values
+            params = of_floats[eqn.outvars[0]].params
+            return multiply_to_float_p.bind(*operands, scale, **params)
+        return bind(eqn, values)
+
+    return network.evaluate(program, arrays, one)
+
+
+def _is_gemm_to_float(eqn: core.JaxprEqn, scale: Any, known: Mapping[core.Var, Any]) -> bool:
+    """Whether an equation is the product of rows and a matrix, whose sums have this scale."""
+    if eqn.primitive is not primitives.multiply_p or scale is None:
+        return False
+    parts = jax.tree.unflatten(eqn.params["structure"], eqn.invars[2:])
+    kernel = eqn.params["kernel"]
+    if not isinstance(kernel, Dot) or kernel.dimension_numbers[1][0]:
+        return False
+    if any(parts[name] is not None for name in ("grid", "other", "w_zero")):
+        return False
+    factors = [known.get(atom) for atom in (parts["x"].scale, parts["w_scale"])]
+    if any(factor is None for factor in factors):
+        return False
+    own = np.float32(factors[0]) * np.float32(factors[1])
+    return np.shape(own) == np.shape(scale) and bool((own == np.asarray(scale)).all())
+
+
+def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
+    """An equation on other values, by an operation that runs faster if there is one."""
+    name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
+    if name == "dot_general" and _is_matmul(eqn):
+        return matmul_p.bind(*values)
+    if name == "add" and not isinstance(values[1], jax.core.Tracer):
+        bias = values[1].shape
+        if len(bias) > 1 and math.prod(bias) == bias[-1]:
+            return add_p.bind(values[0], np.ravel(values[1]))
+    if [isinstance(size, int) for size in shape].count(False) == 1:
+        if name in ("reshape", "squeeze", "expand_dims"):
+            return reshape_p.bind(values[0], shape=shape)
+        given = eqn.invars[0].aval.shape
+        same_count = math.prod(given) == math.prod(shape)
+        if name == "broadcast_in_dim" and len(values) == 1 and same_count:
+            return reshape_p.bind(values[0], shape=shape)
+        if name == "slice" and all(
+            isinstance(size, int) or (start == 0 and limit == size)
+            for start, limit, size in zip(
+                params["start_indices"], params["limit_indices"], given, strict=True
+            )
+        ):
+            return slice_p.bind(values[0], **params)
+    return eqn.primitive.bind(*values, **params)
+
+
+def _is_matmul(eqn: core.JaxprEqn) -> bool:
+    """Whether a product is that of float rows and a matrix."""
+    x, matrix = (atom.aval for atom in eqn.invars)
+    numbers = (((x.ndim - 1,), (0,)), ((), ()))
+    floats = x.dtype == matrix.dtype == eqn.outvars[0].aval.dtype == jnp.float32
+    return floats and matrix.ndim == 2 and eqn.params["dimension_numbers"] == numbers
