@@ -18,6 +18,7 @@ from kdq.types import Array
 
 INPUT, OUTPUT = "input", "output"
 OPSET, OPSET_INT2 = 21, 25  # the first with int4, and with int2
+INT8 = 3  # of ONNX's data types
 
 
 def to_onnx(
@@ -75,14 +76,18 @@ def to_onnx(
 
 
 def _compact(graph: Any) -> None:
-    """Leaves out what a runtime finds itself: shapes, names, a second copy of a constant."""
+    """Leaves out what a runtime finds itself: shapes, names, a second copy of a constant.
+
+    int8 constants have no second use: session.x64quantprecision rewrites each for its own.
+    """
     del graph.value_info[:]
     first: dict[bytes, str] = {}
     same, kept = {}, []
     for constant in graph.initializer:
         name = constant.name
         constant.name = ""
-        same[name] = first.setdefault(constant.SerializeToString(), name)
+        is_int8 = constant.data_type == INT8
+        same[name] = name if is_int8 else first.setdefault(constant.SerializeToString(), name)
         constant.name = name
         if same[name] == name:
             kept.append(constant)

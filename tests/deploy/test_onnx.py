@@ -17,7 +17,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("jax2onnx")
 
 slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
-DEFAULT = [("resnet", (2, 8))]
+DEFAULT = [("mlp", (8, 8)), ("resnet", (2, 8))]
 CASES = [
     (name, bits) if (name, bits) in DEFAULT else slow(name, bits)
     for name in ("mlp", "cnn", "pooled", "resnet")
