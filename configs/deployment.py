@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.export = {
         "formats": ("onnx", "litert", "stablehlo"),
         "examples": 1000,
-        "agreement": 0.99,
+        "agreement": 0.98,  # LiteRT rounds sums in its own way, which moves codes of 4 bits
         "latency_batches": (1, 64),
         "threads": 1,  # the work on one example is too little for more
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kdq import quantize
@@ -63,7 +64,7 @@ def simulated_codes(packed: PackedModel, integer: IntegerModel, images: Array) -
     """
     wanted = set(jax.eval_shape(made, integer, images))
 
-    def codes(variables: Any, qparams: Any, images: Array) -> dict[str, Array]:
+    def simulate(variables: Any, qparams: Any, images: Array) -> dict[str, Array]:
         found: dict[str, Array] = {}
 
         def record(next_fun: Any, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -76,12 +77,12 @@ def simulated_codes(packed: PackedModel, integer: IntegerModel, images: Array) -
             for operand, place in kinds.operands(context.module, method).items():
                 if f"{name}/{operand}" in wanted and operand in quantizers:
                     x = kinds.argument(args, kwargs, place)
-                    rounded = grid.to_codes(x, quantizers[operand]) - quantizers[operand].qmin
-                    found[f"{name}/{operand}"] = rounded
+                    codes = grid.to_codes(x, quantizers[operand]) - quantizers[operand].qmin
+                    found[f"{name}/{operand}"] = codes.astype(jnp.uint8)
             return next_fun(*args, **kwargs)
 
         with nn.intercept_methods(kinds.name_products), nn.intercept_methods(record):
             quantize.apply(packed.model, variables, qparams, images, train=False)
         return found
 
-    return jax.jit(codes)(packed.variables, packed.qparams, images)
+    return jax.jit(simulate)(packed.variables, packed.qparams, images)

@@ -176,3 +176,9 @@ def test_codes_of_the_simulation_by_hand(tmp_path):
     scale = np.float32(qparams[name.split("/")[0]]["activations"].scale)
     steps = np.round(np.asarray(images).reshape(len(images), -1) / scale)
     np.testing.assert_array_equal(codes[name], np.clip(steps, -128, 127) + 128)
+    # Codes that are off by one are found.
+    off = {**codes, name: np.asarray(codes[name]) ^ 1}
+    found = parity.of_integers(off, parity.made(integer, images))
+    assert found["max_code_difference"] == 1
+    assert found["max_sum_difference"] == 0
+    assert found["codes_that_differ"] > 0.1
