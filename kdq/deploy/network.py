@@ -361,7 +361,9 @@ def _on_sums(eqn: core.JaxprEqn, given: Sequence[Any], fixed_point: bool) -> Sum
     if name in ("mul", "div") and isinstance(eqn.invars[1], core.Literal):
         factor = float(eqn.invars[1].val)
         if factor > 0:
-            return Sums(total, scale * factor if name == "mul" else scale / factor, largest)
+            # Rounded once, whether it is computed ahead of the program or in it.
+            by = arithmetic.divide if name == "div" else lambda a, b: arithmetic.exactly(a * b)
+            return Sums(total, by(scale, np.float32(factor)), largest)
     if name == "reduce_sum":
         axes = [axis - total.ndim for axis in eqn.params["axes"]]
         count = int(np.prod([total.shape[axis] for axis in axes]))

@@ -240,3 +240,18 @@ def test_many_sums_are_shortened_before_they_are_added():
     assert np.abs(short).max() <= largest
     found = np.asarray(short).sum((1, 2), dtype=np.int32) * np.float64(scale)
     np.testing.assert_allclose(found, total.sum((1, 2), dtype=np.int64) * 1e-6, rtol=1e-5, atol=0.5)
+
+
+@pytest.mark.parametrize("operation", [lambda x: x / 49.0, lambda x: x * 0.7])
+def test_a_mean_has_the_same_scale_compiled_or_not(operation):
+    """XLA would multiply by the reciprocal."""
+    scales = np.random.default_rng(0).uniform(1e-4, 1e-2, 4096).astype(np.float32)
+    (eqn,) = jax.make_jaxpr(operation)(scales).eqns
+    total = jnp.ones(4096, jnp.int32)
+
+    @jax.jit
+    def compiled(scales):
+        sums = network_of_layers.Sums(total, scales, 1)
+        return network_of_layers._on_sums(eqn, [sums, eqn.invars[1].val], False).scale
+
+    np.testing.assert_array_equal(compiled(scales), operation(scales))
