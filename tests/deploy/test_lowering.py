@@ -84,7 +84,7 @@ def test_codes_are_those_of_the_simulation_with_its_biases(name, bits):
         assert (apart > 0).mean() <= 0.005, key
 
 
-@pytest.mark.parametrize("name", ["pooled", "resnet"])
+@pytest.mark.parametrize("name", ["pooled", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_offsets_of_norms_become_biases(name):
     model, variables, images = network(name, offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])

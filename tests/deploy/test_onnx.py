@@ -106,7 +106,7 @@ class Variants(nn.Module):
 @pytest.mark.parametrize(
     "weights",
     [
-        TensorSpec(bits=4, granularity="per_channel"),
+        slow(TensorSpec(bits=4, granularity="per_channel")),
         slow(TensorSpec(bits=8)),
         TensorSpec(bits=4, granularity="per_channel", symmetric=False),
     ],
@@ -212,7 +212,7 @@ def _symmetric_rules(weights, activations):
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("resnet", (8, 8)), ("vit", (4, 8)), slow("cnn", (8, 4))]
+    ("name", "bits"), [slow("resnet", (8, 8)), slow("vit", (4, 8)), ("cnn", (8, 4))]
 )
 def test_symmetric_models_have_pairs_of_int8_around_0(name, bits):
     model, variables, images = network(name)

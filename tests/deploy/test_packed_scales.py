@@ -14,7 +14,10 @@ from kdq import quantize
 from kdq.deploy import PackedFileError, container, load_packed, save_packed
 from kdq.quantize import FORMATS, QuantizationRule, TensorSpec, grid
 
-BLOCKS = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4")
+BLOCKS = (
+    *("mxfp4", "nvfp4"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mxfp8_e4m3", "mxfp8_e5m2")),
+)
 INPUTS, OUTPUTS, LAYERS = 64, 6, 3
 
 

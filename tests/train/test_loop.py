@@ -101,7 +101,10 @@ def test_the_unbroken_run_learns_and_logs_each_step(unbroken):
 
 
 # Before any checkpoint; between two; at the last step.
-@pytest.mark.parametrize("step", [2, 10, STEPS])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(2, marks=pytest.mark.slow), 10, pytest.param(STEPS, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_ends_as_the_unbroken_one(unbroken, tmp_path, step):
     result, workdir = unbroken
     with pytest.raises(Interrupted):

@@ -62,6 +62,7 @@ class Two(nn.Module):
         return nn.Dense(1, use_bias=False, name="b")(inputs=x)  # by name, as `apply` has one
 
 
+@pytest.mark.slow
 def test_second_layer_is_close_to_the_best_of_all_roundings_given_the_quantized_first():
     x = jnp.asarray(_correlated(48, 6))
     variables = _draw(Two(), x, seed=10)

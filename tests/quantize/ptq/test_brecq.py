@@ -82,6 +82,7 @@ def _at(params, path):
     return params["kernel"]
 
 
+@pytest.mark.slow
 def test_a_block_is_close_to_the_best_of_all_its_roundings():
     x, variables, qparams = _net()
     rounded, same = brecq(Net(), variables, qparams, [x[:32], x[32:]], steps=600)
