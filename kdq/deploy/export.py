@@ -105,6 +105,7 @@ def export(
     simulated = np.asarray(packed(images))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = _manifest(folder, digest)
+    manifest.pop("recommended", None)  # of the files that there were
     manifest |= {
         "metadata": packed.metadata,
         "in_float": integer.in_float,

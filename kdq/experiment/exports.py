@@ -20,10 +20,10 @@ FOLDER = "export"
 def export(
     path: Path, folder: Path, formats: Sequence[str], inputs: Inputs, config: kdq_config.Export
 ) -> dict[str, Any]:
-    """Exports a packed file; what the record says of each format.
+    """Exports a packed file; what the record says of each file that there is of it.
 
-    That is its part of the manifest, with "accuracy": on the whole test split, in its own runtime;
-    and whether it is the recommended one, if they are timed.
+    That is its part of the manifest, and whether it is the recommended one, if they are timed; of
+    these formats also "accuracy": on the whole test split, in their own runtimes.
 
     Raises:
       ExportError: see `deploy.export`.
@@ -40,15 +40,15 @@ def export(
     )
     test, labels = _images(inputs, "test"), inputs.splits["test"]
     labels = labels.read(np.arange(len(labels)))["label"]
-    found = {}
+    found = {name: dict(entry) for name, entry in manifest["files"].items()}
+    if config.latency_batches:
+        for name, entry in found.items():
+            entry["recommended"] = manifest["recommended"] == name
     for name in formats:
-        entry = manifest["files"][name]
-        run = deploy.FORMATS[name].load(folder / entry["file"], None)
+        run = deploy.FORMATS[name].load(folder / found[name]["file"], None)
         parts = np.split(test, range(500, len(test), 500))
         accuracy = (np.concatenate([run(part) for part in parts]).argmax(-1) == labels).mean()
-        found[name] = {**entry, "accuracy": float(accuracy)}
-        if config.latency_batches:
-            found[name]["recommended"] = manifest["recommended"] == name
+        found[name]["accuracy"] = float(accuracy)
     return found
 
 
@@ -99,7 +99,8 @@ def of_workdir(
         folder = path.parent / FOLDER
         if out is not None:
             folder = Path(out) / str(seed) if len(seeds) > 1 else Path(out)
-        found[seed] = export(path, folder, formats, inputs, experiment.export)
+        files_there = export(path, folder, formats, inputs, experiment.export)
+        found[seed] = {name: files_there[name] for name in formats}
     return found
 
 

@@ -128,7 +128,10 @@ class _Runner:
         folder = self.store.folder(record["arm"], record["seed"])
         path = folder / PACKED
         found = exports.export(path, folder / exports.FOLDER, formats, self.inputs, wanted)
-        record["exports"] = {**done, **found}
+        # Those that were there have been timed again beside the new ones.
+        record["exports"] = {
+            name: {**done.get(name, {}), **found.get(name, {})} for name in (*done, *formats)
+        }
         self.store.save(record)
 
     def _train(self, name: str, seed: int, start: Weights) -> Fit:

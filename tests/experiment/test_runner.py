@@ -386,3 +386,25 @@ def test_a_live_teacher_on_augmented_images(tiny_config, tmp_path):
     assert [r["status"] for r in records.values()] == ["ok", "ok"]
     line = json.loads((tmp_path / "kd" / "0" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["loss"] == pytest.approx(0.3 * line["task_loss"] + 0.7 * line["kl_loss"])
+
+
+@pytest.mark.slow
+def test_files_that_are_there_are_timed_again_beside_new_ones(tiny_config, copied):
+    pytest.importorskip("jax2onnx")
+
+    def run(**export):
+        frozen = config.freeze({**tiny_config(), "export": export})
+        return by_arm(experiment.run(frozen, copied, arms=["student"]))["student"]["exports"]
+
+    first = run(formats=("packed",), examples=100)
+    assert set(first["packed"]) > {"accuracy", "sha256"}
+    assert "latency" not in first["packed"]
+    formats = ("packed", "stablehlo")
+    both = run(formats=formats, examples=100, latency_batches=(1,))
+    assert both["packed"]["accuracy"] == first["packed"]["accuracy"]
+    assert {name: entry["recommended"] for name, entry in both.items()} == {
+        "packed": False, "stablehlo": True,
+    }  # fmt: skip
+    assert all(entry["latency"]["1"]["milliseconds"] > 0 for entry in both.values())
+    again = run(formats=formats, examples=100, latency_batches=(1,))
+    assert again == json.loads(json.dumps(both))  # nothing was left to do
