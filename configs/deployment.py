@@ -9,7 +9,7 @@ this is about the files, `configs/fashion_mnist.py` about accuracy.
 
 from ml_collections import ConfigDict
 
-from kdq.config import arm, parse_arg
+from kdq.config import arm, export, parse_arg
 
 MODELS = {
     "mlp": {"name": "mlp", "widths": (1024, 1024)},
@@ -44,13 +44,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "calibration_examples": 1000,
         "fixed_scales": (),
     }
-    config.export = {
-        "formats": ("onnx", "litert", "stablehlo"),
-        "examples": 1000,
-        "agreement": 0.98,  # LiteRT rounds sums in its own way, which moves codes of 4 bits
-        "latency_batches": (1, 64),
-        "threads": 1,  # the work on one example is too little for more
-    }
+    config.export = export(
+        formats=("onnx", "litert", "stablehlo"),
+        agreement=0.98,  # LiteRT rounds sums in its own way, which moves codes of 4 bits
+        latency_batches=(1, 64),
+        threads=1,  # the work on one example is too little for more
+    )
     config.evaluations = 4
     config.checkpoint_seconds = 60.0
     config.arms = ConfigDict(sort_keys=False)

@@ -8,7 +8,7 @@ python launch/compress.py --config=configs/digits.py:seeds=10 --workdir=runs/dig
 from ml_collections import ConfigDict
 
 from kdq.arms import compression_arms, kl
-from kdq.config import parse_arg
+from kdq.config import export, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -52,13 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "calibration_examples": 512,
         "fixed_scales": ("conv_0/activations",),  # of the pixels
     }
-    config.export = {
-        "formats": (),
-        "examples": 1000,
-        "agreement": 0.99,
-        "latency_batches": (),
-        "threads": 0,
-    }
+    config.export = export()  # nothing
     config.evaluations = 20
     config.checkpoint_seconds = 30.0
     config.distill = {"kd": kl(alpha=0.9, temperature=2.0)}

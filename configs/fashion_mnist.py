@@ -12,7 +12,7 @@ About an hour a seed on two quiet cores, a third of it for the teacher.
 from ml_collections import ConfigDict
 
 from kdq.arms import compression_arms, kl
-from kdq.config import parse_arg
+from kdq.config import export, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -56,13 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "calibration_examples": 1000,
         "fixed_scales": ("conv_0/activations",),  # of the pixels
     }
-    config.export = {
-        "formats": (),
-        "examples": 1000,
-        "agreement": 0.99,
-        "latency_batches": (),
-        "threads": 0,
-    }
+    config.export = export()  # nothing
     config.evaluations = 8
     config.checkpoint_seconds = 60.0
     config.distill = {"kd": kl(alpha=0.9, temperature=1.0)}

@@ -84,6 +84,11 @@ def arm(**fields: Any) -> dict[str, Any]:
     return dataclasses.asdict(build(Arm, fields, "arm"))
 
 
+def export(**fields: Any) -> dict[str, Any]:
+    """The export section of a config file, likewise."""
+    return dataclasses.asdict(build(Export, fields, "export"))
+
+
 def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     """The checked, frozen form of a config.
 

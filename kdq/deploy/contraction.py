@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -223,3 +224,42 @@ def of_side(kernel: Dot, values: Array, side: int, rank: int, reduce: Callable) 
     shape, own = found.shape[: len(shared)], found.shape[len(shared) :]
     others = (1,) * (rank - len(summed) - len(shared))
     return found.reshape((*shape, *own, *others) if side == 0 else (*shape, *others, *own))
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The axes of a `Dot`: of each array those shared, free and summed; and of the result."""
+
+    x_shared: list[int]
+    x_free: list[int]
+    x_summed: list[int]
+    w_shared: list[int]
+    w_free: list[int]
+    w_summed: list[int]
+    order: list[int]  # brings (shared, those of x, those of w) into the layout of the result
+
+    @property
+    def back(self) -> np.ndarray:
+        """The inverse of `order`."""
+        return np.argsort(self.order)
+
+
+def axes(kernel: Dot, w_rank: int) -> Axes:
+    """The axes of the input of a product, and of what it meets."""
+    (summed, shared), turn = kernel.dimension_numbers, -1 if kernel.swapped else 1
+    (x_summed, w_summed), (x_shared, w_shared) = summed[::turn], shared[::turn]
+    others = lambda rank, used: [axis for axis in range(rank) if axis not in used]
+    x_free = others(kernel.rank, (*x_summed, *x_shared))
+    w_free = others(w_rank, (*w_summed, *w_shared))
+    # The result has the axes of the left factor before those of the right.
+    order = list(range(len(x_shared) + len(x_free) + len(w_free)))
+    if kernel.swapped:
+        first, second = len(x_shared), len(x_shared) + len(x_free)
+        order = [*order[:first], *order[second:], *order[first:second]]
+    return Axes(*map(list, (x_shared, x_free, x_summed, w_shared, w_free, w_summed, order)))
+
+
+def aligned(array: Any, rank: int) -> np.ndarray:
+    """An array with as many axes of one element in front as it lacks."""
+    array = np.asarray(array)
+    return array.reshape([1] * (rank - array.ndim) + list(array.shape))

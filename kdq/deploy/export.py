@@ -53,6 +53,7 @@ class Source:
     path: Path  # the packed file
     integer: IntegerModel
     images: np.ndarray  # to compare on
+    made: Mapping[str, Any]  # of them, what each integer layer takes and makes in JAX
     about: Mapping[str, str]  # texts to keep in a file
 
 
@@ -102,7 +103,7 @@ def export(
     path, folder = Path(path), Path(folder)
     packed = load_packed(path, model)
     integer = packed.lower(images[:1])
-    simulated = np.asarray(packed(images))
+    simulated, made = np.asarray(packed(images)), parity.made(integer, images)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = _manifest(folder, digest)
     manifest.pop("recommended", None)  # of the files that there were
@@ -112,13 +113,11 @@ def export(
         "weight_bytes": memory.weight_bytes(integer),
         "activation_bytes": memory.activation_bytes(integer, images[:1]),
         "examples": len(images),
-        "simulation": parity.of_integers(
-            parity.simulated_codes(packed, integer, images), parity.made(integer, images)
-        ),
+        "simulation": parity.of_integers(parity.simulated_codes(packed, integer, images), made),
         "versions": {"kdq": packages.version("kdq"), "jax": jax.__version__},
     }
     about = {"packed_sha256": digest, "metadata": json.dumps(packed.metadata)}
-    source = Source(path, integer, images, about)
+    source = Source(path, integer, images, made, about)
     folder.mkdir(parents=True, exist_ok=True)
     for name in formats:
         manifest["files"].pop(name, None)
@@ -274,7 +273,7 @@ def _compare_onnx(source: Source) -> dict[str, Any]:
     outputs = session.run(None, {onnx_model.INPUT: np.asarray(source.images)})[1:]
     names = onnx_model.layer_names(source.integer, source.images[:1])
     theirs = dict(zip(names, outputs, strict=True))
-    return parity.of_integers(parity.made(source.integer, source.images), theirs)
+    return parity.of_integers(source.made, theirs)
 
 
 def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from kdq.deploy import extras, rounded
 from kdq.deploy.contraction import Conv
 from kdq.deploy.lowering import IntegerModel
 from kdq.deploy.qtensor import InputGrid
-from kdq.quantize.layers import as_args
+from kdq.quantize.layers import batch_specs
 from kdq.types import Array
 
 MARK = "kdq_rounded_"
@@ -92,10 +92,7 @@ def to_litert(lowered: IntegerModel, inputs: Array | tuple) -> bytes:
         "litert_converter.mlir.passmanager",
         "litert_converter.mlir._mlir_libs.converter_api_ext",
     )
-    specs = [
-        jax.ShapeDtypeStruct((1, *jnp.shape(array)[1:]), jnp.result_type(array))
-        for array in as_args(inputs)
-    ]
+    specs = batch_specs(inputs, 1)
     types = _Types()
 
     text = jax.jit(rounded.forward(lowered, types)).lower(*specs).as_text(dialect="stablehlo")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from kdq.deploy.lowering import IntegerModel
-from kdq.quantize.layers import as_args
+from kdq.quantize.layers import batch_specs
 from kdq.types import Array
 
 
@@ -26,10 +26,7 @@ def activation_bytes(lowered: IntegerModel, inputs: Array | tuple) -> int:
       lowered: see `lower`.
       inputs: an array with a leading batch axis, or a tuple of these; only the shapes matter.
     """
-    specs = [
-        jax.ShapeDtypeStruct((1, *jnp.shape(array)[1:]), jnp.result_type(array))
-        for array in as_args(inputs)
-    ]
+    specs = batch_specs(inputs, 1)
     program = jax.make_jaxpr(lambda *arrays: lowered.apply(arrays, unroll=True))(*specs).jaxpr
     needed = _needed(program)
     last = {atom: i for i, eqn in enumerate(needed) for atom in _variables(eqn.invars)}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kdq import files
 from kdq.deploy import extras, network, onnx_program, rounded
 from kdq.deploy.lowering import IntegerModel
-from kdq.quantize.layers import as_args
+from kdq.quantize.layers import batch_specs
 from kdq.types import Array
 
 INPUT, OUTPUT = "input", "output"
@@ -118,10 +118,7 @@ def layer_names(lowered: IntegerModel, inputs: Array | tuple) -> list[str]:
 def _specs(inputs: Array | tuple) -> list[jax.ShapeDtypeStruct]:
     """Of inputs with a batch of any size."""
     (batch,) = jax.export.symbolic_shape("batch")
-    return [
-        jax.ShapeDtypeStruct((batch, *jnp.shape(array)[1:]), jnp.result_type(array))
-        for array in as_args(inputs)
-    ]
+    return batch_specs(inputs, batch)
 
 
 def _program(lowered: IntegerModel, inputs: Array | tuple, each_layer: bool) -> tuple:

@@ -19,7 +19,7 @@ import onnx_ir
 from jax.extend import core
 from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
-from kdq.deploy import onnx_program, primitives
+from kdq.deploy import contraction, onnx_program, primitives
 from kdq.deploy.contraction import Conv, Dot
 from kdq.deploy.qtensor import InputGrid
 
@@ -85,7 +85,7 @@ class _Graph:
         return self.clip(self.node("QuantizeLinear", inputs, np.uint8, shape), grid, shape)
 
     def from_codes(self, codes: Any, scale: Any, zero: Any, shape: Sequence[Any], **at: Any) -> Any:
-        """floats of codes: `(codes - zero) * scale`; without a zero no integer kernel is found."""
+        """floats of codes: `(codes - zero) * scale`; a weight without a zero finds no kernel."""
         inputs = [codes, self.constant(np.float32(scale))]
         inputs += [] if zero is None else [self.constant(zero)]
         return self.node("DequantizeLinear", inputs, np.float32, shape, **at)
@@ -201,7 +201,7 @@ def _slice(graph: _Graph, eqn: core.JaxprEqn) -> Any:
 def _weight(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     weight = graph.known(jax.tree.unflatten(eqn.params["structure"], eqn.invars))
     codes, shape = weight.codes, weight.codes.shape
-    scale, zero = _aligned(weight.scale, len(shape)), weight.zero_point
+    scale, zero = contraction.aligned(weight.scale, len(shape)), weight.zero_point
     along = [axis for axis, size in enumerate(scale.shape) if size > 1]
     groups = [axis for axis in along if scale.shape[axis] != shape[axis]]
     if weight.levels is not None:
@@ -225,7 +225,7 @@ def _weight(graph: _Graph, eqn: core.JaxprEqn) -> Any:
         return np.broadcast_to(array, sizes) if groups else array.reshape(sizes)
 
     if zero is not None:
-        zero = sized(_aligned(zero, len(shape))).astype(codes.dtype)
+        zero = sized(contraction.aligned(zero, len(shape))).astype(codes.dtype)
     elif codes.dtype == np.int8:  # ONNX Runtime's session.x64quantprecision makes one of a scalar
         zero = np.zeros_like(sized(scale), np.int8)
     return graph.from_codes(graph.constant(codes), sized(scale), zero, shape, **at)
@@ -371,7 +371,7 @@ def _conv(graph: _Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: 
     if fused:
 
         def by_channel(array: Any) -> np.ndarray:
-            array = _aligned(array, len(shape)).transpose(numbers.out_spec)
+            array = contraction.aligned(array, len(shape)).transpose(numbers.out_spec)
             return np.broadcast_to(array, [1, len(w), *[1] * (len(shape) - 2)]).ravel()
 
         codes = _fused(graph, "Conv", x, w, 0, parts, by_channel, shape, **attributes)
@@ -429,12 +429,6 @@ def _padded(graph: _Graph, x: Any, padding: Sequence[tuple[int, int]], zero: Any
     return graph.node("Pad", inputs, np.uint8, [x.shape[0], *grown, x.shape[-1]])
 
 
-def _aligned(array: Any, rank: int) -> np.ndarray:
-    """An array with its leading axes of one element."""
-    array = np.asarray(array)
-    return array.reshape([1] * (rank - array.ndim) + list(array.shape))
-
-
 def _stuffed(
     graph: _Graph, kernel: Conv, x: Any, first: int, zero: Any
 ) -> tuple[Any, Sequence[tuple[int, int]]]:
@@ -465,24 +459,16 @@ def _stuffed(
 
 
 def _dot(graph: _Graph, kernel: Dot, x_atom: Any, w_atom: Any, parts: dict, out: Any) -> Any:
-    (summed, shared), swap = kernel.dimension_numbers, -1 if kernel.swapped else 1
-    (x_summed, w_summed), (x_shared, w_shared) = summed[::swap], shared[::swap]
-    sizes = lambda atom, axes: [atom.aval.shape[axis] for axis in axes]
-    others = lambda atom, *used: [a for a in range(atom.aval.ndim) if a not in sum(used, ())]
-    x_free, w_free = others(x_atom, x_summed, x_shared), others(w_atom, w_summed, w_shared)
-    parallel, terms = sizes(x_atom, x_shared), math.prod(sizes(x_atom, x_summed))
-    rows, columns = sizes(x_atom, x_free), sizes(w_atom, w_free)
+    axes = contraction.axes(kernel, len(w_atom.aval.shape))
+    sizes = lambda atom, of: [atom.aval.shape[axis] for axis in of]
+    parallel, terms = sizes(x_atom, axes.x_shared), math.prod(sizes(x_atom, axes.x_summed))
+    rows, columns = sizes(x_atom, axes.x_free), sizes(w_atom, axes.w_free)
     height, width = math.prod(rows), math.prod(columns)
-    # The result has the axes of the left factor before those of the right.
-    order = list(range(len(out.shape)))
-    if kernel.swapped:
-        first, second = len(parallel), len(parallel) + len(rows)
-        order = [*order[:first], *order[second:], *order[first:second]]
 
-    def matrices(value: Any, axes: Sequence[int], shape: Sequence[Any], split: int) -> Any:
+    def matrices(value: Any, order: Sequence[int], shape: Sequence[Any], split: int) -> Any:
         """Codes with one axis of rows and one of columns; `split` is where these begin."""
-        value = graph.transpose(value, axes, np.uint8)
-        if len(axes) == len(parallel) + 2 and split == len(parallel) + 1:
+        value = graph.transpose(value, order, np.uint8)
+        if len(order) == len(parallel) + 2 and split == len(parallel) + 1:
             return value
         return graph.reshape(value, [*parallel, *shape], np.uint8)
 
@@ -490,24 +476,25 @@ def _dot(graph: _Graph, kernel: Dot, x_atom: Any, w_atom: Any, parts: dict, out:
         """A product of matrices in the layout of the result."""
         if len(rows) != 1 or len(columns) != 1:
             value = graph.reshape(value, [*parallel, *rows, *columns], dtype)
-        return graph.transpose(value, order, dtype)
+        return graph.transpose(value, axes.order, dtype)
 
-    axes = [*x_shared, *x_free, *x_summed]
-    x = matrices(graph.value(x_atom), axes, [height, terms], len(parallel) + len(rows))
+    order = [*axes.x_shared, *axes.x_free, *axes.x_summed]
+    x = matrices(graph.value(x_atom), order, [height, terms], len(parallel) + len(rows))
     x_zero = graph.constant(np.uint8(parts["x"].zero_point))
-    axes = [*w_shared, *w_summed, *w_free]
+    order = [*axes.w_shared, *axes.w_summed, *axes.w_free]
     if parts["other"] is not None:
-        w = matrices(graph.value(w_atom), axes, [terms, width], len(parallel) + len(w_summed))
+        split = len(parallel) + len(axes.w_summed)
+        w = matrices(graph.value(w_atom), order, [terms, width], split)
         factors = [x, w, x_zero, graph.constant(np.uint8(parts["other"].zero_point))]
         total = graph.node("MatMulInteger", factors, np.int32, [*parallel, height, width])
         return _finished(graph, laid_out(total, np.int32), parts, out)
     w = graph.known(w_atom)
-    w = np.transpose(w, axes).reshape(*sizes(w_atom, w_shared), terms, width)
+    w = np.transpose(w, order).reshape(*sizes(w_atom, axes.w_shared), terms, width)
     to_float = out.dtype == jnp.float32
     if to_float or (parts["grid"] is not None and parts["w_zero"] is None and not parallel):
 
         def by_channel(array: Any) -> np.ndarray:
-            array = _aligned(array, len(order)).transpose(np.argsort(order))
+            array = contraction.aligned(array, len(axes.order)).transpose(axes.back)
             return np.broadcast_to(array, [1] * len(rows) + columns).ravel()
 
         found = _fused(graph, "Gemm", x, w, 1, parts, by_channel, [height, width])

@@ -113,23 +113,16 @@ class _Floats(contraction.Steps):
         self, kernel: Dot, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
     ) -> Array:
         """By a weight of one axis of terms and one of channels: a scale has one axis."""
-        (summed, shared), turn = kernel.dimension_numbers, -1 if kernel.swapped else 1
-        if shared[0]:
+        axes = contraction.axes(kernel, codes.ndim)
+        if axes.x_shared:
             raise ValueError("it has no weight for each example")
-        of_x, of_weight = summed[::turn]
-        others = lambda rank, used: [axis for axis in range(rank) if axis not in used]
-        rows, columns = others(x.ndim, of_x), others(codes.ndim, of_weight)
-        height, width = [x.shape[a] for a in rows], [codes.shape[a] for a in columns]
-        # The result has the axes of the left factor before those of the right.
-        order = list(range(len(rows) + len(columns)))
-        if kernel.swapped:
-            order = [*order[len(columns) :], *order[: len(columns)]]
-        scale = scale.reshape([1] * (len(order) - scale.ndim) + list(scale.shape))
-        scale = np.broadcast_to(scale.transpose(order), [1] * len(rows) + width).ravel()
-        codes = codes.transpose([*of_weight, *columns]).reshape(-1, len(scale))
-        x = x.transpose([*rows, *of_x]).reshape([*height, len(codes)])
+        height, width = [x.shape[a] for a in axes.x_free], [codes.shape[a] for a in axes.w_free]
+        scale = contraction.aligned(scale, len(axes.order)).transpose(axes.back)
+        scale = np.broadcast_to(scale, [1] * len(height) + width).ravel()
+        codes = codes.transpose([*axes.w_summed, *axes.w_free]).reshape(-1, len(scale))
+        x = x.transpose([*axes.x_free, *axes.x_summed]).reshape([*height, len(codes)])
         total = x @ self.rounding.weight(codes, scale, 1, bits)
-        return total.reshape([*height, *width]).transpose(np.argsort(order))
+        return total.reshape([*height, *width]).transpose(axes.order)
 
 
 def _product(kernel: Kernel, x: Array, w: Array) -> Array:

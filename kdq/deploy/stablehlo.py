@@ -17,7 +17,7 @@ import numpy as np
 
 from kdq.deploy import container, packing
 from kdq.deploy.lowering import IntegerModel
-from kdq.quantize.layers import as_args
+from kdq.quantize.layers import batch_specs
 from kdq.types import Array
 
 FORMAT_VERSION = 1
@@ -65,10 +65,7 @@ def save_stablehlo(
         return jax.tree.unflatten(structure, leaves).apply(arrays)
 
     (batch,) = jax.export.symbolic_shape("batch")
-    specs = [
-        jax.ShapeDtypeStruct((batch, *jnp.shape(array)[1:]), jnp.result_type(array))
-        for array in as_args(inputs)
-    ]
+    specs = batch_specs(inputs, batch)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in given)
     exported = jax.export.export(jax.jit(function), platforms=platforms)(shapes, *specs)
     document = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from kdq.quantize import grid, kinds
 from kdq.quantize.kinds import Kind, kind_of
@@ -72,6 +73,14 @@ def at_path(tree: Any, path: str) -> Any:
 def as_args(inputs: Array | tuple) -> tuple:
     """A model's positional arguments: one array, or a tuple of them."""
     return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def batch_specs(inputs: Array | tuple, batch: Any) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of inputs with another batch size, which may be a symbolic dimension."""
+    return [
+        jax.ShapeDtypeStruct((batch, *jnp.shape(array)[1:]), jnp.result_type(array))
+        for array in as_args(inputs)
+    ]
 
 
 def list_layers(

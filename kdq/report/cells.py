@@ -2,8 +2,11 @@
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from kdq.report.aggregate import Mean
 
@@ -17,6 +20,22 @@ def escape(text: str) -> str:
     # Only an underscore at a word's edge can start emphasis; a bracket only matters before "(".
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
     return text.replace("](", r"\](")
+
+
+def markdown_grid(
+    head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str]
+) -> list[str]:
+    """The lines of a Markdown table; columns that are named in `left` are aligned there."""
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "|".join(":--" if name in left else "--:" for name in head) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def terminal_grid() -> Table:
+    """An empty table for a terminal."""
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def mean_cell(value: Mean, digits: int = 2) -> str:

@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from kdq.evaluate.statistics import summary
 from kdq.report import Record
@@ -15,14 +13,16 @@ from kdq.report.cells import (
     escape,
     format_bytes,
     format_energy,
+    markdown_grid,
     mean_cell,
     standard_output,
+    terminal_grid,
 )
 
 
 def print_table(found: Mapping[int, Mapping[str, Any]], console: Console | None = None) -> None:
     """Prints a row for each seed and format of what `kdq.experiment.export` returns."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = terminal_grid()
     columns = ("Seed", "Format", "Size", "Accuracy %", "Agreement %", "Δ outputs", "Δ codes")
     for name in columns:
         table.add_column(name, justify="left" if name == "Format" else "right")
@@ -56,11 +56,7 @@ def markdown(records: Sequence[Record]) -> str:
     smaller = ["Smaller"] if sizes else []
     head = ["Arm", "Format", "Accuracy %", "Agreement %", "Δ codes", "Size", *smaller, *times]
     head.append("Energy, modelled")
-    left = ("Arm", "Format")
-    lines = [
-        "| " + " | ".join(head) + " |",
-        "|" + "|".join(":--" if name in left else "--:" for name in head) + "|",
-    ]
+    rows = []
     for (arm, name), own in entries.items():
         of = lambda key, own=own: [entry[key] for entry in own if key in entry]
         codes, recommended = of("max_code_difference"), of("recommended")
@@ -80,7 +76,7 @@ def markdown(records: Sequence[Record]) -> str:
             cells += [_mean([t["milliseconds"] for t in timed], 3)]
             cells += [_mean([t["ratio"] for t in timed])]
         cells.append(format_energy(summary(energy[arm])[0]))
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     notes = [
         "Accuracy: of the exported file in its own runtime, on the whole test split.",
         "Agreement: with the class of the simulated model, on held-out examples.",
@@ -91,6 +87,7 @@ def markdown(records: Sequence[Record]) -> str:
             "Smaller, times faster: than the same architecture as float in ONNX and ONNX Runtime, "
             "timed beside it. The fastest format of an arm for the first batch size is **bold**."
         )
+    lines = markdown_grid(head, rows, left=("Arm", "Format"))
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 

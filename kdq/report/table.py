@@ -3,9 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from kdq.report import Record, exports
@@ -15,8 +13,10 @@ from kdq.report.cells import (
     escape,
     format_bytes,
     format_energy,
+    markdown_grid,
     mean_cell,
     standard_output,
+    terminal_grid,
 )
 from kdq.report.notes import notes
 
@@ -44,13 +44,8 @@ def markdown(table: Sequence[Row], records: Sequence[Record]) -> str:
 
 
 def _grid(columns: Sequence[tuple[str, Callable[[Row], str]]], table: Sequence[Row]) -> list[str]:
-    lines = [
-        "| " + " | ".join(name for name, _ in columns) + " |",
-        "|" + "|".join(":--" if name in LEFT else "--:" for name, _ in columns) + "|",
-    ]
-    for row in table:
-        lines.append("| " + " | ".join(escape(cell(row)) for _, cell in columns) + " |")
-    return lines
+    cells = [[escape(cell(row)) for _, cell in columns] for row in table]
+    return markdown_grid([name for name, _ in columns], cells, LEFT)
 
 
 def print_table(table: Sequence[Row], console: Console | None = None) -> None:
@@ -62,7 +57,7 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
     """
     console = console or standard_output()
     width = console.width
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    grid = terminal_grid()
     shown = [column for column in COLUMNS if column[2] <= width]
     for name, _, _ in shown:
         left = name in LEFT
