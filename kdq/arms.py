@@ -1,11 +1,11 @@
 """The standard set of arms, for config files: distill, quantize, both, and their controls."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from kdq.config import arm
+from kdq.config import arm, search
 
 CALIBRATED = ("W8A8", "W4A4", "W3A3", "W2A2")
 TRAINED = ("W4A4", "W3A3", "W2A2")
@@ -60,3 +60,41 @@ def compression_arms(
         for start in ("student", "kd"):
             arms[f"qad_{suffix}_{start}"] = arm(**trained, **taught, init=start, reference=qat)
     return ConfigDict(arms, sort_keys=False)
+
+
+def searched_arms(
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    budgets: Mapping[str, Mapping[str, Any]],
+    *,
+    shared: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    baseline: str = "uniform",
+) -> tuple[ConfigDict, ConfigDict]:
+    """`(searches, arms)` of a study: every method under every budget, before and after training.
+
+    "METHOD_BUDGET" is a search, and the arms "METHOD_BUDGET_ptq" and "METHOD_BUDGET_qad" are what
+    it found, calibrated and then trained. Each is compared with the same arm of the baseline.
+
+    Args:
+      methods: keys of kdq.search.searchers.METHODS, or {name: fields of Search}.
+      budgets: fields of `kdq.config.Search` by the name of the budget: {"3bit": {"most": ...}}.
+      shared: fields of every search.
+      trained: fields of the arms that are trained: "model", "init", "teacher", "epochs", ...
+      baseline: one of the methods.
+    """
+    searches, arms = ConfigDict(sort_keys=False), ConfigDict(sort_keys=False)
+    calibrated = {key: trained[key] for key in ("model", "init")}
+    for budget, limits in budgets.items():
+        for method, fields in _methods(methods).items():
+            name = f"{method}_{budget}"
+            searches[name] = search(**{**shared, **limits, **fields})
+            for suffix, kind in (("ptq", calibrated), ("qad", trained)):
+                reference = "" if method == baseline else f"{baseline}_{budget}_{suffix}"
+                arms[f"{name}_{suffix}"] = arm(**{**kind, "bits": name, "reference": reference})
+    return searches, arms
+
+
+def _methods(methods: Any) -> dict[str, Mapping[str, Any]]:
+    if isinstance(methods, Mapping):
+        return dict(methods)
+    return {method: {"method": method} for method in methods}

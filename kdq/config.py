@@ -27,6 +27,7 @@ from kdq.schema import (
     Optimizer,
     Peer,
     Quantize,
+    Search,
     TeacherConfig,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "Export",
     "Optimizer",
     "Quantize",
+    "Search",
     "ancestors",
     "arm",
     "did_you_mean",
@@ -87,6 +89,11 @@ def arm(**fields: Any) -> dict[str, Any]:
 def export(**fields: Any) -> dict[str, Any]:
     """The export section of a config file, likewise."""
     return dataclasses.asdict(build(Export, fields, "export"))
+
+
+def search(**fields: Any) -> dict[str, Any]:
+    """A search for a config file, likewise."""
+    return dataclasses.asdict(build(Search, fields, "search"))
 
 
 def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
@@ -144,14 +151,24 @@ def _check(experiment: Experiment) -> None:
         raise ConfigError(f"config.transfer={experiment.transfer}: want no negative number")
     if not 0 <= experiment.export.agreement <= 1:
         raise ConfigError(f"config.export.agreement={experiment.export.agreement}: want 0 to 1")
+    for name in experiment.export.arms:
+        if name not in experiment.arms:
+            raise ConfigError(unknown("config.export.arms: arm", name, experiment.arms))
     if any(size < 1 for size in experiment.export.latency_batches):
         sizes = experiment.export.latency_batches
         raise ConfigError(f"config.export.latency_batches={sizes}: want sizes of at least 1")
     if experiment.export.threads < 0:
         raise ConfigError(f"config.export.threads={experiment.export.threads}: want 0 or more")
-    for name in experiment.rules:
-        if re.fullmatch(BITS, name):
-            raise ConfigError(f"config.rules.{name}: that name has a meaning of its own, as bits")
+    for section in ("rules", "searches"):
+        for name in getattr(experiment, section):
+            if re.fullmatch(BITS, name):
+                raise ConfigError(
+                    f"config.{section}.{name}: that name has a meaning of its own, as bits"
+                )
+    for name, search in experiment.searches.items():
+        if name in experiment.rules:
+            raise ConfigError(f"config.searches.{name}: there are rules of that name")
+        _check_search(experiment, search, f"config.searches.{name}")
     _check_cache(experiment.cache)
     for name in experiment.teachers:
         _check_teacher(experiment, name)
@@ -159,6 +176,38 @@ def _check(experiment: Experiment) -> None:
         _check_arm(experiment, name)
         _check_taught(experiment, name)
         ancestors(experiment, name)
+
+
+def _check_search(experiment: Experiment, one: Search, where: str) -> None:
+    if not one.students:
+        raise ConfigError(f"{where}.students is empty: want a float arm or more")
+    for field in ("students", "teacher", "finetune"):
+        value = getattr(one, field)
+        for arm in value if field == "students" else filter(None, (value,)):
+            if arm not in experiment.arms:
+                raise ConfigError(unknown(f"{where}.{field}: arm", arm, experiment.arms))
+            if field != "finetune" and experiment.arms[arm].bits:
+                raise ConfigError(f"{where}.{field}: {arm!r} is quantized; want a float arm")
+    if not one.teacher:
+        raise ConfigError(f"{where}.teacher is missing: the arm that policies are compared with")
+    for i, bits in enumerate(one.choices):
+        parse_bits(bits, f"{where}.choices[{i}]")
+    for pattern, bits in one.fixed.items():
+        parse_bits(bits, f"{where}.fixed[{pattern!r}]")
+    if not one.choices or len(set(one.choices)) < len(one.choices):
+        raise ConfigError(f"{where}.choices={one.choices}: want one or more, all different")
+    if not one.most and not one.share:
+        raise ConfigError(f"{where}: no budget; want `most` or `share`, e.g. most.average_bits=3")
+    for field in ("examples", "evaluations", "batch", "threads", "finalists"):
+        if getattr(one, field) < 1:
+            raise ConfigError(f"{where}.{field}={getattr(one, field)}: want at least 1")
+    for field in ("steps", "policies_at_once"):
+        if getattr(one, field) < 0:
+            raise ConfigError(f"{where}.{field}={getattr(one, field)}: want 0 or more")
+    if one.steps and not one.finetune:
+        raise ConfigError(f"{where}.steps={one.steps}: wants `finetune`, the arm to train as")
+    if one.distilled and not one.steps:
+        raise ConfigError(f"{where}.distilled={one.distilled}: only a finetune tells, want steps")
 
 
 def _check_cache(cache: Cache) -> None:
@@ -230,8 +279,12 @@ def _check_arm(experiment: Experiment, name: str) -> None:
         )
     if one.init and experiment.arms[one.init].bits and not one.bits:
         raise ConfigError(f"{where}.init={one.init!r} is quantized, but the arm is float")
-    if one.bits not in experiment.rules:
-        parse_bits(one.bits, where=f"{where}.bits", rules=experiment.rules)
+    if one.bits in experiment.searches and one.init not in experiment.searches[one.bits].students:
+        students = experiment.searches[one.bits].students
+        raise ConfigError(f"{where}.init={one.init!r}: want a student of its search, of {students}")
+    if one.bits not in (*experiment.rules, *experiment.searches):
+        valid = (*experiment.rules, *experiment.searches)
+        parse_bits(one.bits, where=f"{where}.bits", rules=valid)
     if one.init and one.load:
         raise ConfigError(f"{where}: init={one.init!r} and load={one.load!r}; want one of them")
     if one.epochs < 0 or not (one.epochs or one.init or one.load):
@@ -295,7 +348,13 @@ def parents(experiment: Experiment, name: str) -> tuple[str, ...]:
         taught_by = experiment.teachers[one.teacher].needs
     else:
         taught_by = (one.teacher,)
-    return tuple(dict.fromkeys(filter(None, (one.init, *taught_by))))
+    searched = ()
+    if one.bits in experiment.searches:
+        search = experiment.searches[one.bits]
+        trained_as = experiment.arms[search.finetune].teacher if search.steps else ""
+        taught = (trained_as,) if trained_as in experiment.arms else ()
+        searched = (*search.students, search.teacher, *taught)
+    return tuple(dict.fromkeys(filter(None, (one.init, *taught_by, *searched))))
 
 
 def parse_bits(

@@ -84,7 +84,8 @@ class Arm:
     # that guides a method that asks a teacher; "" is the float model itself.
     teacher: str = ""
     distill: str = ""  # how: a key of `distill`; wanted with a teacher, and only then
-    bits: str = ""  # "W4A4", "W4" (weights only), a key of `rules`, or "" for float
+    # "W4A4", "W4" (weights only), a key of `rules` or of `searches`, or "" for float.
+    bits: str = ""
     observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse, entropy
     ptq: str = ""  # what is done beside calibration: a key of `ptq`; "" is nothing
     qat: str = ""  # how quantizers train: a key of `qat`; "" is learned step sizes
@@ -134,11 +135,53 @@ class Export:
     """What every arm becomes beside its packed file, in WORKDIR/ARM/SEED/export."""
 
     formats: tuple[str, ...] = ()  # keys of kdq.deploy.FORMATS
+    arms: tuple[str, ...] = ()  # only these; () is all
     examples: int = 1000  # the first of the validation split, on which a file is compared
     agreement: float = 0.99  # least share of these with the class of the simulated model
     # Batch sizes at which each format is timed, beside the float model in ONNX Runtime; () is none.
     latency_batches: tuple[int, ...] = ()
     threads: int = 0  # of each runtime when it is timed; 0 is one a core
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """A choice of bits for each layer under budgets; arms name one by its key in their `bits`.
+
+    It sees the training split (to calibrate, and to finetune if it does) and the first examples of
+    the validation split, by which policies are judged; never the test split.
+    """
+
+    method: str = "knapsack"  # a key of kdq.search.METHODS
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of that method
+    # Float arms whose weights may be quantized; of several, a policy names one: widths are searched
+    # too. Arms with these bits have one of them as their `init`, and get what the policy names.
+    students: tuple[str, ...] = ()
+    teacher: str = ""  # arm that guides: what policies do to the student is measured against it
+    choices: tuple[str, ...] = ("W2A8", "W3A8", "W4A8", "W6A8", "W8A8")  # of a layer; "" is float
+    # {path pattern: bits} of layers that are not searched; the first that matches a layer wins.
+    fixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Budgets, {metric of kdq.search.cost.METRICS: at most so much}, or at most such a share of what
+    # the costliest student costs with every layer at its last choice.
+    most: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    share: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    objective: str = "kl"  # what policies are judged by: kl (to the teacher), loss, error or noise
+    sensitivity: str = "kl"  # of each layer alone: one of kdq.search.sensitivity.MEASURES
+    observer: str = "mse"  # calibration, see Arm
+    examples: int = 1000  # the first of the validation split
+    evaluations: int = 200  # of policies, those for sensitivities among them
+    # Arm that the arms of `launch/search.py` are trained as, by whose recipe policies are finetuned
+    # for `steps` before they are judged. 0 steps: calibration alone.
+    finetune: str = ""
+    steps: int = 0
+    distilled: tuple[str, ...] = ()  # terms of the recipe of `finetune` that a policy may leave out
+    policies_at_once: int = 0  # that one call of the device evaluates; 0: 1 on a CPU, else 16
+    runtime: str = "onnx"  # where latencies are measured, a key of kdq.deploy.FORMATS
+    batch: int = 1  # examples at once in it
+    threads: int = 1
+    finalists: int = 5  # whose files are measured before one is chosen, if size or latency counts
+    # Files of launch/cost_table.py; what they do not have is measured here, if a budget asks.
+    cost_tables: tuple[str, ...] = ()
+    other_device: bool = False  # allows tables that were measured on another device
 
 
 CACHES = ("none", "memory", "dense", "top_k", "sampled")
@@ -248,6 +291,9 @@ class Experiment:
     ptq: Mapping[str, tuple[Mapping[str, Any], ...]] = dataclasses.field(default_factory=dict)
     qat: Mapping[str, Qat] = dataclasses.field(default_factory=dict)
     distill: Mapping[str, Distill] = dataclasses.field(default_factory=dict)
+    # Bits by search: an arm whose `bits` is a key of these gets what is found with its seed.
+    searches: Mapping[str, Search] = dataclasses.field(default_factory=dict)
+    search: Search = Search()  # what launch/search.py does, beside these
     # Teachers that are no arm: {key: {"kind": a key of TEACHERS, **its fields}}.
     teachers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cache: Cache = Cache()

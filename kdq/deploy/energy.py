@@ -9,7 +9,7 @@ of one kind needs less, not what a device draws.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,30 +60,50 @@ def modelled(layers: Mapping[str, LayerInfo], qparams: QParams) -> dict[str, Ene
       qparams: the quantizers; what has none is float32.
     """
     bits = {path: layer_bits(qparams, path) for path in layers}
+    found = memories(layers, bits)
+    return {path: of_layer(layer, *bits[path], found) for path, layer in layers.items()}
+
+
+def memories(
+    layers: Mapping[str, LayerInfo], bits: Mapping[str, Sequence[int]]
+) -> tuple[float, float]:
+    """Picojoules of a read of 64 bits of weights, and of activations.
+
+    Args:
+      layers: from `list_layers`.
+      bits: (weight bits, activation bits) of each.
+    """
     of_weights = sum(layer.weight_count * bits[path][0] for path, layer in layers.items())
-    moved = {path: _activations(layer, bits[path][1]) for path, layer in layers.items()}
-    per_weight = _read(of_weights / 8)
-    per_activation = _read(max(moved.values(), default=0) / 8)
-    found = {}
-    for path, layer in layers.items():
-        weight_bits, activation_bits = bits[path]
-        if FLOAT_BITS in (weight_bits, activation_bits):
-            multiply, add = FLOAT_MULTIPLY, FLOAT_ADD
-        else:
-            multiply = integer_multiply(weight_bits, activation_bits)
-            add = integer_add(ACCUMULATOR_BITS)
-        found[path] = Energy(
-            arithmetic=1e-3 * layer.macs * (multiply + add),
-            weights=1e-3 * layer.weight_count * weight_bits / 64 * per_weight,
-            activations=1e-3 * moved[path] * math.prod(layer.stack) / 64 * per_activation,
-        )
-    return found
+    moved = [moved_bits(layer, bits[path][1]) for path, layer in layers.items()]
+    return _read(of_weights / 8), _read(max(moved, default=0) / 8)
 
 
-def _activations(layer: LayerInfo, bits: int) -> int:
+def of_layer(
+    layer: LayerInfo, weight_bits: int, activation_bits: int, memories: tuple[float, float]
+) -> Energy:
+    """The energy of one layer for one example; `memories` are those of the whole model."""
+    if FLOAT_BITS in (weight_bits, activation_bits):
+        multiply, add = FLOAT_MULTIPLY, FLOAT_ADD
+    else:
+        multiply = integer_multiply(weight_bits, activation_bits)
+        add = integer_add(ACCUMULATOR_BITS)
+    moved = _moved(layer) * activation_bits * math.prod(layer.stack)
+    return Energy(
+        arithmetic=1e-3 * layer.macs * (multiply + add),
+        weights=1e-3 * layer.weight_count * weight_bits / 64 * memories[0],
+        activations=1e-3 * moved / 64 * memories[1],
+    )
+
+
+def moved_bits(layer: LayerInfo, bits: int) -> int:
     """Bits of what one layer reads and writes for one example; outputs as wide as inputs."""
+    return bits * _moved(layer)
+
+
+def _moved(layer: LayerInfo) -> int:
+    """Numbers that one layer reads and writes for one example."""
     shapes = (layer.input_shape, layer.other_shape, layer.output_shape)
-    return bits * sum(math.prod(shape[1:]) for shape in shapes if shape)
+    return sum(math.prod(shape[1:]) for shape in shapes if shape)
 
 
 def _read(size: float) -> float:

@@ -5,8 +5,18 @@ has epochs, selected on validation, packed, loaded back, and measured on test. I
 `WORKDIR/ARM/SEED` holds `model.safetensors`, `result.json`, `metrics.jsonl` and `checkpoints/`.
 """
 
+from kdq.experiment.adding import arms_of_search, cost_table, finished, with_search
 from kdq.experiment.exports import of_workdir as export
 from kdq.experiment.progress import Progress, Record
 from kdq.experiment.runner import run
 
-__all__ = ["Progress", "Record", "export", "run"]
+__all__ = [
+    "Progress",
+    "Record",
+    "arms_of_search",
+    "cost_table",
+    "export",
+    "finished",
+    "run",
+    "with_search",
+]

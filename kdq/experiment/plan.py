@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdq import config as kdq_config
-from kdq.config import ConfigError, Experiment
+from kdq.config import Arm, ConfigError, Experiment
 
 
 def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
@@ -46,12 +46,37 @@ def digests(experiment: Experiment) -> dict[str, str]:
                 "quantize": experiment.quantize if arm.bits else None,
                 "ptq": experiment.ptq[arm.ptq] if arm.ptq else None,
                 **({"rules": experiment.rules[arm.bits]} if arm.bits in experiment.rules else {}),
+                **_searched(experiment, arm, found),
                 "qat": experiment.qat[arm.qat] if arm.qat else None,
                 "model": experiment.models[arm.model],
                 "arm": {**kdq_config.to_json(arm), "reference": "", **kdq_config.to_json(others)},
             }
         )
     return found
+
+
+def _searched(experiment: Experiment, arm: Arm, found: dict[str, str]) -> dict[str, Any]:
+    if arm.bits not in experiment.searches:
+        return {}
+    return {"search": search_digest(experiment, arm.bits, found)}
+
+
+def search_digest(experiment: Experiment, name: str, found: dict[str, str]) -> str:
+    """A digest of all that decides what a search finds; `found` are those of arms."""
+    search = experiment.searches[name]
+    finetune = experiment.arms[search.finetune] if search.steps else None
+    return kdq_config.digest(
+        {
+            "search": dataclasses.replace(search, finetune="", other_device=False, cost_tables=()),
+            "cost_tables": [
+                _file(path, f"config.searches.{name}.cost_tables") for path in search.cost_tables
+            ],
+            "students": [found[student] for student in search.students],
+            "teacher": found[search.teacher],
+            "calibration": experiment.quantize.calibration_examples,
+            "finetune": finetune and [finetune, experiment.distill.get(finetune.distill)],
+        }
+    )
 
 
 def _taught_by(experiment: Experiment, name: str, found: dict[str, str]) -> Any:

@@ -23,5 +23,11 @@ class Progress:
         """A post-training method goes through `items`, which are returned to it."""
         return items
 
+    def search(self, name: str, seed: int, evaluations: int) -> None:
+        """A search begins; it will evaluate so many policies."""
+
+    def evaluated(self, count: int, best: str) -> None:
+        """So many policies are evaluated; what is to be said of the best."""
+
     def done(self, record: Record) -> None:
         """An arm ended, or had been run before."""

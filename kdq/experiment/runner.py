@@ -12,17 +12,17 @@ import jax
 from kdq import config as kdq_config
 from kdq import models, provenance, quantize
 from kdq.config import Arm, ConfigError, Experiment
-from kdq.experiment import check, exports, initial, measure, plan, transfer
+from kdq.experiment import check, exports, initial, measure, plan, training, transfer
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
-from kdq.experiment.quantized import OBSERVERS, quantized, recipe
+from kdq.experiment.quantized import OBSERVERS, quantized
+from kdq.experiment.searching import Searches
 from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
-from kdq.train import loop, objective, optimizer, regime
+from kdq.search.problem import InfeasibleError
+from kdq.train import loop, optimizer
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection, Weights
-from kdq.train.objective import Objective
-from kdq.train.state import create_state
 from kdq.types import Array
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,9 @@ class _Runner:
         self.optimizer = optimizer.make_optimizer(experiment.optimizer)
         self.inputs = Inputs(experiment)
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
+        self.searches = Searches(
+            experiment, self.models, self.store, self.inputs, self.teachers, self.progress
+        )
         # All arms of a seed run before those of the next.
         self.comparison = functools.lru_cache(maxsize=1)(self._comparison)
 
@@ -81,6 +84,7 @@ class _Runner:
         }
         if None in records.values():
             check.check(experiment, self.models, self.inputs, self.teachers)
+            self.searches.check(names)
         exports.check_config(experiment.export)
         self.store.save_config()
         self.progress.start(len(records))
@@ -94,17 +98,19 @@ class _Runner:
         return [records[name, seed] for name in shown for seed in experiment.seeds]
 
     def _run_arm(self, name: str, seed: int) -> Record:
-        arm = self.experiment.arms[name]
         self.store.folder(name, seed).mkdir(parents=True, exist_ok=True)
         record = self._identity(name, seed)
         try:
             for parent in kdq_config.parents(self.experiment, name):
                 if self.store.record(parent, seed)["status"] == "failed":
                     raise NonFiniteError(f"it needs arm {parent!r}, which failed")
-            start, told = self._start(arm, seed)
-            fit = self._train(name, seed, start)
-            record |= {"status": "ok", **self._measure(name, seed, fit), **told}
-            record |= self._compare(name, seed, fit)
+            experiment, found = self._with_bits(name, seed)
+            record |= found
+            arm = experiment.arms[name]
+            start, told = self._start(experiment, arm, seed)
+            fit = self._train(experiment, name, seed, start)
+            record |= {"status": "ok", **self._measure(experiment, name, seed, fit), **told}
+            record |= self._compare(experiment, name, seed, fit)
             if arm.without_classes:
                 record |= measure.corrected(
                     self.models[arm.model],
@@ -113,7 +119,7 @@ class _Runner:
                     self.inputs.test,
                     arm.without_classes,
                 )
-        except NonFiniteError as error:
+        except (NonFiniteError, InfeasibleError) as error:
             log.error("arm %s, seed %d failed: %s", name, seed, error)
             record |= {"status": "failed", "error": f"arm {name}, seed {seed}: {error}"}
         self.store.save(record)
@@ -123,7 +129,7 @@ class _Runner:
         """Adds what the config asks for and the record does not have."""
         wanted, done = self.experiment.export, record.get("exports", {})
         formats = [name for name in wanted.formats if name not in done]
-        if not formats:
+        if not formats or (wanted.arms and record["arm"] not in wanted.arms):
             return
         folder = self.store.folder(record["arm"], record["seed"])
         path = folder / PACKED
@@ -134,68 +140,42 @@ class _Runner:
         }
         self.store.save(record)
 
-    def _train(self, name: str, seed: int, start: Weights) -> Fit:
-        config, arm = self.experiment, self.experiment.arms[name]
-        model, own_seed = self.models[arm.model], seed + arm.seed_offset
-        steps, last_step = self.inputs.steps(arm), self.inputs.last_step(arm)
-        self.progress.arm(name, seed, last_step)
+    def _train(self, experiment: Experiment, name: str, seed: int, start: Weights) -> Fit:
+        arm = experiment.arms[name]
+        model = self.models[arm.model]
+        steps = self.inputs.steps(arm)
+        self.progress.arm(name, seed, self.inputs.last_step(arm))
         validate = functools.partial(self._validate, model)
         if not steps:
             selected = Selection(weights=start, step=0, metrics=validate(start))
             return Fit(last=start, last_step=0, selected=selected, seconds=0.0)
-        aim = objective.of_arm(config, name, steps)
-        qat = recipe(config, arm)
-        teaching = self.teachers.of(name, seed)
-        adapters, memory = self._beside(aim, arm, start, teaching, own_seed)
-        state = create_state(
-            start.variables,
-            start.qparams,
-            config.optimizer,
-            seed=own_seed,
-            steps=steps,
-            learning_rate=arm.learning_rate,
-            fixed_scales=config.quantize.fixed_scales,
-            adapters=adapters,
-            memory=memory,
-            average=teaching.average,
-            peer=teaching.peer,
-            track_oscillations=qat.track_oscillations or bool(qat.freeze),
-        )
-        task = loop.Task(
+        task, state = training.begin(
+            experiment,
+            name,
+            seed,
+            start,
             model=model,
+            inputs=self.inputs,
+            teaching=self.teachers.of(name, seed),
             optimizer=self.optimizer,
-            objective=aim,
-            dataset=self.inputs.stream(arm, own_seed, extra=teaching.extra, lookup=teaching.lookup),
-            steps=last_step,
-            eval_every=max(1, -(-last_step // config.evaluations)),
             validate=validate,
-            teacher=teaching.teacher,
-            teacher_arguments=teaching.arguments,
-            regime=regime.of_recipe(qat, steps, f"config.qat.{arm.qat}"),
-            freeze_norm_at=round(qat.freeze_norm * steps),
         )
         return loop.fit(
             task,
             state,
             self.store.folder(name, seed),
-            checkpoint_seconds=config.checkpoint_seconds,
+            checkpoint_seconds=experiment.checkpoint_seconds,
             on_step=self.progress.step,
         )
 
-    def _beside(self, aim: Objective, arm: Arm, start: Weights, teaching, seed: int):
-        """`(adapters, memory)` of the objective's terms."""
-        if not aim.student_layers:  # losses on logits have neither
-            return {}, {}
-        student = check.layers(self.models[arm.model], start.variables, self.inputs.image)
-        taught_by = {}
-        if aim.teacher_layers:
-            module, arguments = teaching.teacher.module, teaching.arguments
-            variables = start.variables if arguments is None else arguments["variables"]
-            taught_by = check.layers(module, variables, self.inputs.image)
-        key = jax.random.fold_in(jax.random.key(seed), 2)
-        return aim.init(key, student, taught_by, self.inputs.num_examples)
+    def _with_bits(self, name: str, seed: int) -> tuple[Experiment, Record]:
+        """The experiment with what a search found for the arm, and what the record says of that."""
+        if self.experiment.arms[name].bits not in self.experiment.searches:
+            return self.experiment, {}
+        found = self.searches.of(self.experiment.arms[name].bits, seed)
+        return found.applied(self.experiment, name), found.record
 
-    def _start(self, arm: Arm, seed: int) -> tuple[Weights, Record]:
+    def _start(self, experiment: Experiment, arm: Arm, seed: int) -> tuple[Weights, Record]:
         """The weights an arm starts from, and what is to be told of their quantization."""
         model = self.models[arm.model]
         if arm.init:
@@ -208,7 +188,7 @@ class _Runner:
         if not arm.bits:
             return Weights(variables=variables, qparams={}), {}
         return quantized(
-            self.experiment,
+            experiment,
             arm,
             model,
             variables,
@@ -228,8 +208,8 @@ class _Runner:
     def _validate(self, model: nn.Module, weights: Weights) -> dict[str, float]:
         return measure.evaluate(model, weights, self.inputs.validation)
 
-    def _measure(self, name: str, seed: int, fit: Fit) -> dict[str, Any]:
-        experiment, arm = self.experiment, self.experiment.arms[name]
+    def _measure(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
+        arm = experiment.arms[name]
         teacher_is_there = (
             name == experiment.teacher
             or self.store.record(experiment.teacher, seed)["status"] == "ok"
@@ -254,9 +234,9 @@ class _Runner:
             else None,
         )
 
-    def _compare(self, name: str, seed: int, fit: Fit) -> dict[str, Any]:
+    def _compare(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
         """The measures of transfer, if the config asks for them and the teacher is there."""
-        experiment, teacher = self.experiment, self.experiment.teacher
+        teacher = experiment.teacher
         if not experiment.transfer.examples or name in kdq_config.ancestors(experiment, teacher):
             return {}
         if self.store.record(teacher, seed)["status"] != "ok":

@@ -32,13 +32,13 @@ class Store:
     """`WORKDIR/ARM/SEED` of every arm and seed."""
 
     def __init__(self, experiment: Experiment, workdir: Path):
-        self._experiment, self._workdir = experiment, workdir
+        self._experiment, self.workdir = experiment, workdir
         self.digests = plan.digests(experiment)
         # Arms of one seed run one after another, so few of these are in use at once.
         self.weights = functools.lru_cache(maxsize=8)(self._load_weights)
 
     def folder(self, name: str, seed: int) -> Path:
-        return self._workdir / name / str(seed)
+        return self.workdir / name / str(seed)
 
     def finished(self, name: str, seed: int) -> Record | None:
         """The record of an arm that has been run before.
@@ -58,7 +58,7 @@ class Store:
 
     def save_config(self) -> None:
         """What is run here, for those who look at it later."""
-        path = self._workdir / CONFIG
+        path = self.workdir / CONFIG
         text = json.dumps(kdq_config.to_json(self._experiment), indent=1) + "\n"
         if not path.is_file() or path.read_text() != text:
             files.write_atomic(path, text.encode())

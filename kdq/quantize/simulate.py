@@ -5,6 +5,7 @@ student live in one `jit`, in any order.
 """
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 
 from kdq.quantize import kinds
+from kdq.quantize.grid import Quantizer
 from kdq.quantize.kinds import WEIGHT_NAMES
 from kdq.quantize.layers import as_args, path_of
 from kdq.quantize.ste import fake_quantize
@@ -20,6 +22,8 @@ from kdq.types import Array, QParams, Variables
 # Where a layer finds the quantizers of its inputs. They travel inside "params", at the layer's own
 # path, because that is the collection that Linen's lifted transforms (scan, vmap) slice.
 QUANTIZERS = "_input_quantizers"
+
+Rounding = Callable[[Array, Quantizer], Array]
 
 
 def apply(
@@ -30,6 +34,7 @@ def apply(
     /,
     *,
     freeze_norm: bool = False,
+    rounding: Rounding = fake_quantize,
     **kwargs: Any,
 ) -> Any:
     """`model.apply(variables, inputs, **kwargs)` with the layers in `qparams` quantized.
@@ -41,16 +46,17 @@ def apply(
         Empty: the float model.
       inputs: an array, or a tuple of positional arguments.
       freeze_norm: whether batch norm uses its running statistics, and keeps them, in training too.
+      rounding: what a tensor becomes by its quantizer.
       **kwargs: passed to `model.apply` (`train`, `mutable`, `rngs`, ...).
 
     Raises:
       KeyError: if `qparams` names a layer that `variables` does not have.
     """
-    params = quantize_params(variables["params"], qparams)
+    params = quantize_params(variables["params"], qparams, rounding)
     met: set[str] = set()
     with contextlib.ExitStack() as stack:
         stack.enter_context(nn.intercept_methods(kinds.name_products))
-        stack.enter_context(nn.intercept_methods(partial(_quantize_inputs, met)))
+        stack.enter_context(nn.intercept_methods(partial(_quantize_inputs, met, rounding)))
         if freeze_norm:
             stack.enter_context(nn.intercept_methods(_freeze_norm))
         outputs = model.apply({**variables, "params": params}, *as_args(inputs), **kwargs)
@@ -60,7 +66,9 @@ def apply(
     return outputs
 
 
-def quantize_params(params: Any, qparams: QParams) -> dict[str, Any]:
+def quantize_params(
+    params: Any, qparams: QParams, rounding: Rounding = fake_quantize
+) -> dict[str, Any]:
     """A copy of `params` with rounded weights, and each layer's input quantizers beside them."""
     params = dict(params)
     for path, quantizers in qparams.items():
@@ -69,7 +77,7 @@ def quantize_params(params: Any, qparams: QParams) -> dict[str, Any]:
             name = next((n for n in WEIGHT_NAMES if n in layer), None)
             if name is None:
                 raise unknown_layer("qparams", path, params)
-            layer[name] = fake_quantize(layer[name], quantizers["weights"])
+            layer[name] = rounding(layer[name], quantizers["weights"])
         inputs = {name: one for name, one in quantizers.items() if name != "weights"}
         if inputs:
             layer[QUANTIZERS] = inputs
@@ -128,7 +136,7 @@ def _freeze_norm(next_fun, args, kwargs, context):
     return next_fun(*args, **kwargs)
 
 
-def _quantize_inputs(met, next_fun, args, kwargs, context):
+def _quantize_inputs(met, rounding, next_fun, args, kwargs, context):
     module = context.module
     operands = kinds.operands(module, context.method_name)
     if not operands or not module.has_variable("params", QUANTIZERS):
@@ -137,7 +145,7 @@ def _quantize_inputs(met, next_fun, args, kwargs, context):
     quantizers = module.get_variable("params", QUANTIZERS)
     for name, where in operands.items():
         if name in quantizers:
-            value = fake_quantize(kinds.argument(args, kwargs, where), quantizers[name])
+            value = rounding(kinds.argument(args, kwargs, where), quantizers[name])
             args, kwargs = kinds.replace_argument(args, kwargs, where, value)
     return next_fun(*args, **kwargs)
 

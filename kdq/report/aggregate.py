@@ -37,7 +37,7 @@ class Row:
     arm: str
     kind: str  # "teacher", "student", "KD", "PTQ", "QAT", "QAD", ...
     bits: str  # "W4A8"; several where seeds differ, as a search's may
-    params: int | None
+    params: float  # mean: a search may choose other widths for other seeds
     seeds: tuple[int, ...]  # that finished
     failures: tuple[tuple[int, str], ...]  # (seed, reason)
     accuracy: Mean  # percent, on test, at the selected step
@@ -105,7 +105,7 @@ def _row(
         arm=arm,
         kind=_agreed(runs, "kind") or "",
         bits=", ".join(dict.fromkeys(str(r["bits"]) for r in done or runs if r.get("bits"))),
-        params=_agreed(runs, "params"),
+        params=_mean(done, "params").mean,
         seeds=tuple(sorted(finished[arm])),
         failures=tuple(
             (r["seed"], str(r.get("error") or "no reason recorded"))

@@ -68,5 +68,13 @@ class _Bars(experiment.Progress):
             yield item
             self._bars.advance(self._steps)
 
+    def search(self, name: str, seed: int, evaluations: int) -> None:
+        self._searching = f"{name}, seed {seed}"
+        self._bars.reset(self._steps, total=evaluations, description=self._searching, visible=True)
+
+    def evaluated(self, count: int, best: str) -> None:
+        description = f"{self._searching}: best {best}"
+        self._bars.update(self._steps, completed=count, description=description)
+
     def done(self, record: experiment.Record) -> None:
         self._bars.advance(self._arms)

@@ -117,7 +117,7 @@ COLUMNS: tuple[Column, ...] = (
     ("Arm", lambda r: r.arm, 0),
     ("Kind", lambda r: r.kind or ABSENT, 120),
     ("Bits", lambda r: r.bits or ABSENT, 0),
-    ("Params", lambda r: ABSENT if r.params is None else f"{r.params:,}", 140),
+    ("Params", lambda r: _plain(r.params, ",.0f"), 140),
     ("Size", lambda r: format_bytes(r.size_bytes), 0),
     ("Smaller", lambda r: ABSENT if math.isnan(r.size_ratio) else f"{r.size_ratio:.1f}×", 100),
     ("Accuracy %", _accuracy, 0),

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from kdq.files import write_atomic
-from kdq.report import Record, pivot, table
+from kdq.report import Record, pivot, searches, table
 
 
 def write_report(
@@ -22,7 +22,8 @@ def write_report(
 ) -> None:
     """Writes results.json, table.md and accuracy_vs_size.png to `workdir`; prints the table.
 
-    And pivot.md, where methods are there at several widths (see `kdq.report.pivot`).
+    And pivot.md, where methods are there at several widths (see `kdq.report.pivot`), and
+    searches.md, where searches compete.
 
     Args:
       records: one dict an arm and seed, as in the package's docstring.
@@ -44,6 +45,8 @@ def write_report(
     write_atomic(workdir / "table.md", table.markdown(summary, records).encode())
     if by_width := pivot.markdown(summary):
         write_atomic(workdir / "pivot.md", by_width.encode())
+    if study := searches.markdown(records, summary):
+        write_atomic(workdir / "searches.md", study.encode())
     plot.accuracy_vs_size(records, workdir / "accuracy_vs_size.png")
     table.print_table(summary, console)
 

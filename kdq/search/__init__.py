@@ -1,1 +1,1 @@
-
+"""Bits, layer by layer, under budgets: costs, sensitivities, and searchers that compete."""

@@ -1,9 +1,30 @@
-"""What a model costs, layer by layer, at given bits."""
+"""What a model costs, layer by layer, at given bits: counted, modelled, measured."""
 
+import dataclasses
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from kdq.quantize.layers import LayerInfo, layer_bits
+from kdq import files
+from kdq.config import to_json
+from kdq.deploy import energy
+from kdq.fields import ConfigError, build
+from kdq.quantize.layers import FLOAT_BITS, LayerInfo, layer_bits
+from kdq.search.bank import Choices, bits_of
 from kdq.types import QParams
+
+# {metric: what it is}. Of those that are not in COUNTED a table holds measurements.
+METRICS = {
+    "average_bits": "bits of a weight, mean over all weights",
+    "bops": "bit operations for one example (arXiv:2005.07093)",
+    "weight_memory": "bytes of the parameters, weights in their own bits",
+    "activation_memory": "bytes of the input and output of the layer where they are most",
+    "energy": "nJ for one example, modelled (see kdq.deploy.energy)",
+    "size": "bytes of the packed file",
+    "latency": "ms for a batch in a runtime, measured",
+}
 
 
 def macs(layers: Mapping[str, LayerInfo]) -> int:
@@ -18,3 +39,104 @@ def bops(layers: Mapping[str, LayerInfo], qparams: QParams) -> int:
         weight_bits, activation_bits = layer_bits(qparams, path)
         total += layer.macs * weight_bits * activation_bits
     return total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One kind of cost of each layer at each of its choices."""
+
+    layers: Mapping[str, Mapping[str, float]]  # {path: {"W4A8": value}}
+    constant: float = 0.0  # of whatever the bits
+    worst: bool = False  # the cost of a model is that of its worst layer, not the sum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """What a network costs, as `{metric: {layer: {bits: value}}}`, and where that was found."""
+
+    model: Mapping[str, Any]  # the module's name and fields
+    image_shape: tuple[int, ...]
+    metrics: Mapping[str, Metric]
+    # Device, cores, load; runtime and batch of a latency. Empty if nothing was measured.
+    conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def total(self, metric: str, chosen: Mapping[str, str]) -> float:
+        """What a model costs with the layers at the bits `{path: "W4A8"}`."""
+        own = self.metrics[metric]
+        values = [own.layers[path][bits] for path, bits in chosen.items()]
+        return own.constant + (max(values) if own.worst else sum(values))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it as JSON, atomically."""
+        text = json.dumps(to_json(self), indent=1, allow_nan=False)
+        files.write_atomic(path, f"{text}\n".encode())
+
+
+def load(path: str | os.PathLike[str], *, device: str, other_device: bool = False) -> CostTable:
+    """Reads a table.
+
+    Args:
+      path: of the file.
+      device: this one, see `kdq.provenance.device`.
+      other_device: whether measurements of another device will do.
+
+    Raises:
+      ConfigError: no such file, no table, or one that was measured on another device.
+    """
+    try:
+        table = build(CostTable, json.loads(Path(path).read_text()), str(path))
+    except OSError as error:
+        raise ConfigError(f"cost table {path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no cost table: {error}") from error
+    measured_on = table.conditions.get("device", device)
+    if measured_on != device and not other_device:
+        raise ConfigError(
+            f"cost table {path} was measured on {measured_on!r}, and this is {device!r}: measure "
+            "here (launch/cost_table.py), or allow it (config.search.other_device=True)"
+        )
+    return table
+
+
+def counted(
+    layers: Mapping[str, LayerInfo], choices: Choices, parameters: int
+) -> dict[str, Metric]:
+    """The metrics that need no measuring.
+
+    Args:
+      layers: from `list_layers`.
+      choices: of each of them.
+      parameters: of the whole model.
+    """
+    weights = sum(layer.weight_count for layer in layers.values())
+    each = {
+        "average_bits": lambda layer, w, a: layer.weight_count * w / max(weights, 1),
+        "bops": lambda layer, w, a: float(layer.macs * w * a),
+        "weight_memory": lambda layer, w, a: layer.weight_count * w / 8,
+        "activation_memory": lambda layer, w, a: energy.moved_bits(layer, a) / 8,
+        "energy": _energy(layers, choices),
+    }
+    found = {
+        metric: Metric(
+            layers={
+                path: {bits: value(layers[path], *bits_of(bits)) for bits in own}
+                for path, own in choices.items()
+            },
+            worst=metric == "activation_memory",
+        )
+        for metric, value in each.items()
+    }
+    others = (parameters - weights) * FLOAT_BITS / 8
+    found["weight_memory"] = dataclasses.replace(found["weight_memory"], constant=others)
+    return found
+
+
+def _energy(layers: Mapping[str, LayerInfo], choices: Choices):
+    """Of a layer; from the memories that the most bits would need, so at most too much."""
+    most = {
+        path: [max(pair) for pair in zip(*map(bits_of, own), strict=True)]
+        for path, own in choices.items()
+    }
+    memories = energy.memories(layers, most)
+    return lambda layer, w, a: energy.of_layer(layer, w, a, memories).total

@@ -163,7 +163,7 @@ class _Run:
                     saved_at = time.monotonic()
         self.checkpointer.wait()
         return Fit(
-            last=_weights(self.state, _parts(self.state)),
+            last=weights(self.state),
             last_step=self.step,
             selected=Selection(weights=_weights(self.state, self.best), **self.best_record),
             seconds=seconds(),
@@ -186,7 +186,7 @@ class _Run:
         return f"NaN or infinity at step {step}, first in {place}"
 
     def _validate(self) -> None:
-        metrics = self.task.validate(_weights(self.state, _parts(self.state)))
+        metrics = self.task.validate(weights(self.state))
         if not np.isfinite(metrics["nll"]):
             raise NonFiniteError(f"NaN or infinity on validation after step {self.step}")
         self.writer.write(self.step, {f"validation_{k}": v for k, v in metrics.items()})
@@ -212,6 +212,11 @@ def _parts(state: TrainState) -> dict[str, Any]:
         "scales": state.scales,
         **({"peer": state.peer} if state.peer else {}),
     }
+
+
+def weights(state: TrainState) -> Weights:
+    """What a state evaluates, packs and hands on as."""
+    return _weights(state, _parts(state))
 
 
 def _weights(state: TrainState, parts: dict[str, Any]) -> Weights:

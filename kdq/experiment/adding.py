@@ -1,0 +1,127 @@
+"""A search beside those of the config, and the arms that it ends in."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdq import config as kdq_config
+from kdq import models
+from kdq.config import Arm, ConfigError, Experiment, Search
+from kdq.experiment import costing
+from kdq.experiment.inputs import Inputs
+from kdq.experiment.progress import Progress, Record
+from kdq.experiment.store import CONFIG, Store
+from kdq.quantize import list_layers
+from kdq.search.cost import CostTable
+
+
+def arms_of_search(experiment: Experiment, name: str) -> list[str]:
+    """The arms that a search ends in: calibrated, and trained."""
+    return [f"{name}_ptq", f"{name}_qad"]
+
+
+def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Experiment:
+    """The experiment with `config.search` as one of its searches, and with its arms.
+
+    Searches that were added to the same workdir before stay.
+
+    Args:
+      experiment: from `kdq.config.freeze`.
+      workdir: of earlier runs, if there are any.
+      name: of the search.
+
+    Raises:
+      ConfigError: a name that is taken, or a search that can't be.
+    """
+    search = experiment.search
+    if name in experiment.searches:
+        raise ConfigError(f"config.searches has a search {name!r} already: want another --name")
+    if search.finetune not in experiment.arms:
+        where = "config.search.finetune: arm"
+        raise ConfigError(kdq_config.unknown(where, search.finetune, experiment.arms))
+    searches = {**_before(experiment, Path(workdir), name), name: search}
+    arms = {}
+    for own, one in searches.items():
+        arms |= _arms(experiment, own, one)
+    if taken := arms.keys() & experiment.arms.keys():
+        raise ConfigError(f"config.arms has {sorted(taken)} already: want another --name")
+    export = experiment.export
+    if not export.formats:
+        trained = arms_of_search(experiment, name)[1]
+        export = dataclasses.replace(export, formats=(search.runtime,), arms=(trained,))
+    added = dataclasses.replace(
+        experiment,
+        searches={**experiment.searches, **searches},
+        arms={**experiment.arms, **arms},
+        export=export,
+    )
+    return kdq_config.freeze(kdq_config.to_json(added))
+
+
+def _arms(experiment: Experiment, name: str, search: Search) -> dict[str, Arm]:
+    trained = experiment.arms[search.finetune]
+    init = trained.init if trained.init in search.students else search.students[0]
+    trained = dataclasses.replace(
+        trained, bits=name, init=init, load="", ptq="", reference=search.finetune
+    )
+    calibrated = dataclasses.replace(
+        trained, teacher="", distill="", qat="", epochs=0.0, stop=0.0, reference=init
+    )
+    return dict(zip(arms_of_search(experiment, name), (calibrated, trained), strict=True))
+
+
+def _before(experiment: Experiment, workdir: Path, name: str) -> dict[str, Search]:
+    """Searches that were added to a workdir, by what it says was run there last."""
+    path = workdir / CONFIG
+    if not path.is_file():
+        return {}
+    there = json.loads(path.read_text())
+    try:
+        old = kdq_config.freeze(there)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    known = {*experiment.searches, name}
+    return {
+        own: search
+        for own, search in old.searches.items()
+        if own not in known and search.finetune in experiment.arms
+    }
+
+
+def finished(experiment: Experiment, workdir: str | Path) -> list[Record]:
+    """The records of all arms and seeds of an experiment that a workdir has."""
+    store = Store(experiment, Path(workdir))
+    found = [store.finished(name, seed) for name in experiment.arms for seed in experiment.seeds]
+    return [record for record in found if record is not None]
+
+
+def cost_table(
+    experiment: Experiment,
+    key: str,
+    metrics: Sequence[str],
+    *,
+    progress: Progress | None = None,
+) -> CostTable:
+    """Measures what a network costs at the choices of `config.search`, on this device.
+
+    Args:
+      experiment: from `kdq.config.freeze`.
+      key: of its models.
+      metrics: beside those that are counted: "size", "latency".
+      progress: told what happens.
+
+    Raises:
+      ConfigError: a model or metric that there is not.
+    """
+    if key not in experiment.models:
+        raise ConfigError(kdq_config.unknown("model", key, experiment.models))
+    for metric in metrics:
+        if metric not in ("size", "latency"):
+            raise ConfigError(kdq_config.unknown("metric", metric, ("size", "latency")))
+    inputs, search = Inputs(experiment), experiment.search
+    model: Any = models.build(**experiment.models[key])
+    layers = list_layers(model, costing.shapes(model, inputs), inputs.image, train=False)
+    choices = costing.choices_of(search, layers, "config.search")
+    return costing.build(experiment, key, search, choices, inputs, metrics, progress or Progress())

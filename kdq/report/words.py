@@ -1,0 +1,51 @@
+"""Measured numbers as the advisor words them."""
+
+import math
+from collections.abc import Mapping
+
+from kdq.evaluate.statistics import PairedInterval, summary
+from kdq.report.aggregate import Mean
+from kdq.report.cells import ABSENT, mean_cell
+from kdq.report.evidence import Candidate, Study
+
+
+def label(candidate: Candidate, study: Study) -> str:
+    """An arm, with its experiment where a study has several."""
+    return candidate.arm if len(study.sources) == 1 else f"{candidate.source.name}: {candidate.arm}"
+
+
+def width(bits: str) -> str:
+    """Where a comparison was made: at W4A4, in float."""
+    return "in float" if bits == "fp32" else f"at {bits}"
+
+
+def by_seed(values: Mapping[int, float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds, of percents."""
+    mean, std = summary(values.values())
+    return mean_cell(Mean(mean=mean, std=std, n=len(values)), digits)
+
+
+def percent(values: Mapping[int, float]) -> str:
+    """The same within a sentence."""
+    if len(values) == 1:
+        return f"{next(iter(values.values())):.2f}% (one seed)"
+    return f"{by_seed(values)}%"
+
+
+def interval(found: PairedInterval | None) -> str:
+    """A difference in points, with its 95% interval if there are seeds enough for one."""
+    if found is None:
+        return ABSENT
+    if math.isnan(found.low):
+        return f"{found.mean:+.2f} (one seed)"
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def seconds(candidate: Candidate) -> str:
+    """Of training; "≈" where what an arm starts from had to be inferred."""
+    return f"{'' if candidate.lineage.known else '≈ '}{candidate.seconds:.1f}"
+
+
+def plain(value: float, form: str) -> str:
+    """A number; "—" of nan."""
+    return ABSENT if math.isnan(value) else format(value, form)

@@ -1,0 +1,90 @@
+"""Policies judged after a short training: what calibration alone says of low bits can mislead."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from kdq import quantize
+from kdq.search import bank as banks
+from kdq.search.evaluate import OBJECTIVES, WORST, Evaluator, Held, means, sums_of
+from kdq.train import loop
+from kdq.train.loop import Task, Weights
+from kdq.train.state import TrainState
+from kdq.train.step import train_step
+from kdq.types import QParams, Variables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Trains a policy for a few steps by the ordinary step, always on the same batches.
+
+    Bits, and which terms of the recipe count, are data: all policies share one compiled step.
+    """
+
+    evaluator: Evaluator  # of the student
+    begin: Callable[[Weights], tuple[Task, TrainState]]
+    method: str  # of quantization-aware training
+    distilled: tuple[str, ...]  # terms that a policy may leave out
+
+    def __call__(self, policy: Sequence[int], kept: Sequence[bool]) -> Mapping[str, float]:
+        """The scores of a policy after it was trained.
+
+        Args:
+          policy: the place of a choice for each layer.
+          kept: of each of `distilled`, whether it counts.
+        """
+        one = self.evaluator
+        chosen = dict(zip(one.choices, np.asarray(policy, np.int32), strict=True))
+        qparams = banks.choose(one.bank, chosen)
+        variables, qparams = quantize.prepare(one.variables, qparams, self.method)
+        task, state = self.begin(Weights(variables=variables, qparams=qparams))
+        task = without_terms(task, [n for n, k in zip(self.distilled, kept, strict=True) if not k])
+        state = _train(task, state)
+        if bool(state.halted):
+            return dict.fromkeys(OBJECTIVES, WORST)
+        found = loop.weights(state)
+        return score(one.model, found.variables, found.qparams, one.held)
+
+
+def without_terms(task: Task, names: Sequence[str]) -> Task:
+    """The task with the weight of some terms 0."""
+    terms = tuple(
+        term.replace(weight=term.weight.replace(values=0 * term.weight.values))
+        if term.name in names
+        else term
+        for term in task.objective.terms
+    )
+    return dataclasses.replace(task, objective=task.objective.replace(terms=terms))
+
+
+def _train(task: Task, state: TrainState) -> TrainState:
+    for step in range(task.steps):
+        state, _ = train_step(
+            state,
+            task.teacher_arguments,
+            task.dataset[step],
+            model=task.model,
+            teacher=task.teacher,
+            objective=task.objective,
+            optimizer=task.optimizer,
+            regime=task.regime,
+            freeze_norm=step >= task.freeze_norm_at,
+        )
+    return state
+
+
+def score(
+    model: nn.Module, variables: Variables, qparams: QParams, held: Sequence[Held]
+) -> dict[str, float]:
+    """The scores of a quantized model by objective."""
+    sums = [_sums(model, variables, qparams, one) for one in held]
+    return {name: float(value) for name, value in means(sums).items()}
+
+
+@partial(jax.jit, static_argnames=("model",))
+def _sums(model: nn.Module, variables: Variables, qparams: QParams, held: Held):
+    return sums_of(quantize.apply(model, variables, qparams, held.images, train=False), held)

@@ -1,0 +1,90 @@
+"""The search: a searcher proposes, policies are evaluated and logged, the best one is found."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from kdq.search.history import Evaluation, History
+from kdq.search.problem import InfeasibleError, Policy, Problem
+from kdq.search.searcher import Searcher
+
+# Policies -> of each its scores by objective, less being better.
+Score = Callable[[Sequence[Policy]], list[Mapping[str, float]]]
+OnEvaluated = Callable[[int, Evaluation], None]  # how many there are, and the best of them
+
+
+def run(
+    problem: Problem,
+    searcher: Searcher,
+    score: Score,
+    history: History,
+    *,
+    objective: str,
+    evaluations: int,
+    on_evaluated: OnEvaluated = lambda count, best: None,
+) -> list[Evaluation]:
+    """Searches; returns all evaluations, those of `history` first.
+
+    A new searcher is told what the log says for as long as it proposes what is in it, and so gets
+    to where it was.
+
+    Args:
+      problem: with the budgets.
+      searcher: of it; new.
+      score: evaluates policies.
+      history: of a search that was begun with the same searcher and seed, or empty.
+      objective: which of the scores the searcher is told.
+      evaluations: at most so many.
+      on_evaluated: told of each.
+
+    Raises:
+      InfeasibleError: the searcher has no policy that keeps the budgets.
+      ValueError: the log is of another search.
+    """
+    known = list(history.evaluations)
+    scores = {one.policy: one.scores for one in known}
+    before = known[-1].seconds if known else 0.0
+    start, count, best = time.monotonic(), 0, None
+    while count < evaluations:
+        policies = list(searcher.propose())[: evaluations - count]
+        if not policies:
+            break
+        for policy, logged in zip(policies, known[count:], strict=False):
+            if policy != logged.policy:
+                raise ValueError("its log is of another search: delete it to search again")
+        new = list(dict.fromkeys(policy for policy in policies if policy not in scores))
+        for policy in new:
+            assert problem.feasible(policy), f"{type(searcher).__name__} proposed {policy}"
+        if new:
+            scores |= dict(zip(new, score(new), strict=True))
+        for policy in policies:
+            if count == len(history.evaluations):
+                evaluation = Evaluation(
+                    policy=policy,
+                    chosen=problem.describe(policy),
+                    scores=scores[policy],
+                    costs=problem.total(policy),
+                    seconds=before + time.monotonic() - start,
+                )
+                history.add(evaluation)
+            best = better(best, history.evaluations[count], objective, problem)
+            count += 1
+            on_evaluated(count, best)
+        searcher.observe(policies, [float(scores[policy][objective]) for policy in policies])
+    if not count:
+        raise InfeasibleError(
+            f"{type(searcher).__name__} has no policy that keeps the budgets {dict(problem.limits)}"
+        )
+    return history.evaluations[:count]
+
+
+def better(
+    one: Evaluation | None, other: Evaluation, objective: str, problem: Problem
+) -> Evaluation:
+    """The one with less of the objective; of equals the one that uses less of its budgets."""
+    return other if one is None else min(one, other, key=lambda e: rank(e, objective, problem))
+
+
+def rank(evaluation: Evaluation, objective: str, problem: Problem) -> tuple[float, float]:
+    """What evaluations are sorted by, the best first."""
+    used = sum(evaluation.costs[m] / (abs(limit) or 1.0) for m, limit in problem.limits.items())
+    return evaluation.scores[objective], used

@@ -1,0 +1,62 @@
+"""Says from measured results whether to distill, to quantize, or to do both.
+
+    python launch/advise.py --records=docs/results/digits.json --max_size_kib=5 --max_drop=1
+
+Give the folders of experiments, files of records, or both; what was measured on other data or timed
+on another device is answered apart. Every number is cited, and what is missing is said with the
+command that measures it.
+"""
+
+from absl import flags
+
+from kdq import cli, files
+from kdq.report import advice, evidence
+from kdq.report.advise import advise
+from kdq.report.cells import standard_output
+from kdq.report.constraints import Constraints
+
+WORKDIRS = flags.DEFINE_list("workdirs", [], "Folders of launch/compress.py or train.py.")
+RECORDS = flags.DEFINE_list("records", [], "JSON lists of records, e.g. docs/results/digits.json.")
+OUT = flags.DEFINE_string("out", None, "Markdown file for the report, beside the terminal.")
+MAX_SIZE = flags.DEFINE_float("max_size_kib", None, "Largest file on disk, KiB.")
+MAX_LATENCY = flags.DEFINE_float("max_latency_ms", None, "Longest time of one batch, ms.")
+BATCH = flags.DEFINE_integer("batch", 1, "Examples in a batch, for latencies.")
+MAX_ENERGY = flags.DEFINE_float("max_energy_uj", None, "Most modelled energy an example, µJ.")
+MIN_ACCURACY = flags.DEFINE_float("min_accuracy", None, "Least validation accuracy, percent.")
+MAX_DROP = flags.DEFINE_float(
+    "max_drop", None, "Most points of validation accuracy below the teacher's."
+)
+INTEGERS = flags.DEFINE_enum(
+    "integers",
+    "sub8",
+    list(advice.INTEGERS),
+    "Integers of the device: none (float only), 8 (8 bits only), sub8 (1 to 8 bits).",
+)
+MINUTES = flags.DEFINE_float(
+    "training_minutes", None, "Longest training, on the records' machine; 0 only calibrates."
+)
+LABELS = flags.DEFINE_bool("labels", True, "Whether there are labels to train with.")
+TEACHER = flags.DEFINE_bool("teacher", True, "Whether there is a trained teacher.")
+
+
+def main(_: list[str]) -> None:
+    constraints = Constraints(
+        max_size_kib=MAX_SIZE.value,
+        max_latency_ms=MAX_LATENCY.value,
+        batch=BATCH.value,
+        max_energy_uj=MAX_ENERGY.value,
+        min_accuracy=MIN_ACCURACY.value,
+        max_drop=MAX_DROP.value,
+        integers=INTEGERS.value,
+        training_minutes=MINUTES.value,
+        labels=LABELS.value,
+        teacher=TEACHER.value,
+    )
+    document = advise(evidence.read(WORKDIRS.value, RECORDS.value), constraints)
+    document.print(standard_output())
+    if OUT.value:
+        files.write_atomic(OUT.value, document.markdown().encode())
+
+
+if __name__ == "__main__":
+    cli.run(main, required=[])

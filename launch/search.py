@@ -1,0 +1,36 @@
+r"""Searches bits for each layer under a budget, trains what it finds, exports it, tabulates it.
+
+    python launch/search.py --config=configs/search_digits.py --workdir=runs/search \
+        --config.search.method=knapsack --config.search.most.average_bits=3
+
+What is searched, with what, under which budgets: config.search. The arms it needs are run first.
+WORKDIR/searches/NAME/SEED has every evaluation (evaluations-DIGEST.jsonl) and the result; the arms
+NAME_ptq (calibrated) and NAME_qad (trained as config.search.finetune) join the table. Run the same
+command again after an interruption: it goes on where it was.
+"""
+
+from absl import flags
+
+from kdq import cli, config, experiment
+from kdq.report import progress, searches, write
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results; made if it does not exist.")
+NAME = flags.DEFINE_string(
+    "name", None, "Of the search, and of its arms; config.search.method if not given."
+)
+
+
+def main(_: list[str]) -> None:
+    name = NAME.value or CONFIG.value.search.method
+    checked = experiment.with_search(config.freeze(CONFIG.value), WORKDIR.value, name)
+    with progress.reporter() as reporter:
+        arms = experiment.arms_of_search(checked, name)
+        experiment.run(checked, WORKDIR.value, arms=arms, progress=reporter)
+    records = experiment.finished(checked, WORKDIR.value)
+    write.write_report(records, WORKDIR.value)
+    searches.print_policies([r for r in records if r["arm"] in arms])
+
+
+if __name__ == "__main__":
+    cli.run(main, required=["config", "workdir"])

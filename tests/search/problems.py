@@ -1,0 +1,92 @@
+"""Problems whose best policy is known, for the tests of searchers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kdq.search.problem import Decision, Policy, Problem
+
+
+def layered(
+    *,
+    layers: int = 10,
+    bits: Sequence[int] = (2, 3, 4, 5, 6, 8),
+    students: int = 1,
+    metrics: int = 1,
+    budget: float = 0.4,
+    seed: int = 0,
+) -> Problem:
+    """Layers of random sizes and sensitivities; each bit more makes an error four times smaller.
+
+    Metrics: bits of weights, integers; then "latency", floats, that don't go with them.
+
+    Args:
+      layers: how many decisions there are after the student.
+      bits: the options of each layer.
+      students: each with layers twice as large, and half as sensitive, as the one before.
+      metrics: 1 to 3.
+      budget: the limit of each metric, as a share of the way from its least to its most.
+      seed: of sizes and sensitivities.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (students, layers + 1, max(len(bits), students))
+    sizes = np.exp2(rng.uniform(6, 12, layers)).round() * 2.0 ** np.arange(students)[:, None]
+    weights = np.exp2(rng.uniform(-3, 3, layers)) * 0.5 ** np.arange(students)[:, None]
+    valid = np.zeros(shape, bool)
+    valid[:, 0, :students] = True
+    valid[:, 1:, : len(bits)] = True
+    costs = {"weights": np.zeros(shape)}
+    costs["weights"][:, 1:, : len(bits)] = sizes[..., None] * np.asarray(bits)
+    for name in ("latency", "energy")[: metrics - 1]:
+        costs[name] = np.where(valid, rng.uniform(0.1, 1.0, shape).cumsum(-1), 0.0)
+        costs[name][:, 0] = 0.0
+    sensitivity = np.zeros(shape)
+    sensitivity[:, 1:, : len(bits)] = weights[..., None] * 4.0 ** -np.asarray(bits, float)
+    return Problem(
+        decisions=(_student(students), *(_layer(i, bits) for i in range(layers))),
+        valid=valid,
+        costs=costs,
+        constants={metric: np.linspace(0.0, 0.1, students) for metric in costs},
+        limits={metric: _limit(valid, cost, budget) for metric, cost in costs.items()},
+        features=_features(sizes, students, layers),
+        sensitivity=sensitivity,
+        base=np.zeros(students),
+    )
+
+
+def _student(students: int) -> Decision:
+    spread = np.linspace(0.0, 1.0, students)
+    names = tuple(f"student_{i}" for i in range(students))
+    return Decision(name="student", options=names, places=tuple((x, x) for x in spread))
+
+
+def _layer(index: int, bits: Sequence[int]) -> Decision:
+    spread = (np.asarray(bits, float) - min(bits)) / (max(bits) - min(bits))
+    names = tuple(f"W{b}A8" for b in bits)
+    return Decision(name=f"dense_{index}", options=names, places=tuple((x, 1.0) for x in spread))
+
+
+def _limit(valid: np.ndarray, cost: np.ndarray, budget: float) -> float:
+    """Of the first student, so that it keeps every budget of 0 or more by itself."""
+    least = np.where(valid, cost, np.inf).min(-1).sum(-1)[0]
+    most = np.where(valid, cost, -np.inf).max(-1).sum(-1)[0]
+    return float(least + budget * (most - least))
+
+
+def _features(sizes: np.ndarray, students: int, layers: int) -> np.ndarray:
+    """Whether it is a layer, and its size on a logarithmic scale."""
+    features = np.zeros((students, layers + 1, 2), np.float32)
+    features[:, 1:, 0] = 1.0
+    features[:, 1:, 1] = np.log2(sizes) / 16
+    return features
+
+
+def random_policies(problem: Problem, count: int, seed: int) -> list[Policy]:
+    """Uniformly random policies, projected in a random order: what a search has to beat."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        wanted = [rng.integers(len(decision.options)) for decision in problem.decisions]
+        order = 1 + rng.permutation(len(problem.decisions) - 1)
+        found.append(problem.projected(wanted, order.tolist()))
+    return found
