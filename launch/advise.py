@@ -10,10 +10,10 @@ command that measures it.
 from absl import flags
 
 from kdq import cli, files
-from kdq.report import advice, evidence
 from kdq.report.advise import advise
+from kdq.report.advisor import evidence, rules
+from kdq.report.advisor.constraints import Constraints
 from kdq.report.cells import standard_output
-from kdq.report.constraints import Constraints
 
 WORKDIRS = flags.DEFINE_list("workdirs", [], "Folders of launch/compress.py or train.py.")
 RECORDS = flags.DEFINE_list("records", [], "JSON lists of records, e.g. docs/results/digits.json.")
@@ -29,7 +29,7 @@ MAX_DROP = flags.DEFINE_float(
 INTEGERS = flags.DEFINE_enum(
     "integers",
     "sub8",
-    list(advice.INTEGERS),
+    list(rules.INTEGERS),
     "Integers of the device: none (float only), 8 (8 bits only), sub8 (1 to 8 bits).",
 )
 MINUTES = flags.DEFINE_float(

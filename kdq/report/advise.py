@@ -5,20 +5,29 @@ Arms are selected on validation; test accuracy stands beside it, for what one ma
 
 from collections.abc import Sequence
 
-from kdq.report import conclude, gaps, standing
-from kdq.report.advice import METHODS, SEEDS
-from kdq.report.compare import findings
-from kdq.report.constraints import Constraints, Fit, closest, difference, drop, fit, mean, rank
-from kdq.report.document import Document
-from kdq.report.evidence import Source, Study, studies
-from kdq.report.words import interval, label, percent
+from kdq.report.advisor import conclude, gaps, standing
+from kdq.report.advisor.compare import findings
+from kdq.report.advisor.constraints import (
+    Constraints,
+    Fit,
+    closest,
+    difference,
+    drop,
+    fit,
+    mean,
+    rank,
+)
+from kdq.report.advisor.document import Document
+from kdq.report.advisor.evidence import Source, Study, studies
+from kdq.report.advisor.rules import METHODS, SEEDS
+from kdq.report.advisor.words import interval, label, percent
 
 
 def advise(sources: Sequence[Source], constraints: Constraints) -> Document:
     """The report: an answer for each group of records that may be compared.
 
     Args:
-      sources: from `kdq.report.evidence.read`.
+      sources: from `kdq.report.advisor.evidence.read`.
       constraints: what has to hold.
     """
     document = Document()

@@ -11,10 +11,10 @@ from scipy import stats
 
 from kdq import config as kdq_config
 from kdq.fields import ConfigError
-from kdq.report import advice, evidence
 from kdq.report.advise import advise
-from kdq.report.compare import findings
-from kdq.report.constraints import Constraints
+from kdq.report.advisor import evidence, rules
+from kdq.report.advisor.compare import findings
+from kdq.report.advisor.constraints import Constraints
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -89,7 +89,7 @@ def test_the_method_that_the_constraints_leave(tmp_path, ladder, given, method, 
     if method is None:
         assert answer == "Nothing that was measured satisfies the constraints."
     else:
-        assert answer.startswith(f"Use {method}: {advice.METHODS[method].says}. {arm} (")
+        assert answer.startswith(f"Use {method}: {rules.METHODS[method].says}. {arm} (")
 
 
 def test_nothing_fits_and_the_nearest_is_named(tmp_path, ladder):
@@ -373,9 +373,9 @@ def test_places_without_records(tmp_path):
 
 
 def test_rules_have_sources():
-    methods = {*advice.METHODS, "start", "teacher", "uniform"}
-    for rule in advice.RULES:
-        assert rule.question in advice.QUESTIONS
+    methods = {*rules.METHODS, "start", "teacher", "uniform"}
+    for rule in rules.RULES:
+        assert rule.question in rules.QUESTIONS
         assert {rule.a, rule.b} <= methods
         assert all(re.fullmatch(r"\d{4}\.\d{5}", paper) for paper in rule.source.papers)
         assert all((RESULTS / file).is_file() for file in rule.source.results)

@@ -8,9 +8,9 @@ import pytest
 from scipy import stats
 
 from kdq.fields import ConfigError
-from kdq.report import constraints as limits
-from kdq.report import evidence
-from kdq.report.constraints import Constraints, fit, nearest, rank
+from kdq.report.advisor import constraints as limits
+from kdq.report.advisor import evidence
+from kdq.report.advisor.constraints import Constraints, fit, nearest, rank
 
 DATA = {"train": "a", "validation": "b", "test": "c"}
 

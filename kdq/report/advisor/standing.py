@@ -3,10 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from kdq.report.advice import METHODS, REQUIREMENTS, TIE
-from kdq.report.cells import ABSENT, format_bytes, format_energy
-from kdq.report.compare import best
-from kdq.report.constraints import (
+from kdq.report.advisor.compare import best
+from kdq.report.advisor.constraints import (
     PACKED,
     Check,
     Constraints,
@@ -16,10 +14,12 @@ from kdq.report.constraints import (
     mean,
     nearest,
 )
-from kdq.report.document import Document
-from kdq.report.evidence import Study
+from kdq.report.advisor.document import Document
+from kdq.report.advisor.evidence import Study
+from kdq.report.advisor.rules import METHODS, REQUIREMENTS, TIE
+from kdq.report.advisor.words import by_seed, interval, label, plain, seconds
+from kdq.report.cells import ABSENT, format_bytes, format_energy
 from kdq.report.plot import pareto_front
-from kdq.report.words import by_seed, interval, label, plain, seconds
 
 SHOWN = 12  # arms of the ranking
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 
 from kdq.evaluate.statistics import PairedInterval, summary
+from kdq.report.advisor.evidence import Candidate, Study
 from kdq.report.aggregate import Mean
 from kdq.report.cells import ABSENT, mean_cell
-from kdq.report.evidence import Candidate, Study
 
 
 def label(candidate: Candidate, study: Study) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
 from kdq.fields import ConfigError, unknown
-from kdq.report.advice import INTEGERS, METHODS, REQUIREMENTS, TIE
-from kdq.report.evidence import Candidate, Study
+from kdq.report.advisor.evidence import Candidate, Study
+from kdq.report.advisor.rules import INTEGERS, METHODS, REQUIREMENTS, TIE
 
 KIB = 1024
 PACKED = "packed"  # kdq's own file
@@ -27,7 +27,7 @@ class Constraints:
     max_energy_uj: float | None = None  # modelled, of one example
     min_accuracy: float | None = None  # percent
     max_drop: float | None = None  # points below the teacher
-    integers: str = "sub8"  # a key of kdq.report.advice.INTEGERS
+    integers: str = "sub8"  # a key of kdq.report.advisor.rules.INTEGERS
     training_minutes: float | None = None  # on the machine of the records
     labels: bool = True  # for training; there are always some for validation
     teacher: bool = True  # a trained teacher is there
@@ -48,7 +48,7 @@ class Constraints:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The numbers among them, by the names of `kdq.report.advice.REQUIREMENTS`."""
+        """The numbers among them, by the names of `kdq.report.advisor.rules.REQUIREMENTS`."""
         given = {
             "size": self.max_size_kib,
             "latency": self.max_latency_ms,
@@ -81,7 +81,7 @@ class Constraints:
 class Check:
     """One constraint and one arm."""
 
-    requirement: str  # a key of kdq.report.advice.REQUIREMENTS
+    requirement: str  # a key of kdq.report.advisor.rules.REQUIREMENTS
     state: str  # "yes", "likely" (the mean does, its interval or single seed does not), "no", "?"
     value: float = math.nan  # in the requirement's unit
     limit: float = math.nan

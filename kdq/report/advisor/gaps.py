@@ -5,12 +5,12 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 
-from kdq.report.advice import LEVEL, METHODS, REQUIREMENTS, SEEDS
-from kdq.report.compare import Finding
-from kdq.report.constraints import Constraints, Fit
-from kdq.report.document import Document, ranges
-from kdq.report.evidence import Candidate, Source, Study
-from kdq.report.words import width
+from kdq.report.advisor.compare import Finding
+from kdq.report.advisor.constraints import Constraints, Fit
+from kdq.report.advisor.document import Document, ranges
+from kdq.report.advisor.evidence import Candidate, Source, Study
+from kdq.report.advisor.rules import LEVEL, METHODS, REQUIREMENTS, SEEDS
+from kdq.report.advisor.words import width
 
 MOST_SEEDS = 30  # more than that is no advice
 

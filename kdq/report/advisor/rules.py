@@ -78,8 +78,10 @@ METHODS: Mapping[str, Method] = {
         Method(
             name="mixed precision",
             says="give each layer its own bits",
-            arm="",
-            how="Its records have a policy, bits by layer: search for one.",
+            arm="python launch/search.py --config=CONFIG --workdir=WORKDIR "
+            "--config.search.most.average_bits=3",
+            how="A search finds them, whose config.search names students, a teacher and an arm to "
+            "train as (configs/search_digits.py):",
         ),
     )
 }

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 
 from kdq.evaluate.statistics import PairedInterval
-from kdq.report.advice import LEVEL, QUESTIONS, RULES, SEEDS, Rule
+from kdq.report.advisor.compare import Finding, by_validation
+from kdq.report.advisor.constraints import Constraints, difference, fit, rank
+from kdq.report.advisor.document import Document
+from kdq.report.advisor.evidence import Candidate, Source, Study
+from kdq.report.advisor.rules import LEVEL, QUESTIONS, RULES, SEEDS, Rule
+from kdq.report.advisor.words import by_seed, interval, width
 from kdq.report.cells import ABSENT
-from kdq.report.compare import Finding, by_validation
-from kdq.report.constraints import Constraints, difference, fit, rank
-from kdq.report.document import Document
-from kdq.report.evidence import Candidate, Source, Study
-from kdq.report.words import by_seed, interval, width
 
 
 def write(document: Document, study: Study, findings: dict[Source, list[Finding]]) -> None:

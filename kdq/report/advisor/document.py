@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from kdq.report.advisor.evidence import Candidate
 from kdq.report.cells import ABSENT, escape, markdown_grid, terminal_grid
-from kdq.report.evidence import Candidate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from typing import Any
 
 from kdq.evaluate.statistics import summary
 from kdq.fields import ConfigError
-from kdq.report import Record, lineage
+from kdq.report import Record
+from kdq.report.advisor import lineage
+from kdq.report.advisor.lineage import Lineage
 from kdq.report.aggregate import number
-from kdq.report.lineage import Lineage
 
 NEEDED = ("arm", "seed", "status", "kind", "bits", "data")
 MEASURED = ("params", "accuracy", "validation_accuracy", "size_bytes", "train_seconds")
@@ -49,7 +50,7 @@ class Candidate:
     source: Source
     arm: str
     kind: str
-    method: str  # a key of kdq.report.advice.METHODS
+    method: str  # a key of kdq.report.advisor.rules.METHODS
     bits: str
     widths: frozenset[int] | None  # bits of integers; empty for float, None where not known
     params: int

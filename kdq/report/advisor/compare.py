@@ -1,12 +1,12 @@
-"""Applies the rules of `kdq.report.advice` to measured arms."""
+"""Applies the rules of `kdq.report.advisor.rules` to measured arms."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from kdq.evaluate.statistics import PairedInterval
-from kdq.report.advice import LEVEL, RULES, SEEDS, Rule
-from kdq.report.constraints import difference, mean
-from kdq.report.evidence import Candidate, Source, Study
+from kdq.report.advisor.constraints import difference, mean
+from kdq.report.advisor.evidence import Candidate, Source, Study
+from kdq.report.advisor.rules import LEVEL, RULES, SEEDS, Rule
 
 NEAR = 0.1  # files of which neither is larger than the other by more than this share
 

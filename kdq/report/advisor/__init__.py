@@ -1,0 +1,1 @@
+"""How the advisor reads evidence, applies rules to it, and says what follows."""
