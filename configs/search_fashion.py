@@ -20,7 +20,6 @@ METHODS = {
     # Pairs of ten layers are 1,125 evaluations more than others have.
     "knapsack_pairwise": {"method": "knapsack_pairwise", "evaluations": 1400},
     "knapsack_fisher": {"method": "knapsack", "sensitivity": "fisher"},
-    "knapsack_hessian": {"method": "knapsack", "sensitivity": "hessian"},
     **{method: {"method": method} for method in ("nsga2", "tpe", "ddpg", "ppo")},
 }
 BUDGETS = {
@@ -65,11 +64,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.distill = {"kd": kl(alpha=0.9, temperature=2.0)}
     scale = 0.2 if arg.quick else 1.0  # of the epochs
     taught = {"model": "student", "teacher": "teacher", "distill": "kd"}
-    further = {**taught, "init": "kd", "epochs": 0.5 * scale, "learning_rate": 2e-3}
+    further = {**taught, "init": "kd", "epochs": 0.25 * scale, "learning_rate": 2e-3}
     shared = {
         "students": ("kd",),
         "teacher": "teacher",
-        "evaluations": 200,
+        "evaluations": 150,
         "finetune": "qad_w3a8",
     }
     config.arms = ConfigDict(sort_keys=False)

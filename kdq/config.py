@@ -196,8 +196,12 @@ def _check_search(experiment: Experiment, one: Search, where: str) -> None:
         parse_bits(bits, f"{where}.fixed[{pattern!r}]")
     if not one.choices or len(set(one.choices)) < len(one.choices):
         raise ConfigError(f"{where}.choices={one.choices}: want one or more, all different")
-    if not one.most and not one.share:
+    if not one.most.set and not one.share.set:
         raise ConfigError(f"{where}: no budget; want `most` or `share`, e.g. most.average_bits=3")
+    for field in ("most", "share"):
+        for metric, limit in getattr(one, field).set.items():
+            if limit < 0:
+                raise ConfigError(f"{where}.{field}.{metric}={limit}: want 0 (none) or more")
     for field in ("examples", "evaluations", "batch", "threads", "finalists"):
         if getattr(one, field) < 1:
             raise ConfigError(f"{where}.{field}={getattr(one, field)}: want at least 1")

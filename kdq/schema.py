@@ -144,6 +144,24 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """Limits of costs, all of which hold; 0 is none."""
+
+    average_bits: float = 0.0  # bits of a weight, mean over all weights
+    size: float = 0.0  # bytes of the packed file
+    weight_memory: float = 0.0  # bytes of the parameters, weights in their own bits
+    activation_memory: float = 0.0  # bytes of the input and output of the layer where they are most
+    bops: float = 0.0  # bit operations for one example (arXiv:2005.07093)
+    energy: float = 0.0  # nJ for one example, modelled (see kdq.deploy.energy)
+    latency: float = 0.0  # ms for a batch in a runtime, measured
+
+    @property
+    def set(self) -> dict[str, float]:
+        """Those that there are."""
+        return {metric: limit for metric, limit in vars(self).items() if limit}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
     """A choice of bits for each layer under budgets; arms name one by its key in their `bits`.
 
@@ -160,10 +178,9 @@ class Search:
     choices: tuple[str, ...] = ("W2A8", "W3A8", "W4A8", "W6A8", "W8A8")  # of a layer; "" is float
     # {path pattern: bits} of layers that are not searched; the first that matches a layer wins.
     fixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # Budgets, {metric of kdq.search.cost.METRICS: at most so much}, or at most such a share of what
-    # the costliest student costs with every layer at its last choice.
-    most: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    share: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    most: Budgets = Budgets()  # at most so much
+    # At most this share of what the costliest student costs with every layer at its last choice.
+    share: Budgets = Budgets()
     objective: str = "kl"  # what policies are judged by: kl (to the teacher), loss, error or noise
     sensitivity: str = "kl"  # of each layer alone: one of kdq.search.sensitivity.MEASURES
     observer: str = "mse"  # calibration, see Arm

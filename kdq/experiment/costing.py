@@ -77,11 +77,13 @@ def table(
     """
     model = kdq_config.to_json(experiment.models[key])
     wanted = ["size"]
-    wanted += [m for m in measured.MEASURED if m in (*search.most, *search.share) and m != "size"]
+    if "latency" in (*search.most.set, *search.share.set):
+        wanted.append("latency")
     device = provenance.device()
     for path in search.cost_tables:
         found = cost.load(path, device=device, other_device=search.other_device)
-        if dict(found.model) == model and _covers(found, choices, wanted):
+        fits = dict(found.model) == model and found.image_shape == inputs.image.shape[1:]
+        if fits and _covers(found, choices, wanted) and _measured_so(found, search, wanted):
             return found
     how = [search.runtime, search.batch, search.threads] if "latency" in wanted else []
     digest = kdq_config.digest([model, dict(choices), wanted, how, inputs.image.shape, device])
@@ -110,12 +112,14 @@ def _covers(table: CostTable, choices: Choices, wanted: Sequence[str]) -> bool:
     )
 
 
+def _measured_so(table: CostTable, search: Search, wanted: Sequence[str]) -> bool:
+    """Whether a table's latencies, if they are wanted, are those of the search's runtime."""
+    how = {"runtime": search.runtime, "batch": search.batch}
+    return "latency" not in wanted or all(table.conditions.get(k) == v for k, v in how.items())
+
+
 def check(search: Search, layers: Mapping[str, LayerInfo], where: str) -> None:
     """Raises ConfigError for what a search says of layers and costs that can't be."""
     choices_of(search, layers, where)
-    for field in ("most", "share"):
-        for metric in getattr(search, field):
-            if metric not in cost.METRICS:
-                raise ConfigError(kdq_config.unknown(f"{where}.{field}:", metric, cost.METRICS))
     if search.runtime not in deploy.FORMATS:
         raise ConfigError(kdq_config.unknown(f"{where}.runtime:", search.runtime, deploy.FORMATS))

@@ -74,7 +74,14 @@ def search_digest(experiment: Experiment, name: str, found: dict[str, str]) -> s
             "students": [found[student] for student in search.students],
             "teacher": found[search.teacher],
             "calibration": experiment.quantize.calibration_examples,
-            "finetune": finetune and [finetune, experiment.distill.get(finetune.distill)],
+            "finetune": finetune
+            and [
+                finetune,
+                experiment.distill.get(finetune.distill),
+                experiment.qat.get(finetune.qat),
+                experiment.quantize,
+                finetune.teacher and _taught_by(experiment, search.finetune, found),
+            ],
         }
     )
 

@@ -84,7 +84,7 @@ class _Runner:
         }
         if None in records.values():
             check.check(experiment, self.models, self.inputs, self.teachers)
-            self.searches.check(names)
+            self.searches.check(order)
         exports.check_config(experiment.export)
         self.store.save_config()
         self.progress.start(len(records))

@@ -48,9 +48,8 @@ class Found:
     @property
     def layers(self) -> dict[str, str]:
         """{layer path: "W4A8"}."""
-        others = ("student",)
         return {
-            k: v for k, v in self.chosen.items() if k not in others and not k.startswith(DISTILLED)
+            k: v for k, v in self.chosen.items() if k != "student" and not k.startswith(DISTILLED)
         }
 
     @property
@@ -116,6 +115,12 @@ class Searches:
             if getattr(search, field) not in valid:
                 given = getattr(search, field)
                 raise ConfigError(kdq_config.unknown(f"{where}.{field}:", given, valid))
+        if both := search.most.set.keys() & search.share.set.keys():
+            raise ConfigError(f"{where}: want `most` or `share` of {sorted(both)}, not both")
+        measures = evaluate.OBJECTIVES if "pairs" in METHODS[search.method].needs else ()
+        if measures and search.sensitivity not in measures:
+            what = f"{where}.sensitivity of pairs:"
+            raise ConfigError(kdq_config.unknown(what, search.sensitivity, measures))
         for student in search.students:
             model = self._models[self._experiment.arms[student].model]
             shapes = costing.shapes(model, self._inputs)
@@ -144,17 +149,17 @@ class Searches:
             raise ConfigError(
                 f"{path} was found with another config: choose another workdir, or delete {folder}"
             )
-        chosen = found.pop("chosen")
         told = {"name": name, **found}
-        return Found(name=name, chosen=chosen, observer=search.observer, told=told)
+        return Found(name=name, chosen=found["chosen"], observer=search.observer, told=told)
 
     def _search(self, name: str, search: Search, seed: int, log: Path) -> Record:
         start = time.monotonic()
         method = METHODS[search.method]
         students = [self._student(search, one, seed, method.needs) for one in search.students]
         used = sum(one.evaluations for one in students)
-        limits = spaces.limits_of([one.student for one in students], search.most, search.share)
-        problem = spaces.make_problem([one.student for one in students], limits, search.distilled)
+        networks = [one.student for one in students]
+        limits = spaces.limits_of(networks, search.most.set, search.share.set)
+        problem = spaces.make_problem(networks, limits, search.distilled)
         left = search.evaluations - used
         if left < 1:
             raise ConfigError(
@@ -172,6 +177,7 @@ class Searches:
                 history,
                 objective=search.objective,
                 evaluations=left,
+                at_once=1 if search.steps else students[0].evaluator.at_once,
                 on_evaluated=lambda count, best: self._progress.evaluated(
                     count, f"{search.objective} {best.scores[search.objective]:.4g}"
                 ),
@@ -181,14 +187,19 @@ class Searches:
             done,
             search,
             [one.files for one in students],
-            [one.student.costs for one in students],
+            [one.costs for one in networks],
         )
         return {
             "method": search.method,
             "chosen": dict(best.chosen),
             "objective": search.objective,
             "scores": dict(best.scores),
-            "costs": {**best.costs},
+            "costs": {
+                metric: networks[best.policy[0]].costs.total(
+                    metric, students[best.policy[0]].files.of(best.policy)
+                )
+                for metric in networks[best.policy[0]].costs.metrics
+            },
             "measured": measured,
             "limits": limits,
             "sensitivity_evaluations": used,

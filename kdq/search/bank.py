@@ -50,7 +50,7 @@ def fill(
         bank[path] = {}
         for operand, reach in float_ones[path].items():
             as_it_is = transparent(reach)
-            chosen = [found[b][path].get(operand, as_it_is) if b else as_it_is for b in own]
+            chosen = [found[b].get(path, {}).get(operand, as_it_is) if b else as_it_is for b in own]
             chosen.append(as_it_is)
             bank[path][operand] = jax.tree.map(lambda *arrays: jnp.stack(arrays), *chosen)
     return bank

@@ -15,17 +15,6 @@ from kdq.quantize.layers import FLOAT_BITS, LayerInfo, layer_bits
 from kdq.search.bank import Choices, bits_of
 from kdq.types import QParams
 
-# {metric: what it is}. Of those that are not in COUNTED a table holds measurements.
-METRICS = {
-    "average_bits": "bits of a weight, mean over all weights",
-    "bops": "bit operations for one example (arXiv:2005.07093)",
-    "weight_memory": "bytes of the parameters, weights in their own bits",
-    "activation_memory": "bytes of the input and output of the layer where they are most",
-    "energy": "nJ for one example, modelled (see kdq.deploy.energy)",
-    "size": "bytes of the packed file",
-    "latency": "ms for a batch in a runtime, measured",
-}
-
 
 def macs(layers: Mapping[str, LayerInfo]) -> int:
     """Multiply-accumulates for one example."""
@@ -120,7 +109,7 @@ def counted(
     found = {
         metric: Metric(
             layers={
-                path: {bits: value(layers[path], *bits_of(bits)) for bits in own}
+                path: {bits: value(layers[path], *_layer_bits(layers[path], bits)) for bits in own}
                 for path, own in choices.items()
             },
             worst=metric == "activation_memory",
@@ -132,10 +121,22 @@ def counted(
     return found
 
 
+def _layer_bits(layer: LayerInfo, choice: str) -> tuple[int, int]:
+    """What `layer_bits` says of a layer at a choice.
+
+    A product has inputs alone, the second in the place of the weight; a table that is only looked
+    up has no input that is quantized.
+    """
+    weights, activations = bits_of(choice)
+    if "activations" not in layer.operands:
+        activations = FLOAT_BITS
+    return weights if layer.weight_name else activations, activations
+
+
 def _energy(layers: Mapping[str, LayerInfo], choices: Choices):
     """Of a layer; from the memories that the most bits would need, so at most too much."""
     most = {
-        path: [max(pair) for pair in zip(*map(bits_of, own), strict=True)]
+        path: [max(pair) for pair in zip(*(_layer_bits(layers[path], b) for b in own), strict=True)]
         for path, own in choices.items()
     }
     memories = energy.memories(layers, most)

@@ -6,6 +6,7 @@ each layer that may be distilled. Costs add up over decisions, given the student
 """
 
 import dataclasses
+import decimal
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from kdq.fields import ConfigError
 from kdq.search import programs
 
 Policy = tuple[int, ...]  # the option of each decision
+
+# What sums of floats may be off, relative: all layers at 3 bits keep an average of 3.
+ROUNDING = 1e-12
 
 
 class InfeasibleError(ConfigError):
@@ -88,7 +92,7 @@ class Problem:
         if not self.valid[student, np.arange(len(policy)), np.asarray(policy)].all():
             return False
         total = self.total(policy)
-        return all(total[metric] <= limit for metric, limit in self.limits.items())
+        return all(self._keeps(metric, total[metric]) for metric in self.limits)
 
     def predicted(self, policy: Sequence[int]) -> float:
         """The objective by sensitivities: the base, each option's share, and what pairs add."""
@@ -146,17 +150,20 @@ class Problem:
         whole = np.where(tried[None] < 0, self.reserves[:, student], tried[None])
         at = (student[None, :, None], np.arange(len(self.decisions)), whole)
         keeps = self.valid[at].all(-1)
-        for metric, limit in self.limits.items():
-            keeps &= self.constants[metric][student] + self.costs[metric][at].sum(-1) <= limit
+        for metric in self.limits:
+            total = self.constants[metric][student] + self.costs[metric][at].sum(-1)
+            keeps &= self._keeps(metric, total)
         return keeps.any(0)
 
     def projected(self, policy: Sequence[int], order: Sequence[int] | None = None) -> Policy:
-        """A policy that keeps the limits: one by one the allowed option nearest to the wanted one.
+        """A policy that keeps the limits: itself, or else option by option what is nearest to it.
 
         Args:
           policy: the options that are wanted.
           order: of the decisions after the student; those that come late get what is left.
         """
+        if self.feasible(policy):
+            return tuple(int(option) for option in policy)
         found = np.full(len(self.decisions), -1)
         for i in (0, *(order if order is not None else range(1, len(self.decisions)))):
             allowed = np.flatnonzero(self.allowed(found, i))
@@ -169,14 +176,25 @@ class Problem:
         """A policy by names: {decision: option}."""
         return {d.name: d.options[o] for d, o in zip(self.decisions, policy, strict=True)}
 
+    def _keeps(self, metric: str, total: np.ndarray | float) -> np.ndarray | bool:
+        limit = self.limits[metric]
+        return total <= limit + ROUNDING * abs(limit)
+
     def _nearest(self) -> str:
         wanted = ", ".join(f"{metric} <= {limit:g}" for metric, limit in self.limits.items())
         total = self.total(self.reserve)
         nearest = ", ".join(
-            f"{metric} <= {max(total[metric], limit):g}" for metric, limit in self.limits.items()
+            f"{metric} <= {max(_rounded_up(total[metric]), limit):g}"
+            for metric, limit in self.limits.items()
         )
         policy = ", ".join(f"{k}={v}" for k, v in self.describe(self.reserve).items())
         return (
             f"no policy keeps the budgets {wanted}; the nearest that one keeps: {nearest} "
             f"({policy})"
         )
+
+
+def _rounded_up(value: float) -> float:
+    """To the six digits that a message shows: what it names has to be enough."""
+    context = decimal.Context(prec=6, rounding=decimal.ROUND_CEILING)
+    return float(context.create_decimal_from_float(value))

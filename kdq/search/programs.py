@@ -1,7 +1,7 @@
 """Integer linear programs over policies, solved to the optimum by HiGHS (scipy.optimize.milp)."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ def best(problem: "Problem", exclude: Iterable["Policy"] = ()) -> "Policy | None
     """The policy with the least predicted objective within the limits; None if there is no more.
 
     A multiple-choice knapsack, of several budgets at once, over all students. What pairs of options
-    add is linearized: a variable for each pair, held to the product of its two.
+    add is linearized: a variable for each pair, which is the product of its two.
 
     Args:
       problem: with its sensitivity.
@@ -23,7 +23,11 @@ def best(problem: "Problem", exclude: Iterable["Policy"] = ()) -> "Policy | None
     """
     program = _Program(problem)
     cost = np.concatenate(
-        [problem.base, [problem.sensitivity[at] for at in program.options], _values(problem)]
+        [
+            problem.base,
+            [problem.sensitivity[at] for at in program.options],
+            [problem.pairs.get(at, 0.0) for at in program.pairs],
+        ]
     )
     excluded = list(exclude)
     while True:
@@ -45,10 +49,6 @@ def nearest(problem: "Problem", student: int | None = None) -> "Policy":
     return found
 
 
-def _values(problem: "Problem") -> np.ndarray:
-    return np.array(list(problem.pairs.values()), float)
-
-
 @dataclasses.dataclass
 class _Program:
     """Variables: a student each, an option each, a pair each, and with `slack` a common share."""
@@ -62,16 +62,23 @@ class _Program:
         self.options = list(zip(*(axis.tolist() for axis in np.nonzero(valid)), strict=True))
         first = self.problem.students
         self.place = {at: first + i for i, at in enumerate(self.options)}
-        self.pairs = [] if self.slack else list(self.problem.pairs)
+        self.pairs = [] if self.slack else self._all_pairs()
         self.count = first + len(self.options) + len(self.pairs) + self.slack
+
+    def _all_pairs(self) -> list[tuple[int, int, int, int, int]]:
+        """Of two layers that do something to each other: every pair of their options."""
+        layers = dict.fromkeys((s, d, e) for s, d, _, e, _ in self.problem.pairs)
+        of = lambda s, d: np.flatnonzero(self.problem.valid[s, d]).tolist()
+        return [(s, d, o, e, p) for s, d, e in layers for o in of(s, d) for p in of(s, e)]
 
     def solve(
         self, cost: np.ndarray, constraints: list[optimize.LinearConstraint]
     ) -> "Policy | None":
         integrality = np.ones(self.count)
+        integrality[self.problem.students + len(self.options) :] = 0  # products of integers are
         upper = np.ones(self.count)
         if self.slack:
-            integrality[-1], upper[-1] = 0, np.inf
+            upper[-1] = np.inf
         scale = np.abs(cost).max(initial=0.0) or 1.0  # tolerances are absolute
         solution = optimize.milp(
             cost / scale,
@@ -132,24 +139,25 @@ class _Program:
         return [optimize.LinearConstraint(matrix, targets, targets)]
 
     def _products(self) -> list[optimize.LinearConstraint]:
-        """A pair's variable is 1 if and only if both of its options are taken."""
+        """Over the options of one layer, a pair's variables add up to the variable of the other.
+
+        So each is the product of its two, and without integers the bound is far tighter than by a
+        row for each product.
+        """
         if not self.pairs:
             return []
         first = self.problem.students + len(self.options)
-        rows, columns, values, low, high = [], [], [], [], []
-
-        def add(entries: Sequence[tuple[int, float]], least: float, most: float) -> None:
-            for column, value in entries:
-                rows.append(len(low)), columns.append(column), values.append(value)
-            low.append(least), high.append(most)
-
-        for i, (s, d, o, e, p) in enumerate(self.pairs):
-            one, other, both = self.place[s, d, o], self.place[s, e, p], first + i
-            add([(both, 1.0), (one, -1.0)], -np.inf, 0.0)
-            add([(both, 1.0), (other, -1.0)], -np.inf, 0.0)
-            add([(both, 1.0), (one, -1.0), (other, -1.0)], -1.0, np.inf)
-        matrix = sparse.csr_array((values, (rows, columns)), shape=(len(low), self.count))
-        return [optimize.LinearConstraint(matrix, low, high)]
+        sums: dict[tuple, list[int]] = {}
+        for i, (s, d, o, e, p) in enumerate(self.pairs, first):
+            sums.setdefault((self.place[s, d, o], e), []).append(i)
+            sums.setdefault((self.place[s, e, p], d), []).append(i)
+        rows, columns, values = [], [], []
+        for row, ((option, _), both) in enumerate(sums.items()):
+            rows += [row] * (len(both) + 1)
+            columns += [*both, option]
+            values += [*[1.0] * len(both), -1.0]
+        matrix = sparse.csr_array((values, (rows, columns)), shape=(len(sums), self.count))
+        return [optimize.LinearConstraint(matrix, 0, 0)]
 
     def _policy(self, x: np.ndarray) -> "Policy":
         student = int(x[: self.problem.students].argmax())

@@ -20,6 +20,7 @@ def run(
     *,
     objective: str,
     evaluations: int,
+    at_once: int = 1,
     on_evaluated: OnEvaluated = lambda count, best: None,
 ) -> list[Evaluation]:
     """Searches; returns all evaluations, those of `history` first.
@@ -34,6 +35,7 @@ def run(
       history: of a search that was begun with the same searcher and seed, or empty.
       objective: which of the scores the searcher is told.
       evaluations: at most so many.
+      at_once: policies that are evaluated together; they are logged before the next ones are.
       on_evaluated: told of each.
 
     Raises:
@@ -51,12 +53,14 @@ def run(
         for policy, logged in zip(policies, known[count:], strict=False):
             if policy != logged.policy:
                 raise ValueError("its log is of another search: delete it to search again")
-        new = list(dict.fromkeys(policy for policy in policies if policy not in scores))
-        for policy in new:
-            assert problem.feasible(policy), f"{type(searcher).__name__} proposed {policy}"
-        if new:
-            scores |= dict(zip(new, score(new), strict=True))
-        for policy in policies:
+        for place, policy in enumerate(policies):
+            if place % at_once == 0:
+                part = policies[place : place + at_once]
+                new = list(dict.fromkeys(one for one in part if one not in scores))
+                for one in new:
+                    assert problem.feasible(one), f"{type(searcher).__name__} proposed {one}"
+                if new:
+                    scores |= dict(zip(new, score(new), strict=True))
             if count == len(history.evaluations):
                 evaluation = Evaluation(
                     policy=policy,

@@ -179,7 +179,7 @@ def _input_errors(evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
             energy = jnp.zeros(one.qmin.shape)
             states[path, operand] = {"quantizers": one, "energy": energy}
     watchers = dict.fromkeys(states, _add_energy)
-    batches = [held.images for held in evaluator.held]
+    batches = [held.images[np.asarray(held.mask) > 0] for held in evaluator.held]
     found = observe(
         evaluator.model, evaluator.variables, {}, watchers, states, batches, train=False
     )

@@ -10,7 +10,7 @@ from kdq.fields import ConfigError, unknown
 from kdq.quantize.layers import LayerInfo
 from kdq.search.bank import Choices, bits_of
 from kdq.search.cost import CostTable
-from kdq.search.problem import Decision, InfeasibleError, Problem
+from kdq.search.problem import Decision, Problem
 
 KINDS = ("Dense", "Conv", "Embed", "Einsum")  # of layers that an agent tells apart
 DISTILLED = "distill/"
@@ -91,11 +91,13 @@ def make_problem(
     for s, student in enumerate(students):
         for i, (path, own) in enumerate(student.choices.items(), 1):
             for metric, table in student.costs.metrics.items():
-                values = np.array([table.layers[path][bits] for bits in own])
                 if not table.worst:
-                    costs[metric][s, i, : len(own)] = values
-                elif metric in limits:
-                    _keep_below(valid[s, i], values, limits[metric], metric, path)
+                    costs[metric][s, i, : len(own)] = [table.layers[path][bits] for bits in own]
+    for metric in limits.keys() - costs.keys():
+        each = zip(students, valid, strict=True)
+        least = [_keep_below(limits[metric], metric, *one) for one in each]
+        if max(least) > limits[metric]:  # what no choice of layers makes good
+            costs[metric], constants[metric] = np.zeros(shape), np.array(least)
     guided = all(student.sensitivity is not None for student in students)
     return Problem(
         decisions=tuple(decisions),
@@ -147,16 +149,21 @@ def _of_term(name: str) -> Decision:
     )
 
 
-def _keep_below(
-    valid: np.ndarray, values: np.ndarray, limit: float, metric: str, path: str
-) -> None:
-    """Rules out the choices of a layer that alone are beyond a limit."""
-    valid[: len(values)] &= values <= limit
-    if not valid.any():
-        raise InfeasibleError(
-            f"no policy keeps the budget {metric} <= {limit:g}: layer {path!r} takes at least "
-            f"{values.min():g}"
-        )
+def _keep_below(limit: float, metric: str, student: Student, valid: np.ndarray) -> float:
+    """Rules out the choices of layers that alone are beyond a limit; returns the least there is.
+
+    A student of which that leaves nothing keeps them all.
+    """
+    own = student.costs.metrics[metric]
+    values = [
+        np.array([own.constant + own.layers[path][bits] for bits in choices])
+        for path, choices in student.choices.items()
+    ]
+    least = max(of.min() for of in values)
+    if least <= limit:
+        for i, of in enumerate(values, 1):
+            valid[i, : len(of)] &= of <= limit
+    return float(least)
 
 
 def _sensitivities(students: Sequence[Student], shape: tuple[int, ...]) -> np.ndarray:

@@ -14,6 +14,7 @@ def layered(
     students: int = 1,
     metrics: int = 1,
     budget: float = 0.4,
+    base: float = 0.0,
     seed: int = 0,
 ) -> Problem:
     """Layers of random sizes and sensitivities; each bit more makes an error four times smaller.
@@ -50,7 +51,7 @@ def layered(
         limits={metric: _limit(valid, cost, budget) for metric, cost in costs.items()},
         features=_features(sizes, students, layers),
         sensitivity=sensitivity,
-        base=np.zeros(students),
+        base=np.full(students, base * sensitivity[0, 1:, len(bits) // 2].sum()),
     )
 
 

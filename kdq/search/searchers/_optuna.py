@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ class Asked:
         }
         self._asked: list[Any] = []
 
-    def sampler(self, optuna: Any, **options: Any) -> Any:
+    def sampler(self, optuna: ModuleType, *, seed: int, **options: Any) -> Any:
+        """Of Optuna, with a searcher's options."""
         raise NotImplementedError
 
     def propose(self) -> list[Policy]:

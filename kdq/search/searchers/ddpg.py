@@ -27,6 +27,7 @@ class Learner:
     critic_learning_rate: float
     tau: float
     batch_size: int
+    imitate: float
 
     def act(self, params: Any, observation: Array) -> Array:
         """[..., observation] to the action, [..., 2] in (0, 1)."""
@@ -69,7 +70,6 @@ def create(learner: Learner, env: Environment, replay: int, key: Array) -> Agent
     )
 
 
-@partial(jax.jit, static_argnames="learner")
 def episode(
     learner: Learner, actor: Any, env: Environment, key: Array, noise: Array
 ) -> tuple[Array, Array, Array]:
@@ -88,6 +88,8 @@ def episode(
       [decisions, 2].
     """
 
+    noise = jnp.float32(noise)
+
     def decide(state: State, key: Array) -> tuple[State, tuple[Array, Array, Array]]:
         observation = environment.observe(env, state)
         mean = learner.act(actor, observation)
@@ -102,6 +104,9 @@ def episode(
     return jax.lax.scan(decide, environment.reset(env), keys)[1]
 
 
+episodes = jax.jit(jax.vmap(episode, (None, None, None, 0, 0)), static_argnums=0)
+
+
 @partial(jax.jit, static_argnames="learner", donate_argnames="agent")
 def learn(
     learner: Learner,
@@ -112,6 +117,7 @@ def learn(
     count: Array,
     baseline: Array,
     updates: Array,
+    best: Array,
     key: Array,
 ) -> Agent:
     """Stores an episode, and trains actor and critic on transitions of the buffer.
@@ -145,13 +151,15 @@ def learn(
         value = learner.value(agent.target_critic, then, learner.act(agent.target_actor, then))
         target = (rewards[which] - baseline) / decisions
         target += jnp.where(when < decisions - 1, value, 0.0)
-        return _descend(learner, agent, now, action, target)
+        good = best[jax.random.randint(jax.random.fold_in(one, 1), shape, 0, best.size)]
+        goods = agent.observations[good, when], agent.actions[good, when]
+        return _descend(learner, agent, now, action, target, *goods)
 
     return jax.lax.fori_loop(0, updates, update, agent)
 
 
 def _descend(
-    learner: Learner, agent: Agent, observation: Array, action: Array, target: Array
+    learner: Learner, agent: Agent, observation: Array, action: Array, target: Array, good, good_action
 ) -> Agent:
     """A step of the critic, then one of the actor; the targets follow."""
 
@@ -164,7 +172,9 @@ def _descend(
     critic = optax.apply_updates(agent.critic, updates)
 
     def actor_loss(params: Any) -> Array:
-        return -learner.value(critic, observation, learner.act(params, observation)).mean()
+        q = learner.value(critic, observation, learner.act(params, observation))
+        away = jnp.square(learner.act(params, good) - good_action).sum(-1).mean()
+        return learner.imitate * away - q.mean() * agent.actions.shape[1]
 
     grads = jax.grad(actor_loss)(agent.actor)
     optimizer = optax.adam(learner.actor_learning_rate)
@@ -211,16 +221,19 @@ class DDPG:
         *,
         seed: int,
         evaluations: int,
-        hidden: Sequence[int] = (64, 64),
+        hidden: Sequence[int] = (32, 32),
         actor_learning_rate: float = 1e-3,
         critic_learning_rate: float = 1e-3,
-        tau: float = 0.01,
+        tau: float = 0.05,
         batch_size: int = 64,
-        updates: int = 50,
+        updates: int = 25,
         replay: int = 1000,
         warmup: float = 0.1,
-        noise: float = 0.5,
+        noise: float = 0.3,
         least_noise: float = 0.05,
+        draws: int = 8,
+        imitate: float = 30.0,
+        elite: int = 8,
     ):
         self._problem, self._evaluations = problem, evaluations
         self._learner = Learner(
@@ -229,6 +242,7 @@ class DDPG:
             critic_learning_rate=critic_learning_rate,
             tau=tau,
             batch_size=batch_size,
+            imitate=imitate,
         )
         self._env = environment.build(problem)
         self._key = jax.random.key(seed)
@@ -240,16 +254,23 @@ class DDPG:
         self._proposed = 0
         self._scores: list[float] = []
         self._pending = None
+        self._seen = set()
+        self._draws = draws
+        self._elite = elite
 
     def propose(self) -> list[Policy]:
         if self._proposed >= self._evaluations:
             return []
         key = jax.random.fold_in(self._key, 2 * self._proposed)
-        noise = self._sigma(self._proposed)
-        policy, *transitions = episode(self._learner, self._agent.actor, self._env, key, noise)
+        noise = np.concatenate([[self._sigma(self._proposed)], np.maximum(self._sigma(self._proposed), 0.02) * 1.15**np.arange(self._draws - 1)]).astype(np.float32)
+        keys = jax.random.split(key, len(noise))
+        policies, *transitions = jax.device_get(episodes(self._learner, self._agent.actor, self._env, keys, noise))
         self._proposed += 1
-        self._pending = transitions
-        return environment.checked(self._problem, [np.asarray(policy)])
+        policies = environment.checked(self._problem, policies)
+        i = next((i for i, p in enumerate(policies) if p not in self._seen), 0)
+        self._seen.add(policies[i])
+        self._pending = [x[i] for x in transitions]
+        return [policies[i]]
 
     def observe(self, policies: Sequence[Policy], scores: Sequence[float]) -> None:
         if not scores:
@@ -269,6 +290,7 @@ class DDPG:
             count,
             np.float32(np.average(ranked, weights=age)),
             self._updates if count >= self._warmup else 0,
+            np.resize(np.argsort(-ranked, kind="stable")[:self._elite], self._elite),
             jax.random.fold_in(self._key, 2 * self._proposed - 1),
         )
 

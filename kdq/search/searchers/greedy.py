@@ -34,15 +34,26 @@ def _down(problem: Problem, student: int) -> Policy | None:
     cost = np.where(problem.valid[student], problem.sensitivity[student], np.inf)
     policy: Policy | None = (student, *cost.argmin(-1)[1:].tolist())
     while policy is not None and not problem.feasible(policy):
-        over = {m: problem.total(policy)[m] - limit for m, limit in problem.limits.items()}
-        shares = {m: 1 / abs(problem.limits[m] or 1.0) for m, excess in over.items() if excess > 0}
+        over = _over(problem, policy)
+        shares = {m: 1 / abs(problem.limits[m] or 1.0) for m in over}
         moves = [
             (harm / saved, other)
             for other, harm, saved in _moves(problem, policy, shares)
-            if saved > 0
+            # What saves of one budget may spend of another: on the whole nearer, or it has no end.
+            if saved > 0 and sum(_over(problem, other).values()) < sum(over.values())
         ]
         policy = min(moves)[1] if moves else None
     return policy
+
+
+def _over(problem: Problem, policy: Policy) -> dict[str, float]:
+    """By how much of itself each budget that a policy exceeds is exceeded."""
+    total = problem.total(policy)
+    return {
+        m: (total[m] - limit) / abs(limit or 1.0)
+        for m, limit in problem.limits.items()
+        if total[m] > limit
+    }
 
 
 def _up(problem: Problem, policy: Policy) -> Policy:

@@ -11,18 +11,18 @@ AT_ONCE = 8
 class Knapsack:
     """The policy with the least predicted objective, then the next best, and so on.
 
-    Sensitivities alone leave out what layers do to each other; so evaluations go to the best of
-    those that are predicted to be good.
+    Sensitivities alone leave out what layers do to each other; so the first few of those that are
+    predicted to be good are evaluated.
 
     Args:
-      pool: how many it proposes at most; 0 is as many as may be evaluated.
+      pool: how many. Each is ruled out for those after it, which makes later programs harder.
     """
 
     needs: tuple[str, ...] = ("sensitivity",)
 
-    def __init__(self, problem: Problem, *, seed: int, evaluations: int, pool: int = 0):
+    def __init__(self, problem: Problem, *, seed: int, evaluations: int, pool: int = 20):
         self._problem = problem
-        self._most = min(pool or evaluations, evaluations)
+        self._most = min(pool, evaluations)
         self._found: list[Policy] = []
 
     def propose(self) -> list[Policy]:
@@ -40,6 +40,9 @@ class Knapsack:
 
 
 class PairwiseKnapsack(Knapsack):
-    """The same with what pairs of layers add beyond the sum of each (arXiv:2307.05657)."""
+    """The same with what pairs of layers add beyond the sum of each (arXiv:2307.05657).
+
+    Its programs are larger: of ten layers with five choices each takes seconds.
+    """
 
     needs = ("sensitivity", "pairs")

@@ -1,9 +1,10 @@
 """Evolution: NSGA-II (Deb et al. 2002), by Optuna."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
-from kdq.search.problem import Policy
+from kdq.search.problem import Policy, Problem
 from kdq.search.searchers._optuna import Asked
 
 
@@ -16,11 +17,11 @@ class NSGA2(Asked):
 
     objectives = 2
 
-    def __init__(self, *args: Any, population: int = 20, **kwargs: Any):
+    def __init__(self, problem: Problem, *, seed: int, evaluations: int, population: int = 20):
         self.at_once = population
-        super().__init__(*args, population=population, **kwargs)
+        super().__init__(problem, seed=seed, evaluations=evaluations, population=population)
 
-    def sampler(self, optuna: Any, *, seed: int, population: int) -> Any:
+    def sampler(self, optuna: ModuleType, *, seed: int, population: int) -> Any:
         return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
 
     def values(self, policy: Policy, score: float) -> Sequence[float]:
