@@ -11,6 +11,7 @@ import jax
 from kdq import config as kdq_config
 from kdq import deploy, provenance
 from kdq.config import ConfigError, Experiment, Search
+from kdq.deploy import latency
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress
 from kdq.quantize.layers import LayerInfo
@@ -47,8 +48,6 @@ def build(
     progress: Progress,
 ) -> CostTable:
     """Measures the table of the model `key` of an experiment, here and now."""
-    if "latency" in metrics:
-        deploy.check_formats((search.runtime,))
     return measured.build(
         kdq_config.to_json(experiment.models[key]),
         inputs.batches("train", size=IMAGES)[0]["image"],
@@ -82,7 +81,8 @@ def table(
     device = provenance.device()
     for path in search.cost_tables:
         found = cost.load(path, device=device, other_device=search.other_device)
-        fits = dict(found.model) == model and found.image_shape == inputs.image.shape[1:]
+        of = kdq_config.to_json(found.model), found.image_shape
+        fits = of == (model, inputs.image.shape[1:])
         if fits and _covers(found, choices, wanted) and _measured_so(found, search, wanted):
             return found
     how = [search.runtime, search.batch, search.threads] if "latency" in wanted else []
@@ -123,3 +123,9 @@ def check(search: Search, layers: Mapping[str, LayerInfo], where: str) -> None:
     choices_of(search, layers, where)
     if search.runtime not in deploy.FORMATS:
         raise ConfigError(kdq_config.unknown(f"{where}.runtime:", search.runtime, deploy.FORMATS))
+    if "latency" in (*search.most.set, *search.share.set):
+        try:
+            deploy.check_formats((search.runtime,))
+            latency.cores(search.threads)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{where}: a budget of latency: {error}") from error

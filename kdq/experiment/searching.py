@@ -14,6 +14,7 @@ import numpy as np
 from kdq import config as kdq_config
 from kdq import files, quantize
 from kdq.config import ConfigError, Experiment, Search
+from kdq.deploy import extras
 from kdq.experiment import costing, plan, training
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
@@ -106,6 +107,10 @@ class Searches:
         where = f"config.searches.{name}"
         if search.method not in METHODS:
             raise ConfigError(kdq_config.unknown(f"{where}.method:", search.method, METHODS))
+        try:
+            extras.load("search", *getattr(METHODS[search.method], "libraries", ()))
+        except ImportError as error:
+            raise ConfigError(f"{where}.method={search.method!r}: {error}") from error
         check_arguments(METHODS[search.method], (*GIVEN, *search.options), f"{where}.options")
         for field, valid in (
             ("objective", evaluate.OBJECTIVES),

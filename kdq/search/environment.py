@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from kdq.search.problem import Policy, Problem
+from kdq.search.problem import ROUNDING, Policy, Problem
 from kdq.types import Array
 
 LOW_BITS = 28  # of a whole number, in the second int32: several may be added before they carry
@@ -177,7 +177,7 @@ def _exact(problem: Problem, metric: str) -> tuple[np.ndarray, np.ndarray]:
     exact, and others rounded up.
     """
     costs, constant = problem.costs[metric], problem.constants[metric]
-    limit = problem.limits[metric]
+    limit = problem.limits[metric] + ROUNDING * abs(problem.limits[metric])
     whole = abs(limit) + np.abs(constant).max() + np.abs(costs).max(-1).sum(-1).max()
     _, exponent = math.frexp(float(whole))
     units = np.ldexp(np.where(problem.valid, costs, np.inf), 53 - exponent)

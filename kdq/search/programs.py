@@ -42,7 +42,7 @@ def nearest(problem: "Problem", student: int | None = None) -> "Policy":
     """The policy whose largest share of a limit is the least, of one student or of all."""
     program = _Program(problem, slack=True)
     cost = np.zeros(program.count)
-    cost[-1] = 1.0
+    cost[-1] = float(bool(problem.limits))  # without limits there is nothing to be near to
     wanted = [] if student is None else [program.only(student)]
     found = program.solve(cost, program.within() + wanted)
     assert found is not None  # the share has no bound

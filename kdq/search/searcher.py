@@ -14,6 +14,8 @@ class Searcher(Protocol):
     """
 
     needs: ClassVar[tuple[str, ...]] = ()  # of the problem: "sensitivity", "pairs"
+    # Modules of the extra kdq[search] that it takes; a searcher that takes none may leave this out.
+    libraries: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, problem: Problem, *, seed: int, evaluations: int):
         """A searcher; further keywords are its options.

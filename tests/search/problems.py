@@ -1,10 +1,11 @@
 """Problems whose best policy is known, for the tests of searchers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from kdq.search.problem import Decision, Policy, Problem
+from kdq.search.searcher import Searcher
 
 
 def layered(
@@ -27,6 +28,8 @@ def layered(
       students: each with layers twice as large, and half as sensitive, as the one before.
       metrics: 1 to 3.
       budget: the limit of each metric, as a share of the way from its least to its most.
+      base: the objective without any rounding, as a share of what the first student's layers add to
+        it with their middle options.
       seed: of sizes and sensitivities.
     """
     rng = np.random.default_rng(seed)
@@ -91,3 +94,29 @@ def random_policies(problem: Problem, count: int, seed: int) -> list[Policy]:
         order = 1 + rng.permutation(len(problem.decisions) - 1)
         found.append(problem.projected(wanted, order.tolist()))
     return found
+
+
+def search(searcher: Searcher, score: Callable[[Policy], float]) -> dict[Policy, float]:
+    """All that a searcher proposes until it has no more, each with its score."""
+    found = {}
+    while policies := searcher.propose():
+        scores = [score(policy) for policy in policies]
+        found |= zip(policies, scores, strict=True)
+        searcher.observe(policies, scores)
+    return found
+
+
+def interacting(bits: Sequence[int]) -> tuple[Problem, Callable[[Policy], float]]:
+    """Five layers, few enough to try every policy, and a score that their sum does not explain.
+
+    Neighbours that are both at fewer than 4 bits add three times what the first of them does.
+    """
+    problem = layered(layers=5, bits=bits, base=0.5, seed=4)
+
+    def score(policy: Policy) -> float:
+        low = [bits[option] < 4 for option in policy[1:]]
+        harm = problem.sensitivity[0, range(1, len(policy)), policy[1:]]
+        both = np.array(low[:-1]) & np.array(low[1:])
+        return problem.predicted(policy) + 3 * float((harm[:-1] * both).sum())
+
+    return problem, score

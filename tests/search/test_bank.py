@@ -62,7 +62,7 @@ def check(case, seeds, observer="mse"):
 
 
 def test_a_choice_is_what_is_calibrated_at_it_alone(case):
-    check(case, range(4))
+    check(case, range(2))
 
 
 def test_with_another_observer(case):
@@ -70,7 +70,7 @@ def test_with_another_observer(case):
 
 
 def test_of_a_stack_with_attention_and_tables(unseen):
-    check(unseen, range(3))
+    check(unseen, range(1))
 
 
 @pytest.mark.parametrize("name", ["case", "unseen"])

@@ -1,13 +1,20 @@
 """Costs by hand."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import networks
+import numpy as np
 import pytest
 
 from kdq import models, quantize
+from kdq.config import ConfigError, parse_bits
+from kdq.deploy import energy
 from kdq.quantize import QuantizationRule, TensorSpec, layers
 from kdq.search import cost
+from kdq.search.cost import CostTable
 
 # conv_0: 8×8 positions, 3×3 kernel, 1 -> 4 channels; conv_1 strides to 4×4, 4 -> 6; head 6 -> 10.
 CONV_0 = 8 * 8 * 3 * 3 * 1 * 4
@@ -74,3 +81,154 @@ def test_a_layer_that_runs_twice_costs_twice():
     layers = quantize.list_layers(Twice(), variables, inputs)
     assert cost.macs(layers) == 2 * 9
     assert cost.bops(layers, {}) == 2 * 9 * 32 * 32
+
+
+# Tables.
+
+CHOICES = {
+    "conv_0": ("W2A8", "W8A8"),
+    "conv_1": ("W3", "A4", "W8A8"),
+    "head": ("W2A2", "W4A4"),
+}
+WEIGHTS = {"conv_0": 9 * 4, "conv_1": 9 * 4 * 6, "head": 60}
+MOVED = {"conv_0": 64 + 4 * 64, "conv_1": 4 * 64 + 6 * 16, "head": 6 + 10}
+
+
+def table_of(layers, choices, parameters, **fields):
+    metrics = cost.counted(layers, choices, parameters)
+    return CostTable(model={"name": "cnn"}, image_shape=(8, 8, 1), metrics=metrics, **fields)
+
+
+@pytest.fixture(scope="module")
+def table(student):
+    return table_of(student[-1], CHOICES, models.count_parameters(student[1]))
+
+
+def test_a_table_by_hand(table):
+    chosen = {"conv_0": "W2A8", "conv_1": "W3", "head": "W4A4"}
+    weights = sum(WEIGHTS.values())
+    bits = 36 * 2 + 216 * 3 + 60 * 4
+    assert table.total("average_bits", chosen) == pytest.approx(bits / weights)
+    assert table.total("bops", chosen) == CONV_0 * 16 + CONV_1 * 3 * 32 + HEAD * 16
+    biases = 4 + 6 + 10
+    assert table.total("weight_memory", chosen) == pytest.approx(bits / 8 + 4 * biases)
+    # Where inputs and outputs are most: conv_1's inputs are float, so it beats conv_0.
+    assert MOVED["conv_1"] * 4 > MOVED["conv_0"]
+    assert table.total("activation_memory", chosen) == MOVED["conv_1"] * 4
+    chosen["conv_1"] = "A4"
+    assert table.total("activation_memory", chosen) == MOVED["conv_0"]
+    assert table.total("bops", chosen) == CONV_0 * 16 + CONV_1 * 32 * 4 + HEAD * 16
+
+
+def of_bits(layers, chosen):
+    """Quantizers of which nothing but the bits is looked at."""
+    found = {}
+    for path, choice in chosen.items():
+        bits = dict(zip(("weights", "activations"), parse_bits(choice), strict=True))
+        layer = layers[path]
+        operands = [*(["weights"] if layer.weight_name else []), *layer.operands]
+        own = {}
+        for operand in operands:
+            width = bits["weights" if operand == "weights" else "activations"]
+            if width:
+                spec = TensorSpec(bits=width)
+                own[operand] = grid_of(spec)
+        if own:
+            found[path] = own
+    return found
+
+
+def grid_of(spec):
+    model = nn.Dense(1)
+    variables = {"params": {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}}
+    rules = (QuantizationRule(path=".*", weights=spec),)
+    return quantize.calibrate(model, variables, rules, [jnp.ones((1, 1))])[""]["weights"]
+
+
+def check_against_quantizers(layers, choices, policies):
+    """Costs of a table are those of the model with the quantizers of the policy."""
+    table = table_of(layers, choices, 10**5)
+    for chosen in policies:
+        qparams = of_bits(layers, chosen)
+        assert table.total("bops", chosen) == cost.bops(layers, qparams)
+        modelled = sum(one.total for one in energy.modelled(layers, qparams).values())
+        assert table.total("energy", chosen) >= modelled * (1 - 1e-9)
+    last = {path: own[-1] for path, own in choices.items()}
+    modelled = sum(one.total for one in energy.modelled(layers, of_bits(layers, last)).values())
+    assert table.total("energy", last) == pytest.approx(modelled, rel=1e-9)
+
+
+def test_costs_are_those_of_the_quantizers(student):
+    rng = np.random.default_rng(0)
+    policies = [{p: str(rng.choice(own)) for p, own in CHOICES.items()} for _ in range(8)]
+    choices = {path: (*own[:-1], "W8A8") for path, own in CHOICES.items()}
+    policies = [p for p in policies if p["head"] != "W4A4"]
+    assert len(policies) > 1
+    check_against_quantizers(student[-1], choices, policies)
+
+
+def test_energy_is_at_most_too_much_where_a_smaller_memory_would_do():
+    """Weights of 8 bits need a larger memory than those of 2: the table is made for the first."""
+    model = models.build("mlp", num_classes=10, widths=(128, 128))
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64)))
+    layers = quantize.list_layers(model, variables, jax.ShapeDtypeStruct((1, 64), jnp.float32))
+    choices = dict.fromkeys(layers, ("W2A8", "W8A8"))
+    table = table_of(layers, choices, models.count_parameters(variables))
+    low = dict.fromkeys(layers, "W2A8")
+    modelled = sum(one.total for one in energy.modelled(layers, of_bits(layers, low)).values())
+    assert table.total("energy", low) > 1.01 * modelled
+
+
+def test_products_of_activations_and_tables_that_are_looked_up():
+    """Neither has what a choice says: a product no weight, a lookup no input to quantize."""
+    model = networks.Unseen()
+    tokens = jnp.asarray(networks.tokens(2, 0))
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    layers = quantize.list_layers(model, variables, tokens)
+    assert "layers/attention/qk" in layers
+    choices = dict.fromkeys(layers, ("W2A4", "A4", "W4", "W8A8"))
+    rng = np.random.default_rng(0)
+    policies = [{p: str(rng.choice(own)) for p, own in choices.items()} for _ in range(4)]
+    policies += [dict.fromkeys(layers, "W2A4"), dict.fromkeys(layers, "W4")]
+    check_against_quantizers(layers, choices, policies)
+
+
+def test_a_table_is_read_as_it_was_written(table, tmp_path):
+    measured = dataclasses.replace(
+        table,
+        conditions={"device": "this", "cores": (0, 1), "prediction_error": 0.25},
+        versions={"jax": "1"},
+    )
+    measured.save(tmp_path / "costs.json")
+    assert cost.load(tmp_path / "costs.json", device="this") == measured
+    other = cost.load(tmp_path / "costs.json", device="that", other_device=True)
+    assert other == measured
+    message = r"was measured on 'this', and this is 'that'.*config\.search\.other_device=True"
+    with pytest.raises(ConfigError, match=message):
+        cost.load(tmp_path / "costs.json", device="that")
+
+
+def test_what_was_only_counted_is_of_any_device(table, tmp_path):
+    table.save(tmp_path / "costs.json")
+    assert cost.load(tmp_path / "costs.json", device="any") == table
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "is no cost table: "),
+        (lambda text: "[]", r"costs\.json=\[\]: want a mapping"),
+        (lambda text: text.replace('"worst"', '"wurst"', 1), "'wurst'.*'worst'"),
+        (lambda text: text.replace("image_shape", "shape"), "'shape'"),
+        (lambda text: None, r"costs\.json can't be read: No such file"),
+    ],
+)
+def test_a_spoiled_table_is_refused(table, tmp_path, spoil, message):
+    path = tmp_path / "costs.json"
+    table.save(path)
+    spoiled = spoil(path.read_text())
+    path.unlink()
+    if spoiled is not None:
+        path.write_text(spoiled)
+    with pytest.raises(ConfigError, match=message):
+        cost.load(path, device="any")

@@ -11,12 +11,13 @@ from problems import layered, random_policies
 from test_programs import every_policy, keeps, total
 
 
-
 def limited(slack, seed, **sizes):
     """A problem with the budgets that a policy by chance just keeps, or a little more."""
     problem = layered(budget=1.0, seed=seed, **sizes)
     rng = np.random.default_rng(seed)
-    policy = [int(rng.choice(np.flatnonzero(problem.valid[0, i]))) for i in range(len(problem.decisions))]
+    policy = [
+        int(rng.choice(np.flatnonzero(problem.valid[0, i]))) for i in range(len(problem.decisions))
+    ]
     policy[0] = int(rng.integers(problem.students))
     limits = {metric: total(problem, policy, metric) * (1 + slack) for metric in problem.costs}
     return dataclasses.replace(problem, limits=limits)

@@ -211,9 +211,8 @@ def _candidate(
     device: str,
 ) -> Candidate:
     runs, first = finished[arm], arms[arm]
-    for key in ("kind", "params"):
-        if len(values := {str(r[key]) for r in runs}) > 1:
-            raise ConfigError(f"{source.path}: seeds of {arm!r} disagree on {key}: {values}")
+    if len(values := {str(r["kind"]) for r in runs}) > 1:
+        raise ConfigError(f"{source.path}: seeds of {arm!r} disagree on kind: {values}")
     if source.config:
         own = lineage.of_config(source.config, arm)
     else:
@@ -229,7 +228,7 @@ def _candidate(
         method=_method(first, own),
         bits=", ".join(dict.fromkeys(str(r["bits"]) for r in runs)),
         widths=_widths(runs),
-        params=first["params"],
+        params=round(_mean(runs, "params")),  # a search may choose other widths for other seeds
         seeds=tuple(sorted(r["seed"] for r in runs)),
         validation=percent("validation_accuracy"),
         validation_nll=_mean(runs, "validation_nll"),

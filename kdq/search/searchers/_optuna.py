@@ -15,6 +15,7 @@ class Asked:
     """A sampler's trials, each made to keep the budgets before it is evaluated."""
 
     needs = ()
+    libraries = ("optuna",)
     at_once = 1
     objectives = 1
 

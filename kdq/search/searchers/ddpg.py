@@ -17,6 +17,10 @@ from kdq.search.problem import Policy, Problem
 from kdq.search.searchers.networks import MLP, rewards
 from kdq.types import Array
 
+# What is drawn for one proposal: the first with the noise that is due, and others, should that have
+# been proposed before, with more of it: at least this, each by this factor.
+DRAWS, LEAST, MORE = 8, 0.02, 1.15
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learner:
@@ -70,41 +74,41 @@ def create(learner: Learner, env: Environment, replay: int, key: Array) -> Agent
     )
 
 
-def episode(
+@partial(jax.jit, static_argnames="learner")
+def episodes(
     learner: Learner, actor: Any, env: Environment, key: Array, noise: Array
 ) -> tuple[Array, Array, Array]:
-    """One policy.
+    """Policies, each with a noise of its own.
 
     Args:
       learner: static.
       actor: its params.
       env: what is searched.
       key: of the noise.
-      noise: the standard deviation of a normal distribution around the actor's action, truncated
-        to where actions are; infinite for a uniform one.
+      noise: [episodes], standard deviations of normal distributions around the actor's actions,
+        truncated to where actions are; infinite for uniform ones, 0 for none.
 
     Returns:
-      The policy [decisions] int32, observations [decisions, observation], and projected actions
-      [decisions, 2].
+      Policies [episodes, decisions] int32, observations [episodes, decisions, observation], and
+      projected actions [episodes, decisions, 2].
     """
 
-    noise = jnp.float32(noise)
-
-    def decide(state: State, key: Array) -> tuple[State, tuple[Array, Array, Array]]:
-        observation = environment.observe(env, state)
-        mean = learner.act(actor, observation)
+    def one(key: Array, noise: Array) -> tuple[Array, Array, Array]:
         sigma = jnp.clip(noise, 1e-3, 1e3)
-        drawn = jax.random.truncated_normal(key, -mean / sigma, (1 - mean) / sigma, (2,))
-        action = jnp.where(noise > 0, jnp.clip(mean + sigma * drawn, 0, 1), mean)
-        option = environment.nearest(env, state, action)
-        state = environment.step(env, state, option)
-        return state, (option, observation, state.action)
 
-    keys = jax.random.split(key, env.decisions)
-    return jax.lax.scan(decide, environment.reset(env), keys)[1]
+        def decide(state: State, key: Array) -> tuple[State, tuple[Array, Array, Array]]:
+            observation = environment.observe(env, state)
+            mean = learner.act(actor, observation)
+            drawn = jax.random.truncated_normal(key, -mean / sigma, (1 - mean) / sigma, (2,))
+            action = jnp.where(noise > 0, jnp.clip(mean + sigma * drawn, 0, 1), mean)
+            option = environment.nearest(env, state, action)
+            state = environment.step(env, state, option)
+            return state, (option, observation, state.action)
 
+        keys = jax.random.split(key, env.decisions)
+        return jax.lax.scan(decide, environment.reset(env), keys)[1]
 
-episodes = jax.jit(jax.vmap(episode, (None, None, None, 0, 0)), static_argnums=0)
+    return jax.vmap(one)(jax.random.split(key, len(noise)), noise)
 
 
 @partial(jax.jit, static_argnames="learner", donate_argnames="agent")
@@ -114,10 +118,10 @@ def learn(
     observations: Array,
     actions: Array,
     rewards: Array,
-    count: Array,
-    baseline: Array,
-    updates: Array,
     best: Array,
+    baseline: Array,
+    count: Array,
+    updates: Array,
     key: Array,
 ) -> Agent:
     """Stores an episode, and trains actor and critic on transitions of the buffer.
@@ -127,9 +131,10 @@ def learn(
       agent: donated.
       observations: [decisions, observation] of the episode.
       actions: [decisions, 2].
-      rewards: [replay] of each episode in the buffer, in order of their slots.
-      count: how many episodes there have been, this one included.
+      rewards: [replay], of the episode in each slot of the buffer.
+      best: [elite] int32, slots of the best episodes.
       baseline: what is taken from each reward.
+      count: how many episodes there have been, this one included.
       updates: how many.
       key: of the batches.
     """
@@ -141,27 +146,43 @@ def learn(
     )
 
     def update(i: Array, agent: Agent) -> Agent:
-        one, other = jax.random.split(jax.random.fold_in(key, i))
+        keys = jax.random.split(jax.random.fold_in(key, i), 3)
         shape = (learner.batch_size,)
-        which = jax.random.randint(one, shape, 0, jnp.minimum(count, replay))
-        when = jax.random.randint(other, shape, 0, decisions)
-        later = jnp.minimum(when + 1, decisions - 1)
-        now, then = agent.observations[which, when], agent.observations[which, later]
-        action = agent.actions[which, when]
+        which = jax.random.randint(keys[0], shape, 0, jnp.minimum(count, replay))
+        when = jax.random.randint(keys[1], shape, 0, decisions)
+        then = agent.observations[which, jnp.minimum(when + 1, decisions - 1)]
         value = learner.value(agent.target_critic, then, learner.act(agent.target_actor, then))
-        target = (rewards[which] - baseline) / decisions
-        target += jnp.where(when < decisions - 1, value, 0.0)
-        good = best[jax.random.randint(jax.random.fold_in(one, 1), shape, 0, best.size)]
-        goods = agent.observations[good, when], agent.actions[good, when]
-        return _descend(learner, agent, now, action, target, *goods)
+        # No more than the best reward for all that is left: an actor soon finds where the critic
+        # promises what nothing ever gave.
+        left = (decisions - 1 - when) / decisions
+        value = jnp.clip(value, left * (rewards.min() - baseline), left * (rewards.max() - baseline))
+        target = (rewards[which] - baseline) / decisions + value
+        good = jax.random.choice(keys[2], best, shape)
+        return _descend(
+            learner,
+            agent,
+            (agent.observations[which, when], agent.actions[which, when], target),
+            (agent.observations[good, when], agent.actions[good, when]),
+        )
 
     return jax.lax.fori_loop(0, updates, update, agent)
 
 
 def _descend(
-    learner: Learner, agent: Agent, observation: Array, action: Array, target: Array, good, good_action
+    learner: Learner,
+    agent: Agent,
+    batch: tuple[Array, Array, Array],
+    best: tuple[Array, Array],
 ) -> Agent:
-    """A step of the critic, then one of the actor; the targets follow."""
+    """A step of the critic, then one of the actor; the targets follow.
+
+    Args:
+      learner: static.
+      agent: what steps.
+      batch: observations, actions, and the critic's targets.
+      best: observations and actions of the best episodes, that the actor imitates.
+    """
+    observation, action, target = batch
 
     def critic_loss(params: Any) -> Array:
         return jnp.square(learner.value(params, observation, action) - target).mean()
@@ -172,9 +193,9 @@ def _descend(
     critic = optax.apply_updates(agent.critic, updates)
 
     def actor_loss(params: Any) -> Array:
-        q = learner.value(critic, observation, learner.act(params, observation))
-        away = jnp.square(learner.act(params, good) - good_action).sum(-1).mean()
-        return learner.imitate * away - q.mean() * agent.actions.shape[1]
+        value = learner.value(critic, observation, learner.act(params, observation)).mean()
+        away = jnp.square(learner.act(params, best[0]) - best[1]).sum(-1).mean()
+        return learner.imitate * away - agent.actions.shape[1] * value
 
     grads = jax.grad(actor_loss)(agent.actor)
     optimizer = optax.adam(learner.actor_learning_rate)
@@ -195,10 +216,13 @@ class DDPG:
 
     As in HAQ the reward of the whole policy is given to each of its transitions, less an average of
     the last ones, γ is 1, and the noise is normal, truncated to where actions are. Of our own:
-    rewards are ranks (see `rewards`), shared out over the decisions; the networks are normalized.
+    rewards are ranks (see `rewards`), shared out over the decisions; the networks are normalized;
+    the actor also imitates the best episodes there were (arXiv:1709.10089, of its own instead of a
+    demonstrator's: most of what it learns from few evaluations comes of that); a policy that was
+    proposed before is drawn again, with more noise each time.
 
     Args:
-      problem: with sensitivities, which the agent observes.
+      problem: with sensitivities, which the agent observes; zeros without.
       seed: of networks, noise and batches.
       evaluations: how many policies in all; in the last tenth the agent acts without noise.
       hidden: widths of both networks.
@@ -211,6 +235,9 @@ class DDPG:
       warmup: share of the evaluations with random actions, before anything is learned.
       noise: standard deviation after the warm-up.
       least_noise: and at the last tenth; it falls exponentially.
+      imitate: weight of the squared distance to the actions of the best episodes, beside the value
+        of the actor's own.
+      elite: how many are the best.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("sensitivity",)
@@ -231,7 +258,6 @@ class DDPG:
         warmup: float = 0.1,
         noise: float = 0.3,
         least_noise: float = 0.05,
-        draws: int = 8,
         imitate: float = 30.0,
         elite: int = 8,
     ):
@@ -246,31 +272,32 @@ class DDPG:
         )
         self._env = environment.build(problem)
         self._key = jax.random.key(seed)
-        self._replay = min(replay, evaluations)
-        self._agent = create(self._learner, self._env, self._replay, self._key)
-        self._updates = updates
+        self._replay, self._elite, self._updates = replay, elite, updates
+        self._agent = create(self._learner, self._env, replay, self._key)
         self._warmup, self._last = round(warmup * evaluations), round(0.9 * evaluations)
         self._noise, self._least_noise = noise, least_noise
-        self._proposed = 0
+        self._policies: list[Policy] = []
         self._scores: list[float] = []
-        self._pending = None
-        self._seen = set()
-        self._draws = draws
-        self._elite = elite
+        self._pending: list[Array] = []  # observations and actions of the policy proposed last
 
     def propose(self) -> list[Policy]:
-        if self._proposed >= self._evaluations:
+        count = len(self._policies)
+        if count >= self._evaluations:
             return []
-        key = jax.random.fold_in(self._key, 2 * self._proposed)
-        noise = np.concatenate([[self._sigma(self._proposed)], np.maximum(self._sigma(self._proposed), 0.02) * 1.15**np.arange(self._draws - 1)]).astype(np.float32)
-        keys = jax.random.split(key, len(noise))
-        policies, *transitions = jax.device_get(episodes(self._learner, self._agent.actor, self._env, keys, noise))
-        self._proposed += 1
-        policies = environment.checked(self._problem, policies)
-        i = next((i for i, p in enumerate(policies) if p not in self._seen), 0)
-        self._seen.add(policies[i])
-        self._pending = [x[i] for x in transitions]
-        return [policies[i]]
+        noise = self._sigma(count)
+        more = max(noise, LEAST) * MORE ** np.arange(DRAWS - 1)
+        drawn, *transitions = episodes(
+            self._learner,
+            self._agent.actor,
+            self._env,
+            jax.random.fold_in(self._key, 2 * count),
+            np.array([noise, *more], np.float32),
+        )
+        policies = environment.checked(self._problem, np.asarray(drawn))
+        new = next((i for i, one in enumerate(policies) if one not in self._policies), 0)
+        self._policies.append(policies[new])
+        self._pending = [x[new] for x in transitions]
+        return [policies[new]]
 
     def observe(self, policies: Sequence[Policy], scores: Sequence[float]) -> None:
         if not scores:
@@ -278,27 +305,27 @@ class DDPG:
         self._scores.extend(scores)
         count = len(self._scores)
         kept = np.arange(max(0, count - self._replay), count)
-        ranked = rewards(np.asarray(self._scores)[kept], len(kept))
-        age = 0.95 ** np.arange(len(kept))[::-1]
+        ranked = rewards(self._scores[kept[0] :], len(kept))
         slots = np.zeros(self._replay, np.float32)
         slots[kept % self._replay] = ranked
+        best = kept[np.argsort(-ranked, kind="stable")[: self._elite]] % self._replay
         self._agent = learn(
             self._learner,
             self._agent,
             *self._pending,
             slots,
+            np.resize(best, self._elite),  # repeated, if there are fewer
+            np.float32(np.average(ranked, weights=0.95 ** (count - 1 - kept))),
             count,
-            np.float32(np.average(ranked, weights=age)),
             self._updates if count >= self._warmup else 0,
-            np.resize(np.argsort(-ranked, kind="stable")[:self._elite], self._elite),
-            jax.random.fold_in(self._key, 2 * self._proposed - 1),
+            jax.random.fold_in(self._key, 2 * count - 1),
         )
 
-    def _sigma(self, proposed: int) -> float:
-        """The noise of an episode."""
-        if proposed < self._warmup:
+    def _sigma(self, count: int) -> float:
+        """The noise of an episode, after so many."""
+        if count < self._warmup:
             return np.inf
-        if proposed >= self._last:
+        if count >= self._last:
             return 0.0
-        through = (proposed - self._warmup) / max(self._last - self._warmup, 1)
-        return self._noise * (self._least_noise / self._noise) ** through
+        through = (count - self._warmup) / max(self._last - self._warmup, 1)
+        return self._noise ** (1 - through) * self._least_noise**through

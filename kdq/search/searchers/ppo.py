@@ -17,6 +17,10 @@ from kdq.search.problem import Policy, Problem
 from kdq.search.searchers.networks import MLP, rewards
 from kdq.types import Array
 
+# Of what is sampled at once, as a multiple of what is proposed; and how often that is tried again
+# with nothing new in it, before what has a score already is proposed again.
+DRAWS, TRIES = 4, 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learner:
@@ -27,11 +31,17 @@ class Learner:
     learning_rate: float
     clip: float
     epochs: int
+    imitate: float
 
     def logits(self, params: Any, observation: Array, allowed: Array) -> Array:
         """Log-probabilities of the options, [..., options]; of those that are not allowed -1e9."""
         logits = MLP(self.hidden, self.options).apply(params["actor"], observation)
         return jax.nn.log_softmax(jnp.where(allowed, logits, -1e9))
+
+    def taken(self, params: Any, episodes: "Episodes") -> tuple[Array, Array]:
+        """Log-probabilities of all options and of those taken, [episodes, decisions, (options)]."""
+        logits = self.logits(params, episodes.observations, episodes.allowed)
+        return logits, jnp.take_along_axis(logits, episodes.options[..., None], -1)[..., 0]
 
     def value(self, params: Any, observation: Array) -> Array:
         """The reward to come, [...]."""
@@ -92,9 +102,8 @@ def learn(
     episodes: Episodes,
     rewards: Array,
     mask: Array,
-    entropy: Array,
     best: Episodes,
-    imitate: Array,
+    entropy: Array,
 ) -> Agent:
     """A few epochs over the last episodes.
 
@@ -104,6 +113,7 @@ def learn(
       episodes: as sampled.
       rewards: [episodes], at the end of each; with γ of 1 the return of each of its decisions.
       mask: [episodes], 0 of those without a reward.
+      best: the best episodes there were, which the policy imitates.
       entropy: the weight of the policy's entropy.
     """
     weight = jnp.broadcast_to(mask[:, None], episodes.options.shape)
@@ -114,17 +124,14 @@ def learn(
     advantage /= jnp.sqrt((weight * jnp.square(advantage)).sum()) + 1e-6
 
     def loss(params: Any) -> Array:
-        log_probs = learner.logits(params, episodes.observations, episodes.allowed)
-        taken = jnp.take_along_axis(log_probs, episodes.options[..., None], -1)[..., 0]
+        log_probs, taken = learner.taken(params, episodes)
         ratio = jnp.exp(taken - episodes.log_probs)
         clipped = jnp.clip(ratio, 1 - learner.clip, 1 + learner.clip)
         surrogate = jnp.minimum(ratio * advantage, clipped * advantage)
         spread = -(jnp.exp(log_probs) * log_probs).sum(-1)
-        good = learner.logits(params, best.observations, best.allowed)
-        good = jnp.take_along_axis(good, best.options[..., None], -1)[..., 0].mean(-1)
-        surrogate = surrogate + (imitate * good).sum()
         error = jnp.square(learner.value(params, episodes.observations) - returns)
-        return (weight * (0.5 * error - surrogate - entropy * spread)).sum()
+        own = (weight * (0.5 * error - surrogate - entropy * spread)).sum()
+        return own - learner.imitate * learner.taken(params, best)[1].mean()
 
     def epoch(_: int, agent: Agent) -> Agent:
         grads = jax.grad(loss)(agent.params)
@@ -137,19 +144,23 @@ def learn(
 class PPO:
     """Several episodes a proposal, of a policy that draws each decision's option.
 
-    The clipped surrogate with an entropy bonus that falls to nothing. Options that would break a
-    budget have no probability. Rewards are ranks (see `rewards`).
+    The clipped surrogate, with an entropy bonus that falls to nothing; options that would break a
+    budget have no probability; rewards are ranks (see `rewards`). As in self-imitation learning
+    (arXiv:1806.05635) the policy is also drawn to the best episodes there were. Episodes of
+    policies whose scores are known already are learned from too, and cost no evaluation.
 
     Args:
-      problem: with sensitivities, which the agent observes.
+      problem: with sensitivities, which the agent observes; zeros without.
       seed: of networks and draws.
       evaluations: how many policies in all.
-      episodes: a proposal.
+      episodes: a proposal, at most.
       hidden: widths of both networks.
       learning_rate: of Adam.
       clip: how far the ratio of probabilities may go from 1.
       epochs: over each proposal's episodes.
       entropy: weight of the entropy at first; it falls linearly to 0.
+      imitate: weight of the log-probability of the best episodes' options.
+      elite: how many are the best.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("sensitivity",)
@@ -164,12 +175,10 @@ class PPO:
         hidden: Sequence[int] = (64, 64),
         learning_rate: float = 3e-3,
         clip: float = 0.2,
-        epochs: int = 10,
-        entropy: float = 0.02,
-        imitate: float = 1.0,
-        elite: int = 8,
-        draws: int = 4,
-        tries: int = 8,
+        epochs: int = 20,
+        entropy: float = 0.2,
+        imitate: float = 0.3,
+        elite: int = 12,
     ):
         self._problem, self._evaluations, self._episodes = problem, evaluations, episodes
         self._env = environment.build(problem)
@@ -179,65 +188,63 @@ class PPO:
             learning_rate=learning_rate,
             clip=clip,
             epochs=epochs,
+            imitate=imitate,
         )
         self._key = jax.random.key(seed)
         self._agent = create(self._learner, self._env, self._key)
-        self._entropy, self._imitate, self._elite = entropy, imitate, elite
-        self._draws, self._tries = draws * episodes, tries
-        self._proposed = 0
-        self._steps = 0
-        self._known: dict = {}
-        self._kept: dict = {}
-        self._pending = []
+        self._entropy, self._elite = entropy, elite
+        self._proposed, self._sampled = 0, 0
+        self._scores: dict[Policy, float] = {}
+        self._episode: dict[Policy, Episodes] = {}  # of each policy with a score
+        self._drawn: tuple[list[Policy], Episodes] | None = None  # last
 
     def propose(self) -> list[Policy]:
         count = min(self._episodes, self._evaluations - self._proposed)
         if count <= 0:
             return []
-        new = []
-        for _ in range(self._tries):
-            self._steps += 1
-            key = jax.random.fold_in(self._key, self._steps)
-            params = self._agent.params
-            drawn = jax.device_get(sample(self._learner, params, self._env, key, self._draws))
-            policies = environment.checked(self._problem, drawn.options)
-            new = [p for p in dict.fromkeys(policies) if p not in self._known][:count]
-            for i, p in enumerate(policies):
-                if p not in self._kept:
-                    self._kept[p] = jax.tree.map(lambda x: x[i], drawn)
-            self._pending = (policies, drawn)
+        for _ in range(TRIES):
+            policies = self._sample()
+            new = [one for one in dict.fromkeys(policies) if one not in self._scores][:count]
             if new:
                 break
             self._learn()
-        if not new:
-            new = policies[:count]
+        new = new or policies[:count]
         self._proposed += len(new)
         return new
 
     def observe(self, policies: Sequence[Policy], scores: Sequence[float]) -> None:
-        self._known.update(zip(policies, scores, strict=True))
-        self._kept = {p: v for p, v in self._kept.items() if p in self._known}
+        if not scores:
+            return
+        drawn, episodes = self._drawn
+        for policy, score in zip(policies, scores, strict=True):
+            place = drawn.index(policy)
+            self._scores[policy] = score
+            self._episode[policy] = jax.tree.map(lambda x, i=place: x[i], episodes)
         self._learn()
 
-    def _learn(self):
-        drawn, episodes = self._pending
-        names = list(self._known)
-        ranked = dict(zip(names, rewards(list(self._known.values()), len(names))))
-        mask = np.array([p in ranked for p in drawn], np.float32)
-        if not mask.any():
-            return
-        padded = np.array([ranked.get(p, 0.0) for p in drawn], np.float32)
-        best = sorted(names, key=lambda p: -ranked[p])[: self._elite]
-        best = [best[i % len(best)] for i in range(self._elite)]
-        best = jax.tree.map(lambda *x: np.stack(x), *[self._kept[p] for p in best])
-        w = np.full(self._elite, self._imitate / self._elite, np.float32)
+    def _sample(self) -> list[Policy]:
+        """Policies by the agent as it is."""
+        key = jax.random.fold_in(self._key, self._sampled)
+        count = DRAWS * self._episodes
+        drawn = jax.device_get(sample(self._learner, self._agent.params, self._env, key, count))
+        policies = environment.checked(self._problem, drawn.options)
+        self._sampled += 1
+        self._drawn = policies, drawn
+        return policies
+
+    def _learn(self) -> None:
+        """From those of the drawn policies that have a score."""
+        drawn, episodes = self._drawn
+        known = list(self._scores)
+        ranked = dict(zip(known, rewards(list(self._scores.values()), len(known)), strict=True))
+        best = sorted(known, key=lambda one: -ranked[one])[: self._elite]
+        best = [best[i % len(best)] for i in range(self._elite)]  # repeated, if there are fewer
         self._agent = learn(
             self._learner,
             self._agent,
             episodes,
-            padded,
-            mask,
+            np.array([ranked.get(one, 0.0) for one in drawn], np.float32),
+            np.array([one in ranked for one in drawn], np.float32),
+            jax.tree.map(lambda *x: np.stack(x), *[self._episode[one] for one in best]),
             np.float32(self._entropy * (1 - self._proposed / self._evaluations)),
-            best,
-            w,
         )

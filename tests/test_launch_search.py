@@ -1,0 +1,187 @@
+"""launch/search.py and launch/cost_table.py as a user runs them, on a narrowed shipped config."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdq.deploy import load_packed
+from kdq.quantize.layers import layer_bits
+from kdq.search.bank import bits_of
+
+slow = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+# A config file of a user's own: it narrows the one that kdq ships to what is needed.
+NARROWED = f"""
+import runpy
+
+def get_config(arg=None):
+    config = runpy.run_path({str(ROOT / "configs" / "search_digits.py")!r})["get_config"](arg)
+    for name in list(config.arms):
+        if name not in ("teacher", "kd", "qad_w3a8"):
+            del config.arms[name]
+    config.searches = {{}}
+    config.models.teacher.widths = (8, 8)
+    config.models.student.widths = (4, 6)
+    config.search.choices = ("W2A8", "W8A8")
+    config.search.evaluations = 10
+    config.search.examples = 100
+    config.quantize.calibration_examples = 64
+    config.evaluations = 2
+    return config
+"""
+NAMES = ("random", "knapsack")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "narrowed.py"
+    path.write_text(NARROWED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def launch(data_dir):
+    """Runs a script of launch/ from the root of the repository."""
+    environment = {
+        **os.environ,
+        "TFDS_DATA_DIR": str(data_dir),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+    def run(script, *arguments):
+        command = [sys.executable, f"launch/{script}.py", *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def searched(launch, config, tmp_path_factory):
+    """`(processes, folder)` of two methods, one after the other."""
+    pytest.importorskip("jax2onnx")
+    workdir = tmp_path_factory.mktemp("launch") / "run"
+    command = (f"--config={config}:quick", f"--workdir={workdir}")
+    done = [launch("search", *command, f"--config.search.method={name}") for name in NAMES]
+    return done, workdir
+
+
+@slow
+def test_methods_join_one_table(searched):
+    processes, workdir = searched
+    for process in processes:
+        assert process.returncode == 0, process.stderr
+    records = {r["arm"]: r for r in json.loads((workdir / "results.json").read_text())}
+    arms = [f"{name}_{stage}" for name in NAMES for stage in ("ptq", "qad")]
+    assert set(arms) <= set(records)
+    table = (workdir / "table.md").read_text()
+    printed = processes[1].stdout
+    for arm in arms:
+        assert records[arm]["status"] == "ok"
+        name, stage = arm.rsplit("_", 1)
+        row = next(line for line in table.splitlines() if line.startswith(f"| {arm} |"))
+        assert f"{100 * records[arm]['accuracy']:.2f}" in row
+        assert records[arm]["kind"] == {"ptq": "PTQ", "qad": "QAD"}[stage]
+        file = workdir / arm / "0" / "model.safetensors"
+        packed = load_packed(file)
+        for path, bits in records[arm]["policy"].items():
+            own = {**packed.weight_quantizers.get(path, {}), **packed.qparams.get(path, {})}
+            assert layer_bits({path: own}, path) == bits_of(bits)
+    # What the last one found is printed, layer by layer.
+    for path, bits in records["knapsack_qad"]["policy"].items():
+        assert any(line.split()[:2] == [path, bits] for line in printed.splitlines())
+    told = records["knapsack_qad"]["search"]
+    limit = f"{told['costs']['average_bits']:.4g} of 3"
+    assert any(" ".join(line.split()) == f"average_bits {limit}" for line in printed.splitlines())
+
+
+@slow
+def test_what_was_trained_is_exported(searched):
+    _, workdir = searched
+    for name in NAMES:
+        entry = json.loads((workdir / f"{name}_qad" / "0" / "result.json").read_text())["exports"]
+        folder = workdir / f"{name}_qad" / "0" / "export"
+        assert list(entry) == ["onnx"]
+        assert len(list(folder.glob("*.onnx"))) == 1
+        assert entry["onnx"]["argmax_agreement"] > 0.95
+        assert not (workdir / f"{name}_ptq" / "0" / "export").exists()
+
+
+@slow
+def test_the_same_command_again_searches_nothing(searched, launch, config):
+    processes, workdir = searched
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("evaluations-*.jsonl")}
+    assert len(before) == 2
+    again = launch(
+        "search",
+        *(f"--config={config}:quick", f"--workdir={workdir}", "--config.search.method=knapsack"),
+    )
+    assert again.returncode == 0, again.stderr
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("evaluations-*.jsonl")} == before
+
+
+@slow
+def test_a_measured_table_is_taken_for_a_search(searched, launch, config, tmp_path):
+    _, workdir = searched
+    path = tmp_path / "costs.json"
+    how = f"--config={config}:quick", "--metrics=size"
+    process = launch("cost_table", *how, f"--out={path}")
+    assert process.returncode == 0, process.stderr
+    table = json.loads(path.read_text())
+    assert set(table["metrics"]["size"]["layers"]) == {"conv_0", "conv_1", "head"}
+    size = table["metrics"]["size"]
+    shown = [line.split() for line in process.stdout.splitlines() if line.split()]
+    of_head = [f"{size['layers']['head'][bits]:.5g}" for bits in ("W2A8", "W8A8")]
+    assert ["head", *of_head] in shown
+    # Something that only this file says: a search goes by it.
+    size["constant"] += 50_000
+    path.write_text(json.dumps(table))
+    process = launch(
+        "search",
+        *(f"--config={config}:quick", f"--workdir={workdir}", "--name=by_table"),
+        *("--config.search.method=uniform", f"--config.search.cost_tables=('{path}',)"),
+    )
+    assert process.returncode == 0, process.stderr
+    found = json.loads((workdir / "searches" / "by_table" / "0" / "result.json").read_text())
+    assert found["costs"]["size"] > 50_000
+
+
+MISTAKES = {
+    "method": (
+        ("--config.search.method=knapsak",),
+        "error: unknown config.searches.knapsak.method: 'knapsak' (did you mean 'knapsack'?)",
+    ),
+    "taken": (("--name=qad", "--config.search.finetune=nobody"), "error: unknown config.search.fi"),
+    "budget": (("--config.search.most.average_bits=-1.0",), "error: config.searches.knapsack.most"),
+    "key": (("--config.search.most.bits=3.0",), "error: unknown key in config.search.most: 'bits'"),
+}
+
+
+@pytest.mark.parametrize(
+    "mistake", ["method", *(pytest.param(m, marks=slow) for m in MISTAKES if m != "method")]
+)
+def test_a_mistake_is_answered_in_one_line(launch, config, tmp_path, mistake):
+    arguments, message = MISTAKES[mistake]
+    process = launch(
+        "search", f"--config={config}:quick", f"--workdir={tmp_path / 'run'}", *arguments
+    )
+    assert process.returncode == 1
+    assert process.stderr.startswith(message), process.stderr
+    assert process.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@slow
+def test_an_unknown_metric_of_a_table(launch, config, tmp_path):
+    how = f"--config={config}:quick", f"--out={tmp_path / 'costs.json'}"
+    process = launch("cost_table", *how, "--metrics=sizes")
+    assert process.returncode == 1
+    assert process.stderr == (
+        "error: unknown metric 'sizes' (did you mean 'size'?); valid: size, latency\n"
+    )
