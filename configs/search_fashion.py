@@ -17,13 +17,6 @@ from kdq.config import arm, parse_arg
 
 METHODS = {
     **{method: {"method": method} for method in ("uniform", "random", "greedy", "knapsack")},
-    # Pairs of ten layers are 1,125 evaluations more than others have; a program of theirs takes
-    # seconds to minutes.
-    "knapsack_pairwise": {
-        "method": "knapsack_pairwise",
-        "evaluations": 1400,
-        "options": {"pool": 2},
-    },
     "knapsack_fisher": {"method": "knapsack", "sensitivity": "fisher"},
     **{method: {"method": method} for method in ("nsga2", "tpe", "ddpg", "ppo")},
 }
