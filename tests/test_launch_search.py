@@ -84,7 +84,7 @@ def test_methods_join_one_table(searched):
     printed = processes[1].stdout
     for arm in arms:
         assert records[arm]["status"] == "ok"
-        name, stage = arm.rsplit("_", 1)
+        stage = arm.rsplit("_", 1)[1]
         row = next(line for line in table.splitlines() if line.startswith(f"| {arm} |"))
         assert f"{100 * records[arm]['accuracy']:.2f}" in row
         assert records[arm]["kind"] == {"ptq": "PTQ", "qad": "QAD"}[stage]
@@ -115,7 +115,7 @@ def test_what_was_trained_is_exported(searched):
 
 @slow
 def test_the_same_command_again_searches_nothing(searched, launch, config):
-    processes, workdir = searched
+    _, workdir = searched
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("evaluations-*.jsonl")}
     assert len(before) == 2
     again = launch(

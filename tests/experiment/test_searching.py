@@ -172,12 +172,12 @@ def test_the_score_is_that_of_the_arms_file_on_validation(found):
     scores = records["four_ptq"]["search"]["scores"]
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
     # A number at the edge of two codes may go to either.
-    assert scores["kl"] == pytest.approx(kl, rel=5e-3)
+    assert scores["kl"] == pytest.approx(kl, rel=2e-2)
     labels = examples["label"]
-    assert scores["loss"] == pytest.approx(-log_q[np.arange(EXAMPLES), labels].mean(), rel=1e-3)
+    assert scores["loss"] == pytest.approx(-log_q[np.arange(EXAMPLES), labels].mean(), rel=5e-3)
     assert scores["error"] == pytest.approx((log_q.argmax(-1) != labels).mean())
     noise = np.square(logits["four_ptq"] - logits["wide"]).sum() / np.square(logits["wide"]).sum()
-    assert scores["noise"] == pytest.approx(noise, rel=5e-3)
+    assert scores["noise"] == pytest.approx(noise, rel=2e-2)
 
 
 def test_what_was_found_is_read_again(found):
@@ -413,7 +413,7 @@ def test_bits_and_width_share_a_budget(make, folder, limit, tried):
         method="knapsack",
         sensitivity="noise",
         students=("wide", "narrow"),
-        choices=("W6A8", "W8A8"),
+        choices=("W4A8", "W8A8"),
         most={},
         share={"weight_memory": limit},
         objective="noise",

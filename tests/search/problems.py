@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kdq.search import programs
 from kdq.search.problem import Decision, Policy, Problem
 from kdq.search.searcher import Searcher
 
@@ -107,16 +108,14 @@ def search(searcher: Searcher, score: Callable[[Policy], float]) -> dict[Policy,
 
 
 def interacting(bits: Sequence[int]) -> tuple[Problem, Callable[[Policy], float]]:
-    """Five layers, few enough to try every policy, and a score that their sum does not explain.
+    """Six layers, few enough to try every policy, and a score that their sum does not explain.
 
-    Neighbours that are both at fewer than 4 bits add three times what the first of them does.
+    Each pair of neighbours at different bits adds a fifth of what the best policy has by the sum.
     """
-    problem = layered(layers=5, bits=bits, base=0.5, seed=4)
+    problem = layered(layers=6, bits=bits, seed=4)
+    share = problem.predicted(programs.best(problem)) / 5
 
     def score(policy: Policy) -> float:
-        low = [bits[option] < 4 for option in policy[1:]]
-        harm = problem.sensitivity[0, range(1, len(policy)), policy[1:]]
-        both = np.array(low[:-1]) & np.array(low[1:])
-        return problem.predicted(policy) + 3 * float((harm[:-1] * both).sum())
+        return problem.predicted(policy) + share * np.count_nonzero(np.diff(policy[1:]))
 
     return problem, score

@@ -20,6 +20,15 @@ from kdq.search.searchers.networks import rewards
 BITS = (2, 3, 4, 6, 8)
 QUICK = {"hidden": (8,), "updates": 2, "batch_size": 8, "replay": 16}
 
+LEARNER = ddpg.Learner(
+    hidden=(16,),
+    actor_learning_rate=3e-3,
+    critic_learning_rate=1e-2,
+    tau=0.1,
+    batch_size=32,
+    imitate=0.0,
+)
+
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_optimum_is_found_to_within_two_percent(seed):
@@ -38,7 +47,8 @@ def test_what_layers_do_to_each_other_is_found_out():
     optimum = min(score(policy) for policy in everything if problem.feasible(policy))
     alone = score(programs.best(problem))
     found = min(search(DDPG(problem, seed=0, evaluations=400), score).values())
-    assert found <= 1.02 * optimum < alone
+    assert found <= 1.02 * optimum
+    assert alone > 1.1 * optimum
 
 
 def test_without_sensitivities_it_still_beats_chance():
@@ -50,21 +60,20 @@ def test_without_sensitivities_it_still_beats_chance():
     assert min(found.values()) - optimum < 0.5 * (chance - optimum)
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    students=st.integers(1, 2),
-    metrics=st.integers(1, 3),
-    budget=st.floats(0.3, 1.0),
-    seed=st.integers(0, 10**6),
-)
-def test_budgets_are_never_exceeded(students, metrics, budget, seed):
-    problem = layered(
-        layers=4, bits=BITS, students=students, metrics=metrics, budget=budget, seed=seed
-    )
-    found = search(DDPG(problem, seed=seed, evaluations=24, **QUICK), problem.predicted)
-    for policy in found:
-        for metric, total in problem.total(policy).items():
-            assert total <= problem.limits[metric] * (1 + 1e-12)
+@pytest.mark.parametrize(("students", "metrics"), [(1, 1), (2, 2), (1, 3)])
+def test_budgets_are_never_exceeded(students, metrics):
+    @settings(max_examples=8, deadline=None)
+    @given(budget=st.floats(0.3, 1.0), seed=st.integers(0, 10**6))
+    def check(budget, seed):
+        problem = layered(
+            layers=4, bits=BITS, students=students, metrics=metrics, budget=budget, seed=seed
+        )
+        found = search(DDPG(problem, seed=seed, evaluations=24, **QUICK), problem.predicted)
+        for policy in found:
+            for metric, total in problem.total(policy).items():
+                assert total <= problem.limits[metric] * (1 + 1e-12)
+
+    check()
 
 
 def test_a_seed_decides_everything_and_the_unit_of_scores_nothing():
@@ -92,16 +101,9 @@ def test_as_many_policies_as_evaluations_and_new_ones_while_there_are():
 
 
 def test_without_noise_actions_are_the_actors_own_and_those_stored_are_projected():
-    problem = layered(layers=4, bits=(2, 8), budget=0.5)
+    problem = layered(layers=4, bits=(2, 8), budget=0.9)
     env, key = environment.build(problem), jax.random.key(0)
-    learner = ddpg.Learner(
-        hidden=(8,),
-        actor_learning_rate=1e-3,
-        critic_learning_rate=1e-2,
-        tau=0.1,
-        batch_size=32,
-        imitate=0.0,
-    )
+    learner = dataclasses.replace(LEARNER, hidden=(8,))
     agent = ddpg.create(learner, env, 4, key)
     noise = np.array([0.0] * 4 + [np.inf] * 200, np.float32)
     policies, observations, actions = ddpg.episodes(learner, agent.actor, env, key, noise)
@@ -109,7 +111,7 @@ def test_without_noise_actions_are_the_actors_own_and_those_stored_are_projected
     for i in (0, 100):
         places = [d.places[o] for d, o in zip(problem.decisions, policies[i], strict=True)]
         np.testing.assert_allclose(actions[i], places)
-    # Nothing is spent yet at the first layer: of uniform actions a half means each of its options.
+    # Both options of the first layer are allowed: of uniform actions a half means each.
     share = np.mean(np.asarray(policies[4:, 1]) == 1)
     assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(200)
     wanted = learner.act(agent.actor, observations[0, 1])
@@ -118,24 +120,41 @@ def test_without_noise_actions_are_the_actors_own_and_those_stored_are_projected
 
 
 def test_the_critic_learns_the_rewards_to_come():
-    """Of equal rewards r, less a baseline b: (r - b) / decisions for each decision that is left."""
-    problem = layered(layers=3, bits=(2, 8), budget=1.0)
-    env, key = environment.build(problem), jax.random.key(1)
-    learner = ddpg.Learner(
-        hidden=(32,),
-        actor_learning_rate=1e-3,
-        critic_learning_rate=3e-3,
-        tau=0.1,
-        batch_size=64,
-        imitate=0.0,
-    )
-    agent = ddpg.create(learner, env, 2, key)
-    noise = np.full(1, np.inf, np.float32)
-    _, observations, actions = ddpg.episodes(learner, agent.actor, env, key, noise)
-    given = np.full(2, 1.7, np.float32), np.zeros(2, np.int32), np.float32(0.5)
-    agent = ddpg.learn(learner, agent, observations[0], actions[0], *given, 1, 1500, key)
-    values = learner.value(agent.critic, observations[0], actions[0])
-    np.testing.assert_allclose(values, 1.2 * np.array([4, 3, 2, 1]) / 4, atol=0.05)
+    """γ is 1: what a reward is beyond the baseline, shared out, and the value of what is next."""
+    problem = layered(layers=2, bits=(2, 8), budget=1.0)
+    env = environment.build(problem)
+    learner = dataclasses.replace(LEARNER, hidden=(32,), actor_learning_rate=0.0)
+    agent = ddpg.create(learner, env, 4, jax.random.key(1))
+    # One reward for each of the four policies; the last layer decides it.
+    rewards, baseline = np.array([-1.0, 1.0, -1.0, 1.0], np.float32), np.float32(0.25)
+    episodes = []
+    for i, (one, other) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        state, seen, done = environment.reset(env), [], []
+        for option in (0, one, other):
+            seen.append(environment.observe(env, state))
+            state = environment.step(env, state, jnp.int32(option))
+            done.append(state.action)
+        episodes.append((jnp.stack(seen), jnp.stack(done)))
+        agent = ddpg.learn(
+            learner,
+            agent,
+            *episodes[-1],
+            rewards,
+            np.zeros(1, np.int32),
+            baseline,
+            i + 1,
+            3000 if i == 3 else 0,
+            jax.random.key(2),
+        )
+    for (seen, done), reward in zip(episodes, rewards, strict=True):
+        values = learner.value(agent.critic, seen, done)
+        np.testing.assert_allclose(values[2], (reward - baseline) / 3, atol=0.05)
+        # Of each first layer's two episodes the rewards cancel, and so of all four.
+        then = learner.value(agent.critic, seen, learner.act(agent.actor, seen))
+        np.testing.assert_allclose(values[1], -baseline / 3 + then[2], atol=0.05)
+    first = np.mean([learner.value(agent.critic, *one)[0] for one in episodes])
+    then = [learner.value(agent.critic, s, learner.act(agent.actor, s))[1] for s, _ in episodes]
+    np.testing.assert_allclose(first, -baseline / 3 + np.mean(then), atol=0.05)
 
 
 def test_the_actor_climbs_the_value_or_follows_the_best():
@@ -146,14 +165,7 @@ def test_the_actor_climbs_the_value_or_follows_the_best():
     observation = environment.observe(env, state)
     first = environment.observe(env, environment.reset(env))
     for imitate, best, good in ((0.0, 0, 1), (1e4, 0, 0), (1e4, 1, 1)):
-        learner = ddpg.Learner(
-            hidden=(16,),
-            actor_learning_rate=3e-3,
-            critic_learning_rate=1e-2,
-            tau=0.1,
-            batch_size=32,
-            imitate=imitate,
-        )
+        learner = dataclasses.replace(LEARNER, imitate=imitate)
         agent = ddpg.create(learner, env, 2, key)
         rewards = np.array([-1.0, 1.0], np.float32)  # of 2 bits, of 8
         for i, updates in enumerate((0, 400)):

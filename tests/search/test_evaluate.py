@@ -109,6 +109,7 @@ def test_what_is_not_finite_is_the_worst():
     np.testing.assert_array_equal(found["noise"], [0.5, WORST, WORST])
 
 
+@pytest.mark.slow
 def test_a_stack_with_attention_and_tables():
     """Of what was not made for this: scores are those of its own logits."""
     model, calibration = networks.Unseen(), [networks.tokens(6, 0)]

@@ -37,7 +37,8 @@ def test_what_layers_do_to_each_other_is_found_out():
     optimum = min(score(policy) for policy in everything if problem.feasible(policy))
     alone = score(programs.best(problem))
     found = min(search(PPO(problem, seed=0, evaluations=400), score).values())
-    assert found <= 1.02 * optimum < alone
+    assert found <= 1.02 * optimum
+    assert alone > 1.1 * optimum
 
 
 def test_without_sensitivities_it_still_beats_chance():
@@ -49,21 +50,20 @@ def test_without_sensitivities_it_still_beats_chance():
     assert min(found.values()) - optimum < 0.5 * (chance - optimum)
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    students=st.integers(1, 2),
-    metrics=st.integers(1, 3),
-    budget=st.floats(0.3, 1.0),
-    seed=st.integers(0, 10**6),
-)
-def test_budgets_are_never_exceeded(students, metrics, budget, seed):
-    problem = layered(
-        layers=4, bits=BITS, students=students, metrics=metrics, budget=budget, seed=seed
-    )
-    found = search(PPO(problem, seed=seed, evaluations=24, **QUICK), problem.predicted)
-    for policy in found:
-        for metric, total in problem.total(policy).items():
-            assert total <= problem.limits[metric] * (1 + 1e-12)
+@pytest.mark.parametrize(("students", "metrics"), [(1, 1), (2, 2), (1, 3)])
+def test_budgets_are_never_exceeded(students, metrics):
+    @settings(max_examples=8, deadline=None)
+    @given(budget=st.floats(0.3, 1.0), seed=st.integers(0, 10**6))
+    def check(budget, seed):
+        problem = layered(
+            layers=4, bits=BITS, students=students, metrics=metrics, budget=budget, seed=seed
+        )
+        found = search(PPO(problem, seed=seed, evaluations=24, **QUICK), problem.predicted)
+        for policy in found:
+            for metric, total in problem.total(policy).items():
+                assert total <= problem.limits[metric] * (1 + 1e-12)
+
+    check()
 
 
 def test_a_seed_decides_everything_and_the_unit_of_scores_nothing():

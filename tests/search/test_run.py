@@ -12,8 +12,8 @@ from kdq.search.problem import InfeasibleError
 from kdq.search.searchers import METHODS
 
 PROBLEM = layered(layers=5, bits=(2, 4, 8), students=2, metrics=2, budget=0.8)
-EVALUATIONS = 26
-OPTIONS = {"knapsack": {"pool": 26}, "nsga2": {"population": 8}, "tpe": {"startup": 6}}
+EVALUATIONS = 18
+OPTIONS = {"knapsack": {"pool": 18}, "nsga2": {"population": 8}, "tpe": {"startup": 6}}
 QUICK = ("random", "knapsack", "nsga2", "tpe")
 
 

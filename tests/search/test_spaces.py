@@ -136,7 +136,7 @@ def test_a_student_that_no_bits_make_small_enough_leaves_the_other():
     problem = spaces.make_problem(STUDENTS, limits)
     assert {policy for policy in COSTS if problem.feasible(policy)} == within(limits)
     assert {policy[0] for policy in within(limits)} == {1}
-    for name in (*NAMES, "ddpg"):
+    for name in NAMES:
         if name != "uniform":
             found = METHODS[name](problem, seed=0, evaluations=4).propose()
             assert found, name

@@ -152,11 +152,8 @@ def learn(
         when = jax.random.randint(keys[1], shape, 0, decisions)
         then = agent.observations[which, jnp.minimum(when + 1, decisions - 1)]
         value = learner.value(agent.target_critic, then, learner.act(agent.target_actor, then))
-        # No more than the best reward for all that is left: an actor soon finds where the critic
-        # promises what nothing ever gave.
-        left = (decisions - 1 - when) / decisions
-        value = jnp.clip(value, left * (rewards.min() - baseline), left * (rewards.max() - baseline))
-        target = (rewards[which] - baseline) / decisions + value
+        target = (rewards[which] - baseline) / decisions
+        target += jnp.where(when < decisions - 1, value, 0.0)
         good = jax.random.choice(keys[2], best, shape)
         return _descend(
             learner,
