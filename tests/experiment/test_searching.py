@@ -405,7 +405,11 @@ def test_an_arm_leaves_out_the_terms_that_were(trained):
 
 
 @pytest.mark.parametrize(
-    ("limit", "tried"), [(1.0, {"wide", "narrow"}), (0.55, {"narrow"})], ids=["all", "little"]
+    ("limit", "tried"),
+    [
+        pytest.param(1.0, {"wide", "narrow"}, id="all", marks=pytest.mark.slow),
+        pytest.param(0.55, {"narrow"}, id="little"),
+    ],
 )
 def test_bits_and_width_share_a_budget(make, folder, limit, tried):
     """A share of what the wider one takes at its most: of little it can only be the narrow one."""

@@ -16,11 +16,12 @@ from kdq.search.searchers import ppo
 from kdq.search.searchers.ppo import PPO
 
 BITS = (2, 3, 4, 6, 8)
+SLOW = [pytest.param(1, metrics, marks=pytest.mark.slow) for metrics in (1, 2)]
 QUICK = {"hidden": (8,), "epochs": 2}
 LEARNER = ppo.Learner(hidden=(16,), options=2, learning_rate=1e-3, clip=0.2, epochs=5, imitate=0.0)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_optimum_is_found_to_within_two_percent(seed):
     problem = layered(seed=seed)
     optimum = problem.predicted(programs.best(problem))
@@ -41,6 +42,7 @@ def test_what_layers_do_to_each_other_is_found_out():
     assert alone > 1.1 * optimum
 
 
+@pytest.mark.slow
 def test_without_sensitivities_it_still_beats_chance():
     problem = layered()
     blind = dataclasses.replace(problem, sensitivity=None)
@@ -50,7 +52,7 @@ def test_without_sensitivities_it_still_beats_chance():
     assert min(found.values()) - optimum < 0.5 * (chance - optimum)
 
 
-@pytest.mark.parametrize(("students", "metrics"), [(1, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize(("students", "metrics"), [(2, 3), *SLOW])
 def test_budgets_are_never_exceeded(students, metrics):
     @settings(max_examples=8, deadline=None)
     @given(budget=st.floats(0.3, 1.0), seed=st.integers(0, 10**6))
