@@ -346,19 +346,22 @@ def ancestors(experiment: Experiment, name: str) -> tuple[str, ...]:
 
 
 def parents(experiment: Experiment, name: str) -> tuple[str, ...]:
-    """The arms that `name` starts from or is taught by."""
+    """The arms that `name` starts from, is taught by, or whose search needs them."""
     one = experiment.arms[name]
-    if one.teacher in experiment.teachers:
-        taught_by = experiment.teachers[one.teacher].needs
-    else:
-        taught_by = (one.teacher,)
-    searched = ()
+    found = [one.init, *_needed_by(experiment, one.teacher)]
     if one.bits in experiment.searches:
         search = experiment.searches[one.bits]
-        trained_as = experiment.arms[search.finetune].teacher if search.steps else ""
-        taught = (trained_as,) if trained_as in experiment.arms else ()
-        searched = (*search.students, search.teacher, *taught)
-    return tuple(dict.fromkeys(filter(None, (one.init, *taught_by, *searched))))
+        found += [*search.students, search.teacher]
+        if search.steps:
+            found += _needed_by(experiment, experiment.arms[search.finetune].teacher)
+    return tuple(dict.fromkeys(filter(None, found)))
+
+
+def _needed_by(experiment: Experiment, teacher: str) -> tuple[str, ...]:
+    """The arms that a teacher, which may be one of them, is made of."""
+    if teacher in experiment.teachers:
+        return experiment.teachers[teacher].needs
+    return (teacher,)
 
 
 def parse_bits(
