@@ -74,7 +74,7 @@ def test_of_a_stack_with_attention_and_tables(unseen):
     check(unseen, range(2))
 
 
-@pytest.mark.parametrize("name", ["case", "unseen"])
+@pytest.mark.parametrize("name", ["case", pytest.param("unseen", marks=pytest.mark.slow)])
 def test_float_is_the_float_model(request, name):
     model, variables, layers, calibration = request.getfixturevalue(name)
     choices = dict.fromkeys(layers, ("W4A4", ""))
