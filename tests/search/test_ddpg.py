@@ -31,7 +31,8 @@ LEARNER = ddpg.Learner(
 )
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_optimum_is_found_to_within_two_percent(seed):
     problem = layered(layers=8, bits=BITS, seed=seed)
     optimum = problem.predicted(programs.best(problem))
@@ -122,6 +123,7 @@ def test_without_noise_actions_are_the_actors_own_and_those_stored_are_projected
     assert policies[0, 1] == environment.nearest(env, state, wanted)
 
 
+@pytest.mark.slow
 def test_the_critic_learns_the_rewards_to_come():
     """γ is 1: what a reward is beyond the baseline, shared out, and the value of what is next."""
     problem = layered(layers=2, bits=(2, 8), budget=1.0)
@@ -160,6 +162,7 @@ def test_the_critic_learns_the_rewards_to_come():
     np.testing.assert_allclose(first, -baseline / 3 + np.mean(then), atol=0.1)
 
 
+@pytest.mark.slow
 def test_the_actor_climbs_the_value_or_follows_the_best():
     """One decision of two options, good and bad: the actor moves to the good one's place."""
     problem = layered(layers=1, bits=(2, 8), budget=1.0)

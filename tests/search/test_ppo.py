@@ -21,7 +21,8 @@ QUICK = {"hidden": (8,), "epochs": 2}
 LEARNER = ppo.Learner(hidden=(16,), options=2, learning_rate=1e-3, clip=0.2, epochs=5, imitate=0.0)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_optimum_is_found_to_within_two_percent(seed):
     problem = layered(seed=seed)
     optimum = problem.predicted(programs.best(problem))
