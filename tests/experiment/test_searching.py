@@ -408,7 +408,7 @@ def test_an_arm_leaves_out_the_terms_that_were(trained):
     ("limit", "tried"),
     [
         pytest.param(1.0, {"wide", "narrow"}, id="all", marks=pytest.mark.slow),
-        pytest.param(0.55, {"narrow"}, id="little"),
+        pytest.param(0.55, {"narrow"}, id="little", marks=pytest.mark.slow),
     ],
 )
 def test_bits_and_width_share_a_budget(make, folder, limit, tried):

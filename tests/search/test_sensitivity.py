@@ -227,6 +227,7 @@ class Table(nn.Module):
         return jnp.concatenate([jnp.zeros_like(score), score], -1)
 
 
+@pytest.mark.slow
 def test_hessian_that_is_diagonal_is_exact_by_one_probe():
     model, rng = Table(), np.random.default_rng(0)
     tokens = rng.integers(0, 7, (20, 1)).astype(np.int32)

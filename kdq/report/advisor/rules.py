@@ -249,7 +249,7 @@ RULES = (
         above="Mix: bits by layer are above equal bits in a file of about the same size",
         below="Don't mix: equal bits are above bits by layer in a file of about the same size",
         level="Don't mix: bits by layer are level with equal bits in a file of about the same size",
-        source=Source(papers=("1811.08886", "1911.03852")),
+        source=Source(papers=("1811.08886", "1911.03852"), results=("search_fashion.md",)),
     ),
     Rule(
         name="calibrated after distilling against float",
