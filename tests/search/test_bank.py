@@ -1,9 +1,9 @@
 """What is chosen from a bank against what is calibrated at that choice alone."""
 
 import jax
-import networks
 import numpy as np
 import pytest
+import students
 
 from kdq import quantize
 from kdq.experiment.quantized import OBSERVERS, _rule
@@ -14,8 +14,8 @@ from kdq.search import bank
 @pytest.fixture(scope="module")
 def case():
     """`(model, variables, layers, calibration batches)` of a CNN."""
-    model, variables = networks.student()
-    calibration = [networks.images(16, seed) for seed in (0, 1)]
+    model, variables = students.student()
+    calibration = [students.images(16, seed) for seed in (0, 1)]
     layers = quantize.list_layers(model, variables, calibration[0], train=False)
     return model, variables, layers, calibration
 
@@ -23,7 +23,7 @@ def case():
 @pytest.fixture(scope="module")
 def unseen():
     """Likewise of a model with a stack, attention and tables."""
-    model, calibration = networks.Unseen(), [networks.tokens(6, 0)]
+    model, calibration = students.Unseen(), [students.tokens(6, 0)]
     variables = jax.jit(model.init)(jax.random.key(0), calibration[0])
     layers = quantize.list_layers(model, variables, calibration[0], train=False)
     return model, variables, layers, calibration
@@ -43,12 +43,12 @@ def places(filled, choices, chosen):
 
 def check(case, seeds, observer="mse"):
     model, variables, layers, calibration = case
-    choices = dict.fromkeys(layers, networks.CHOICES)
+    choices = dict.fromkeys(layers, students.CHOICES)
     filled = bank.fill(model, variables, choices, calibration, OBSERVERS[observer])
     differ = set()
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        chosen = {path: str(rng.choice(networks.CHOICES)) for path in layers}
+        chosen = {path: str(rng.choice(students.CHOICES)) for path in layers}
         alone = by_rules(model, variables, chosen, calibration, observer)
         found = places(filled, choices, chosen)
         for path, own in alone.items():

@@ -5,9 +5,9 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import networks
 import numpy as np
 import pytest
+import students
 
 from kdq import models, quantize
 from kdq.config import ConfigError, parse_bits
@@ -181,8 +181,8 @@ def test_energy_is_at_most_too_much_where_a_smaller_memory_would_do():
 
 def test_products_of_activations_and_tables_that_are_looked_up():
     """Neither has what a choice says: a product no weight, a lookup no input to quantize."""
-    model = networks.Unseen()
-    tokens = jnp.asarray(networks.tokens(2, 0))
+    model = students.Unseen()
+    tokens = jnp.asarray(students.tokens(2, 0))
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
     layers = quantize.list_layers(model, variables, tokens)
     assert "layers/attention/qk" in layers

@@ -1,9 +1,9 @@
 """Scores of policies against float64 NumPy over the logits of each alone."""
 
 import jax
-import networks
 import numpy as np
 import pytest
+import students
 from scipy.special import log_softmax
 
 from kdq import quantize
@@ -16,12 +16,12 @@ CHOICES = ("W2A8", "W3A8", "W8A8", "")
 @pytest.fixture(scope="module")
 def case():
     """`(evaluator, teacher, batches)`; the last batch is padded."""
-    model, variables = networks.student()
-    calibration = [networks.images(16, 0)]
+    model, variables = students.student()
+    calibration = [students.images(16, 0)]
     layers = quantize.list_layers(model, variables, calibration[0], train=False)
-    batches = networks.batches((6, 6, 4), 6)
+    batches = students.batches((6, 6, 4), 6)
     choices = dict.fromkeys(layers, CHOICES)
-    return (*networks.evaluator(model, variables, choices, batches, calibration), batches)
+    return (*students.evaluator(model, variables, choices, batches, calibration), batches)
 
 
 def logits_of(evaluator, policy, images):
@@ -93,7 +93,7 @@ def test_several_at_once_are_the_same(case):
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_one_compilation_for_all_policies(case, at_once):
     evaluator, teacher, _ = case
-    batches = networks.batches((7, 7), 7, seed=9)  # of a shape that was not there before
+    batches = students.batches((7, 7), 7, seed=9)  # of a shape that was not there before
     held = evaluate.hold(evaluator.model, evaluator.variables, batches, teacher)
     other = evaluate.Evaluator(**{**vars(evaluator), "held": held, "at_once": at_once})
     before = evaluate._evaluate._cache_size()
@@ -112,16 +112,16 @@ def test_what_is_not_finite_is_the_worst():
 @pytest.mark.slow
 def test_a_stack_with_attention_and_tables():
     """Of what was not made for this: scores are those of its own logits."""
-    model, calibration = networks.Unseen(), [networks.tokens(6, 0)]
+    model, calibration = students.Unseen(), [students.tokens(6, 0)]
     variables = jax.jit(model.init)(jax.random.key(0), calibration[0])
     layers = quantize.list_layers(model, variables, calibration[0], train=False)
     batch = {
-        "image": networks.tokens(5, 1),
+        "image": students.tokens(5, 1),
         "label": np.arange(5, dtype=np.int32),
         "mask": np.array([1, 1, 1, 1, 0], np.float32),
     }
-    choices = dict.fromkeys(layers, networks.CHOICES)
-    built = networks.evaluator(model, variables, choices, [batch], calibration, classes=11)
+    choices = dict.fromkeys(layers, students.CHOICES)
+    built = students.evaluator(model, variables, choices, [batch], calibration, classes=11)
     rng = np.random.default_rng(0)
     policies = [tuple(rng.integers(-1, 5, len(layers)).tolist()) for _ in range(3)]
     found = built[0](policies)

@@ -1,9 +1,9 @@
 """Tables of sizes against real files, and of latencies against tables that are known."""
 
 import jax
-import networks
 import numpy as np
 import pytest
+import students
 
 from kdq import deploy, models, quantize
 from kdq.deploy import latency
@@ -22,14 +22,14 @@ CHOICES = {
 
 @pytest.fixture(scope="module")
 def table():
-    return measured.build(CONFIG, networks.images(32, 0), CHOICES, ["size"])
+    return measured.build(CONFIG, students.images(32, 0), CHOICES, ["size"])
 
 
 @pytest.fixture(scope="module")
 def trained():
     """Other weights than those that the table was made from, and their files."""
-    model, variables = networks.student()
-    calibration = networks.images(16, 5)
+    model, variables = students.student()
+    calibration = students.images(16, 5)
     filled = bank.fill(model, variables, CHOICES, [calibration], MSE())
     files = Files(model, variables, CHOICES, filled, calibration, CONFIG)
     return model, variables, calibration, files
@@ -77,7 +77,7 @@ def test_a_table_says_what_it_is_of(table):
         *("average_bits", "bops", "weight_memory", "activation_memory", "energy", "size")
     }
     variables = jax.eval_shape(
-        models.build(**CONFIG).init, jax.random.key(0), networks.images(1, 0)
+        models.build(**CONFIG).init, jax.random.key(0), students.images(1, 0)
     )
     weights = 9 * 4 + 9 * 4 * 6 + 6 * 5
     plain = models.count_parameters(variables) - weights
@@ -162,7 +162,7 @@ def test_files_are_timed_in_a_runtime(trained):
 def test_a_table_of_latencies():
     pytest.importorskip("onnxruntime")
     choices = dict.fromkeys(CHOICES, ("W4A8", "W8A8"))
-    table = measured.build(CONFIG, networks.images(32, 0), choices, ["latency"], batch=4)
+    table = measured.build(CONFIG, students.images(32, 0), choices, ["latency"], batch=4)
     assert set(table.metrics) >= {"latency"}
     assert "size" not in table.metrics
     assert (table.conditions["runtime"], table.conditions["batch"]) == ("onnx", 4)

@@ -5,9 +5,9 @@ import itertools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import networks
 import numpy as np
 import pytest
+import students
 from scipy.special import log_softmax, softmax
 from test_evaluate import expected
 
@@ -23,18 +23,18 @@ CHOICES = ("W2A3", "W6A6", "W8A8")
 @pytest.fixture(scope="module")
 def case():
     """`(evaluator, teacher, batches)`; the last batch is padded, and choices differ by layer."""
-    model, variables = networks.student()
-    batches = networks.batches((6, 4), 6)
+    model, variables = students.student()
+    batches = students.batches((6, 4), 6)
     choices = {"conv_0": CHOICES, "conv_1": CHOICES[:2], "head": CHOICES[1:]}
-    calibration = [networks.images(16, 0)]
-    return (*networks.evaluator(model, variables, choices, batches, calibration), batches)
+    calibration = [students.images(16, 0)]
+    return (*students.evaluator(model, variables, choices, batches, calibration), batches)
 
 
 def alone(case, path, bits):
     """Logits [examples, classes] with one layer quantized by its own calibration; "" is none."""
     evaluator, _, batches = case
     rules = quantize.uniform_rules(*parse_bits(bits), observer=MSE())
-    calibration = [networks.images(16, 0)]
+    calibration = [students.images(16, 0)]
     args = (evaluator.model, evaluator.variables)
     qparams = quantize.calibrate(*args, rules, calibration, train=False)
     own = {path: qparams[path]} if bits else {}
@@ -97,7 +97,7 @@ def on_the_way(case, path, bits, share):
     evaluator, _, batches = case
     rules = quantize.uniform_rules(*parse_bits(bits), observer=MSE())
     args = (evaluator.model, evaluator.variables)
-    qparams = quantize.calibrate(*args, rules, [networks.images(16, 0)], train=False)
+    qparams = quantize.calibrate(*args, rules, [students.images(16, 0)], train=False)
     move = lambda x, q: x + share * (quantize.fake_quantize(x, q) - x)
     found = [
         quantize.apply(*args, {path: qparams[path]}, b["image"], rounding=move, train=False)
@@ -186,7 +186,7 @@ def test_hessian_is_the_trace_times_the_squared_error():
         "mask": np.array([1, 1, 1, 1, 1, 0], np.float32),
     }
     choices = {"first": ("W2", "A2"), "last": ("W2", "A2")}
-    evaluator, _ = networks.evaluator(model, variables, choices, [batch], [x], classes=3)
+    evaluator, _ = students.evaluator(model, variables, choices, [batch], [x], classes=3)
     probes = 256
     table, base = sensitivity.measure("hessian", evaluator, probes=probes)
     assert base == 0
@@ -238,7 +238,7 @@ def test_hessian_that_is_diagonal_is_exact_by_one_probe():
         "mask": np.ones(20, np.float32),
     }
     choices = {"score": ("W2", "W3")}
-    evaluator, _ = networks.evaluator(model, variables, choices, [batch], [tokens], classes=2)
+    evaluator, _ = students.evaluator(model, variables, choices, [batch], [tokens], classes=2)
     found, _ = sensitivity.measure("hessian", evaluator, probes=1)
     table = variables["params"]["score"]["embedding"]
     p = 1 / (1 + np.exp(-table[tokens[:, 0], 0].astype(np.float64)))
