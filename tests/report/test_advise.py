@@ -250,6 +250,7 @@ def test_mixed_precision_is_compared_with_uniform_files_of_its_size(tmp_path):
         *over_seeds("qat", "QAT", "W4A8", accuracies=(0.97, 0.97, 0.97)),
         *over_seeds("one", "PTQ", "W4A8", accuracies=(0.7, 0.7, 0.7), policy={"a": "W4A8"}),
     ]
+    records[0]["policy"] = {"conv": "W2A8", "head": "W2A8"}  # what was found at one seed of three
     sources = read(tmp_path, records)
     (study,) = evidence.studies(sources)
     methods = {c.arm: (c.method, c.widths) for c in study.candidates}

@@ -225,7 +225,7 @@ def _candidate(
         source=source,
         arm=arm,
         kind=first["kind"],
-        method=_method(first, own),
+        method=_method(runs, own),
         bits=", ".join(dict.fromkeys(str(r["bits"]) for r in runs)),
         widths=_widths(runs),
         params=round(_mean(runs, "params")),  # a search may choose other widths for other seeds
@@ -245,14 +245,15 @@ def _candidate(
     )
 
 
-def _method(record: Record, own: Lineage) -> str:
-    if len(set((record.get("policy") or {}).values())) > 1:
-        return "mixed precision"
-    if record["kind"] in ("teacher", "labels"):
+def _method(runs: Sequence[Record], own: Lineage) -> str:
+    if any(len(set((r.get("policy") or {}).values())) > 1 for r in runs):
+        return "mixed precision"  # a search may find the same bits for all layers at one seed
+    kind = runs[0]["kind"]
+    if kind in ("teacher", "labels"):
         return "nothing"
-    if record["kind"] == "PTQ" and own.distilled:
+    if kind == "PTQ" and own.distilled:
         return "KD then PTQ"
-    return record["kind"]
+    return kind
 
 
 def _widths(runs: Sequence[Record]) -> frozenset[int] | None:
