@@ -27,6 +27,7 @@ from kdq.schema import (
     Optimizer,
     Peer,
     Quantize,
+    Resources,
     Search,
     TeacherConfig,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Export",
     "Optimizer",
     "Quantize",
+    "Resources",
     "Search",
     "ancestors",
     "arm",
@@ -50,6 +52,7 @@ __all__ = [
     "parents",
     "parse_arg",
     "parse_bits",
+    "resources",
     "to_json",
     "unknown",
 ]
@@ -94,6 +97,11 @@ def export(**fields: Any) -> dict[str, Any]:
 def search(**fields: Any) -> dict[str, Any]:
     """A search for a config file, likewise."""
     return dataclasses.asdict(build(Search, fields, "search"))
+
+
+def resources(**fields: Any) -> dict[str, Any]:
+    """The resources of a config file, likewise."""
+    return dataclasses.asdict(build(Resources, fields, "resources"))
 
 
 def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
@@ -151,6 +159,9 @@ def _check(experiment: Experiment) -> None:
         raise ConfigError(f"config.transfer={experiment.transfer}: want no negative number")
     if not 0 <= experiment.export.agreement <= 1:
         raise ConfigError(f"config.export.agreement={experiment.export.agreement}: want 0 to 1")
+    for key, amount in vars(experiment.resources).items():
+        if amount < 0:
+            raise ConfigError(f"config.resources.{key}={amount}: want 0 (unstated) or more")
     for name in experiment.export.arms:
         if name not in experiment.arms:
             raise ConfigError(unknown("config.export.arms: arm", name, experiment.arms))

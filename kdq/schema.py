@@ -290,6 +290,19 @@ TEACHERS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one run of a sweep (launch/sweep.py) asks its executor for; 0 is unstated.
+
+    They decide where a run runs, never its numbers.
+    """
+
+    cpus: int = 0  # cores
+    gpus: int = 0
+    memory_gib: float = 0.0  # main memory, GiB
+    minutes: int = 0  # longest time; Slurm wants it, others do not limit it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A set of arms over the same data, splits and seeds."""
 
@@ -316,5 +329,6 @@ class Experiment:
     cache: Cache = Cache()
     transfer: Transfer = Transfer()
     export: Export = Export()
+    resources: Resources = Resources()  # what a run of a sweep asks for
     evaluations: int = 20  # times that an arm is validated while it trains
     checkpoint_seconds: float = 30.0  # least time between two checkpoints; 0 is every validation

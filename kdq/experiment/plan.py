@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdq import config as kdq_config
-from kdq.config import Arm, ConfigError, Experiment
+from kdq.config import Arm, ConfigError, Experiment, Resources
 
 
 def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
@@ -108,6 +108,10 @@ def _file(path: str, where: str) -> str:
 
 
 def experiment_digest(experiment: Experiment) -> str:
-    """A digest of the whole config but the seeds and the folder of the data."""
-    place = {"seeds": (), "data": dataclasses.replace(experiment.data, data_dir="")}
+    """A digest of the whole config but the seeds, the folder of the data and the resources."""
+    place = {
+        "seeds": (),
+        "data": dataclasses.replace(experiment.data, data_dir=""),
+        "resources": Resources(),
+    }
     return kdq_config.digest(dataclasses.replace(experiment, **place))
