@@ -8,7 +8,7 @@ python launch/compress.py --config=configs/digits.py:seeds=10 --workdir=runs/dig
 from ml_collections import ConfigDict
 
 from kdq.arms import compression_arms, kl
-from kdq.config import export, parse_arg
+from kdq.config import export, parse_arg, resources
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -53,6 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "fixed_scales": ("conv_0/activations",),  # of the pixels
     }
     config.export = export()  # nothing
+    config.resources = resources()  # unstated
     config.evaluations = 20
     config.checkpoint_seconds = 30.0
     config.distill = {"kd": kl(alpha=0.9, temperature=2.0)}

@@ -1,0 +1,82 @@
+"""One run as an executor sees it: a command, where its output goes, what it needs."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from kdq.schema import Resources
+
+CHILD = Path(__file__).with_name("child.py")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A command that ends at once if its work is done, and goes on where it was if it is not."""
+
+    name: str
+    command: tuple[str, ...]
+    folder: Path  # where the command is started: paths of a config are relative to it
+    log: Path  # its output and errors, of every attempt
+    resources: Resources = dataclasses.field(default_factory=Resources)
+
+
+class Executor(Protocol):
+    """Runs jobs; closing the iterator stops those that run and drops those that wait."""
+
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
+        """Yields each job when it has ended, with what went wrong; "" is nothing."""
+        ...
+
+
+def execute(
+    job: Job,
+    *,
+    stop: threading.Event | None = None,
+    environment: Mapping[str, str] | None = None,
+    ignored: Sequence[int] = (),
+) -> int:
+    """Runs a job here, in a process group of its own, and returns its exit status.
+
+    The group is killed if `stop` is set or anything is raised here: a run that is killed at any
+    time resumes, so there is nothing to ask it for.
+
+    Args:
+      job: to run.
+      stop: looked at several times a second.
+      environment: of the process; None is this one's.
+      ignored: signals that the process does not see.
+    """
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    numbers = ",".join(str(int(number)) for number in ignored)
+    with job.log.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(CHILD), numbers, *job.command],
+            cwd=job.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while not (stop and stop.is_set()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=0.2 if stop else None)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def problem(status: int) -> str:
+    """What an exit status says: "" for 0."""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return f"exit status {status}" if status else ""

@@ -1,0 +1,190 @@
+"""The runs of a sweep: read from its file, and all checked before any starts."""
+
+import dataclasses
+import runpy
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from kdq import config as kdq_config
+from kdq.config import ConfigError, Experiment
+from kdq.experiment import plan
+from kdq.sweep import names
+from kdq.sweep.job import Job
+
+RESOURCES = "resources."  # overrides that are for the executor alone
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One experiment of a sweep, in a folder of its own."""
+
+    name: str  # of its folder
+    label: str  # of its rows in the table: the name without the seeds
+    overrides: Mapping[str, Any]
+    experiment: Experiment
+    digest: str  # of the experiment without its seeds
+    folder: Path
+    arm: str  # the only one that is run, with those it needs; "" is all
+    job: Job
+
+    @property
+    def arms(self) -> list[str]:
+        """Those that are run, in the order of the table."""
+        experiment = self.experiment
+        if not self.arm:
+            return list(experiment.arms)
+        needed = plan.in_order(experiment, [experiment.teacher, self.arm])
+        return [name for name in experiment.arms if name in needed]
+
+
+def read(path: str) -> list[Mapping[str, Any]]:
+    """What `get_sweep` of a file yields; what comes after ":" in the path is its argument.
+
+    Raises ConfigError if there is no such file or function, or if it yields something else.
+    """
+    file, *argument = path.split(":", 1)
+    if not Path(file).is_file():
+        beside = sorted(map(str, Path(file).parent.glob("*.py")))
+        raise ConfigError(kdq_config.unknown("sweep file", file, beside))
+    found = runpy.run_path(file)
+    if "get_sweep" not in found:
+        raise ConfigError(f"{file}: it has no function get_sweep, which yields overrides")
+    yielded = list(found["get_sweep"](*argument))
+    for i, one in enumerate(yielded):
+        if not isinstance(one, Mapping):
+            raise ConfigError(f"{file}: run {i} is {one!r}: want a dict of overrides")
+    if not yielded:
+        raise ConfigError(f"{file}: get_sweep yields nothing")
+    return yielded
+
+
+def plan_runs(
+    config: str,
+    sweep: Sequence[Mapping[str, Any]],
+    workdir: Path,
+    *,
+    launch: Path,
+    shared: Mapping[str, Any] | None = None,
+    arm: str = "",
+) -> list[Run]:
+    """Every run of a sweep, checked as if it were started.
+
+    Args:
+      config: the value of --config.
+      sweep: overrides of each run, by dotted path; "name" names it.
+      workdir: of the sweep.
+      launch: the folder of the entry points.
+      shared: overrides of all runs, which a run's own go before.
+      arm: see Run.
+
+    Raises:
+      ConfigError: an override of something that is not there or can't be, two runs of one name, two
+        with the same seed of the same experiment.
+    """
+    runs: dict[str, Run] = {}
+    for given in sweep:
+        own = {str(path): _plain(value) for path, value in given.items()}
+        name = own.pop("name", "")
+        both = {**(shared or {}), **own}
+        decides = {path: value for path, value in own.items() if not path.startswith(RESOURCES)}
+        folder = names.folder(decides, name)
+        try:
+            run = _run(config, both, workdir / "runs" / folder, launch, arm)
+        except ConfigError as error:
+            raise ConfigError(f"run {folder}: {error}") from error
+        if folder in runs:
+            raise ConfigError(
+                f"two runs are called {folder!r}, {dict(runs[folder].overrides)} and {own}: want "
+                'different ones, or a "name" in each'
+            )
+        runs[folder] = dataclasses.replace(run, label=names.label(decides, name), overrides=own)
+    _check_seeds(runs.values())
+    return list(runs.values())
+
+
+def _run(config: str, overrides: Mapping[str, Any], folder: Path, launch: Path, arm: str) -> Run:
+    passed = [
+        f"--config.{path}={value if isinstance(value, str) else repr(value)}"
+        for path, value in overrides.items()
+        if not path.startswith(RESOURCES)
+    ]
+    checked = _parsed(config, overrides, passed)
+    experiment = kdq_config.freeze(checked)
+    if arm and arm not in experiment.arms:
+        raise ConfigError(kdq_config.unknown("arm", arm, experiment.arms))
+    script = launch / ("train.py" if arm else "compress.py")
+    command = [sys.executable, str(script), f"--config={config}", *passed]
+    command += [f"--workdir={folder.absolute()}", *([f"--arm={arm}"] if arm else [])]
+    job = Job(
+        name=folder.name,
+        command=tuple(command),
+        folder=Path.cwd(),
+        log=folder.absolute() / "log.txt",
+        resources=experiment.resources,
+    )
+    return Run(
+        name=folder.name,
+        label="",
+        overrides=overrides,
+        experiment=experiment,
+        digest=plan.experiment_digest(experiment),
+        folder=folder,
+        arm=arm,
+        job=job,
+    )
+
+
+def _parsed(config: str, overrides: Mapping[str, Any], passed: Sequence[str]) -> dict[str, Any]:
+    """The config as the run itself will read it from its flags, with its resources."""
+    plain = _from_flags(config, [])
+    plain.unlock()
+    plain.resources = {**kdq_config.resources(), **plain.get("resources", {})}
+    for path, value in overrides.items():
+        _check_path(plain, path, value)
+    found = _from_flags(config, passed).to_dict()
+    own = {p.removeprefix(RESOURCES): v for p, v in overrides.items() if p.startswith(RESOURCES)}
+    return {**found, "resources": {**plain.resources.to_dict(), **own}}
+
+
+def _from_flags(config: str, passed: Sequence[str]) -> ConfigDict:
+    """By the parsers that read the flags of the run itself."""
+    file, *argument = config.split(":", 1)
+    argv, values = ["sweep", *passed], flags.FlagValues()
+    fresh = runpy.run_path(file)["get_config"](*argument)
+    config_flags.DEFINE_config_dict("config", fresh, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    return values["config"].value
+
+
+def _check_path(config: ConfigDict, path: str, value: Any) -> None:
+    place, seen = config, "config"
+    for key in path.split("."):
+        if not hasattr(place, "keys") or key not in place:
+            there = getattr(place, "keys", list)()
+            raise ConfigError(kdq_config.unknown(f"key in {seen}:", key, there))
+        place, seen = place[key], f"{seen}.{key}"
+    if isinstance(value, Mapping) or isinstance(place, ConfigDict):
+        raise ConfigError(f"{seen}={value!r}: want its fields one by one, as {seen}.FIELD")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, of which a flag can be made."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_seeds(runs: Iterable[Run]) -> None:
+    taken: dict[tuple[str, int], str] = {}
+    for run in runs:
+        for seed in run.experiment.seeds:
+            other = taken.setdefault((run.digest, seed), run.name)
+            if other != run.name:
+                raise ConfigError(f"runs {other} and {run.name} are the same with seed {seed}")

@@ -1,0 +1,63 @@
+"""Runs an experiment many times with different overrides, and prints one table of all runs.
+
+    python launch/sweep.py --config=configs/digits.py --workdir=runs/temperature \
+        --sweep=configs/sweeps/temperature.py --executor=local --workers=2
+
+Each run is launch/compress.py (with --arm: launch/train.py) in WORKDIR/runs/NAME, with its output
+in log.txt there. Run the same command again after an interruption or a failure: what is done stays
+done. See docs/sweeps.md.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from kdq import cli, sweep
+from kdq.sweep import run, runs
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and the table.")
+SWEEP = flags.DEFINE_string("sweep", None, "File with get_sweep(), e.g. configs/sweeps/bits.py.")
+ARM = flags.DEFINE_string("arm", "", "Only this arm of each run, with those it needs.")
+EXECUTOR = flags.DEFINE_enum("executor", "local", list(sweep.EXECUTORS), "What runs the runs.")
+WORKERS = flags.DEFINE_integer("workers", None, "Runs at a time; local, ray: 1, slurm: all.")
+ADDRESS = flags.DEFINE_string("address", None, "ray: of a cluster; none starts one here.")
+CLUSTER = flags.DEFINE_string("cluster", "slurm", "slurm: or local or debug, to try things out.")
+SLURM = flags.DEFINE_multi_string("slurm", [], "slurm: a parameter of sbatch, partition=gpu.")
+
+
+def options(executor: str) -> dict:
+    """What the flags say to an executor."""
+    if executor == "ray":
+        return {"workers": WORKERS.value, "address": ADDRESS.value}
+    if executor == "slurm":
+        pairs = [text.partition("=") for text in SLURM.value]
+        parameters = {name: value if equals else True for name, equals, value in pairs}
+        folder = Path(WORKDIR.value, "slurm")
+        own = {"folder": folder, "cluster": CLUSTER.value, "parameters": parameters}
+        return {"workers": WORKERS.value, **own}
+    return {"workers": WORKERS.value}
+
+
+def main(_: list[str]) -> None:
+    config = flags.FLAGS[CONFIG.name]
+    planned = runs.plan_runs(
+        config_flags.get_config_filename(config),
+        runs.read(SWEEP.value),
+        Path(WORKDIR.value),
+        launch=Path(__file__).resolve().parent,
+        shared=config_flags.get_override_values(config),
+        arm=ARM.value,
+    )
+    executor = sweep.executor(EXECUTOR.value, **options(EXECUTOR.value))
+    try:
+        sys.exit(0 if run.run(planned, executor, Path(WORKDIR.value)) else 1)
+    except KeyboardInterrupt:
+        print("interrupted: the same command again goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=["config", "workdir", "sweep"])

@@ -1,0 +1,56 @@
+"""The executor of this machine, and how executors are found."""
+
+import sys
+import time
+
+import pytest
+
+from kdq import sweep
+from kdq.config import ConfigError
+from kdq.sweep import local
+
+SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+
+
+def test_jobs_end_each_with_its_own_problem(python):
+    jobs = [python("good", ""), python("bad", "import sys; sys.exit(3)"), python("fine", "")]
+    ended = {job.name: problem for job, problem in local.make(workers=2)(jobs)}
+    assert ended == {"good": "", "bad": "exit status 3", "fine": ""}
+
+
+@pytest.mark.parametrize(("workers", "most"), [(None, 1), (2, 2)])
+def test_so_many_run_at_a_time(python, workers, most):
+    code = "import time; print(time.time()); time.sleep(0.4); print(time.time())"
+    jobs = [python(f"job{i}", code) for i in range(4)]
+    assert len(list(local.make(workers=workers)(jobs))) == 4
+    spans = [tuple(map(float, job.log.read_text().split())) for job in jobs]
+    at_once = [sum(a <= start < b for a, b in spans) for start, _ in spans]
+    assert max(at_once) == most
+
+
+def test_closing_stops_what_runs_and_drops_what_waits(python):
+    jobs = [python("quick", ""), *(python(f"slow{i}", SLEEP) for i in range(3))]
+    ends = local.make(workers=2)(jobs)
+    assert next(ends)[0].name == "quick"
+    started = time.monotonic()
+    ends.close()
+    assert time.monotonic() - started < 20
+    assert not jobs[3].log.exists()
+
+
+def test_no_workers_is_an_error():
+    with pytest.raises(ConfigError, match="--workers=0: want at least 1"):
+        sweep.executor("local", workers=0)
+
+
+def test_an_unknown_executor_is_an_error():
+    with pytest.raises(ConfigError, match=r"unknown executor 'rey'.*valid: local, ray, slurm"):
+        sweep.executor("rey")
+
+
+@pytest.mark.parametrize(("name", "module"), [("ray", "ray"), ("slurm", "submitit")])
+def test_an_executor_that_is_not_installed_names_its_extra(monkeypatch, name, module):
+    monkeypatch.delitem(sys.modules, f"kdq.sweep.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"wants {module}.*pip install -e '\.\[{name}\]'"):
+        sweep.executor(name)
