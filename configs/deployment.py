@@ -9,7 +9,7 @@ this is about the files, `configs/fashion_mnist.py` about accuracy.
 
 from ml_collections import ConfigDict
 
-from kdq.config import arm, export, parse_arg
+from kdq.config import arm, complete, export, parse_arg
 
 MODELS = {
     "mlp": {"name": "mlp", "widths": (1024, 1024)},
@@ -68,4 +68,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 learning_rate=1e-3,
                 reference=model,
             )
-    return config
+    return complete(config)

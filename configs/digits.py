@@ -8,7 +8,7 @@ python launch/compress.py --config=configs/digits.py:seeds=10 --workdir=runs/dig
 from ml_collections import ConfigDict
 
 from kdq.arms import compression_arms, kl
-from kdq.config import export, parse_arg, resources
+from kdq.config import complete, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -52,8 +52,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "calibration_examples": 512,
         "fixed_scales": ("conv_0/activations",),  # of the pixels
     }
-    config.export = export()  # nothing
-    config.resources = resources()  # unstated
     config.evaluations = 20
     config.checkpoint_seconds = 30.0
     config.distill = {"kd": kl(alpha=0.9, temperature=2.0)}
@@ -66,4 +64,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
         further={"epochs": longer, "learning_rate": 1e-2},
         distill="kd",
     )
-    return config
+    return complete(config)

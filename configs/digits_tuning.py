@@ -12,7 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from kdq.arms import kl
-from kdq.config import parse_arg
+from kdq.config import complete, parse_arg
 
 RATES = {"1e-3": 1e-3, "3e-3": 3e-3, "1e-2": 1e-2}
 
@@ -35,4 +35,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
             for label, rate in RATES.items():
                 arms[f"{name}_lr{label}"] = fields | {"learning_rate": rate}
     config.arms = ConfigDict(arms, sort_keys=False)
-    return config
+    return complete(config)

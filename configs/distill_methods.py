@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from kdq.config import arm, parse_arg
+from kdq.config import arm, complete, parse_arg
 
 # Where features are compared: maps of equal size before the student's last layer or stage, and the
 # last of both, averaged over positions.
@@ -114,4 +114,4 @@ def get_config(argument: str | None = None) -> ConfigDict:
             reference = "" if argument.tune else "student" if loss == "kl" else "kl"
             arms[name] = arm(**{**fields, **own, "reference": reference})
     config.arms = ConfigDict(arms, sort_keys=False)
-    return config
+    return complete(config)

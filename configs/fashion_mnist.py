@@ -12,7 +12,7 @@ About an hour a seed on two quiet cores, a third of it for the teacher.
 from ml_collections import ConfigDict
 
 from kdq.arms import compression_arms, kl
-from kdq.config import export, parse_arg
+from kdq.config import complete, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -56,7 +56,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "calibration_examples": 1000,
         "fixed_scales": ("conv_0/activations",),  # of the pixels
     }
-    config.export = export()  # nothing
     config.evaluations = 8
     config.checkpoint_seconds = 60.0
     config.distill = {"kd": kl(alpha=0.9, temperature=1.0)}
@@ -78,4 +77,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 recipe = f"kd_alpha{100 * alpha:.0f}_t{temperature:.0f}"
                 config.distill[recipe] = kl(alpha=alpha, temperature=temperature)
                 config.arms[recipe] = dict(config.arms.kd) | {"distill": recipe}
-    return config
+    return complete(config)

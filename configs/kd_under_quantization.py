@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from kdq.config import arm, parse_arg
+from kdq.config import arm, complete, parse_arg
 
 WIDTHS = ("", "W8A8", "W4A4", "W3A3", "W2A2", "W1A2")
 
@@ -44,4 +44,4 @@ def get_config(argument: str | None = None) -> ConfigDict:
             taught = {"teacher": taught_by, "distill": "kd", "reference": f"qat_{suffix}"}
             arms[f"{name}_{suffix}"] = arm(**{**base, **taught})
     config.arms = ConfigDict(arms, sort_keys=False)
-    return config
+    return complete(config)

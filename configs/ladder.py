@@ -20,7 +20,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from kdq.arms import kl
-from kdq.config import arm, parse_arg
+from kdq.config import arm, complete, parse_arg
 
 WIDTHS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4", "W2A2")
 QAT = ("ste", "lsq", "lsq_plus", "pact", "dorefa")
@@ -75,7 +75,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
             else _rungs(config, bits, further, argument.fashion)
         )
     config.arms = ConfigDict(arms, sort_keys=False)
-    return config
+    return complete(config)
 
 
 def ptq(learned: dict | None = None, guided: dict | None = None) -> dict[str, tuple[dict, ...]]:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from kdq import config as kdq_config
 from kdq.arms import kl, searched_arms
-from kdq.config import arm, parse_arg
+from kdq.config import arm, complete, parse_arg
 
 METHODS = {
     **{
@@ -84,4 +84,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.searches, arms = searched_arms(methods, budgets, shared=shared, trained=further)
     config.arms.update(arms)
     config.search = kdq_config.search(**shared, **BUDGETS["3bit"])
-    return config
+    return complete(config)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from kdq import config as kdq_config
 from kdq.arms import kl, searched_arms
-from kdq.config import arm, parse_arg
+from kdq.config import arm, complete, parse_arg
 
 METHODS = {
     **{method: {"method": method} for method in ("uniform", "random", "greedy", "knapsack")},
@@ -77,4 +77,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.searches, arms = searched_arms(methods, BUDGETS, shared=shared, trained=further)
     config.arms.update(arms)
     config.search = kdq_config.search(**shared, **BUDGETS["3bit"])
-    return config
+    return complete(config)

@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from kdq.arms import kl
-from kdq.config import arm, parse_arg
+from kdq.config import arm, complete, parse_arg
 
 SIZES = {"small": (8, 16, 32), "middle": (16, 32, 64), "large": (32, 64, 128)}
 STOPS = {"early": 3.0, "half": 10.0, "full": 0.0}  # epochs, of 30
@@ -41,4 +41,4 @@ def get_config(argument: str | None = None) -> ConfigDict:
                 fields = {**student, "teacher": name, "distill": recipe, "reference": "student"}
                 taught[f"kd_{size}_{label}_{recipe}"] = arm(**fields)
     config.arms = ConfigDict({**arms, "student": student, **taught}, sort_keys=False)
-    return config
+    return complete(config)

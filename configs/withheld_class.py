@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from kdq.arms import kl
-from kdq.config import arm, parse_arg
+from kdq.config import arm, complete, parse_arg
 
 WITHHELD = 3
 
@@ -41,4 +41,4 @@ def get_config(argument: str | None = None) -> ConfigDict:
             **{**taught, "without_classes": (WITHHELD,), "reference": name}
         )
     config.arms = ConfigDict(arms, sort_keys=False)
-    return config
+    return complete(config)

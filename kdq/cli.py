@@ -1,15 +1,17 @@
 """What the entry points share: the config flag, and mistakes answered in one line."""
 
+import hashlib
 import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, data, deploy, heap
+from kdq import config, data, deploy, heap, processes, provenance
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
@@ -30,6 +32,20 @@ def define_config() -> flags.FlagHolder:
     )
 
 
+def define_workdir(help_text: str) -> flags.FlagHolder:
+    """The flag --workdir, and those of a program that trains in it: where compiled programs are
+    kept, and which processes take part."""
+    folder = "Keeps compiled programs for the next run; WORKDIR/compiled if not given."
+    flags.DEFINE_string("compilation_cache_dir", None, folder)
+    flags.DEFINE_boolean(
+        "distributed", False, "Join the other processes of this Slurm step, Kubernetes job, ...."
+    )
+    flags.DEFINE_string("coordinator_address", None, "Elsewhere: HOST:PORT of process 0.")
+    flags.DEFINE_integer("num_processes", None, "With it: how many there are.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "With it: which this is, from 0.", lower_bound=0)
+    return flags.DEFINE_string("workdir", None, help_text)
+
+
 def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
     """Parses the flags, of which some are required, and calls `main` with the program's name.
 
@@ -41,14 +57,37 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
         try:
+            if "compilation_cache_dir" in flags.FLAGS:
+                _prepare()
             main(argv)
         except MISTAKES as error:
             sys.exit(f"error: {error}")
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            processes.leave(error)
 
     heap.keep_freed_memory()
     flags.mark_flags_as_required(required)
     logging.set_verbosity(logging.WARNING)
     app.run(call, flags_parser=_parse)
+
+
+def _prepare() -> None:
+    """What `define_workdir` is about."""
+    given = flags.FLAGS
+    if given.distributed or given.coordinator_address:
+        try:
+            processes.start(given.coordinator_address, given.num_processes, given.process_id)
+        except ValueError as error:
+            sys.exit(f"error: --distributed, --coordinator_address and the like: {error}")
+    if jax.config.jax_compilation_cache_dir and not given.compilation_cache_dir:
+        return  # by JAX's own environment variables
+    folder = Path(given.compilation_cache_dir or Path(given.workdir) / "compiled")
+    # Programs of one processor may use instructions that another lacks.
+    own = hashlib.sha256(provenance.processor().encode()).hexdigest()[:8]
+    jax.config.update("jax_compilation_cache_dir", str(folder / own))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -46,6 +46,7 @@ __all__ = [
     "Search",
     "ancestors",
     "arm",
+    "complete",
     "did_you_mean",
     "digest",
     "freeze",
@@ -102,6 +103,19 @@ def search(**fields: Any) -> dict[str, Any]:
 def resources(**fields: Any) -> dict[str, Any]:
     """The resources of a config file, likewise."""
     return dataclasses.asdict(build(Resources, fields, "resources"))
+
+
+def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """What a config file says and all that it leaves at its default, so that flags can override it."""
+    for field in dataclasses.fields(Experiment):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if dataclasses.is_dataclass(default):
+            config[field.name] = {**dataclasses.asdict(default), **config.get(field.name, {})}
+        elif default is not dataclasses.MISSING and field.name not in config:
+            config[field.name] = default
+    return config
 
 
 def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:

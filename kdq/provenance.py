@@ -39,10 +39,12 @@ def device() -> str:
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} × {devices[0].device_kind}"
-    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def _processor() -> str:
+@functools.cache
+def processor() -> str:
+    """The processor in words."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

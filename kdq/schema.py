@@ -35,6 +35,23 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices that train together; numbers do not depend on them but for rounding.
+
+    A batch is cut into data · fsdp parts; large arrays into fsdp · tensor.
+    """
+
+    data: int = 1  # devices; -1 here, or in one of the next two: all that are left
+    fsdp: int = 1
+    tensor: int = 1
+    # ({"path": pattern, "axes": (None, "tensor")}, ...): how arrays of the state whose path holds
+    # the pattern, and that have as many dimensions, are cut. Others: the last dimension by tensor,
+    # the largest other one by fsdp, where they divide it.
+    rules: tuple[Mapping[str, Any], ...] = ()
+    least: int = 16384  # arrays of fewer elements stay whole
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Shared by every quantized arm; an arm's own `bits` apply to the layers not kept."""
 
@@ -312,6 +329,7 @@ class Experiment:
     arms: Mapping[str, Arm]  # in the order of the table
     teacher: str = "teacher"  # arm that fidelity and sizes are measured against
     optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
     quantize: Quantize = Quantize()
     # What no "W4A4" can say, formats, groups, dynamic ranges: {name: ({"path": pattern, "weights":
     # fields of kdq.quantize.TensorSpec, "activations": the same}, ...)}; the first that matches a

@@ -8,14 +8,12 @@ Any field can be overridden: --config.data.batch_size=128
 after an interruption: what is done stays done.
 """
 
-from absl import flags
-
-from kdq import cli, config, experiment
+from kdq import cli, config, experiment, processes
 from kdq.report import progress, write
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for results, tables and checkpoints; made if it does not exist."
+WORKDIR = cli.define_workdir(
+    "Folder for results, tables and checkpoints; made if it does not exist."
 )
 
 
@@ -23,7 +21,8 @@ def main(_: list[str]) -> None:
     checked = config.freeze(CONFIG.value)
     with progress.reporter() as reporter:
         records = experiment.run(checked, WORKDIR.value, progress=reporter)
-    write.write_report(records, WORKDIR.value)
+    if processes.is_first():
+        write.write_report(records, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ command again after an interruption: it goes on where it was.
 
 from absl import flags
 
-from kdq import cli, config, experiment
+from kdq import cli, config, experiment, processes
 from kdq.report import progress, searches, write
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results; made if it does not exist.")
+WORKDIR = cli.define_workdir("Folder for results; made if it does not exist.")
 NAME = flags.DEFINE_string(
     "name", None, "Of the search, and of its arms; config.search.method if not given."
 )
@@ -27,9 +27,10 @@ def main(_: list[str]) -> None:
     with progress.reporter() as reporter:
         arms = experiment.arms_of_search(checked, name)
         experiment.run(checked, WORKDIR.value, arms=arms, progress=reporter)
-    records = experiment.finished(checked, WORKDIR.value)
-    write.write_report(records, WORKDIR.value)
-    searches.print_policies([r for r in records if r["arm"] in arms])
+    if processes.is_first():
+        records = experiment.finished(checked, WORKDIR.value)
+        write.write_report(records, WORKDIR.value)
+        searches.print_policies([r for r in records if r["arm"] in arms])
 
 
 if __name__ == "__main__":

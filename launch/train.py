@@ -7,11 +7,11 @@ The same config, workdir and files as launch/compress.py, which then finds the a
 
 from absl import flags
 
-from kdq import cli, config, experiment
+from kdq import cli, config, experiment, processes
 from kdq.report import progress, table
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for results; made if it does not exist.")
+WORKDIR = cli.define_workdir("Folder for results; made if it does not exist.")
 ARM = flags.DEFINE_string("arm", None, "The arm to run, a key of config.arms.")
 SEED = flags.DEFINE_integer("seed", None, "One seed; all of config.seeds if not given.")
 
@@ -22,7 +22,8 @@ def main(_: list[str]) -> None:
     checked = config.freeze(CONFIG.value)
     with progress.reporter() as reporter:
         records = experiment.run(checked, WORKDIR.value, arms=[ARM.value], progress=reporter)
-    table.print_table(table.rows(records))
+    if processes.is_first():
+        table.print_table(table.rows(records))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_softmax
 
+from kdq.train.sharding import whole
 from kdq.types import Array, Batch, Variables
 
 # variables, images [batch, height, width, channels] -> logits [batch, classes]; the caller jits it.
@@ -186,7 +187,7 @@ def _outputs(
 
 
 def _unmasked(logits: Array, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    logits, labels = np.asarray(logits, np.float32), np.asarray(batch["label"])
+    logits, labels = np.asarray(whole(logits), np.float32), np.asarray(batch["label"])
     if "mask" not in batch:
         return logits, labels
     rows = np.asarray(batch["mask"]) > 0

@@ -18,13 +18,23 @@ from kdq.quantize import qat
 from kdq.quantize.ptq import chain
 from kdq.quantize.rules import match
 from kdq.train import objective, regime
+from kdq.train.sharding import Layout
 from kdq.types import Variables
 
 
 def check(
-    experiment: Experiment, models: dict[str, nn.Module], inputs: Inputs, teachers: Teachers
+    experiment: Experiment,
+    models: dict[str, nn.Module],
+    inputs: Inputs,
+    teachers: Teachers,
+    layout: Layout,
 ) -> None:
     """Raises ConfigError for a config that the data, the layers or the teachers do not fit."""
+    if experiment.data.batch_size % layout.batch_parts:
+        raise ConfigError(
+            f"config.data.batch_size={experiment.data.batch_size} is no multiple of the "
+            f"{layout.batch_parts} parts (data · fsdp) that config.mesh cuts it into"
+        )
     classes = inputs.splits["train"].num_classes
     for key, fields in experiment.models.items():
         if fields.get("num_classes", classes) != classes:

@@ -8,6 +8,7 @@ import numpy as np
 
 from kdq import data
 from kdq.config import Arm, ConfigError, Experiment
+from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.types import Batch
 
 
@@ -69,8 +70,10 @@ class Inputs:
         *,
         extra: dict[str, np.ndarray] | None = None,
         lookup: data.Lookup | None = None,
+        layout: Layout = ONE_DEVICE,
     ) -> grain.MapDataset:
-        """The training stream of an arm; see `data.train_dataset`."""
+        """The training stream of an arm, this process's rows of it; see `data.train_dataset`."""
+        index, count = layout.rows_of(self._config.batch_size)
         return data.train_dataset(
             self.splits["train"],
             batch_size=self._config.batch_size,
@@ -81,10 +84,16 @@ class Inputs:
             ids=self.ids(arm),
             extra=extra,
             lookup=lookup,
+            process_index=index,
+            process_count=count,
         )
 
-    def batches(self, split: str, size: int | None = None) -> data.EvalBatches:
+    def batches(
+        self, split: str, size: int | None = None, *, multiple: int = 1
+    ) -> data.EvalBatches:
+        """A split in batches of at most `size`, rounded up to a multiple."""
         size = min(size or self._config.eval_batch_size, len(self.splits[split]))
+        size = -(-size // multiple) * multiple
         return data.eval_batches(
             self.splits[split], batch_size=size, mean=self._config.mean, std=self._config.std
         )
@@ -100,8 +109,17 @@ class Inputs:
 
     @functools.cached_property
     def validation(self) -> list[Batch]:
+        """On the device."""
         return [jax.device_put(batch) for batch in self.batches("validation")]
+
+    def validation_on(self, layout: Layout) -> list[Batch]:
+        """With images cut up over a mesh; the rest of a batch each process has whole."""
+        if layout == ONE_DEVICE:
+            return self.validation
+        batches = self.batches("validation", multiple=layout.batch_parts)
+        return [{**batch, "image": layout.whole_batch(batch["image"])} for batch in batches]
 
     @functools.cached_property
     def test(self) -> list[Batch]:
+        """On the device."""
         return [jax.device_put(batch) for batch in self.batches("test")]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdq import config as kdq_config
-from kdq.config import Arm, ConfigError, Experiment, Resources
+from kdq.config import Arm, ConfigError, Experiment
 
 
 def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
@@ -108,10 +108,10 @@ def _file(path: str, where: str) -> str:
 
 
 def experiment_digest(experiment: Experiment) -> str:
-    """A digest of the whole config but the seeds, the folder of the data and the resources."""
+    """A digest of the whole config but the seeds and where it runs."""
     place = {
         "seeds": (),
         "data": dataclasses.replace(experiment.data, data_dir=""),
-        "resources": Resources(),
     }
-    return kdq_config.digest(dataclasses.replace(experiment, **place))
+    parts = kdq_config.to_json(dataclasses.replace(experiment, **place))
+    return kdq_config.digest({k: v for k, v in parts.items() if k not in ("mesh", "resources")})

@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 
 from kdq import config as kdq_config
-from kdq import models, provenance, quantize
+from kdq import models, processes, provenance, quantize
 from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment import check, exports, initial, measure, plan, training, transfer
+from kdq.experiment.found import Found
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
 from kdq.experiment.quantized import OBSERVERS, quantized
@@ -20,10 +21,10 @@ from kdq.experiment.searching import Searches
 from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
 from kdq.search.problem import InfeasibleError
-from kdq.train import loop, optimizer
+from kdq.train import loop, optimizer, sharding
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection, Weights
-from kdq.types import Array
+from kdq.types import Array, Batch
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class _Runner:
                 where = f"config.arms.{name}.observer:"
                 raise ConfigError(kdq_config.unknown(where, arm.observer, OBSERVERS))
         self.optimizer = optimizer.make_optimizer(experiment.optimizer)
+        self.layout = sharding.make_layout(experiment.mesh)
         self.inputs = Inputs(experiment)
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
         self.searches = Searches(
@@ -70,6 +72,11 @@ class _Runner:
         # All arms of a seed run before those of the next.
         self.comparison = functools.lru_cache(maxsize=1)(self._comparison)
 
+    @functools.cached_property
+    def validation(self) -> list[Batch]:
+        """Where training is."""
+        return self.inputs.validation_on(self.layout)
+
     def run(self, arms: Sequence[str] | None) -> list[Record]:
         experiment = self.experiment
         names = list(experiment.arms) if arms is None else list(arms)
@@ -77,60 +84,49 @@ class _Runner:
             if name not in experiment.arms:
                 raise ConfigError(kdq_config.unknown("arm", name, experiment.arms))
         order = plan.in_order(experiment, [experiment.teacher, *names])
-        records = {
-            (name, seed): self.store.finished(name, seed)
-            for seed in experiment.seeds
-            for name in order
-        }
+        records = processes.first(
+            lambda: {
+                (name, seed): self.store.finished(name, seed)
+                for seed in experiment.seeds
+                for name in order
+            }
+        )
         if None in records.values():
-            check.check(experiment, self.models, self.inputs, self.teachers)
+            check.check(experiment, self.models, self.inputs, self.teachers, self.layout)
             self.searches.check(order)
         exports.check_config(experiment.export)
-        self.store.save_config()
+        processes.first(self.store.save_config)
         self.progress.start(len(records))
         for (name, seed), record in records.items():
             if record is None:
                 record = records[name, seed] = self._run_arm(name, seed)
             if record["status"] == "ok":
-                self._export(record)
+                record |= processes.first(lambda record=record: self._export(record))
             self.progress.done(record)
         shown = [name for name in experiment.arms if name in order]
         return [records[name, seed] for name in shown for seed in experiment.seeds]
 
     def _run_arm(self, name: str, seed: int) -> Record:
-        self.store.folder(name, seed).mkdir(parents=True, exist_ok=True)
-        record = self._identity(name, seed)
+        record = processes.first(lambda: self._identity(name, seed))
         try:
-            for parent in kdq_config.parents(self.experiment, name):
-                if self.store.record(parent, seed)["status"] == "failed":
-                    raise NonFiniteError(f"it needs arm {parent!r}, which failed")
-            experiment, found = self._with_bits(name, seed)
-            record |= found
-            arm = experiment.arms[name]
-            start, told = self._start(experiment, arm, seed)
+            # All processes train; what comes before and after, one does for all.
+            start, found, told = processes.first(lambda: self._begin(name, seed))
+            experiment = found.applied(self.experiment, name) if found else self.experiment
+            record |= found.record if found else {}
             fit = self._train(experiment, name, seed, start)
-            record |= {"status": "ok", **self._measure(experiment, name, seed, fit), **told}
-            record |= self._compare(experiment, name, seed, fit)
-            if arm.without_classes:
-                record |= measure.corrected(
-                    self.models[arm.model],
-                    fit.selected.weights,
-                    self.inputs.validation,
-                    self.inputs.test,
-                    arm.without_classes,
-                )
+            record |= processes.first(lambda: self._measure(experiment, name, seed, fit)) | told
         except (NonFiniteError, InfeasibleError) as error:
             log.error("arm %s, seed %d failed: %s", name, seed, error)
             record |= {"status": "failed", "error": f"arm {name}, seed {seed}: {error}"}
-        self.store.save(record)
+        processes.first(lambda: self.store.save(record))
         return record
 
-    def _export(self, record: Record) -> None:
-        """Adds what the config asks for and the record does not have."""
+    def _export(self, record: Record) -> Record:
+        """The record with what the config asks for and it does not have yet."""
         wanted, done = self.experiment.export, record.get("exports", {})
         formats = [name for name in wanted.formats if name not in done]
         if not formats or (wanted.arms and record["arm"] not in wanted.arms):
-            return
+            return record
         folder = self.store.folder(record["arm"], record["seed"])
         path = folder / PACKED
         found = exports.export(path, folder / exports.FOLDER, formats, self.inputs, wanted)
@@ -139,15 +135,18 @@ class _Runner:
             name: {**done.get(name, {}), **found.get(name, {})} for name in (*done, *formats)
         }
         self.store.save(record)
+        return record
 
     def _train(self, experiment: Experiment, name: str, seed: int, start: Weights) -> Fit:
         arm = experiment.arms[name]
         model = self.models[arm.model]
         steps = self.inputs.steps(arm)
         self.progress.arm(name, seed, self.inputs.last_step(arm))
-        validate = functools.partial(self._validate, model)
         if not steps:
-            selected = Selection(weights=start, step=0, metrics=validate(start))
+            metrics = processes.first(
+                lambda: measure.evaluate(model, start, self.inputs.validation)
+            )
+            selected = Selection(weights=start, step=0, metrics=metrics)
             return Fit(last=start, last_step=0, selected=selected, seconds=0.0)
         task, state = training.begin(
             experiment,
@@ -156,9 +155,10 @@ class _Runner:
             start,
             model=model,
             inputs=self.inputs,
-            teaching=self.teachers.of(name, seed),
+            teaching=processes.in_turn(lambda: self.teachers.of(name, seed)),
             optimizer=self.optimizer,
-            validate=validate,
+            validate=lambda weights: measure.evaluate(model, weights, self.validation),
+            layout=self.layout,
         )
         return loop.fit(
             task,
@@ -168,12 +168,18 @@ class _Runner:
             on_step=self.progress.step,
         )
 
-    def _with_bits(self, name: str, seed: int) -> tuple[Experiment, Record]:
-        """The experiment with what a search found for the arm, and what the record says of that."""
-        if self.experiment.arms[name].bits not in self.experiment.searches:
-            return self.experiment, {}
-        found = self.searches.of(self.experiment.arms[name].bits, seed)
-        return found.applied(self.experiment, name), found.record
+    def _begin(self, name: str, seed: int) -> tuple[Weights, Found | None, Record]:
+        """The weights an arm starts from, its bits by search, what is to be told of calibration."""
+        self.store.folder(name, seed).mkdir(parents=True, exist_ok=True)
+        for parent in kdq_config.parents(self.experiment, name):
+            if self.store.record(parent, seed)["status"] == "failed":
+                raise NonFiniteError(f"it needs arm {parent!r}, which failed")
+        experiment, found = self.experiment, None
+        if experiment.arms[name].bits in experiment.searches:
+            found = self.searches.of(experiment.arms[name].bits, seed)
+            experiment = found.applied(experiment, name)
+        start, told = self._start(experiment, experiment.arms[name], seed)
+        return start, found, told
 
     def _start(self, experiment: Experiment, arm: Arm, seed: int) -> tuple[Weights, Record]:
         """The weights an arm starts from, and what is to be told of their quantization."""
@@ -205,10 +211,22 @@ class _Runner:
         variables = self.store.weights(arm.teacher, seed)
         return lambda images: quantize.predict(model, variables, {}, images)
 
-    def _validate(self, model: nn.Module, weights: Weights) -> dict[str, float]:
-        return measure.evaluate(model, weights, self.inputs.validation)
+    def _measure(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> Record:
+        """The part of a record that is measured."""
+        arm = experiment.arms[name]
+        record = {"status": "ok", **self._of_file(experiment, name, seed, fit)}
+        record |= self._compare(experiment, name, seed, fit)
+        if arm.without_classes:
+            record |= measure.corrected(
+                self.models[arm.model],
+                fit.selected.weights,
+                self.inputs.validation,
+                self.inputs.test,
+                arm.without_classes,
+            )
+        return record
 
-    def _measure(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
+    def _of_file(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
         arm = experiment.arms[name]
         teacher_is_there = (
             name == experiment.teacher

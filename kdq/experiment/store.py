@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kdq import config as kdq_config
 from kdq import deploy, files
@@ -84,15 +83,14 @@ class Store:
 
     def _selected(self, name: str, seed: int) -> dict[str, Any]:
         folder = self.folder(name, seed) / "checkpoints"
-        with Checkpointer(folder) as checkpointer:
+        with Checkpointer(folder, alone=True) as checkpointer:
             found = checkpointer.restore({"selected": None})
         if found is None:
             raise FileNotFoundError(
                 f"{folder} holds no checkpoint that can be read, but {folder.parent} has a result: "
                 "delete that folder to train the arm again"
             )
-        # By way of NumPy: Orbax ties arrays to a device, and a step compiles anew for such arrays.
-        return jax.tree.map(np.asarray, found[1]["selected"])
+        return found[1]["selected"]
 
 
 def _variables(parts: dict[str, Any]) -> Variables:

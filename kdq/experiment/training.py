@@ -15,6 +15,7 @@ from kdq.experiment.teaching import Teaching
 from kdq.train import objective, regime
 from kdq.train.loop import Task, Weights
 from kdq.train.objective import Objective
+from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.train.state import TrainState, create_state
 
 
@@ -30,6 +31,7 @@ def begin(
     optimizer: optax.GradientTransformation,
     validate: Callable[[Weights], dict[str, float]],
     steps: int | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[Task, TrainState]:
     """What there is to do, and the state before the first step.
 
@@ -44,6 +46,7 @@ def begin(
       optimizer: see `make_optimizer`.
       validate: see `Task`.
       steps: a schedule of so many; None: the arm's own.
+      layout: the devices that train.
     """
     arm, own_seed = experiment.arms[name], seed + experiment.arms[name].seed_offset
     last_step = inputs.last_step(arm) if steps is None else steps
@@ -69,7 +72,9 @@ def begin(
         model=model,
         optimizer=optimizer,
         objective=aim,
-        dataset=inputs.stream(arm, own_seed, extra=teaching.extra, lookup=teaching.lookup),
+        dataset=inputs.stream(
+            arm, own_seed, extra=teaching.extra, lookup=teaching.lookup, layout=layout
+        ),
         steps=last_step,
         eval_every=max(1, -(-last_step // experiment.evaluations)),
         validate=validate,
@@ -77,6 +82,7 @@ def begin(
         teacher_arguments=teaching.arguments,
         regime=regime.of_recipe(qat, steps, f"config.qat.{arm.qat}"),
         freeze_norm_at=round(qat.freeze_norm * steps),
+        layout=layout,
     )
     return task, state
 

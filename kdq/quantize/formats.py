@@ -7,7 +7,7 @@ import dataclasses
 
 import ml_dtypes
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ def _normal_float() -> tuple[float, ...]:
     middle; the outermost is the mean of 1 - 1/30 and 1 - 1/32.
     """
     outermost = 1 - (1 / 30 + 1 / 32) / 2
-    positive = norm.ppf(np.linspace(outermost, 0.5, 9)[:-1])
-    negative = -norm.ppf(np.linspace(outermost, 0.5, 8)[:-1])
+    positive = ndtri(np.linspace(outermost, 0.5, 9)[:-1])
+    negative = -ndtri(np.linspace(outermost, 0.5, 8)[:-1])
     levels = np.sort(np.concatenate([positive, [0.0], negative]))
     return tuple((levels / levels[-1]).tolist())
 

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kdq import experiment
+from kdq import experiment, processes
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def reporter(console: Console | None = None) -> Iterator[experiment.Progress]:
     but what is logged and the final table.
     """
     console = console or Console(file=sys.stderr)
-    if not console.is_terminal:
+    if not (console.is_terminal and processes.is_first()):
         yield experiment.Progress()
         return
     columns = (

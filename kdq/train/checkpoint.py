@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -10,7 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+
+from kdq import processes
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +24,25 @@ class Checkpointer:
     """The checkpoints of one arm and seed, by step.
 
     A checkpoint has named pytrees of arrays and a JSON-able record. Writes are atomic and happen in
-    the background; the two newest are kept, so that a damaged one has a predecessor.
+    the background; the two newest are kept, so that a damaged one has a predecessor. Arrays may be
+    cut up over the devices of several processes, which then all save and restore.
+
+    Args:
+      directory: made if it does not exist.
+      alone: this process reads by itself, whatever others there are.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
+    def __init__(self, directory: str | os.PathLike[str], *, alone: bool = False):
         self._directory = os.path.abspath(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        if alone and jax.process_count() > 1:
+            own = jax.process_index()
+            options = ocp.CheckpointManagerOptions(
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"own{own}"
+                ),
+            )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -43,31 +61,39 @@ class Checkpointer:
         """`(step, trees, record)` of the newest checkpoint that can be read, or None.
 
         Args:
-          like: for each tree wanted, a pytree of its structure and shapes, or None to get it as
-            nested dicts of NumPy arrays.
+          like: for each tree wanted, a pytree of its structure and shapes, which is restored to
+            where that lies; or None to get it as nested dicts of NumPy arrays.
 
         A checkpoint that can't be read is named in a warning and renamed to "STEP.damaged"; the
         one before it is tried.
         """
         self.wait()
-        items = {
-            name: ocp.args.StandardRestore(
-                None if tree is None else jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-            )
-            for name, tree in like.items()
-        }
-        args = ocp.args.Composite(record=ocp.args.JsonRestore(), **items)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
+                items = {
+                    name: ocp.args.StandardRestore(
+                        self._on_host(step, name)
+                        if tree is None
+                        else jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+                    )
+                    for name, tree in like.items()
+                }
+                args = ocp.args.Composite(record=ocp.args.JsonRestore(), **items)
                 found = self._manager.restore(step, args=args)
                 return step, {name: found[name] for name in like}, found["record"]
             except Exception as error:  # a damaged file can raise anything
                 path = os.path.join(self._directory, str(step))
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 log.warning("checkpoint %s can't be read and is set aside: %s", path, reason)
-                _set_aside(path)
+                processes.first(functools.partial(_set_aside, path))
                 self._manager.reload()
         return None
+
+    def _on_host(self, step: int, name: str) -> Any:
+        """What a tree of a checkpoint is like, as NumPy arrays without memory of their own."""
+        path = epath.Path(self._directory) / str(step) / name
+        found = ocp.StandardCheckpointHandler().metadata(path).tree
+        return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), found)
 
     def wait(self) -> None:
         """Returns when everything saved is on disk; raises what went wrong in the background.
@@ -96,7 +122,10 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        lost = kind is not None and issubclass(kind, jax.errors.JaxRuntimeError)
+        if lost and jax.process_count() > 1:
+            return  # to close is to wait for processes that may be gone
         self.close()
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from kdq import quantize
+from kdq import processes, quantize
 from kdq.data import iterate
 from kdq.distill.teacher import Peer, Teacher
 from kdq.train.checkpoint import Checkpointer
@@ -21,6 +21,7 @@ from kdq.train.diagnose import NonFiniteError, first_nonfinite
 from kdq.train.metrics_writer import MetricsWriter
 from kdq.train.objective import Objective
 from kdq.train.regime import Regime
+from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.train.state import TrainState
 from kdq.train.step import ask_teacher, train_step
 from kdq.types import QParams, Variables
@@ -29,6 +30,7 @@ OF_THE_STEP = ("grad_norm", "oscillating", "frozen")  # metrics that are no sums
 LOG_EVERY = 50  # steps between two reads of the metrics, which wait for the device
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
     """What a model computes with: float variables, and the quantizers ({} for none)."""
@@ -63,7 +65,7 @@ class Task:
     model: nn.Module
     optimizer: optax.GradientTransformation
     objective: Objective
-    dataset: grain.MapDataset  # endless; element i is the batch of step i
+    dataset: grain.MapDataset  # endless; element i is the batch of step i, or this process's rows
     steps: int
     eval_every: int
     validate: Callable[[Weights], dict[str, float]]  # -> "accuracy" and "nll" on validation
@@ -71,6 +73,7 @@ class Task:
     teacher_arguments: Any = None
     regime: Regime | None = None
     freeze_norm_at: float = math.inf  # step from which on batch norm keeps its statistics
+    layout: Layout = ONE_DEVICE  # where the arrays are, those that `validate` gets as well
 
 
 def is_better(metrics: dict[str, float], than: dict[str, float]) -> bool:
@@ -88,7 +91,8 @@ def fit(
 ) -> Fit:
     """Trains from `state`, or from the newest checkpoint in `workdir`, to `task.steps`.
 
-    A run that was killed and is started again ends with the parameters of one that was not.
+    A run that was killed and is started again ends with the parameters of one that was not, on
+    other devices too. Of several processes each calls this, and gets the whole weights.
 
     Args:
       task: what to train.
@@ -110,12 +114,14 @@ class _Run:
     """The moving parts of `fit`."""
 
     def __init__(self, task, state, workdir, checkpointer, checkpoint_seconds, on_step):
-        self.task = task
+        self.task, self.layout = task, task.layout
+        self.objective, self.regime = self.layout.copy((task.objective, task.regime))
+        self.teacher_arguments = self.layout.place(task.teacher_arguments)
         self.checkpointer = checkpointer
         self.checkpoint_seconds = checkpoint_seconds
         self.on_step = on_step
-        self.state = state
-        self.best: dict[str, Any] = _parts(state)
+        self.state = self.layout.place(state)
+        self.best: dict[str, Any] = _parts(self.state)
         self.best_record: dict[str, Any] | None = None
         self.seconds_before = 0.0
         self.batches = iterate(task.dataset)
@@ -140,15 +146,18 @@ class _Run:
         while self.step < task.steps:
             self.state, metrics = train_step(
                 self.state,
-                task.teacher_arguments,
-                next(self.batches),
+                self.teacher_arguments,
+                self.layout.batch(next(self.batches)),
                 model=task.model,
                 teacher=task.teacher,
-                objective=task.objective,
+                objective=self.objective,
                 optimizer=task.optimizer,
-                regime=task.regime,
+                regime=self.regime,
                 freeze_norm=self.step >= task.freeze_norm_at,
+                layout=self.layout,
             )
+            if self.layout.must_wait:
+                jax.block_until_ready(metrics)
             self.step += 1
             self.pending.append((self.step, metrics))
             self.on_step(self.step)
@@ -157,15 +166,17 @@ class _Run:
             if self.step % task.eval_every == 0 or self.step == task.steps:
                 self._log()
                 self._validate()
-                due = time.monotonic() - saved_at >= self.checkpoint_seconds
+                due = processes.agree(time.monotonic() - saved_at >= self.checkpoint_seconds)
                 if due or self.step == task.steps:
                     self._save(seconds())
                     saved_at = time.monotonic()
         self.checkpointer.wait()
         return Fit(
-            last=weights(self.state),
+            last=self.layout.fetch(weights(self.state)),
             last_step=self.step,
-            selected=Selection(weights=_weights(self.state, self.best), **self.best_record),
+            selected=Selection(
+                weights=self.layout.fetch(_weights(self.state, self.best)), **self.best_record
+            ),
             seconds=seconds(),
         )
 
@@ -178,9 +189,9 @@ class _Run:
             self.writer.write(step, _means(sums))
 
     def _blame(self, step: int) -> str:
-        task, batch = self.task, self.task.dataset[step - 1]
+        task, batch = self.task, self.layout.batch(self.task.dataset[step - 1])
         taught = ask_teacher(
-            task.teacher, task.teacher_arguments, self.state, batch, task.objective
+            task.teacher, self.teacher_arguments, self.state, batch, self.objective
         )
         place = first_nonfinite(task.model, self.state, batch, taught)
         return f"NaN or infinity at step {step}, first in {place}"

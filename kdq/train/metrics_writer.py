@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from kdq import processes
+
 
 class MetricsWriter:
     """Appends `{"step": ..., name: value}` lines to a file.
@@ -13,9 +15,14 @@ class MetricsWriter:
       path: the file; its folder must exist.
       after_step: entries of a run that was cut off past this step are dropped, since the resumed
         run writes them again.
+
+    Of several processes the first writes, and the others do nothing.
     """
 
     def __init__(self, path: str | os.PathLike[str], after_step: int = 0):
+        self._file = None
+        if not processes.is_first():
+            return
         self._path = Path(path)
         kept = [line for line in self._lines() if json.loads(line)["step"] <= after_step]
         scratch = self._path.with_suffix(".tmp")
@@ -30,11 +37,14 @@ class MetricsWriter:
         return [line for line in lines[:-1] if line]  # the last has no newline: it was cut off
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -14,13 +14,14 @@ from kdq.distill.capture import Outputs
 from kdq.distill.teacher import MovingAverage, Peer, Teacher
 from kdq.train.objective import Objective
 from kdq.train.regime import Regime
+from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.train.state import TrainState
 from kdq.types import Batch, Metrics
 
 
 @partial(
     jax.jit,
-    static_argnames=("model", "teacher", "optimizer", "freeze_norm"),
+    static_argnames=("model", "teacher", "optimizer", "freeze_norm", "layout"),
     donate_argnames=("state",),
 )
 def train_step(
@@ -34,6 +35,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     regime: Regime | None = None,
     freeze_norm: bool = False,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[TrainState, Metrics]:
     """`(state, batch) -> (state, metrics)`; recompiles for new shapes only, not for new numbers.
 
@@ -50,6 +52,7 @@ def train_step(
       optimizer: see `make_optimizer`.
       regime: how the quantizers change; None for not at all.
       freeze_norm: whether batch norm uses the statistics that it has, and keeps them.
+      layout: where the arrays are.
 
     Returns:
       The next state, and metrics as masked sums over the batch (see `Objective`), with
@@ -57,9 +60,10 @@ def train_step(
     """
     regime = regime or Regime()
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    taught = ask_teacher(teacher, teacher_arguments, state, batch, objective)
+    taught = ask_teacher(teacher, layout.gather(teacher_arguments), state, batch, objective)
 
     def loss_fn(trainable):
+        trainable = layout.gather(trainable)
         qparams = quantize.replace_scales(state.qparams, trainable["scales"])
         quantizers = regime.quantizers(qparams, state.step)
         student, model_state = capture.run(
@@ -122,7 +126,8 @@ def train_step(
         return state.replace(halted=jnp.bool_(True)), shares
 
     state, shares = jax.lax.cond(finite, advance, halt)
-    return state, {**sums, "grad_norm": grad_norm, **shares}
+    metrics = layout.replicate({**sums, "grad_norm": grad_norm, **shares})
+    return layout.constrain(state), metrics
 
 
 def ask_teacher(

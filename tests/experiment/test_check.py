@@ -23,7 +23,7 @@ def test_shipped_configs_fit_their_data_and_models(path, data_dir, tmp_path):
     shipped.data.data_dir = str(data_dir)
     frozen = config.freeze(shipped)
     runner = _Runner(frozen, tmp_path / "run", experiment.Progress())
-    check.check(frozen, runner.models, runner.inputs, runner.teachers)
+    check.check(frozen, runner.models, runner.inputs, runner.teachers, runner.layout)
     assert all(runner.inputs.last_step(arm) > 0 for arm in frozen.arms.values() if arm.epochs)
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,99 @@
+"""Several processes that run one program on one mesh: who does what is done once.
+
+With a single process nothing here does anything.
+"""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+HEARTBEAT_SECONDS = 20  # after so long without a sign of life a process counts as lost
+LOST = "a process of this run was lost or failed; start all of them again, and the run goes on"
+
+
+def start(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the processes of this run; to be called before JAX computes anything.
+
+    Args:
+      coordinator_address: "HOST:PORT" of process 0. None, here and below: as Slurm, Kubernetes,
+        Open MPI or a TPU pod says.
+      num_processes: of all.
+      process_id: of this one, from 0.
+
+    Raises:
+      ValueError: something is missing that the environment does not say.
+    """
+    jax.distributed.initialize(
+        coordinator_address,
+        num_processes,
+        process_id,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once: records, tables, metrics, packed files."""
+    return jax.process_index() == 0
+
+
+def first(fn: Callable[[], T]) -> T:
+    """What `fn` returns in the first process, for all; or what it raises, in all.
+
+    Only the first process calls it; `fn` computes on that process alone, so it must not use arrays
+    of the whole mesh. What it returns or raises is pickled.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    result, error = None, None
+    if is_first():
+        try:
+            result = fn()
+        except Exception as raised:  # the others wait to hear of it
+            error = raised
+    result, error = _from_first((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def in_turn(fn: Callable[[], T]) -> T:
+    """What `fn` returns here. The first process calls it before the others do, which may then read
+    what it wrote; if it raises there, it raises in all."""
+    if jax.process_count() == 1:
+        return fn()
+    own: list[T] = []
+    first(lambda: own.append(fn()))
+    return own[0] if own else fn()
+
+
+def agree(value: bool) -> bool:
+    """What the first process says."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+
+
+def _from_first(value: Any) -> Any:
+    data = np.frombuffer(pickle.dumps(value) if is_first() else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int64(data.size)))
+    data = np.resize(data, size) if data.size else np.zeros(size, np.uint8)
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8).tobytes())
+
+
+def leave(error: BaseException) -> NoReturn:
+    """Ends a process whose peers may be gone: JAX's own way out would wait for them."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    print(f"error: {LOST} ({reason})", file=sys.stderr, flush=True)
+    os._exit(1)
