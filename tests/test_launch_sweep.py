@@ -208,6 +208,7 @@ def test_twelve_runs_on_ray_with_a_worker_killed(launch, one_by_one, tmp_path):
             return runs and (runs[0], parent_of(runs[0]))
 
         run, worker = wait_for(run_and_worker, process)
+        assert children(process.pid)[worker].startswith("ray::")
         os.kill(worker, signal.SIGKILL)
         _, errors = process.communicate(timeout=550)
     assert process.returncode == 0, errors

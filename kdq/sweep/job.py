@@ -54,6 +54,7 @@ def execute(
       ignored: signals that the process does not see.
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
+    job.log.touch()  # says that it has been started
     numbers = ",".join(str(int(number)) for number in ignored)
     with job.log.open("ab") as log:
         process = subprocess.Popen(

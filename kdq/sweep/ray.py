@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -90,9 +91,12 @@ def _outcome(end: ray.ObjectRef) -> str:
 
 @contextlib.contextmanager
 def _there(address: str) -> Iterator[None]:
+    host, _, port = address.partition(":")
     try:
+        if port.isdigit():  # Ray itself would try for many minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         _connect(address=address)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--address={address}: no Ray cluster answers there: {error}") from error
     try:
         yield

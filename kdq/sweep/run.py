@@ -25,13 +25,16 @@ def run(runs: Sequence[Run], executor: Executor, workdir: Path) -> bool:
     """
     waiting = {one.name: one for one in runs if not results.is_finished(one)}
     failed: dict[str, str] = {}
-    with _interruptible(), progress.reporter(len(runs), len(runs) - len(waiting)) as ended:
-        if waiting:
-            with contextlib.closing(executor([one.job for one in waiting.values()])) as ends:
-                for job, problem in ends:
-                    ended(job.name, problem)
-                    if problem:
-                        failed[job.name] = problem
+    jobs = [one.job for one in waiting.values()]
+    with (
+        _interruptible(),
+        progress.reporter(jobs, len(runs) - len(jobs)) as ended,
+        contextlib.closing(executor(jobs) if jobs else (_ for _ in ())) as ends,
+    ):
+        for job, problem in ends:
+            ended(job.name, problem)
+            if problem:
+                failed[job.name] = problem
     results.write(runs, failed, workdir)
     for name, problem in failed.items():
         log = waiting[name].job.log
