@@ -106,7 +106,7 @@ def resources(**fields: Any) -> dict[str, Any]:
 
 
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """What a config file says and all that it leaves at its default, so that flags can override it."""
+    """What a config file says and what it leaves at its default, which flags can override then."""
     for field in dataclasses.fields(Experiment):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:

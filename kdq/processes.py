@@ -3,6 +3,7 @@
 With a single process nothing here does anything.
 """
 
+import itertools
 import os
 import pickle
 import sys
@@ -10,12 +11,14 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed  # as Orbax does: there is no public way to the store
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20  # after so long without a sign of life a process counts as lost
+_LONG_MS = 7 * 24 * 3600 * 1000  # heartbeats tell sooner who is gone
+_PART_BYTES = 1 << 20  # gRPC refuses messages of some megabytes
+_ROUNDS = itertools.count()
 LOST = "a process of this run was lost or failed; start all of them again, and the run goes on"
 
 
@@ -80,16 +83,27 @@ def in_turn(fn: Callable[[], T]) -> T:
 
 def agree(value: bool) -> bool:
     """What the first process says."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+    return value if jax.process_count() == 1 else _from_first(value)
 
 
 def _from_first(value: Any) -> Any:
-    data = np.frombuffer(pickle.dumps(value) if is_first() else b"", np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int64(data.size)))
-    data = np.resize(data, size) if data.size else np.zeros(size, np.uint8)
-    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8).tobytes())
+    """By the coordinator's store: a collective of the devices would give up after half a minute of
+    waiting for the first process."""
+    client, name = distributed.global_state.client, f"kdq/{next(_ROUNDS)}"
+    if is_first():
+        data = pickle.dumps(value)
+        parts = [data[i : i + _PART_BYTES] for i in range(0, len(data), _PART_BYTES)]
+        for i, part in enumerate(parts):
+            client.key_value_set_bytes(f"{name}/{i}", part)
+        client.key_value_set(f"{name}/count", str(len(parts)))
+    else:
+        count = int(client.blocking_key_value_get(f"{name}/count", _LONG_MS))
+        parts = [client.blocking_key_value_get_bytes(f"{name}/{i}", _LONG_MS) for i in range(count)]
+        value = pickle.loads(b"".join(parts))
+    client.wait_at_barrier(name, _LONG_MS)
+    if is_first():
+        client.key_value_delete(name)
+    return value
 
 
 def leave(error: BaseException) -> NoReturn:

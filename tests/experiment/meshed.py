@@ -13,7 +13,7 @@ import sys
 def main(config_file, workdir, devices, stop_at="0", port="", count="1", index="0"):
     flag = f"--xla_force_host_platform_device_count={devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
-    from kdq import config, experiment, processes
+    from kdq import config, experiment, processes  # noqa: PLC0415 - once the devices are set
 
     if port:
         processes.start(f"127.0.0.1:{port}", int(count), int(index))
