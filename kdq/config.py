@@ -129,7 +129,11 @@ def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
         config = config.to_dict()
     experiment = build(Experiment, config, "config")
     teachers = {name: _teacher(name, one) for name, one in experiment.teachers.items()}
-    experiment = dataclasses.replace(experiment, teachers=teachers)
+    models, compute = dict(experiment.models), experiment.compute
+    if compute.dtype:
+        models = {name: {**fields, "dtype": compute.dtype} for name, fields in models.items()}
+        compute = dataclasses.replace(compute, dtype="")
+    experiment = dataclasses.replace(experiment, teachers=teachers, models=models, compute=compute)
     _check(experiment)
     return experiment
 

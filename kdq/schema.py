@@ -35,6 +35,22 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How a training step is computed."""
+
+    dtype: str = ""  # of the arithmetic of all models, "bfloat16"; "" is what `models` say
+    # Parts that a batch is cut into, one after another, where it does not fit in memory: gradients
+    # are averaged. Batch norm, and losses that compare examples, see one part at a time.
+    accumulate: int = 1
+    # Path pattern of modules whose activations are computed again for the backward pass instead of
+    # kept, "stage_.*_block_.*"; "" is none.
+    remat: str = ""
+
+
+AT_ONCE = Compute()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
     """Devices that train together; numbers do not depend on them but for rounding.
 
@@ -329,6 +345,7 @@ class Experiment:
     arms: Mapping[str, Arm]  # in the order of the table
     teacher: str = "teacher"  # arm that fidelity and sizes are measured against
     optimizer: Optimizer = Optimizer()
+    compute: Compute = Compute()
     mesh: Mesh = Mesh()
     quantize: Quantize = Quantize()
     # What no "W4A4" can say, formats, groups, dynamic ranges: {name: ({"path": pattern, "weights":

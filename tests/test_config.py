@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 from kdq import config as kdq_config
-from kdq.config import ConfigError, freeze, parse_arg, parse_bits
+from kdq.config import ConfigError, complete, freeze, parse_arg, parse_bits
 
 
 def _config(**changes):
@@ -313,3 +313,22 @@ def test_every_field_of_every_part_is_in_the_digest():
     experiment = freeze(_config())
     for part in (experiment.data, experiment.optimizer, experiment.quantize, experiment.arms["kd"]):
         assert set(kdq_config.to_json(part)) == {f.name for f in dataclasses.fields(part)}
+
+
+def test_a_dtype_of_all_models_is_a_field_of_each(tiny_config):
+    given = tiny_config()
+    given["compute"] = {"dtype": "bfloat16"}
+    found = freeze(given)
+    assert {fields["dtype"] for fields in found.models.values()} == {"bfloat16"}
+    spelled = {name: {**fields, "dtype": "bfloat16"} for name, fields in given["models"].items()}
+    assert found == freeze({**tiny_config(), "models": spelled})
+
+
+def test_complete_spells_out_what_is_left_and_changes_nothing(tiny_config):
+    plain = ml_collections.ConfigDict(tiny_config())
+    before = freeze(plain)
+    completed = complete(plain)
+    assert completed.mesh.data == 1
+    assert completed.optimizer.warmup == 0.05
+    assert completed.data.batch_size == 64
+    assert freeze(completed) == before

@@ -30,11 +30,7 @@ def check(
     layout: Layout,
 ) -> None:
     """Raises ConfigError for a config that the data, the layers or the teachers do not fit."""
-    if experiment.data.batch_size % layout.batch_parts:
-        raise ConfigError(
-            f"config.data.batch_size={experiment.data.batch_size} is no multiple of the "
-            f"{layout.batch_parts} parts (data · fsdp) that config.mesh cuts it into"
-        )
+    _check_compute(experiment, models, inputs, layout)
     classes = inputs.splits["train"].num_classes
     for key, fields in experiment.models.items():
         if fields.get("num_classes", classes) != classes:
@@ -78,6 +74,30 @@ def check(
     for name, arm in experiment.arms.items():
         if arm.distill:
             _check_taught(experiment, name, models, inputs, teachers)
+
+
+def _check_compute(
+    experiment: Experiment, models: dict[str, nn.Module], inputs: Inputs, layout: Layout
+) -> None:
+    compute, size = experiment.compute, experiment.data.batch_size
+    if compute.accumulate < 1:
+        raise ConfigError(f"config.compute.accumulate={compute.accumulate}: want at least 1")
+    if size % (layout.batch_parts * compute.accumulate):
+        raise ConfigError(
+            f"config.data.batch_size={size} is no multiple of the {layout.batch_parts} parts that "
+            f"config.mesh cuts it into (data · fsdp) times config.compute.accumulate="
+            f"{compute.accumulate}"
+        )
+    if compute.remat:
+        paths = {
+            path
+            for model in models.values()
+            for path in layers(model, _shapes(model, inputs.image), inputs.image)
+        }
+        if not any(re.fullmatch(compute.remat, path) for path in paths):
+            raise ConfigError(
+                f"config.compute.remat={compute.remat!r} matches none of {sorted(paths)}"
+            )
 
 
 def layers(model: nn.Module, variables: Variables, image: jax.ShapeDtypeStruct) -> Shapes:

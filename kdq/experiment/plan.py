@@ -28,6 +28,7 @@ def digests(experiment: Experiment) -> dict[str, str]:
         "optimizer": experiment.optimizer,
         "evaluations": experiment.evaluations,
         "transfer": experiment.transfer,
+        **_unless_default("compute", experiment.compute),
     }
     found: dict[str, str] = {}
     for name in in_order(experiment, experiment.arms):
@@ -114,4 +115,11 @@ def experiment_digest(experiment: Experiment) -> str:
         "data": dataclasses.replace(experiment.data, data_dir=""),
     }
     parts = kdq_config.to_json(dataclasses.replace(experiment, **place))
-    return kdq_config.digest({k: v for k, v in parts.items() if k not in ("mesh", "resources")})
+    for name in ("mesh", "resources", "compute"):
+        del parts[name]
+    return kdq_config.digest({**parts, **_unless_default("compute", experiment.compute)})
+
+
+def _unless_default(name: str, value: Any) -> dict[str, Any]:
+    """For a digest that is to be what it was before there was such a field."""
+    return {} if value == type(value)() else {name: value}

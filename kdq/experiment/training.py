@@ -83,6 +83,7 @@ def begin(
         regime=regime.of_recipe(qat, steps, f"config.qat.{arm.qat}"),
         freeze_norm_at=round(qat.freeze_norm * steps),
         layout=layout,
+        compute=experiment.compute,
     )
     return task, state
 

@@ -73,6 +73,7 @@ def _train(task: Task, state: TrainState) -> TrainState:
             optimizer=task.optimizer,
             regime=task.regime,
             freeze_norm=step >= task.freeze_norm_at,
+            compute=task.compute,
         )
     return state
 

@@ -16,6 +16,7 @@ import optax
 from kdq import processes, quantize
 from kdq.data import iterate
 from kdq.distill.teacher import Peer, Teacher
+from kdq.schema import AT_ONCE, Compute
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError, first_nonfinite
 from kdq.train.metrics_writer import MetricsWriter
@@ -74,6 +75,7 @@ class Task:
     regime: Regime | None = None
     freeze_norm_at: float = math.inf  # step from which on batch norm keeps its statistics
     layout: Layout = ONE_DEVICE  # where the arrays are, those that `validate` gets as well
+    compute: Compute = AT_ONCE  # how a step is computed
 
 
 def is_better(metrics: dict[str, float], than: dict[str, float]) -> bool:
@@ -155,6 +157,7 @@ class _Run:
                 regime=self.regime,
                 freeze_norm=self.step >= task.freeze_norm_at,
                 layout=self.layout,
+                compute=task.compute,
             )
             if self.layout.must_wait:
                 jax.block_until_ready(metrics)

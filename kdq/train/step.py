@@ -12,8 +12,10 @@ from kdq import quantize
 from kdq.distill import capture
 from kdq.distill.capture import Outputs
 from kdq.distill.teacher import MovingAverage, Peer, Teacher
+from kdq.schema import AT_ONCE, Compute
 from kdq.train.objective import Objective
 from kdq.train.regime import Regime
+from kdq.train.remat import rematerialized
 from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.train.state import TrainState
 from kdq.types import Batch, Metrics
@@ -21,7 +23,7 @@ from kdq.types import Batch, Metrics
 
 @partial(
     jax.jit,
-    static_argnames=("model", "teacher", "optimizer", "freeze_norm", "layout"),
+    static_argnames=("model", "teacher", "optimizer", "freeze_norm", "layout", "compute"),
     donate_argnames=("state",),
 )
 def train_step(
@@ -36,6 +38,7 @@ def train_step(
     regime: Regime | None = None,
     freeze_norm: bool = False,
     layout: Layout = ONE_DEVICE,
+    compute: Compute = AT_ONCE,
 ) -> tuple[TrainState, Metrics]:
     """`(state, batch) -> (state, metrics)`; recompiles for new shapes only, not for new numbers.
 
@@ -53,6 +56,7 @@ def train_step(
       regime: how the quantizers change; None for not at all.
       freeze_norm: whether batch norm uses the statistics that it has, and keeps them.
       layout: where the arrays are.
+      compute: in how many parts, and what is computed twice.
 
     Returns:
       The next state, and metrics as masked sums over the batch (see `Objective`), with
@@ -60,41 +64,43 @@ def train_step(
     """
     regime = regime or Regime()
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    taught = ask_teacher(teacher, layout.gather(teacher_arguments), state, batch, objective)
+    teacher_arguments = layout.gather(teacher_arguments)
 
-    def loss_fn(trainable):
-        trainable = layout.gather(trainable)
+    def loss_fn(trainable, changing, batch, key):
+        trainable, before = layout.gather(trainable), state.replace(**changing)
+        taught = ask_teacher(teacher, teacher_arguments, before, batch, objective)
         qparams = quantize.replace_scales(state.qparams, trainable["scales"])
         quantizers = regime.quantizers(qparams, state.step)
-        student, model_state = capture.run(
-            model,
-            {"params": trainable["params"], **state.model_state},
-            quantize.with_keys(quantizers, jax.random.fold_in(key, 3)),
-            batch["image"],
-            objective.student_layers,
-            train=True,
-            freeze_norm=freeze_norm,
-            mutable=list(state.model_state),
-            rngs={"dropout": key},
-        )
-        teaching, peer = taught, state.peer
+        with rematerialized(compute.remat):
+            student, model_state = capture.run(
+                model,
+                {"params": trainable["params"], **before.model_state},
+                quantize.with_keys(quantizers, jax.random.fold_in(key, 3)),
+                batch["image"],
+                objective.student_layers,
+                train=True,
+                freeze_norm=freeze_norm,
+                mutable=list(before.model_state),
+                rngs={"dropout": key},
+            )
+        teaching, peer = taught, before.peer
         if isinstance(teacher, Peer):
             teaching, peer_state = capture.run(
                 teacher.module,
-                {"params": trainable["peer"], **state.peer["model_state"]},
+                {"params": trainable["peer"], **before.peer["model_state"]},
                 {},
                 batch["image"],
                 train=True,
-                mutable=list(state.peer["model_state"]),
+                mutable=list(before.peer["model_state"]),
                 rngs={"dropout": jax.random.fold_in(key, 1)},
             )
-            peer = {**state.peer, "model_state": peer_state}
+            peer = {**before.peer, "model_state": peer_state}
         loss, sums, memory = objective(
             student,
             batch,
             teaching,
             adapters=trainable["adapters"],
-            memory=state.memory,
+            memory=before.memory,
             step=state.step,
             key=jax.random.fold_in(key, 2),
         )
@@ -104,7 +110,11 @@ def train_step(
         return loss, (sums, {"model_state": model_state, "peer": peer, "memory": memory})
 
     trainable = state.trainable
-    (loss, (sums, changes)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    changes = {"model_state": state.model_state, "peer": state.peer, "memory": state.memory}
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    loss, sums, changes, grads = _in_parts(
+        compute.accumulate, value_and_grad, trainable, changes, batch, key
+    )
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~state.halted
 
@@ -128,6 +138,35 @@ def train_step(
     state, shares = jax.lax.cond(finite, advance, halt)
     metrics = layout.replicate({**sums, "grad_norm": grad_norm, **shares})
     return layout.constrain(state), metrics
+
+
+def _in_parts(count: int, value_and_grad, trainable, changes, batch, key):
+    """`(loss, sums, changes, gradients)` of a batch that is taken in so many parts."""
+    if count == 1:
+        (loss, (sums, changes)), grads = value_and_grad(trainable, changes, batch, key)
+        return loss, sums, changes, grads
+    # Every count-th example, so that parts lie on all the devices that the batch lies on.
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def take(carried, part):
+        changes, total = carried
+        index, batch = part
+        (loss, (sums, changes)), grads = value_and_grad(
+            trainable, changes, batch, jax.random.fold_in(key, index)
+        )
+        return (changes, jax.tree.map(jnp.add, total, (loss, sums, grads))), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    like = jax.eval_shape(value_and_grad, trainable, changes, first, key)
+    (loss, (sums, _)), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    # Convolutions in a loop are many times slower on a CPU.
+    unroll = count if jax.default_backend() == "cpu" else 1
+    carried = (changes, (loss, sums, grads))
+    (changes, (loss, sums, grads)), _ = jax.lax.scan(
+        take, carried, (jnp.arange(count), parts), unroll=unroll
+    )
+    loss, grads = jax.tree.map(lambda x: x / count, (loss, grads))
+    return loss, sums, changes, grads
 
 
 def ask_teacher(

@@ -47,3 +47,18 @@ def test_stopping_early_and_leaving_classes_out_shorten_the_training(tiny_config
     seen = {int(i) for step in range(steps["without"]) for i in stream[step]["id"]}
     assert seen <= set(inputs.ids(frozen.arms["without"]))
     assert len(seen) > 0.95 * len(labels)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"accumulate": 0}, "config.compute.accumulate=0: want at least 1"),
+        ({"accumulate": 3}, "batch_size=64 is no multiple.*accumulate=3"),
+        ({"remat": "block_.*"}, "config.compute.remat='block_.*' matches none of.*conv_0"),
+    ],
+)
+def test_how_a_step_is_computed(tiny_config, tmp_path, given, message):
+    frozen = config.freeze({**tiny_config(), "compute": given})
+    with pytest.raises(config.ConfigError, match=message):
+        experiment.run(frozen, tmp_path)
+    assert not list(tmp_path.iterdir())
