@@ -1,7 +1,10 @@
-"""The models of qat_step.py in plain PyTorch, of layers that a peer of kdq may replace."""
+"""The models of qat_step.py and throughput.py in plain PyTorch.
 
-from collections.abc import Callable
-from typing import NamedTuple
+They are made of layers that a peer of kdq may replace, or learned step sizes that are here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,102 @@ class Layers(NamedTuple):
     linear: Callable[..., nn.Module] = nn.Linear
     conv: Callable[..., nn.Module] = nn.Conv2d
     operand: Callable[[], nn.Module] = nn.Identity  # before each input of a product of activations
+
+
+class LearnedStep(torch.autograd.Function):
+    """Fake quantization with the gradients of `kdq.quantize.fake_quantize` (LSQ, 1902.08153)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        """x, a scale that broadcasts to it, and the outermost codes -> the shape of x."""
+        codes = torch.round(x / scale)
+        y = codes.clamp(low, high) * scale
+        ctx.save_for_backward(x, y, (codes >= low) & (codes <= high), scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Where the grid clips, the gradient goes to the scale alone."""
+        x, y, inside, scale = ctx.saved_tensors
+        of_x, of_scale = ctx.needs_input_grad[:2]
+        found_x = g * inside if of_x else None
+        found_scale = (g * (y - x * inside)).sum_to_size(scale.shape) / scale if of_scale else None
+        return found_x, found_scale, None, None
+
+
+class Lsq:
+    """What a layer whose weight and input have learned step sizes is, beside the layer."""
+
+    def set_bits(self, bits: int, *, pixels: bool) -> None:
+        """Weights per channel, inputs per tensor; of pixels: signed, with a scale that stays."""
+        top = 2 ** (bits - 1) - 1
+        self.weight_limits = (-top - 1, top)
+        self.input_limits = self.weight_limits if pixels else (0, 2**bits - 1)
+        largest = self.weight.detach().flatten(1).abs().amax(1)
+        shape = (-1, *[1] * (self.weight.ndim - 1))
+        self.weight_scale = nn.Parameter((largest / top).reshape(shape))
+        self.input_scale = nn.Parameter(torch.tensor(4.0 / self.input_limits[1]), not pixels)
+
+    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and the weight as they are multiplied."""
+        return (
+            LearnedStep.apply(x, self.input_scale, *self.input_limits),
+            LearnedStep.apply(self.weight, self.weight_scale, *self.weight_limits),
+        )
+
+
+class LsqConv2d(Lsq, nn.Conv2d):
+    """Wants `set_bits` before it is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.Conv2d`."""
+        return functional.conv2d(*self.rounded(x), self.bias, self.stride, self.padding)
+
+
+class LsqLinear(Lsq, nn.Linear):
+    """Wants `set_bits` before it is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.Linear`."""
+        return functional.linear(*self.rounded(x), self.bias)
+
+
+LSQ = Layers(linear=LsqLinear, conv=LsqConv2d)
+
+
+def set_bits(model: nn.Module, bits: int, keep_bits: int) -> None:
+    """Of a model of `LSQ`: the first and the last layer at `keep_bits`, as in kdq's configs."""
+    first, *others, last = (m for m in model.modules() if isinstance(m, Lsq))
+    first.set_bits(keep_bits, pixels=True)
+    last.set_bits(keep_bits, pixels=False)
+    for layer in others:
+        layer.set_bits(bits, pixels=False)
+
+
+def cnn(
+    layers: Layers,
+    *,
+    inputs: int,
+    num_classes: int,
+    widths: Sequence[int],
+    batch_norm: bool = False,
+    pool: bool = False,
+) -> nn.Module:
+    """As `kdq.models.cnn.CNN`; images are [batch, inputs, h, w]."""
+    found: list[nn.Module] = []
+    for i, width in enumerate(widths):
+        halves = i in (1, 2)
+        stride = 2 if halves and not pool else 1
+        found.append(layers.conv(inputs, width, 3, stride=stride, padding=1, bias=not batch_norm))
+        found += [nn.BatchNorm2d(width)] if batch_norm else []
+        found.append(nn.ReLU())
+        found += [nn.MaxPool2d(2)] if halves and pool else []
+        inputs = width
+    return nn.Sequential(*found, *_head(layers, inputs, num_classes))
+
+
+def _head(layers: Layers, inputs: int, num_classes: int) -> tuple[nn.Module, ...]:
+    return nn.AdaptiveAvgPool2d(1), nn.Flatten(), layers.linear(inputs, num_classes)
 
 
 def mlp(layers: Layers) -> nn.Module:
@@ -48,19 +147,28 @@ class BasicBlock(nn.Module):
         return functional.relu(self.norm_1(self.conv_1(y)) + self.shortcut(x))
 
 
-def resnet(layers: Layers) -> nn.Module:
-    """ResNet-8 of 16, 32 and 64 channels; images are [batch, 3, 32, 32]."""
-    return nn.Sequential(
-        layers.conv(3, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
+def resnet(
+    layers: Layers,
+    *,
+    inputs: int = 3,
+    num_classes: int = 10,
+    depth: int = 8,
+    widths: Sequence[int] = (16, 16, 32, 64),
+    stem_pool: bool = False,
+) -> nn.Module:
+    """As `kdq.models.resnet.ResNet`; images are [batch, inputs, h, w]."""
+    width, *stages = widths
+    found = [
+        layers.conv(inputs, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
         nn.ReLU(),
-        BasicBlock(layers, 16, 16, 1),
-        BasicBlock(layers, 16, 32, 2),
-        BasicBlock(layers, 32, 64, 2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        layers.linear(64, 10),
-    )
+        *([nn.MaxPool2d(2)] if stem_pool else []),
+    ]
+    for s, stage in enumerate(stages):
+        for b in range((depth - 2) // 6):
+            found.append(BasicBlock(layers, width, stage, 2 if s > 0 and b == 0 else 1))
+            width = stage
+    return nn.Sequential(*found, *_head(layers, width, num_classes))
 
 
 class Attention(nn.Module):
