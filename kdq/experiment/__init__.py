@@ -7,16 +7,19 @@ has epochs, selected on validation, packed, loaded back, and measured on test. I
 
 from kdq.experiment.adding import arms_of_search, cost_table, finished, with_search
 from kdq.experiment.exports import of_workdir as export
+from kdq.experiment.profiling import Profile, profile
 from kdq.experiment.progress import Progress, Record
 from kdq.experiment.runner import run
 
 __all__ = [
+    "Profile",
     "Progress",
     "Record",
     "arms_of_search",
     "cost_table",
     "export",
     "finished",
+    "profile",
     "run",
     "with_search",
 ]

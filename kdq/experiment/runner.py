@@ -23,7 +23,8 @@ from kdq.experiment.teaching import Teachers
 from kdq.search.problem import InfeasibleError
 from kdq.train import loop, optimizer, sharding
 from kdq.train.diagnose import NonFiniteError
-from kdq.train.loop import Fit, Selection, Weights
+from kdq.train.loop import Fit, Selection, Task, Weights
+from kdq.train.state import TrainState
 from kdq.types import Array, Batch
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,21 @@ def run(
         was run with another config. Nothing has been trained then.
     """
     return _Runner(experiment, Path(workdir), progress or Progress()).run(arms)
+
+
+def task(
+    experiment: Experiment, workdir: str | Path, name: str, seed: int
+) -> tuple[Task, TrainState]:
+    """What an arm's training would begin with, once what it needs has been run.
+
+    Raises ConfigError for an arm that does not train.
+    """
+    runner = _Runner(experiment, Path(workdir), Progress())
+    if not experiment.arms[name].epochs:
+        raise ConfigError(f"config.arms.{name}.epochs=0: it is not trained")
+    start, found, _ = runner._begin(name, seed)
+    applied = found.applied(experiment, name) if found else experiment
+    return runner._task(applied, name, seed, start)
 
 
 class _Runner:
@@ -148,7 +164,20 @@ class _Runner:
             )
             selected = Selection(weights=start, step=0, metrics=metrics)
             return Fit(last=start, last_step=0, selected=selected, seconds=0.0)
-        task, state = training.begin(
+        task, state = self._task(experiment, name, seed, start)
+        return loop.fit(
+            task,
+            state,
+            self.store.folder(name, seed),
+            checkpoint_seconds=experiment.checkpoint_seconds,
+            on_step=self.progress.step,
+        )
+
+    def _task(
+        self, experiment: Experiment, name: str, seed: int, start: Weights
+    ) -> tuple[Task, TrainState]:
+        model = self.models[experiment.arms[name].model]
+        return training.begin(
             experiment,
             name,
             seed,
@@ -159,13 +188,6 @@ class _Runner:
             optimizer=self.optimizer,
             validate=lambda weights: measure.evaluate(model, weights, self.validation),
             layout=self.layout,
-        )
-        return loop.fit(
-            task,
-            state,
-            self.store.folder(name, seed),
-            checkpoint_seconds=experiment.checkpoint_seconds,
-            on_step=self.progress.step,
         )
 
     def _begin(self, name: str, seed: int) -> tuple[Weights, Found | None, Record]:

@@ -28,7 +28,8 @@ from kdq.train.step import ask_teacher, train_step
 from kdq.types import QParams, Variables
 
 OF_THE_STEP = ("grad_norm", "oscillating", "frozen")  # metrics that are no sums over examples
-LOG_EVERY = 50  # steps between two reads of the metrics, which wait for the device
+LOG_EVERY = 50  # steps between two reads of the metrics
+LOG_LAG = 16  # of which so many are left for the next: the device stays busy meanwhile
 
 
 @jax.tree_util.register_dataclass
@@ -165,7 +166,7 @@ class _Run:
             self.pending.append((self.step, metrics))
             self.on_step(self.step)
             if self.step % LOG_EVERY == 0:
-                self._log(keep=1)  # the newest is still being computed
+                self._log(keep=LOG_LAG)
             if self.step % task.eval_every == 0 or self.step == task.steps:
                 self._log()
                 self._validate()

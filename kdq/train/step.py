@@ -13,6 +13,7 @@ from kdq.distill import capture
 from kdq.distill.capture import Outputs
 from kdq.distill.teacher import MovingAverage, Peer, Teacher
 from kdq.schema import AT_ONCE, Compute
+from kdq.train.convolution import fast_convolutions
 from kdq.train.objective import Objective
 from kdq.train.regime import Regime
 from kdq.train.remat import rematerialized
@@ -112,9 +113,10 @@ def train_step(
     trainable = state.trainable
     changes = {"model_state": state.model_state, "peer": state.peer, "memory": state.memory}
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    loss, sums, changes, grads = _in_parts(
-        compute.accumulate, value_and_grad, trainable, changes, batch, key
-    )
+    with fast_convolutions():
+        loss, sums, changes, grads = _in_parts(
+            compute.accumulate, value_and_grad, trainable, changes, batch, key
+        )
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~state.halted
 

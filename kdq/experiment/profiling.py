@@ -1,0 +1,162 @@
+"""Where the time of a training step goes, from a trace of the real loop."""
+
+import dataclasses
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kdq.config import ConfigError, Experiment, parents, unknown
+from kdq.experiment import runner
+from kdq.experiment.progress import Progress
+from kdq.train import loop
+from kdq.train.loop import Task
+from kdq.train.state import TrainState
+from kdq.train.step import train_step
+
+WARM_UP = 10  # steps before the trace: the first compiles
+STEP = "jit_train_step"  # what XLA calls the compiled step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Milliseconds a step; operations run side by side, so that theirs can add up to more."""
+
+    step: float  # of the loop
+    inside: float  # of it, from the first operation of the compiled step to its last
+    costs: Mapping[str, float]  # of operations by what they are of, the dearest first
+    trace: Path  # for TensorBoard's profile plugin, xprof or Perfetto
+
+    @property
+    def outside(self) -> float:
+        """The share of the loop's time between one compiled step and the next."""
+        return 1 - self.inside / self.step
+
+
+def profile(
+    experiment: Experiment,
+    workdir: str | Path,
+    arm: str,
+    *,
+    seed: int,
+    steps: int = 50,
+    progress: Progress | None = None,
+) -> Profile:
+    """Traces so many steps of an arm's training; what the arm needs is run first, and kept.
+
+    Raises ConfigError for an arm that does not train for so long.
+    """
+    if arm not in experiment.arms:
+        raise ConfigError(unknown("arm", arm, experiment.arms))
+    if needs := parents(experiment, arm):
+        runner.run(experiment, workdir, arms=needs, progress=progress)
+    task, state = runner.task(experiment, workdir, arm, seed)
+    last = WARM_UP + steps
+    if task.steps < last:
+        raise ConfigError(
+            f"arm {arm!r} trains for {task.steps} steps: want {last}, {WARM_UP} of them to warm up"
+        )
+    names = _names(task, state)
+    folder = Path(workdir) / "profile" / arm
+    folder.mkdir(parents=True, exist_ok=True)
+
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it slows down what it looks at
+
+    def on_step(step: int) -> None:
+        if step == WARM_UP:
+            jax.profiler.start_trace(str(folder), profiler_options=options)
+        if step == last:
+            jax.profiler.stop_trace()
+
+    task = dataclasses.replace(task, steps=last, eval_every=last, validate=lambda _: _NOTHING)
+    with tempfile.TemporaryDirectory() as scratch:
+        loop.fit(task, state, Path(scratch), on_step=on_step)
+    trace = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    return read(trace, names)
+
+
+_NOTHING = {"accuracy": 0.0, "nll": 0.0}  # what is traced is not validated
+
+
+def read(trace: Path, names: Mapping[str, str]) -> Profile:
+    """What a trace says; `names` tells of operations what they are of."""
+    spans: dict[Any, tuple[float, float]] = {}  # of runs of the step
+    costs: dict[str, float] = defaultdict(float)
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                if "hlo_op" in stats and stats.get("hlo_module", "").startswith(STEP):
+                    op, run = stats["hlo_op"], stats.get("run_id")
+                    costs[names.get(op, op)] += event.duration_ns / 1e6
+                    start, stop = event.start_ns, event.start_ns + event.duration_ns
+                    first, last = spans.get(run, (start, stop))
+                    spans[run] = min(first, start), max(last, stop)
+    if not spans:
+        raise RuntimeError(f"{trace} has no operation of {STEP}: does the device have a profiler?")
+    starts, stops = zip(*spans.values(), strict=True)
+    steps = len(spans)
+    dearest = sorted(((name, ms / steps) for name, ms in costs.items()), key=lambda item: -item[1])
+    return Profile(
+        step=(max(stops) - min(starts)) / 1e6 / steps,
+        inside=covered(spans.values()) / 1e6 / steps,
+        costs=dict(dearest),
+        trace=trace,
+    )
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, until = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, until))
+        until = max(until, stop)
+    return total
+
+
+def _names(task: Task, state: TrainState) -> dict[str, str]:
+    """What each operation of the compiled step is of: "backward conv_1 conv_general_dilated"."""
+    compiled = train_step.lower(
+        state,
+        task.teacher_arguments,
+        task.dataset[0],
+        model=task.model,
+        teacher=task.teacher,
+        objective=task.objective,
+        optimizer=task.optimizer,
+        regime=task.regime,
+        compute=task.compute,
+    ).compile()
+    return names_of(compiled.as_text())
+
+
+def names_of(program: str) -> dict[str, str]:
+    """Names of the operations of a program in XLA's text form; of a fusion, its dearest part's."""
+    found, within, computation = {}, {}, ""
+    for line in program.splitlines():
+        if opened := re.match(r"\s*(?:ENTRY )?%(\S+) \(.*\{$", line):
+            computation = opened[1]
+        if not (one := re.match(r"\s*(?:ROOT )?%(\S+) = ", line)):
+            continue
+        name = re.search(r'op_name="([^"]+)"', line)
+        called = re.search(r"calls=%([\w.-]+)", line)
+        if called and called[1] in within:
+            found[one[1]] = within[called[1]]
+        elif name:
+            found[one[1]] = _readable(name[1])
+        if name and (computation not in within or re.search(r" (convolution|dot)\(", line)):
+            within[computation] = _readable(name[1])
+    return found
+
+
+def _readable(name: str) -> str:
+    """Of "jit(train_step)/transpose(jvp(CNN))/conv_1/dot": "backward conv_1/dot"."""
+    name = name.removeprefix("jit(train_step)/")
+    way = "backward" if "transpose(" in name else "forward" if "jvp(" in name else "other"
+    parts = [part for part in name.split("/") if "(" not in part]
+    return f"{way} {'/'.join(parts)}"

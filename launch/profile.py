@@ -1,0 +1,37 @@
+"""Traces the training of an arm and prints where the time of a step goes.
+
+    python launch/profile.py --config=configs/digits.py --workdir=runs/digits --arm=teacher
+
+What the arm needs is run first, and kept in the workdir; of the arm itself nothing is kept but the
+trace, under WORKDIR/profile/ARM: for Perfetto, xprof, or TensorBoard's profile plugin.
+"""
+
+from absl import flags
+
+from kdq import cli, config, experiment
+from kdq.report import profile, progress
+
+CONFIG = cli.define_config()
+WORKDIR = cli.define_workdir("Folder for the trace, and for the arms that this one needs.")
+ARM = flags.DEFINE_string("arm", None, "The arm whose training is traced.")
+SEED = flags.DEFINE_integer("seed", 0, "Of config.seeds.")
+STEPS = flags.DEFINE_integer("steps", 50, "Steps to trace.", lower_bound=1)
+TOP = flags.DEFINE_integer("top", 15, "Costs to print.", lower_bound=1)
+
+
+def main(_: list[str]) -> None:
+    CONFIG.value.seeds = (SEED.value,)
+    with progress.reporter() as reporter:
+        found = experiment.profile(
+            config.freeze(CONFIG.value),
+            WORKDIR.value,
+            ARM.value,
+            seed=SEED.value,
+            steps=STEPS.value,
+            progress=reporter,
+        )
+    profile.print_profile(found, TOP.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=["config", "workdir", "arm"])
