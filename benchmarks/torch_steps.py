@@ -13,6 +13,9 @@ from torch_models import LSQ, Layers
 from kdq import config
 from kdq.config import Experiment
 
+# Each recipe compiles the same function anew; past eight PyTorch would run the rest uncompiled.
+torch._dynamo.config.recompile_limit = 64
+
 
 def torch_take(
     experiment: Experiment, name: str, cached: bool, batch: Mapping[str, Any], *, compiled: bool

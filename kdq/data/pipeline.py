@@ -10,6 +10,7 @@ access by step, prefetching threads, an iterator whose state is saved and restor
 import functools
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,10 @@ from kdq.data.transforms import augment as apply_augmentations
 
 # Stream positions [b] and example ids [b] to arrays [b, ...] by name.
 Lookup = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
+
+# To hand a batch from thread to thread takes 0.1 ms, and takes turns with the thread that keeps the
+# device busy; making a cheap one there is hidden behind the steps that are under way.
+CHEAP_SECONDS = 1e-3
 
 _SHUFFLE = 0  # first part of the shuffle's random key after the seed; augmentations have 1, 2, ...
 
@@ -101,7 +106,7 @@ def iterate(
     *,
     start_step: int = 0,
     state: dict[str, Any] | None = None,
-    num_threads: int = 2,
+    num_threads: int | None = None,
     prefetch: int = 16,
 ) -> grain.DatasetIterator:
     """Iterates over a dataset from a step, or from a saved state, with batches prefetched.
@@ -110,7 +115,8 @@ def iterate(
       dataset: from `train_dataset`.
       start_step: step of the first batch.
       state: what `get_state()` of an earlier iterator returned, JSON-able; instead of `start_step`.
-      num_threads: threads that make batches ahead of time; 0 makes each when asked for.
+      num_threads: threads that make batches ahead of time; 0 makes each when asked for. None: 2,
+        or 0 where a batch is made in less than `CHEAP_SECONDS`.
       prefetch: batches made ahead of time.
 
     Returns:
@@ -119,6 +125,8 @@ def iterate(
     """
     if state is not None and start_step:
         raise ValueError(f"give start_step or state, not both: {start_step}, {state}")
+    if num_threads is None:
+        num_threads = 0 if _seconds(dataset) < CHEAP_SECONDS else 2
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     iterator = iter(dataset.to_iter_dataset(options))
     if state is not None:
@@ -126,6 +134,16 @@ def iterate(
     else:
         grain.experimental.set_next_index(iterator, start_step)
     return iterator
+
+
+def _seconds(dataset: grain.MapDataset) -> float:
+    """What one batch takes, once what is shared by batches has been made."""
+    taken = []
+    for step in (0, 0, 1):
+        start = time.perf_counter()
+        dataset[step]
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 def eval_batches(
