@@ -1,6 +1,7 @@
 """The runs of a sweep: read from its file, and all checked before any starts."""
 
 import dataclasses
+import os
 import runpy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,6 +122,9 @@ def _run(config: str, overrides: Mapping[str, Any], folder: Path, launch: Path, 
     script = launch / ("train.py" if arm else "compress.py")
     command = [sys.executable, str(script), f"--config={config}", *passed]
     command += [f"--workdir={folder.absolute()}", *([f"--arm={arm}"] if arm else [])]
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # Runs of one sweep compile much the same.
+        command.append(f"--compilation_cache_dir={folder.absolute().parents[1] / 'compiled'}")
     job = Job(
         name=folder.name,
         command=tuple(command),
