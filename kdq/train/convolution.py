@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from kdq.types import Array
 
-# Products of patches win from so many on: with 16 of each they take twice as long, unless strided.
-LEAST_CHANNELS, LEAST_FEATURES, LEAST_STRIDED = 32, 64, 16
+# Products of patches win from so many on; with 16 of each they take twice as long. Strided ones of
+# fewer win by themselves, but not after a quantizer, which XLA then computes for each patch anew.
+LEAST_CHANNELS, LEAST_FEATURES = 32, 64
 MOST_BYTES = 1 << 28  # of the patches: they are kept for the backward pass
 
 
@@ -22,7 +23,7 @@ def fast_convolutions() -> Iterator[None]:
     """In this context, convolutions are matrix products where that is faster: on CPUs.
 
     1×1 convolutions then take half the time, forward and backward, and those of many channels and
-    features, or strided, 0.6 to 0.85 of it (1.1 at 4×4 positions), at the shapes measured in
+    features 0.6 to 0.85 of it (1.1 at 4×4 positions), at the shapes measured in
     benchmarks/results/convolutions.json. Sums are taken in another order, no more.
     """
     if jax.default_backend() != "cpu":
@@ -52,9 +53,7 @@ def convolve(
         one == 1 for name in ("lhs_dilation", "rhs_dilation") for one in given[name]
     )
     size, count = math.prod(window), math.prod(images.shape) // math.prod(strides)
-    many = (channels >= LEAST_CHANNELS and features >= LEAST_FEATURES) or (
-        channels >= LEAST_STRIDED and math.prod(strides) > 1
-    )
+    many = channels >= LEAST_CHANNELS and features >= LEAST_FEATURES
     fits = size * count * images.dtype.itemsize <= MOST_BYTES
     if not plain or not (size == 1 or (many and fits)):
         return jax.lax.conv_general_dilated(images, kernel, strides, padding, **given)

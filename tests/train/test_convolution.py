@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdq.train.convolution import LEAST_CHANNELS, LEAST_FEATURES, LEAST_STRIDED, fast_convolutions
+from kdq.train.convolution import LEAST_CHANNELS, LEAST_FEATURES, fast_convolutions
 
 CASES = {
     "pointwise": {"kernel_size": (1, 1)},
@@ -18,7 +18,6 @@ CASES = {
     "dilated": {"kernel_size": (1, 1), "input_dilation": 2, "padding": ((0, 0), (0, 0))},
     "grouped": {"kernel_size": (1, 1), "feature_group_count": 2},
     "few_channels": {"kernel_size": (3, 3), "strides": 2},
-    "strided_window": {"kernel_size": (3, 3), "strides": (1, 2)},
     "window": {"kernel_size": (3, 3)},
     "window_strided": {"kernel_size": (3, 3), "strides": 2, "padding": "SAME"},
     "window_uneven": {"kernel_size": (2, 4), "strides": (2, 3), "padding": "VALID"},
@@ -34,7 +33,6 @@ LEFT_ALONE = ("dilated", "grouped", "few_channels", "window_dilated", "window_gr
 def test_the_same_values_and_gradients(case, size):
     wide = case.startswith("window")
     channels, features = (LEAST_CHANNELS, LEAST_FEATURES) if wide else (4, 6)
-    channels = LEAST_STRIDED if case == "strided_window" else channels
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(3, size, size, channels)), jnp.float32)
     layer = nn.Conv(features, **CASES[case])
