@@ -33,6 +33,7 @@ from kdq.train.step import train_step
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
 ROUNDS = flags.DEFINE_integer("rounds", 30, "Timed rounds of each network.")
 SEEDS = (2, 5)
+STEPS = 10  # of training, in a turn
 BY_SEED = PartitionSpec("seed")
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 
@@ -55,7 +56,7 @@ def main(_: list[str]) -> None:
         for form, row in found.items():
             seeds = 1 if form == "one" else int(form.split()[0])
             figures[f"{title}, {form}"] = {
-                "milliseconds_a_seed": round(row["milliseconds"] / seeds, 3),
+                "milliseconds_a_seed": round(row["milliseconds"] / seeds / STEPS, 3),
                 "ratio": round(row["ratio"] / seeds, 3),
                 "quartiles": [round(x / seeds, 3) for x in row["quartiles"]],
             }
@@ -78,7 +79,7 @@ def _begin(experiment, model, bits, seed):
     return state, {"image": images, "label": rng.integers(0, 10, size).astype(np.int32)}
 
 
-def _repeated(make, model, experiment, given, times=10):
+def _repeated(make, model, experiment, given):
     """A step of the benchmark: ten of training, each of which ends before the next begins."""
     plain = functools.partial(
         train_step.__wrapped__,
@@ -92,7 +93,7 @@ def _repeated(make, model, experiment, given, times=10):
 
     def take():
         nonlocal state
-        for _ in range(times):
+        for _ in range(STEPS):
             state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
         return metrics
