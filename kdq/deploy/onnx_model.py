@@ -60,7 +60,7 @@ def to_onnx(
         program, specs, _ = _program(lowered, inputs, each_layer)
     function = lambda *arrays: onnx_program.evaluate(program, arrays)
     names = lambda base, count: [f"{base}_{i}" if i else base for i in range(count)]
-    with _quiet("onnx_ir.serde"):
+    with _quiet("onnx_ir.serde"), _unpatched():
         proto = jax2onnx.to_onnx(
             function,
             inputs=list(specs),
@@ -96,6 +96,16 @@ def _compact(graph: Any) -> None:
     for node in graph.node:
         node.ClearField("name")
         node.input[:] = [same.get(name, name) for name in node.input]
+
+
+@contextlib.contextmanager
+def _unpatched() -> Iterator[None]:
+    """Puts back what jax2onnx replaces in JAX: it forgets jnp.cumsum, and its own does less."""
+    cumsum = jnp.cumsum
+    try:
+        yield
+    finally:
+        jnp.cumsum = cumsum
 
 
 @contextlib.contextmanager

@@ -77,6 +77,17 @@ def test_a_transformer_differs_where_floats_between_its_layers_do():
     np.testing.assert_allclose(ours["output"], theirs["output"], atol=0.05)
 
 
+def test_jax_is_left_as_it_was():
+    """jax2onnx traces with functions of its own in place of JAX's."""
+    modules = (jnp, jax.lax, jax.nn, jax.random, nn)
+    before = {(module, name): getattr(module, name) for module in modules for name in dir(module)}
+    model, variables, images = network("mlp")
+    integer, _ = lowered(model, variables, images, quantize.uniform_rules(8, 8))
+    deploy.to_onnx(integer, images)
+    assert not [name for (module, name), was in before.items() if getattr(module, name) is not was]
+    np.testing.assert_array_equal(jnp.cumsum(jnp.ones((2, 3)), -1)[:, -1], 3)
+
+
 def test_a_batch_of_any_size():
     model, variables, images = network("mlp")
     integer, _ = lowered(model, variables, images, quantize.uniform_rules(4, 8))

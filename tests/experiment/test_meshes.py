@@ -122,7 +122,8 @@ def test_two_processes_are_as_one(make_config, reference, tmp_path):
         assert record[key] == single[key]
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=slow)])
+@slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_checkpoint_of_four_devices_goes_on_on_fewer(devices, make_config, reference, tmp_path):
     end(start(make_config(data=2, fsdp=2), tmp_path, 4, 7), expected=9)
     with Checkpointer(tmp_path / "qad" / "0" / "checkpoints") as checkpointer:
