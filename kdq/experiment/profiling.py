@@ -14,7 +14,7 @@ from kdq.config import ConfigError, Experiment, parents, unknown
 from kdq.experiment import runner
 from kdq.experiment.progress import Progress
 from kdq.train import loop
-from kdq.train.loop import Task
+from kdq.train.loop import Task, Weights
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
 
@@ -70,17 +70,16 @@ def profile(
     def on_step(step: int) -> None:
         if step == WARM_UP:
             jax.profiler.start_trace(str(folder), profiler_options=options)
-        if step == last:
-            jax.profiler.stop_trace()
 
-    task = dataclasses.replace(task, steps=last, eval_every=last, validate=lambda _: _NOTHING)
+    def stop(_: Weights) -> dict[str, float]:
+        jax.profiler.stop_trace()  # here the loop has waited for the last step
+        return {"accuracy": 0.0, "nll": 0.0}
+
+    task = dataclasses.replace(task, steps=last, eval_every=last, validate=stop)
     with tempfile.TemporaryDirectory() as scratch:
         loop.fit(task, state, Path(scratch), on_step=on_step)
     trace = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     return read(trace, names)
-
-
-_NOTHING = {"accuracy": 0.0, "nll": 0.0}  # what is traced is not validated
 
 
 def read(trace: Path, names: Mapping[str, str]) -> Profile:
