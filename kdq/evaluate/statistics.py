@@ -22,6 +22,13 @@ class PairedInterval:
         """Whether the interval lies on one side of zero; False where there is no interval."""
         return self.low > 0 or self.high < 0
 
+    def __format__(self, spec: str) -> str:
+        """Such as "+1.00 [+0.25, +1.75]"; `spec` is that of each number, "" for ".2f"."""
+        mean, low, high = (
+            format(value, f"+{spec or '.2f'}") for value in (self.mean, self.low, self.high)
+        )
+        return f"{mean} [{low}, {high}]"
+
 
 def summary(values: Iterable[float]) -> tuple[float, float]:
     """The mean and the sample standard deviation (n − 1) of one value a seed.

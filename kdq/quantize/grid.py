@@ -248,6 +248,20 @@ def from_codes(codes: Array, quantizer: Quantizer) -> Array:
     return (codes.astype(jnp.float32) - expand(quantizer.zero_point, codes.shape)) * scale
 
 
+def points(quantizer: Quantizer) -> Array:
+    """All numbers that codes of a quantizer stand for, in the order of the codes: [codes] float32.
+
+    Raises ValueError for more than one scale.
+    """
+    if quantizer.scale.size > 1:
+        raise ValueError(f"points: want one scale, given {quantizer.scale.shape}")
+    codes = jnp.arange(int(quantizer.qmin), int(quantizer.qmax) + 1)
+    flat = quantizer.replace(
+        scale=quantizer.scale.reshape(()), zero_point=quantizer.zero_point.reshape(())
+    )
+    return from_codes(codes, flat)
+
+
 def bits(quantizer: Quantizer) -> int:
     """Bits that hold every code of the quantizer."""
     codes = np.asarray(quantizer.qmax) - np.asarray(quantizer.qmin) + 1

@@ -89,6 +89,35 @@ def rows(records: Sequence[Record], size_baseline: str | None = None) -> list[Ro
     return [_row(arm, list(runs.values()), finished, baseline) for arm, runs in arms.items()]
 
 
+def difference(
+    records: Sequence[Record], arm: str, reference: str, key: str = "accuracy", factor: float = 100
+) -> PairedInterval:
+    """What an arm has more than another, over the seeds that both finished, with its interval.
+
+    Args:
+      records: one dict an arm and seed.
+      arm: its name.
+      reference: the other's.
+      key: of the number in a record.
+      factor: on it: 100 makes points of accuracies.
+
+    Raises:
+      ValueError: no seed that both finished with that number.
+    """
+    values = {
+        name: _by_seed({r["seed"]: r for r in records if r["arm"] == name}, key, factor)
+        for name in (arm, reference)
+    }
+    a, b = values[arm], values[reference]
+    common = a.keys() & b.keys()
+    if not common:
+        known = ", ".join(dict.fromkeys(r["arm"] for r in records))
+        raise ValueError(
+            f"no seed with {key!r} of both {arm!r} and {reference!r}; the arms are {known}"
+        )
+    return paired_interval({s: a[s] for s in common}, {s: b[s] for s in common})
+
+
 def _row(
     arm: str, runs: list[Record], finished: dict[str, dict[int, Record]], baseline: float
 ) -> Row:
@@ -168,6 +197,8 @@ def _mean(runs: list[Record], key: str, scale: float = 1) -> Mean:
     return Mean(mean=mean, std=std, n=len(values))
 
 
-def _by_seed(runs: dict[int, Record]) -> dict[int, float]:
-    values = {seed: 100 * number(r, "accuracy") for seed, r in runs.items()}
+def _by_seed(
+    runs: dict[int, Record], key: str = "accuracy", factor: float = 100
+) -> dict[int, float]:
+    values = {s: factor * number(r, key) for s, r in runs.items() if r["status"] == "ok"}
     return {seed: value for seed, value in values.items() if not math.isnan(value)}

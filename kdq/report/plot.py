@@ -114,7 +114,7 @@ def _points(table: Sequence[Row]) -> list[_Point]:
     kinds = list(dict.fromkeys(row.kind for row in table if row.kind not in COLORS))
     spare = {kind: SPARE_COLORS[i % len(SPARE_COLORS)] for i, kind in enumerate(kinds)}
     series = list(dict.fromkeys(_series(row) for row in table))
-    places = _side_by_side([row.size_bytes for row in table])
+    places = side_by_side([row.size_bytes for row in table])
     return [
         _Point(
             row=row,
@@ -132,7 +132,7 @@ def _series(row: Row) -> str:
     return row.method or row.kind or row.arm
 
 
-def _side_by_side(sizes: Sequence[float]) -> list[float]:
+def side_by_side(sizes: Sequence[float]) -> list[float]:
     """Sizes, with those that are equal within 2% spread evenly (in log) around their mean."""
     if not sizes:
         return []

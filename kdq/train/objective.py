@@ -1,5 +1,6 @@
 """What training minimizes: the task and what a teacher adds, summed to one scalar."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -106,12 +107,28 @@ def of_arm(experiment: Experiment, name: str, steps: int) -> Objective:
     Raises ConfigError for what the recipe gets wrong.
     """
     arm = experiment.arms[name]
-    numbers = {"label_smoothing": jnp.float32(arm.label_smoothing), "steps": jnp.float32(steps)}
-    if not arm.distill:
-        return Objective(**numbers)
-    recipe, where = experiment.distill[arm.distill], f"config.distill.{arm.distill}"
+    own = experiment.distill[arm.distill] if arm.distill else None
+    found = of_recipe(own and vars(own), steps, f"config.distill.{arm.distill}")
+    return found.replace(label_smoothing=jnp.float32(arm.label_smoothing))
+
+
+def of_recipe(recipe: Mapping[str, Any] | None, steps: int, where: str) -> Objective:
+    """The objective of a recipe, an entry of `config.distill`; of labels alone if there is none.
+
+    Args:
+      recipe: "task", a number or a schedule, and "terms" by name.
+      steps: of the whole training.
+      where: it is, for messages.
+
+    Raises:
+      ConfigError: what the recipe gets wrong.
+    """
+    objective = Objective(label_smoothing=jnp.float32(0), steps=jnp.float32(steps))
+    if recipe is None:
+        return objective
     terms = (
-        term.build(key, fields, f"{where}.terms.{key}") for key, fields in recipe.terms.items()
+        term.build(key, fields, f"{where}.terms.{key}") for key, fields in recipe["terms"].items()
     )
-    task = schedule.build(recipe.task, f"{where}.task")
-    return Objective(task=task, terms=tuple(terms), **numbers)
+    return objective.replace(
+        task=schedule.build(recipe["task"], f"{where}.task"), terms=tuple(terms)
+    )

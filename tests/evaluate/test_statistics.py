@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdq.evaluate.statistics import paired_interval, summary
+from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
 
 
 def test_summary_divides_by_n_minus_one():
@@ -68,3 +68,10 @@ def test_one_pair_has_a_difference_but_no_interval():
 def test_refuses_what_is_not_paired(a, b, confidence, message):
     with pytest.raises(ValueError, match=message):
         paired_interval(a, b, confidence)
+
+
+def test_an_interval_is_written_with_its_signs():
+    interval = PairedInterval(mean=0.5, low=-0.25, high=1.25, n=3)
+    assert f"{interval}" == "+0.50 [-0.25, +1.25]"
+    assert f"{interval:.3f}" == "+0.500 [-0.250, +1.250]"
+    assert f"{interval:6.1f}" == "  +0.5 [  -0.2,   +1.2]"

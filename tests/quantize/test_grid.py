@@ -115,3 +115,16 @@ def test_bits_of_a_quantizer(signed, bits):
     for symmetric in (True, False):
         options = {"symmetric": symmetric, "signed": signed}
         assert grid.bits(grid.from_range(-1.0, 1.0, bits, **options)) == bits
+
+
+def test_points_are_all_numbers_of_a_grid_in_order():
+    affine = grid.from_range(-0.6, 1.0, 2, symmetric=False, signed=False)
+    step = 1.6 / 3
+    np.testing.assert_allclose(grid.points(affine), [-step, 0, step, 2 * step], rtol=1e-6)
+    np.testing.assert_allclose(grid.points(grid.from_range(-3.0, 2.0, 1)), [-3, 3])
+    of_format = grid.points(grid.from_range(-1.0, 1.0, 4, format="nf4"))
+    assert len(of_format) == 16
+    assert float(of_format[0]) == -1.0
+    per_channel = grid.from_range(-jnp.ones((1, 2)), jnp.ones((1, 2)), 4)
+    with pytest.raises(ValueError, match=r"one scale, given \(1, 2\)"):
+        grid.points(per_channel)

@@ -41,7 +41,7 @@ def test_a_collapsed_arm_opens_a_second_panel_and_a_close_field_does_not():
 
 def test_arms_of_one_size_stand_apart_without_passing_their_neighbours():
     sizes = [1000, 2000, 2000, 2010, 2000, 4000]
-    places = plot._side_by_side(sizes)
+    places = plot.side_by_side(sizes)
     assert places[0] == pytest.approx(1000)
     assert places[5] == pytest.approx(4000)
     assert np.all(np.diff(places) > 0)

@@ -6,6 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
+from kdq.report.aggregate import difference
 from kdq.report.table import markdown, print_table, rows
 
 
@@ -202,3 +203,20 @@ def test_the_terminal_table_fits_and_keeps_what_matters(width):
     assert "[red]qat" in words
     assert "+1.17 [+0.45, +1.88]*" in words
     assert ("Not shown at this width" in words) == (width < 180)
+
+
+def test_any_two_arms_can_be_compared_by_any_number():
+    records = [
+        record("a", 0, 90.0, nll=0.5),
+        record("a", 1, 92.0, nll=0.3),
+        record("a", 2, 99.0),
+        record("b", 1, 90.0, nll=0.2),
+        record("b", 0, 80.0, nll=0.1),
+        failed("b", 2, "NaN"),
+    ]
+    found = difference(records, "a", "b")
+    assert found.mean == pytest.approx(6)
+    assert found.n == 2
+    assert difference(records, "a", "b", "nll", 1).mean == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="of both 'a' and 'c'; the arms are a, b"):
+        difference(records, "a", "c")
