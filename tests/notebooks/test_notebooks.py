@@ -53,7 +53,10 @@ def test_all_of_them_are_tested():
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "5_mixed_precision" else n for n in NAMES],
+)
 def test_it_runs_and_gives_the_outputs_that_are_committed(name):
     """A claim that no longer holds is an assertion that fails in a cell."""
     found = execute.execute(FOLDER / f"{name}.ipynb")
