@@ -340,6 +340,8 @@ class Experiment:
     """A set of arms over the same data, splits and seeds."""
 
     seeds: tuple[int, ...]
+    # So many seeds of an arm train as one program, spread over the devices if there are several.
+    seeds_at_once: int = 1
     data: Data
     models: Mapping[str, Mapping[str, Any]]  # {key: {"name": module of kdq.models, **fields}}
     arms: Mapping[str, Arm]  # in the order of the table

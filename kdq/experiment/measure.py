@@ -12,7 +12,8 @@ from kdq import deploy, models, quantize
 from kdq.deploy import energy
 from kdq.evaluate import fidelity, metrics, prior
 from kdq.search import cost
-from kdq.train.loop import Fit, Weights
+from kdq.train.loop import Fit
+from kdq.train.task import Weights
 from kdq.types import Batch
 
 FIDELITY = (

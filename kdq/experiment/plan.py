@@ -115,7 +115,7 @@ def experiment_digest(experiment: Experiment) -> str:
         "data": dataclasses.replace(experiment.data, data_dir=""),
     }
     parts = kdq_config.to_json(dataclasses.replace(experiment, **place))
-    for name in ("mesh", "resources", "compute"):
+    for name in ("mesh", "resources", "compute", "seeds_at_once"):
         del parts[name]
     return kdq_config.digest({**parts, **_unless_default("compute", experiment.compute)})
 
