@@ -3,7 +3,8 @@
     python benchmarks/seeds.py --out=benchmarks/results/seeds.json
 
 The digits student (float, and quantized to W4A4) and teacher, by the programs of
-`kdq.train.together`: a seed by itself; several on one device; several on two virtual ones.
+`kdq.train.together`: a seed by itself; its batch cut over two virtual devices; several seeds on one
+device; several on two.
 Milliseconds are of a step of one seed; the forms take turns.
 """
 
@@ -11,6 +12,7 @@ import os
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -20,9 +22,10 @@ import numpy as np
 from absl import flags
 from interleaved import publish, run, show, take_turns
 
-from kdq import config, models, quantize
+from kdq import config, models, quantize, schema
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
+from kdq.train.sharding import make_layout
 from kdq.train.state import create_state
 from kdq.train.task import Task
 from kdq.train.together import program_of
@@ -45,14 +48,14 @@ def main(_: list[str]) -> None:
         model = models.build(**experiment.models[name])
         given = [_begin(experiment, model, bits, seed) for seed in range(max(SEEDS))]
         one, both = jax.devices()[:1], jax.devices()
-        steps = {"one": _repeated(given[:1], one)}
+        steps = {"one": _repeated(given[:1], one), "one, cut": _repeated(_cut(given[:1]), both)}
         for count in SEEDS:
             steps[f"{count} on one device"] = _repeated(given[:count], one)
         steps["2 on two devices"] = _repeated(given[:2], both)
         steps["4 on two devices"] = _repeated(given[:4], both)
         found = take_turns(steps, "one", rounds=ROUNDS.value)
         for form, row in found.items():
-            seeds = 1 if form == "one" else int(form.split()[0])
+            seeds = 1 if form.startswith("one") else int(form.split()[0])
             figures[f"{title}, {form}"] = {
                 "milliseconds_a_seed": round(row["milliseconds"] / seeds / STEPS, 3),
                 "ratio": round(row["ratio"] / seeds, 3),
@@ -86,10 +89,18 @@ def _begin(experiment, model, bits, seed):
     return task, state, {"image": images, "label": rng.integers(0, 10, size).astype(np.int32)}
 
 
+def _cut(given):
+    """With batches cut over two devices (`config.mesh.data=2`)."""
+    layout = make_layout(schema.Mesh(data=2))
+    place = lambda task, state, batch: (dataclasses.replace(task, layout=layout), state, batch)
+    return [place(*one) for one in given]
+
+
 def _repeated(given, devices):
     """A step of the benchmark: ten of training, each of which ends before the next begins."""
     tasks, states, batches = zip(*given, strict=True)
     program = program_of(tasks, states, devices=devices)
+    states = [task.layout.place(state) for task, state in zip(tasks, states, strict=True)]
     state = jax.tree.map(jnp.copy, program.join(states))
 
     def take():

@@ -140,7 +140,7 @@ class Together:
         return _steps(
             state,
             self._arguments,
-            self.join(batches),
+            jax.tree.map(lambda *own: np.stack(own), *batches),  # placed with the call: faster
             model=task.model,
             teacher=task.teacher,
             objective=task.objective,
