@@ -118,6 +118,6 @@ def test_a_digest_follows_what_a_class_uses(tmp_path: Path, monkeypatch, old, ne
     for number, text in enumerate((SOURCE, SOURCE.replace(old, new), SOURCE)):
         (tmp_path / f"nets_{number}.py").write_text(text)
         digests.append(models.source_digest(f"nets_{number}:Net"))
-        monkeypatch.delitem(sys.modules, f"nets_{number}")
+        del sys.modules[f"nets_{number}"]
     assert (digests[1] != digests[0]) == changes
     assert digests[2] == digests[0]
