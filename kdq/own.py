@@ -30,12 +30,12 @@ def compress(
     workdir: str | os.PathLike[str],
     teacher_variables: Variables | None = None,
     bits: str = "W4A8",
-    epochs: float = 20.0,
-    learning_rate: float = 2e-3,
+    epochs: float = 40.0,
+    learning_rate: float = 5e-3,
     batch_size: int = 64,
     seeds: Sequence[int] = (0,),
     alpha: float = 0.9,
-    temperature: float = 2.0,
+    temperature: float = 4.0,
 ) -> list[experiment.Record]:
     """Trains, distills and quantizes; prints the table of what each gave, on `test`.
 

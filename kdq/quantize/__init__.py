@@ -1,9 +1,9 @@
 """Quantization of any Linen model, by rules on layer paths, without editing the model.
 
-    rules = (QuantizationRule(path=".*", weights=TensorSpec(bits=4, granularity="per_channel"),
-                              activations=TensorSpec(bits=8)),)
-    qparams = calibrate(model, variables, rules, batches)
-    logits = apply(model, variables, qparams, inputs)
+rules = (QuantizationRule(path=".*", weights=TensorSpec(bits=4, granularity="per_channel"),
+                          activations=TensorSpec(bits=8)),)
+qparams = calibrate(model, variables, rules, batches)
+logits = apply(model, variables, qparams, inputs)
 """
 
 from kdq.quantize.calibrate import calibrate
