@@ -94,6 +94,18 @@ def test_the_same_call_again_trains_nothing_and_another_one_is_refused(distilled
         kdq.compress(Net(48), Net(8), **{**DATA, "test": blobs(90)}, workdir=workdir, **QUICK)
 
 
+def test_another_program_imports_the_class_or_gives_the_model(distilled, monkeypatch):
+    _, workdir = distilled
+    path = workdir / "qad" / "0" / "model.safetensors"
+    here = deploy.load_packed(path)
+    monkeypatch.delattr(f"{__name__}.Net")
+    with pytest.raises(deploy.PackedFileError, match=r"its model is 'test_own:Net', which is not"):
+        deploy.load_packed(path)
+    given = deploy.load_packed(path, here.model)
+    inputs = DATA["test"][0].astype(np.float32)
+    np.testing.assert_array_equal(given(inputs), here(inputs))
+
+
 def test_a_teacher_of_ones_own_is_kept_as_it_is_and_quantized(tmp_path):
     teacher = Shallow()
     inputs, labels = DATA["test"]

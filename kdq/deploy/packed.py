@@ -197,8 +197,8 @@ def _load(path: Path, model: nn.Module | None) -> PackedModel:
         name = header.model.get("name")
         if models.is_own(name) and not models.is_imported(name):
             raise PackedFileError(
-                f"its model is {name!r}, and reading runs nothing: import that module first, or "
-                "give load_packed the model"
+                f"its model is {name!r}, which is not there, and reading imports nothing: do so "
+                "first, or give load_packed the model"
             )
         try:
             model = models.build(**header.model)

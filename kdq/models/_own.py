@@ -24,7 +24,11 @@ def is_own(name: Any) -> bool:
 
 def is_imported(name: str) -> bool:
     """Whether the class can be found without running what is not running already."""
-    return name.partition(":")[0] in sys.modules
+    module, _, path = name.partition(":")
+    found = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found is not None
 
 
 def find(name: str) -> type[nn.Module]:
@@ -39,6 +43,11 @@ def find(name: str) -> type[nn.Module]:
         ) from error
     for part in path.split("."):
         if not hasattr(found, part):
+            if module == "__main__":
+                raise ConfigError(
+                    f"model {name!r} is of another program; a class that several use wants a "
+                    "module that they can import"
+                )
             classes = [key for key, value in vars(found).items() if _is_model(value)]
             raise ConfigError(unknown(f"class of {module} in model {name!r}:", part, classes))
         found = getattr(found, part)

@@ -259,7 +259,7 @@ def test_commands_in_sentences_are_what_programs_take(parsed, name, words):
 
 def test_extras_that_pages_name_are_declared():
     for path in blocks.PAGES:
-        for text in re.findall(r"`(?:pip install [^`]*)?'?kdq(\[[a-z,]+\])'?`", path.read_text()):
+        for text in re.findall(r"(?:\bkdq|'\.)\[[a-z,]+\]", path.read_text()):
             assert extras(text) <= declared_extras(), path
 
 
