@@ -123,6 +123,7 @@ def test_a_teacher_of_ones_own_is_kept_as_it_is_and_quantized(tmp_path):
     assert config["quantize"]["keep"] == []
 
 
+@pytest.mark.slow
 def test_pixels_are_seen_over_255(tmp_path):
     x, y = DATA["train"]
     pixels = np.clip(128 + 30 * x, 0, 255).astype(np.uint8)

@@ -76,6 +76,7 @@ def seconds_of_help() -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.mark.slow
 def test_more_flags_are_a_flag_away():
     command = [sys.executable, "launch/advise.py", "--helpfull"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
