@@ -75,8 +75,8 @@ class _Runner:
 
     def __init__(self, experiment: Experiment, workdir: Path, progress: Progress):
         self.experiment, self.progress = experiment, progress
-        self.store = Store(experiment, workdir)
         self.models = _build_models(experiment)
+        self.store = Store(experiment, workdir)
         for name, arm in experiment.arms.items():
             if arm.observer not in OBSERVERS:
                 where = f"config.arms.{name}.observer:"
