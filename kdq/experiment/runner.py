@@ -260,6 +260,7 @@ class _Runner:
             self.models[arm.model],
             self.inputs.test,
             self.store.folder(name, seed) / PACKED,
+            validation=self.inputs.validation[0],
             model_config=kdq_config.to_json(experiment.models[arm.model]),
             metadata={
                 **{key: identity[key] for key in ("arm", "seed", "bits", "arm_digest")},
