@@ -1,0 +1,362 @@
+"""Charts as Vega-Lite specifications, which browsers and `draw` render alike."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdq.report.front import pareto_front, side_by_side, zoom_floor
+
+Spec = dict[str, Any]
+Point = Mapping[str, Any]
+
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+# Okabe and Ito's palette, which the color-blind can tell apart; kinds have shapes as well.
+COLORS = {
+    "teacher": "#777777",
+    "labels": "#999933",
+    "KD": "#56b4e9",
+    "PTQ": "#e69f00",
+    "QAT": "#009e73",
+    "QAD": "#d55e00",
+}
+SPARE_COLORS = ("#0072b2", "#cc79a7", "#b8a800")
+SHAPES = ("diamond", "circle", "square", "triangle-up", "triangle-down", "cross")
+MOST_CLASSES = 20  # of a map of confusions that can be read
+
+
+def kind_scale(kinds: Sequence[str]) -> Spec:
+    """Color of each kind: the same in every chart of every report."""
+    known = [kind for kind in COLORS if kind in kinds]
+    other = sorted({kind for kind in kinds if kind not in COLORS})
+    spare = [SPARE_COLORS[i % len(SPARE_COLORS)] for i in range(len(other))]
+    return {"domain": [*known, *other], "range": [*(COLORS[k] for k in known), *spare]}
+
+
+def _kinds(points: Sequence[Point]) -> Spec:
+    scale = kind_scale([p["kind"] for p in points])
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(scale["domain"]))]
+    return {
+        "color": {"field": "kind", "type": "nominal", "scale": scale, "title": None},
+        "shape": {
+            "field": "kind",
+            "type": "nominal",
+            "scale": {"domain": scale["domain"], "range": shapes},
+            "title": None,
+        },
+    }
+
+
+def pareto(points: Sequence[Point], cost: str, title: str) -> list[Spec]:
+    """Accuracy against a cost, and a second chart of the best where others collapsed.
+
+    Args:
+      points: with "accuracy" [percent], "low" and "high" (None of one seed), "kind", "bits", the
+        cost, and what a tooltip is to show under "tip".
+      cost: its key; above 0.
+      title: of its axis.
+    """
+    shown = [p for p in points if (p.get(cost) or 0) > 0 and p["accuracy"] is not None]
+    if not shown:
+        return []
+    places = side_by_side([p[cost] for p in shown])
+    front = set(pareto_front([(p[cost], p["accuracy"]) for p in shown]))
+    placed = [
+        {**p, "x": x, "front": i in front} for i, (p, x) in enumerate(zip(shown, places, strict=True))
+    ]
+    floor = zoom_floor([p["accuracy"] for p in placed])
+    parts = [(placed, f"all {len(placed)} arms")]
+    if floor is not None:
+        best = [p for p in placed if p["accuracy"] >= floor]
+        parts = [parts[0], (best, f"the best {len(best)} of {len(placed)}")]
+    return [_pareto(values, title, subtitle) for values, subtitle in parts]
+
+
+def _pareto(points: Sequence[Point], title: str, subtitle: str) -> Spec:
+    x = {
+        "field": "x",
+        "type": "quantitative",
+        "scale": {"type": "log", "nice": False, "padding": 16},
+        "axis": {"grid": False, "tickCount": 5, "format": "~s"},
+        "title": title,
+    }
+    y = {"type": "quantitative", "scale": {"zero": False, "padding": 10}}
+    values = [{k: v for k, v in p.items() if k != "tip"} | p["tip"] for p in points]
+    tips = list(dict.fromkeys(key for p in points for key in p["tip"]))
+    return {
+        "$schema": SCHEMA,
+        "title": subtitle,
+        "data": {"values": values},
+        "encoding": {"x": x},
+        "height": 300,
+        "layer": [
+            {
+                "transform": [{"filter": "datum.front"}],
+                "mark": {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3]},
+                "encoding": {
+                    "y": {**y, "field": "accuracy", "title": "test accuracy, %"},
+                    "color": {"value": "#888888"},
+                },
+            },
+            {
+                "transform": [{"filter": "datum.low != null"}],
+                "mark": {"type": "rule", "strokeWidth": 1.3},
+                "encoding": {
+                    "y": {**y, "field": "low", "title": "test accuracy, %"},
+                    "y2": {"field": "high"},
+                    "color": _kinds(points)["color"],
+                },
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 75, "opacity": 1},
+                "encoding": {
+                    "y": {**y, "field": "accuracy"},
+                    **_kinds(points),
+                    "tooltip": [{"field": _field(t), "title": t} for t in tips],
+                },
+            },
+            {
+                "transform": [{"filter": "datum.front"}],
+                "mark": {"type": "text", "dy": -12, "dx": -4, "align": "right", "fontSize": 10},
+                "encoding": {"y": {**y, "field": "accuracy"}, "text": {"field": "bits"}},
+            },
+        ],
+    }
+
+
+def _field(name: str) -> str:
+    """A key as a field's name, in which dots and brackets would be paths."""
+    for char in "\\.[]'\"":
+        name = name.replace(char, f"\\{char}")
+    return name
+
+
+def curves(points: Sequence[Point], field: str, title: str) -> Spec:
+    """Lines over steps; what the pointer is on stands out.
+
+    Args:
+      points: with "arm", "kind", "step" and the field.
+      field: what is drawn.
+      title: of its axis.
+    """
+    chosen = {"condition": {"param": "arm", "empty": False, "value": 3}, "value": 1.2}
+    return {
+        "$schema": SCHEMA,
+        "data": {"values": list(points)},
+        "height": 280,
+        "encoding": {
+            "x": {"field": "step", "type": "quantitative", "axis": {"grid": False}},
+            "y": {
+                "field": field,
+                "type": "quantitative",
+                "title": title,
+                "scale": {"zero": False},
+            },
+            "color": _kinds(points)["color"],
+            "detail": {"field": "arm"},
+        },
+        "layer": [
+            {"mark": {"type": "line"}, "encoding": {"strokeWidth": chosen}},
+            {
+                "params": [
+                    {
+                        "name": "arm",
+                        "select": {
+                            "type": "point",
+                            "fields": ["arm"],
+                            "on": "pointerover",
+                            "clear": "pointerout",
+                        },
+                    }
+                ],
+                "mark": {"type": "point", "filled": True, "size": 90, "opacity": 0},
+                "encoding": {
+                    "tooltip": [
+                        {"field": "arm"},
+                        {"field": "kind"},
+                        {"field": "step"},
+                        {"field": field, "title": title, "format": ".4g"},
+                    ]
+                },
+            },
+        ],
+    }
+
+
+def fidelity(points: Sequence[Point]) -> Spec:
+    """Agreement with the teacher against accuracy: being right is not being like it."""
+    axis = {"type": "quantitative", "scale": {"zero": False, "padding": 10}}
+    tips = list(dict.fromkeys(key for p in points for key in p["tip"]))
+    return {
+        "$schema": SCHEMA,
+        "data": {"values": [{k: v for k, v in p.items() if k != "tip"} | p["tip"] for p in points]},
+        "height": 280,
+        "mark": {"type": "point", "filled": True, "size": 75, "opacity": 0.9},
+        "encoding": {
+            "x": {**axis, "field": "accuracy", "title": "test accuracy, %"},
+            "y": {**axis, "field": "agreement", "title": "agreement with the teacher, %"},
+            **_kinds(points),
+            "tooltip": [{"field": _field(t), "title": t} for t in tips],
+        },
+    }
+
+
+def reliability(bins: Sequence[Point]) -> Spec:
+    """Accuracy against confidence.
+
+    Args:
+      bins: with "arm", "confidence", "accuracy" and "count".
+    """
+    arms = list(dict.fromkeys(b["arm"] for b in bins))
+    colors = [*COLORS.values(), *SPARE_COLORS]
+    unit = {"scale": {"domain": [0, 1]}, "type": "quantitative"}
+    return {
+        "$schema": SCHEMA,
+        "height": 300,
+        "layer": [
+            {
+                "data": {"values": [{"x": 0, "y": 0}, {"x": 1, "y": 1}]},
+                "mark": {"type": "line", "strokeDash": [4, 3]},
+                "encoding": {
+                    "x": {**unit, "field": "x"},
+                    "y": {**unit, "field": "y"},
+                    "color": {"value": "#888888"},
+                },
+            },
+            {
+                "data": {"values": list(bins)},
+                "mark": {"type": "line", "point": {"filled": True, "size": 45}},
+                "encoding": {
+                    "x": {**unit, "field": "confidence", "title": "mean confidence of a bin"},
+                    "y": {**unit, "field": "accuracy", "title": "accuracy in the bin"},
+                    "color": {
+                        "field": "arm",
+                        "type": "nominal",
+                        "title": None,
+                        "scale": {"domain": arms, "range": colors[: len(arms)]},
+                    },
+                    "tooltip": [
+                        {"field": "arm"},
+                        {"field": "confidence", "format": ".3f"},
+                        {"field": "accuracy", "format": ".3f"},
+                        {"field": "count", "title": "examples"},
+                    ],
+                },
+            },
+        ],
+    }
+
+
+def confusion_difference(cells: Sequence[Point], title: str) -> Spec:
+    """Mean counts of an arm less those of the teacher, class by predicted class.
+
+    Args:
+      cells: with "class", "predicted" and "difference".
+      title: of the chart.
+    """
+    most = max((abs(c["difference"]) for c in cells), default=0) or 1
+    return {
+        "$schema": SCHEMA,
+        "title": title,
+        "data": {"values": list(cells)},
+        "height": 220,
+        "mark": {"type": "rect"},
+        "encoding": {
+            "x": {
+                "field": "predicted",
+                "type": "ordinal",
+                "title": "predicted",
+                "axis": {"labelAngle": 0},
+            },
+            "y": {"field": "class", "type": "ordinal", "title": "class"},
+            "color": {
+                "field": "difference",
+                "type": "quantitative",
+                "title": "examples more",
+                "scale": {"domain": [-most, 0, most], "range": ["#3b78c2", "#eeeeee", "#c9542c"]},
+            },
+            "tooltip": [
+                {"field": "class"},
+                {"field": "predicted"},
+                {"field": "difference", "title": "examples more than the teacher", "format": "+.3g"},
+            ],
+        },
+    }
+
+
+def bits_by_layer(cells: Sequence[Point]) -> Spec:
+    """The policy of each arm.
+
+    Args:
+      cells: with "arm", "layer", "bits" ("W4A4") and "weight_bits", in order.
+    """
+    arms, layers = (list(dict.fromkeys(c[key] for c in cells)) for key in ("arm", "layer"))
+    return {
+        "$schema": SCHEMA,
+        "data": {"values": list(cells)},
+        "height": {"step": 24},
+        "encoding": {
+            "x": {
+                "field": "layer",
+                "type": "ordinal",
+                "sort": layers,
+                "title": None,
+                "axis": {"labelAngle": 0 if len(layers) < 9 else -60},
+            },
+            "y": {
+                "field": "arm",
+                "type": "ordinal",
+                "sort": arms,
+                "title": None,
+                "axis": {"labelLimit": 130},
+            },
+            "tooltip": [{"field": "arm"}, {"field": "layer"}, {"field": "bits"}],
+        },
+        "layer": [
+            {
+                "mark": {"type": "rect"},
+                "encoding": {
+                    "color": {
+                        "field": "weight_bits",
+                        "type": "quantitative",
+                        "title": "bits of weights",
+                        "scale": {"domain": [1, 8], "range": ["#f7d9b0", "#4f9db8"], "clamp": True},
+                    }
+                },
+            },
+            {
+                "mark": {"type": "text", "fontSize": 10},
+                "encoding": {"text": {"field": "bits"}, "color": {"value": "#111111"}},
+            },
+        ],
+    }
+
+
+def sensitivity(cells: Sequence[Point]) -> Spec:
+    """What each layer alone does to the outputs.
+
+    Args:
+      cells: with "arm", "layer", "sensitivity" [nats, above 0] and "bits".
+    """
+    layers = list(dict.fromkeys(c["layer"] for c in cells))
+    return {
+        "$schema": SCHEMA,
+        "data": {"values": list(cells)},
+        "height": {"step": 26},
+        "mark": {"type": "point", "filled": True, "size": 70},
+        "encoding": {
+            "x": {
+                "field": "sensitivity",
+                "type": "quantitative",
+                "scale": {"type": "log", "nice": False, "padding": 12},
+                "axis": {"tickCount": 4, "format": ".0e"},
+                "title": "KL with this layer alone quantized, nats",
+            },
+            "y": {"field": "layer", "type": "ordinal", "sort": layers, "title": None},
+            "color": {"field": "arm", "type": "nominal", "title": None},
+            "tooltip": [
+                {"field": "arm"},
+                {"field": "layer"},
+                {"field": "bits"},
+                {"field": "sensitivity", "format": ".3g"},
+            ],
+        },
+    }

@@ -1,0 +1,44 @@
+"""Writes the report of workdirs: the page, the tables and the plots."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdq.files import write_atomic
+from kdq.report.advisor.constraints import Constraints
+from kdq.report.page import build, combine, read, tables
+from kdq.report.page.section import section
+
+PAGE, PLOTS = "report.html", "plots"
+
+
+def write(
+    workdirs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    constraints: Constraints | None = None,
+) -> Path:
+    """Writes report.html, table.md, table.csv, table.tex and plots/ to `out`.
+
+    Args:
+      workdirs: folders of launch/compress.py or launch/train.py.
+      out: made if it does not exist; each file is replaced atomically.
+      constraints: of the advisor's answer.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ConfigError: a folder without a record that can be read.
+    """
+    out = Path(out)
+    found = combine.experiments(read.folders([str(path) for path in workdirs]))
+    sections = [section(one, constraints or Constraints()) for one in found]
+    write_atomic(out / "table.md", tables.markdown(found).encode())
+    write_atomic(out / "table.csv", tables.csv_table(found).encode())
+    write_atomic(out / "table.tex", tables.latex(found).encode())
+    for i, one in enumerate(sections, 1):
+        for name, data in build.files(one).items():
+            prefix = f"{i}_" if len(sections) > 1 else ""
+            write_atomic(out / PLOTS / f"{prefix}{name}", data)
+    write_atomic(out / PAGE, build.page(sections).encode())
+    return out / PAGE
