@@ -1,6 +1,7 @@
-"""The config that a workdir was last run with, to run it or one of its arms again elsewhere.
+r"""The config that a workdir was last run with, to run it or one of its arms again elsewhere.
 
-python launch/train.py --config=configs/saved/workdir.py:runs/digits --workdir=runs/again --arm=kd --seed=0
+python launch/train.py --config=configs/saved/workdir.py:runs/digits --workdir=runs/again \
+    --arm=kd --seed=0
 """
 
 import json

@@ -46,7 +46,7 @@ def side_by_side(costs: Sequence[float]) -> list[float]:
     places = [0.0] * len(costs)
     for g, group in enumerate(groups):
         room = 0.7 * min(gaps[g], gaps[g + 1])
-        step = min(0.025 * span, room / len(group))
+        step = min(0.02 * span, room / len(group))
         for k, i in enumerate(sorted(group)):
             places[i] = math.exp(centers[g] + step * (k - (len(group) - 1) / 2))
     return places

@@ -87,5 +87,3 @@ def files(section: Section) -> dict[str, bytes]:
             png, svg = draw.pictures(chart.specs, chart.title)
             found |= {f"{chart.name}.png": png, f"{chart.name}.svg": svg}
     return found
-
-

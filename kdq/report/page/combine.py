@@ -133,9 +133,7 @@ def _differ(a: Experiment, b: Experiment) -> str | None:
     """Why two experiments on the same data are kept apart; None if they need not be."""
     first, second = ({run.record["arm"]: run.record for run in one.runs} for one in (a, b))
     common = [arm for arm in first if arm in second]
-    other = [
-        arm for arm in common if first[arm].get("arm_digest") != second[arm].get("arm_digest")
-    ]
+    other = [arm for arm in common if first[arm].get("arm_digest") != second[arm].get("arm_digest")]
     if other:
         names = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
         return f"kept apart from {a.name}: its arms {names} were run with another config"

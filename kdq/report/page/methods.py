@@ -201,7 +201,7 @@ def _hardware(pick: Chosen) -> str:
     if widths and widths[0] >= 8:
         return "8-bit integer multiplication, as most CPUs, NPUs and GPUs have."
     return (
-        f"Weights of {widths[0] if widths else '?'} bits are unpacked to 8-bit integers unless the "
+        f"Numbers of {widths[0] if widths else '?'} bits are unpacked to 8-bit integers unless the "
         "device multiplies fewer bits; a smaller file anywhere, faster only where kernels exist."
     )
 
@@ -213,7 +213,7 @@ def _cost(candidate: Candidate, study: Study) -> str:
     if candidate.steps == 0 and not candidate.seconds:
         text = "no training"
     if calibration:
-        text += f"; {summary(calibration)[0]:.1f} s of calibration"
+        text += f"; {summary(calibration)[0]:.2g} s of calibration"
     return f"{text}; on {candidate.device}"
 
 

@@ -19,6 +19,14 @@ NUMBERS = (
 NAMED = ("kind", "bits", "reference", "selected_on", "config_digest", "arm_digest", "device")
 MAPPINGS = ("versions", "data", "exports", "policy")
 
+# What `kdq.experiment.details` writes.
+BINS = ("confidence", "accuracy", "count")
+EXAMPLES = ("images", "maps", "label", "predicted", "probability")
+LAYER = (
+    *("path", "kind", "weight_bits", "input_bits", "weights", "bytes", "macs", "bops"),
+    *("energy_modelled_nj", "sqnr_db", "range", "sensitivity"),
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
@@ -55,26 +63,43 @@ def folders(paths: Sequence[str]) -> list[Folder]:
     return [_folder(path, name) for path, name in zip(paths, short, strict=True)]
 
 
+def of_records(records: Sequence[Record], workdir: Path) -> Folder:
+    """A workdir of which these records are known already."""
+    places = [(workdir / str(r.get("arm")) / str(r.get("seed")), r) for r in records]
+    return _of(workdir, workdir.resolve().name, places, [])
+
+
 def _folder(path: str, name: str) -> Folder:
-    files, problems, runs = sorted(Path(path).glob("*/*/result.json")), [], []
+    files = sorted(Path(path).glob("*/*/result.json"))
     if not files:
         raise ConfigError(f"--workdirs: {path} holds no ARM/SEED/result.json of a finished arm")
-    config = _config(Path(path, "config.json"), problems)
+    problems, found = [], []
     for file in files:
         try:
-            record, wrong = cleaned(json_of(file))
+            found.append((file.parent, json_of(file)))
         except ConfigError as error:
             problems.append(str(error))
+    folder = _of(Path(path), name, found, problems)
+    if not folder.runs:
+        raise ConfigError(f"--workdirs: no record of {path} can be read: {folder.problems[0]}")
+    return folder
+
+
+def _of(path: Path, name: str, found: Sequence[tuple[Path, Any]], problems: list[str]) -> Folder:
+    runs, config = [], _config(path / "config.json", problems)
+    for folder, content in found:
+        try:
+            record, wrong = cleaned(content)
+        except ConfigError as error:
+            problems.append(f"{folder}: {error}")
             continue
-        problems += [f"{file}: {text}" for text in wrong]
-        runs.append(Run(record=record, folder=file.parent))
-    if not runs:
-        raise ConfigError(f"--workdirs: no record of {path} can be read: {problems[-1]}")
+        problems += [f"{folder}: {text}" for text in wrong]
+        runs.append(Run(record=record, folder=folder))
     if config:  # in the order of the config, not of the alphabet
         order = {arm: place for place, arm in enumerate(config["arms"])}
         runs.sort(key=lambda run: order.get(run.record["arm"], len(order)))
     return Folder(
-        path=path, name=name, config=config, runs=tuple(runs), problems=tuple(problems)
+        path=str(path), name=name, config=config, runs=tuple(runs), problems=tuple(problems)
     )
 
 
@@ -142,9 +167,24 @@ def details(folder: Path) -> tuple[dict[str, Any], str]:
         found = json_of(path)
     except ConfigError as error:
         return {}, str(error)
-    if not isinstance(found, dict):
-        return {}, f"{path} is no object"
+    try:
+        _check_details(found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return {}, f"{path} is no file of details: {error!r}"
     return found, ""
+
+
+def _check_details(found: Any) -> None:
+    """Raises whatever comes first where something is missing or of another shape."""
+    classes = len(found["confusion"])
+    if any(len(row) != classes for row in found["confusion"]):
+        raise ValueError("a confusion matrix that is not square")
+    for part, keys in (("reliability", BINS), ("attributions", EXAMPLES)):
+        if len({len(found[part][key]) for key in keys}) != 1:
+            raise ValueError(f"lists of different lengths in {part}")
+    for row in found["layers"]:
+        if missing := [key for key in LAYER if key not in row]:
+            raise ValueError(f"a layer without {', '.join(missing)}")
 
 
 def curve(folder: Path, *, every: bool = True) -> list[dict[str, Any]]:

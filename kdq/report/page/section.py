@@ -1,6 +1,7 @@
 """All that the page says of one experiment, as plain data for the template."""
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,7 +77,7 @@ def section(experiment: Experiment, constraints: Constraints) -> Section:
     layers = views.layers(details, wanted)
     charts = {
         "fronts": _fronts(experiment),
-        "layers": _layers(layers),
+        "layers": _layers(layers, shown),
         "training": _training(experiment),
         "fidelity": _fidelity(experiment),
         "calibration": _reliability({arm: details[arm] for arm in shown if arm in details}),
@@ -94,7 +95,9 @@ def section(experiment: Experiment, constraints: Constraints) -> Section:
         layers={arm: layer_grid(rows) for arm, rows in layers.items() if arm in shown},
         attributions=views.attributions({a: details[a] for a in shown if a in details}),
         failures=[
-            f"{row.arm}, seed {seed}: {reason}" for row in experiment.rows for seed, reason in row.failures
+            f"{row.arm}, seed {seed}: {reason}"
+            for row in experiment.rows
+            for seed, reason in row.failures
         ],
         problems=[*problems, *_some(lost)],
         missing=_missing(charts, experiment),
@@ -109,36 +112,45 @@ def _some(lost: Sequence[str]) -> list[str]:
 
 def _answer(advice: Sequence[Block], study: Study) -> list[str]:
     """The advisor's own first words, and how far one can go."""
-    place = next((i for i, b in enumerate(advice) if (b.kind, b.text) == ("heading", "Answer")), None)
+    place = next(
+        (i for i, b in enumerate(advice) if (b.kind, b.text) == ("heading", "Answer")), None
+    )
     said = []
     for block in advice[place + 1 :] if place is not None else ():
         if block.kind == "heading":
             break
-        said.append(block.text)
+        said.append(_uncited(block.text))
     found = methods.smallest_within(study, CLOSE)
     teachers = [c for c in study.candidates if c.kind == "teacher"]
-    if found and teachers:
+    if found and teachers and found[0].kind != "teacher":
         arm, unsure = found
         far = drop(arm, study)
+        likely = f" ({unsure})" if unsure else ""
         ratio = teachers[0].size_bytes / arm.size_bytes if arm.size_bytes else 1
         said.append(
             f"How far can one go? The smallest file within {CLOSE:g} point of the teacher on "
-            f"validation{f' ({unsure})' if unsure else ''} is {arm.arm} ({arm.method}, {arm.bits}): "
+            f"validation{likely} is {arm.arm} ({arm.method}, {arm.bits}): "
             f"{format_bytes(arm.size_bytes)}, {ratio:.1f} times smaller; {percent(arm.validation)} "
             f"on validation, {interval(far)} points against the teacher; {percent(arm.test)} on "
             "test."
         )
     elif teachers:
-        said.append(f"How far can one go? No arm is within {CLOSE:g} point of the teacher.")
-    said += [block.text for block in advice if block.text.startswith("In short")]
+        said.append(
+            f"How far can one go? No smaller file is within {CLOSE:g} point of "
+            "the teacher on validation."
+        )
+    said += [_uncited(b.text) for b in advice if b.text.startswith("In short")]
     return said
+
+
+def _uncited(text: str) -> str:
+    """Without the numbers of rows, which only the whole advice resolves."""
+    return re.sub(r" \[\d+(, \d+)*\]$", "", text)
 
 
 def command(experiment: Experiment, arm: str) -> str:
     """What runs an arm again, in a new folder."""
-    folder = next(
-        (f for f in experiment.folders if f.config and arm in f.config["arms"]), None
-    )
+    folder = next((f for f in experiment.folders if f.config and arm in f.config["arms"]), None)
     config = f"configs/saved/workdir.py:{folder.path}" if folder else "CONFIG"
     runs = [r for r in experiment.records if r["arm"] == arm]
     parts = ["python", "launch/train.py", f"--config={config}", "--workdir=runs/again"]
@@ -213,13 +225,13 @@ def _confusions(details: views.Details, arms: Sequence[str], teacher: str | None
             Chart(
                 name=f"confusions_{len(charts) + 1}",
                 title=f"{arm} less {teacher}",
-                specs=(specs.confusion_difference(cells, f"{arm} less {teacher}"),),
+                specs=(specs.confusion_difference(cells),),
             )
         )
     return charts
 
 
-def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
+def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[str]) -> list[Chart]:
     cells = [
         {
             "arm": arm,
@@ -240,13 +252,13 @@ def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
             specs=(specs.bits_by_layer(cells),),
         )
     ]
-    measured = [c for c in cells if (c["sensitivity"] or 0) > 0]
+    measured = [c for c in cells if (c["sensitivity"] or 0) > 0 and c["arm"] in shown]
     if measured:
         charts.append(
             Chart(
                 name="sensitivity",
                 title="Sensitivity: what each layer's quantizer alone does to the outputs",
-                specs=(specs.sensitivity(measured),),
+                specs=(specs.sensitivity(measured, [a for a in shown if a in layers]),),
                 note="KL to the same weights without any quantizer, on a batch of validation, of "
                 "the first seed. Of a network trained with quantizers those are not a network "
                 "that anybody would use.",
@@ -317,5 +329,3 @@ def _facts(experiment: Experiment) -> list[tuple[str, str]]:
         ("Devices", "; ".join(experiment.devices) or "not recorded"),
         ("Versions", ", ".join(versions) or "not recorded"),
     ]
-
-

@@ -1,5 +1,6 @@
 """Charts as Vega-Lite specifications, which browsers and `draw` render alike."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,21 @@ def kind_scale(kinds: Sequence[str]) -> Spec:
     return {"domain": [*known, *other], "range": [*(COLORS[k] for k in known), *spare]}
 
 
+def _arms(arms: Sequence[str]) -> Spec:
+    """Color of each arm, for the few that a chart shows."""
+    colors = [*COLORS.values(), *SPARE_COLORS]
+    return {
+        "field": "arm",
+        "type": "nominal",
+        "title": None,
+        "legend": {"columns": 2, "labelLimit": 150},
+        "scale": {
+            "domain": list(arms),
+            "range": [colors[i % len(colors)] for i in range(len(arms))],
+        },
+    }
+
+
 def _kinds(points: Sequence[Point]) -> Spec:
     scale = kind_scale([p["kind"] for p in points])
     shapes = [SHAPES[i % len(SHAPES)] for i in range(len(scale["domain"]))]
@@ -60,14 +76,33 @@ def pareto(points: Sequence[Point], cost: str, title: str) -> list[Spec]:
     places = side_by_side([p[cost] for p in shown])
     front = set(pareto_front([(p[cost], p["accuracy"]) for p in shown]))
     placed = [
-        {**p, "x": x, "front": i in front} for i, (p, x) in enumerate(zip(shown, places, strict=True))
+        {**p, "x": x, "front": i in front}
+        for i, (p, x) in enumerate(zip(shown, places, strict=True))
     ]
-    floor = zoom_floor([p["accuracy"] for p in placed])
+    best = placed
+    # What collapsed would hide what did not.
+    while (floor := zoom_floor([_lowest(p) for p in best])) is not None:
+        best = [p for p in best if _lowest(p) >= floor]
     parts = [(placed, f"all {len(placed)} arms")]
-    if floor is not None:
-        best = [p for p in placed if p["accuracy"] >= floor]
-        parts = [parts[0], (best, f"the best {len(best)} of {len(placed)}")]
+    if len(best) < len(placed):
+        parts.append((best, f"the best {len(best)} of {len(placed)}"))
     return [_pareto(values, title, subtitle) for values, subtitle in parts]
+
+
+def _lowest(point: Point) -> float:
+    return point["accuracy"] if point["low"] is None else point["low"]
+
+
+def _labelled(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Points of the front have their bits written above them, where there is room."""
+    logs = [math.log(p["x"]) for p in points]
+    room = 0.07 * (max(logs) - min(logs))
+    found, last = [], -math.inf
+    for place, point in sorted(zip(logs, points, strict=True), key=lambda pair: pair[0]):
+        fits = point["front"] and place - last >= room
+        last = place if fits else last
+        found.append({**point, "label": point["bits"] if fits else ""})
+    return found
 
 
 def _pareto(points: Sequence[Point], title: str, subtitle: str) -> Spec:
@@ -78,10 +113,11 @@ def _pareto(points: Sequence[Point], title: str, subtitle: str) -> Spec:
         "axis": {"grid": False, "tickCount": 5, "format": "~s"},
         "title": title,
     }
-    y = {"type": "quantitative", "scale": {"zero": False, "padding": 10}}
-    values = [{k: v for k, v in p.items() if k != "tip"} | p["tip"] for p in points]
+    y = {"type": "quantitative", "scale": {"zero": False, "nice": False, "padding": 18}}
+    labelled = _labelled(points)
+    values = [{k: v for k, v in p.items() if k != "tip"} | p["tip"] for p in labelled]
     tips = list(dict.fromkeys(key for p in points for key in p["tip"]))
-    return {
+    spec = {
         "$schema": SCHEMA,
         "title": subtitle,
         "data": {"values": values},
@@ -114,12 +150,15 @@ def _pareto(points: Sequence[Point], title: str, subtitle: str) -> Spec:
                 },
             },
             {
-                "transform": [{"filter": "datum.front"}],
-                "mark": {"type": "text", "dy": -12, "dx": -4, "align": "right", "fontSize": 10},
-                "encoding": {"y": {**y, "field": "accuracy"}, "text": {"field": "bits"}},
+                "transform": [{"filter": "datum.label != ''"}],
+                "mark": {"type": "text", "dy": -14, "fontSize": 10},
+                "encoding": {"y": {**y, "field": "accuracy"}, "text": {"field": "label"}},
             },
         ],
     }
+    if all(p["low"] is None for p in points):
+        del spec["layer"][1]  # Vega warns of a scale of nothing
+    return spec
 
 
 def _field(name: str) -> str:
@@ -183,7 +222,7 @@ def curves(points: Sequence[Point], field: str, title: str) -> Spec:
 
 def fidelity(points: Sequence[Point]) -> Spec:
     """Agreement with the teacher against accuracy: being right is not being like it."""
-    axis = {"type": "quantitative", "scale": {"zero": False, "padding": 10}}
+    axis = {"type": "quantitative", "scale": {"zero": False, "nice": False, "padding": 14}}
     tips = list(dict.fromkeys(key for p in points for key in p["tip"]))
     return {
         "$schema": SCHEMA,
@@ -206,7 +245,6 @@ def reliability(bins: Sequence[Point]) -> Spec:
       bins: with "arm", "confidence", "accuracy" and "count".
     """
     arms = list(dict.fromkeys(b["arm"] for b in bins))
-    colors = [*COLORS.values(), *SPARE_COLORS]
     unit = {"scale": {"domain": [0, 1]}, "type": "quantitative"}
     return {
         "$schema": SCHEMA,
@@ -227,12 +265,7 @@ def reliability(bins: Sequence[Point]) -> Spec:
                 "encoding": {
                     "x": {**unit, "field": "confidence", "title": "mean confidence of a bin"},
                     "y": {**unit, "field": "accuracy", "title": "accuracy in the bin"},
-                    "color": {
-                        "field": "arm",
-                        "type": "nominal",
-                        "title": None,
-                        "scale": {"domain": arms, "range": colors[: len(arms)]},
-                    },
+                    "color": _arms(arms),
                     "tooltip": [
                         {"field": "arm"},
                         {"field": "confidence", "format": ".3f"},
@@ -245,17 +278,15 @@ def reliability(bins: Sequence[Point]) -> Spec:
     }
 
 
-def confusion_difference(cells: Sequence[Point], title: str) -> Spec:
+def confusion_difference(cells: Sequence[Point]) -> Spec:
     """Mean counts of an arm less those of the teacher, class by predicted class.
 
     Args:
       cells: with "class", "predicted" and "difference".
-      title: of the chart.
     """
     most = max((abs(c["difference"]) for c in cells), default=0) or 1
     return {
         "$schema": SCHEMA,
-        "title": title,
         "data": {"values": list(cells)},
         "height": 220,
         "mark": {"type": "rect"},
@@ -276,7 +307,11 @@ def confusion_difference(cells: Sequence[Point], title: str) -> Spec:
             "tooltip": [
                 {"field": "class"},
                 {"field": "predicted"},
-                {"field": "difference", "title": "examples more than the teacher", "format": "+.3g"},
+                {
+                    "field": "difference",
+                    "title": "examples more than the teacher",
+                    "format": "+.3g",
+                },
             ],
         },
     }
@@ -289,25 +324,22 @@ def bits_by_layer(cells: Sequence[Point]) -> Spec:
       cells: with "arm", "layer", "bits" ("W4A4") and "weight_bits", in order.
     """
     arms, layers = (list(dict.fromkeys(c[key] for c in cells)) for key in ("arm", "layer"))
+    across, down = ("layer", "arm") if len(layers) <= 10 else ("arm", "layer")
+    order = {"arm": arms, "layer": layers}
+    place = lambda field, **axis: {
+        "field": field,
+        "type": "ordinal",
+        "sort": order[field],
+        "title": None,
+        "axis": {"labelLimit": 130, **axis},
+    }
     return {
         "$schema": SCHEMA,
         "data": {"values": list(cells)},
-        "height": {"step": 24},
+        "height": 24 * len(order[down]),
         "encoding": {
-            "x": {
-                "field": "layer",
-                "type": "ordinal",
-                "sort": layers,
-                "title": None,
-                "axis": {"labelAngle": 0 if len(layers) < 9 else -60},
-            },
-            "y": {
-                "field": "arm",
-                "type": "ordinal",
-                "sort": arms,
-                "title": None,
-                "axis": {"labelLimit": 130},
-            },
+            "x": place(across, labelAngle=0 if across == "layer" else -60),
+            "y": place(down),
             "tooltip": [{"field": "arm"}, {"field": "layer"}, {"field": "bits"}],
         },
         "layer": [
@@ -330,18 +362,19 @@ def bits_by_layer(cells: Sequence[Point]) -> Spec:
     }
 
 
-def sensitivity(cells: Sequence[Point]) -> Spec:
+def sensitivity(cells: Sequence[Point], arms: Sequence[str]) -> Spec:
     """What each layer alone does to the outputs.
 
     Args:
       cells: with "arm", "layer", "sensitivity" [nats, above 0] and "bits".
+      arms: whose colors are as in the other charts of arms.
     """
     layers = list(dict.fromkeys(c["layer"] for c in cells))
     return {
         "$schema": SCHEMA,
         "data": {"values": list(cells)},
-        "height": {"step": 26},
-        "mark": {"type": "point", "filled": True, "size": 70},
+        "height": 26 * len(layers),
+        "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
         "encoding": {
             "x": {
                 "field": "sensitivity",
@@ -351,7 +384,7 @@ def sensitivity(cells: Sequence[Point]) -> Spec:
                 "title": "KL with this layer alone quantized, nats",
             },
             "y": {"field": "layer", "type": "ordinal", "sort": layers, "title": None},
-            "color": {"field": "arm", "type": "nominal", "title": None},
+            "color": _arms(arms),
             "tooltip": [
                 {"field": "arm"},
                 {"field": "layer"},

@@ -57,8 +57,11 @@ COLUMNS: tuple[Column, ...] = (
         lambda r: None if r.difference is None else number(r.difference.mean),
     ),
     ("Δ against", lambda r: r.reference or ABSENT, lambda r: r.reference or ""),
-    ("Size", lambda r: format_bytes(r.size_bytes), lambda r: number(r.size_bytes)),
-    ("Smaller", lambda r: _times(r.size_ratio), lambda r: number(r.size_ratio)),
+    (
+        "Size (smaller)",
+        lambda r: f"{format_bytes(r.size_bytes)}{_times(r.size_ratio)}",
+        lambda r: number(r.size_bytes),
+    ),
     (
         "Energy, modelled",
         lambda r: format_energy(r.energy_modelled_nj),
@@ -80,7 +83,7 @@ FIDELITY: tuple[Column, ...] = (
 
 
 def _times(ratio: float) -> str:
-    return ABSENT if math.isnan(ratio) else f"{ratio:.1f}×"
+    return "" if math.isnan(ratio) else f" ({ratio:.1f}×)"
 
 
 def _plain(value: float) -> str:
@@ -117,8 +120,7 @@ def _grid(columns: Sequence[Column], rows: Sequence[Row]) -> Grid:
     return Grid(
         head=tuple(name for name, _, _ in columns),
         rows=tuple(
-            tuple(Cell(text=text(row), sort=sort(row)) for _, text, sort in columns)
-            for row in rows
+            tuple(Cell(text=text(row), sort=sort(row)) for _, text, sort in columns) for row in rows
         ),
         arms=tuple(row.arm for row in rows),
         states=tuple("" if row.seeds else "failed" for row in rows),
@@ -192,7 +194,7 @@ LATEX = {
 
 def latex(experiments: Sequence[Experiment]) -> str:
     """A booktabs table an experiment, for \\usepackage{booktabs}."""
-    names = ("Arm", "Bits", "Size", "Smaller", "Accuracy %", "Δ [95%]", "Δ against")
+    names = ("Arm", "Bits", "Size (smaller)", "Accuracy %", "Δ [95%]", "Δ against")
     shown = [column for column in COLUMNS if column[0] in names]
     shown.sort(key=lambda column: names.index(column[0]))
     blocks = ["% \\usepackage{booktabs}"]
@@ -225,5 +227,3 @@ def _latex(text: str) -> str:
     escaped = "".join(LATEX.get(char, char) for char in text)
     # After a row's end a bracket would be taken for an argument.
     return re.sub(r"^\[", "{[}", escaped)
-
-

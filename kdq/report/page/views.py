@@ -106,7 +106,9 @@ def training(experiment: Experiment, most: int = 3000) -> tuple[list[dict], list
                 if isinstance(value := entry.get("validation_accuracy"), int | float):
                     own.setdefault(entry["step"], []).append(100 * value)
             if place == 0:
-                losses += [{"arm": row.arm, "kind": row.kind, **w} for w in _windows(entries, windows)]
+                losses += [
+                    {"arm": row.arm, "kind": row.kind, **w} for w in _windows(entries, windows)
+                ]
         validation += [
             {"arm": row.arm, "kind": row.kind, "step": step, "accuracy": summary(values)[0]}
             for step, values in sorted(own.items())
@@ -136,7 +138,8 @@ def reliability(details: Details) -> list[dict[str, Any]]:
         bins: dict[int, list[tuple[float, float, int]]] = {}
         for own in seeds.values():
             parts = own.get("reliability") or {}
-            entries = zip(*(parts.get(k, ()) for k in ("confidence", "accuracy", "count")))
+            columns = [parts.get(k, ()) for k in read.BINS]
+            entries = zip(*columns, strict=True)
             for place, (confidence, accuracy, count) in enumerate(entries):
                 if count and None not in (confidence, accuracy):
                     bins.setdefault(place, []).append((confidence, accuracy, count))
@@ -203,7 +206,9 @@ def attributions(details: Details) -> list[dict[str, Any]]:
             found.append({"arm": "image", "maps": shown})
         maps = [
             {"uri": pictures.signed(values), "says": f"says {said}, {100 * (p or 0):.0f}%"}
-            for values, said, p in zip(own["maps"], own["predicted"], own["probability"])
+            for values, said, p in zip(
+                own["maps"], own["predicted"], own["probability"], strict=True
+            )
         ]
         found.append({"arm": arm, "maps": maps})
     return found

@@ -6,32 +6,30 @@ from pathlib import Path
 
 from kdq.files import write_atomic
 from kdq.report.advisor.constraints import Constraints
-from kdq.report.page import build, combine, read, tables
+from kdq.report.page import build, combine, tables
+from kdq.report.page.read import Folder
 from kdq.report.page.section import section
 
 PAGE, PLOTS = "report.html", "plots"
 
 
 def write(
-    workdirs: Sequence[str | os.PathLike[str]],
+    folders: Sequence[Folder],
     out: str | os.PathLike[str],
     constraints: Constraints | None = None,
 ) -> Path:
     """Writes report.html, table.md, table.csv, table.tex and plots/ to `out`.
 
     Args:
-      workdirs: folders of launch/compress.py or launch/train.py.
+      folders: from `kdq.report.page.read`.
       out: made if it does not exist; each file is replaced atomically.
       constraints: of the advisor's answer.
 
     Returns:
       The path of the page.
-
-    Raises:
-      ConfigError: a folder without a record that can be read.
     """
     out = Path(out)
-    found = combine.experiments(read.folders([str(path) for path in workdirs]))
+    found = combine.experiments(folders)
     sections = [section(one, constraints or Constraints()) for one in found]
     write_atomic(out / "table.md", tables.markdown(found).encode())
     write_atomic(out / "table.csv", tables.csv_table(found).encode())
