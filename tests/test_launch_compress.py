@@ -121,12 +121,14 @@ def test_the_page_of_a_run_shows_what_was_measured(unbroken, visit):
     assert (workdir / "report.html").stat().st_size < 3_000_000
     page = visit(workdir / "report.html")
     for record in json.loads((workdir / "results.json").read_text()):
-        row = page.locator("#results-table-0 tbody tr", has=page.get_by_text(record["arm"]))
+        row = page.locator(
+            "#results-table-0 tbody tr", has=page.get_by_text(record["arm"], exact=True)
+        )
         assert f"{100 * record['accuracy']:.2f}" in row.first.inner_text()
     drawn = page.locator(".chart").evaluate_all("all => all.map(one => one.id.split('-')[2])")
     parts = {"fronts", "layers", "training", "fidelity", "calibration", "confusions"}
     assert parts <= set(drawn)
-    assert page.locator(".chart svg").count() == len(drawn)
+    assert page.locator(".chart svg.marks").count() == len(drawn)
     maps = page.locator(".maps tr").count()
     assert maps == 6  # the images, teacher, student and the best arm of PTQ, QAT and QAD, and KD
     assert page.locator(".missing").count() == 0

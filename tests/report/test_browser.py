@@ -122,7 +122,7 @@ def test_names_are_text_and_what_is_missing_is_said(visit, tmp_path):
     assert "ece='much' is left out, as it is no number" in text
     assert "No quantized arm has details by layer." in text
     assert "details.json is not there" in text
-    assert page.locator(".chart svg").count() > 0
+    assert page.locator(".chart svg.marks").count() > 0
 
 
 def test_two_hundred_arms_fit(visit, tmp_path):

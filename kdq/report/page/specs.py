@@ -86,7 +86,8 @@ def pareto(points: Sequence[Point], cost: str, title: str) -> list[Spec]:
     parts = [(placed, f"all {len(placed)} arms")]
     if len(best) < len(placed):
         parts.append((best, f"the best {len(best)} of {len(placed)}"))
-    return [_pareto(values, title, subtitle) for values, subtitle in parts]
+    base = 2 if cost == "size" else 10
+    return [_pareto(values, title, subtitle, base) for values, subtitle in parts]
 
 
 def _lowest(point: Point) -> float:
@@ -105,14 +106,16 @@ def _labelled(points: Sequence[Point]) -> list[dict[str, Any]]:
     return found
 
 
-def _pareto(points: Sequence[Point], title: str, subtitle: str) -> Spec:
+def _pareto(points: Sequence[Point], title: str, subtitle: str, base: int) -> Spec:
     x = {
         "field": "x",
         "type": "quantitative",
-        "scale": {"type": "log", "nice": False, "padding": 16},
-        "axis": {"grid": False, "tickCount": 5, "format": "~s"},
+        "scale": {"type": "log", "base": base, "nice": False, "padding": 16},
+        "axis": {"grid": False, "tickCount": 6, "format": ",~r"},
         "title": title,
     }
+    one_seed = all(p["low"] is None for p in points)
+    of_y = "test accuracy, %" if one_seed else "test accuracy, %, with 95% intervals"
     y = {"type": "quantitative", "scale": {"zero": False, "nice": False, "padding": 18}}
     labelled = _labelled(points)
     values = [{k: v for k, v in p.items() if k != "tip"} | p["tip"] for p in labelled]
@@ -128,7 +131,7 @@ def _pareto(points: Sequence[Point], title: str, subtitle: str) -> Spec:
                 "transform": [{"filter": "datum.front"}],
                 "mark": {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3]},
                 "encoding": {
-                    "y": {**y, "field": "accuracy", "title": "test accuracy, %"},
+                    "y": {**y, "field": "accuracy", "title": of_y},
                     "color": {"value": "#888888"},
                 },
             },
@@ -136,7 +139,7 @@ def _pareto(points: Sequence[Point], title: str, subtitle: str) -> Spec:
                 "transform": [{"filter": "datum.low != null"}],
                 "mark": {"type": "rule", "strokeWidth": 1.3},
                 "encoding": {
-                    "y": {**y, "field": "low", "title": "test accuracy, %"},
+                    "y": {**y, "field": "low", "title": of_y},
                     "y2": {"field": "high"},
                     "color": _kinds(points)["color"],
                 },
@@ -156,7 +159,7 @@ def _pareto(points: Sequence[Point], title: str, subtitle: str) -> Spec:
             },
         ],
     }
-    if all(p["low"] is None for p in points):
+    if one_seed:
         del spec["layer"][1]  # Vega warns of a scale of nothing
     return spec
 
