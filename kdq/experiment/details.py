@@ -26,6 +26,7 @@ FILE = "details.json"
 IMAGES = 6  # of the test split, the first ones: not chosen
 SIDE = 32  # pixels of a map at most
 BINS = 15  # of confidence
+EXAMPLES = 128  # of validation, for sensitivities
 
 
 def write(
@@ -58,7 +59,7 @@ def write(
         "confusion": confusion(logits, labels),
         "reliability": _reliability(logits, labels),
         "layers": layer_rows(layers, packed, variables, qparams, validation),
-        "attributions": _attributions(network, images[:IMAGES], labels[:IMAGES]),
+        "attributions": _attributions(network, images[:IMAGES], logits, labels),
     }
     text = json.dumps(_strict(found), separators=(",", ":"), allow_nan=False)
     files.write_atomic(folder / FILE, f"{text}\n".encode())
@@ -88,7 +89,7 @@ def layer_rows(
 
     "sqnr_db" is 10 log10(Σ w² / Σ (w − ŵ)²) of its weights; "range" what its inputs' quantizer
     represents; "sensitivity" the KL [nats] to the outputs without any quantizer of those with this
-    layer's alone, on a batch of validation. None for what a layer does not have.
+    layer's alone, on examples of validation. None for what a layer does not have.
     """
     sensitivities = _sensitivities(packed, variables, validation)
     joules, found = energy.modelled(layers, qparams), []
@@ -147,31 +148,39 @@ def _sensitivities(
     inputs = [q for quantizers in packed.qparams.values() for q in quantizers.values()]
     if any(q.levels is not None or q.dynamic is not None for q in inputs):
         return {}  # formats and dynamic ranges can't be made to do nothing
-    idle = {
-        path: {name: bank.transparent(q) for name, q in quantizers.items()}
-        for path, quantizers in packed.qparams.items()
-    }
-    quantized = {*packed.qparams, *packed.weight_quantizers}
+    quantized = sorted({*packed.qparams, *packed.weight_quantizers})
+    if not quantized:
+        return {}
+    images = validation["image"][: min(EXAMPLES, int(np.sum(validation["mask"])))]
+    idle = _idle(packed.qparams)
     rounded, plain = (traverse_util.flatten_dict(t, sep="/") for t in (packed.variables, variables))
 
-    def outputs(path: str | None) -> np.ndarray:
+    def outputs(path: str | None) -> Array:
         own = lambda name: path is not None and name.startswith(f"params/{path}/")
         mixed = {name: rounded[name] if own(name) else plain[name] for name in rounded}
         qparams = {**idle, **({path: packed.qparams[path]} if path in idle else {})}
         tree = traverse_util.unflatten_dict(mixed, sep="/")
-        apply = lambda v, images: quantize.predict(packed.model, v, qparams, images)
-        return metrics.predict(apply, tree, [validation])
+        return quantize.predict(packed.model, tree, qparams, images)
 
-    if not quantized:
-        return {}
-    base = outputs(None)
-    return {path: metrics.kl_divergence(base, outputs(path)).mean() for path in sorted(quantized)}
+    # All are dispatched before the first is waited for.
+    base, *alone = [outputs(path) for path in (None, *quantized)]
+    moved = (metrics.kl_divergence(base, logits).mean() for logits in alone)
+    return dict(zip(quantized, moved, strict=True))
 
 
-def _attributions(network: Network, images: Array, labels: np.ndarray) -> dict[str, Any]:
+@jax.jit
+def _idle(qparams: QParams) -> QParams:
+    is_one = lambda node: isinstance(node, quantize.Quantizer)
+    return jax.tree.map(bank.transparent, qparams, is_leaf=is_one)
+
+
+def _attributions(
+    network: Network, images: Array, logits: np.ndarray, labels: np.ndarray
+) -> dict[str, Any]:
     """Gradient times input of the label's logit, with what was seen and predicted."""
-    logits, maps = _explain(network, images, labels)
-    chance = softmax(np.asarray(logits, np.float64), axis=-1)
+    chance = softmax(np.asarray(logits[: len(images)], np.float64), axis=-1)
+    labels = labels[: len(images)]
+    maps = _explain(network, images, labels)
     return {
         "images": _small(np.asarray(images, np.float64).mean(-1)),
         "maps": _small(np.asarray(maps, np.float64).sum(-1)),
@@ -181,9 +190,7 @@ def _attributions(network: Network, images: Array, labels: np.ndarray) -> dict[s
     }
 
 
-@jax.jit
-def _explain(network: Network, images: Array, labels: Array) -> tuple[Array, Array]:
-    return network(images), attribution.gradient_times_input(network, images, labels)
+_explain = jax.jit(attribution.gradient_times_input)
 
 
 def _small(maps: np.ndarray) -> list[Any]:

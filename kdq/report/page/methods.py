@@ -225,3 +225,8 @@ def smallest_within(study: Study, points: float) -> tuple[Candidate, str] | None
         return None
     least = min(fits, key=lambda f: (f.candidate.size_bytes, not f.certain))
     return least.candidate, "" if least.certain else "likely: not all of its interval does"
+
+
+def nearest(study: Study) -> Candidate | None:
+    """The best on validation of what is not the teacher."""
+    return compare.best([c for c in study.candidates if c.kind != "teacher"])

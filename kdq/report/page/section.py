@@ -134,10 +134,12 @@ def _answer(advice: Sequence[Block], study: Study) -> list[str]:
             f"on validation, {interval(far)} points against the teacher; {percent(arm.test)} on "
             "test."
         )
-    elif teachers:
+    elif teachers and (near := methods.nearest(study)):
         said.append(
-            f"How far can one go? No smaller file is within {CLOSE:g} point of "
-            "the teacher on validation."
+            f"How far can one go? No smaller file is within {CLOSE:g} point of the teacher on "
+            f"validation. The best is {near.arm} ({near.method}, {near.bits}): "
+            f"{format_bytes(near.size_bytes)}, {interval(drop(near, study))} points against the "
+            "teacher."
         )
     said += [_uncited(b.text) for b in advice if b.text.startswith("In short")]
     return said
@@ -259,7 +261,7 @@ def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[s
                 name="sensitivity",
                 title="Sensitivity: what each layer's quantizer alone does to the outputs",
                 specs=(specs.sensitivity(measured, [a for a in shown if a in layers]),),
-                note="KL to the same weights without any quantizer, on a batch of validation, of "
+                note="KL to the same weights without any quantizer, on validation, of "
                 "the first seed. Of a network trained with quantizers those are not a network "
                 "that anybody would use.",
             )

@@ -20,7 +20,16 @@ COLORS = {
     "QAD": "#d55e00",
 }
 SPARE_COLORS = ("#0072b2", "#cc79a7", "#b8a800")
-SHAPES = ("diamond", "circle", "square", "triangle-up", "triangle-down", "cross")
+SHAPES = {
+    "teacher": "diamond",
+    "labels": "circle",
+    "KD": "square",
+    "PTQ": "triangle-up",
+    "QAT": "triangle-down",
+    "QAD": "cross",
+}
+SPARE_SHAPES = ("triangle-right", "triangle-left", "stroke")
+FAR = 4  # times the cost of any other: a teacher that a second chart leaves out
 MOST_CLASSES = 20  # of a map of confusions that can be read
 
 
@@ -49,7 +58,9 @@ def _arms(arms: Sequence[str]) -> Spec:
 
 def _kinds(points: Sequence[Point]) -> Spec:
     scale = kind_scale([p["kind"] for p in points])
-    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(scale["domain"]))]
+    other = [kind for kind in scale["domain"] if kind not in SHAPES]
+    spare = [SPARE_SHAPES[i % len(SPARE_SHAPES)] for i in range(len(other))]
+    shapes = [*(SHAPES[k] for k in scale["domain"] if k in SHAPES), *spare]
     return {
         "color": {"field": "kind", "type": "nominal", "scale": scale, "title": None},
         "shape": {
@@ -73,21 +84,28 @@ def pareto(points: Sequence[Point], cost: str, title: str) -> list[Spec]:
     shown = [p for p in points if (p.get(cost) or 0) > 0 and p["accuracy"] is not None]
     if not shown:
         return []
-    places = side_by_side([p[cost] for p in shown])
-    front = set(pareto_front([(p[cost], p["accuracy"]) for p in shown]))
-    placed = [
-        {**p, "x": x, "front": i in front}
-        for i, (p, x) in enumerate(zip(shown, places, strict=True))
-    ]
-    best = placed
-    # What collapsed would hide what did not.
+    best = shown
+    # What collapsed, and a teacher far to the right, would hide what is between them.
     while (floor := zoom_floor([_lowest(p) for p in best])) is not None:
         best = [p for p in best if _lowest(p) >= floor]
-    parts = [(placed, f"all {len(placed)} arms")]
-    if len(best) < len(placed):
-        parts.append((best, f"the best {len(best)} of {len(placed)}"))
+    students = [p for p in best if p["kind"] != "teacher"]
+    reach = FAR * max((p[cost] for p in students), default=math.inf)
+    if len(students) > 2 and any(p[cost] > reach for p in best):
+        best = [p for p in best if p[cost] <= reach]
+    parts = [(shown, f"all {len(shown)} arms")]
+    if len(best) < len(shown):
+        aside = ", the teacher aside" if best == students else ""
+        parts.append((best, f"the best {len(best)} of {len(shown)}{aside}"))
     base = 2 if cost == "size" else 10
-    return [_pareto(values, title, subtitle, base) for values, subtitle in parts]
+    return [_pareto(_placed(values, cost), title, subtitle, base) for values, subtitle in parts]
+
+
+def _placed(points: Sequence[Point], cost: str) -> list[dict[str, Any]]:
+    """With the place "x", and whether an arm is on the "front"."""
+    places = side_by_side([p[cost] for p in points])
+    front = set(pareto_front([(p[cost], p["accuracy"]) for p in points]))
+    both = zip(points, places, strict=True)
+    return [{**p, "x": x, "front": i in front} for i, (p, x) in enumerate(both)]
 
 
 def _lowest(point: Point) -> float:
@@ -97,10 +115,10 @@ def _lowest(point: Point) -> float:
 def _labelled(points: Sequence[Point]) -> list[dict[str, Any]]:
     """Points of the front have their bits written above them, where there is room."""
     logs = [math.log(p["x"]) for p in points]
-    room = 0.07 * (max(logs) - min(logs))
+    room = 0.09 * (max(logs) - min(logs))
     found, last = [], -math.inf
     for place, point in sorted(zip(logs, points, strict=True), key=lambda pair: pair[0]):
-        fits = point["front"] and place - last >= room
+        fits = point["front"] and place - last >= room and len(point["bits"]) <= 6
         last = place if fits else last
         found.append({**point, "label": point["bits"] if fits else ""})
     return found
