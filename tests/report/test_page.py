@@ -216,6 +216,8 @@ def test_arms_without_a_cost_or_a_number_are_not_drawn_and_collapsed_ones_get_a_
     assert specs.pareto([point("x", None, 90.0)], "size", "KiB") == []
     both = specs.pareto([*field, point("low", 3.0, 10.0)], "size", "KiB")
     assert [spec["title"] for spec in both] == ["all 7 arms", "the best 6 of 7"]
+    far = specs.pareto([*field, point("t", 900.0, 99.0, kind="teacher")], "size", "KiB")
+    assert [spec["title"] for spec in far] == ["all 7 arms", "the best 6 of 7, the teacher aside"]
     front = [v["arm"] for v in both[1]["data"]["values"] if v["front"]]
     assert front == [f"a{i}" for i in range(6)]
     png, svg = draw.pictures(both, "two")

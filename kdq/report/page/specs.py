@@ -88,13 +88,12 @@ def pareto(points: Sequence[Point], cost: str, title: str) -> list[Spec]:
     # What collapsed, and a teacher far to the right, would hide what is between them.
     while (floor := zoom_floor([_lowest(p) for p in best])) is not None:
         best = [p for p in best if _lowest(p) >= floor]
-    students = [p for p in best if p["kind"] != "teacher"]
+    students, aside = [p for p in best if p["kind"] != "teacher"], ""
     reach = FAR * max((p[cost] for p in students), default=math.inf)
     if len(students) > 2 and any(p[cost] > reach for p in best):
-        best = [p for p in best if p[cost] <= reach]
+        best, aside = students, ", the teacher aside"
     parts = [(shown, f"all {len(shown)} arms")]
     if len(best) < len(shown):
-        aside = ", the teacher aside" if best == students else ""
         parts.append((best, f"the best {len(best)} of {len(shown)}{aside}"))
     base = 2 if cost == "size" else 10
     return [_pareto(_placed(values, cost), title, subtitle, base) for values, subtitle in parts]
