@@ -91,6 +91,7 @@ def fit(
     *,
     checkpoint_seconds: float = 30.0,
     on_step: Callable[[int], None] = lambda step: None,
+    tensorboard: bool = False,
 ) -> Fit:
     """Trains from `state`, or from the newest checkpoint in `workdir`, to `task.steps`.
 
@@ -103,12 +104,14 @@ def fit(
       workdir: holds "checkpoints/" and "metrics.jsonl".
       checkpoint_seconds: least time between two checkpoints; they fall on validations.
       on_step: called with the number of steps taken, for progress.
+      tensorboard: whether "tensorboard/" is to have the metrics as events, too.
 
     Raises:
       NonFiniteError: a loss or gradient was NaN or infinite; says at which step, and where first.
     """
     with Checkpointer(workdir / "checkpoints") as checkpointer:
-        run = _Run(task, state, workdir, checkpointer, checkpoint_seconds, on_step)
+        events = workdir / "tensorboard" if tensorboard else None
+        run = _Run(task, state, workdir, checkpointer, checkpoint_seconds, on_step, events)
         with run.writer:
             return run.to_the_end()
 
@@ -116,7 +119,7 @@ def fit(
 class _Run:
     """The moving parts of `fit`."""
 
-    def __init__(self, task, state, workdir, checkpointer, checkpoint_seconds, on_step):
+    def __init__(self, task, state, workdir, checkpointer, checkpoint_seconds, on_step, events):
         self.task, self.layout = task, task.layout
         self.objective, self.regime = self.layout.copy((task.objective, task.regime))
         self.teacher_arguments = self.layout.place(task.teacher_arguments)
@@ -130,7 +133,8 @@ class _Run:
         self.batches = iterate(task.dataset)
         self.step = self._resume()
         self.pending: list[tuple[int, Any]] = []
-        self.writer = MetricsWriter(workdir / "metrics.jsonl", after_step=self.step)
+        path = workdir / "metrics.jsonl"
+        self.writer = MetricsWriter(path, after_step=self.step, events=events)
 
     def _resume(self) -> int:
         found = self.checkpointer.restore({"state": self.state, "selected": self.best})
