@@ -130,7 +130,7 @@ def test_the_page_of_a_run_shows_what_was_measured(unbroken, visit):
     assert parts <= set(drawn)
     assert page.locator(".chart svg.marks").count() == len(drawn)
     maps = page.locator(".maps tr").count()
-    assert maps == 6  # the images, teacher, student and the best arm of PTQ, QAT and QAD, and KD
+    assert maps == 7  # the images, teacher, student, and the best of KD, PTQ, QAT and QAD
     assert page.locator(".missing").count() == 0
 
 

@@ -266,6 +266,7 @@ def reliability(bins: Sequence[Point]) -> Spec:
     """
     arms = list(dict.fromkeys(b["arm"] for b in bins))
     unit = {"scale": {"domain": [0, 1]}, "type": "quantitative"}
+    titles = ("mean confidence of a bin", "accuracy in the bin")
     return {
         "$schema": SCHEMA,
         "height": 300,
@@ -274,17 +275,32 @@ def reliability(bins: Sequence[Point]) -> Spec:
                 "data": {"values": [{"x": 0, "y": 0}, {"x": 1, "y": 1}]},
                 "mark": {"type": "line", "strokeDash": [4, 3]},
                 "encoding": {
-                    "x": {**unit, "field": "x"},
-                    "y": {**unit, "field": "y"},
+                    "x": {**unit, "field": "x", "title": titles[0]},
+                    "y": {**unit, "field": "y", "title": titles[1]},
                     "color": {"value": "#888888"},
                 },
             },
             {
                 "data": {"values": list(bins)},
-                "mark": {"type": "line", "point": {"filled": True, "size": 45}},
+                "mark": {"type": "line", "strokeWidth": 1},
                 "encoding": {
-                    "x": {**unit, "field": "confidence", "title": "mean confidence of a bin"},
-                    "y": {**unit, "field": "accuracy", "title": "accuracy in the bin"},
+                    "x": {**unit, "field": "confidence", "title": titles[0]},
+                    "y": {**unit, "field": "accuracy", "title": titles[1]},
+                    "color": _arms(arms),
+                },
+            },
+            {
+                "data": {"values": list(bins)},
+                "mark": {"type": "point", "filled": True, "opacity": 1},
+                "encoding": {
+                    "size": {
+                        "field": "count",
+                        "type": "quantitative",
+                        "scale": {"type": "sqrt", "range": [8, 220]},
+                        "legend": None,
+                    },
+                    "x": {**unit, "field": "confidence", "title": titles[0]},
+                    "y": {**unit, "field": "accuracy", "title": titles[1]},
                     "color": _arms(arms),
                     "tooltip": [
                         {"field": "arm"},
