@@ -5,71 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdq.report.front import pareto_front, side_by_side, zoom_floor
+from kdq.report.page.scales import of_arms, of_kinds
 
 Spec = dict[str, Any]
 Point = Mapping[str, Any]
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-# Okabe and Ito's palette, which the color-blind can tell apart; kinds have shapes as well.
-COLORS = {
-    "teacher": "#777777",
-    "labels": "#999933",
-    "KD": "#56b4e9",
-    "PTQ": "#e69f00",
-    "QAT": "#009e73",
-    "QAD": "#d55e00",
-}
-SPARE_COLORS = ("#0072b2", "#cc79a7", "#b8a800")
-SHAPES = {
-    "teacher": "diamond",
-    "labels": "circle",
-    "KD": "square",
-    "PTQ": "triangle-up",
-    "QAT": "triangle-down",
-    "QAD": "cross",
-}
-SPARE_SHAPES = ("triangle-right", "triangle-left", "stroke")
 FAR = 4  # times the cost of any other: a teacher that a second chart leaves out
 MOST_CLASSES = 20  # of a map of confusions that can be read
-
-
-def kind_scale(kinds: Sequence[str]) -> Spec:
-    """Color of each kind: the same in every chart of every report."""
-    known = [kind for kind in COLORS if kind in kinds]
-    other = sorted({kind for kind in kinds if kind not in COLORS})
-    spare = [SPARE_COLORS[i % len(SPARE_COLORS)] for i in range(len(other))]
-    return {"domain": [*known, *other], "range": [*(COLORS[k] for k in known), *spare]}
-
-
-def _arms(arms: Sequence[str]) -> Spec:
-    """Color of each arm, for the few that a chart shows."""
-    colors = [*COLORS.values(), *SPARE_COLORS]
-    return {
-        "field": "arm",
-        "type": "nominal",
-        "title": None,
-        "legend": {"columns": 2, "labelLimit": 150},
-        "scale": {
-            "domain": list(arms),
-            "range": [colors[i % len(colors)] for i in range(len(arms))],
-        },
-    }
-
-
-def _kinds(points: Sequence[Point]) -> Spec:
-    scale = kind_scale([p["kind"] for p in points])
-    other = [kind for kind in scale["domain"] if kind not in SHAPES]
-    spare = [SPARE_SHAPES[i % len(SPARE_SHAPES)] for i in range(len(other))]
-    shapes = [*(SHAPES[k] for k in scale["domain"] if k in SHAPES), *spare]
-    return {
-        "color": {"field": "kind", "type": "nominal", "scale": scale, "title": None},
-        "shape": {
-            "field": "kind",
-            "type": "nominal",
-            "scale": {"domain": scale["domain"], "range": shapes},
-            "title": None,
-        },
-    }
 
 
 def pareto(points: Sequence[Point], cost: str, title: str) -> list[Spec]:
@@ -158,14 +101,14 @@ def _pareto(points: Sequence[Point], title: str, subtitle: str, base: int) -> Sp
                 "encoding": {
                     "y": {**y, "field": "low", "title": of_y},
                     "y2": {"field": "high"},
-                    "color": _kinds(points)["color"],
+                    "color": of_kinds(points)["color"],
                 },
             },
             {
                 "mark": {"type": "point", "filled": True, "size": 75, "opacity": 1},
                 "encoding": {
                     "y": {**y, "field": "accuracy"},
-                    **_kinds(points),
+                    **of_kinds(points),
                     "tooltip": [{"field": _field(t), "title": t} for t in tips],
                 },
             },
@@ -209,7 +152,7 @@ def curves(points: Sequence[Point], field: str, title: str) -> Spec:
                 "title": title,
                 "scale": {"zero": False},
             },
-            "color": _kinds(points)["color"],
+            "color": of_kinds(points)["color"],
             "detail": {"field": "arm"},
         },
         "layer": [
@@ -252,7 +195,7 @@ def fidelity(points: Sequence[Point]) -> Spec:
         "encoding": {
             "x": {**axis, "field": "accuracy", "title": "test accuracy, %"},
             "y": {**axis, "field": "agreement", "title": "agreement with the teacher, %"},
-            **_kinds(points),
+            **of_kinds(points),
             "tooltip": [{"field": _field(t), "title": t} for t in tips],
         },
     }
@@ -286,7 +229,7 @@ def reliability(bins: Sequence[Point]) -> Spec:
                 "encoding": {
                     "x": {**unit, "field": "confidence", "title": titles[0]},
                     "y": {**unit, "field": "accuracy", "title": titles[1]},
-                    "color": _arms(arms),
+                    "color": of_arms(arms),
                 },
             },
             {
@@ -301,7 +244,7 @@ def reliability(bins: Sequence[Point]) -> Spec:
                     },
                     "x": {**unit, "field": "confidence", "title": titles[0]},
                     "y": {**unit, "field": "accuracy", "title": titles[1]},
-                    "color": _arms(arms),
+                    "color": of_arms(arms),
                     "tooltip": [
                         {"field": "arm"},
                         {"field": "confidence", "format": ".3f"},
@@ -420,7 +363,7 @@ def sensitivity(cells: Sequence[Point], arms: Sequence[str]) -> Spec:
                 "title": "KL with this layer alone quantized, nats",
             },
             "y": {"field": "layer", "type": "ordinal", "sort": layers, "title": None},
-            "color": _arms(arms),
+            "color": of_arms(arms),
             "tooltip": [
                 {"field": "arm"},
                 {"field": "layer"},
