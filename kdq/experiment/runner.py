@@ -23,7 +23,7 @@ from kdq.experiment.searching import Searches
 from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
 from kdq.search.problem import InfeasibleError
-from kdq.train import loop, optimizer, sharding, together
+from kdq.train import loop, metrics_writer, optimizer, sharding, together
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
 from kdq.train.state import TrainState
@@ -39,6 +39,7 @@ def run(
     *,
     arms: Sequence[str] | None = None,
     progress: Progress | None = None,
+    tensorboard: bool = False,
 ) -> list[Record]:
     """Runs every arm and seed that `workdir` does not have yet; returns all their records.
 
@@ -47,12 +48,16 @@ def run(
       workdir: made if need be. A run that was killed goes on where it was.
       arms: only these and what they need; None is all.
       progress: told what happens.
+      tensorboard: whether arms write their training curves as TensorBoard's events, too.
 
     Raises:
       ConfigError: something that the config names does not exist, or `workdir` holds an arm that
         was run with another config. Nothing has been trained then.
     """
-    return _Runner(experiment, Path(workdir), progress or Progress()).run(arms)
+    if tensorboard:
+        metrics_writer.tensorboard()  # or say now that it is not installed
+    runner = _Runner(experiment, Path(workdir), progress or Progress(), tensorboard)
+    return runner.run(arms)
 
 
 def task(
@@ -73,8 +78,14 @@ def task(
 class _Runner:
     """One experiment in one process: its data and models, and what arms share."""
 
-    def __init__(self, experiment: Experiment, workdir: Path, progress: Progress):
-        self.experiment, self.progress = experiment, progress
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        progress: Progress,
+        tensorboard: bool = False,
+    ):
+        self.experiment, self.progress, self.tensorboard = experiment, progress, tensorboard
         self.models = _build_models(experiment)
         self.store = Store(experiment, workdir)
         for name, arm in experiment.arms.items():
@@ -199,6 +210,7 @@ class _Runner:
                 [self.store.folder(name, seed) for seed in group],
                 checkpoint_seconds=self.experiment.checkpoint_seconds,
                 on_step=self.progress.step,
+                tensorboard=self.tensorboard,
             )
             found |= zip(group, fits, strict=True)
         return found
@@ -297,6 +309,7 @@ class _Runner:
             self.models[arm.model],
             self.inputs.test,
             self.store.folder(name, seed) / PACKED,
+            validation=self.inputs.validation[0],
             model_config=kdq_config.to_json(experiment.models[arm.model]),
             metadata={
                 **{key: identity[key] for key in ("arm", "seed", "bits", "arm_digest")},

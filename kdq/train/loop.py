@@ -57,6 +57,7 @@ def fit(
     *,
     checkpoint_seconds: float = 30.0,
     on_step: Callable[[int], None] = lambda step: None,
+    tensorboard: bool = False,
 ) -> Fit:
     """Trains from `state`, or from the newest checkpoint in `workdir`, to `task.steps`.
 
@@ -69,12 +70,19 @@ def fit(
       workdir: holds "checkpoints/" and "metrics.jsonl".
       checkpoint_seconds: least time between two checkpoints; they fall on validations.
       on_step: called with the number of steps taken, for progress.
+      tensorboard: whether "tensorboard/" is to have the metrics as events, too.
 
     Raises:
       NonFiniteError: a loss or gradient was NaN or infinite; says at which step, and where first.
     """
-    options = {"checkpoint_seconds": checkpoint_seconds, "on_step": on_step}
-    (found,) = fit_together([task], [state], [workdir], **options)
+    (found,) = fit_together(
+        [task],
+        [state],
+        [workdir],
+        checkpoint_seconds=checkpoint_seconds,
+        on_step=on_step,
+        tensorboard=tensorboard,
+    )
     if isinstance(found, NonFiniteError):
         raise found
     return found
@@ -87,6 +95,7 @@ def fit_together(
     *,
     checkpoint_seconds: float = 30.0,
     on_step: Callable[[int], None] = lambda step: None,
+    tensorboard: bool = False,
 ) -> list[Fit | NonFiniteError]:
     """`fit` of several seeds of one arm as one program, see `kdq.train.together`.
 
@@ -100,7 +109,8 @@ def fit_together(
         given = zip(tasks, states, workdirs, strict=True)
         runs = [stack.enter_context(_Run(*one)) for one in given]
         _resume(runs)
-        _Loop(runs, together.program_of(tasks, states), checkpoint_seconds, on_step).to_the_end()
+        program = together.program_of(tasks, states)
+        _Loop(runs, program, checkpoint_seconds, on_step).to_the_end(tensorboard)
         return [run.error or run.fit() for run in runs]
 
 
@@ -198,11 +208,18 @@ class _Loop:
         self.state = program.join([run.state for run in runs])
         self.pending: list[tuple[int, Any]] = []
 
-    def to_the_end(self) -> None:
+    def to_the_end(self, tensorboard: bool) -> None:
         with contextlib.ExitStack() as stack:
-            paths = [run.workdir / "metrics.jsonl" for run in self.runs]
-            writers = [MetricsWriter(path, after_step=self.step) for path in paths]
-            self.writers = [stack.enter_context(writer) for writer in writers]
+            self.writers = [
+                stack.enter_context(
+                    MetricsWriter(
+                        run.workdir / "metrics.jsonl",
+                        after_step=self.step,
+                        events=run.workdir / "tensorboard" if tensorboard else None,
+                    )
+                )
+                for run in self.runs
+            ]
             self._take_steps()
 
     def _take_steps(self) -> None:
