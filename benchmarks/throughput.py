@@ -48,10 +48,11 @@ from kdq.experiment.progress import Progress
 from kdq.experiment.quantized import quantized
 from kdq.experiment.teaching import Teaching
 from kdq.train import loop
-from kdq.train.loop import LOG_EVERY, Task, Weights
+from kdq.train.loop import LOG_EVERY
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
+from kdq.train.task import Task, Weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Of the images where the data set is not there.

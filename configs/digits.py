@@ -13,9 +13,9 @@ from kdq.config import complete, parse_arg
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The experiment. `arg` is "quick" (seconds, numbers mean nothing) and/or "seeds=N"."""
-    arg = parse_arg(arg, quick=False, seeds=5)
+    arg = parse_arg(arg, quick=False, seeds=0)
     config = ConfigDict(sort_keys=False)
-    config.seeds = tuple(range(1 if arg.quick else arg.seeds))
+    config.seeds = tuple(range(arg.seeds or (1 if arg.quick else 5)))
     config.data = {
         "name": "digits",
         "data_dir": "",

@@ -32,13 +32,14 @@ CHOSEN = "low"
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """The study. `argument` is "fashion", "quick", "tune" (of the dampening), "seeds=N"."""
-    argument = parse_arg(argument, fashion=False, quick=False, tune=False, seeds=3)
+    argument = parse_arg(argument, fashion=False, quick=False, tune=False, seeds=0)
     name = "fashion_mnist.py" if argument.fashion else "digits.py"
     path = Path(__file__).with_name(name)
-    base = "quick" if argument.quick else f"seeds={argument.seeds}"
+    seeds = argument.seeds or (1 if argument.quick else 3)
+    base = f"seeds={seeds}" + (",quick" if argument.quick else "")
     config = runpy.run_path(str(path))["get_config"](base)
     if argument.tune:
-        config.seeds = tuple(100 + seed for seed in range(argument.seeds))
+        config.seeds = tuple(100 + seed for seed in range(seeds))
     further = {"epochs": config.arms.qat_w4a4.epochs, "learning_rate": 1e-2, "augment": False}
     config.ptq = ptq()
     if argument.fashion:  # for a CPU: batches of 64, a third of an epoch, fewer steps of PTQ

@@ -31,9 +31,9 @@ BUDGETS = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The experiment. `arg` is "quick" (a minute, numbers mean nothing) and/or "seeds=N"."""
-    arg = parse_arg(arg, quick=False, seeds=3)
+    arg = parse_arg(arg, quick=False, seeds=0)
     config = ConfigDict(sort_keys=False)
-    config.seeds = tuple(range(1 if arg.quick else arg.seeds))
+    config.seeds = tuple(range(arg.seeds or (1 if arg.quick else 3)))
     config.data = {
         "name": "digits",
         "data_dir": "",

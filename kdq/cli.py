@@ -11,11 +11,18 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, data, deploy, heap, processes, provenance
+from kdq import config, data, deploy, heap, processes, provenance, usage
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
 
+WHERE = (
+    "compilation_cache_dir",
+    "distributed",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+)
 MISTAKES = (
     config.ConfigError,
     data.DataError,
@@ -28,14 +35,17 @@ MISTAKES = (
 def define_config() -> flags.FlagHolder:
     """The flag --config=FILE[:ARGUMENT], whose fields are flags too: --config.seeds=0,1."""
     return config_flags.DEFINE_config_file(
-        "config", None, "The experiment, e.g. configs/digits.py or configs/digits.py:quick."
+        "config",
+        None,
+        "FILE or FILE:ARGUMENT, the experiment: a Python file with get_config(), and what it is "
+        "given. --config=configs/digits.py:quick,seeds=3",
     )
 
 
 def define_workdir(help_text: str) -> flags.FlagHolder:
     """The flag --workdir, and those of a program that trains in it: where compiled programs are
     kept, and which processes take part."""
-    folder = "Keeps compiled programs for the next run; WORKDIR/compiled if not given."
+    folder = "Folder that keeps compiled programs for the next run; else WORKDIR/compiled."
     flags.DEFINE_string("compilation_cache_dir", None, folder)
     flags.DEFINE_boolean(
         "distributed", False, "Join the other processes of this Slurm step, Kubernetes job, ...."
@@ -67,6 +77,9 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
                 raise
             processes.leave(error)
 
+    if usage.asked(sys.argv):
+        print(usage.text(sys.modules["__main__"].__doc__, required, WHERE), end="")
+        return
     heap.keep_freed_memory()
     flags.mark_flags_as_required(required)
     logging.set_verbosity(logging.WARNING)

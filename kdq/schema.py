@@ -9,9 +9,9 @@ from typing import Any
 class Data:
     """Which examples, and what is done to them."""
 
-    name: str  # a TFDS image-classification data set
-    data_dir: str = ""  # where TFDS keeps it; "" is TFDS's own default
-    train: str = "train"  # TFDS split expressions
+    name: str  # a TFDS image-classification data set, or an .npz file (kdq.data.save_arrays)
+    data_dir: str = ""  # where TFDS keeps it; "" is TFDS's own default. Of a file its folder
+    train: str = "train"  # TFDS split expressions; of a file the names of its splits
     validation: str = "validation"  # every choice is made on this one
     test: str = "test"  # measured once, at the end
     batch_size: int = 64
@@ -340,8 +340,11 @@ class Experiment:
     """A set of arms over the same data, splits and seeds."""
 
     seeds: tuple[int, ...]
+    # So many seeds of an arm train as one program, spread over the devices if there are several.
+    seeds_at_once: int = 1
     data: Data
-    models: Mapping[str, Mapping[str, Any]]  # {key: {"name": module of kdq.models, **fields}}
+    # {key: {"name": module of kdq.models, or "package.module:Class" of your own, **fields}}
+    models: Mapping[str, Mapping[str, Any]]
     arms: Mapping[str, Arm]  # in the order of the table
     teacher: str = "teacher"  # arm that fidelity and sizes are measured against
     optimizer: Optimizer = Optimizer()

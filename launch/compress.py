@@ -8,6 +8,8 @@ Any field can be overridden: --config.data.batch_size=128
 after an interruption: what is done stays done.
 """
 
+from absl import flags
+
 from kdq import cli, config, experiment, processes
 from kdq.report import progress, write
 
@@ -15,12 +17,17 @@ CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir(
     "Folder for results, tables and checkpoints; made if it does not exist."
 )
+TENSORBOARD = flags.DEFINE_boolean(
+    "tensorboard", False, "Training curves as TensorBoard's events, too: ARM/SEED/tensorboard."
+)
 
 
 def main(_: list[str]) -> None:
     checked = config.freeze(CONFIG.value)
     with progress.reporter() as reporter:
-        records = experiment.run(checked, WORKDIR.value, progress=reporter)
+        records = experiment.run(
+            checked, WORKDIR.value, progress=reporter, tensorboard=TENSORBOARD.value
+        )
     if processes.is_first():
         write.write_report(records, WORKDIR.value)
 

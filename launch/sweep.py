@@ -1,4 +1,4 @@
-"""Runs an experiment many times with different overrides, and prints one table of all runs.
+r"""Runs an experiment many times with different overrides, and prints one table of all runs.
 
     python launch/sweep.py --config=configs/digits.py --workdir=runs/temperature \
         --sweep=configs/sweeps/temperature.py --executor=local --workers=2

@@ -14,6 +14,9 @@ CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir("Folder for results; made if it does not exist.")
 ARM = flags.DEFINE_string("arm", None, "The arm to run, a key of config.arms.")
 SEED = flags.DEFINE_integer("seed", None, "One seed; all of config.seeds if not given.")
+TENSORBOARD = flags.DEFINE_boolean(
+    "tensorboard", False, "Training curves as TensorBoard's events, too: ARM/SEED/tensorboard."
+)
 
 
 def main(_: list[str]) -> None:
@@ -21,7 +24,13 @@ def main(_: list[str]) -> None:
         CONFIG.value.seeds = (SEED.value,)
     checked = config.freeze(CONFIG.value)
     with progress.reporter() as reporter:
-        records = experiment.run(checked, WORKDIR.value, arms=[ARM.value], progress=reporter)
+        records = experiment.run(
+            checked,
+            WORKDIR.value,
+            arms=[ARM.value],
+            progress=reporter,
+            tensorboard=TENSORBOARD.value,
+        )
     if processes.is_first():
         table.print_table(table.rows(records))
 

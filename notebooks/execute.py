@@ -1,6 +1,6 @@
 """Executes notebooks in place: python notebooks/execute.py [notebooks/1_quickstart.ipynb ...]
 
-All of them if none is named. Needs kdq[test].
+All of them if none is named. Needs kdq[notebooks], the last one kdq[onnx] too.
 """
 
 import os

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,51 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 
 import jax
 import pytest
+from playwright.sync_api import sync_playwright
 
 from kdq import config, data
 from kdq.arms import kl
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Debian's browser, without a window."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("there is no chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        # Containers, where CI is root, have no namespaces for its sandbox.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a report; at the end nothing may have been said, asked for, or shown by scripts."""
+    said: list[str] = []
+    pages = []
+
+    def open_page(path: Path, **options: Any) -> Any:
+        page = chromium.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        address = path.resolve().as_uri()
+        local = ("data:", "blob:")
+        page.on(
+            "request",
+            lambda r: r.url.startswith((address, *local)) or said.append(f"asked for {r.url}"),
+        )
+        page.goto(address)
+        page.wait_for_selector("html.drawn", timeout=60_000)
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert said == []
 
 
 @pytest.fixture(scope="session")

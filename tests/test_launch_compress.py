@@ -89,7 +89,7 @@ def packed_bytes(workdir):
     return {arm: (workdir / arm / "0" / "model.safetensors").read_bytes() for arm in ARMS}
 
 
-def test_a_run_leaves_results_table_and_plot(unbroken):
+def test_a_run_leaves_results_tables_and_plots(unbroken):
     process, workdir = unbroken
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
@@ -102,7 +102,8 @@ def test_a_run_leaves_results_table_and_plot(unbroken):
         assert (arm / "model.safetensors").stat().st_size == record["size_bytes"]
         assert (arm / "metrics.jsonl").exists() == bool(record["steps"])
     markdown = (workdir / "table.md").read_text()
-    assert (workdir / "accuracy_vs_size.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    plot = (workdir / "plots" / "accuracy_vs_size.png").read_bytes()
+    assert plot.startswith(b"\x89PNG\r\n\x1a\n")
     # The printed table has a line an arm, with the accuracy of its record.
     for text, separator in ((process.stdout, None), (markdown, "|")):
         rows = {}
@@ -113,6 +114,43 @@ def test_a_run_leaves_results_table_and_plot(unbroken):
         assert list(rows) == list(ARMS)
         for record in records:
             assert f"{100 * record['accuracy']:.2f}" in rows[record["arm"]]
+
+
+def test_the_page_of_a_run_shows_what_was_measured(unbroken, visit):
+    _, workdir = unbroken
+    assert (workdir / "report.html").stat().st_size < 3_000_000
+    page = visit(workdir / "report.html")
+    for record in json.loads((workdir / "results.json").read_text()):
+        row = page.locator(
+            "#results-table-0 tbody tr", has=page.get_by_text(record["arm"], exact=True)
+        )
+        assert f"{100 * record['accuracy']:.2f}" in row.first.inner_text()
+    drawn = page.locator(".chart").evaluate_all("all => all.map(one => one.id.split('-')[2])")
+    parts = {"fronts", "layers", "training", "fidelity", "calibration", "confusions"}
+    assert parts <= set(drawn)
+    assert page.locator(".chart svg.marks").count() == len(drawn)
+    maps = page.locator(".maps tr").count()
+    assert maps == 7  # the images, teacher, student, and the best of KD, PTQ, QAT and QAD
+    assert page.locator(".missing").count() == 0
+
+
+@slow
+def test_report_combines_folders_and_its_commands_run(unbroken, launch, tmp_path):
+    _, workdir = unbroken
+    process = launch("report", f"--workdirs={workdir}", f"--out={tmp_path / 'out'}")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == f"{tmp_path / 'out' / 'report.html'}\n"
+    saved = f"--config=configs/saved/workdir.py:{workdir}"
+    again = launch("train", saved, f"--workdir={tmp_path / 'again'}", "--arm=kd", "--seed=0")
+    assert again.returncode == 0, again.stderr
+    file = Path("kd", "0", "model.safetensors")
+    assert (tmp_path / "again" / file).read_bytes() == (workdir / file).read_bytes()
+    nothing = launch("report", f"--workdirs={tmp_path}", f"--out={tmp_path / 'none'}")
+    assert nothing.returncode == 1
+    assert nothing.stderr == (
+        f"error: --workdirs: {tmp_path} holds no ARM/SEED/result.json of a finished arm\n"
+    )
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_same_command_again_trains_nothing(unbroken, launch, narrowed):
@@ -324,12 +362,12 @@ def test_the_quick_config_as_shipped(launch, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-@pytest.mark.parametrize("argument", [None, "quick", "seeds=2"])
+@pytest.mark.parametrize("argument", [None, "quick", "seeds=2", "quick,seeds=2"])
 def test_shipped_configs_are_valid(path, argument):
-    if argument == "quick" and "quick=" not in path.read_text():
+    if argument and "quick" in argument and "quick=" not in path.read_text():
         pytest.skip(f"{path.name} has no quick variant")
     experiment = config.freeze(runpy.run_path(str(path))["get_config"](argument))
-    if argument == "seeds=2":
+    if argument and "seeds=2" in argument:
         assert len(experiment.seeds) == 2
     assert experiment.teacher in experiment.arms
     opening = path.read_text().split('"""')[1]

@@ -1,10 +1,14 @@
 """launch/sweep.py as a user runs it: real runs of tiny networks, by each executor."""
 
+import contextlib
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -59,11 +63,11 @@ def launch(data_dir, files):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
 
-    def start(sweep, workdir, *arguments, **options):
+    def start(sweep, workdir, *arguments, variables=(), **options):
         command = [sys.executable, "launch/sweep.py", f"--config={files / 'config.py'}:quick"]
         command += [f"--workdir={workdir}", f"--sweep={files / sweep}", *arguments]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-        return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+        return subprocess.Popen(command, cwd=ROOT, env=environment | dict(variables), **options)
 
     def run(*arguments):
         with start(*arguments) as process:
@@ -121,6 +125,7 @@ def test_nothing_is_started_if_one_run_is_wrong(launch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_slurm_runs_the_same_runs(launch, tmp_path):
     pytest.importorskip("submitit")
     process = launch("sweep.py:1", tmp_path, "--executor=slurm", "--cluster=debug", "--arm=teacher")
@@ -225,3 +230,38 @@ def test_twelve_runs_on_ray_with_a_worker_killed(launch, one_by_one, tmp_path):
 
 def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+@slow
+def test_on_a_cluster_that_is_there(launch, tmp_path):
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_MODE": "token"}
+    environment = {**os.environ, **token, "RAY_USAGE_STATS_ENABLED": "0"}
+    with tempfile.TemporaryDirectory(prefix="ray-test-", ignore_cleanup_errors=True) as folder:
+        command = [
+            *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"),
+            *(f"--port={port}", f"--temp-dir={folder}", "--num-cpus=2"),
+            *("--include-dashboard=false", f"--object-store-memory={100 * 2**20}"),
+        ]
+        cluster = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        try:
+            wait_for(lambda: answers(port), cluster)
+            arguments = ("--executor=ray", f"--address=127.0.0.1:{port}", "--arm=student")
+            with launch.start("sweep.py:1", tmp_path, *arguments, variables=token) as process:
+                _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            assert len(numbers(tmp_path)) == 4  # two runs of a teacher and a student
+            assert answers(port)  # it is not ours to end
+        finally:
+            cluster.terminate()
+            cluster.wait(timeout=60)
+
+
+def answers(port):
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return True
+    return False

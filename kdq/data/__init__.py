@@ -1,11 +1,12 @@
 """Data: TFDS without TensorFlow, NumPy transforms and one Grain pipeline.
 
 A batch's trip: `open_split` reads a prepared TFDS data set (`digits` prepares itself, the MNIST
-family is imported from IDX files by `prepare`), `train_dataset` shuffles, batches, augments and
-normalizes it, `iterate` prefetches with a state that can be checkpointed, `eval_batches` walks a
-split once.
+family is imported from IDX files by `prepare`) or NumPy arrays (`save_arrays`), `train_dataset`
+shuffles, batches, augments and normalizes it, `iterate` prefetches with a state that can be
+checkpointed, `eval_batches` walks a split once.
 """
 
+from kdq.data.arrays import save_arrays
 from kdq.data.errors import DataError
 from kdq.data.idx import prepare, read_idx
 from kdq.data.pipeline import EvalBatches, Lookup, eval_batches, iterate, train_dataset
@@ -35,5 +36,6 @@ __all__ = [
     "open_split",
     "prepare",
     "read_idx",
+    "save_arrays",
     "train_dataset",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from kdq.config import did_you_mean
+from kdq.data.arrays import read_arrays
 from kdq.data.errors import DataError
 from kdq.data.idx import IDX_DATASETS
 from kdq.data.progress import track
@@ -32,13 +33,19 @@ class Source:
     version: str
     split: str  # as given, "train[:90%]"
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # height, width, channels
+    image_shape: tuple[int, ...]  # height, width, channels; of an .npz file anything
     num_examples: int
     in_memory: bool
     # In memory: sha256 of shape, images and labels. Otherwise (where reading everything would be
     # too slow) of name, version, split and the shards' names and sizes: the two differ.
     digest: str
     reader: Reader = dataclasses.field(repr=False)
+    dtype: str = "uint8"  # of an .npz file float32 too
+
+    @property
+    def is_images(self) -> bool:
+        """Whether it can be augmented."""
+        return self.dtype == "uint8" and len(self.image_shape) == 3
 
     @property
     def num_classes(self) -> int:
@@ -54,7 +61,7 @@ class Source:
           ids: [n] int, each in [0, len(self)).
 
         Returns:
-          "image" uint8 [n, height, width, channels] and "label" int32 [n], the caller's to change.
+          "image" [n, *image_shape] and "label" int32 [n], the caller's to change.
 
         Raises:
           IndexError: an id out of range.
@@ -72,12 +79,13 @@ class Source:
 def open_split(
     name: str, split: str, *, data_dir: str | Path | None = None, in_memory: bool | None = None
 ) -> Source:
-    """Opens a split of a prepared TFDS data set; `digits` is prepared on first use.
+    """Opens a split of a prepared TFDS data set (`digits` is prepared on first use), or of arrays.
 
     Args:
-      name: TFDS name, with config and version where wanted: `mnist`, `emnist/balanced`, `cifar10`.
-      split: TFDS split syntax: `train`, `train[:90%]`, `train[54000:]`.
-      data_dir: TFDS data directory; TFDS's default when None.
+      name: TFDS name, with config and version where wanted: `mnist`, `emnist/balanced`, `cifar10`;
+        or an `.npz` file, see `kdq.data.save_arrays`.
+      split: TFDS split syntax: `train`, `train[:90%]`, `train[54000:]`; of an `.npz` file a name.
+      data_dir: TFDS data directory, TFDS's default when None; of an `.npz` file its folder.
       in_memory: read everything once and serve it from memory; when None, if the pixels take less
         than 2 GiB.
 
@@ -85,6 +93,8 @@ def open_split(
       DataError: an unknown data set or split, a data set that is not prepared, not readable at
         random, or not for image classification.
     """
+    if name.endswith(".npz"):
+        return _open_arrays(Path(data_dir or "", name).expanduser(), split)
     data_dir = Path(data_dir).expanduser() if data_dir is not None else default_data_dir()
     builder = _prepared_builder(name, data_dir)
     name = _full_name(builder)
@@ -118,6 +128,25 @@ def open_split(
         in_memory=in_memory,
         digest=digest.hexdigest(),
         reader=reader,
+    )
+
+
+def _open_arrays(path: Path, split: str) -> Source:
+    (inputs, labels), classes = read_arrays(path, split)
+    digest = hashlib.sha256(repr((inputs.shape, inputs.dtype.name)).encode())
+    digest.update(inputs)
+    digest.update(labels)
+    return Source(
+        name=path.name,
+        version="",
+        split=split,
+        class_names=tuple(map(str, range(classes))),
+        image_shape=inputs.shape[1:],
+        num_examples=len(inputs),
+        in_memory=True,
+        digest=digest.hexdigest(),
+        reader=lambda ids: (inputs[ids], labels[ids]),
+        dtype=inputs.dtype.name,
     )
 
 

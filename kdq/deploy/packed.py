@@ -124,8 +124,8 @@ def save_packed(
       variables: float variables. Weights that `qparams` quantizes are rounded and packed, all
         other arrays are kept as they are.
       qparams: the quantizers; {} for a float model.
-      model: `{"name": a module of kdq.models, **fields}`, or any description of your own model;
-        JSON-able.
+      model: `{"name": a module of kdq.models, **fields}`, `kdq.models.describe` of your own model,
+        or any other description of it; JSON-able.
       metadata: anything else worth keeping with the model; JSON-able.
 
     Raises:
@@ -159,7 +159,8 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module | None = None) ->
 
     Args:
       path: the file.
-      model: the module to load into; None builds it from the name and fields in the file.
+      model: the module to load into; None builds it from the name and fields in the file, a class
+        of your own only if its module is imported already.
 
     Raises:
       FileNotFoundError: no such file.
@@ -193,6 +194,12 @@ def _load(path: Path, model: nn.Module | None) -> PackedModel:
         except (ValueError, OverflowError) as error:
             raise PackedFileError(f"layer {layer!r}: {error}") from error
     if model is None:
+        name = header.model.get("name")
+        if models.is_own(name) and not models.is_imported(name):
+            raise PackedFileError(
+                f"its model is {name!r}, which is not there, and reading imports nothing: do so "
+                "first, or give load_packed the model"
+            )
         try:
             model = models.build(**header.model)
         except (TypeError, ValueError) as error:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 
 from kdq.evaluate import metrics
 from kdq.types import Array
@@ -106,6 +105,9 @@ def similarity(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
             f"similarity: attributions must have one shape [batch, ...], given {a.shape}, {b.shape}"
         )
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    # Takes most of a second to import, which --help should not wait for.
+    from scipy.stats import rankdata  # noqa: PLC0415
+
     ranks = (rankdata(v, axis=1) for v in (a, b))
     return _cosine(a, b), _cosine(*(r - r.mean(1, keepdims=True) for r in ranks))
 

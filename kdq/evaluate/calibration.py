@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import softmax
-from scipy.stats import rankdata
 
 from kdq.evaluate import metrics
 
@@ -67,6 +66,9 @@ def reliability(
     valid = ~np.isnan(confidence)
     confidence, correct = confidence[valid], metrics.correct(logits, labels)[valid]
     if adaptive:
+        # Takes most of a second to import, which --help should not wait for.
+        from scipy.stats import rankdata  # noqa: PLC0415
+
         smaller = rankdata(confidence, method="min").astype(np.int64) - 1
         index = smaller * bins // max(len(confidence), 1)
     else:

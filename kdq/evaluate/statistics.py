@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,5 +66,5 @@ def paired_interval(
     mean, std = summary(a[seed] - b[seed] for seed in sorted(a))
     n = len(a)
     # Student's t has no quantiles at 0 degrees of freedom: scipy gives nan, as std does.
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * std / math.sqrt(n)
+    half = float(special.stdtrit(n - 1, (1 + confidence) / 2)) * std / math.sqrt(n)
     return PairedInterval(mean=mean, low=mean - half, high=mean + half, n=n)

@@ -2,7 +2,8 @@
 
 Every arm goes one way: fresh weights or another arm's, calibrated if it is quantized, trained if it
 has epochs, selected on validation, packed, loaded back, and measured on test. Its folder
-`WORKDIR/ARM/SEED` holds `model.safetensors`, `result.json`, `metrics.jsonl` and `checkpoints/`.
+`WORKDIR/ARM/SEED` holds `model.safetensors`, `result.json`, `details.json`, `metrics.jsonl` and
+`checkpoints/`.
 """
 
 from kdq.experiment.adding import arms_of_search, cost_table, finished, with_search

@@ -5,9 +5,11 @@ import re
 
 import flax.linen as nn
 import jax
+from flax import traverse_util
 
 from kdq import quantize
 from kdq.config import ConfigError, Experiment, unknown
+from kdq.deploy import PackedModel
 from kdq.distill import capture
 from kdq.distill.term import Shapes
 from kdq.experiment.inputs import Inputs
@@ -30,7 +32,12 @@ def check(
     layout: Layout,
 ) -> None:
     """Raises ConfigError for a config that the data, the layers or the teachers do not fit."""
-    _check_compute(experiment, models, inputs, layout)
+    if inputs.augment and not inputs.splits["train"].is_images:
+        name, shape = experiment.data.name, inputs.splits["train"].image_shape
+        raise ConfigError(
+            f"config.data.augment changes images, uint8 [height, width, channels]; {name} has "
+            f"{inputs.splits['train'].dtype} {shape}"
+        )
     classes = inputs.splits["train"].num_classes
     for key, fields in experiment.models.items():
         if fields.get("num_classes", classes) != classes:
@@ -38,6 +45,8 @@ def check(
                 f"config.models.{key}.num_classes={fields['num_classes']}, but "
                 f"{experiment.data.name} has {classes} classes"
             )
+        _check_outputs(models[key], inputs.image, classes, f"config.models.{key}")
+    _check_compute(experiment, models, inputs, layout)
     for name, arm in experiment.arms.items():
         if not set(arm.without_classes) <= set(range(classes)):
             raise ConfigError(
@@ -51,12 +60,9 @@ def check(
                 f"config.arms.{name}.epochs={arm.epochs} is not one step of "
                 f"{experiment.data.batch_size} examples"
             )
-        both = (load(arm.load).model, models[arm.model]) if arm.load else ()
-        if len(set(both)) == 2:
-            given, wanted = (" ".join(str(model).split()) for model in both)
-            raise ConfigError(
-                f"config.arms.{name}.load={arm.load!r} is {given}, but the arm's model is {wanted}"
-            )
+        if arm.load:
+            where = f"config.arms.{name}.load={arm.load!r}"
+            _check_loaded(load(arm.load), models[arm.model], inputs.image, where)
     for key, steps in experiment.ptq.items():
         chain.check(steps, f"config.ptq.{key}")
     for key, recipe in experiment.qat.items():
@@ -98,6 +104,38 @@ def _check_compute(
             raise ConfigError(
                 f"config.compute.remat={compute.remat!r} matches none of {sorted(paths)}"
             )
+
+
+def _check_loaded(
+    packed: PackedModel, model: nn.Module, image: jax.ShapeDtypeStruct, where: str
+) -> None:
+    if packed.model != model:
+        given, wanted = (" ".join(str(one).split()) for one in (packed.model, model))
+        raise ConfigError(f"{where} is {given}, but the arm's model is {wanted}")
+    there, wanted = (
+        {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+        for tree in (packed.variables, _shapes(model, image))
+    )
+    for path in {**wanted, **there}:
+        if there.get(path) != wanted.get(path):
+            raise ConfigError(
+                f"{where} does not fit its model: {path} has shape {there.get(path, 'none')}, "
+                f"want {wanted.get(path, 'none')}"
+            )
+
+
+def _check_outputs(model: nn.Module, image: jax.ShapeDtypeStruct, classes: int, where: str) -> None:
+    """That a model takes the data, and has a logit for each class."""
+    try:
+        apply = functools.partial(model.apply, train=False)
+        logits = jax.eval_shape(apply, _shapes(model, image), image)
+    except Exception as error:  # whatever a module of anybody's raises
+        raise ConfigError(
+            f"{where} can't take inputs {image.shape}: {type(error).__name__}: {error}"
+        ) from error
+    if getattr(logits, "shape", None) != (1, classes):
+        given = getattr(logits, "shape", type(logits).__name__)
+        raise ConfigError(f"{where} has outputs {given} for one input; want {(1, classes)}")
 
 
 def layers(model: nn.Module, variables: Variables, image: jax.ShapeDtypeStruct) -> Shapes:

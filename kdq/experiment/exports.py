@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import deploy
+from kdq import deploy, models
 from kdq.config import ConfigError, Experiment
 from kdq.deploy import latency
 from kdq.experiment.inputs import Inputs
@@ -89,6 +89,9 @@ def of_workdir(
         for path in sorted(Path(workdir, arm).glob(f"*/{PACKED}"))
         if path.parent.name.isdigit()
     }
+    model = experiment.models[experiment.arms[arm].model]
+    if models.is_own(model["name"]):
+        models.build(**model)  # imports it, which reading the file does not
     seeds, inputs, found = seeds or sorted(files), Inputs(experiment), {}
     if not seeds or not set(seeds) <= set(files):
         raise ConfigError(

@@ -11,8 +11,10 @@ import numpy as np
 from kdq import deploy, models, quantize
 from kdq.deploy import energy
 from kdq.evaluate import fidelity, metrics, prior
+from kdq.experiment import details
 from kdq.search import cost
-from kdq.train.loop import Fit, Weights
+from kdq.train.loop import Fit
+from kdq.train.task import Weights
 from kdq.types import Batch
 
 FIDELITY = (
@@ -32,17 +34,21 @@ def measure(
     test: Sequence[Batch],
     path: Path,
     *,
+    validation: Batch,
     model_config: dict[str, Any],
     metadata: dict[str, Any],
     teacher_logits: np.ndarray | None,
 ) -> dict[str, Any]:
     """Packs the selected weights, loads the file back, and measures that.
 
+    Beside the file it leaves `details.FILE`, for reports.
+
     Args:
       fit: what training (or calibration) ended with.
       model: the module of the weights.
       test: batches of the test split.
       path: the packed file to write.
+      validation: a batch of the validation split, for the details.
       model_config: the model's name and fields, as `kdq.models.build` takes them.
       metadata: kept in the file.
       teacher_logits: [examples, classes] on the test split, or None for no fidelity.
@@ -64,6 +70,17 @@ def measure(
     if fit.last_step != selected.step:
         last = evaluate(model, fit.last, test)
     layers = quantize.list_layers(model, variables, test[0]["image"], train=False)
+    details.write(
+        path.parent,
+        packed,
+        layers,
+        variables,
+        qparams,
+        logits=logits,
+        labels=labels,
+        images=test[0]["image"],
+        validation=validation,
+    )
     return {
         "params": models.count_parameters(variables),
         "accuracy": found["accuracy"],

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kdq import config as kdq_config
-from kdq.config import Arm, ConfigError, Experiment
+from kdq import models
+from kdq.config import Arm, ConfigError, Data, Experiment
 
 
 def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
@@ -24,7 +25,7 @@ def digests(experiment: Experiment) -> dict[str, str]:
     Raises ConfigError for a packed file that is not there.
     """
     shared = {
-        "data": dataclasses.replace(experiment.data, data_dir=""),
+        "data": _data(experiment.data),
         "optimizer": experiment.optimizer,
         "evaluations": experiment.evaluations,
         "transfer": experiment.transfer,
@@ -50,10 +51,24 @@ def digests(experiment: Experiment) -> dict[str, str]:
                 **_searched(experiment, arm, found),
                 "qat": experiment.qat[arm.qat] if arm.qat else None,
                 "model": experiment.models[arm.model],
+                **_source(experiment.models[arm.model]["name"]),
                 "arm": {**kdq_config.to_json(arm), "reference": "", **kdq_config.to_json(others)},
             }
         )
     return found
+
+
+def _data(config: Data) -> Data:
+    """Without its folder; a file by its contents, which has no version that says what it is."""
+    name = config.name
+    if name.endswith(".npz"):
+        name = _file(str(Path(config.data_dir, name).expanduser()), "config.data.name")
+    return dataclasses.replace(config, name=name, data_dir="")
+
+
+def _source(model: str) -> dict[str, str]:
+    """Of a class that kdq has not, which can change with no commit of kdq's to tell."""
+    return {"source": models.source_digest(model)} if models.is_own(model) else {}
 
 
 def _searched(experiment: Experiment, arm: Arm, found: dict[str, str]) -> dict[str, Any]:
@@ -112,10 +127,10 @@ def experiment_digest(experiment: Experiment) -> str:
     """A digest of the whole config but the seeds and where it runs."""
     place = {
         "seeds": (),
-        "data": dataclasses.replace(experiment.data, data_dir=""),
+        "data": _data(experiment.data),
     }
     parts = kdq_config.to_json(dataclasses.replace(experiment, **place))
-    for name in ("mesh", "resources", "compute"):
+    for name in ("mesh", "resources", "compute", "seeds_at_once"):
         del parts[name]
     return kdq_config.digest({**parts, **_unless_default("compute", experiment.compute)})
 

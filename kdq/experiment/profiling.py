@@ -14,9 +14,9 @@ from kdq.config import ConfigError, Experiment, parents, unknown
 from kdq.experiment import runner
 from kdq.experiment.progress import Progress
 from kdq.train import loop
-from kdq.train.loop import Task, Weights
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
+from kdq.train.task import Task, Weights
 
 WARM_UP = 10  # steps before the trace: the first compiles
 STEP = "jit_train_step"  # what XLA calls the compiled step

@@ -1,6 +1,6 @@
 """What a run tells about itself as it goes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 Record = dict[str, Any]
@@ -13,8 +13,8 @@ class Progress:
     def start(self, arms: int) -> None:
         """So many arms, counted once a seed, make up the run."""
 
-    def arm(self, name: str, seed: int, steps: int) -> None:
-        """An arm begins; it will take `steps` steps."""
+    def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
+        """An arm begins, with these seeds at once; it will take `steps` steps."""
 
     def step(self, step: int) -> None:
         """So many of the arm's steps are done."""

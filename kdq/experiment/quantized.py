@@ -17,7 +17,7 @@ from kdq.quantize.observers import Observer
 from kdq.quantize.ptq import chain
 from kdq.quantize.ptq.errors import layer_errors
 from kdq.schema import Qat
-from kdq.train.loop import Weights
+from kdq.train.task import Weights
 from kdq.types import Array, Variables
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,10 @@
 """Runs arms: each starts, is calibrated, trained, packed and measured the same way."""
 
+import contextlib
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from kdq.experiment.searching import Searches
 from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
 from kdq.search.problem import InfeasibleError
-from kdq.train import loop, optimizer, sharding
+from kdq.train import loop, metrics_writer, optimizer, sharding, together
 from kdq.train.diagnose import NonFiniteError
-from kdq.train.loop import Fit, Selection, Task, Weights
+from kdq.train.loop import Fit, Selection
 from kdq.train.state import TrainState
+from kdq.train.task import Task, Weights
 from kdq.types import Array, Batch
 
 log = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ def run(
     *,
     arms: Sequence[str] | None = None,
     progress: Progress | None = None,
+    tensorboard: bool = False,
 ) -> list[Record]:
     """Runs every arm and seed that `workdir` does not have yet; returns all their records.
 
@@ -44,12 +48,16 @@ def run(
       workdir: made if need be. A run that was killed goes on where it was.
       arms: only these and what they need; None is all.
       progress: told what happens.
+      tensorboard: whether arms write their training curves as TensorBoard's events, too.
 
     Raises:
       ConfigError: something that the config names does not exist, or `workdir` holds an arm that
         was run with another config. Nothing has been trained then.
     """
-    return _Runner(experiment, Path(workdir), progress or Progress()).run(arms)
+    if tensorboard:
+        metrics_writer.tensorboard()  # or say now that it is not installed
+    runner = _Runner(experiment, Path(workdir), progress or Progress(), tensorboard)
+    return runner.run(arms)
 
 
 def task(
@@ -70,23 +78,34 @@ def task(
 class _Runner:
     """One experiment in one process: its data and models, and what arms share."""
 
-    def __init__(self, experiment: Experiment, workdir: Path, progress: Progress):
-        self.experiment, self.progress = experiment, progress
-        self.store = Store(experiment, workdir)
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        progress: Progress,
+        tensorboard: bool = False,
+    ):
+        self.experiment, self.progress, self.tensorboard = experiment, progress, tensorboard
         self.models = _build_models(experiment)
+        self.store = Store(experiment, workdir)
         for name, arm in experiment.arms.items():
             if arm.observer not in OBSERVERS:
                 where = f"config.arms.{name}.observer:"
                 raise ConfigError(kdq_config.unknown(where, arm.observer, OBSERVERS))
         self.optimizer = optimizer.make_optimizer(experiment.optimizer)
         self.layout = sharding.make_layout(experiment.mesh)
+        if experiment.seeds_at_once < 1 or (experiment.seeds_at_once > 1 and self.layout.mesh):
+            raise ConfigError(
+                f"config.seeds_at_once={experiment.seeds_at_once} with a mesh of "
+                f"{self.layout.size} devices: want at least 1, and a mesh of 1 if it is more"
+            )
         self.inputs = Inputs(experiment)
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
         self.searches = Searches(
             experiment, self.models, self.store, self.inputs, self.teachers, self.progress
         )
-        # All arms of a seed run before those of the next.
-        self.comparison = functools.lru_cache(maxsize=1)(self._comparison)
+        # All arms of seeds that go together run before those of the next.
+        self.comparison = functools.lru_cache(maxsize=experiment.seeds_at_once)(self._comparison)
 
     @functools.cached_property
     def validation(self) -> list[Batch]:
@@ -113,29 +132,50 @@ class _Runner:
         exports.check_config(experiment.export)
         processes.first(self.store.save_config)
         self.progress.start(len(records))
-        for (name, seed), record in records.items():
-            if record is None:
-                record = records[name, seed] = self._run_arm(name, seed)
-            if record["status"] == "ok":
-                record |= processes.first(lambda record=record: self._export(record))
-            self.progress.done(record)
+        seeds, count = experiment.seeds, experiment.seeds_at_once
+        for group in (seeds[i : i + count] for i in range(0, len(seeds), count)):
+            for name in order:
+                missing = [seed for seed in group if records[name, seed] is None]
+                for record in self._run_arm(name, missing):
+                    records[name, record["seed"]] = record
+                for seed in group:
+                    self._finish(records[name, seed])
         shown = [name for name in experiment.arms if name in order]
         return [records[name, seed] for name in shown for seed in experiment.seeds]
 
-    def _run_arm(self, name: str, seed: int) -> Record:
+    def _finish(self, record: Record) -> None:
+        if record["status"] == "ok":
+            record |= processes.first(lambda: self._export(record))
+        self.progress.done(record)
+
+    def _run_arm(self, name: str, seeds: Sequence[int]) -> list[Record]:
+        """The records of an arm, of which so many seeds go together."""
+        begun = [self._prepare(name, seed) for seed in seeds]
+        fits = self._train(name, [one for one in begun if one.start])
+        for one in begun:
+            if one.start:
+                self._conclude(name, one, fits[one.seed])
+            processes.first(functools.partial(self.store.save, one.record))
+        return [one.record for one in begun]
+
+    # All processes train; what comes before and after, one does for all.
+
+    def _prepare(self, name: str, seed: int) -> "_Begun":
         record = processes.first(lambda: self._identity(name, seed))
-        try:
-            # All processes train; what comes before and after, one does for all.
-            start, found, told = processes.first(lambda: self._begin(name, seed))
-            experiment = found.applied(self.experiment, name) if found else self.experiment
-            record |= found.record if found else {}
-            fit = self._train(experiment, name, seed, start)
-            record |= processes.first(lambda: self._measure(experiment, name, seed, fit)) | told
-        except (NonFiniteError, InfeasibleError) as error:
-            log.error("arm %s, seed %d failed: %s", name, seed, error)
-            record |= {"status": "failed", "error": f"arm {name}, seed {seed}: {error}"}
-        processes.first(lambda: self.store.save(record))
-        return record
+        begun = _Begun(seed=seed, record=record, experiment=self.experiment)
+        with _failing(record):
+            begun.start, found, begun.told = processes.first(lambda: self._begin(name, seed))
+            if found:
+                begun.experiment = found.applied(self.experiment, name)
+                record |= found.record
+        return begun
+
+    def _conclude(self, name: str, begun: "_Begun", fit: Fit | NonFiniteError) -> None:
+        with _failing(begun.record):
+            if isinstance(fit, NonFiniteError):
+                raise fit
+            measured = lambda: self._measure(begun.experiment, name, begun.seed, fit)
+            begun.record |= processes.first(measured) | begun.told
 
     def _export(self, record: Record) -> Record:
         """The record with what the config asks for and it does not have yet."""
@@ -153,25 +193,34 @@ class _Runner:
         self.store.save(record)
         return record
 
-    def _train(self, experiment: Experiment, name: str, seed: int, start: Weights) -> Fit:
-        arm = experiment.arms[name]
-        model = self.models[arm.model]
-        steps = self.inputs.steps(arm)
-        self.progress.arm(name, seed, self.inputs.last_step(arm))
-        if not steps:
-            metrics = processes.first(
-                lambda: measure.evaluate(model, start, self.inputs.validation)
+    def _train(self, name: str, begun: Sequence["_Begun"]) -> dict[int, Fit | NonFiniteError]:
+        """What training ends with, by seed; seeds that want programs of their own take turns."""
+        arm = self.experiment.arms[name]
+        if not self.inputs.steps(arm):
+            return {one.seed: self._untrained(name, one.seed, one.start) for one in begun}
+        groups: dict[Hashable, dict[int, tuple[Task, TrainState]]] = {}
+        for one in begun:
+            task, state = self._task(one.experiment, name, one.seed, one.start)
+            groups.setdefault(together.signature(task, state), {})[one.seed] = task, state
+        found = {}
+        for group in groups.values():
+            self.progress.arm(name, list(group), self.inputs.last_step(arm))
+            fits = loop.fit_together(
+                *zip(*group.values(), strict=True),
+                [self.store.folder(name, seed) for seed in group],
+                checkpoint_seconds=self.experiment.checkpoint_seconds,
+                on_step=self.progress.step,
+                tensorboard=self.tensorboard,
             )
-            selected = Selection(weights=start, step=0, metrics=metrics)
-            return Fit(last=start, last_step=0, selected=selected, seconds=0.0)
-        task, state = self._task(experiment, name, seed, start)
-        return loop.fit(
-            task,
-            state,
-            self.store.folder(name, seed),
-            checkpoint_seconds=experiment.checkpoint_seconds,
-            on_step=self.progress.step,
-        )
+            found |= zip(group, fits, strict=True)
+        return found
+
+    def _untrained(self, name: str, seed: int, start: Weights) -> Fit:
+        self.progress.arm(name, [seed], 0)
+        model = self.models[self.experiment.arms[name].model]
+        metrics = processes.first(lambda: measure.evaluate(model, start, self.inputs.validation))
+        selected = Selection(weights=start, step=0, metrics=metrics)
+        return Fit(last=start, last_step=0, selected=selected, seconds=0.0)
 
     def _task(
         self, experiment: Experiment, name: str, seed: int, start: Weights
@@ -260,6 +309,7 @@ class _Runner:
             self.models[arm.model],
             self.inputs.test,
             self.store.folder(name, seed) / PACKED,
+            validation=self.inputs.validation[0],
             model_config=kdq_config.to_json(experiment.models[arm.model]),
             metadata={
                 **{key: identity[key] for key in ("arm", "seed", "bits", "arm_digest")},
@@ -317,6 +367,28 @@ class _Runner:
             "device": provenance.device(),
             "data": {split: source.digest for split, source in self.inputs.splits.items()},
         }
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Begun:
+    """An arm and seed that is under way."""
+
+    seed: int
+    record: Record
+    experiment: Experiment  # with what a search found
+    start: Weights | None = None  # None: it failed before it had any
+    told: Record = dataclasses.field(default_factory=dict)  # of calibration
+
+
+@contextlib.contextmanager
+def _failing(record: Record) -> Iterator[None]:
+    """Failures that belong into a table: they end a run, and the next one begins."""
+    try:
+        yield
+    except (NonFiniteError, InfeasibleError) as error:
+        log.error("arm %s, seed %d failed: %s", record["arm"], record["seed"], error)
+        reason = f"arm {record['arm']}, seed {record['seed']}: {error}"
+        record |= {"status": "failed", "error": reason}
 
 
 def _build_models(experiment: Experiment) -> dict[str, nn.Module]:

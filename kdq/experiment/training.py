@@ -13,10 +13,10 @@ from kdq.experiment.inputs import Inputs
 from kdq.experiment.quantized import recipe
 from kdq.experiment.teaching import Teaching
 from kdq.train import objective, regime
-from kdq.train.loop import Task, Weights
 from kdq.train.objective import Objective
 from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.train.state import TrainState, create_state
+from kdq.train.task import Task, Weights
 
 
 def begin(

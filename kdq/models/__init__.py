@@ -6,7 +6,8 @@ Every model is called the same way:
     logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
 
 with `images: [batch, height, width, channels] float32`.  To add a family, add a file with a Linen
-module and end it with `Model = <the module's class>`.
+module and end it with `Model = <the module's class>`.  A module that is elsewhere is named
+`package.module:Class`.
 """
 
 import dataclasses
@@ -18,10 +19,20 @@ import jax
 from flax import linen as nn
 
 from kdq.config import unknown
+from kdq.models._own import describe, find, is_imported, is_own, source_digest
 from kdq.models._product import Product
 from kdq.types import Variables
 
-__all__ = ["Product", "build", "count_parameters", "names"]
+__all__ = [
+    "Product",
+    "build",
+    "count_parameters",
+    "describe",
+    "is_imported",
+    "is_own",
+    "names",
+    "source_digest",
+]
 
 
 def names() -> list[str]:
@@ -30,19 +41,23 @@ def names() -> list[str]:
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:
-    """Builds the model that `kdq.models.<name>` defines.
+    """Builds the model that `kdq.models.<name>` defines, or a class elsewhere.
 
     Args:
-      name: a module of this package, e.g. "cnn".
+      name: a module of this package, e.g. "cnn", or "package.module:Class", which is imported.
       **kwargs: the fields of that model.  Lists become tuples, because a model is a static argument
         of jitted functions and so must be hashable.
 
     Raises:
       ValueError: an unknown name or field, a field left out, or a value the model refuses.
     """
-    if name not in names():
-        raise ValueError(unknown("model", name, names()))
-    model = importlib.import_module(f"{__name__}.{name}").Model
+    if is_own(name):
+        model = find(name)
+    elif name in names():
+        model = importlib.import_module(f"{__name__}.{name}").Model
+    else:
+        valid = (*names(), "package.module:Class")
+        raise ValueError(unknown("model", name, valid))
     fields = [f for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
     for key in kwargs:
         if key not in [f.name for f in fields]:

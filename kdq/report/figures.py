@@ -3,13 +3,21 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import FuncFormatter, NullLocator
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"{error.name} is not installed, which figures need: pip install 'kdq[notebooks]'"
+    ) from error
 
 from kdq.evaluate.statistics import PairedInterval
 from kdq.report.aggregate import Row
-from kdq.report.plot import COLORS, FRONT, SPARE_COLORS, pareto_front, side_by_side
+from kdq.report.front import pareto_front, side_by_side
+from kdq.report.page.scales import COLORS, SPARE_COLORS
+
+FRONT = {"color": "#999999", "lw": 1}
 
 STYLE = {
     "axes.axisbelow": True,
@@ -35,7 +43,7 @@ def use_style() -> None:
 
 
 def draw_intervals(
-    axes: Axes, intervals: Mapping[str, PairedInterval], *, color: str = COLORS["teacher"]
+    axes: Axes, intervals: Mapping[str, PairedInterval], *, color: str = "black"
 ) -> None:
     """A line each, the first on top: a filled dot where the interval excludes 0, else a hollow one.
 

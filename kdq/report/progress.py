@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
@@ -54,8 +54,9 @@ class _Bars(experiment.Progress):
     def start(self, arms: int) -> None:
         self._bars.update(self._arms, total=arms)
 
-    def arm(self, name: str, seed: int, steps: int) -> None:
-        description = f"{name}, seed {seed}"
+    def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
+        described = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+        description = f"{name}, {described}"
         self._bars.reset(self._steps, total=steps, description=description, visible=steps > 0)
 
     def step(self, step: int) -> None:

@@ -73,7 +73,8 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         console.print(Text(f"Not shown at this width: {left_out}."))
 
 
-def _accuracy(row: Row) -> str:
+def accuracy_cell(row: Row) -> str:
+    """Mean and spread, or why there is none."""
     if not row.failures:
         return mean_cell(row.accuracy)
     reasons = "; ".join(dict.fromkeys(_first_line(reason) for _, reason in row.failures))
@@ -120,7 +121,7 @@ COLUMNS: tuple[Column, ...] = (
     ("Params", lambda r: _plain(r.params, ",.0f"), 140),
     ("Size", lambda r: format_bytes(r.size_bytes), 0),
     ("Smaller", lambda r: ABSENT if math.isnan(r.size_ratio) else f"{r.size_ratio:.1f}×", 100),
-    ("Accuracy %", _accuracy, 0),
+    ("Accuracy %", accuracy_cell, 0),
     ("Δ [95%]", difference_cell, 0),
     ("Δ against", lambda r: r.reference or ABSENT, 100),
     ("Selected on", lambda r: r.selected_on or ABSENT, 140),

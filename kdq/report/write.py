@@ -18,9 +18,8 @@ def write_report(
     records: Sequence[Record],
     workdir: str | os.PathLike[str],
     console: Console | None = None,
-    size_baseline: str | None = None,
 ) -> None:
-    """Writes results.json, table.md and accuracy_vs_size.png to `workdir`; prints the table.
+    """Writes results.json and the page with its tables and plots to `workdir`; prints the table.
 
     And pivot.md, where methods are there at several widths (see `kdq.report.pivot`), and
     searches.md, where searches compete.
@@ -29,25 +28,24 @@ def write_report(
       records: one dict an arm and seed, as in the package's docstring.
       workdir: made if it does not exist; each file is replaced atomically.
       console: where the table is printed; None is the standard output.
-      size_baseline: the arm that others are smaller than; None is the teacher.
 
     Raises:
       ValueError: see `kdq.report.table.rows`; nothing is written then.
       TypeError: a record holds something that JSON has no word for.
     """
-    # A program that only may have to report should not wait for matplotlib when it starts.
-    from kdq.report import plot  # noqa: PLC0415
+    # A program that only may have to report should not wait for the charts' library to load.
+    from kdq.report.page import read, write  # noqa: PLC0415
 
     workdir = Path(workdir)
-    summary = table.rows(records, size_baseline)
-    text = json.dumps(strict(list(records)), indent=1, allow_nan=False)
+    summary = table.rows(records)
+    plain = strict(list(records))
+    text = json.dumps(plain, indent=1, allow_nan=False)
     write_atomic(workdir / "results.json", (text + "\n").encode())
-    write_atomic(workdir / "table.md", table.markdown(summary, records).encode())
     if by_width := pivot.markdown(summary):
         write_atomic(workdir / "pivot.md", by_width.encode())
     if study := searches.markdown(records, summary):
         write_atomic(workdir / "searches.md", study.encode())
-    plot.accuracy_vs_size(records, workdir / "accuracy_vs_size.png")
+    write.write([read.of_records(plain, workdir)], workdir)
     table.print_table(summary, console)
 
 

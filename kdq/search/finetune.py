@@ -12,9 +12,9 @@ from kdq import quantize
 from kdq.search import bank as banks
 from kdq.search.evaluate import OBJECTIVES, WORST, Evaluator, Held, means, sums_of
 from kdq.train import loop
-from kdq.train.loop import Task, Weights
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
+from kdq.train.task import Task, Weights
 from kdq.types import QParams, Variables
 
 

@@ -67,27 +67,45 @@ class Checkpointer:
         A checkpoint that can't be read is named in a warning and renamed to "STEP.damaged"; the
         one before it is tried.
         """
-        self.wait()
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                items = {
-                    name: ocp.args.StandardRestore(
-                        self._on_host(step, name)
-                        if tree is None
-                        else jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-                    )
-                    for name, tree in like.items()
-                }
-                args = ocp.args.Composite(record=ocp.args.JsonRestore(), **items)
-                found = self._manager.restore(step, args=args)
-                return step, {name: found[name] for name in like}, found["record"]
-            except Exception as error:  # a damaged file can raise anything
-                path = os.path.join(self._directory, str(step))
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
-                log.warning("checkpoint %s can't be read and is set aside: %s", path, reason)
-                processes.first(functools.partial(_set_aside, path))
-                self._manager.reload()
+        while steps := self.steps():
+            if found := self.read(max(steps), like):
+                return max(steps), *found
         return None
+
+    def steps(self) -> list[int]:
+        """Those that there are checkpoints of."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
+    def read(
+        self, step: int, like: Mapping[str, Any | None]
+    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """`(trees, record)` of a step's checkpoint; None if it can't be read. See `restore`."""
+        try:
+            items = {
+                name: ocp.args.StandardRestore(
+                    self._on_host(step, name)
+                    if tree is None
+                    else jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+                )
+                for name, tree in like.items()
+            }
+            args = ocp.args.Composite(record=ocp.args.JsonRestore(), **items)
+            found = self._manager.restore(step, args=args)
+            return {name: found[name] for name in like}, found["record"]
+        except Exception as error:  # a damaged file can raise anything
+            path = os.path.join(self._directory, str(step))
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            log.warning("checkpoint %s can't be read and is set aside: %s", path, reason)
+            processes.first(functools.partial(_set_aside, path))
+            self._manager.reload()
+            return None
+
+    def drop_after(self, step: int) -> None:
+        """Deletes later checkpoints: those of a run that begins again at `step`."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
 
     def _on_host(self, step: int, name: str) -> Any:
         """What a tree of a checkpoint is like, as NumPy arrays without memory of their own."""

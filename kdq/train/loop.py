@@ -1,44 +1,29 @@
 """The loop: steps, validations, checkpoints. Every arm that trains goes through `fit`."""
 
+import contextlib
 import dataclasses
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import grain
 import jax
 import numpy as np
-import optax
 
 from kdq import processes, quantize
 from kdq.data import iterate
-from kdq.distill.teacher import Peer, Teacher
-from kdq.schema import AT_ONCE, Compute
+from kdq.train import together
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError, first_nonfinite
 from kdq.train.metrics_writer import MetricsWriter
-from kdq.train.objective import Objective
-from kdq.train.regime import Regime
-from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.train.state import TrainState
-from kdq.train.step import ask_teacher, train_step
-from kdq.types import QParams, Variables
+from kdq.train.step import ask_teacher
+from kdq.train.task import Task, Weights
+from kdq.train.together import Program
 
 OF_THE_STEP = ("grad_norm", "oscillating", "frozen")  # metrics that are no sums over examples
 LOG_EVERY = 50  # steps between two reads of the metrics
 LOG_LAG = 16  # of which so many are left for the next: the device stays busy meanwhile
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Weights:
-    """What a model computes with: float variables, and the quantizers ({} for none)."""
-
-    variables: Variables
-    qparams: QParams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,25 +45,6 @@ class Fit:
     seconds: float  # of training and validation, over all the processes that took part
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is trained, by whom, on what. `teacher` and the state's quantizers are optional."""
-
-    model: nn.Module
-    optimizer: optax.GradientTransformation
-    objective: Objective
-    dataset: grain.MapDataset  # endless; element i is the batch of step i, or this process's rows
-    steps: int
-    eval_every: int
-    validate: Callable[[Weights], dict[str, float]]  # -> "accuracy" and "nll" on validation
-    teacher: Teacher | Peer | None = None
-    teacher_arguments: Any = None
-    regime: Regime | None = None
-    freeze_norm_at: float = math.inf  # step from which on batch norm keeps its statistics
-    layout: Layout = ONE_DEVICE  # where the arrays are, those that `validate` gets as well
-    compute: Compute = AT_ONCE  # how a step is computed
-
-
 def is_better(metrics: dict[str, float], than: dict[str, float]) -> bool:
     """More accurate on validation; between equals, the lower negative log-likelihood."""
     return (metrics["accuracy"], -metrics["nll"]) > (than["accuracy"], -than["nll"])
@@ -91,6 +57,7 @@ def fit(
     *,
     checkpoint_seconds: float = 30.0,
     on_step: Callable[[int], None] = lambda step: None,
+    tensorboard: bool = False,
 ) -> Fit:
     """Trains from `state`, or from the newest checkpoint in `workdir`, to `task.steps`.
 
@@ -103,65 +70,167 @@ def fit(
       workdir: holds "checkpoints/" and "metrics.jsonl".
       checkpoint_seconds: least time between two checkpoints; they fall on validations.
       on_step: called with the number of steps taken, for progress.
+      tensorboard: whether "tensorboard/" is to have the metrics as events, too.
 
     Raises:
       NonFiniteError: a loss or gradient was NaN or infinite; says at which step, and where first.
     """
-    with Checkpointer(workdir / "checkpoints") as checkpointer:
-        run = _Run(task, state, workdir, checkpointer, checkpoint_seconds, on_step)
-        with run.writer:
-            return run.to_the_end()
+    (found,) = fit_together(
+        [task],
+        [state],
+        [workdir],
+        checkpoint_seconds=checkpoint_seconds,
+        on_step=on_step,
+        tensorboard=tensorboard,
+    )
+    if isinstance(found, NonFiniteError):
+        raise found
+    return found
+
+
+def fit_together(
+    tasks: Sequence[Task],
+    states: Sequence[TrainState],
+    workdirs: Sequence[Path],
+    *,
+    checkpoint_seconds: float = 30.0,
+    on_step: Callable[[int], None] = lambda step: None,
+    tensorboard: bool = False,
+) -> list[Fit | NonFiniteError]:
+    """`fit` of several seeds of one arm as one program, see `kdq.train.together`.
+
+    Each has its own checkpoints and curve, and ends as it would by itself but for rounding. What
+    one fails with is returned in its place, and the others go on. Seeds that were cut off at
+    different steps resume from the newest one that all of them have.
+
+    Raises ValueError for tasks that are not alike.
+    """
+    with contextlib.ExitStack() as stack:
+        given = zip(tasks, states, workdirs, strict=True)
+        runs = [stack.enter_context(_Run(*one)) for one in given]
+        _resume(runs)
+        program = together.program_of(tasks, states)
+        _Loop(runs, program, checkpoint_seconds, on_step).to_the_end(tensorboard)
+        return [run.error or run.fit() for run in runs]
 
 
 class _Run:
-    """The moving parts of `fit`."""
+    """What one seed has to itself: data, curve, selection and checkpoints."""
 
-    def __init__(self, task, state, workdir, checkpointer, checkpoint_seconds, on_step):
-        self.task, self.layout = task, task.layout
-        self.objective, self.regime = self.layout.copy((task.objective, task.regime))
-        self.teacher_arguments = self.layout.place(task.teacher_arguments)
-        self.checkpointer = checkpointer
-        self.checkpoint_seconds = checkpoint_seconds
-        self.on_step = on_step
-        self.state = self.layout.place(state)
+    def __init__(self, task: Task, state: TrainState, workdir: Path):
+        self.task, self.layout, self.workdir = task, task.layout, workdir
+        self.state = task.layout.place(state)
+        self.step, self.seconds = 0, 0.0
         self.best: dict[str, Any] = _parts(self.state)
         self.best_record: dict[str, Any] | None = None
-        self.seconds_before = 0.0
         self.batches = iterate(task.dataset)
-        self.step = self._resume()
-        self.pending: list[tuple[int, Any]] = []
-        self.writer = MetricsWriter(workdir / "metrics.jsonl", after_step=self.step)
+        self.error: NonFiniteError | None = None
 
-    def _resume(self) -> int:
-        found = self.checkpointer.restore({"state": self.state, "selected": self.best})
-        if found is None:
-            return 0
-        step, trees, record = found
-        self.state, self.best = trees["state"], trees["selected"]
-        self.best_record, self.seconds_before = record["selected"], record["seconds"]
+    def __enter__(self) -> "_Run":
+        self.checkpointer = Checkpointer(self.workdir / "checkpoints")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.checkpointer.__exit__(*error)
+
+    def saved(self, step: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """`(trees, record)` of the checkpoint of a step; None if that can't be read."""
+        return self.checkpointer.read(step, {"state": self.state, "selected": self.best})
+
+    def resume(self, step: int, trees: dict[str, Any], record: dict[str, Any]) -> None:
+        self.step, self.state, self.best = step, trees["state"], trees["selected"]
+        self.best_record, self.seconds = record["selected"], record["seconds"]
         self.batches.set_state(record["data"])
-        return step
+        self.checkpointer.drop_after(step)
 
-    def to_the_end(self) -> Fit:
+    def save(self, step: int, seconds: float) -> None:
+        record = {
+            "selected": self.best_record,
+            "seconds": self.seconds + seconds,
+            "data": self.batches.get_state(),
+        }
+        self.checkpointer.save(step, {"state": self.state, "selected": self.best}, record)
+
+    def validate(self, step: int) -> dict[str, float]:
+        """What the state scores; keeps the weights if they are the best so far."""
+        metrics = self.task.validate(weights(self.state))
+        if not np.isfinite(metrics["nll"]):
+            raise NonFiniteError(f"NaN or infinity on validation after step {step}")
+        if self.best_record is None or is_better(metrics, self.best_record["metrics"]):
+            self.best = jax.tree.map(jax.numpy.copy, _parts(self.state))
+            self.best_record = {"step": step, "metrics": metrics}
+        return metrics
+
+    def blame(self, step: int) -> str:
+        """Where what halted the state at a step came from."""
+        task, batch = self.task, self.layout.batch(self.task.dataset[step - 1])
+        arguments = self.layout.place(task.teacher_arguments)
+        taught = ask_teacher(task.teacher, arguments, self.state, batch, task.objective)
+        place = first_nonfinite(task.model, self.state, batch, taught)
+        return f"NaN or infinity at step {step}, first in {place}"
+
+    def fit(self) -> Fit:
+        self.checkpointer.wait()
+        return Fit(
+            last=self.layout.fetch(weights(self.state)),
+            last_step=self.task.steps,
+            selected=Selection(
+                weights=self.layout.fetch(_weights(self.state, self.best)), **self.best_record
+            ),
+            seconds=self.seconds,
+        )
+
+
+def _resume(runs: Sequence[_Run]) -> None:
+    """From the newest checkpoint that all have and that can be read of all."""
+    while common := set.intersection(*(set(run.checkpointer.steps()) for run in runs)):
+        step = max(common)
+        found = [run.saved(step) for run in runs]
+        if None not in found:
+            for run, (trees, record) in zip(runs, found, strict=True):
+                run.resume(step, trees, record)
+            return
+
+
+class _Loop:
+    """The steps of runs that are at the same one."""
+
+    def __init__(
+        self,
+        runs: Sequence[_Run],
+        program: Program,
+        checkpoint_seconds: float,
+        on_step: Callable[[int], None],
+    ):
+        self.runs, self.program = runs, program
+        self.checkpoint_seconds, self.on_step = checkpoint_seconds, on_step
+        self.task, self.step = runs[0].task, runs[0].step
+        self.state = program.join([run.state for run in runs])
+        self.pending: list[tuple[int, Any]] = []
+
+    def to_the_end(self, tensorboard: bool) -> None:
+        with contextlib.ExitStack() as stack:
+            self.writers = [
+                stack.enter_context(
+                    MetricsWriter(
+                        run.workdir / "metrics.jsonl",
+                        after_step=self.step,
+                        events=run.workdir / "tensorboard" if tensorboard else None,
+                    )
+                )
+                for run in self.runs
+            ]
+            self._take_steps()
+
+    def _take_steps(self) -> None:
         task, start = self.task, time.monotonic()
-        seconds = lambda: self.seconds_before + time.monotonic() - start
+        # Each run's share of the time.
+        seconds = lambda: (time.monotonic() - start) / len(self.runs)
         saved_at = start
-        while self.step < task.steps:
-            self.state, metrics = train_step(
-                self.state,
-                self.teacher_arguments,
-                self.layout.batch(next(self.batches)),
-                model=task.model,
-                teacher=task.teacher,
-                objective=self.objective,
-                optimizer=task.optimizer,
-                regime=self.regime,
-                freeze_norm=self.step >= task.freeze_norm_at,
-                layout=self.layout,
-                compute=task.compute,
-            )
-            if self.layout.must_wait:
-                jax.block_until_ready(metrics)
+        while self.step < task.steps and not all(run.error for run in self.runs):
+            batches = [next(run.batches) for run in self.runs]
+            freeze_norm = self.step >= task.freeze_norm_at
+            self.state, metrics = self.program(self.state, batches, freeze_norm=freeze_norm)
             self.step += 1
             self.pending.append((self.step, metrics))
             self.on_step(self.step)
@@ -172,50 +241,44 @@ class _Run:
                 self._validate()
                 due = processes.agree(time.monotonic() - saved_at >= self.checkpoint_seconds)
                 if due or self.step == task.steps:
-                    self._save(seconds())
+                    for run in self.runs:
+                        if not run.error:
+                            run.save(self.step, seconds())
                     saved_at = time.monotonic()
-        self.checkpointer.wait()
-        return Fit(
-            last=self.layout.fetch(weights(self.state)),
-            last_step=self.step,
-            selected=Selection(
-                weights=self.layout.fetch(_weights(self.state, self.best)), **self.best_record
-            ),
-            seconds=seconds(),
-        )
+        for run in self.runs:
+            run.seconds += seconds()
 
     def _log(self, keep: int = 0) -> None:
         ready = self.pending[: len(self.pending) - keep]
         self.pending = self.pending[len(ready) :]
         for step, sums in jax.device_get(ready):
-            if not (np.isfinite(sums["loss"]) and np.isfinite(sums["grad_norm"])):
-                raise NonFiniteError(self._blame(step))
-            self.writer.write(step, _means(sums))
-
-    def _blame(self, step: int) -> str:
-        task, batch = self.task, self.layout.batch(self.task.dataset[step - 1])
-        taught = ask_teacher(
-            task.teacher, self.teacher_arguments, self.state, batch, self.objective
-        )
-        place = first_nonfinite(task.model, self.state, batch, taught)
-        return f"NaN or infinity at step {step}, first in {place}"
+            for run, writer, own in zip(
+                self.runs, self.writers, self.program.split(sums), strict=True
+            ):
+                if run.error:
+                    continue
+                if np.isfinite(own["loss"]) and np.isfinite(own["grad_norm"]):
+                    writer.write(step, _means(own))
+                else:
+                    self._share()
+                    run.error = NonFiniteError(run.blame(step))
 
     def _validate(self) -> None:
-        metrics = self.task.validate(weights(self.state))
-        if not np.isfinite(metrics["nll"]):
-            raise NonFiniteError(f"NaN or infinity on validation after step {self.step}")
-        self.writer.write(self.step, {f"validation_{k}": v for k, v in metrics.items()})
-        if self.best_record is None or is_better(metrics, self.best_record["metrics"]):
-            self.best = jax.tree.map(jax.numpy.copy, _parts(self.state))
-            self.best_record = {"step": self.step, "metrics": metrics}
+        self._share()
+        for run, writer in zip(self.runs, self.writers, strict=True):
+            if run.error:
+                continue
+            try:
+                metrics = run.validate(self.step)
+            except NonFiniteError as error:
+                run.error = error
+            else:
+                writer.write(self.step, {f"validation_{k}": v for k, v in metrics.items()})
 
-    def _save(self, seconds: float) -> None:
-        record = {
-            "selected": self.best_record,
-            "seconds": seconds,
-            "data": self.batches.get_state(),
-        }
-        self.checkpointer.save(self.step, {"state": self.state, "selected": self.best}, record)
+    def _share(self) -> None:
+        """Gives each run its own state."""
+        for run, state in zip(self.runs, self.program.split(self.state), strict=True):
+            run.state = state
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class Layout:
     least: int = 0  # arrays of fewer elements are not cut
 
     @property
+    def size(self) -> int:
+        """How many devices there are in it."""
+        return self.mesh.size if self.mesh else 1
+
+    @property
     def batch_parts(self) -> int:
         """How many parts a batch is cut into."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1

@@ -19,7 +19,7 @@ def main(config_file, workdir, devices, stop_at="0", port="", count="1", index="
         processes.start(f"127.0.0.1:{port}", int(count), int(index))
 
     class Dies(experiment.Progress):
-        def arm(self, name, seed, steps):
+        def arm(self, name, seeds, steps):
             self.name = name
 
         def step(self, step):

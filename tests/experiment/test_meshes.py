@@ -99,9 +99,8 @@ def reference(make_config, tmp_path_factory):
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "mesh", ["tensor", pytest.param("data", marks=slow), pytest.param("fsdp", marks=slow)]
-)
+@slow
+@pytest.mark.parametrize("mesh", ["tensor", "data", "fsdp"])
 def test_four_devices_are_as_one(mesh, make_config, reference, tmp_path):
     end(start(make_config(**MESHES[mesh]), tmp_path, 4))
     assert_same(tmp_path, reference)

@@ -54,8 +54,8 @@ class Watcher(experiment.Progress):
     def start(self, arms):
         self.total = arms
 
-    def arm(self, name, seed, steps):
-        self.ran.append((name, seed))
+    def arm(self, name, seeds, steps):
+        self.ran += [(name, seed) for seed in seeds]
         self.steps[name] = steps
 
     def done(self, record):
@@ -247,7 +247,7 @@ class Interrupting(experiment.Progress):
     def __init__(self, arm, step):
         self.at, self.current = (arm, step), None
 
-    def arm(self, name, seed, steps):
+    def arm(self, name, seeds, steps):
         self.current = name
 
     def step(self, step):

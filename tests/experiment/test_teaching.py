@@ -64,6 +64,7 @@ def many(tiny_config, tmp_path_factory):
     return workdir, run(tiny_config, workdir, arms, teachers=TEACHERS, distill=HINTED)
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_one_teaches_as_that_one_does(many):
     workdir, _ = many
     for a, b in zip(curve(workdir, "kd"), curve(workdir, "by_alone"), strict=True):
@@ -73,6 +74,7 @@ def test_an_ensemble_of_one_teaches_as_that_one_does(many):
     )
 
 
+@pytest.mark.slow
 def test_an_offset_seed_is_another_repetition(many):
     workdir, records = many
     own, other = (
@@ -83,6 +85,7 @@ def test_an_offset_seed_is_another_repetition(many):
     assert records["second"]["agreement"] < 1
 
 
+@pytest.mark.slow
 def test_nobody_but_the_student_is_packed(many):
     """Neither adapters, nor a peer, nor an average."""
     workdir, records = many
@@ -119,6 +122,7 @@ def test_a_peer_starts_from_an_arm_and_teaches_another_when_it_learns_no_more(
     assert first[1] != pytest.approx(first[0], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_shuffled_logits_are_those_of_other_examples_of_the_class(tiny_config, many):
     workdir, _ = many
     teachers = {"moved": TEACHERS["moved"]}
@@ -184,6 +188,7 @@ def test_every_seed_is_compared_with_its_own_teacher_asked_once(tiny_config, tmp
     assert len({record["attribution_cosine"] for record in taught}) == 4
 
 
+@pytest.mark.slow
 def test_a_packed_teacher_is_the_arm_it_was_packed_from(tiny_config, many, tmp_path):
     workdir, _ = many
     path = workdir / "teacher" / "0" / "model.safetensors"
@@ -197,6 +202,7 @@ def test_a_packed_teacher_is_the_arm_it_was_packed_from(tiny_config, many, tmp_p
         assert a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loaded_arm_is_the_one_that_was_packed(tiny_config, many, tmp_path):
     """A network trained elsewhere teaches, is calibrated and is trained on as if trained here."""
     workdir, records = many

@@ -27,14 +27,17 @@ def _record(**fields):
     } | fields
 
 
-def test_report_is_three_files_and_a_printed_table(tmp_path):
+def test_report_is_a_page_with_its_tables_and_a_printed_table(tmp_path):
     out = io.StringIO()
     records = [
         _record(nll=math.nan, kl=math.inf, steps=np.int64(3), sizes=(np.float32(0.5), {1: 2}))
     ]
     write_report(records, tmp_path / "new", Console(file=out, width=100))
     names = sorted(p.name for p in (tmp_path / "new").iterdir())
-    assert names == ["accuracy_vs_size.png", "results.json", "table.md"]
+    tables = ["table.csv", "table.md", "table.tex"]
+    assert names == ["plots", "report.html", "results.json", *tables]
+    plots = sorted(p.name for p in (tmp_path / "new" / "plots").iterdir())
+    assert plots == ["accuracy_vs_size.png", "accuracy_vs_size.svg"]
     text = (tmp_path / "new" / "results.json").read_text()
     (read,) = json.loads(text, parse_constant=_refuse)
     assert read == _record(nll=None, kl=None, steps=3, sizes=[0.5, {"1": 2}])
@@ -53,9 +56,10 @@ def test_a_report_can_be_made_again_from_its_own_json(tmp_path):
 def test_records_that_cannot_be_written_leave_the_old_report(tmp_path):
     quiet = Console(file=io.StringIO())
     write_report([_record()], tmp_path, quiet)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    files = lambda: {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = files()
     with pytest.raises(TypeError):
         write_report([_record(model=object())], tmp_path, quiet)
     with pytest.raises(ValueError, match="no records"):
         write_report([], tmp_path, quiet)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert files() == before

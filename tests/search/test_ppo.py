@@ -92,6 +92,7 @@ def test_as_many_policies_as_evaluations_and_new_ones_while_there_are():
     assert len(set(found)) == 9
 
 
+@pytest.mark.slow
 def test_fewer_scores_than_policies_are_enough():
     """A search that is over may tell of the first ones only, or of none."""
     problem = layered(layers=4, bits=BITS)
@@ -105,6 +106,7 @@ def test_fewer_scores_than_policies_are_enough():
     assert all(np.isfinite(x).all() for x in weights)
 
 
+@pytest.mark.slow
 def test_options_are_drawn_by_their_probabilities_and_others_have_none():
     problem = layered(layers=3, bits=(2, 8), budget=0.4)
     env, key = environment.build(problem), jax.random.key(0)
@@ -141,6 +143,7 @@ def test_what_was_rewarded_becomes_likelier_by_no_more_than_the_clip(imitate):
         assert 1.1 * before < after < 1.35 * before
 
 
+@pytest.mark.slow
 def test_entropy_keeps_the_options_open():
     problem = layered(layers=3, bits=(2, 8), budget=1.0)
     env, key = environment.build(problem), jax.random.key(3)

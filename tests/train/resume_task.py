@@ -20,6 +20,7 @@ from kdq.train import loop
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
+from kdq.train.task import Task
 
 STEPS, EVAL_EVERY, EXAMPLES, BATCH = 24, 4, 40, 8
 OPTIMIZER = config.Optimizer(weight_decay=1e-3)
@@ -78,14 +79,20 @@ def validate(weights):
     return {"accuracy": float(right / count), "nll": float(loss / count)}
 
 
-def make(learning_rate=0.01, wrap=lambda dataset: dataset):
-    """The task (with a live teacher and batch norm) and the state before its first step."""
+def make(learning_rate=0.01, wrap=lambda dataset: dataset, seed=0, optimizer=OPTIMIZER):
+    """The task (with a live teacher and batch norm) and the state before its first step.
+
+    Seeds differ in their data, their weights and their teacher's.
+    """
     variables, teacher_variables, qparams, _ = start()
-    task = loop.Task(
+    variables, teacher_variables = jax.tree.map(
+        lambda x: x * (1 + 0.1 * seed), (variables, teacher_variables)
+    )
+    task = Task(
         model=MODEL,
-        optimizer=make_optimizer(OPTIMIZER),
+        optimizer=make_optimizer(optimizer),
         objective=OBJECTIVE,
-        dataset=wrap(data.train_dataset(source(), batch_size=BATCH, seed=3, **NORMALIZE)),
+        dataset=wrap(data.train_dataset(source(), batch_size=BATCH, seed=3 + seed, **NORMALIZE)),
         steps=STEPS,
         eval_every=EVAL_EVERY,
         validate=validate,
@@ -93,7 +100,7 @@ def make(learning_rate=0.01, wrap=lambda dataset: dataset):
         teacher_arguments={"variables": teacher_variables, "qparams": {}},
     )
     state = create_state(
-        variables, qparams, OPTIMIZER, seed=0, steps=STEPS, learning_rate=learning_rate
+        variables, qparams, optimizer, seed=seed, steps=STEPS, learning_rate=learning_rate
     )
     return task, state
 

@@ -88,7 +88,7 @@ MODELS = {"resnet": (RESNET, r"stage_\d_block_\d"), "vit": (VIT, r"block_\d")}
 
 
 @pytest.mark.parametrize("name", ["resnet", pytest.param("vit", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("bits", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_rematerialized_gives_the_same(name, bits):
     build, pattern = MODELS[name]
     plain, metrics = step(build(), AT_ONCE, bits=bits, steps=2)

@@ -19,6 +19,7 @@ from kdq.distill.teacher import Stored
 from kdq.train import loop
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError
+from kdq.train.task import Weights
 
 
 class Interrupted(Exception):
@@ -94,7 +95,7 @@ def test_the_unbroken_run_learns_and_logs_each_step(unbroken):
     assert result.selected.metrics["nll"] == best["validation_nll"]
     assert result.last_step == STEPS
     task, start = resume_task.make()
-    before = task.validate(loop.Weights(variables=start.variables, qparams=start.quantizers))
+    before = task.validate(Weights(variables=start.variables, qparams=start.quantizers))
     assert result.selected.metrics["nll"] < before["nll"]
     # What was selected is what was measured.
     assert task.validate(result.selected.weights) == result.selected.metrics

@@ -1,10 +1,14 @@
 """Training curves on disk, also after an interruption."""
 
 import json
+import struct
+import sys
 
 import pytest
+from tensorboardX.proto import event_pb2
 
-from kdq.train.metrics_writer import MetricsWriter
+from kdq.fields import ConfigError
+from kdq.train.metrics_writer import MetricsWriter, tensorboard
 
 
 def lines(path):
@@ -53,3 +57,33 @@ def test_a_resume_without_a_file_starts_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     written(path, [9], after_step=8)
     assert lines(path) == [{"step": 9, "loss": 1.125}]
+
+
+def events(folder):
+    """{(name, step): value} of all records of TensorBoard's files, and how many there are."""
+    found = []
+    for path in folder.iterdir():
+        data, place = path.read_bytes(), 0
+        while place < len(data):  # length, its checksum, an event, its checksum
+            (length,) = struct.unpack_from("<Q", data, place)
+            event = event_pb2.Event.FromString(data[place + 12 : place + 12 + length])
+            found += [((v.tag, event.step), v.simple_value) for v in event.summary.value]
+            place += 16 + length
+    return dict(found), len(found)
+
+
+def test_events_are_the_lines_also_after_a_resume(tmp_path):
+    path, folder = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    written(path, [1, 2, 3], events=folder)
+    written(path, [3, 4], after_step=2, events=folder)
+    expected = {("loss", entry["step"]): entry["loss"] for entry in lines(path)}
+    assert sorted(step for _, step in expected) == [1, 2, 3, 4]
+    assert events(folder) == (expected, 4)
+
+
+def test_events_need_an_extra_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ConfigError, match=r"pip install 'kdq\[tensorboard\]'"):
+        tensorboard()
+    written(tmp_path / "metrics.jsonl", [1])  # lines need none
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.125}]

@@ -13,6 +13,7 @@ from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
 from kdq.train.step import train_step
+from kdq.train.task import Task
 
 MODEL = models.build("mlp", num_classes=3, widths=(6,))
 OPTIMIZER = config.Optimizer()
@@ -65,7 +66,7 @@ def test_each_step_and_seed_draws_its_own_without_a_compilation(start, dataset):
 
 
 def test_an_interrupted_run_ends_as_the_unbroken_one(start, dataset, tmp_path):
-    task = loop.Task(
+    task = Task(
         model=MODEL,
         optimizer=make_optimizer(OPTIMIZER),
         objective=Objective(),

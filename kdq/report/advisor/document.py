@@ -13,7 +13,9 @@ from kdq.report.cells import ABSENT, escape, markdown_grid, terminal_grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Block:
+class Block:
+    """One paragraph, heading, command or table."""
+
     kind: str  # "heading", "strong", "text", "item", "command" or "grid"
     text: str = ""
     level: int = 1  # of a heading
@@ -26,21 +28,26 @@ class Document:
     """Collects what is said, in order, and numbers the rows of evidence that it cites."""
 
     def __init__(self):
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block] = []
         self._cited: dict[tuple[str, str], Candidate] = {}
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """What has been said so far, in order."""
+        return tuple(self._blocks)
 
     def heading(self, text: str, level: int = 1) -> None:
         """Starts a section."""
-        self._blocks.append(_Block(kind="heading", text=text, level=level))
+        self._blocks.append(Block(kind="heading", text=text, level=level))
 
     def say(self, text: str, *cited: Candidate, kind: str = "text") -> None:
         """Adds a paragraph, an "item" of a list, or a "strong" paragraph, with what supports it."""
         cites = f" {self.cite(*cited)}" if cited else ""
-        self._blocks.append(_Block(kind=kind, text=text + cites))
+        self._blocks.append(Block(kind=kind, text=text + cites))
 
     def command(self, text: str) -> None:
         """Adds what to type."""
-        self._blocks.append(_Block(kind="command", text=text))
+        self._blocks.append(Block(kind="command", text=text))
 
     def grid(
         self, head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()
@@ -50,7 +57,7 @@ class Document:
         kept = [i for i in range(len(head)) if any(row[i] not in empty for row in rows)]
         cells = tuple(tuple(row[i] for i in kept) for row in rows)
         names = tuple(head[i] for i in kept)
-        self._blocks.append(_Block(kind="grid", head=names, rows=cells, left=tuple(left)))
+        self._blocks.append(Block(kind="grid", head=names, rows=cells, left=tuple(left)))
 
     def cite(self, *cited: Candidate) -> str:
         """Numbers in brackets, which `references` explains."""
@@ -106,7 +113,7 @@ class Document:
                 console.print(Text(mark + block.text, style=style))
 
 
-def _markdown(block: _Block) -> list[str]:
+def _markdown(block: Block) -> list[str]:
     text = escape(block.text)
     if block.kind == "grid":
         cells = [[escape(cell) for cell in row] for row in block.rows]
@@ -120,7 +127,7 @@ def _markdown(block: _Block) -> list[str]:
     }[block.kind]
 
 
-def _terminal(block: _Block):
+def _terminal(block: Block):
     grid = terminal_grid()
     for name in block.head:
         grid.add_column(name, justify="left" if name in block.left else "right", overflow="fold")

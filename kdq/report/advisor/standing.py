@@ -19,7 +19,7 @@ from kdq.report.advisor.evidence import Study
 from kdq.report.advisor.rules import METHODS, REQUIREMENTS, TIE
 from kdq.report.advisor.words import by_seed, interval, label, plain, seconds
 from kdq.report.cells import ABSENT, format_bytes, format_energy
-from kdq.report.plot import pareto_front
+from kdq.report.front import pareto_front
 
 SHOWN = 12  # arms of the ranking
 

@@ -1,0 +1,126 @@
+"""Data sets of one's own: NumPy arrays of three splits in one `.npz` file.
+
+For each split two arrays, `SPLIT_inputs` [n, ...] and `SPLIT_labels` [n]. `config.data.name` names
+the file, and everything else goes as with a data set of TFDS.
+"""
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from kdq.data.errors import DataError
+from kdq.fields import unknown
+
+PARTS = ("inputs", "labels")
+Split = tuple[np.ndarray, np.ndarray]  # inputs [n, ...], labels [n]
+
+
+def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
+    """Writes a data set of arrays; a file that already holds the same ones is left as it is.
+
+    Args:
+      path: the file, `mine.npz`.
+      **splits: (inputs, labels) by name, most often train, validation and test. Inputs are uint8 or
+        floats (kept as float32) [n, ...], of one shape and kind in all splits; labels are integers
+        [n] from 0, and those of other splits are among the first's.
+
+    Raises:
+      DataError: arrays that don't fit, or a file that holds others.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise DataError(f"{path}: want a name that ends in .npz")
+    for name, split in splits.items():
+        if not isinstance(split, tuple | list) or len(split) != 2:
+            raise DataError(f"{name}: want a pair (inputs, labels), got {type(split).__name__}")
+    checked = _checked({name: _split(name, *split) for name, split in splits.items()})
+    arrays = {
+        f"{name}_{part}": array
+        for name, split in checked.items()
+        for part, array in zip(PARTS, split, strict=True)
+    }
+    if path.exists():
+        there = _read(path)
+        if there.keys() == arrays.keys() and all(
+            there[key].dtype == array.dtype and np.array_equal(there[key], array)
+            for key, array in arrays.items()
+        ):
+            return path
+        raise DataError(f"{path} holds other arrays: choose another folder, or delete that file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")  # a reader never sees part of a file
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_arrays(path: str | os.PathLike[str], split: str) -> tuple[Split, int]:
+    """A split of such a file, and the number of classes of all. Raises DataError."""
+    path = Path(path)
+    found, arrays = {}, _read(path)
+    for name in (key.removesuffix("_inputs") for key in arrays if key.endswith("_inputs")):
+        if f"{name}_labels" not in arrays:
+            raise DataError(f"{path} has {name}_inputs, but no {name}_labels")
+        found[name] = _split(f"{path}: {name}", *(arrays[f"{name}_{part}"] for part in PARTS))
+    if not found:
+        raise DataError(f"{path} has {sorted(arrays)}: want train_inputs, train_labels and so on")
+    if split not in found:
+        raise DataError(unknown(f"split of {path}:", split, found))
+    return _checked(found)[split], 1 + max(int(labels.max()) for _, labels in found.values())
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        # np.load itself leaves a file that is broken open
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except FileNotFoundError:
+        raise DataError(f"there is no {path}") from None
+    except (AttributeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no .npz file of arrays: {error}") from error
+
+
+def _split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
+    """Checked, of the types that kdq works with."""
+    inputs, labels = np.asarray(inputs), np.asarray(labels)
+    if np.issubdtype(inputs.dtype, np.floating):
+        inputs = inputs.astype(np.float32)
+    if inputs.dtype not in (np.uint8, np.float32) or inputs.ndim < 2 or not inputs.size:
+        raise DataError(
+            f"{where}: inputs are {inputs.dtype} {inputs.shape}; want uint8 or floats [n, ...]"
+        )
+    if not np.isfinite(inputs).all():
+        bad = int(np.argmin(np.isfinite(inputs).reshape(len(inputs), -1).all(-1)))
+        raise DataError(f"{where}: input {bad} is not finite")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != inputs.shape[:1]:
+        raise DataError(
+            f"{where}: labels are {labels.dtype} {labels.shape}; want integers "
+            f"{inputs.shape[:1]}, a class for each input"
+        )
+    if labels.min() < 0:
+        raise DataError(f"{where}: label {labels.min()}; want classes from 0")
+    return np.ascontiguousarray(inputs), labels.astype(np.int32)
+
+
+def _checked(splits: Mapping[str, Split]) -> Mapping[str, Split]:
+    """Splits that fit together."""
+    (first, (inputs, labels)), *others = splits.items()
+    for name, (more, classes) in others:
+        if more.shape[1:] != inputs.shape[1:] or more.dtype != inputs.dtype:
+            raise DataError(
+                f"inputs of {name} are {more.dtype} {more.shape[1:]}, "
+                f"of {first} {inputs.dtype} {inputs.shape[1:]}"
+            )
+        if classes.max() > labels.max():
+            raise DataError(
+                f"{name} has label {classes.max()}, {first} only those up to {labels.max()}"
+            )
+    return splits

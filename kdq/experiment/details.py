@@ -1,0 +1,212 @@
+"""What an arm's report shows beyond its record: confusions, reliability, layers, attributions.
+
+`ARM/SEED/details.json`, a few kilobytes: JSON without NaN, maps no larger than 32 by 32.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from scipy.special import softmax
+
+from kdq import files, quantize
+from kdq.deploy import PackedModel, energy
+from kdq.evaluate import attribution, calibration, metrics
+from kdq.experiment.transfer import Network
+from kdq.quantize.layers import LayerInfo, at_path, layer_bits
+from kdq.search import bank, cost
+from kdq.types import Array, Batch, QParams, Variables
+
+FILE = "details.json"
+IMAGES = 6  # of the test split, the first ones: not chosen
+SIDE = 32  # pixels of a map at most
+BINS = 15  # of confidence
+EXAMPLES = 128  # of validation, for sensitivities
+
+
+def write(
+    folder: Path,
+    packed: PackedModel,
+    layers: Mapping[str, LayerInfo],
+    variables: Variables,
+    qparams: QParams,
+    *,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    images: Array,
+    validation: Batch,
+) -> None:
+    """Measures and writes the details of an arm.
+
+    Args:
+      folder: of the arm and seed.
+      packed: its file, loaded back.
+      layers: of its model.
+      variables: its weights, before rounding.
+      qparams: its quantizers.
+      logits: [examples, classes] of the packed model on the test split.
+      labels: [examples] int.
+      images: the first of that split.
+      validation: a batch of another.
+    """
+    network = Network(variables=packed.variables, qparams=packed.qparams, model=packed.model)
+    found = {
+        "confusion": confusion(logits, labels),
+        "reliability": _reliability(logits, labels),
+        "layers": layer_rows(layers, packed, variables, qparams, validation),
+        "attributions": _attributions(network, images[:IMAGES], logits, labels),
+    }
+    text = json.dumps(_strict(found), separators=(",", ":"), allow_nan=False)
+    files.write_atomic(folder / FILE, f"{text}\n".encode())
+
+
+def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
+    """Counts [class][predicted class] of the examples; one with a NaN logit predicts nothing."""
+    classes = logits.shape[1]
+    valid = ~np.isnan(logits).any(-1)
+    pairs = labels[valid] * classes + logits[valid].argmax(-1)
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes).tolist()
+
+
+def _reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
+    found = calibration.reliability(logits, labels, BINS)
+    return {name: getattr(found, name).tolist() for name in ("confidence", "accuracy", "count")}
+
+
+def layer_rows(
+    layers: Mapping[str, LayerInfo],
+    packed: PackedModel,
+    variables: Variables,
+    qparams: QParams,
+    validation: Batch,
+) -> list[dict[str, Any]]:
+    """A dict a layer: its bits, what they do to it, and what it costs.
+
+    "sqnr_db" is 10 log10(Σ w² / Σ (w − ŵ)²) of its weights; "range" what its inputs' quantizer
+    represents; "sensitivity" the KL [nats] to the outputs without any quantizer of those with this
+    layer's alone, on examples of validation. None for what a layer does not have.
+    """
+    sensitivities = _sensitivities(packed, variables, validation)
+    joules, found = energy.modelled(layers, qparams), []
+    for path, layer in layers.items():
+        weight_bits, input_bits = layer_bits(qparams, path)
+        found.append(
+            {
+                "path": path,
+                "kind": layer.kind,
+                "weight_bits": weight_bits,
+                "input_bits": input_bits,
+                "weights": layer.weight_count,
+                "bytes": -(-layer.weight_count * weight_bits // 8),
+                "macs": layer.macs,
+                "bops": cost.bops({path: layer}, qparams),
+                "energy_modelled_nj": joules[path].total,
+                "sqnr_db": _sqnr(layer, variables, packed) if weight_bits < 32 else None,
+                "range": _range(packed.qparams.get(path, {}).get("activations")),
+                "sensitivity": sensitivities.get(path),
+            }
+        )
+    return found
+
+
+def _sqnr(layer: LayerInfo, variables: Variables, packed: PackedModel) -> float | None:
+    if not layer.weight_name:
+        return None
+    ours, theirs = (
+        np.asarray(at_path(tree["params"], layer.path)[layer.weight_name], np.float64)
+        for tree in (variables, packed.variables)
+    )
+    signal, noise = np.sum(ours**2), np.sum((ours - theirs) ** 2)
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+
+
+def _range(quantizer: quantize.Quantizer | None) -> list[float] | None:
+    """The least and the largest number; None if it is found anew from each input."""
+    if quantizer is None or quantizer.dynamic is not None:
+        return None
+    scale = np.asarray(quantizer.scale)
+    if quantizer.levels is not None:
+        levels = np.asarray(quantizer.levels)
+        return [float((levels.min() * scale).min()), float((levels.max() * scale).max())]
+    ends = []
+    for code in (quantizer.qmin, quantizer.qmax):
+        code = np.asarray(code)
+        code = code.reshape((*code.shape, *[1] * (scale.ndim - code.ndim)))
+        ends.append((code - np.asarray(quantizer.zero_point)) * scale)
+    return [float(ends[0].min()), float(ends[1].max())]
+
+
+def _sensitivities(
+    packed: PackedModel, variables: Variables, validation: Batch
+) -> dict[str, float | None]:
+    """By layer, in one compiled program: what is not quantized gets quantizers that do nothing."""
+    inputs = [q for quantizers in packed.qparams.values() for q in quantizers.values()]
+    if any(q.levels is not None or q.dynamic is not None for q in inputs):
+        return {}  # formats and dynamic ranges can't be made to do nothing
+    quantized = sorted({*packed.qparams, *packed.weight_quantizers})
+    if not quantized:
+        return {}
+    images = validation["image"][: min(EXAMPLES, int(np.sum(validation["mask"])))]
+    idle = _idle(packed.qparams)
+    rounded, plain = (traverse_util.flatten_dict(t, sep="/") for t in (packed.variables, variables))
+
+    def outputs(path: str | None) -> Array:
+        own = lambda name: path is not None and name.startswith(f"params/{path}/")
+        mixed = {name: rounded[name] if own(name) else plain[name] for name in rounded}
+        qparams = {**idle, **({path: packed.qparams[path]} if path in idle else {})}
+        tree = traverse_util.unflatten_dict(mixed, sep="/")
+        return quantize.predict(packed.model, tree, qparams, images)
+
+    # All are dispatched before the first is waited for.
+    base, *alone = [outputs(path) for path in (None, *quantized)]
+    moved = (metrics.kl_divergence(base, logits).mean() for logits in alone)
+    return dict(zip(quantized, moved, strict=True))
+
+
+@jax.jit
+def _idle(qparams: QParams) -> QParams:
+    is_one = lambda node: isinstance(node, quantize.Quantizer)
+    return jax.tree.map(bank.transparent, qparams, is_leaf=is_one)
+
+
+def _attributions(
+    network: Network, images: Array, logits: np.ndarray, labels: np.ndarray
+) -> dict[str, Any]:
+    """Gradient times input of the label's logit, with what was seen and predicted."""
+    chance = softmax(np.asarray(logits[: len(images)], np.float64), axis=-1)
+    labels = labels[: len(images)]
+    maps = _explain(network, images, labels)
+    return {
+        "images": _small(np.asarray(images, np.float64).mean(-1)),
+        "maps": _small(np.asarray(maps, np.float64).sum(-1)),
+        "label": labels.tolist(),
+        "predicted": chance.argmax(-1).tolist(),
+        "probability": chance.max(-1).tolist(),
+    }
+
+
+_explain = jax.jit(attribution.gradient_times_input)
+
+
+def _small(maps: np.ndarray) -> list[Any]:
+    """[n, height, width], as means over blocks if larger than `SIDE`."""
+    block = -(-max(maps.shape[1:]) // SIDE)
+    height, width = (size // block * block for size in maps.shape[1:])
+    cut = maps[:, :height, :width].reshape(len(maps), height // block, block, width // block, block)
+    return cut.mean((2, 4)).tolist()
+
+
+def _strict(value: Any) -> Any:
+    """Numbers with four digits, and none of what is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _strict(v) for key, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_strict(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value

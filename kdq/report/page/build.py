@@ -1,0 +1,89 @@
+"""The page: data and charts in one template, which shows text as text and loads nothing."""
+
+import base64
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from kdq.report.page import draw
+from kdq.report.page.methods import ABOUT
+from kdq.report.page.section import Section
+from kdq.report.write import strict
+
+RECORDS_BYTES = 1_200_000  # of compressed records on the page
+LARGE = ("cka", "ptq_errors", "exports")  # of a record, left out of the page where all are too many
+
+
+def page(sections: Sequence[Section]) -> str:
+    """The HTML of all experiments."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("kdq.report.page", "template"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    read = lambda name: environment.loader.get_source(environment, name)[0]
+    scripts = [draw.program(), read("report.js")]
+    charts = {
+        f"chart-{i}-{part}-{j}-{k}": draw.on_page(spec)
+        for i, section in enumerate(sections)
+        for part, own in section.charts.items()
+        for j, chart in enumerate(own)
+        for k, spec in enumerate(chart.specs)
+    }
+    records, left_out = _records(sections)
+    return environment.get_template("report.html").render(
+        sections=sections,
+        about=ABOUT,
+        style=Markup(read("report.css")),
+        scripts=[Markup(script) for script in scripts],
+        policy=_policy(scripts),
+        charts=_json(charts),
+        records=records,
+        left_out=left_out,
+    )
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """No network, no script but these, no form."""
+    digests = [hashlib.sha256(script.encode()).digest() for script in scripts]
+    hashes = " ".join(f"'sha256-{base64.b64encode(d).decode()}'" for d in digests)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _json(value: Any) -> Markup:
+    """JSON that can't end the script element that it stands in."""
+    text = json.dumps(strict(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)
+
+
+def _records(sections: Sequence[Section]) -> tuple[str, tuple[str, ...]]:
+    """Records of all arms, compressed, and the fields that there was no room for."""
+    every = [list(section.experiment.records) for section in sections]
+    for left_out in ((), LARGE):
+        kept = [[{k: v for k, v in r.items() if k not in left_out} for r in own] for own in every]
+        packed = base64.b64encode(gzip.compress(json.dumps(strict(kept)).encode(), mtime=0))
+        if len(packed) <= RECORDS_BYTES:
+            return packed.decode(), left_out
+    return "", ("all of it",)
+
+
+def files(section: Section) -> dict[str, bytes]:
+    """Every chart of an experiment as PNG and SVG, by name."""
+    found = {}
+    for own in section.charts.values():
+        for chart in own:
+            png, svg = draw.pictures(chart.specs, chart.title)
+            found |= {f"{chart.name}.png": png, f"{chart.name}.svg": svg}
+    return found

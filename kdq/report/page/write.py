@@ -1,0 +1,42 @@
+"""Writes the report of workdirs: the page, the tables and the plots."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdq.files import write_atomic
+from kdq.report.advisor.constraints import Constraints
+from kdq.report.page import build, combine, tables
+from kdq.report.page.read import Folder
+from kdq.report.page.section import section
+
+PAGE, PLOTS = "report.html", "plots"
+
+
+def write(
+    folders: Sequence[Folder],
+    out: str | os.PathLike[str],
+    constraints: Constraints | None = None,
+) -> Path:
+    """Writes report.html, table.md, table.csv, table.tex and plots/ to `out`.
+
+    Args:
+      folders: from `kdq.report.page.read`.
+      out: made if it does not exist; each file is replaced atomically.
+      constraints: of the advisor's answer.
+
+    Returns:
+      The path of the page.
+    """
+    out = Path(out)
+    found = combine.experiments(folders)
+    sections = [section(one, constraints or Constraints()) for one in found]
+    write_atomic(out / "table.md", tables.markdown(found).encode())
+    write_atomic(out / "table.csv", tables.csv_table(found).encode())
+    write_atomic(out / "table.tex", tables.latex(found).encode())
+    for i, one in enumerate(sections, 1):
+        for name, data in build.files(one).items():
+            prefix = f"{i}_" if len(sections) > 1 else ""
+            write_atomic(out / PLOTS / f"{prefix}{name}", data)
+    write_atomic(out / PAGE, build.page(sections).encode())
+    return out / PAGE

@@ -1,0 +1,133 @@
+"""Data sets of one's own in .npz files: what is kept, what is refused, what a run makes of them."""
+
+import numpy as np
+import pytest
+
+from kdq import config, data
+from kdq.data import DataError, open_split, save_arrays
+from kdq.experiment import plan
+
+RNG = np.random.default_rng(0)
+
+
+def split(n, shape=(3,), dtype=np.float32, classes=4):
+    inputs = RNG.normal(size=(n, *shape))
+    inputs = inputs.astype(dtype) if dtype != np.uint8 else RNG.integers(0, 256, (n, *shape), dtype)
+    return inputs, np.arange(n) % classes
+
+
+SPLITS = {"train": split(12), "validation": split(5), "test": split(8)}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "images"),
+    [(np.float64, "float32", False), (np.float16, "float32", False), (np.uint8, "uint8", True)],
+)
+def test_arrays_come_back_by_id(tmp_path, given, kept, images):
+    splits = {name: split(n, (4, 4, 1), given) for name, n in (("train", 9), ("test", 6))}
+    save_arrays(tmp_path / "mine.npz", **splits)
+    source = open_split("mine.npz", "test", data_dir=tmp_path)
+    inputs, labels = splits["test"]
+    ids = np.array([5, 0, 3])
+    read = source.read(ids)
+    assert read["image"].dtype == source.dtype == kept
+    assert read["label"].dtype == np.int32
+    np.testing.assert_array_equal(read["image"], inputs[ids].astype(kept))
+    np.testing.assert_array_equal(read["label"], labels[ids])
+    assert (source.num_classes, source.image_shape, len(source)) == (4, (4, 4, 1), 6)
+    assert source.is_images == images
+    read["image"][:] = 0
+    np.testing.assert_array_equal(source.read(ids)["image"], inputs[ids].astype(kept))
+
+
+def test_rows_of_features_go_through_the_pipeline(tmp_path):
+    save_arrays(tmp_path / "mine.npz", **SPLITS)
+    source = open_split(str(tmp_path / "mine.npz"), "train")
+    stream = data.train_dataset(source, batch_size=4, seed=0, mean=0.0, std=2.0)
+    seen = np.concatenate([stream[step]["id"] for step in range(3)])
+    assert sorted(seen) == list(range(12))
+    batch = stream[1]
+    np.testing.assert_allclose(batch["image"], SPLITS["train"][0][batch["id"]] / 2, rtol=1e-6)
+
+
+def test_the_same_arrays_again_are_kept_and_others_refused(tmp_path):
+    path = save_arrays(tmp_path / "new" / "mine.npz", **SPLITS)
+    written = path.stat().st_mtime_ns
+    assert save_arrays(path, **SPLITS) == path
+    assert path.stat().st_mtime_ns == written
+    changed = SPLITS["test"][0].copy()
+    changed[2, 1] += 1
+    with pytest.raises(DataError, match="holds other arrays: choose another folder, or delete"):
+        save_arrays(path, **{**SPLITS, "test": (changed, SPLITS["test"][1])})
+    assert [p.name for p in path.parent.iterdir()] == ["mine.npz"]
+
+
+def test_digests_follow_the_contents_and_not_the_place(tmp_path):
+    def digests(folder, **splits):
+        path = save_arrays(tmp_path / folder / "mine.npz", **splits)
+        experiment = config.freeze(
+            {
+                "seeds": (0,),
+                "data": {"name": path.name, "data_dir": str(path.parent)},
+                "models": {"net": {"name": "mlp", "num_classes": 4}},
+                "arms": {"teacher": {"model": "net", "epochs": 1.0}},
+            }
+        )
+        source = open_split(path.name, "train", data_dir=path.parent)
+        return plan.digests(experiment)["teacher"], source.digest
+
+    first = digests("a", **SPLITS)
+    assert digests("b", **SPLITS) == first
+    labels = SPLITS["train"][1].copy()
+    labels[0] = 3
+    other = digests("c", **{**SPLITS, "train": (SPLITS["train"][0], labels)})
+    assert other[0] != first[0]
+    assert other[1] != first[1]
+
+
+X, Y = SPLITS["train"]
+NAN = X.copy()
+NAN[7, 1] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ((X.astype(np.int64), Y), r"train: inputs are int64 \(12, 3\); want uint8 or floats"),
+        ((X[:, 0], Y), r"train: inputs are float32 \(12,\)"),
+        ((X[:0], Y[:0]), r"train: inputs are float32 \(0, 3\)"),
+        ((NAN, Y), "train: input 7 is not finite"),
+        ((X, Y.astype(float)), r"labels are float64 \(12,\); want integers \(12,\)"),
+        ((X, np.eye(4, dtype=int)[Y]), r"labels are int64 \(12, 4\)"),
+        ((X, Y[:-1]), r"labels are int64 \(11,\); want integers \(12,\)"),
+        ((X, Y - 1), "train: label -1; want classes from 0"),
+        ((X, Y % 3), "validation has label 3, train only those up to 2"),
+        ((X[:, :2], Y), r"inputs of validation are float32 \(3,\), of train float32 \(2,\)"),
+    ],
+)
+def test_arrays_that_do_not_fit(tmp_path, wrong, message):
+    with pytest.raises(DataError, match=message):
+        save_arrays(tmp_path / "mine.npz", **{**SPLITS, "train": wrong})
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_do_not_fit(tmp_path):
+    with pytest.raises(DataError, match=r"there is no .*mine.npz"):
+        open_split("mine.npz", "train", data_dir=tmp_path)
+    with pytest.raises(DataError, match=r"mine.zip: want a name that ends in .npz"):
+        save_arrays(tmp_path / "mine.zip", **SPLITS)
+    path = save_arrays(tmp_path / "mine.npz", **SPLITS)
+    with pytest.raises(DataError, match=r"unknown split .*'trian' \(did you mean 'train'\?\)"):
+        open_split(str(path), "trian")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"is no .npz file of arrays"):
+        open_split(str(path), "train")
+    np.savez(path, x=X, y=Y)
+    with pytest.raises(DataError, match=r"has \['x', 'y'\]: want train_inputs, train_labels"):
+        open_split(str(path), "train")
+    np.savez(path, train_inputs=X, train_labels=np.array([{}] * 12))
+    with pytest.raises(DataError, match=r"is no .npz file of arrays: Object arrays cannot"):
+        open_split(str(path), "train")
+    np.savez(path, train_inputs=X)
+    with pytest.raises(DataError, match="has train_inputs, but no train_labels"):
+        open_split(str(path), "train")
