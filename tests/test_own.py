@@ -84,6 +84,12 @@ def test_every_arm_is_measured_on_its_file(distilled):
     }
 
 
+def test_the_page_says_that_such_inputs_have_no_maps(distilled):
+    page = (distilled[1] / "report.html").read_text()
+    assert "Only images have maps." in page
+    assert "qad" in page
+
+
 def test_the_same_call_again_trains_nothing_and_another_one_is_refused(distilled):
     records, workdir = distilled
     again = kdq.compress(Net(48), Net(8), **DATA, workdir=workdir, **QUICK)

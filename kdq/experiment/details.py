@@ -51,7 +51,7 @@ def write(
       qparams: its quantizers.
       logits: [examples, classes] of the packed model on the test split.
       labels: [examples] int.
-      images: the first of that split.
+      images: the first of that split; other inputs than [n, height, width, channels] have no maps.
       validation: a batch of another.
     """
     network = Network(variables=packed.variables, qparams=packed.qparams, model=packed.model)
@@ -59,7 +59,9 @@ def write(
         "confusion": confusion(logits, labels),
         "reliability": _reliability(logits, labels),
         "layers": layer_rows(layers, packed, variables, qparams, validation),
-        "attributions": _attributions(network, images[:IMAGES], logits, labels),
+        "attributions": _attributions(network, images[:IMAGES], logits, labels)
+        if images.ndim == 4
+        else None,
     }
     text = json.dumps(_strict(found), separators=(",", ":"), allow_nan=False)
     files.write_atomic(folder / FILE, f"{text}\n".encode())

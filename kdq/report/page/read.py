@@ -180,7 +180,7 @@ def _check_details(found: Any) -> None:
     if any(len(row) != classes for row in found["confusion"]):
         raise ValueError("a confusion matrix that is not square")
     for part, keys in (("reliability", BINS), ("attributions", EXAMPLES)):
-        if len({len(found[part][key]) for key in keys}) != 1:
+        if found[part] is not None and len({len(found[part][key]) for key in keys}) != 1:
             raise ValueError(f"lists of different lengths in {part}")
     for row in found["layers"]:
         if missing := [key for key in LAYER if key not in row]:

@@ -308,7 +308,8 @@ def _missing(charts: Mapping[str, Sequence[Chart]], experiment: Experiment) -> d
         "fidelity": "No arm has a measured agreement: the teacher failed, or is not there.",
         "fronts": "No arm has an accuracy and a cost.",
         "layers": f"No quantized arm has details by layer. {OF_OLD} {again}",
-        **dict.fromkeys(("calibration", "confusions", "attributions"), detail),
+        **dict.fromkeys(("calibration", "confusions"), detail),
+        "attributions": f"Only images have maps. {detail}",
     }
     return {part: text for part, text in said.items() if not charts.get(part)}
 
