@@ -10,7 +10,7 @@ from kdq.data.arrays import save_arrays
 from kdq.data.errors import DataError
 from kdq.data.idx import prepare, read_idx
 from kdq.data.pipeline import EvalBatches, Lookup, eval_batches, iterate, train_dataset
-from kdq.data.source import Source, open_split
+from kdq.data.source import Source, from_arrays, open_split
 from kdq.data.transforms import (
     Augmentation,
     Cutout,
@@ -32,6 +32,7 @@ __all__ = [
     "Source",
     "build_augmentations",
     "eval_batches",
+    "from_arrays",
     "iterate",
     "open_split",
     "prepare",

@@ -94,7 +94,9 @@ def open_split(
         random, or not for image classification.
     """
     if name.endswith(".npz"):
-        return _open_arrays(Path(data_dir or "", name).expanduser(), split)
+        path = Path(data_dir or "", name).expanduser()
+        (inputs, labels), classes = read_arrays(path, split)
+        return from_arrays(inputs, labels, name=path.name, split=split, classes=classes)
     data_dir = Path(data_dir).expanduser() if data_dir is not None else default_data_dir()
     builder = _prepared_builder(name, data_dir)
     name = _full_name(builder)
@@ -131,16 +133,31 @@ def open_split(
     )
 
 
-def _open_arrays(path: Path, split: str) -> Source:
-    (inputs, labels), classes = read_arrays(path, split)
+def from_arrays(
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    name: str = "arrays",
+    split: str = "train",
+    classes: int | None = None,
+) -> Source:
+    """Arrays in memory as a split.
+
+    Args:
+      inputs: [n, ...] uint8 or float32.
+      labels: [n] int32.
+      name: what to call it.
+      split: likewise.
+      classes: how many there are; None is up to the largest label.
+    """
     digest = hashlib.sha256(repr((inputs.shape, inputs.dtype.name)).encode())
-    digest.update(inputs)
-    digest.update(labels)
+    digest.update(np.ascontiguousarray(inputs))
+    digest.update(np.ascontiguousarray(labels))
     return Source(
-        name=path.name,
+        name=name,
         version="",
         split=split,
-        class_names=tuple(map(str, range(classes))),
+        class_names=tuple(map(str, range(classes or int(labels.max()) + 1))),
         image_shape=inputs.shape[1:],
         num_examples=len(inputs),
         in_memory=True,

@@ -1,20 +1,21 @@
 """Training on arrays in memory, for a model and data of one's own: one call, and no files."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 
+from kdq import data
 from kdq.config import Optimizer
 from kdq.distill.teacher import Stored
-from kdq.train import objective
-from kdq.train.diagnose import NonFiniteError
-from kdq.train.loop import Weights, weights
+from kdq.train import loop, objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
-from kdq.train.step import train_step
+from kdq.train.task import Task, Weights
 
 
 def fit_arrays(
@@ -31,9 +32,9 @@ def fit_arrays(
     fixed_scales: Sequence[str] = (),
     seed: int = 0,
 ) -> Weights:
-    """Trains by the step that every arm trains by; returns the last weights.
+    """Trains as every arm does (`kdq.train.loop.fit`); returns the last weights.
 
-    Nothing is selected on validation, logged or kept on disk: for that, see `kdq.experiment`.
+    Nothing is selected on validation or kept on disk: for that, see `kdq.experiment`.
 
     Args:
       model: called as `model(images, train=...)`; returns logits.
@@ -52,21 +53,22 @@ def fit_arrays(
       ValueError: arrays of different lengths, fewer examples than a batch, or a teacher without a
         recipe.
       ConfigError: what the recipe gets wrong.
-      NonFiniteError: a loss or gradient was NaN or infinite; says at which step.
+      NonFiniteError: a loss or gradient was NaN or infinite; says at which step, and where first.
     """
-    arrays = {"image": np.asarray(images, np.float32), "label": np.asarray(labels, np.int32)}
+    inputs, labels = np.asarray(images, np.float32), np.asarray(labels, np.int32)
     if (teacher_logits is None) != (recipe is None):
         raise ValueError("fit_arrays: want teacher_logits and recipe, or neither")
-    if teacher_logits is not None:
-        arrays["teacher_logits"] = np.asarray(teacher_logits, np.float32)
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1 or lengths["image"] < batch_size:
+    taught = {} if teacher_logits is None else {"teacher_logits": np.float32(teacher_logits)}
+    lengths = {name: len(x) for name, x in {"image": inputs, "label": labels, **taught}.items()}
+    if len(set(lengths.values())) > 1 or len(inputs) < batch_size:
         raise ValueError(f"fit_arrays: want {batch_size} examples or more, as many each: {lengths}")
     if start is None:
         init = jax.jit(model.init, static_argnames="train")
-        variables = init(jax.random.key(seed), arrays["image"][:1], train=False)
+        variables = init(jax.random.key(seed), inputs[:1], train=False)
         start = Weights(variables=variables, qparams={})
-    steps = round(epochs * lengths["image"] / batch_size)
+    steps = round(epochs * len(inputs) / batch_size)
+    if not steps:
+        return start
     config = Optimizer()
     state = create_state(
         start.variables,
@@ -77,20 +79,22 @@ def fit_arrays(
         learning_rate=learning_rate,
         fixed_scales=fixed_scales,
     )
-    aim = objective.of_recipe(recipe, steps, "recipe")
-    rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(lengths["image"]) for _ in range(int(epochs) + 1)])
-    for step in range(steps):
-        ids = order[step * batch_size : (step + 1) * batch_size]
-        state, _ = train_step(
-            state,
-            None,
-            {name: array[ids] for name, array in arrays.items()},
-            model=model,
-            teacher=None if teacher_logits is None else Stored(),
-            objective=aim,
-            optimizer=make_optimizer(config),
-        )
-    if state.halted:
-        raise NonFiniteError(f"NaN or infinity at step {int(state.step) + 1}")
-    return weights(state)
+    task = Task(
+        model=model,
+        optimizer=make_optimizer(config),
+        objective=objective.of_recipe(recipe, steps, "recipe"),
+        dataset=data.train_dataset(
+            data.from_arrays(inputs, labels),
+            batch_size=batch_size,
+            seed=seed,
+            mean=0.0,
+            std=1.0,
+            extra=taught,
+        ),
+        steps=steps,
+        eval_every=steps,
+        validate=lambda _: {"accuracy": 0.0, "nll": 0.0},
+        teacher=Stored() if taught else None,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return loop.fit(task, state, Path(folder)).last
