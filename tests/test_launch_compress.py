@@ -253,6 +253,7 @@ def test_a_mistake_is_answered_in_one_line(launch, tmp_path, arguments, message)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_export_writes_files_and_says_what_they_do(unbroken, launch, tmp_path):
     _, workdir = unbroken
     arguments = (f"--workdir={workdir}", "--arm=qat_w4a4", f"--out={tmp_path / 'out'}")

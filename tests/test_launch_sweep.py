@@ -91,6 +91,7 @@ def changed(workdir):
     return {p: p.stat().st_mtime_ns for p in workdir.glob("runs/*/*/*/model.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_told_and_the_others_go_on(launch, files, tmp_path):
     process = launch("broken.py", tmp_path, "--workers=2")
     assert process.returncode == 1

@@ -115,6 +115,7 @@ def test_keeps_no_float_weight():
     assert layer.bias.dtype == layer.weight_sum.dtype == jnp.int32
 
 
+@pytest.mark.slow
 def test_what_stays_in_float_is_listed_with_the_reason():
     model, variables, images = network("mlp")
     whole = TensorSpec(bits=8)
@@ -197,6 +198,7 @@ def _floats_between(jaxpr):
     return found
 
 
+@pytest.mark.slow
 def test_by_fixed_point_numbers_a_residual_network_is_integers_from_end_to_end():
     model, variables, images = network("resnet", offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])

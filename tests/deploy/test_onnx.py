@@ -114,6 +114,7 @@ class Variants(nn.Module):
         return nn.Dense(3, name="head")(x.transpose(2, 1, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights",
     [
@@ -151,6 +152,7 @@ class Layer(nn.Module):
         return nn.relu(nn.Dense(8, name="dense")(x)), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["per_tensor", slow("per_channel")])
 def test_tables_and_stacks(granularity):
     rng = np.random.default_rng(0)

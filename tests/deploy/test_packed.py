@@ -52,7 +52,12 @@ def calibrated(network, weights, activations=None, path=".*"):
 
 @pytest.mark.parametrize(
     ("kind", "bits"),
-    [(k, b) for k in WEIGHTS for b in range(1, 9) if (k, b) != ("narrow_channel", 1)],  # one code
+    [
+        pytest.param(k, b, marks=() if b in (1, 3, 8) else pytest.mark.slow)
+        for k in WEIGHTS
+        for b in range(1, 9)
+        if (k, b) != ("narrow_channel", 1)  # one code
+    ],
 )
 def test_loaded_outputs_are_the_simulated_ones(network, tmp_path, kind, bits):
     model, variables, images = network

@@ -61,7 +61,9 @@ def network():
     return variables, x, calibrated
 
 
-@pytest.fixture(params=BLOCKS)
+@pytest.fixture(
+    params=[pytest.param(n, marks=() if i == 0 else pytest.mark.slow) for i, n in enumerate(BLOCKS)]
+)
 def packed(request, network, tmp_path):
     """`(format, qparams, file)`."""
     qparams = network[2](request.param)

@@ -107,6 +107,7 @@ def _gradient_memory(loss, batch, chunk):
     return gradient.lower(x, x).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "power"), [(features.relational_distance, 2), (features.relational_angle, 3)]
 )

@@ -55,7 +55,11 @@ ENTRIES["hidden_states"] = {"student": "tokens", "teacher": "tokens"}
 STUDENT["tokens"], TEACHER["tokens"] = _shapes(a=(B, 5, 3))["a"], _shapes(a=(B, 5, 4))["a"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+DEFAULT = ("kl", "dkd", "hint", "contrastive", "top_k_kl", "attention_relation")
+EVERY = [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in METHODS]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_every_method_teaches_from_a_config_entry(name):
     """A finite value, none of it from masked examples, and a gradient to the student alone."""
     one = term.build("mine", {"loss": name, **ENTRIES[name]}, "where")

@@ -14,7 +14,11 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in CONFIGS if '"name": "fashion_mnist"' not in p.read_text()],
+    [
+        pytest.param(p, marks=() if p.stem in ("digits", "search_digits") else pytest.mark.slow)
+        for p in CONFIGS
+        if '"name": "fashion_mnist"' not in p.read_text()
+    ],
     ids=lambda p: p.stem,
 )
 def test_shipped_configs_fit_their_data_and_models(path, data_dir, tmp_path):

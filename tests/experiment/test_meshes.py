@@ -110,6 +110,7 @@ def test_four_devices_are_as_one(mesh, make_config, reference, tmp_path):
         assert f'\\"{axis}\\"' in stored.read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(make_config, reference, tmp_path):
     config, port = make_config(data=2), free_port()
     end(*(start(config, tmp_path, 1, 0, port, 2, i) for i in range(2)))

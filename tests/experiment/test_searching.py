@@ -476,6 +476,7 @@ def test_an_infeasible_budget_fails_its_arms_alone(make, folder):
     assert set(again["policy"].values()) == {"W2A8"}
 
 
+@pytest.mark.slow
 def test_a_cost_table_is_used_if_it_fits(make, folder, found, tmp_path):
     """One that says that the head is free, whatever its bits."""
     (path,) = (found[1] / "costs").glob("student-*.json")

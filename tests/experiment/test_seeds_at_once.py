@@ -60,6 +60,7 @@ def test_records_are_those_of_one_seed_at_a_time(make, tmp_path):
         np.testing.assert_allclose(first[name], second[name], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_seed_that_is_done_stays_as_it_is(make, tmp_path):
     experiment.run(make(1, seeds=(1,)), tmp_path)
     path = tmp_path / "kd" / "1" / "result.json"

@@ -221,6 +221,7 @@ def test_a_loaded_arm_is_the_one_that_was_packed(tiny_config, many, tmp_path):
         experiment.run(config.freeze(base), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "augment", [pytest.param((), marks=pytest.mark.slow), ({"name": "shift", "pixels": 1},)]
 )

@@ -30,7 +30,13 @@ def _variables(model):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-@pytest.fixture(params=sorted(ALL), scope="module")
+DEFAULT = ("cnn", "resnet")
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in sorted(ALL)],
+    scope="module",
+)
 def model_and_variables(request):
     model = models.build(request.param, num_classes=5, **ALL[request.param])
     return model, _variables(model)

@@ -145,7 +145,10 @@ def test_groups_of_any_number_and_a_format():
     assert (np.asarray(high) <= np.asarray(values).max(1)).all()
 
 
-@pytest.mark.parametrize("constant", [0.0, 3.0, -0.125])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("constant", [0.0, *(pytest.param(c, marks=SLOW) for c in (3.0, -0.125))])
 @pytest.mark.parametrize("options", [SIGNED, UNSIGNED, AFFINE])
 def test_a_constant_is_covered(constant, options):
     observer = Entropy()

@@ -30,7 +30,9 @@ def _layer(shape):
     )
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "fp4_e2m1" else pytest.mark.slow) for n in TYPES]
+)
 def test_rounding_is_that_of_ml_dtypes(name):
     top = FORMATS[name].levels[-1]
     x = np.concatenate(

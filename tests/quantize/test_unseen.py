@@ -190,6 +190,7 @@ def test_trains_with_quantizers_and_packs(case, tmp_path):
         assert arrays[f"params/{path}"].nbytes == weights / 2  # four bits each
 
 
+@pytest.mark.slow
 def test_layers_that_rules_leave_out_are_bit_identical_to_float(case):
     model, variables, inputs = case
     rules = (

@@ -125,6 +125,7 @@ def test_names_are_text_and_what_is_missing_is_said(visit, tmp_path):
     assert page.locator(".chart svg.marks").count() > 0
 
 
+@pytest.mark.slow
 def test_two_hundred_arms_fit(visit, tmp_path):
     arms = {"teacher": {"kind": "teacher", "size_bytes": 400_000}}
     for i in range(200):

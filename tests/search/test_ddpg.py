@@ -80,6 +80,7 @@ def test_budgets_are_never_exceeded(students, metrics):
     check()
 
 
+@pytest.mark.slow
 def test_a_seed_decides_everything_and_the_unit_of_scores_nothing():
     problem = layered(layers=5, bits=BITS)
 

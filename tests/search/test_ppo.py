@@ -121,6 +121,7 @@ def test_options_are_drawn_by_their_probabilities_and_others_have_none():
     assert abs(np.mean(found.options[:, 1] == 1) - expected) < 4 * 0.5 / np.sqrt(500)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imitate", [0.0, 100.0])
 def test_what_was_rewarded_becomes_likelier_by_no_more_than_the_clip(imitate):
     problem = layered(layers=3, bits=(2, 8), budget=1.0)

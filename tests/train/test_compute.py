@@ -87,6 +87,7 @@ VIT = functools.partial(models.build, "vit", num_classes=5, patch=4, width=8, de
 MODELS = {"resnet": (RESNET, r"stage_\d_block_\d"), "vit": (VIT, r"block_\d")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", pytest.param("vit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bits", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_rematerialized_gives_the_same(name, bits):

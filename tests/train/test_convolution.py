@@ -28,8 +28,15 @@ CASES = {
 LEFT_ALONE = ("dilated", "grouped", "few_channels", "window_dilated", "window_grouped")
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("size", [7, 8])
+DEFAULT = [("window", 7), ("window_strided", 8), ("window_uneven", 7), ("grouped", 8)]
+EVERY = [
+    pytest.param(case, size, marks=() if (case, size) in DEFAULT else pytest.mark.slow)
+    for case in CASES
+    for size in (7, 8)
+]
+
+
+@pytest.mark.parametrize(("case", "size"), EVERY)
 def test_the_same_values_and_gradients(case, size):
     wide = case.startswith("window")
     channels, features = (LEAST_CHANNELS, LEAST_FEATURES) if wide else (4, 6)

@@ -176,6 +176,7 @@ def poisoned(task, state, layer):
     return task, state.replace(params=params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [pytest.param("conv_1", marks=pytest.mark.slow), "head"])
 def test_infinity_in_a_weight_is_named(tmp_path, layer):
     task, state = poisoned(*resume_task.make(), layer)

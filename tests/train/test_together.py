@@ -134,6 +134,7 @@ def test_what_tells_tasks_apart():
     assert together.signature(task, wider) != alike
 
 
+@pytest.mark.slow
 def test_spread_over_devices(by_themselves, tmp_path):
     """Two seeds on each of two devices."""
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}

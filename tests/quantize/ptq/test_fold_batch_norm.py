@@ -81,7 +81,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+DEFAULT = [n for n in CASES if "," not in n] + ["general, both axes"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in CASES]
+)
 def test_every_kind_of_layer_folds_and_the_output_stays(name):
     layer, norm, shape = CASES[name]
     model, x = Pair(layer, norm), _image(*shape)

@@ -43,6 +43,7 @@ def _model(model, shape, seed=0):
     return jax.tree.map(noise, variables), x
 
 
+@pytest.mark.slow
 def test_what_can_be_rescaled_is_found_and_nothing_else():
     model = Mixed()
     variables, x = _model(model, (6, 4, 4, 3))
