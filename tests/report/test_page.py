@@ -136,8 +136,14 @@ def test_the_comparison_is_of_the_arm_that_is_best_on_validation(tmp_path):
 
 def test_how_far_is_the_smallest_file_near_the_teacher(tmp_path):
     (experiment,) = experiments(workdirs.write(tmp_path / "run", workdirs.records()))
-    said = " ".join(section.section(experiment, Constraints()).answer)
-    assert "within 1 point of the teacher on validation is qad_w4a4 (QAD, W4A4): 4.3 KiB" in said
+    first, *others = section.section(experiment, Constraints()).answer
+    assert first.startswith("QAD, W4A4, is as far as one can go: qad_w4a4 is the smallest file")
+    assert "within 1 point of the teacher on validation. 4.3 KiB" in first
+    assert not any(text.startswith("Use ") for text in others)  # nothing was asked for
+    limited = section.section(experiment, Constraints(max_size_kib=5)).answer
+    assert limited[0].startswith("Use ")
+    assert limited[-2:] == [first, others[-1]]
+    said = " ".join([first, *others, *limited])
     assert not re.search(r"\[\d+(, \d+)*\]", said)  # rows that only the whole advice lists
 
 

@@ -67,7 +67,7 @@ def section(experiment: Experiment, constraints: Constraints) -> Section:
     picks = methods.chosen(study) if study else []
     arms = [p.candidate.arm for p in picks if p.candidate]
     if study:
-        answer = _answer(advice, study)
+        answer = _answer(advice, study, constraints)
     teacher = next((r.arm for r in experiment.rows if r.kind == "teacher"), None)
     student = next((r.arm for r in experiment.rows if r.kind in ("labels", "student")), None)
     shown = list(dict.fromkeys(a for a in (teacher, student, *arms) if a))
@@ -110,13 +110,17 @@ def _some(lost: Sequence[str]) -> list[str]:
     return [*lost[:3], *more]
 
 
-def _answer(advice: Sequence[Block], study: Study) -> list[str]:
-    """The advisor's own first words, and how far one can go."""
+def _answer(advice: Sequence[Block], study: Study, constraints: Constraints) -> list[str]:
+    """The advisor's own first words, and how far one can go.
+
+    Without constraints these words are only that the most accurate network will do: left out.
+    """
     place = next(
         (i for i, b in enumerate(advice) if (b.kind, b.text) == ("heading", "Answer")), None
     )
     said = []
-    for block in advice[place + 1 :] if place is not None else ():
+    limited = constraints != Constraints()
+    for block in advice[place + 1 :] if limited and place is not None else ():
         if block.kind == "heading":
             break
         said.append(_uncited(block.text))
@@ -128,16 +132,16 @@ def _answer(advice: Sequence[Block], study: Study) -> list[str]:
         likely = f" ({unsure})" if unsure else ""
         ratio = teachers[0].size_bytes / arm.size_bytes if arm.size_bytes else 1
         said.append(
-            f"How far can one go? The smallest file within {CLOSE:g} point of the teacher on "
-            f"validation{likely} is {arm.arm} ({arm.method}, {arm.bits}): "
+            f"{arm.method}, {arm.bits}, is as far as one can go: {arm.arm} is the smallest file "
+            f"within {CLOSE:g} point of the teacher on validation{likely}. "
             f"{format_bytes(arm.size_bytes)}, {ratio:.1f} times smaller; {percent(arm.validation)} "
             f"on validation, {interval(far)} points against the teacher; {percent(arm.test)} on "
             "test."
         )
     elif teachers and (near := methods.nearest(study)):
         said.append(
-            f"How far can one go? No smaller file is within {CLOSE:g} point of the teacher on "
-            f"validation. The best is {near.arm} ({near.method}, {near.bits}): "
+            f"No smaller file is within {CLOSE:g} point of the teacher on validation. "
+            f"The best is {near.arm} ({near.method}, {near.bits}): "
             f"{format_bytes(near.size_bytes)}, {interval(drop(near, study))} points against the "
             "teacher."
         )
