@@ -101,6 +101,8 @@ def _prepare() -> None:
     own = hashlib.sha256(provenance.processor().encode()).hexdigest()[:8]
     jax.config.update("jax_compilation_cache_dir", str(folder / own))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # XLA's own caches would make the folder's path a part of what programs are found by.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ Rules, calibration, cost, search and reports are all keyed by these paths.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -111,11 +112,30 @@ def list_unquantized(
 def _walk(
     model: nn.Module, variables: Variables, inputs: Array | tuple, apply_kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, LayerInfo], dict[str, str]]:
+    """Traces a model unless it has been: every arm asks about the few models there are."""
+    leaves, structure = jax.tree.flatten((variables, as_args(inputs)))
+    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    asked = (model, structure, shapes, tuple(sorted(apply_kwargs.items())))
+    try:
+        hash(asked)
+    except TypeError:  # a field of the model is a list, or the like
+        found = _traced.__wrapped__(*asked)
+    else:
+        found = _traced(*asked)
+    return tuple(map(dict, found))
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(
+    model: nn.Module, structure: Any, shapes: tuple, apply_kwargs: tuple
+) -> tuple[dict[str, LayerInfo], dict[str, str]]:
+    specs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    variables, inputs = jax.tree.unflatten(structure, specs)
     layers: dict[str, LayerInfo] = {}
     once: dict[str, int] = {}
     others: dict[str, str] = {}
     # The model's, not the layer's: a model may fold time or space into a layer's leading axis.
-    batch = as_args(inputs)[0].shape[0]
+    batch = inputs[0].shape[0]
 
     def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         outputs = next_fun(*args, **kwargs)
@@ -148,9 +168,9 @@ def _walk(
 
     def forward(variables: Variables, *args: Any) -> Any:
         with nn.intercept_methods(kinds.name_products), nn.intercept_methods(record):
-            return model.apply(variables, *args, **apply_kwargs)
+            return model.apply(variables, *args, **dict(apply_kwargs))
 
-    jax.eval_shape(forward, variables, *as_args(inputs))
+    jax.eval_shape(forward, variables, *inputs)
     return {path: _in_stack(layer, layers, once[path]) for path, layer in layers.items()}, others
 
 

@@ -1,7 +1,10 @@
 """The layer list against shapes and multiply-accumulates counted by hand."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
@@ -110,3 +113,31 @@ def test_several_arguments_and_a_model_that_is_one_layer():
     dense = nn.Dense(2)
     layers = list_layers(dense, dense.init(jax.random.key(0), inputs[0]), inputs[0])
     assert {p: v.macs for p, v in layers.items()} == {"": 8}
+
+
+TRACES = []
+
+
+class Scaled(nn.Module):
+    scale: Any  # Python can hash a number, and no array
+
+    @nn.compact
+    def __call__(self, x, wide=False):
+        TRACES.append(x.shape)
+        return nn.Dense(6 if wide else 3, name="dense")(x * self.scale)
+
+
+@pytest.mark.parametrize(("scale", "traces"), [(2.0, 1), (np.ones(4), 2)])
+def test_a_model_is_traced_once_for_each_shape_and_argument(scale, traces):
+    model, inputs = Scaled(scale), jnp.ones((1, 4))
+    narrow, wide = (
+        jax.eval_shape(lambda x, w=w: model.init(jax.random.key(0), x, w), inputs)
+        for w in (False, True)
+    )
+    TRACES.clear()
+    list_layers(model, narrow, inputs).clear()  # the caller's own
+    found = list_layers(model, narrow, inputs)
+    assert found["dense"].weight_shape == (4, 3)
+    assert len(TRACES) == traces
+    assert list_layers(model, wide, inputs, wide=True)["dense"].weight_shape == (4, 6)
+    assert list_layers(model, narrow, jnp.ones((1, 7, 4)))["dense"].macs == 7 * 12
