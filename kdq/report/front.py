@@ -30,23 +30,28 @@ def zoom_floor(accuracies: Sequence[float]) -> float | None:
 
 
 def side_by_side(costs: Sequence[float]) -> list[float]:
-    """Costs, with those that are equal within 2% spread evenly (in log) around their mean."""
+    """Costs, with those that markers would cover spread evenly (in log) around their mean.
+
+    Such are equal within 2%, or within 1% of the logarithmic range of all.
+    """
     if not costs:
         return []
     order = sorted(range(len(costs)), key=lambda i: costs[i])
+    logs = [math.log(cost) for cost in costs]
+    near = max(math.log(1.02), 0.01 * (max(logs) - min(logs)))
     groups = [[order[0]]]
     for i in order[1:]:
-        if costs[i] <= costs[groups[-1][0]] * 1.02:
+        if logs[i] <= logs[groups[-1][0]] + near:
             groups[-1].append(i)
         else:
             groups.append([i])
-    centers = [sum(math.log(costs[i]) for i in group) / len(group) for group in groups]
+    centers = [sum(logs[i] for i in group) / len(group) for group in groups]
     span = max(centers[-1] - centers[0], 1.0)
     gaps = [math.inf, *(b - a for a, b in itertools.pairwise(centers)), math.inf]
     places = [0.0] * len(costs)
     for g, group in enumerate(groups):
         room = 0.7 * min(gaps[g], gaps[g + 1])
         step = min(0.02 * span, room / len(group))
-        for k, i in enumerate(sorted(group)):
+        for k, i in enumerate(group):
             places[i] = math.exp(centers[g] + step * (k - (len(group) - 1) / 2))
     return places
