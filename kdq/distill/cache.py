@@ -28,6 +28,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from numpy.typing import ArrayLike
 
+from kdq.data import DataError
 from kdq.distill.cache_key import CacheKey
 
 FORMAT = 1
@@ -39,7 +40,7 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # what random acc
 _LOAD_CHUNK = 8192  # records a read while loading into memory
 
 
-class CacheError(ValueError):
+class CacheError(DataError):
     """A cache that is missing, damaged, in use or of something else; the message says which."""
 
 

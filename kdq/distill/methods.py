@@ -52,7 +52,7 @@ class Method(Protocol):
 
 def options_of(function: Callable, arrays: int) -> dict[str, inspect.Parameter]:
     """The parameters of a loss that a config may set: all but its first arrays, mask, reduction."""
-    parameters = list(inspect.signature(function).parameters.items())[arrays:]
+    parameters = list(inspect.signature(function, eval_str=True).parameters.items())[arrays:]
     return {k: v for k, v in parameters if k not in ("mask", "reduction", "token_mask")}
 
 

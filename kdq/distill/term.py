@@ -171,6 +171,11 @@ def _options(
         kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
         if value is inspect.Parameter.empty:
             raise ConfigError(f"{where} needs {name!r}; given: {sorted(given)}")
+        if parameter.annotation is inspect.Parameter.empty:
+            raise ConfigError(
+                f"{where}: the loss does not annotate {name!r}; want {name}: float in its "
+                "definition where the option is data, else its type"
+            )
         if float in kinds:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ConfigError(f"{where}.{name}={value!r}: want a number")

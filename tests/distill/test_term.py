@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdq.distill import features, losses, term
+from kdq.distill import features, losses, methods, term
 from kdq.distill.capture import Outputs
-from kdq.distill.methods import METHODS
 from kdq.fields import ConfigError
 
 RNG = np.random.default_rng(0)
@@ -41,8 +40,8 @@ BATCH = {
     "teacher_weights": np.tile(np.float32([0.5, 0.3, 0.2]), (B, 1)),
 }
 ENTRIES = {
-    name: {} if not METHODS[name].layers else {"student": "maps", "teacher": "same"}
-    for name in METHODS
+    name: {} if not methods.METHODS[name].layers else {"student": "maps", "teacher": "same"}
+    for name in methods.METHODS
 }
 ENTRIES["dkd"] = {"alpha": 2.0, "beta": 4.0, "temperature": 3.0}
 ENTRIES["top_k_kl"] = ENTRIES["sampled_kl"] = {"temperature": 2.0}
@@ -56,7 +55,7 @@ STUDENT["tokens"], TEACHER["tokens"] = _shapes(a=(B, 5, 3))["a"], _shapes(a=(B, 
 
 
 DEFAULT = ("kl", "dkd", "hint", "contrastive", "top_k_kl", "attention_relation")
-EVERY = [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in METHODS]
+EVERY = [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in methods.METHODS]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -174,6 +173,20 @@ def test_an_entry_that_makes_no_sense_is_refused(entry, words):
         term.build("t", entry, "w")
     for word in words:
         assert word in str(error.value), f"{word!r} is not in {error.value}"
+
+
+def _scaled(student, teacher, scale: "float" = 1.0, power=2, *, mask=None):
+    return scale * jnp.abs(student - teacher).sum(-1) ** power
+
+
+def test_annotations_of_a_loss_say_what_is_data_and_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "scaled", methods.OnLogits(loss=_scaled))
+    with pytest.raises(ConfigError, match=r"does not annotate 'power'.*power: float"):
+        term.build("t", {"loss": "scaled"}, "w")
+    monkeypatch.setitem(_scaled.__annotations__, "power", int)
+    built = term.build("t", {"loss": "scaled", "scale": 3}, "w")
+    assert dict(built.options) == {"scale": 3.0}
+    assert dict(built.fixed) == {"power": 2}
 
 
 @pytest.mark.parametrize(
