@@ -197,7 +197,7 @@ class _Runner:
         """What training ends with, by seed; seeds that want programs of their own take turns."""
         arm = self.experiment.arms[name]
         if not self.inputs.steps(arm):
-            return {one.seed: self._untrained(name, one.seed, one.start) for one in begun}
+            return {one.seed: self._untrained(name, one) for one in begun}
         groups: dict[Hashable, dict[int, tuple[Task, TrainState]]] = {}
         for one in begun:
             task, state = self._task(one.experiment, name, one.seed, one.start)
@@ -215,12 +215,12 @@ class _Runner:
             found |= zip(group, fits, strict=True)
         return found
 
-    def _untrained(self, name: str, seed: int, start: Weights) -> Fit:
-        self.progress.arm(name, [seed], 0)
-        model = self.models[self.experiment.arms[name].model]
-        metrics = processes.first(lambda: measure.evaluate(model, start, self.inputs.validation))
-        selected = Selection(weights=start, step=0, metrics=metrics)
-        return Fit(last=start, last_step=0, selected=selected, seconds=0.0)
+    def _untrained(self, name: str, one: "_Begun") -> Fit:
+        self.progress.arm(name, [one.seed], 0)
+        model = self.models[one.experiment.arms[name].model]
+        measured = lambda: measure.evaluate(model, one.start, self.inputs.validation)
+        selected = Selection(weights=one.start, step=0, metrics=processes.first(measured))
+        return Fit(last=one.start, last_step=0, selected=selected, seconds=0.0)
 
     def _task(
         self, experiment: Experiment, name: str, seed: int, start: Weights

@@ -14,10 +14,7 @@ from kdq import quantize
 from kdq.deploy import PackedFileError, container, load_packed, save_packed
 from kdq.quantize import FORMATS, QuantizationRule, TensorSpec, grid
 
-BLOCKS = (
-    *("mxfp4", "nvfp4"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mxfp8_e4m3", "mxfp8_e5m2")),
-)
+SLOW = ("nvfp4", "mxfp8_e4m3", "mxfp8_e5m2")
 INPUTS, OUTPUTS, LAYERS = 64, 6, 3
 
 
@@ -61,9 +58,7 @@ def network():
     return variables, x, calibrated
 
 
-@pytest.fixture(
-    params=[pytest.param(n, marks=() if i == 0 else pytest.mark.slow) for i, n in enumerate(BLOCKS)]
-)
+@pytest.fixture(params=["mxfp4", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def packed(request, network, tmp_path):
     """`(format, qparams, file)`."""
     qparams = network[2](request.param)
