@@ -11,12 +11,17 @@ from typing import Any
 # processes take this over, so that what is compared between processes is compiled alike.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
+import hypothesis
 import jax
 import pytest
 from playwright.sync_api import sync_playwright
 
 from kdq import config, data
 from kdq.arms import kl
+
+# The same examples each time: a commit passes or it does not.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

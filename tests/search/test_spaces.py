@@ -13,7 +13,7 @@ from kdq import models, quantize
 from kdq.config import ConfigError
 from kdq.search import cost, spaces
 from kdq.search.cost import CostTable
-from kdq.search.problem import InfeasibleError
+from kdq.search.problem import ROUNDING, InfeasibleError
 from kdq.search.searchers import METHODS
 from kdq.search.spaces import Student
 
@@ -59,7 +59,7 @@ COSTS = {policy: real_costs(policy) for policy in every_policy()}
 
 
 def within(limits):
-    keeps = lambda costs: all(costs[m] <= limit * (1 + 1e-12) for m, limit in limits.items())
+    keeps = lambda costs: all(costs[m] <= limit * (1 + ROUNDING) for m, limit in limits.items())
     return {policy for policy, costs in COSTS.items() if keeps(costs)}
 
 
