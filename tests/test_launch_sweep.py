@@ -137,9 +137,9 @@ def test_slurm_runs_the_same_runs(launch, tmp_path):
 
 def children(pid):
     """Every process below one, by its id: what `ps` says of it."""
-    listed = subprocess.run(
-        ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
-    )
+    # Whole lines: without -ww they end at COLUMNS, which CI sets, in the middle of a command.
+    command = ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
     found, below = {}, {pid}
     while below:
