@@ -1,10 +1,10 @@
 """Forms of a convolution on this device: forward, and the gradients of images and kernel.
 
-    python benchmarks/convolutions.py --out=benchmarks/results/convolutions.json
+    python benchmarks/convolutions.py --out=benchmarks/results/convolutions_PROCESSOR.json
 
-XLA's own, against products of patches (im2col) for all of it or for the gradient of the kernel
-alone: of the whole batch, in eight parts one after another, or one product for each position of the
-window. And what kdq.train.convolution makes of it. All take turns.
+XLA's own, against matrix products for all of it or for the gradient of the kernel alone: one of
+patches (im2col), one for each row of the window, one for each of its positions. And what
+kdq.train.convolution makes of it. All take turns.
 """
 
 import functools
@@ -24,6 +24,9 @@ ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed rounds of each shape.")
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 # batch, size, channels, features, stride, window
 SHAPES = (
+    (64, 8, 1, 32, 1, 3),
+    (256, 28, 1, 8, 1, 3),
+    (64, 32, 3, 16, 1, 3),
     (64, 8, 32, 64, 1, 3),
     (64, 4, 64, 128, 1, 3),
     (256, 28, 16, 16, 1, 3),
@@ -85,29 +88,38 @@ def patches(images, window, stride):
 
 def products(images, kernel, stride):
     """Patches times the kernel."""
-    seen = jnp.concatenate(patches(images, kernel.shape[0], stride), -1)
-    return seen @ kernel.reshape(-1, kernel.shape[-1])
+    return times(jnp.concatenate(patches(images, kernel.shape[0], stride), -1), kernel)
+
+
+def times(seen, kernel):
+    """As matrices."""
+    found = seen.reshape(-1, seen.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+    return found.reshape(*seen.shape[:-1], kernel.shape[-1])
+
+
+def summed(left, right):
+    """What each pair of channels and features adds up to, as matrices."""
+    return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
 
 
 def whole(images, outer, kernel, stride):
     """Gradient of the kernel: patches of all images, transposed, times that of the output."""
     seen = jnp.concatenate(patches(images, kernel.shape[0], stride), -1)
-    rows = seen.reshape(-1, seen.shape[-1])
-    return (rows.T @ outer.reshape(-1, outer.shape[-1])).reshape(kernel.shape)
+    return summed(seen, outer).reshape(kernel.shape)
 
 
-def in_parts(images, outer, kernel, stride, count=8):
-    """The same, of an eighth of the batch after another."""
-    cut = lambda x: x.reshape(count, -1, *x.shape[1:])
-    add = lambda total, part: (total + whole(*part, kernel, stride), None)
-    return lax.scan(add, jnp.zeros(kernel.shape), (cut(images), cut(outer)))[0]
+def by_row(images, outer, kernel, stride):
+    """The same, one row of the window after another."""
+    window = kernel.shape[0]
+    seen = patches(images, window, stride)
+    rows = [jnp.concatenate(seen[i : i + window], -1) for i in range(0, window**2, window)]
+    return jnp.stack([summed(row, outer) for row in rows]).reshape(kernel.shape)
 
 
 def by_position(images, outer, kernel, stride):
     """The same, one position of the window after another."""
-    rows = outer.reshape(-1, outer.shape[-1])
     seen = patches(images, kernel.shape[0], stride)
-    return jnp.stack([x.reshape(-1, x.shape[-1]).T @ rows for x in seen]).reshape(kernel.shape)
+    return jnp.stack([summed(one, outer) for one in seen]).reshape(kernel.shape)
 
 
 def with_gradient(of_kernel):
@@ -134,7 +146,7 @@ FORMS = {
     "kdq": ours,
     "patches": products,
     "xla, kernel's gradient by patches": with_gradient(whole),
-    "xla, kernel's gradient by patches in parts": with_gradient(in_parts),
+    "xla, kernel's gradient by row": with_gradient(by_row),
     "xla, kernel's gradient by position": with_gradient(by_position),
 }
 

@@ -1,9 +1,15 @@
-"""Convolutions as XLA is fastest at them on a CPU, behind the ordinary `nn.Conv`."""
+"""Convolutions as XLA is fastest at them on a CPU, behind the ordinary `nn.Conv`.
+
+A convolution is linear in its images and in its kernel, so the gradient of either is the transpose
+of a form of it, and each of the three may be computed by another form.
+"""
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,19 +18,15 @@ import jax.numpy as jnp
 
 from kdq.types import Array
 
-# Products of patches win from so many on; with 16 of each they take twice as long. Strided ones of
-# fewer win by themselves, but not after a quantizer, which XLA then computes for each patch anew.
-LEAST_CHANNELS, LEAST_FEATURES = 32, 64
-MOST_BYTES = 1 << 28  # of the patches: they are kept for the backward pass
+MOST_BYTES = 1 << 28  # of what a form copies of the images
 
 
 @contextlib.contextmanager
 def fast_convolutions() -> Iterator[None]:
-    """In this context, convolutions are matrix products where that is faster: on CPUs.
+    """In this context, what is differentiated takes the fastest form of each convolution: on CPUs.
 
-    1×1 convolutions then take half the time, forward and backward, and those of many channels and
-    features 0.6 to 0.85 of it (1.1 at 4×4 positions), at the shapes measured in
-    benchmarks/results/convolutions.json. Sums are taken in another order, no more.
+    Sums are taken in another order, no more. What that gains, by shape and machine, is in
+    benchmarks/results/convolutions_*.json. Reverse mode only: forward-mode derivatives are errors.
     """
     if jax.default_backend() != "cpu":
         yield
@@ -36,7 +38,7 @@ def fast_convolutions() -> Iterator[None]:
 def convolve(
     images: Array, kernel: Array, strides: Sequence[int], padding: Any, **given: Any
 ) -> Array:
-    """`jax.lax.conv_general_dilated` as `nn.Conv` calls it, or the same as a matrix product.
+    """`jax.lax.conv_general_dilated` as `nn.Conv` calls it, differentiated by the fastest forms.
 
     Args:
       images: [batch, ...positions, channels].
@@ -48,41 +50,133 @@ def convolve(
     Returns:
       [batch, ...positions, features].
     """
-    *window, channels, features = kernel.shape
-    plain = given["feature_group_count"] == 1 and all(
-        one == 1 for name in ("lhs_dilation", "rhs_dilation") for one in given[name]
-    )
-    size, count = math.prod(window), math.prod(images.shape) // math.prod(strides)
-    many = channels >= LEAST_CHANNELS and features >= LEAST_FEATURES
-    fits = size * count * images.dtype.itemsize <= MOST_BYTES
-    if not plain or not (size == 1 or (many and fits)):
+    window = kernel.shape[:-2]
+    dilations = (*given["lhs_dilation"], *given["rhs_dilation"])
+    if given["feature_group_count"] > 1 or set(dilations) != {1}:
         return jax.lax.conv_general_dilated(images, kernel, strides, padding, **given)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(images.shape[1:-1], window, strides, padding)
-    patches = jnp.concatenate(_patches(images, window, strides, padding), axis=-1)
-    return jax.lax.dot_general(
-        patches,
-        kernel.reshape(-1, features),
-        (((patches.ndim - 1,), (0,)), ((), ())),
-        precision=given["precision"],
+    how = _How(
+        window=window,
+        strides=tuple(strides),
+        pads=tuple((int(low), int(high)) for low, high in padding),
+        given=tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in given.items()),
     )
+    forms = _fastest(how, images, kernel)
+    if set(forms) == {_xla}:
+        return _xla(how, images, kernel)
+    return _by_forms(how, forms, images, kernel)
 
 
-def _patches(
-    images: Array, window: Sequence[int], strides: Sequence[int], pads: Sequence[tuple[int, int]]
-) -> list[Array]:
-    """What each position of the window sees, [batch, ...positions, channels] each."""
-    padded = jnp.pad(images, ((0, 0), *pads, (0, 0)))
-    room = [n - k for n, k in zip(padded.shape[1:-1], window, strict=True)]
-    spans = [r // stride * stride + 1 for r, stride in zip(room, strides, strict=True)]
-    found = []
-    for position in itertools.product(*map(range, window)):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _How:
+    """What of a convolution is no array."""
+
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    given: tuple[tuple[str, Any], ...]  # further arguments of `conv_general_dilated`
+
+
+Form = Callable[[_How, Array, Array], Array]
+
+
+def _fastest(how: _How, images: Array, kernel: Array) -> tuple[Form, Form, Form]:
+    """The forms of the convolution, of the gradient of its images, and of its kernel's.
+
+    By measurement on two processors. XLA is slow at one to three channels, at the gradient of the
+    images of a strided convolution, most of which it multiplies by zeros, and at that of a kernel,
+    whose "window" is a whole image.
+    """
+    *window, channels, features = kernel.shape
+    strided = math.prod(how.strides) > 1
+    outputs = math.prod(images.shape[:-1]) // math.prod(how.strides)
+    many, grows = channels >= 32, features >= 2 * channels
+    if any(side < 0 for pad in how.pads for side in pad):  # images that are cut
+        return _xla, _xla, _xla
+    if math.prod(window) == 1:
+        forms = _patches, _patches, _patches
+    elif channels < 4:
+        forms = (_xla if strided else _patches), _xla, _patches
+    elif many:
+        of_images = _patches if strided or grows or channels >= 64 else _xla
+        forms = (_patches if grows else _xla), of_images, _rows
+    elif strided and channels >= 16:
+        forms = _xla, _patches, _rows
+    elif strided and outputs > 1 << 14:
+        forms = _xla, _xla, _rows
+    else:
+        forms = _xla, _xla, _xla
+    copies = {_xla: 0, _rows: math.prod(window[1:]), _patches: math.prod(window)}
+    most = MOST_BYTES // (outputs * channels * images.dtype.itemsize)
+    forward, of_images, of_kernel = (form if copies[form] <= most else _xla for form in forms)
+    return forward, of_images, of_kernel
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_forms(how: _How, forms: tuple[Form, Form, Form], images: Array, kernel: Array) -> Array:
+    # Not differentiated, as in a teacher: XLA makes one piece of several layers, if they are its.
+    return _xla(how, images, kernel)
+
+
+def _forward(how, forms, images, kernel):
+    # What the images come from is not to be computed anew for each copy of them.
+    images = jax.lax.optimization_barrier(images)
+    return forms[0](how, images, kernel), (images, kernel)
+
+
+def _backward(how, forms, kept, outer):
+    images, kernel = kept
+    _, of_images, of_kernel = forms
+    (images_bar,) = jax.linear_transpose(lambda x: of_images(how, x, kernel), images)(outer)
+    (kernel_bar,) = jax.linear_transpose(lambda k: of_kernel(how, images, k), kernel)(outer)
+    return images_bar, kernel_bar
+
+
+_by_forms.defvjp(_forward, _backward)
+
+
+def _xla(how: _How, images: Array, kernel: Array) -> Array:
+    """XLA's own."""
+    return jax.lax.conv_general_dilated(images, kernel, how.strides, how.pads, **dict(how.given))
+
+
+def _patches(how: _How, images: Array, kernel: Array) -> Array:
+    """One product: of what each position of the output sees, with the kernel."""
+    seen = jnp.concatenate(list(itertools.chain(*_seen(how, images))), axis=-1)
+    return _product(how, seen, kernel)
+
+
+def _rows(how: _How, images: Array, kernel: Array) -> Array:
+    """A product for each row of the window."""
+    seen = [jnp.concatenate(row, axis=-1) for row in _seen(how, images)]
+    products = [_product(how, row, own) for row, own in zip(seen, kernel, strict=True)]
+    return functools.reduce(jnp.add, products)
+
+
+def _product(how: _How, seen: Array, kernel: Array) -> Array:
+    # Of matrices: XLA takes twice as long where the backward pass sums over several axes.
+    rows = seen.reshape(-1, seen.shape[-1])
+    columns = kernel.reshape(-1, kernel.shape[-1])
+    found = jnp.matmul(rows, columns, precision=dict(how.given)["precision"])
+    return found.reshape(*seen.shape[:-1], kernel.shape[-1])
+
+
+def _seen(how: _How, images: Array) -> list[list[Array]]:
+    """By row of the window, what its places see: [batch, ...positions, channels] each."""
+    padded = jnp.pad(images, ((0, 0), *how.pads, (0, 0)))
+    room = [n - k for n, k in zip(padded.shape[1:-1], how.window, strict=True)]
+    spans = [r // stride * stride + 1 for r, stride in zip(room, how.strides, strict=True)]
+
+    def at(place: Sequence[int]) -> Array:
         seen = padded
-        for axis, (start, span, stride) in enumerate(zip(position, spans, strides, strict=True)):
+        for axis, (start, span, stride) in enumerate(zip(place, spans, how.strides, strict=True)):
             # Not by indexing, which makes a gather of it where the batch has no fixed size.
             seen = jax.lax.slice_in_dim(seen, start, start + span, stride, axis + 1)
-        found.append(seen)
-    return found
+        return seen
+
+    first, *others = map(range, how.window)
+    return [[at((row, *place)) for place in itertools.product(*others)] for row in first]
 
 
 def _convolve(next_fun, args, kwargs, context):
