@@ -12,17 +12,18 @@ it sees augmented images, other ones each epoch, the index is the position in th
 (see `kdq.data.train_dataset`).
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -41,7 +42,7 @@ _LOAD_CHUNK = 8192  # records a read while loading into memory
 
 
 class CacheError(DataError):
-    """A cache that is missing, damaged, in use or of something else; the message says which."""
+    """A cache that is missing, damaged or of something else; the message says which."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -147,7 +148,8 @@ def write_cache(
       directory: final name; its parents are made. What a killed writer left beside it is removed.
       key: what the batches were made from.
       batches: of `make_records`, in the order of the index from 0 on. Not touched where the cache
-        exists. By position they may go on for ever, the last one is cut.
+        exists, or once another process that is writing it has finished. By position they may go on
+        for ever, the last one is cut.
       length: number of records: the split's size, or the number of positions.
       records_per_shard: records a file.
 
@@ -156,8 +158,7 @@ def write_cache(
 
     Raises:
       CacheError: batches out of order, of another layout or number, with a value that is not finite
-        or an index that is no class; a directory that holds something else; another process that is
-        writing there.
+        or an index that is no class; a directory that holds something else.
     """
     directory = Path(directory)
     if length < 1 or records_per_shard < 1:
@@ -165,12 +166,7 @@ def write_cache(
     if directory.exists():
         return _existing(directory, key, length)
     partial = directory.with_name(f".{directory.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / _LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-        except BlockingIOError as error:
-            raise CacheError(f"{directory}: another process is writing it") from error
+    with _locked(partial):
         if directory.exists():  # it was finished since we looked
             shutil.rmtree(partial, ignore_errors=True)
             return _existing(directory, key, length)
@@ -178,7 +174,7 @@ def write_cache(
             _write(partial, key, batches, length, records_per_shard)
             partial.rename(directory)
         except BaseException:
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
         (directory / _LOCK).unlink()  # not earlier: another writer would find the way free
     return open_cache(directory, key)
@@ -237,6 +233,23 @@ def _read_metadata(directory: Path) -> tuple[dict[str, Any], int, list[_Shard]]:
     raise CacheError(f"{directory} has format {version!r}; this version reads {FORMAT}")
 
 
+def _locked(partial: Path) -> TextIO:
+    """Makes a folder that is this process's alone until it closes the lock, or ends.
+
+    Waits for another one that writes there.
+    """
+    path = partial / _LOCK
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        # The folder is gone if the other one has finished meanwhile, or given up.
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as closed_again:
+            lock = closed_again.enter_context(open(path, "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                closed_again.pop_all()
+                return lock
+
+
 def _existing(directory: Path, key: CacheKey, length: int) -> Cache:
     try:
         cache = open_cache(directory, key)
@@ -280,7 +293,7 @@ def _shard_name(shard: int, total: int) -> str:
 
 def _write_shard(path: Path, records: Iterable[bytes]) -> _Shard:
     count = 0
-    with closing(ArrayRecordWriter(str(path), _WRITER_OPTIONS)) as writer:
+    with contextlib.closing(ArrayRecordWriter(str(path), _WRITER_OPTIONS)) as writer:
         for count, record in enumerate(records, start=1):  # noqa: B007 (how many there were)
             writer.write(record)
     return _Shard(path.name, count, path.stat().st_size, _sha(path))

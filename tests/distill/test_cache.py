@@ -1,10 +1,11 @@
 """Caches of teacher logits: what was written comes back, and anything else is refused by name."""
 
 import dataclasses
-import fcntl
 import json
 import subprocess
 import sys
+import threading
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -282,17 +283,28 @@ def test_a_killed_write_leaves_nothing_under_the_final_name(tmp_path, request):
     assert names == ["00000-of-00001.array_record", "metadata.json"]
 
 
-def test_a_second_writer_waits_for_nobody_and_harms_nobody(tmp_path):
-    partial = tmp_path / ".cache.partial"
-    partial.mkdir()
-    (partial / "shard").write_text("of the first writer")
-    with open(partial / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(CacheError, match="another process is writing it"):
-            write(tmp_path / "cache")
-        assert (partial / "shard").read_text() == "of the first writer"
-    write(tmp_path / "cache")
-    assert not partial.exists()
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_second_writer_waits_for_the_first_and_uses_what_it_wrote(tmp_path, finishes):
+    cache = tmp_path / "cache"
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def slowly():
+        at_work.set()
+        assert go_on.wait(60)
+        if not finishes:
+            raise OSError("the disk is full")
+        yield from batches(BY_ID)
+
+    with futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(write_cache, cache, BY_ID, slowly(), LENGTH)
+        assert at_work.wait(60)
+        left = batches(BY_ID) if not finishes else broken_off(BY_ID, 0)
+        second = pool.submit(write_cache, cache, BY_ID, left, LENGTH)
+        assert not futures.wait([second], 0.3).done
+        go_on.set()
+        assert len(second.result(60)) == LENGTH
+        assert (first.exception() is None) == finishes
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_an_equal_cache_is_reused_and_another_length_is_not(tmp_path):
