@@ -58,7 +58,9 @@ class Layout:
 
     def copy(self, tree: T) -> T:
         """A tree that every process has whole, whole on every device."""
-        return self._put(tree, jax.tree.map(lambda _: self._named(), tree)) if self.mesh else tree
+        if not self.mesh:
+            return jax.device_put(tree)
+        return self._put(tree, jax.tree.map(lambda _: self._named(), tree))
 
     def batch(self, rows: Batch) -> Batch:
         """This process's rows of a global batch (see `rows_of`), as global arrays."""
