@@ -60,7 +60,7 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
     """Parses the flags, of which some are required, and calls `main` with the program's name.
 
     A mistake in a flag, a config or the data ends the program with status 1 and one line that says
-    what is allowed; any other error keeps its traceback.
+    what is allowed, Ctrl-C with 130 and one line; any other error keeps its traceback.
     """
 
     def call(argv: list[str]) -> None:
@@ -72,6 +72,10 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
             main(argv)
         except MISTAKES as error:
             sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            on = ": the same command again goes on from here" if "workdir" in flags.FLAGS else ""
+            print(f"interrupted{on}", file=sys.stderr)
+            sys.exit(130)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
@@ -100,7 +104,7 @@ def _prepare() -> None:
     # Programs of one processor may use instructions that another lacks.
     own = hashlib.sha256(provenance.processor().encode()).hexdigest()[:8]
     jax.config.update("jax_compilation_cache_dir", str(folder / own))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # XLA's own caches would make the folder's path a part of what programs are found by.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 

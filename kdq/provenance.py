@@ -39,7 +39,8 @@ def device() -> str:
     devices = jax.devices()
     if devices[0].platform != "cpu":
         return f"{len(devices)} × {devices[0].device_kind}"
-    return f"{processor()}, {len(os.sched_getaffinity(0))} cores"
+    cores = len(os.sched_getaffinity(0))
+    return f"{processor()}, {cores} core{'s' if cores > 1 else ''}"
 
 
 @functools.cache

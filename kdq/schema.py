@@ -342,6 +342,9 @@ class Experiment:
     seeds: tuple[int, ...]
     # So many seeds of an arm train as one program, spread over the devices if there are several.
     seeds_at_once: int = 1
+    # Processes that launchers run arms in, each with its share of this machine's cores: 0 is one a
+    # seed on CPUs as far as there are cores, where nothing is timed. See kdq.experiment.parallel.
+    workers: int = 0
     data: Data
     # {key: {"name": module of kdq.models, or "package.module:Class" of your own, **fields}}
     models: Mapping[str, Mapping[str, Any]]

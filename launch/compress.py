@@ -26,7 +26,11 @@ def main(_: list[str]) -> None:
     checked = config.freeze(CONFIG.value)
     with progress.reporter() as reporter:
         records = experiment.run(
-            checked, WORKDIR.value, progress=reporter, tensorboard=TENSORBOARD.value
+            checked,
+            WORKDIR.value,
+            progress=reporter,
+            tensorboard=TENSORBOARD.value,
+            in_processes=True,
         )
     if processes.is_first():
         write.write_report(records, WORKDIR.value)

@@ -26,7 +26,7 @@ def main(_: list[str]) -> None:
     checked = experiment.with_search(config.freeze(CONFIG.value), WORKDIR.value, name)
     with progress.reporter() as reporter:
         arms = experiment.arms_of_search(checked, name)
-        experiment.run(checked, WORKDIR.value, arms=arms, progress=reporter)
+        experiment.run(checked, WORKDIR.value, arms=arms, progress=reporter, in_processes=True)
     if processes.is_first():
         records = experiment.finished(checked, WORKDIR.value)
         write.write_report(records, WORKDIR.value)

@@ -52,11 +52,7 @@ def main(_: list[str]) -> None:
         arm=ARM.value,
     )
     executor = sweep.executor(EXECUTOR.value, **options(EXECUTOR.value))
-    try:
-        sys.exit(0 if run.run(planned, executor, Path(WORKDIR.value)) else 1)
-    except KeyboardInterrupt:
-        print("interrupted: the same command again goes on from here", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(0 if run.run(planned, executor, Path(WORKDIR.value)) else 1)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def main(_: list[str]) -> None:
             arms=[ARM.value],
             progress=reporter,
             tensorboard=TENSORBOARD.value,
+            in_processes=True,
         )
     if processes.is_first():
         table.print_table(table.rows(records))

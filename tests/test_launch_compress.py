@@ -192,6 +192,59 @@ def test_a_killed_run_that_is_started_again_gives_the_same(unbroken, launch, nar
         assert curves[0] == curves[1]
 
 
+def in_two_processes(narrowed, workdir):
+    config, _, *overrides = compress_flags(narrowed, workdir)
+    return f"{config},seeds=2", f"--workdir={workdir}", "--config.workers=2", *overrides
+
+
+@pytest.fixture(scope="module")
+def unbroken_in_two(launch, narrowed, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two")
+    process = launch("compress", *in_two_processes(narrowed, workdir))
+    assert process.returncode == 0, process.stderr
+    return json.loads((workdir / "results.json").read_text())
+
+
+@slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_in_two_processes_that_is_stopped_leaves_none_and_goes_on(
+    unbroken_in_two, launch, narrowed, tmp_path, how
+):
+    def children(pid):
+        tasks = Path(f"/proc/{pid}/task").glob("*/children")
+        return [int(child) for task in tasks for child in task.read_text().split()]
+
+    command = in_two_processes(narrowed, tmp_path)
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with launch.start("compress", *command, **options) as process:
+        try:
+            while not any(p.name.isdigit() for p in tmp_path.glob("kd/*/checkpoints/*")):
+                assert process.poll() is None, "ended before it could be stopped"
+                time.sleep(0.002)
+            started = children(process.pid)
+        finally:
+            process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors == "interrupted: the same command again goes on from here\n"
+    else:
+        assert process.returncode == -signal.SIGKILL
+        assert "Traceback" not in errors
+    assert len(started) >= 2
+    give_up = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in started):
+        assert time.monotonic() < give_up, "a process is left"
+        time.sleep(0.1)
+    assert 0 < len(list(tmp_path.rglob("result.json"))) < 2 * len(ARMS)
+
+    again = launch("compress", *command)
+    assert again.returncode == 0, again.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results) == 2 * len(ARMS)
+    assert comparable(results) == comparable(unbroken_in_two)
+
+
 @slow
 def test_train_runs_one_arm_and_what_it_needs(unbroken, launch, narrowed, tmp_path):
     command = (*compress_flags(narrowed, tmp_path), "--arm=ptq_w4a4_student_mse", "--seed=0")

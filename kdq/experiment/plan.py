@@ -130,7 +130,7 @@ def experiment_digest(experiment: Experiment) -> str:
         "data": _data(experiment.data),
     }
     parts = kdq_config.to_json(dataclasses.replace(experiment, **place))
-    for name in ("mesh", "resources", "compute", "seeds_at_once"):
+    for name in ("mesh", "resources", "compute", "seeds_at_once", "workers"):
         del parts[name]
     return kdq_config.digest({**parts, **_unless_default("compute", experiment.compute)})
 

@@ -13,6 +13,10 @@ class Progress:
     def start(self, arms: int) -> None:
         """So many arms, counted once a seed, make up the run."""
 
+    def beside(self, process: int) -> "Progress":
+        """Who is told of what one of several processes does; `done` is told here."""
+        return self
+
     def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
         """An arm begins, with these seeds at once; it will take `steps` steps."""
 

@@ -14,7 +14,16 @@ import jax
 from kdq import config as kdq_config
 from kdq import models, processes, provenance, quantize
 from kdq.config import Arm, ConfigError, Experiment
-from kdq.experiment import check, exports, initial, measure, plan, training, transfer
+from kdq.experiment import (
+    check,
+    exports,
+    initial,
+    measure,
+    parallel,
+    plan,
+    training,
+    transfer,
+)
 from kdq.experiment.found import Found
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
@@ -40,6 +49,7 @@ def run(
     arms: Sequence[str] | None = None,
     progress: Progress | None = None,
     tensorboard: bool = False,
+    in_processes: bool = False,
 ) -> list[Record]:
     """Runs every arm and seed that `workdir` does not have yet; returns all their records.
 
@@ -49,6 +59,8 @@ def run(
       arms: only these and what they need; None is all.
       progress: told what happens.
       tensorboard: whether arms write their training curves as TensorBoard's events, too.
+      in_processes: whether `config.workers` counts; the main module is imported in each of them, so
+        a script must do nothing but under `if __name__ == "__main__"`.
 
     Raises:
       ConfigError: something that the config names does not exist, or `workdir` holds an arm that
@@ -57,7 +69,13 @@ def run(
     if tensorboard:
         metrics_writer.tensorboard()  # or say now that it is not installed
     runner = _Runner(experiment, Path(workdir), progress or Progress(), tensorboard)
-    return runner.run(arms)
+    return runner.run(arms, parallel.workers(experiment) if in_processes else 1)
+
+
+def _runs_units(
+    experiment: Experiment, workdir: Path, progress: Progress, *, tensorboard: bool
+) -> parallel.Run:
+    return _Runner(experiment, workdir, progress, tensorboard).unit
 
 
 def task(
@@ -112,26 +130,28 @@ class _Runner:
         """Where training is."""
         return self.inputs.validation_on(self.layout)
 
-    def run(self, arms: Sequence[str] | None) -> list[Record]:
+    def run(self, arms: Sequence[str] | None, workers: int = 1) -> list[Record]:
+        """The records of these arms, run here or by so many processes."""
         experiment = self.experiment
         names = list(experiment.arms) if arms is None else list(arms)
         for name in names:
             if name not in experiment.arms:
                 raise ConfigError(kdq_config.unknown("arm", name, experiment.arms))
         order = plan.in_order(experiment, [experiment.teacher, *names])
-        records = processes.first(
-            lambda: {
-                (name, seed): self.store.finished(name, seed)
-                for seed in experiment.seeds
-                for name in order
-            }
-        )
+        records = self._finished(order)
         if None in records.values():
             check.check(experiment, self.models, self.inputs, self.teachers, self.layout)
             self.searches.check(order)
         exports.check_config(experiment.export)
         processes.first(self.store.save_config)
         self.progress.start(len(records))
+        elsewhere: set[parallel.Unit] = set()
+        if workers > 1 and None in records.values():
+            elsewhere = {unit for unit, record in records.items() if record is None}
+            make = functools.partial(_runs_units, tensorboard=self.tensorboard)
+            where = (experiment, self.store.workdir, order, elsewhere, workers)
+            parallel.run(*where, make=make, progress=self.progress)
+            records = self._finished(order)
         seeds, count = experiment.seeds, experiment.seeds_at_once
         for group in (seeds[i : i + count] for i in range(0, len(seeds), count)):
             for name in order:
@@ -139,9 +159,21 @@ class _Runner:
                 for record in self._run_arm(name, missing):
                     records[name, record["seed"]] = record
                 for seed in group:
-                    self._finish(records[name, seed])
+                    if (name, seed) not in elsewhere:
+                        self._finish(records[name, seed])
         shown = [name for name in experiment.arms if name in order]
         return [records[name, seed] for name in shown for seed in experiment.seeds]
+
+    def unit(self, name: str, seed: int) -> Record:
+        """Runs an arm and seed, of which all that it needs is there."""
+        (record,) = self._run_arm(name, [seed])
+        self._finish(record)
+        return record
+
+    def _finished(self, order: Sequence[str]) -> dict[parallel.Unit, Record | None]:
+        seeds = self.experiment.seeds
+        units = [(name, seed) for seed in seeds for name in order]
+        return processes.first(lambda: {unit: self.store.finished(*unit) for unit in units})
 
     def _finish(self, record: Record) -> None:
         if record["status"] == "ok":

@@ -25,8 +25,8 @@ T = TypeVar("T")
 def reporter(console: Console | None = None) -> Iterator[experiment.Progress]:
     """What to give `kdq.experiment.run` as its `progress`.
 
-    On a terminal: a bar for the experiment and one for the arm. Elsewhere (a log file, CI) nothing
-    but what is logged and the final table.
+    On a terminal: a bar for the experiment and one for the arm, or for each that is under way.
+    Elsewhere (a log file, CI) nothing but what is logged and the final table.
     """
     console = console or Console(file=sys.stderr)
     if not (console.is_terminal and processes.is_first()):
@@ -45,14 +45,12 @@ def reporter(console: Console | None = None) -> Iterator[experiment.Progress]:
         yield _Bars(bars)
 
 
-class _Bars(experiment.Progress):
+class _Bar(experiment.Progress):
+    """What is under way in one process."""
+
     def __init__(self, bars: Progress):
         self._bars = bars
-        self._arms = bars.add_task("arms", total=None)
         self._steps = bars.add_task("", total=None, visible=False)
-
-    def start(self, arms: int) -> None:
-        self._bars.update(self._arms, total=arms)
 
     def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
         described = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
@@ -76,6 +74,23 @@ class _Bars(experiment.Progress):
     def evaluated(self, count: int, best: str) -> None:
         description = f"{self._searching}: best {best}"
         self._bars.update(self._steps, completed=count, description=description)
+
+
+class _Bars(_Bar):
+    """And how many arms there are."""
+
+    def __init__(self, bars: Progress):
+        self._arms = bars.add_task("arms", total=None)
+        super().__init__(bars)
+        self._others: dict[int, _Bar] = {}
+
+    def start(self, arms: int) -> None:
+        self._bars.update(self._arms, total=arms)
+
+    def beside(self, process: int) -> experiment.Progress:
+        if process not in self._others:
+            self._others[process] = _Bar(self._bars)
+        return self._others[process]
 
     def done(self, record: experiment.Record) -> None:
         self._bars.advance(self._arms)

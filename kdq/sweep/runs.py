@@ -117,6 +117,8 @@ def _run(config: str, overrides: Mapping[str, Any], folder: Path, launch: Path, 
     ]
     checked = _parsed(config, overrides, passed)
     experiment = kdq_config.freeze(checked)
+    if not experiment.workers:
+        passed.append("--config.workers=1")  # it is the sweep that has several processes
     if arm and arm not in experiment.arms:
         raise ConfigError(kdq_config.unknown("arm", arm, experiment.arms))
     script = launch / ("train.py" if arm else "compress.py")

@@ -1,0 +1,262 @@
+"""Arms and seeds in several processes, each with its own cores of this machine.
+
+A small network's step hardly gains by a second core; two steps at once do. Every process runs arms
+as a single one does (`kdq.experiment.runner`), in the same workdir.
+"""
+
+import contextlib
+import ctypes
+import graphlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from kdq import config as kdq_config
+from kdq import heap
+from kdq.config import ConfigError, Experiment
+from kdq.experiment.progress import Progress, Record
+
+Unit = tuple[str, int]  # an arm and a seed
+Run = Callable[[str, int], Record]
+
+# Of JAX's settings, those that a launcher may have changed.
+SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_enable_xla_caches",
+)
+EVERY = 0.2  # seconds between two looks at what processes tell
+_PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+
+
+def workers(experiment: Experiment) -> int:
+    """How many processes the arms of an experiment run in.
+
+    `config.workers`, or by itself one for each seed as far as there are cores, where that pays: on
+    a CPU, and without searches, which may time what they find.
+
+    Raises ConfigError for several with a mesh or `seeds_at_once`, which share the cores otherwise,
+    or with latencies, which are measured on a machine that does nothing else.
+    """
+    timed = bool(experiment.export.latency_batches)
+    alone = timed or experiment.seeds_at_once > 1 or jax.process_count() > 1
+    alone = alone or _is_meshed(experiment)
+    if experiment.workers < 0 or (experiment.workers > 1 and alone):
+        raise ConfigError(
+            f"config.workers={experiment.workers}: want 0 (by itself) or more, and at most 1 with "
+            "a mesh, several hosts, seeds_at_once or export.latency_batches"
+        )
+    if experiment.workers:
+        return experiment.workers
+    if alone or experiment.searches or jax.default_backend() != "cpu":
+        return 1
+    return min(len(experiment.seeds), len(_cores()))
+
+
+def _is_meshed(experiment: Experiment) -> bool:
+    mesh = experiment.mesh
+    return {mesh.data, mesh.fsdp, mesh.tensor} != {1}
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def needs(experiment: Experiment, order: Sequence[str], seed: int) -> dict[Unit, list[Unit]]:
+    """{arm and seed: those that have to be there before}, of the arms in `order`.
+
+    Beside what an arm is made of that is the teacher, which it is compared with; and of arms whose
+    bits one search finds each waits for the one before, which searches for it.
+    """
+    before = kdq_config.ancestors(experiment, experiment.teacher)
+    found, searched = {}, {}
+    for name in order:
+        own = list(kdq_config.parents(experiment, name))
+        if name not in before:
+            own.append(experiment.teacher)
+        bits = experiment.arms[name].bits
+        if bits in experiment.searches:
+            own += [searched[bits]] if bits in searched else []
+            searched[bits] = name
+        found[name, seed] = [(other, seed) for other in own]
+    return found
+
+
+def run(
+    experiment: Experiment,
+    workdir: Path,
+    order: Sequence[str],
+    missing: Collection[Unit],
+    count: int,
+    *,
+    make: Callable[[Experiment, Path, Progress], Run],
+    progress: Progress,
+) -> None:
+    """Runs arms and seeds that are not finished, each after those that it needs.
+
+    A process goes on with the seed that it has, whose teacher it knows.
+
+    Args:
+      experiment: of the arms.
+      workdir: where their records are left.
+      order: of the arms, each after those it needs.
+      missing: arms and seeds that are not finished.
+      count: of processes.
+      make: called once in each of them; what it returns runs an arm and seed. It is pickled.
+      progress: told what happens, `progress.beside(i)` by the i-th process.
+
+    Raises:
+      Exception: whatever one of them raised; the others are ended.
+    """
+    units = {}
+    for seed in experiment.seeds:
+        for unit, others in needs(experiment, order, seed).items():
+            if unit in missing:
+                units[unit] = [one for one in others if one in missing]
+    sorter = graphlib.TopologicalSorter(units)
+    sorter.prepare()
+    places = {unit: i for i, unit in enumerate(units)}
+    ready: list[Unit] = []
+    with _processes(experiment, workdir, min(count, len(units)), count, make) as (pools, told):
+        last: dict[int, int] = {}  # the seed of each process
+        under_way: dict[futures.Future[Record], tuple[int, Unit]] = {}
+        while sorter.is_active():
+            ready += sorter.get_ready()
+            for i in set(range(len(pools))) - {i for i, _ in under_way.values()}:
+                if ready:
+                    unit = min(ready, key=lambda one: _rank(one, i, last, places))
+                    ready.remove(unit)
+                    last[i] = unit[1]
+                    under_way[pools[i].submit(_run, *unit)] = i, unit
+            ended, _ = futures.wait(under_way, EVERY, futures.FIRST_COMPLETED)
+            _hear(told, progress)
+            for future in ended:
+                _, unit = under_way.pop(future)
+                progress.done(future.result())
+                sorter.done(unit)
+
+
+def _rank(unit: Unit, process: int, last: Mapping[int, int], places: Mapping[Unit, int]) -> Any:
+    """Its own seed first, then one that no other process has begun."""
+    seed = unit[1]
+    others = {own for i, own in last.items() if i != process}
+    return seed != last.get(process), seed in others, places[unit]
+
+
+@contextlib.contextmanager
+def _processes(
+    experiment: Experiment, workdir: Path, count: int, shares: int, make: Any
+) -> Iterator[tuple[list[futures.ProcessPoolExecutor], Any]]:
+    """So many pools of one process each, which end with this one, and what they tell.
+
+    Args:
+      experiment: for `make`.
+      workdir: likewise.
+      count: of processes.
+      shares: that the cores are cut into; the same for fewer processes, so that a run that goes on
+        computes with as many threads.
+      make: see `run`.
+    """
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    told = context.SimpleQueue()
+    settings = {name: getattr(jax.config, name) for name in SETTINGS}
+    cores = [own.tolist() for own in np.array_split(_cores(), shares)]
+    pools = [
+        futures.ProcessPoolExecutor(
+            1,
+            mp_context=context,
+            initializer=_begin,
+            initargs=(os.getpid(), i, cores[i], settings, told, experiment, workdir, make),
+        )
+        for i in range(count)
+    ]
+    try:
+        yield pools, told
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a process of this run was killed, or could not begin (its own output says why); the "
+            "same command again goes on from here"
+        ) from error
+    finally:
+        # Not asked to end: an arm that is killed at any time resumes.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+
+
+def _hear(told: Any, progress: Progress) -> None:
+    while not told.empty():
+        process, what, given = told.get()
+        getattr(progress.beside(process), what)(*given)
+
+
+# In the processes.
+
+_run_here: Run | None = None
+
+
+def _begin(
+    parent: int,
+    process: int,
+    cores: Sequence[int],
+    settings: Mapping[str, Any],
+    told: Any,
+    experiment: Experiment,
+    workdir: Path,
+    make: Callable[[Experiment, Path, Progress], Run],
+) -> None:
+    global _run_here
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to hear
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has died already
+            os._exit(1)
+        os.sched_setaffinity(0, cores)  # before JAX counts them
+    logging.set_verbosity(logging.WARNING)
+    heap.keep_freed_memory()
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    _run_here = make(experiment, workdir, _Told(process, told))
+
+
+def _run(name: str, seed: int) -> Record:
+    assert _run_here is not None
+    return _run_here(name, seed)
+
+
+class _Told(Progress):
+    """Tells another process, of steps only now and then."""
+
+    def __init__(self, process: int, queue: Any):
+        self._process, self._queue, self._told = process, queue, 0.0
+
+    def _tell(self, what: str, *given: Any) -> None:
+        self._queue.put((self._process, what, given))
+
+    def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
+        self._tell("arm", name, seeds, steps)
+
+    def step(self, step: int) -> None:
+        if time.monotonic() - self._told > EVERY:
+            self._told = time.monotonic()
+            self._tell("step", step)
+
+    def search(self, name: str, seed: int, evaluations: int) -> None:
+        self._tell("search", name, seed, evaluations)
+
+    def evaluated(self, count: int, best: str) -> None:
+        self._tell("evaluated", count, best)

@@ -1,0 +1,59 @@
+"""Bars of a run, on a terminal and nowhere else."""
+
+import io
+
+from rich.console import Console
+
+from kdq.report import progress
+
+
+def shown(tell, *, terminal=True):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=100, color_system=None)
+    with progress.reporter(console) as reporter:
+        tell(reporter)
+    return file.getvalue()
+
+
+def last(text):
+    """The bars as they are left on the screen."""
+    return [line.strip() for line in text.split("\n") if "left" in line][-2:]
+
+
+def test_nothing_without_a_terminal():
+    def tell(reporter):
+        reporter.start(2)
+        reporter.arm("kd", [0], 10)
+        reporter.done({"arm": "kd", "seed": 0})
+
+    assert shown(tell, terminal=False) == ""
+
+
+def test_a_bar_for_all_and_one_for_the_arm():
+    def tell(reporter):
+        reporter.start(6)
+        reporter.done({"arm": "teacher", "seed": 0})
+        reporter.arm("kd", [0, 1], 10)
+        reporter.step(7)
+
+    text = shown(tell)
+    assert "arms" in text
+    assert "1/6" in text
+    assert "kd, seeds 0, 1" in text
+    assert "7/10" in text
+
+
+def test_a_bar_for_each_of_several_processes():
+    def tell(reporter):
+        reporter.start(6)
+        reporter.beside(0).arm("student", [0], 10)
+        reporter.beside(1).arm("kd", [1], 20)
+        reporter.beside(0).step(3)
+        reporter.beside(1).step(17)
+        reporter.beside(0).arm("ptq", [0], 0)  # takes no steps: no bar
+
+    bars = last(shown(tell))
+    assert any("arms" in bar and "0/6" in bar for bar in bars)
+    assert any("kd, seed 1" in bar and "17/20" in bar for bar in bars)
+    assert not any("ptq" in bar for bar in bars)
+    assert not any("student" in bar for bar in bars)
