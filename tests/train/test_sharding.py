@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -61,8 +62,11 @@ def test_one_device_is_the_default_and_changes_nothing():
     layout = make_layout(schema.Mesh())
     assert layout == ONE_DEVICE
     tree = {"x": jnp.ones(3)}
-    for same in (layout.place, layout.copy, layout.batch, layout.fetch, layout.constrain):
+    for same in (layout.place, layout.batch, layout.fetch, layout.constrain):
         assert same(tree) is tree
+    copied = layout.copy({"x": np.arange(3.0)})["x"]
+    assert copied.devices() == {jax.devices()[0]}
+    np.testing.assert_array_equal(copied, [0, 1, 2])
     assert layout.rows_of(64) == (0, 1)
 
 
