@@ -153,6 +153,7 @@ def test_report_combines_folders_and_its_commands_run(unbroken, launch, tmp_path
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing(unbroken, launch, narrowed):
     first, workdir = unbroken
     models = {arm: (workdir / arm / "0" / "model.safetensors").stat().st_mtime_ns for arm in ARMS}
@@ -264,6 +265,8 @@ MISTAKES = {
         [QUICK, "--config.data.nam=x"],
         r"error: unknown key in config.data: 'nam' (did you mean 'name'?); valid: augment, ",
     ),
+}
+MORE_MISTAKES = {
     "argument": (
         ["--config=configs/digits.py:quik"],
         "error: unknown config argument 'quik' (did you mean 'quick'?); valid: quick, seeds",
@@ -273,8 +276,6 @@ MISTAKES = {
         "error: unknown config file 'configs/digit.py' (did you mean 'configs/digits.py'?); valid:",
     ),
     "data set": ([QUICK, "--config.data.name=digit"], "error: no data set 'digit' in TFDS or in "),
-}
-MORE_MISTAKES = {
     "arm": (
         [QUICK, "--config.arms.kdd.epochs=0.5"],
         "error: unknown key in config.arms: 'kdd' (did you mean 'kd'?); valid: teacher, ",
@@ -330,10 +331,8 @@ EXPORT_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    ["workdir", *(pytest.param(m, marks=slow) for m in EXPORT_MISTAKES if m != "workdir")],
-)
+@slow
+@pytest.mark.parametrize("mistake", EXPORT_MISTAKES)
 def test_a_mistake_of_an_export_is_answered_in_one_line(unbroken, launch, mistake):
     arguments, message = EXPORT_MISTAKES[mistake]
     process = launch("export", f"--workdir={unbroken[1]}", *arguments)
@@ -357,7 +356,8 @@ def test_a_damaged_file_is_not_exported(unbroken, launch, tmp_path):
     assert not (path.parent / "export").exists()
 
 
-@pytest.mark.parametrize("script", ["train", pytest.param("compress", marks=slow)])
+@slow
+@pytest.mark.parametrize("script", ["train", "compress"])
 def test_help(launch, script):
     process = launch(script, "--help")
     assert "--config=configs/digits.py" in process.stdout

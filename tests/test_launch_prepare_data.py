@@ -41,6 +41,7 @@ def test_prepares_what_plain_tfds_reads(tmp_path, idx_dir):
     assert [int(example["image"].max()) for example in test] == [4] * 4
 
 
+@pytest.mark.slow
 def test_user_errors_are_one_line(tmp_path, idx_dir):
     (idx_dir / "t10k-labels-idx1-ubyte.gz").write_bytes(b"not gzip")
     result = run("--dataset=mnist", f"--source={idx_dir}", f"--data_dir={tmp_path / 'tfds'}")
@@ -52,6 +53,7 @@ def test_user_errors_are_one_line(tmp_path, idx_dir):
     assert not (tmp_path / "tfds").exists()
 
 
+@pytest.mark.slow
 def test_help_says_what_the_files_are_called():
     result = run("--help")
     assert "emnist-CONFIG-{train,test}-{images-idx3,labels-idx1}-ubyte[.gz]" in result.stdout

@@ -112,6 +112,7 @@ def test_another_program_imports_the_class_or_gives_the_model(distilled, monkeyp
     np.testing.assert_array_equal(given(inputs), here(inputs))
 
 
+@pytest.mark.slow
 def test_a_teacher_of_ones_own_is_kept_as_it_is_and_quantized(tmp_path):
     teacher = Shallow()
     inputs, labels = DATA["test"]

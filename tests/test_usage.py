@@ -66,7 +66,10 @@ LATER = {"tensorflow", "torch", "matplotlib", "plotly", "sklearn", "optuna", "on
 LATER |= {"ai_edge_litert", "gymnasium", "ray", "submitit", "pandas", "scipy.stats"}
 
 
-@pytest.mark.parametrize("script", ["compress", "report", "search", "sweep"])
+@pytest.mark.parametrize(
+    "script",
+    ["compress", *(pytest.param(s, marks=pytest.mark.slow) for s in ("report", "search", "sweep"))],
+)
 def test_help_succeeds_without_loading_what_only_some_runs_use(script):
     driver = (
         "import atexit, runpy, sys\n"

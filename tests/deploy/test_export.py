@@ -49,6 +49,7 @@ def test_the_manifest_is_true(packed, tmp_path):
     assert manifest["files"]["packed"]["max_logit_difference"] == 0
 
 
+@pytest.mark.slow
 def test_files_of_other_formats_stay_until_the_model_changes(packed, tmp_path):
     path, images = packed
     first = export(path, tmp_path / "out", ["packed"], images)["files"]
@@ -116,6 +117,7 @@ def test_a_program_runs_without_the_model_and_refuses_damage(packed, tmp_path):
         load_stablehlo(tmp_path / "gone")
 
 
+@pytest.mark.slow
 def test_the_fastest_is_recommended_but_never_the_simulation(packed, tmp_path):
     pytest.importorskip("jax2onnx")
     path, images = packed

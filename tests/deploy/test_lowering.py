@@ -58,6 +58,7 @@ def _codes_of_inputs(model, variables, qparams, images):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits"), CASES)
 def test_codes_are_those_of_the_simulation_with_its_biases(name, bits):
     model, variables, images = network(name, offsets=0.5)
@@ -166,6 +167,7 @@ class Used(nn.Module):
         return y + nn.BatchNorm(use_running_average=True, name="norm")(y)
 
 
+@pytest.mark.slow
 def test_a_norm_behind_an_output_that_is_also_used_elsewhere_stays():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)

@@ -167,6 +167,7 @@ def test_tables_and_stacks(granularity):
     _equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "stored", "count"),
     [
@@ -266,6 +267,7 @@ def test_fixed_point_multipliers_are_an_error():
         deploy.to_onnx(integer, images)
 
 
+@pytest.mark.slow
 def test_a_layer_that_onnx_has_no_form_for_is_an_error():
     members = nn.vmap(
         nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,

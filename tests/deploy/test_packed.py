@@ -119,6 +119,7 @@ class Bare(nn.Dense):
         return super().__call__(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "most"), [(4, 4.2), (2, 2.2), (3, 3.2), (1, 1.2)])
 def test_a_large_layer_takes_its_bits_on_disk(tmp_path, bits, most):
     model, inputs = OneLayer(), jax.random.normal(jax.random.key(0), (4, 1024))

@@ -141,6 +141,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
 def test_damaged_scales_name_the_layer(network, tmp_path, name, change):

@@ -272,6 +272,7 @@ def test_a_batch_of_one_is_an_example_as_any(loss):
         _assert_gradient(to_student, slopes)
 
 
+@pytest.mark.slow
 @every_loss
 def test_bfloat16_is_only_how_the_logits_are_stored(loss):
     student, teacher = (v.astype(jnp.bfloat16) for v in _logits())

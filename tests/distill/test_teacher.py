@@ -28,6 +28,7 @@ def _logits(module, arguments):
     return np.asarray(logits, np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0)])
 def test_an_ensemble_averages_probabilities_or_logits(weights):
     members = (_arguments(SMALL, 1), _arguments(LARGE, 2))

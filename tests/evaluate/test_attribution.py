@@ -205,6 +205,7 @@ def test_a_callable_with_weights_as_leaves_is_compiled_once_for_all_weights():
     assert found[0]["cosine"] != pytest.approx(found[1]["cosine"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_no_cache_keeps_a_plain_function():
     fn, images = _linear(_weights()), _images()
     attribution.attribution_similarity(fn, _linear(_weights(seed=5)), images)

@@ -162,6 +162,7 @@ def test_what_one_raises_ends_all_and_is_raised(seeds, tmp_path):
     assert ("kd", 1) not in [line["unit"] for line in noted(tmp_path) if line["what"] == "ends"]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_all_and_is_told(seeds, tmp_path):
     missing = {(name, seed) for name in ORDER for seed in (0, 1)}
     with pytest.raises(ChildProcessError, match=r"was killed.*the same command again goes on"):

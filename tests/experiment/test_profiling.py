@@ -48,6 +48,7 @@ def test_a_trace_names_the_layers_and_leaves_no_result(tiny_config, tmp_path):
     assert not (tmp_path / "kd" / "0" / "result.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arm", "message"),
     [

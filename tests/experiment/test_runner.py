@@ -361,6 +361,7 @@ def test_an_arm_that_diverges_fails_alone(copied, tiny_config, finished):
     assert watcher.ran == []
 
 
+@pytest.mark.slow
 def test_a_teacher_that_diverges_leaves_labels_and_no_fidelity(tiny_config, tmp_path):
     changed = tiny_config()
     changed["arms"]["teacher"]["learning_rate"] = 1e36

@@ -208,6 +208,7 @@ def test_another_config_in_the_same_folder_is_refused(found, make):
 # Cut off.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut_at", [1, 5])
 def test_a_search_that_was_cut_off_comes_to_the_same(found, folder, cut_at):
     frozen, workdir, records, _ = found

@@ -106,6 +106,7 @@ def test_a_teacher_runs_once_and_networks_of_one_structure_compile_once():
     assert other["attribution_cosine"] != found[0]["attribution_cosine"]
 
 
+@pytest.mark.slow
 def test_a_teacher_of_one_class_has_no_path():
     teacher, student = make(7, 2), make(5, 1)
     params = dict(teacher.variables["params"])

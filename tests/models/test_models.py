@@ -46,6 +46,7 @@ def test_every_module_of_the_package_is_tested_here():
     assert models.names() == sorted(ALL)
 
 
+@pytest.mark.slow
 def test_training_moves_batch_statistics_and_evaluation_does_not(model_and_variables):
     model, variables = model_and_variables
     _, trained = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])

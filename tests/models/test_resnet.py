@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import linen as nn
 
 from kdq import models
@@ -20,6 +21,7 @@ def _first_block_input(model, variables, images):
     return seen[0]
 
 
+@pytest.mark.slow
 def test_stem_pool_halves_what_the_blocks_see_and_adds_no_parameter():
     images = jax.random.normal(jax.random.key(0), (2, 12, 12, 1))
     build = lambda pool: models.build(

@@ -131,6 +131,7 @@ def test_clips_the_outliers_and_not_a_uniform_body():
         assert lowest <= float(high[0]) <= highest
 
 
+@pytest.mark.slow
 def test_groups_of_any_number_and_a_format():
     rng = np.random.default_rng(0)
     values = jnp.asarray(rng.standard_t(3, size=(19, 500)), jnp.float32)

@@ -97,6 +97,7 @@ def _cross_entropy(logits):
     return -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(len(LABELS)), LABELS])
 
 
+@pytest.mark.slow
 def test_every_quantized_parameter_gets_its_closed_form_gradient():
     """Straight-through for kernels, learned step size for every scale of weights and inputs."""
     model, variables, images = _cnn()
@@ -188,6 +189,7 @@ class Counted(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_one_compilation_for_fifty_bit_policies():
     rng = np.random.default_rng(0)
     model, images = Counted(), jax.random.normal(jax.random.key(0), (4, 6, 6, 2))

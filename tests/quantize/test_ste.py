@@ -171,6 +171,7 @@ def test_outputs_lie_on_the_grid_nearest_to_the_input_and_stay_there(x, scale, b
     np.testing.assert_array_equal(_jitted(y, quantizer), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", SCALE_SHAPES)
 @pytest.mark.parametrize("kind", GRIDS)
 def test_codes_that_are_exported_stand_for_the_values_that_were_trained(kind, granularity):

@@ -158,6 +158,7 @@ def stacked():
     return x, *quantize.prepare(variables, {"layers/dense": calibrated}, "stochastic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halves", [("weights",), ("weights", "activations")])
 def test_each_layer_of_a_stack_draws_its_own(stacked, halves):
     x, variables, qparams = stacked

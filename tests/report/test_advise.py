@@ -382,6 +382,7 @@ def test_rules_have_sources():
         assert all((RESULTS / file).is_file() for file in rule.source.results)
 
 
+@pytest.mark.slow
 def test_launcher(tmp_path, ladder):
     (tmp_path / "runs.json").write_text(json.dumps(ladder))
     command = [sys.executable, ROOT / "launch" / "advise.py", f"--records={tmp_path}/runs.json"]

@@ -92,6 +92,7 @@ def test_a_seed_decides_everything_and_the_unit_of_scores_nothing():
     assert run(0) != run(1)
 
 
+@pytest.mark.slow
 def test_as_many_policies_as_evaluations_and_new_ones_while_there_are():
     problem = layered(layers=2, bits=(2, 4, 8), budget=1.0)
     searcher, found = DDPG(problem, seed=0, evaluations=20, noise=1.0, **QUICK), []
@@ -105,6 +106,7 @@ def test_as_many_policies_as_evaluations_and_new_ones_while_there_are():
     assert searcher.propose() == []
 
 
+@pytest.mark.slow
 def test_without_noise_actions_are_the_actors_own_and_those_stored_are_projected():
     problem = layered(layers=4, bits=(2, 8), budget=0.9)
     env, key = environment.build(problem), jax.random.key(0)

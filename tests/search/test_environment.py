@@ -41,6 +41,7 @@ def with_costs(problem, costs, limit):
     return dataclasses.replace(problem, costs={"weights": costs}, limits={"weights": limit})
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     students=st.integers(1, 2),

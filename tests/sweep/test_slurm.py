@@ -132,6 +132,7 @@ if not seen.exists():
     assert job.log.read_text() == "attempt\nattempt\n"
 
 
+@pytest.mark.slow
 def test_closing_stops_local_jobs(tmp_path, python):
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     jobs = [python("quick", "", minutes=1), python("slow", code, minutes=1)]

@@ -63,6 +63,7 @@ def test_a_batch_in_parts_is_the_batch(parts, bits):
         np.testing.assert_allclose(own[name], metrics[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_batch_norm_sees_the_parts_one_after_another():
     """Its running mean after one step in two parts, by hand: every second example is a part."""
     model = models.build("cnn", num_classes=5, widths=(4,), batch_norm=True)
@@ -99,6 +100,7 @@ def test_rematerialized_gives_the_same(name, bits):
     np.testing.assert_allclose(own["loss"], metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_rematerialized_keeps_less_for_the_backward_pass(name):
     build, pattern = MODELS[name]

@@ -48,6 +48,7 @@ def test_the_teacher_teaches_what_labels_do_not(trained):
     assert (logits(taught).argmax(1) == LABELS).mean() > 0.95
 
 
+@pytest.mark.slow
 def test_quantizers_go_on_from_where_they_are_and_fixed_scales_stay(trained):
     rules = quantize.uniform_rules(2, 8)
     qparams = quantize.calibrate(MODEL, trained.variables, rules, [INPUTS], train=False)

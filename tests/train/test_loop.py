@@ -117,6 +117,7 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(unbroken, tmp_path, step):
     assert_same_run(result, again, workdir, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_as_the_unbroken_one(unbroken, tmp_path):
     result, workdir = unbroken
     command = [sys.executable, resume_task.__file__, str(tmp_path), "14"]
@@ -129,6 +130,7 @@ def test_a_killed_process_ends_as_the_unbroken_one(unbroken, tmp_path):
     assert_same_run(result, again, workdir, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_only_steps(unbroken, tmp_path, caplog):
     result, workdir = unbroken
     with pytest.raises(Interrupted):

@@ -148,6 +148,7 @@ def test_gradients_through_quantizers_in_closed_form():
         np.testing.assert_allclose(state.scales["head"][half]["scale"], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_recompiles_for_new_shapes_only(net):
     """alpha, temperature, rate, seed, steps and bit-widths are numbers: one compiled step."""
     batch = net.batch(0)
@@ -271,6 +272,7 @@ def test_a_step_that_is_not_finite_halts_the_state_unchanged(net, value, quantiz
     assert_trees_equal(host(state), before.replace(halted=np.bool_(True)))
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_step_and_seed():
     """The key of a step is fold_in(key(seed), step)."""
 

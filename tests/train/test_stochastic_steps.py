@@ -65,6 +65,7 @@ def test_each_step_and_seed_draws_its_own_without_a_compilation(start, dataset):
     assert len(set(losses)) == 6
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_the_unbroken_one(start, dataset, tmp_path):
     task = Task(
         model=MODEL,

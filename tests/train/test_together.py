@@ -17,6 +17,7 @@ from kdq import config
 from kdq.train import loop, together
 from kdq.train.diagnose import NonFiniteError
 
+pytestmark = pytest.mark.slow
 # Not Adam, whose first steps are of one size however small the gradient: rounding would tell.
 SGD = config.Optimizer(name="sgd", scale_rule="sgd")
 SEEDS = (0, 1, 2)
@@ -134,7 +135,6 @@ def test_what_tells_tasks_apart():
     assert together.signature(task, wider) != alike
 
 
-@pytest.mark.slow
 def test_spread_over_devices(by_themselves, tmp_path):
     """Two seeds on each of two devices."""
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}

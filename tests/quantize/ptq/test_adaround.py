@@ -102,6 +102,7 @@ def test_the_error_falls_on_correlated_inputs_and_weights_are_on_the_grid():
         assert _mse(apply(model, rounded, qparams, x), wanted) < nearest / factor
 
 
+@pytest.mark.slow
 def test_a_strided_grouped_convolution_of_smooth_images():
     noise = np.random.default_rng(0).normal(size=(64, 6, 6, 4))
     x = jnp.asarray(noise.cumsum(1).cumsum(2) / 4, jnp.float32)
@@ -184,6 +185,7 @@ class Shared(nn.Module):
         return shared(nn.relu(shared(x))).mean(1) @ jnp.ones((6, 2))
 
 
+@pytest.mark.slow
 def test_a_shared_layer_minds_all_its_calls_and_a_lookup_goes_to_the_nearest(monkeypatch):
     told = []
     monkeypatch.setattr(logging, "info", lambda text, *args: told.append(text % args))

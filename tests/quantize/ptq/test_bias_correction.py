@@ -142,6 +142,7 @@ class Outer(nn.Module):
         return Scanned(name="inner")(x)
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_stack_are_corrected_one_after_the_other():
     model, batches = Outer(), _batches(2, (16, 4))
     variables = {"params": _draw(model, batches[0])["params"]}
@@ -162,6 +163,7 @@ def test_the_layers_of_a_stack_are_corrected_one_after_the_other():
         np.testing.assert_allclose(after[name], wanted[name], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_has_no_bias_is_named(caplog):
     class Bare(nn.Module):
         @nn.compact

@@ -218,6 +218,7 @@ def test_fisher_weights_are_the_squared_gradient_of_kl_at_the_blocks_output():
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fisher_weights_serve_the_logits():
     """Where one output of the block does not reach the logits, the rounding cares for the other."""
     x, variables, qparams = _net()

@@ -119,6 +119,7 @@ def test_a_folded_batch_norm_is_part_of_its_layer():
     assert uneven.max() / uneven.min() > 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
 def test_smoothing_by_the_formula_of_the_paper(alpha):
     model = Stack()
@@ -175,6 +176,7 @@ def _awq_factors(hidden, kernel, candidates, qmax):
     return best
 
 
+@pytest.mark.slow
 def test_awq_picks_what_trying_each_power_picks():
     model = Pair()
     variables, x = _variables(model, (64, 6), spread=1.5)

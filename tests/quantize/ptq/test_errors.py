@@ -80,6 +80,7 @@ def test_both_columns_by_hand():
         assert report.kl[column] == pytest.approx(rel_entr(p, q_).sum(-1).mean(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_stack_has_a_row_for_each_of_its_layers_and_products_have_one():
     class Layer(nn.Module):
         @nn.compact

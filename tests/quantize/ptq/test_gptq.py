@@ -76,6 +76,7 @@ def test_the_codes_are_those_of_the_oracle(act_order, group_size):
     assert _error(x, weight, rounded) < 0.6 * _error(x, weight, nearest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_the_error_of_a_strided_grouped_convolution_falls(bits):
     model = nn.Conv(8, (3, 3), strides=2, feature_group_count=2, use_bias=False, padding="SAME")
@@ -180,6 +181,7 @@ def test_an_input_that_is_always_0_keeps_the_nearest():
     assert np.abs(rounded - nearest).max() > 0
 
 
+@pytest.mark.slow
 def test_another_width_and_another_format_do_not_leave_the_grid():
     x, weight = _correlated(80, 32), RNG.normal(size=(32, 6)).astype(np.float32)
     model = nn.Dense(6, use_bias=False)

@@ -116,6 +116,7 @@ class Scanned(nn.Module):
         return stack(name="layers")(x, None)[0]
 
 
+@pytest.mark.slow
 def test_each_layer_of_a_scanned_stack_has_its_own():
     model, x = Scanned(), _batches(1, (16, 3))[0]
     variables = _draw(model, x)

@@ -46,6 +46,7 @@ def test_soft_and_hard_weights_are_those_of_the_paper(name):
         assert hard[i, j] == pytest.approx(s * (clip(down + (h >= 0.5)) - z), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*QUANTIZERS, "nf4", "mxfp4"])
 def test_it_starts_at_the_float_weight_and_ends_on_the_grid(name):
     weight = _draw((32, 4))
