@@ -37,6 +37,7 @@ def test_a_run_is_a_command_with_its_overrides_as_flags(config):
         "--config.arms.student.learning_rate=0.5",
         "--config.data.name=digits",
         "--config.arms.student.augment=False",
+        "--config.workers=1",
         f"--workdir={folder.absolute()}",
     )
     assert run.job.log == folder.absolute() / "log.txt"
