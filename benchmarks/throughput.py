@@ -1,6 +1,6 @@
 """Images a second of kdq's training steps, of its input pipeline and of its loop around the steps.
 
-    python benchmarks/throughput.py --data_dir=data --out=benchmarks/results/throughput_PROCESSOR.json
+    python benchmarks/throughput.py --data_dir=data --out=throughput.json
 
 Students, teachers, batches, losses and bits are those of configs/digits.py and
 configs/fashion_mnist.py. Their arms take turns, in one process and on the same cores, with the same

@@ -118,6 +118,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(launch, files, tmp_path):
     assert (tmp_path / "runs" / "good" / "log.txt").read_bytes() == log
 
 
+@slow
 def test_nothing_is_started_if_one_run_is_wrong(launch, tmp_path):
     process = launch("sweep.py", tmp_path / "run", "--config.arms.student.label_smoothing=2.0")
     assert process.returncode == 1

@@ -270,6 +270,7 @@ t.write_cache(sys.argv[1], t.BY_ID, killed(), t.LENGTH, records_per_shard=8)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_write_leaves_nothing_under_the_final_name(tmp_path, request):
     here = str(request.path.parent)
     command = [sys.executable, "-c", KILLED, str(tmp_path / "cache"), here]

@@ -163,6 +163,7 @@ def test_samples_come_from_the_proposal_and_are_weighted_by_the_ratio(proposal):
         np.testing.assert_allclose(weights[drawn], p[c] / r[c] / 4, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("proposal", "temperature"), [(1.0, 1.0), (0.7, 1.0), (1.0, 4.0)])
 def test_sampled_gradient_is_the_dense_one_on_average(proposal, temperature):
     student, teacher = (v[0] for v in _logits(1))

@@ -15,7 +15,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(p, marks=() if p.stem in ("digits", "search_digits") else pytest.mark.slow)
+        pytest.param(p, marks=() if p.stem == "digits" else pytest.mark.slow)
         for p in CONFIGS
         if '"name": "fashion_mnist"' not in p.read_text()
     ],

@@ -154,6 +154,7 @@ def test_each_runs_once_after_what_it_needs_on_cores_of_its_own(seeds, tmp_path)
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_what_one_raises_ends_all_and_is_raised(seeds, tmp_path):
     missing = {(name, seed) for name in ORDER for seed in (0, 1)}
     with pytest.raises(ConfigError, match=r"^there is no such thing$"):

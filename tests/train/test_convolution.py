@@ -37,7 +37,7 @@ CASES = {
     ),
     "grouped": (32, 64, {"kernel_size": (3, 3), "feature_group_count": 2}, 3),
 }
-DEFAULT = [("pixels", 7), ("many_strided", 8), ("uneven", 7), ("grouped", 8)]
+DEFAULT = [("pixels", 7), ("many_strided", 8)]
 EVERY = [
     pytest.param(case, size, marks=() if (case, size) in DEFAULT else pytest.mark.slow)
     for case in CASES
