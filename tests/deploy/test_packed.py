@@ -339,7 +339,7 @@ def test_mutations_load_or_are_refused(good):
         peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
     tracemalloc.stop()
     assert messages == {True}
-    assert 0 < loaded < count / 2  # some of what has a right checksum is a model
+    assert 0 < loaded < 1000  # some of what has a right checksum is a model
     assert peak < 2 * (len(data) + unpacked) + 2**18  # and what Python itself needs
 
 
