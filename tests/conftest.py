@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -148,6 +149,9 @@ is_worker = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def pytest_configure() -> None:
+    # Whoever runs the tests in the background has Ctrl-C ignored, and children would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if is_worker:
         return
     CACHE["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kdq-tests-")
