@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from programs import children, is_there, wait_for
 
 from kdq import config
 
@@ -153,7 +154,7 @@ def test_report_combines_folders_and_its_commands_run(unbroken, launch, tmp_path
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.slow
+@slow
 def test_the_same_command_again_trains_nothing(unbroken, launch, narrowed):
     first, workdir = unbroken
     models = {arm: (workdir / arm / "0" / "model.safetensors").stat().st_mtime_ns for arm in ARMS}
@@ -174,9 +175,8 @@ def test_a_killed_run_that_is_started_again_gives_the_same(unbroken, launch, nar
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with launch.start("compress", *command, **options) as process:
         try:
-            while not any(p.name.isdigit() for p in checkpoints.glob("*")):
-                assert process.poll() is None, "ended before it could be killed"
-                time.sleep(0.002)
+            saved = lambda: any(p.name.isdigit() for p in checkpoints.glob("*"))
+            wait_for(saved, process, seconds=550, every=0.002)
         finally:
             process.kill()
     assert process.returncode == -signal.SIGKILL
@@ -211,17 +211,12 @@ def unbroken_in_two(launch, narrowed, tmp_path_factory):
 def test_a_run_in_two_processes_that_is_stopped_leaves_none_and_goes_on(
     unbroken_in_two, launch, narrowed, tmp_path, how
 ):
-    def children(pid):
-        tasks = Path(f"/proc/{pid}/task").glob("*/children")
-        return [int(child) for task in tasks for child in task.read_text().split()]
-
     command = in_two_processes(narrowed, tmp_path)
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with launch.start("compress", *command, **options) as process:
         try:
-            while not any(p.name.isdigit() for p in tmp_path.glob("kd/*/checkpoints/*")):
-                assert process.poll() is None, "ended before it could be stopped"
-                time.sleep(0.002)
+            saved = lambda: any(p.name.isdigit() for p in tmp_path.glob("kd/*/checkpoints/*"))
+            wait_for(saved, process, seconds=550, every=0.002)
             started = children(process.pid)
         finally:
             process.send_signal(how)
@@ -234,7 +229,7 @@ def test_a_run_in_two_processes_that_is_stopped_leaves_none_and_goes_on(
         assert "Traceback" not in errors
     assert len(started) >= 2
     give_up = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in started):
+    while any(map(is_there, started)):
         assert time.monotonic() < give_up, "a process is left"
         time.sleep(0.1)
     assert 0 < len(list(tmp_path.rglob("result.json"))) < 2 * len(ARMS)
@@ -265,8 +260,6 @@ MISTAKES = {
         [QUICK, "--config.data.nam=x"],
         r"error: unknown key in config.data: 'nam' (did you mean 'name'?); valid: augment, ",
     ),
-}
-MORE_MISTAKES = {
     "argument": (
         ["--config=configs/digits.py:quik"],
         "error: unknown config argument 'quik' (did you mean 'quick'?); valid: quick, seeds",
@@ -294,8 +287,8 @@ MORE_MISTAKES = {
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        *(pytest.param(*case, id=name) for name, case in MISTAKES.items()),
-        *(pytest.param(*case, id=name, marks=slow) for name, case in MORE_MISTAKES.items()),
+        pytest.param(*case, id=name, marks=() if name == "key" else slow)
+        for name, case in MISTAKES.items()
     ],
 )
 def test_a_mistake_is_answered_in_one_line(launch, tmp_path, arguments, message):

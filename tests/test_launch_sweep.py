@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
+from programs import children, is_there, wait_for
 
 slow = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -136,39 +136,8 @@ def test_slurm_runs_the_same_runs(launch, tmp_path):
     assert [run for run, _, _ in numbers(tmp_path)] == names
 
 
-def children(pid):
-    """Every process below one, by its id: what `ps` says of it."""
-    # Whole lines: without -ww they end at COLUMNS, which CI sets, in the middle of a command.
-    command = ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
-    found, below = {}, {pid}
-    while below:
-        new = {int(own): said for own, parent, said in rows if int(parent) in below}
-        below = set(new) - set(found)
-        found |= new
-    return found
-
-
-def wait_for(condition, process, seconds=120.0):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert process.poll() is None, "it ended before"
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-    return found
-
-
 def runs_of(pid):
     return {child: said for child, said in children(pid).items() if "launch/compress.py" in said}
-
-
-def is_there(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @slow

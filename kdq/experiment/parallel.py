@@ -10,7 +10,6 @@ import graphlib
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -25,6 +24,7 @@ from absl import logging
 from kdq import config as kdq_config
 from kdq import heap
 from kdq.config import ConfigError, Experiment
+from kdq.deploy import latency
 from kdq.experiment.progress import Progress, Record
 
 Unit = tuple[str, int]  # an arm and a seed
@@ -61,18 +61,12 @@ def workers(experiment: Experiment) -> int:
         return experiment.workers
     if alone or experiment.searches or jax.default_backend() != "cpu":
         return 1
-    return min(len(experiment.seeds), len(_cores()))
+    return min(len(experiment.seeds), len(latency.cores(None)))
 
 
 def _is_meshed(experiment: Experiment) -> bool:
     mesh = experiment.mesh
     return {mesh.data, mesh.fsdp, mesh.tensor} != {1}
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def needs(experiment: Experiment, order: Sequence[str], seed: int) -> dict[Unit, list[Unit]]:
@@ -173,7 +167,7 @@ def _processes(
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     told = context.SimpleQueue()
     settings = {name: getattr(jax.config, name) for name in SETTINGS}
-    cores = [own.tolist() for own in np.array_split(_cores(), shares)]
+    cores = [own.tolist() for own in np.array_split(latency.cores(None), shares)]
     pools = [
         futures.ProcessPoolExecutor(
             1,
@@ -221,11 +215,10 @@ def _begin(
 ) -> None:
     global _run_here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to hear
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has died already
-            os._exit(1)
-        os.sched_setaffinity(0, cores)  # before JAX counts them
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has died already
+        os._exit(1)
+    os.sched_setaffinity(0, cores)  # before JAX counts them
     logging.set_verbosity(logging.WARNING)
     heap.keep_freed_memory()
     for name, value in settings.items():

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from concurrent import futures
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -389,7 +388,7 @@ def test_load_has_a_limit(tmp_path):
 def test_threads_may_read_together(tmp_path):
     opened = write(tmp_path / "cache", records_per_shard=3)
     orders = [np.random.default_rng(seed).integers(0, LENGTH, 200) for seed in range(16)]
-    with ThreadPoolExecutor(4) as pool:
+    with futures.ThreadPoolExecutor(4) as pool:
         for order, got in zip(orders, pool.map(opened.read, orders), strict=True):
             np.testing.assert_array_equal(got["logits"], LOGITS[order])
 

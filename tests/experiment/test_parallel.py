@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import same_but_for_rounding
 
 from kdq import config, experiment
 from kdq.config import ConfigError
@@ -155,20 +156,19 @@ def test_each_runs_once_after_what_it_needs_on_cores_of_its_own(seeds, tmp_path)
 
 
 @pytest.mark.slow
-def test_what_one_raises_ends_all_and_is_raised(seeds, tmp_path):
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (refuse, ConfigError, r"^there is no such thing$"),
+        (vanish, ChildProcessError, r"was killed.*the same command again goes on"),
+    ],
+)
+def test_what_goes_wrong_in_one_ends_all_and_is_raised(seeds, tmp_path, wrong, error, message):
     missing = {(name, seed) for name in ORDER for seed in (0, 1)}
-    with pytest.raises(ConfigError, match=r"^there is no such thing$"):
-        in_two(seeds, tmp_path, missing, wrong=refuse)
+    with pytest.raises(error, match=message):
+        in_two(seeds, tmp_path, missing, wrong=wrong)
     assert not multiprocessing.active_children()
     assert ("kd", 1) not in [line["unit"] for line in noted(tmp_path) if line["what"] == "ends"]
-
-
-@pytest.mark.slow
-def test_a_process_that_is_killed_ends_all_and_is_told(seeds, tmp_path):
-    missing = {(name, seed) for name in ORDER for seed in (0, 1)}
-    with pytest.raises(ChildProcessError, match=r"was killed.*the same command again goes on"):
-        in_two(seeds, tmp_path, missing, wrong=vanish)
-    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
@@ -220,14 +220,7 @@ def test_records_are_those_of_one_process(tiny_config, tmp_path):
     found = experiment.run(two, tmp_path / "two", progress=heard, in_processes=True)
     assert heard.total == 12
     assert sorted(heard.done_) == sorted((name, seed) for name in ORDER for seed in (0, 1))
-    assert [(r["arm"], r["seed"]) for r in found] == [(r["arm"], r["seed"]) for r in expected]
-    numbers = ("accuracy", "nll", "accuracy_last", "nll_last", "kl_to_teacher", "validation_nll")
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours["status"] == theirs["status"] == "ok"
-        for key in ("arm_digest", "config_digest", "selected_step", "size_bytes", "data"):
-            assert ours[key] == theirs[key]
-        own, others = ([record[key] for key in numbers] for record in (ours, theirs))
-        np.testing.assert_allclose(own, others, rtol=1e-3, atol=1e-3, err_msg=ours["arm"])
+    same_but_for_rounding.check(found, expected)
     # And what there is, neither of them does again.
     heard = Heard()
     assert experiment.run(one, tmp_path / "two", progress=heard) == found
