@@ -1,6 +1,5 @@
 """What the entry points share: the config flag, and mistakes answered in one line."""
 
-import hashlib
 import re
 import runpy
 import sys
@@ -101,9 +100,7 @@ def _prepare() -> None:
     if jax.config.jax_compilation_cache_dir and not given.compilation_cache_dir:
         return  # by JAX's own environment variables
     folder = Path(given.compilation_cache_dir or Path(given.workdir) / "compiled")
-    # Programs of one processor may use instructions that another lacks.
-    own = hashlib.sha256(provenance.processor().encode()).hexdigest()[:8]
-    jax.config.update("jax_compilation_cache_dir", str(folder / own))
+    jax.config.update("jax_compilation_cache_dir", str(folder / provenance.processor_digest()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # XLA's own caches would make the folder's path a part of what programs are found by.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

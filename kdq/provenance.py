@@ -1,6 +1,7 @@
 """What a number came from: the commit, the package versions, the device."""
 
 import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -45,10 +46,22 @@ def device() -> str:
 
 @functools.cache
 def processor() -> str:
-    """The processor in words."""
+    """Returns the processor in words."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def processor_digest() -> str:
+    """Returns a name for folders of compiled programs, which run on equal processors alone.
+
+    Virtual machines give one name to processors of different instruction sets, so these count too.
+    """
+    return hashlib.sha256(f"{processor()} {_cpuinfo('flags')}".encode()).hexdigest()[:8]
+
+
+def _cpuinfo(field: str) -> str:
+    """Returns a field of the first processor that Linux lists, "" where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

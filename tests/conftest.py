@@ -3,26 +3,32 @@
 import os
 import shutil
 import signal
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 # Most of the time of the tests goes into compiling, and little of it into what is compiled. Child
-# processes take this over, so that what is compared between processes is compiled alike. XLA's
-# older emitters take half the time; releases that lack a flag end at its name.
+# processes inherit these settings, so that they find what the tests compiled, and what is compared
+# between processes is compiled alike. XLA's older emitters take half the time; releases that lack a
+# flag end at its name.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10.")
 )
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Compiled programs outlive a run of the tests. XLA's own caches would make the folder's path a part
+# of what programs are found by.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 import hypothesis
 import jax
 import pytest
 from playwright.sync_api import sync_playwright
 
-from kdq import config, data
+from kdq import config, data, provenance
 from kdq.arms import kl
 
 # The same examples each time: a commit passes or it does not.
@@ -143,8 +149,7 @@ def tiny_experiment(tiny_config: Callable[..., dict[str, Any]]) -> config.Experi
     return config.freeze(tiny_config())
 
 
-# All processes share what they compile: the first makes the folder for it, and removes it.
-CACHE = {"JAX_COMPILATION_CACHE_DIR": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+CACHE_DAYS = 14  # programs that no test asked for in this time are deleted
 is_worker = "PYTEST_XDIST_WORKER" in os.environ
 
 
@@ -152,14 +157,27 @@ def pytest_configure() -> None:
     # Whoever runs the tests in the background has Ctrl-C ignored, and children would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if is_worker:
-        return
-    CACHE["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kdq-tests-")
-    os.environ.update(CACHE)
-    jax.config.update("jax_compilation_cache_dir", CACHE["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def pytest_unconfigure() -> None:
+    folder = compilation_cache()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     if not is_worker:
-        shutil.rmtree(CACHE["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        delete_unused(folder)
+
+
+def compilation_cache() -> Path:
+    """Returns the folder of compiled programs: in KDQ_TEST_CACHE, else in the user's cache.
+
+    Programs are found by what they are and by the version of XLA, not by the processor.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(os.environ.get("KDQ_TEST_CACHE") or Path(home, "kdq", "tests"))
+    return root / f"jaxlib-{metadata.version('jaxlib')}-{provenance.processor_digest()}"
+
+
+def delete_unused(folder: Path) -> None:
+    """Deletes the files of `folder` that were not read for CACHE_DAYS days."""
+    oldest = time.time() - CACHE_DAYS * 24 * 3600
+    for file in folder.iterdir():
+        if max(file.stat().st_atime, file.stat().st_mtime) < oldest:
+            file.unlink(missing_ok=True)

@@ -49,11 +49,7 @@ def narrowed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def launch(data_dir):
     """Runs a script of launch/ from the root of the repository."""
-    environment = {
-        **os.environ,
-        "TFDS_DATA_DIR": str(data_dir),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # half the time to compile
-    }
+    environment = os.environ | {"TFDS_DATA_DIR": str(data_dir)}
 
     def start(script, *arguments, **options):
         command = [sys.executable, f"launch/{script}.py", *map(str, arguments)]

@@ -47,11 +47,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def launch(data_dir):
     """Runs a script of launch/ from the root of the repository."""
-    environment = {
-        **os.environ,
-        "TFDS_DATA_DIR": str(data_dir),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    environment = os.environ | {"TFDS_DATA_DIR": str(data_dir)}
 
     def run(script, *arguments):
         command = [sys.executable, f"launch/{script}.py", *map(str, arguments)]

@@ -57,11 +57,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def launch(data_dir, files):
     """Starts the sweep of a file of `files`."""
-    environment = {
-        **os.environ,
-        "TFDS_DATA_DIR": str(data_dir),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    environment = os.environ | {"TFDS_DATA_DIR": str(data_dir)}
 
     def start(sweep, workdir, *arguments, variables=(), **options):
         command = [sys.executable, "launch/sweep.py", f"--config={files / 'config.py'}:quick"]
