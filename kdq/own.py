@@ -79,7 +79,8 @@ def compress(
     load = ""
     if teacher_variables is not None:
         load = str(workdir / "teacher.safetensors")
-        deploy.save_packed(load, teacher_variables, {}, model=described["teacher"])
+        one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32)
+        deploy.save_packed(load, teacher_variables, {}, model=described["teacher"], inputs=one)
     trained = {"epochs": float(epochs), "learning_rate": learning_rate}
     made = {
         "seeds": tuple(seeds),
