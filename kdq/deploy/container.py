@@ -49,9 +49,15 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             arrays = {name: _array(file, name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ContainerError(f"it can't be read: {error}") from error
-    given, found = document.pop("sha256", None), _checksum(document, arrays)
-    if given != found:
-        raise ContainerError(f"sha256={given!r}, but its contents have {found!r}: it is damaged")
+    try:
+        is_as_written = _text(document) == texts[KEY]  # JSON has other ways to write the same
+        stated, computed = document.pop("sha256", None), _checksum(document, arrays)
+    except (ValueError, RecursionError) as error:  # 1e999 is read as an infinity
+        raise ContainerError(f"its {KEY!r} entry: {error}") from error
+    if stated != computed or not is_as_written:
+        raise ContainerError(
+            f"sha256={stated!r}, but its contents have {computed!r}: it is damaged"
+        )
     return document, arrays
 
 

@@ -85,14 +85,12 @@ def check(
     """
     inputs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
     leaves = _leaves(variables)
-    # Calls that no model of so many arrays makes: a depth of 10**9 would not end.
-    most_calls = 10_000 + 100 * len(leaves)
-    expected = _leaves(_initial(model, inputs, most_calls, train=False))
+    expected = _leaves(_initial(model, inputs, len(leaves), train=False))
     for path in expected:
         if path not in leaves:
             raise MisfitError(f"there is no {path}, which the model has")
     if leaves.keys() - expected.keys():
-        expected = _leaves(_initial(model, inputs, most_calls, train=True)) | expected
+        expected = _leaves(_initial(model, inputs, 2 * len(leaves), train=True)) | expected
     for path, leaf in leaves.items():
         if path not in expected:
             raise MisfitError(f"{path} is none of the model's arrays")
@@ -105,20 +103,28 @@ def check(
     _traced("compute with", inputs, call, variables, qparams, *inputs)
 
 
+_EVERY, _MOST_CALLS = 200, 100_000  # calls of modules between two looks, and in all
 _OF_OLD = "; a file of an older kdq, which lost the shape of scalars: pack the model again"
 
 
 def _initial(
-    model: nn.Module, inputs: Sequence[jax.ShapeDtypeStruct], most_calls: int, *, train: bool
+    model: nn.Module, inputs: Sequence[jax.ShapeDtypeStruct], most: int, *, train: bool
 ) -> Any:
-    """The shapes of the variables that a model begins with."""
+    """The shapes of the variables that a model begins with, if they are so many arrays at most.
+
+    It stops there: a model with a depth of 10**9 would take days.
+    """
     calls = 0
 
     def counted(next_fun: Any, args: tuple, kwargs: dict, context: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls > most_calls:
-            raise MisfitError(f"the model has more than {most_calls} layers")
+        if calls % _EVERY == 0 and context.module.scope is not None:
+            arrays = len(jax.tree.leaves(nn.meta.unbox(context.module.scope.root.variables())))
+            if arrays > most or calls > _MOST_CALLS:
+                raise MisfitError(
+                    f"the model makes more than {most} arrays, or {_MOST_CALLS} calls of modules"
+                )
         return next_fun(*args, **kwargs)
 
     def init(key: Array, *args: Array) -> Any:

@@ -148,7 +148,7 @@ def _box(node: nn.meta.AxisMetadata, where: str) -> dict[str, Any]:
     if kind is None or node.mesh is not None or getattr(node, "rules", None) is not None:
         raise ValueError(
             f"{where!r} is a {type(node).__name__}, which a file can't hold: expected "
-            "nn.Partitioned or nn.LogicallyPartitioned without mesh or rules, or nn.meta.unbox of it"
+            "nn.Partitioned or nn.LogicallyPartitioned without mesh or rules, or unboxed arrays"
         )
     if not hasattr(node.value, "dtype"):
         raise ValueError(f"{where!r} is a box of a {type(node.value).__name__}, not an array")
