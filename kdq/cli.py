@@ -10,12 +10,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, data, deploy, heap, processes, provenance, usage
+from kdq import config, data, deploy, heap, processes, provenance, trust, usage
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
 
 WHERE = (
+    "allow_models",
     "compilation_cache_dir",
     "distributed",
     "coordinator_address",
@@ -32,12 +33,23 @@ MISTAKES = (
 
 
 def define_config() -> flags.FlagHolder:
-    """The flag --config=FILE[:ARGUMENT], whose fields are flags too: --config.seeds=0,1."""
+    """The flag --config=FILE[:ARGUMENT], whose fields are flags too: --config.seeds=0,1; and
+    --allow_models, since a file may hand on the config of a workdir."""
+    define_allow_models()
     return config_flags.DEFINE_config_file(
         "config",
         None,
         "FILE or FILE:ARGUMENT, the experiment: a Python file with get_config(), and what it is "
         "given. --config=configs/digits.py:quick,seeds=3",
+    )
+
+
+def define_allow_models() -> None:
+    """The flag --allow_models, whose modules `kdq.trust` has before any config is read."""
+    flags.DEFINE_multi_string(
+        "allow_models",
+        [],
+        "Modules, a.b,c.d, that may be imported because a workdir names models in them.",
     )
 
 
@@ -108,7 +120,8 @@ def _prepare() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with a config file that is not there and keys that it lacks explained."""
-    path = _config_path(argv)
+    trust.allow(m for text in _values(argv, "allow_models") for m in text.split(","))
+    path = (_values(argv, "config") or [""])[-1]
     file = path.partition(":")[0]
     if path and not Path(file).is_file():
         beside = sorted(map(str, Path(file).parent.glob("*.py")))
@@ -130,12 +143,12 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {wrong}")
 
 
-def _config_path(argv: list[str]) -> str:
-    """The value of --config, "" if there is none."""
-    found = flags.FlagValues()
-    flags.DEFINE_string("config", "", "", flag_values=found)
-    found(argv, known_only=True)
-    return found["config"].value
+def _values(argv: list[str], name: str) -> list[str]:
+    """The values of a flag, before the others are parsed; [] if there is none."""
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string(name, [], "", flag_values=values)
+    values(argv, known_only=True)
+    return values[name].value
 
 
 def _unknown_key(argv: list[str], path: str) -> str | None:

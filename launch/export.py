@@ -17,6 +17,7 @@ FORMAT = flags.DEFINE_list("format", ["onnx"], f"Some of: {', '.join(deploy.FORM
 OUT = flags.DEFINE_string(
     "out", None, "Folder for the files, one a seed in it; WORKDIR/ARM/SEED/export if not given."
 )
+cli.define_allow_models()
 SEED = flags.DEFINE_integer("seed", None, "One seed; all that have been run if not given.")
 
 

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import models, quantize
+from kdq import models, quantize, trust
 from kdq.deploy import container, fitting, trees
 from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.packed_layers import (
@@ -279,7 +279,7 @@ def _build(path: Path, description: Mapping[str, Any], allow_models: Sequence[st
     name = description.get("name")
     if models.is_own(name) and not models.is_imported(name):
         module, _, class_name = name.partition(":")
-        if module not in allow_models:
+        if not trust.is_trusted(module, allow_models):
             raise ModelNotImportedError(_not_imported(path, module, class_name))
     try:
         return models.build(**description)

@@ -1,12 +1,13 @@
 """What can be wrong with a config once the data are open: said before anything trains."""
 
 import functools
+import logging
 import re
 
 import flax.linen as nn
 import jax
 
-from kdq import quantize
+from kdq import processes, quantize
 from kdq.config import ConfigError, Experiment, unknown
 from kdq.deploy import PackedFileError, PackedModel
 from kdq.distill import capture
@@ -21,6 +22,8 @@ from kdq.quantize.rules import match
 from kdq.train import objective, regime
 from kdq.train.sharding import Layout
 from kdq.types import Variables
+
+log = logging.getLogger(__name__)
 
 
 def check(
@@ -45,6 +48,7 @@ def check(
                 f"{experiment.data.name} has {classes} classes"
             )
         _check_outputs(models[key], inputs.image, classes, f"config.models.{key}")
+        _warn_of_script(fields["name"], f"config.models.{key}")
     _check_compute(experiment, models, inputs, layout)
     for name, arm in experiment.arms.items():
         if not set(arm.without_classes) <= set(range(classes)):
@@ -79,6 +83,21 @@ def check(
     for name, arm in experiment.arms.items():
         if arm.distill:
             _check_taught(experiment, name, models, inputs, teachers)
+
+
+def _warn_of_script(name: str, where: str) -> None:
+    """Says of a class that no other program can import what will not work, and how to mend it."""
+    module, _, class_name = name.partition(":")
+    if module == "__main__" and class_name and processes.is_first():
+        log.warning(
+            "%s: %s is defined in a script or notebook: it trains here, but no other program, such "
+            "as launch/export.py, finds it by name, and load_packed(path) elsewhere wants the "
+            "model: load_packed(path, %s(...)). Put the class into a module of its own and import "
+            "it from there to have both.",
+            where,
+            class_name,
+            class_name,
+        )
 
 
 def _check_compute(
