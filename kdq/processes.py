@@ -106,6 +106,12 @@ def _from_first(value: Any) -> Any:
     return value
 
 
+def leave_if_lost(error: BaseException) -> None:
+    """Ends this process if JAX lost another one: JAX's own way out would wait for it."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        leave(error)
+
+
 def leave(error: BaseException) -> NoReturn:
     """Ends a process whose peers may be gone: JAX's own way out would wait for them."""
     reason = next(iter(str(error).splitlines()), type(error).__name__)

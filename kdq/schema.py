@@ -163,6 +163,9 @@ class Transfer:
     epsilon: float = 0.1  # of an adversarial step, in units of the normalized pixel
 
 
+FORMATS = ("packed", "onnx", "onnx_int8", "litert", "stablehlo")  # see kdq.deploy.FORMATS
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
     """What every arm becomes beside its packed file, in WORKDIR/ARM/SEED/export."""

@@ -19,13 +19,13 @@ from kdq import files, provenance
 from kdq.deploy import extras, latency, litert, memory, onnx_model, parity, stablehlo
 from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.packed import PackedModel, load_packed
-from kdq.fields import unknown
+from kdq.fields import Mistake, unknown
 
 MANIFEST = "manifest.json"
 Runtime = Callable[[np.ndarray], np.ndarray]
 
 
-class ExportError(RuntimeError):
+class ExportError(Mistake, RuntimeError):
     """A model that a format has no words for; the message says which part."""
 
 

@@ -27,7 +27,7 @@ from kdq.deploy import container
 from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.packing import pack, unpack
 from kdq.deploy.qtensor import codes_and_scale
-from kdq.fields import ConfigError, build
+from kdq.fields import ConfigError, Mistake, build
 from kdq.quantize import grid, scale_formats
 from kdq.quantize.kinds import WEIGHT_NAMES
 from kdq.types import Array, QParams, Variables
@@ -35,7 +35,7 @@ from kdq.types import Array, QParams, Variables
 FORMAT_VERSION = 3
 
 
-class PackedFileError(ValueError):
+class PackedFileError(Mistake, ValueError):
     """A file that is no packed model, or one that does not fit together."""
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kdq import config as kdq_config
 from kdq import deploy, files
 from kdq.config import ConfigError, Experiment
-from kdq.experiment import plan
+from kdq.experiment import differences, plan
 from kdq.experiment.progress import Record
 from kdq.train.checkpoint import Checkpointer
 from kdq.types import Variables
@@ -49,9 +49,11 @@ class Store:
             return None
         record = json.loads(path.read_text())
         if record["arm_digest"] != self.digests[name]:
+            told = differences.between(self.workdir / CONFIG, self._experiment)
+            told = told or f"digest {record['arm_digest']}, now {self.digests[name]}"
             raise ConfigError(
-                f"{path} was made with another config (digest {record['arm_digest']}, now "
-                f"{self.digests[name]}): choose another workdir, or delete {path.parent}"
+                f"{path} was made with another config ({told}): choose another workdir, or delete "
+                f"{path.parent}"
             )
         return {**record, "reference": self._experiment.arms[name].reference or None}
 
