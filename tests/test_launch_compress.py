@@ -78,7 +78,7 @@ def unbroken(launch, narrowed, tmp_path_factory):
 
 def comparable(records):
     """Without what may differ between two runs: the time, and the commit of the source tree."""
-    varying = dict.fromkeys(("train_seconds", "calibration_seconds", "commit"))
+    varying = dict.fromkeys(("train_seconds", "calibration_seconds", "compile_seconds", "commit"))
     return [record | varying for record in records]
 
 

@@ -207,7 +207,10 @@ class _Runner:
             if isinstance(fit, NonFiniteError):
                 raise fit
             measured = lambda: self._measure(begun.experiment, name, begun.seed, fit)
-            begun.record |= processes.first(measured) | begun.told
+            begun.record |= begun.told | processes.first(measured)
+            if fit.compile_seconds is not None:
+                of_calibration = begun.told.get("compile_seconds", 0.0)
+                begun.record["compile_seconds"] = fit.compile_seconds + of_calibration
 
     def _export(self, record: Record) -> Record:
         """The record with what the config asks for and it does not have yet."""
@@ -252,7 +255,7 @@ class _Runner:
         model = self.models[one.experiment.arms[name].model]
         measured = lambda: measure.evaluate(model, one.start, self.inputs.validation)
         selected = Selection(weights=one.start, step=0, metrics=processes.first(measured))
-        return Fit(last=one.start, last_step=0, selected=selected, seconds=0.0)
+        return Fit(last=one.start, last_step=0, selected=selected, seconds=0.0, compile_seconds=0.0)
 
     def _task(
         self, experiment: Experiment, name: str, seed: int, start: Weights

@@ -131,6 +131,7 @@ COLUMNS: tuple[Column, ...] = (
     ("BOPs", lambda r: _bops(r.bops), 140),
     ("Energy, modelled", lambda r: format_energy(r.energy_modelled_nj), 180),
     ("Train s", lambda r: _plain(r.train_seconds, ".1f"), 140),
+    ("Compile s", lambda r: _plain(r.compile_seconds, ".1f"), 180),
     ("Seeds", lambda r: str(len(r.seeds)), 120),
 )
 # Name, the measure's key, cell: a second table, where there is more than every record has.

@@ -71,7 +71,7 @@ def test_records_have_every_field(finished):
     numbers = [
         *("accuracy", "nll", "accuracy_last", "nll_last", "agreement", "kl_to_teacher"),
         *("validation_accuracy", "validation_nll", "macs", "bops", "params", "size_bytes"),
-        *("train_seconds", "steps", "selected_step"),
+        *("train_seconds", "compile_seconds", "steps", "selected_step"),
     ]
     for record in records:
         assert record["status"] == "ok"
@@ -235,7 +235,7 @@ def test_an_arm_whose_result_is_lost_is_finished_from_its_checkpoint(copied, fin
     (copied / "qat" / "0" / "model.safetensors").unlink()
     again = by_arm(experiment.run(frozen, copied))["qat"]
     expected = by_arm(records)["qat"]
-    times = dict.fromkeys(("train_seconds", "calibration_seconds"))
+    times = dict.fromkeys(("train_seconds", "calibration_seconds", "compile_seconds"))
     assert {**again, **times} == {**expected, **times}
     file = "qat/0/model.safetensors"
     assert (copied / file).read_bytes() == (original / file).read_bytes()
@@ -264,7 +264,7 @@ def test_an_interrupted_experiment_ends_as_the_unbroken_one(finished, tmp_path):
             experiment.run(frozen, tmp_path, progress=Interrupting(arm, step))
         assert not (tmp_path / arm / "0" / "result.json").exists()
     again = experiment.run(frozen, tmp_path)
-    times = dict.fromkeys(("train_seconds", "calibration_seconds", "commit"))
+    times = dict.fromkeys(("train_seconds", "calibration_seconds", "compile_seconds", "commit"))
     assert [r | times for r in again] == [r | times for r in records]
     for arm in ARMS:
         file = f"{arm}/0/model.safetensors"

@@ -191,6 +191,28 @@ def test_notes_say_where_the_numbers_come_from():
     )
 
 
+def note_of_times(records):
+    notes = markdown(rows(records), records).splitlines()
+    return next(note for note in notes if note.startswith("- Train s"))
+
+
+def test_compiling_stands_apart_and_old_records_are_said_to_contain_it():
+    new = [record("new", s, 90, train_seconds=0.5, compile_seconds=3.0 + s) for s in (0, 1)]
+    old = [record("old", s, 90, train_seconds=3.9) for s in (0, 1)]
+    calibrated = [record("calibrated", 0, 90, train_seconds=0.0)]
+    head, _, *body = (line.split("|") for line in lines_of(rows(new + old), new + old)[:4])
+    by_head = lambda line: {k.strip(): v.strip() for k, v in zip(head, line, strict=True)}
+    cells = {line[1].strip(): by_head(line) for line in body}
+    assert (cells["new"]["Train s"], cells["new"]["Compile s"]) == ("0.5", "3.5")
+    assert (cells["old"]["Train s"], cells["old"]["Compile s"]) == ("3.9", "—")
+    within = "are of a version that did not tell them apart: their Train s contains compiling"
+    assert within not in note_of_times(new + calibrated)
+    assert f"The records of old {within}" in note_of_times(new + old + calibrated)
+    assert f"The records of every arm {within}" in note_of_times(old + calibrated)
+    half = [old[0], {**old[1], "compile_seconds": 1.0}]  # a mean of both would be of neither
+    assert f"The records of old {within}" in note_of_times(new + half)
+
+
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_the_terminal_table_fits_and_keeps_what_matters(width):
     arm = [record("[red]qat", s, a, reference="student") for s, a in enumerate([91, 93, 95.5])]
