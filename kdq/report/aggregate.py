@@ -55,6 +55,7 @@ class Row:
     compile_seconds: float
     selected_on: str
     measures: dict[str, Mean]  # by the keys of MEASURES
+    quick: bool  # a trial, whose numbers mean nothing
 
     @property
     def method(self) -> str:
@@ -157,6 +158,7 @@ def _row(
         compile_seconds=mean_of_all(done, "compile_seconds"),
         selected_on=_agreed(runs, "selected_on") or "",
         measures={key: _mean(done, key, factor) for key, factor in MEASURES.items()},
+        quick=any(record.get("quick") for record in runs),
     )
 
 

@@ -54,6 +54,16 @@ def _times(table: Sequence[Row]) -> str:
     return said
 
 
+def quick_note(table: Sequence[Row]) -> str:
+    """Returns what is to be said of the arms of a quick run; "" where there is none."""
+    quick = [row.arm for row in table if row.quick]
+    if not quick:
+        return ""
+    if len(quick) == len(table):
+        return "A quick run: these numbers mean nothing."
+    return f"Of a quick run, so that their numbers mean nothing: {', '.join(quick)}."
+
+
 def compiling_is_within(row: Row) -> bool:
     """Returns whether an arm's seconds of training contain those of compiling."""
     return row.train_seconds > 0 and math.isnan(row.compile_seconds)

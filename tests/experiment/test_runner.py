@@ -51,8 +51,8 @@ class Watcher(experiment.Progress):
     def __init__(self):
         self.total, self.ran, self.steps, self.finished = 0, [], {}, []
 
-    def start(self, arms):
-        self.total = arms
+    def start(self, steps):
+        self.total = len(steps)
 
     def arm(self, name, seeds, steps):
         self.ran += [(name, seed) for seed in seeds]
@@ -202,6 +202,15 @@ def test_a_finished_experiment_does_nothing(finished):
     assert watcher.ran == []
     assert watcher.total == len(watcher.finished) == len(ARMS)
     assert every_file(workdir) == before
+
+
+def test_records_of_a_quick_run_say_so_and_those_that_are_there_stay(copied, tiny_config, finished):
+    changed, _, records = {**tiny_config(), "quick": True}, *finished[1:]
+    (copied / "ptq" / "0" / "result.json").unlink()
+    again = by_arm(experiment.run(config.freeze(changed), copied))
+    assert again.pop("ptq")["quick"] is True
+    assert again == {arm: record for arm, record in by_arm(records).items() if arm != "ptq"}
+    assert not any("quick" in record for record in records)
 
 
 def test_only_what_is_new_runs(copied, tiny_config, finished):

@@ -1,12 +1,15 @@
 """Rows by hand, and what Markdown and the terminal make of them."""
 
 import io
+import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from kdq.report.aggregate import difference
+from kdq.report.cells import standard_output
 from kdq.report.table import markdown, print_table, rows
 
 
@@ -224,7 +227,55 @@ def test_the_terminal_table_fits_and_keeps_what_matters(width):
     words = " ".join(text.split())
     assert "[red]qat" in words
     assert "+1.17 [+0.45, +1.88]*" in words
-    assert ("Not shown at this width" in words) == (width < 180)
+    assert ("Not shown at this width" in words) == (width < 130)
+
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "left_out"),
+    [
+        (80, {"Bits", "Δ [95%]"}, {"Size", "KL", "Selected on", "BOPs"}),
+        (120, {"Bits", "Δ [95%]", "Size", "Smaller", "Δ against"}, {"KL", "Selected on", "BOPs"}),
+        (240, {"Size", "KL", "Selected on", "BOPs", "Train s"}, set()),
+    ],
+)
+def test_a_real_table_fits_with_its_names_whole_and_the_important_columns(width, shown, left_out):
+    records = json.loads((RESULTS / "digits.json").read_text())
+    console = Console(width=width, file=io.StringIO())
+    print_table(rows(records), console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    first = [line.split()[0] for line in lines[3:] if line.strip()]
+    arms = list(dict.fromkeys(r["arm"] for r in records))
+    assert first[: len(arms)] == arms
+    assert all(name in lines[1] for name in (*shown, "Arm", "Accuracy %"))
+    said = console.file.getvalue().partition("Not shown at this width:")[2]
+    assert all(name in " ".join(said.split()) and name not in lines[1] for name in left_out)
+    # Nobody measured these: they are neither shown nor missed.
+    assert "Energy" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "width"), [(None, 120), ("77", 77)])
+def test_without_a_terminal_tables_are_as_wide_as_columns_says(monkeypatch, capsys, columns, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert standard_output().width == width
+
+
+def test_a_quick_run_says_that_its_numbers_mean_nothing():
+    quick = [record("a", 0, 90.0, quick=True), record("b", 0, 91.0, quick=True)]
+    said = "A quick run: these numbers mean nothing."
+    assert markdown(rows(quick), quick).startswith(f"**{said}**\n\n| Arm |")
+    console = Console(width=80, file=io.StringIO())
+    print_table(rows(quick), console)
+    assert console.file.getvalue().endswith(f"{said}\n")
+    mixed = [quick[0], record("c", 0, 95.0)]
+    said = "Of a quick run, so that their numbers mean nothing: a."
+    assert markdown(rows(mixed), mixed).startswith(f"**{said}**")
+    assert markdown(rows(mixed[1:]), mixed[1:]).startswith("| Arm |")
 
 
 def test_any_two_arms_can_be_compared_by_any_number():
