@@ -376,3 +376,5 @@ class Experiment:
     resources: Resources = Resources()  # what a run of a sweep asks for
     evaluations: int = 20  # times that an arm is validated while it trains
     checkpoint_seconds: float = 30.0  # least time between two checkpoints; 0 is every validation
+    # A trial of a config, whose numbers mean nothing: records, tables and pages say so.
+    quick: bool = False

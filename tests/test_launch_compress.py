@@ -5,6 +5,7 @@ Most runs use configs/digits.py:quick with fewer arms; the whole of it runs with
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -78,8 +79,19 @@ def unbroken(launch, narrowed, tmp_path_factory):
 
 def comparable(records):
     """Without what may differ between two runs: the time, and the commit of the source tree."""
-    varying = dict.fromkeys(("train_seconds", "calibration_seconds", "commit"))
+    varying = dict.fromkeys(("train_seconds", "calibration_seconds", "compile_seconds", "commit"))
     return [record | varying for record in records]
+
+
+def places(folder):
+    """What a run or a report says last."""
+    page, *tables = (folder / f for f in ("report.html", "table.md", "table.csv", "table.tex"))
+    return f"Report: {page}; tables: {', '.join(map(str, tables))}\n"
+
+
+def table_of(output):
+    """Without what was said as the run went, which has its times."""
+    return output[output.index(" Arm ") :]
 
 
 def packed_bytes(workdir):
@@ -101,6 +113,16 @@ def test_a_run_leaves_results_tables_and_plots(unbroken):
     markdown = (workdir / "table.md").read_text()
     plot = (workdir / "plots" / "accuracy_vs_size.png").read_bytes()
     assert plot.startswith(b"\x89PNG\r\n\x1a\n")
+    # It has said so as it went, and says where to look at the end.
+    for i, record in enumerate(records, 1):
+        line = rf"^\d\d:\d\d:\d\d \[{i}/6\] {record['arm']}, seed 0: "
+        line += rf"{100 * record['validation_accuracy']:.2f}% on validation after "
+        assert re.search(line, process.stdout, re.MULTILINE), process.stdout
+    assert process.stdout.endswith(places(workdir))
+    assert (
+        (workdir / "table.md").read_text().startswith("**A quick run: these numbers mean nothing")
+    )
+    assert "A quick run: these numbers mean nothing" in process.stdout
     # The printed table has a line an arm, with the accuracy of its record.
     for text, separator in ((process.stdout, None), (markdown, "|")):
         rows = {}
@@ -136,7 +158,7 @@ def test_report_combines_folders_and_its_commands_run(unbroken, launch, tmp_path
     _, workdir = unbroken
     process = launch("report", f"--workdirs={workdir}", f"--out={tmp_path / 'out'}")
     assert process.returncode == 0, process.stderr
-    assert process.stdout == f"{tmp_path / 'out' / 'report.html'}\n"
+    assert process.stdout == places(tmp_path / "out")
     saved = f"--config=configs/saved/workdir.py:{workdir}"
     again = launch("train", saved, f"--workdir={tmp_path / 'again'}", "--arm=kd", "--seed=0")
     assert again.returncode == 0, again.stderr
@@ -155,7 +177,8 @@ def test_the_same_command_again_trains_nothing(unbroken, launch, narrowed):
     started = time.monotonic()
     again = launch("compress", *compress_flags(narrowed, workdir))
     assert again.returncode == 0, again.stderr
-    assert again.stdout == first.stdout
+    assert table_of(again.stdout) == table_of(first.stdout)
+    assert "6 arms and seeds to run, all of them done before" in again.stdout
     for arm, changed in models.items():
         assert (workdir / arm / "0" / "model.safetensors").stat().st_mtime_ns == changed
     assert time.monotonic() - started < 120

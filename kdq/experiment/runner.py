@@ -144,7 +144,12 @@ class _Runner:
             self.searches.check(order)
         exports.check_config(experiment.export)
         processes.first(self.store.save_config)
-        self.progress.start(len(records))
+        self.progress.start(
+            {
+                (name, seed): None if record else self.inputs.last_step(experiment.arms[name])
+                for (name, seed), record in records.items()
+            }
+        )
         elsewhere: set[parallel.Unit] = set()
         if workers > 1 and None in records.values():
             elsewhere = {unit for unit, record in records.items() if record is None}
@@ -193,6 +198,7 @@ class _Runner:
     # All processes train; what comes before and after, one does for all.
 
     def _prepare(self, name: str, seed: int) -> "_Begun":
+        self.progress.prepare(name, seed)
         record = processes.first(lambda: self._identity(name, seed))
         begun = _Begun(seed=seed, record=record, experiment=self.experiment)
         with _failing(record):
@@ -207,7 +213,10 @@ class _Runner:
             if isinstance(fit, NonFiniteError):
                 raise fit
             measured = lambda: self._measure(begun.experiment, name, begun.seed, fit)
-            begun.record |= processes.first(measured) | begun.told
+            begun.record |= begun.told | processes.first(measured)
+            if fit.compile_seconds is not None:
+                of_calibration = begun.told.get("compile_seconds", 0.0)
+                begun.record["compile_seconds"] = fit.compile_seconds + of_calibration
 
     def _export(self, record: Record) -> Record:
         """The record with what the config asks for and it does not have yet."""
@@ -252,7 +261,7 @@ class _Runner:
         model = self.models[one.experiment.arms[name].model]
         measured = lambda: measure.evaluate(model, one.start, self.inputs.validation)
         selected = Selection(weights=one.start, step=0, metrics=processes.first(measured))
-        return Fit(last=one.start, last_step=0, selected=selected, seconds=0.0)
+        return Fit(last=one.start, last_step=0, selected=selected, seconds=0.0, compile_seconds=0.0)
 
     def _task(
         self, experiment: Experiment, name: str, seed: int, start: Weights
@@ -392,6 +401,7 @@ class _Runner:
             "bits": arm.bits or "fp32",
             "observer": arm.observer if arm.bits else None,
             "reference": arm.reference or None,
+            **({"quick": True} if self.experiment.quick else {}),
             "config_digest": plan.experiment_digest(self.experiment),
             "arm_digest": self.store.digests[name],
             "commit": provenance.commit(),

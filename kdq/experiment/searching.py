@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from kdq.search.measured import Files
 from kdq.search.problem import Policy
 from kdq.search.searchers import METHODS
 from kdq.search.spaces import Student
+from kdq.stopwatch import Stopwatch
 from kdq.train.optimizer import make_optimizer
 
 FOLDER, COSTS = "searches", "costs"  # in the workdir
@@ -120,7 +120,7 @@ class Searches:
         return Found(name=name, chosen=found["chosen"], observer=search.observer, told=told)
 
     def _search(self, name: str, search: Search, seed: int, log: Path) -> Record:
-        start = time.monotonic()
+        watch = Stopwatch()
         method = METHODS[search.method]
         students = [self._student(search, one, seed, method.needs) for one in search.students]
         used = sum(one.evaluations for one in students)
@@ -135,7 +135,7 @@ class Searches:
             )
         searcher = method(problem, seed=seed, evaluations=left, **search.options)
         self._progress.search(name, seed, left)
-        prepared = time.monotonic() - start
+        prepared = watch.working
         with History(log) as history:
             done = run.run(
                 problem,
@@ -173,6 +173,7 @@ class Searches:
             "evaluations": len(done),
             "prepare_seconds": prepared,
             "seconds": done[-1].seconds,
+            "compile_seconds": watch.compiling,
         }
 
     def _student(self, search: Search, name: str, seed: int, needs: Sequence[str]) -> "_Prepared":

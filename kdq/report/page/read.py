@@ -15,6 +15,7 @@ NUMBERS = (
     *("energy_modelled_nj", "train_seconds", "validation_accuracy", "validation_nll", "ece"),
     *("agreement_where_teacher_wrong", "attribution_cosine", "attribution_rank", "steps"),
     *("path_agreement", "adversarial_agreement", "accuracy_corrected", "calibration_seconds"),
+    "compile_seconds",
 )
 NAMED = ("kind", "bits", "reference", "selected_on", "config_digest", "arm_digest", "device")
 MAPPINGS = ("versions", "data", "exports", "policy")
