@@ -1,6 +1,5 @@
 """Writes everything that a finished experiment reports."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from kdq.files import write_atomic
+from kdq.files import write_atomic, write_json
 from kdq.report import Record, pivot, searches, table
 
 
@@ -39,8 +38,7 @@ def write_report(
     workdir = Path(workdir)
     summary = table.rows(records)
     plain = strict(list(records))
-    text = json.dumps(plain, indent=1, allow_nan=False)
-    write_atomic(workdir / "results.json", (text + "\n").encode())
+    write_json(workdir / "results.json", plain)
     if by_width := pivot.markdown(summary):
         write_atomic(workdir / "pivot.md", by_width.encode())
     if study := searches.markdown(records, summary):
