@@ -28,6 +28,7 @@ from kdq.experiment.found import Found
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
 from kdq.experiment.quantized import OBSERVERS, quantized
+from kdq.experiment.records import digests_of, file_digest
 from kdq.experiment.searching import Searches
 from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
@@ -326,7 +327,10 @@ class _Runner:
     def _measure(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> Record:
         """The part of a record that is measured."""
         arm = experiment.arms[name]
-        record = {"status": "ok", **self._of_file(experiment, name, seed, fit)}
+        digests = digests_of(fit.selected)
+        self.store.expect(name, seed, digests)
+        record = {"status": "ok", **self._of_file(experiment, name, seed, fit), **digests}
+        record["packed_sha256"] = file_digest(self.store.folder(name, seed) / PACKED)
         record |= self._compare(experiment, name, seed, fit)
         if arm.without_classes:
             record |= measure.corrected(
@@ -340,10 +344,7 @@ class _Runner:
 
     def _of_file(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
         arm = experiment.arms[name]
-        teacher_is_there = (
-            name == experiment.teacher
-            or self.store.record(experiment.teacher, seed)["status"] == "ok"
-        )
+        teacher_is_there = name == experiment.teacher or self._teacher_is_there(name, seed)
         identity = self._identity(name, seed)
         return measure.measure(
             fit,
@@ -367,10 +368,7 @@ class _Runner:
 
     def _compare(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
         """The measures of transfer, if the config asks for them and the teacher is there."""
-        teacher = experiment.teacher
-        if not experiment.transfer.examples or name in kdq_config.ancestors(experiment, teacher):
-            return {}
-        if self.store.record(teacher, seed)["status"] != "ok":
+        if not experiment.transfer.examples or not self._teacher_is_there(name, seed):
             return {}
         weights = fit.selected.weights
         student = transfer.Network(
@@ -379,6 +377,13 @@ class _Runner:
             model=self.models[experiment.arms[name].model],
         )
         return self.comparison(seed).measure(student)
+
+    def _teacher_is_there(self, name: str, seed: int) -> bool:
+        """Whether the teacher, which what it is made of is not compared with, can be asked."""
+        teacher = self.experiment.teacher
+        if name in kdq_config.ancestors(self.experiment, teacher):
+            return False
+        return self.store.record(teacher, seed)["status"] == "ok"
 
     def _comparison(self, seed: int) -> transfer.Comparison:
         """With the teacher of a seed."""

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -109,9 +109,8 @@ class Searches:
         if not path.is_file():
             log = folder / f"evaluations-{digest}.jsonl"
             found = {"digest": digest, **self._search(name, search, seed, log)}
-            text = json.dumps(found, indent=1, allow_nan=False)
-            files.write_atomic(path, f"{text}\n".encode())
-        found = json.loads(path.read_text())
+            files.write_json(path, found)
+        found = _checked(files.read_json(path), path)
         if found.pop("digest") != digest:
             raise ConfigError(
                 f"{path} was found with another config: choose another workdir, or delete {folder}"
@@ -317,6 +316,15 @@ class Searches:
             ]
 
         return score
+
+
+def _checked(found: Any, path: Path) -> Record:
+    """The result of a search as it was read. Raises ConfigError for what is none."""
+    fields = found if isinstance(found, Mapping) else {}
+    chosen = fields.get("chosen")
+    if not isinstance(chosen, Mapping) or not isinstance(fields.get("digest"), str):
+        raise ConfigError(f"{path} is no result of a search: delete {path.parent} to search again")
+    return dict(fields)
 
 
 @dataclasses.dataclass(frozen=True)

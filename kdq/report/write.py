@@ -1,6 +1,5 @@
 """Writes everything that a finished experiment reports."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from kdq.files import write_atomic
+from kdq.files import write_atomic, write_json
 from kdq.report import Record, pivot, searches, table
 from kdq.report.cells import standard_output
 
@@ -45,8 +44,7 @@ def write_report(
     workdir = Path(workdir)
     summary = table.rows(records)
     plain = strict(list(records))
-    text = json.dumps(plain, indent=1, allow_nan=False)
-    write_atomic(workdir / "results.json", (text + "\n").encode())
+    write_json(workdir / "results.json", plain)
     if by_width := pivot.markdown(summary):
         write_atomic(workdir / "pivot.md", by_width.encode())
     if study := searches.markdown(records, summary):

@@ -34,6 +34,7 @@ class Selection:
     weights: Weights
     step: int
     metrics: dict[str, float]  # on validation: "accuracy", "nll"
+    peer: dict[str, Any] | None = None  # its "params" and "model_state", where there is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +188,9 @@ class _Run:
             last=self.layout.fetch(weights(self.state)),
             last_step=self.task.steps,
             selected=Selection(
-                weights=self.layout.fetch(_weights(self.state, self.best)), **self.best_record
+                weights=self.layout.fetch(_weights(self.state, self.best)),
+                peer=self.layout.fetch(self.best.get("peer")),
+                **self.best_record,
             ),
             seconds=self.seconds,
             compile_seconds=self.compile_seconds,

@@ -11,7 +11,7 @@ import pytest
 from scipy.special import log_softmax
 from sklearn.datasets import load_digits
 
-from kdq import config, data, deploy, experiment
+from kdq import config, data, deploy, experiment, files
 from kdq.data.digits import split_ids
 from kdq.report import table
 
@@ -83,7 +83,7 @@ def test_records_have_every_field(finished):
             assert record[key], key
         assert record["versions"]["jax"]
         assert set(record["data"]) == {"train", "validation", "test"}
-        on_disk = json.loads((workdir / record["arm"] / "0" / "result.json").read_text())
+        on_disk = files.read_json(workdir / record["arm"] / "0" / "result.json")
         assert on_disk == record
     records = by_arm(records)
     assert [records[a]["bits"] for a in ARMS] == ["fp32", "fp32", "fp32", "W4A4", "W4A4", "W2"]

@@ -367,7 +367,7 @@ def test_the_projects_own_answer_is_what_scipy_finds():
     ("content", "says"),
     [
         ("[]", "is no list of records"),
-        ("{", "is no JSON"),
+        ("{", "can't be read as JSON"),
         ('[{"arm": "a", "seed": 0}]', "record 0 (a) has no status, kind, bits, data"),
         (json.dumps([record("a", "KD"), record("a", "KD")]), "two records of arm 'a' seed 0"),
     ],

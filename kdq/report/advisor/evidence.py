@@ -1,13 +1,13 @@
 """Records of experiments, read for the advisor: studies of arms that may be compared."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdq import files
 from kdq.evaluate.statistics import summary
 from kdq.fields import ConfigError
 from kdq.report import Record
@@ -119,12 +119,12 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _workdir(path: str, name: str) -> Source:
-    files = sorted(Path(path).glob("*/*/result.json"))
-    if not files:
+    paths = sorted(Path(path).glob("*/*/result.json"))
+    if not paths:
         raise ConfigError(f"--workdirs: {path} holds no ARM/SEED/result.json of a finished arm")
     config = Path(path, "config.json")
     known = _json(config) if config.is_file() else None
-    records = [_json(file) for file in files]
+    records = [_json(file) for file in paths]
     if known:  # in the order of the config, not of the alphabet
         order = {arm: place for place, arm in enumerate(known["arms"])}
         records.sort(key=lambda record: order.get(record.get("arm"), len(order)))
@@ -140,9 +140,9 @@ def _file(path: str, name: str) -> Source:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
+        return files.read_json(path)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
 
 
 def _source(path: str, name: str, records: list[Any], config: Mapping[str, Any] | None) -> Source:
