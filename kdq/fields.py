@@ -10,7 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
-class ConfigError(ValueError):
+class Mistake(Exception):
+    """A user's mistake: the message is one line that says what was given and what is allowed."""
+
+
+class ConfigError(Mistake, ValueError):
     """A config that can't be run; the message says which key, what it held, what it may hold."""
 
 

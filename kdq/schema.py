@@ -163,6 +163,9 @@ class Transfer:
     epsilon: float = 0.1  # of an adversarial step, in units of the normalized pixel
 
 
+FORMATS = ("packed", "onnx", "onnx_int8", "litert", "stablehlo")  # see kdq.deploy.FORMATS
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
     """What every arm becomes beside its packed file, in WORKDIR/ARM/SEED/export."""
@@ -373,3 +376,5 @@ class Experiment:
     resources: Resources = Resources()  # what a run of a sweep asks for
     evaluations: int = 20  # times that an arm is validated while it trains
     checkpoint_seconds: float = 30.0  # least time between two checkpoints; 0 is every validation
+    # A trial of a config, whose numbers mean nothing: records, tables and pages say so.
+    quick: bool = False

@@ -30,7 +30,7 @@ from kdq.deploy.packed_layers import (
     quantizer_json,
     unpack_weight,
 )
-from kdq.fields import ConfigError, build
+from kdq.fields import ConfigError, Mistake, build
 from kdq.quantize import grid
 from kdq.quantize.kinds import WEIGHT_NAMES
 from kdq.quantize.layers import as_args, keys_of_layer
@@ -42,7 +42,7 @@ FORMAT_VERSION = 4
 READABLE = (3, FORMAT_VERSION)
 
 
-class PackedFileError(ValueError):
+class PackedFileError(Mistake, ValueError):
     """A file that is no packed model, or one that does not fit together."""
 
 
