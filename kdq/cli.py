@@ -1,16 +1,21 @@
-"""What the entry points share: the config flag, and mistakes answered in one line."""
+"""What the entry points share: the config flag, and mistakes answered in one line.
 
+An entry point imports at its top what defines its flags, and in `main` what needs JAX, so that
+--help and most mistakes are answered at once; nor does this file import JAX before a program runs.
+"""
+
+import importlib
 import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, data, deploy, heap, processes, provenance, usage
+from kdq import config, heap, usage
+from kdq.fields import Mistake
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
@@ -21,13 +26,6 @@ WHERE = (
     "coordinator_address",
     "num_processes",
     "process_id",
-)
-MISTAKES = (
-    config.ConfigError,
-    data.DataError,
-    deploy.PackedFileError,
-    deploy.ExportError,
-    OSError,
 )
 
 
@@ -69,16 +67,17 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
             if "compilation_cache_dir" in flags.FLAGS:
                 _prepare()
             main(argv)
-        except MISTAKES as error:
+        except (Mistake, OSError) as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             on = ": the same command again goes on from here" if "workdir" in flags.FLAGS else ""
             print(f"interrupted{on}", file=sys.stderr)
             sys.exit(130)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            processes.leave(error)
+        except RuntimeError as error:
+            from kdq import processes
+
+            processes.leave_if_lost(error)
+            raise
 
     if usage.asked(sys.argv):
         print(usage.text(sys.modules["__main__"].__doc__, required, WHERE), end="")
@@ -90,7 +89,11 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
 
 
 def _prepare() -> None:
-    """What `define_workdir` is about."""
+    """Does what the flags of `define_workdir` say."""
+    import jax
+
+    from kdq import processes, provenance
+
     given = flags.FLAGS
     if given.distributed or given.coordinator_address:
         try:
@@ -113,6 +116,8 @@ def _parse(argv: list[str]) -> list[str]:
     if path and not Path(file).is_file():
         beside = sorted(map(str, Path(file).parent.glob("*.py")))
         sys.exit(f"error: {config.unknown('config file', file, beside)}")
+    if _names_libraries(argv):
+        importlib.import_module("kdq.experiment")
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -128,6 +133,19 @@ def _parse(argv: list[str]) -> list[str]:
         if wrong is None:
             raise
         sys.exit(f"error: {wrong}")
+
+
+def _names_libraries(argv: list[str]) -> bool:
+    """Returns whether flags are meant that libraries define, which they do as they are imported."""
+    names = [re.match(r"--?([^=]*)", argument) for argument in argv[1:]]
+    for name in [match[1] for match in names if match]:
+        if name in ("helpfull", "helpxml", "flagfile"):
+            return True
+        known = name in flags.FLAGS or name.removeprefix("no") in flags.FLAGS
+        mistyped = config.did_you_mean(name, flags.FLAGS)
+        if not (known or mistyped or name.startswith(("config.", "noconfig."))):
+            return True
+    return False
 
 
 def _config_path(argv: list[str]) -> str:

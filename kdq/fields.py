@@ -22,7 +22,11 @@ _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]{0,99}")
 _DEVICES = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # no folders of Windows
 
 
-class ConfigError(ValueError):
+class Mistake(Exception):
+    """A user's mistake: the message is one line that says what was given and what is allowed."""
+
+
+class ConfigError(Mistake, ValueError):
     """A config that can't be run; the message says which key, what it held, what it may hold."""
 
 

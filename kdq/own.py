@@ -3,8 +3,10 @@
 A config of the usual kind is made and run; what is more than these arguments wants a config file.
 """
 
+import dataclasses
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from kdq import config, data, deploy, experiment, models, quantize
 from kdq.arms import kl
 from kdq.data.arrays import Split
 from kdq.report import progress, write
+from kdq.report.page import read
 from kdq.types import Variables
 
 
@@ -29,7 +32,7 @@ def compress(
     test: Split,
     workdir: str | os.PathLike[str],
     teacher_variables: Variables | None = None,
-    bits: str = "W4A8",
+    bits: str | Sequence[str] = "W4A8",
     epochs: float = 40.0,
     learning_rate: float = 5e-3,
     batch_size: int = 64,
@@ -41,8 +44,12 @@ def compress(
 
     The arms: `teacher`; `student` (by labels) and `kd` (by the teacher); `ptq`, which is `kd`
     calibrated at `bits`; `qad`, trained on from `kd` with the quantizers and the teacher for half
-    the epochs. Without a student the teacher itself is calibrated, and taught by itself in float.
+    the epochs. Of several bits these are `ptq_w8a8`, `qad_w8a8`, `ptq_w4a4`, .... Without a student
+    the teacher itself is calibrated, and taught by itself in float.
     `WORKDIR/ARM/SEED/model.safetensors` is the packed file of each.
+
+    Another call in the same workdir, with other bits or seeds, keeps what is done and adds to it;
+    arms keep the names that they have there.
 
     Args:
       teacher: logits [batch, classes] of `model.apply(variables, inputs, train=False)`.
@@ -53,8 +60,8 @@ def compress(
       test: measured once, at the end.
       workdir: made if need be. A run that was killed goes on where it was.
       teacher_variables: of a teacher that is trained already; None trains it.
-      bits: "W4A8", of weights and inputs of layers. Where a network has more than two layers, its
-        first and its last have 8.
+      bits: "W4A8", of weights and inputs of layers, or several: ("W8A8", "W4A4"). Where a network
+        has more than two layers, its first and its last have 8.
       epochs: passes over `train`, for every arm that is trained from fresh weights.
       learning_rate: peak, of Adam.
       batch_size: of training; at most the examples there are.
@@ -63,14 +70,18 @@ def compress(
       temperature: at which these are compared.
 
     Returns:
-      A record an arm and seed: "arm", "accuracy" (of the file, loaded back), "size_bytes", ....
+      A record an arm and seed that `workdir` has, of earlier calls too: "arm", "accuracy" (of the
+      file, loaded back), "size_bytes", ....
 
     Raises:
-      DataError: arrays that don't fit.
-      ConfigError: a model that can't be named or does not fit the arrays, or a workdir that was
-        made with other arguments.
+      DataError: arrays that don't fit, or others than the workdir's.
+      ConfigError: a model that can't be named or does not fit the arrays, or other arguments than
+        what the workdir holds was made with; the message says which.
     """
     workdir = Path(workdir)
+    widths = (bits,) if isinstance(bits, str) else tuple(dict.fromkeys(bits))
+    if not widths or not all(widths):
+        raise config.ConfigError(f"bits={bits!r}: want 'W4A8', or several such")
     data.save_arrays(workdir / "data.npz", train=train, validation=validation, test=test)
     inputs = np.asarray(train[0])
     described = {"teacher": models.describe(teacher)}
@@ -78,8 +89,11 @@ def compress(
         described["student"] = models.describe(student)
     load = ""
     if teacher_variables is not None:
-        load = str(workdir / "teacher.safetensors")
-        deploy.save_packed(load, teacher_variables, {}, model=described["teacher"])
+        example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32)
+        path = workdir / "teacher.safetensors"
+        load = _save_teacher(path, teacher, teacher_variables, example)
+    there = _arms_of(workdir)
+    names = _names(there, widths)
     trained = {"epochs": float(epochs), "learning_rate": learning_rate}
     made = {
         "seeds": tuple(seeds),
@@ -94,31 +108,90 @@ def compress(
         "distill": {"kd": kl(alpha, temperature)},
         "arms": {
             "teacher": {"model": "teacher", **({"load": load} if load else trained)},
-            **_arms(bits, trained, student is not None),
+            **_arms(names, trained, student is not None),
         },
     }
     checked = config.freeze(made)
+    if others := sorted(there.keys() - checked.arms.keys()):
+        raise config.ConfigError(
+            f"{workdir} has arms that this call does not make, {', '.join(others)}: choose another "
+            "workdir"
+        )
+    whole = dataclasses.replace(checked, seeds=_seeds(workdir, checked))
+    experiment.finished(whole, workdir)  # raises where it can't be gone on with
+    wanted = [name for name, arm in checked.arms.items() if not arm.bits or arm.bits in widths]
     with progress.reporter() as reporter:
-        records = experiment.run(checked, workdir, progress=reporter)
+        experiment.run(checked, workdir, arms=wanted, progress=reporter)
+    records = experiment.finished(whole, workdir)
     write.write_report(records, workdir)
     return records
 
 
-def _arms(bits: str, trained: Mapping[str, Any], smaller: bool) -> dict[str, Mapping[str, Any]]:
-    """Those after the teacher."""
+def _save_teacher(
+    path: Path, teacher: nn.Module, variables: Variables, example: jax.ShapeDtypeStruct
+) -> str:
+    """Returns the path of the teacher's packed file, which stays as it is if it is there.
+
+    Raises ConfigError if that has other variables.
+    """
+    model = models.describe(teacher)
+    if not path.exists():
+        deploy.save_packed(path, variables, {}, model=model, inputs=example)
+        return str(path)
+    with tempfile.TemporaryDirectory() as folder:
+        again = Path(folder) / path.name
+        deploy.save_packed(again, variables, {}, model=model, inputs=example)
+        there, here = (deploy.load_packed(file, teacher).variables for file in (path, again))
+    same = jax.tree.structure(there) == jax.tree.structure(here)
+    if not (same and jax.tree.all(jax.tree.map(np.array_equal, there, here))):
+        raise config.ConfigError(
+            f"{path} holds other teacher_variables: choose another workdir, or delete {path.parent}"
+        )
+    return str(path)
+
+
+def _arms_of(workdir: Path) -> Mapping[str, config.Arm]:
+    """Returns those of earlier calls. Raises ConfigError for a workdir that can't be read."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return config.freeze(read.json_of(path)).arms
+    except config.ConfigError as error:
+        raise config.ConfigError(f"{path}: {error}") from error
+
+
+def _names(there: Mapping[str, config.Arm], widths: Sequence[str]) -> dict[str, str]:
+    """Returns by bits what their arms' names end in; arms that are there keep theirs."""
+    names = {arm.bits: name.removeprefix("ptq") for name, arm in there.items() if name[:3] == "ptq"}
+    alone = not names and len(widths) == 1
+    return names | {w: "" if alone else f"_{w.lower()}" for w in widths if w not in names}
+
+
+def _seeds(workdir: Path, made: config.Experiment) -> tuple[int, ...]:
+    """Returns those of this call, and those that arms in the workdir have been run with."""
+    folders = [path.parent for name in made.arms for path in workdir.glob(f"{name}/*/result.json")]
+    there = {int(folder.name) for folder in folders if folder.name.isdigit()}
+    return tuple(sorted({*there, *made.seeds}))
+
+
+def _arms(
+    names: Mapping[str, str], trained: Mapping[str, Any], smaller: bool
+) -> dict[str, Mapping[str, Any]]:
+    """Returns those after the teacher; `names` has bits, and what names of arms end in."""
     taught = {"teacher": "teacher", "distill": "kd"}
     model, start = ("student", "kd") if smaller else ("teacher", "teacher")
-    quantized = {"model": model, "init": start, "bits": bits}
     further = {**trained, "epochs": trained["epochs"] / 2}
     floats = {
         "student": {"model": model, **trained},
         "kd": {"model": model, "reference": "student", **trained, **taught},
     }
-    return {
-        **(floats if smaller else {}),
-        "ptq": {**quantized, "reference": start},
-        "qad": {**quantized, "reference": "ptq", **further, **taught},
-    }
+    arms = floats if smaller else {}
+    for bits, end in names.items():
+        quantized = {"model": model, "init": start, "bits": bits}
+        arms[f"ptq{end}"] = {**quantized, "reference": start}
+        arms[f"qad{end}"] = {**quantized, "reference": f"ptq{end}", **further, **taught}
+    return arms
 
 
 def _quantize(model: nn.Module, inputs: np.ndarray) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import jax
+import numpy as np
 from jax._src import distributed  # as Orbax does: there is no public way to the store
+from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
@@ -86,6 +88,13 @@ def agree(value: bool) -> bool:
     return value if jax.process_count() == 1 else _from_first(value)
 
 
+def any_of(value: bool) -> bool:
+    """Whether it is true in any of the processes, all of which have to ask."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.array(value))))
+
+
 def _from_first(value: Any) -> Any:
     """By the coordinator's store: a collective of the devices would give up after half a minute of
     waiting for the first process."""
@@ -104,6 +113,12 @@ def _from_first(value: Any) -> Any:
     if is_first():
         client.key_value_delete(name)
     return value
+
+
+def leave_if_lost(error: BaseException) -> None:
+    """Ends this process if JAX lost another one: JAX's own way out would wait for it."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        leave(error)
 
 
 def leave(error: BaseException) -> NoReturn:

@@ -189,6 +189,9 @@ class Transfer:
     epsilon: float = field(0.1, at_least=0, at_most=1e3)
 
 
+FORMATS = ("packed", "onnx", "onnx_int8", "litert", "stablehlo")  # see kdq.deploy.FORMATS
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
     """What every arm becomes beside its packed file, in WORKDIR/ARM/SEED/export."""
@@ -409,3 +412,5 @@ class Experiment:
     evaluations: int = field(20, at_least=1)  # times that an arm is validated while it trains
     # Least time between two checkpoints; 0 is every validation.
     checkpoint_seconds: float = field(30.0, at_least=0)
+    # A trial of a config, whose numbers mean nothing: records, tables and pages say so.
+    quick: bool = False

@@ -9,11 +9,8 @@ command that measures it.
 
 from absl import flags
 
-from kdq import cli, files
-from kdq.report.advise import advise
-from kdq.report.advisor import evidence, rules
-from kdq.report.advisor.constraints import Constraints
-from kdq.report.cells import standard_output
+from kdq import cli
+from kdq.report.advisor import rules
 
 WORKDIRS = flags.DEFINE_list("workdirs", [], "Folders of launch/compress.py or train.py.")
 RECORDS = flags.DEFINE_list("records", [], "JSON lists of records, e.g. docs/results/digits.json.")
@@ -40,6 +37,12 @@ TEACHER = flags.DEFINE_bool("teacher", True, "Whether there is a trained teacher
 
 
 def main(_: list[str]) -> None:
+    from kdq import files
+    from kdq.report.advise import advise
+    from kdq.report.advisor import evidence
+    from kdq.report.advisor.constraints import Constraints
+    from kdq.report.cells import standard_output
+
     constraints = Constraints(
         max_size_kib=MAX_SIZE.value,
         max_latency_ms=MAX_LATENCY.value,

@@ -10,8 +10,7 @@ after an interruption: what is done stays done.
 
 from absl import flags
 
-from kdq import cli, config, experiment, processes
-from kdq.report import progress, write
+from kdq import cli
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir(
@@ -23,6 +22,9 @@ TENSORBOARD = flags.DEFINE_boolean(
 
 
 def main(_: list[str]) -> None:
+    from kdq import config, experiment, processes
+    from kdq.report import progress, write
+
     checked = config.freeze(CONFIG.value)
     with progress.reporter() as reporter:
         records = experiment.run(

@@ -9,8 +9,7 @@ table itself; for another device run this there, and give the search the file:
 
 from absl import flags
 
-from kdq import cli, config, experiment
-from kdq.report import progress, searches
+from kdq import cli
 
 CONFIG = cli.define_config()
 MODEL = flags.DEFINE_string("model", "student", "The network, a key of config.models.")
@@ -19,6 +18,9 @@ METRICS = flags.DEFINE_list("metrics", ["size", "latency"], "What is measured of
 
 
 def main(_: list[str]) -> None:
+    from kdq import config, experiment
+    from kdq.report import progress, searches
+
     checked = config.freeze(CONFIG.value)
     with progress.reporter() as reporter:
         table = experiment.cost_table(checked, MODEL.value, METRICS.value, progress=reporter)

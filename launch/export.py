@@ -8,12 +8,11 @@ the held-out examples, or it is an error. DIR/manifest.json says what the files 
 
 from absl import flags
 
-from kdq import cli, deploy, experiment
-from kdq.report import exports
+from kdq import cli, schema
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of launch/compress.py or train.py.")
 ARM = flags.DEFINE_string("arm", None, "The arm, a key of config.arms.")
-FORMAT = flags.DEFINE_list("format", ["onnx"], f"Some of: {', '.join(deploy.FORMATS)}.")
+FORMAT = flags.DEFINE_list("format", ["onnx"], f"Some of: {', '.join(schema.FORMATS)}.")
 OUT = flags.DEFINE_string(
     "out", None, "Folder for the files, one a seed in it; WORKDIR/ARM/SEED/export if not given."
 )
@@ -21,6 +20,9 @@ SEED = flags.DEFINE_integer("seed", None, "One seed; all that have been run if n
 
 
 def main(_: list[str]) -> None:
+    from kdq import experiment
+    from kdq.report import exports
+
     seeds = () if SEED.value is None else (SEED.value,)
     found = experiment.export(
         WORKDIR.value, ARM.value, formats=FORMAT.value, out=OUT.value, seeds=seeds

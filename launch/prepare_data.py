@@ -11,7 +11,7 @@ CONFIG is byclass, bymerge, balanced, letters, digits or mnist. Afterwards plain
 
 from absl import flags
 
-from kdq import cli, data
+from kdq import cli
 
 DATASET = flags.DEFINE_string("dataset", None, "mnist, fashion_mnist, kmnist or emnist/CONFIG.")
 SOURCE = flags.DEFINE_string("source", None, "Directory with the IDX files.")
@@ -21,6 +21,8 @@ DATA_DIR = flags.DEFINE_string(
 
 
 def main(_: list[str]) -> None:
+    from kdq import data
+
     directory = data.prepare(DATASET.value, SOURCE.value, DATA_DIR.value)
     print(f"{DATASET.value} is prepared in {directory}")
 

@@ -8,8 +8,7 @@ trace, under WORKDIR/profile/ARM: for Perfetto, xprof, or TensorBoard's profile 
 
 from absl import flags
 
-from kdq import cli, config, experiment
-from kdq.report import profile, progress
+from kdq import cli
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir("Folder for the trace, and for the arms that this one needs.")
@@ -20,6 +19,9 @@ TOP = flags.DEFINE_integer("top", 15, "Costs to print.", lower_bound=1)
 
 
 def main(_: list[str]) -> None:
+    from kdq import config, experiment
+    from kdq.report import profile, progress
+
     CONFIG.value.seeds = (SEED.value,)
     with progress.reporter() as reporter:
         found = experiment.profile(

@@ -10,8 +10,6 @@ other data, is kept apart.
 from absl import flags
 
 from kdq import cli
-from kdq.report.advisor.constraints import Constraints
-from kdq.report.page import read, write
 
 WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of launch/compress.py or launch/train.py.")
 OUT = flags.DEFINE_string("out", None, "Folder for the report; made if it does not exist.")
@@ -22,8 +20,13 @@ MAX_DROP = flags.DEFINE_float(
 
 
 def main(_: list[str]) -> None:
+    from kdq.report.advisor.constraints import Constraints
+    from kdq.report.page import read, write
+    from kdq.report.write import print_places
+
     constraints = Constraints(max_size_kib=MAX_SIZE.value, max_drop=MAX_DROP.value)
-    print(write.write(read.folders(WORKDIRS.value), OUT.value, constraints))
+    write.write(read.folders(WORKDIRS.value), OUT.value, constraints)
+    print_places(OUT.value)
 
 
 if __name__ == "__main__":

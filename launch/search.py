@@ -11,8 +11,7 @@ command again after an interruption: it goes on where it was.
 
 from absl import flags
 
-from kdq import cli, config, experiment, processes
-from kdq.report import progress, searches, write
+from kdq import cli
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir("Folder for results; made if it does not exist.")
@@ -22,6 +21,9 @@ NAME = flags.DEFINE_string(
 
 
 def main(_: list[str]) -> None:
+    from kdq import config, experiment, processes
+    from kdq.report import progress, searches, write
+
     name = NAME.value or CONFIG.value.search.method
     checked = experiment.with_search(config.freeze(CONFIG.value), WORKDIR.value, name)
     with progress.reporter() as reporter:
@@ -29,8 +31,8 @@ def main(_: list[str]) -> None:
         experiment.run(checked, WORKDIR.value, arms=arms, progress=reporter, in_processes=True)
     if processes.is_first():
         records = experiment.finished(checked, WORKDIR.value)
-        write.write_report(records, WORKDIR.value)
         searches.print_policies([r for r in records if r["arm"] in arms])
+        write.write_report(records, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from kdq import cli, sweep
-from kdq.sweep import run, runs
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and the table.")
@@ -42,6 +41,8 @@ def options(executor: str) -> dict:
 
 
 def main(_: list[str]) -> None:
+    from kdq.sweep import run, runs
+
     config = flags.FLAGS[CONFIG.name]
     planned = runs.plan_runs(
         config_flags.get_config_filename(config),

@@ -7,8 +7,7 @@ The same config, workdir and files as launch/compress.py, which then finds the a
 
 from absl import flags
 
-from kdq import cli, config, experiment, processes
-from kdq.report import progress, table
+from kdq import cli
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir("Folder for results; made if it does not exist.")
@@ -20,6 +19,9 @@ TENSORBOARD = flags.DEFINE_boolean(
 
 
 def main(_: list[str]) -> None:
+    from kdq import config, experiment, processes
+    from kdq.report import progress, table
+
     if SEED.value is not None:
         CONFIG.value.seeds = (SEED.value,)
     checked = config.freeze(CONFIG.value)
@@ -34,6 +36,8 @@ def main(_: list[str]) -> None:
         )
     if processes.is_first():
         table.print_table(table.rows(records))
+        folder, page = WORKDIR.value, "python launch/report.py"
+        print(f"Results: {folder}/{ARM.value}; a page: {page} --workdirs={folder} --out={folder}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """compress: one's own model on one's own arrays, from training to a small file."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -94,10 +95,69 @@ def test_the_same_call_again_trains_nothing_and_another_one_is_refused(distilled
     records, workdir = distilled
     again = kdq.compress(Net(48), Net(8), **DATA, workdir=workdir, **QUICK)
     assert again == records
-    with pytest.raises(ConfigError, match="was made with another config"):
-        kdq.compress(Net(48), Net(8), **DATA, workdir=workdir, **{**QUICK, "epochs": 5})
-    with pytest.raises(DataError, match=r"data.npz holds other arrays"):
+    before = contents(workdir)
+    for models, changed, message in (
+        ((Net(48), Net(8)), {"epochs": 5}, r"arms.teacher.epochs was 4.0, is 5.0, arms.student"),
+        ((Net(48), Net(8)), {"alpha": 0.5}, r"distill.kd.task was 0.\d+, is 0.5, distill"),
+        ((Net(48), Net(9)), {"bits": "W8A8"}, r"models.student.width was 8, is 9\)"),
+        ((Net(48),), {}, "has arms that this call does not make, kd, student: choose another work"),
+        (
+            (Net(48), Net(8)),
+            {"teacher_variables": Net(48).init(jax.random.key(0), np.zeros((1, 12)))},
+            r"arms.teacher.load was '', is '.*', arms.teacher.epochs was 4.0, is 0.0, ",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message) as raised:
+            kdq.compress(*models, **{**DATA, **QUICK, **changed}, workdir=workdir)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(DataError, match=r"data.npz holds other arrays \(test_inputs\): choose"):
         kdq.compress(Net(48), Net(8), **{**DATA, "test": blobs(90)}, workdir=workdir, **QUICK)
+    (workdir / "teacher.safetensors").unlink()  # of the call that was refused
+    assert contents(workdir) == before
+
+
+def contents(workdir):
+    """What every file of arms holds, and when it was written."""
+    files = [path for path in workdir.glob("*/*/*") if path.is_file()]
+    assert files
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.mark.slow
+def test_a_workdir_takes_other_widths_and_seeds_and_keeps_what_is_done(tmp_path, capsys):
+    call = functools.partial(kdq.compress, Net(8), **DATA, workdir=tmp_path / "run", **QUICK)
+    first = call(bits="W4A8")
+    assert [r["arm"] for r in first] == ["teacher", "ptq", "qad"]
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    both = call(bits=("W8A8", "W4A8"))
+    widths = {"ptq": "W4A8", "qad": "W4A8", "ptq_w8a8": "W8A8", "qad_w8a8": "W8A8"}
+    assert {r["arm"]: r["bits"] for r in both} == {"teacher": "fp32", **widths}
+    assert both[:3] == first
+    printed = capsys.readouterr().out
+    assert all(any(name in line.split() for line in printed.splitlines()) for name in widths)
+    # A seed more, of one width: nothing else is run.
+    more = call(bits="W8A8", seeds=(1,))
+    assert [r for r in more if r["seed"] == 0] == both
+    assert [r["arm"] for r in more if r["seed"] == 1] == ["teacher", "ptq_w8a8", "qad_w8a8"]
+    after = contents(tmp_path / "run")
+    assert {path: after[path] for path in before} == before
+    # The same bits as in a workdir where all was asked for at once.
+    at_once = kdq.compress(
+        Net(8), **DATA, workdir=tmp_path / "new", **QUICK, bits=("W8A8", "W4A8"), seeds=(0, 1)
+    )
+    assert [r["arm"] for r in at_once[::2]] == [
+        *("teacher", "ptq_w8a8", "qad_w8a8", "ptq_w4a8", "qad_w4a8")
+    ]
+    named = {"ptq_w4a8": "ptq", "qad_w4a8": "qad"}
+    same = [(r["arm"], r["seed"]) for r in at_once if r["seed"] == 0 or "4" not in r["arm"]]
+    for arm, seed in same:
+        files = [
+            deploy.load_packed(tmp_path / folder / name / str(seed) / "model.safetensors")
+            for folder, name in (("new", arm), ("run", named.get(arm, arm)))
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *(file.variables for file in files))
+    assert len(same) == len(more)
 
 
 def test_another_program_imports_the_class_or_gives_the_model(distilled, monkeypatch):
@@ -105,7 +165,7 @@ def test_another_program_imports_the_class_or_gives_the_model(distilled, monkeyp
     path = workdir / "qad" / "0" / "model.safetensors"
     here = deploy.load_packed(path)
     monkeypatch.delattr(f"{__name__}.Net")
-    with pytest.raises(deploy.PackedFileError, match=r"its model is 'test_own:Net', which is not"):
+    with pytest.raises(deploy.ModelNotImportedError, match=r"of the class test_own:Net, which"):
         deploy.load_packed(path)
     given = deploy.load_packed(path, here.model)
     inputs = DATA["test"][0].astype(np.float32)
@@ -159,6 +219,8 @@ def test_pixels_are_seen_over_255(tmp_path):
         ),
         ((Net(8), Empty()), {}, ConfigError, "Empty has no layer that can be quantized"),
         ((Net(8),), {"bits": "W9"}, ConfigError, r"config.arms.ptq.bits.*'W9'"),
+        ((Net(8),), {"bits": ("W8", "W9")}, ConfigError, r"config.arms.ptq_w9.bits.*'W9'"),
+        ((Net(8),), {"bits": ()}, ConfigError, r"bits=\(\): want 'W4A8', or several"),
         ((Net(8),), {"epochs": 0}, ConfigError, "config.arms.teacher.epochs=0.0"),
         ((Net(8),), {"test": DATA["test"][0]}, DataError, "test: want a pair"),
         ((nn.Conv(3, (3, 3)),), {}, ConfigError, "__call__ takes .*want `train: bool`"),

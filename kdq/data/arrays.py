@@ -45,12 +45,13 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
     }
     if path.exists():
         there = _read(path)
-        if there.keys() == arrays.keys() and all(
-            there[key].dtype == array.dtype and np.array_equal(there[key], array)
-            for key, array in arrays.items()
-        ):
+        differing = [name for name in {**arrays, **there} if not _is_same(name, arrays, there)]
+        if not differing:
             return path
-        raise DataError(f"{path} holds other arrays: choose another folder, or delete that file")
+        raise DataError(
+            f"{path} holds other arrays ({', '.join(differing)}): choose another folder, or delete "
+            "that file"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")  # a reader never sees part of a file
     try:
@@ -61,6 +62,13 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def _is_same(name: str, arrays: Mapping[str, np.ndarray], there: Mapping[str, np.ndarray]) -> bool:
+    if name not in arrays or name not in there:
+        return False
+    a, b = arrays[name], there[name]
+    return a.dtype == b.dtype and np.array_equal(a, b)
 
 
 def read_arrays(path: str | os.PathLike[str], split: str) -> tuple[Split, int]:

@@ -77,7 +77,7 @@ def train_dataset(
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     ids = np.arange(len(source)) if ids is None else np.asarray(ids)
-    if ids.size and not (ids.dtype.kind in "iu" and 0 <= ids.min() and ids.max() < len(source)):
+    if ids.size and not (ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() < len(source)):
         raise ValueError(
             f"ids must be integers from 0 to {len(source) - 1}, those of {source.name} "
             f"{source.split}; got {ids.dtype} {ids.min()} to {ids.max()}"

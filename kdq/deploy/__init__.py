@@ -3,13 +3,20 @@
 from kdq.deploy.export import FORMATS, ExportError, ParityError, check_formats, export
 from kdq.deploy.lowering import IntegerModel, lower, round_biases
 from kdq.deploy.onnx_model import layer_names, onnx_session, save_onnx, to_onnx
-from kdq.deploy.packed import PackedFileError, PackedModel, load_packed, save_packed
+from kdq.deploy.packed import (
+    ModelNotImportedError,
+    PackedFileError,
+    PackedModel,
+    load_packed,
+    save_packed,
+)
 from kdq.deploy.stablehlo import load_stablehlo, save_stablehlo
 
 __all__ = [
     "FORMATS",
     "ExportError",
     "IntegerModel",
+    "ModelNotImportedError",
     "PackedFileError",
     "PackedModel",
     "ParityError",

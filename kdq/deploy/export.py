@@ -19,13 +19,13 @@ from kdq import files, provenance
 from kdq.deploy import extras, latency, litert, memory, onnx_model, parity, stablehlo
 from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.packed import PackedModel, load_packed
-from kdq.fields import unknown
+from kdq.fields import Mistake, unknown
 
 MANIFEST = "manifest.json"
 Runtime = Callable[[np.ndarray], np.ndarray]
 
 
-class ExportError(RuntimeError):
+class ExportError(Mistake, RuntimeError):
     """A model that a format has no words for; the message says which part."""
 
 
@@ -132,8 +132,7 @@ def export(
 
 
 def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1, allow_nan=False)
-    files.write_atomic(folder / MANIFEST, f"{text}\n".encode())
+    files.write_json(folder / MANIFEST, manifest)
 
 
 FLOAT = "float in ONNX Runtime"
@@ -182,8 +181,8 @@ def check_formats(formats: Sequence[str]) -> None:
 
 def _manifest(folder: Path, digest: str) -> dict[str, Any]:
     """What is there of the same packed file."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads((folder / MANIFEST).read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        found = files.read_json(folder / MANIFEST)
         if found["packed_sha256"] == digest:
             there = {k: e for k, e in found["files"].items() if (folder / e["file"]).is_file()}
             return {**found, "files": there}

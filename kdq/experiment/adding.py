@@ -1,13 +1,12 @@
 """A search beside those of the config, and the arms that it ends in."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdq import config as kdq_config
-from kdq import models
+from kdq import files, models
 from kdq.config import Arm, ConfigError, Experiment, Search
 from kdq.experiment import costing
 from kdq.experiment.inputs import Inputs
@@ -77,7 +76,7 @@ def _before(experiment: Experiment, workdir: Path, name: str) -> dict[str, Searc
     path = workdir / CONFIG
     if not path.is_file():
         return {}
-    there = json.loads(path.read_text())
+    there = files.read_json(path)
     try:
         old = kdq_config.freeze(there)
     except ConfigError as error:

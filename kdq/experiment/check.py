@@ -7,11 +7,10 @@ import re
 import flax.linen as nn
 import jax
 import numpy as np
-from flax import traverse_util
 
 from kdq import quantize
 from kdq.config import ConfigError, Data, Experiment, unknown
-from kdq.deploy import PackedModel
+from kdq.deploy import PackedFileError, PackedModel
 from kdq.distill import capture
 from kdq.distill.term import Shapes
 from kdq.experiment.inputs import Inputs
@@ -148,16 +147,10 @@ def _check_loaded(
     if packed.model != model:
         given, wanted = (" ".join(str(one).split()) for one in (packed.model, model))
         raise ConfigError(f"{where} is {given}, but the arm's model is {wanted}")
-    there, wanted = (
-        {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
-        for tree in (packed.variables, _shapes(model, image))
-    )
-    for path in {**wanted, **there}:
-        if there.get(path) != wanted.get(path):
-            raise ConfigError(
-                f"{where} does not fit its model: {path} has shape {there.get(path, 'none')}, "
-                f"want {wanted.get(path, 'none')}"
-            )
+    try:
+        packed.check(image)
+    except PackedFileError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _check_outputs(model: nn.Module, image: jax.ShapeDtypeStruct, classes: int, where: str) -> None:

@@ -1,6 +1,5 @@
 """Arms in the forms that runtimes take, measured there."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import deploy, models
+from kdq import deploy, files, models
 from kdq.config import ConfigError, Experiment
 from kdq.deploy import latency
 from kdq.experiment.inputs import Inputs
@@ -84,7 +83,7 @@ def of_workdir(
     check(formats, "format")
     if arm not in experiment.arms:
         raise ConfigError(kdq_config.unknown("arm", arm, experiment.arms))
-    files = {
+    packed = {
         int(path.parent.name): path
         for path in sorted(Path(workdir, arm).glob(f"*/{PACKED}"))
         if path.parent.name.isdigit()
@@ -92,13 +91,13 @@ def of_workdir(
     model = experiment.models[experiment.arms[arm].model]
     if models.is_own(model["name"]):
         models.build(**model)  # imports it, which reading the file does not
-    seeds, inputs, found = seeds or sorted(files), Inputs(experiment), {}
-    if not seeds or not set(seeds) <= set(files):
+    seeds, inputs, found = seeds or sorted(packed), Inputs(experiment), {}
+    if not seeds or not set(seeds) <= set(packed):
         raise ConfigError(
-            f"{workdir} has the seeds {sorted(files)} of arm {arm!r}, wanted {list(seeds)}"
+            f"{workdir} has the seeds {sorted(packed)} of arm {arm!r}, wanted {list(seeds)}"
         )
     for seed in seeds:
-        path = files[seed]
+        path = packed[seed]
         folder = path.parent / FOLDER
         if out is not None:
             folder = Path(out) / str(seed) if len(seeds) > 1 else Path(out)
@@ -110,10 +109,12 @@ def of_workdir(
 def _read(workdir: Path) -> Experiment:
     path = workdir / CONFIG
     try:
-        return kdq_config.freeze(json.loads(path.read_text()))
+        config = files.read_json(path)
     except FileNotFoundError:
         raise ConfigError(f"{workdir} holds no experiment: no {path}") from None
-    except ValueError as error:
+    try:
+        return kdq_config.freeze(config)
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -25,9 +25,8 @@ from kdq import config as kdq_config
 from kdq import heap
 from kdq.config import ConfigError, Experiment
 from kdq.deploy import latency
-from kdq.experiment.progress import Progress, Record
+from kdq.experiment.progress import Progress, Record, Unit
 
-Unit = tuple[str, int]  # an arm and a seed
 Run = Callable[[str, int], Record]
 
 # Of JAX's settings, those that a launcher may have changed.
@@ -239,7 +238,7 @@ def _run(name: str, seed: int) -> Record:
 
 
 class _Told(Progress):
-    """Tells another process, of steps only now and then."""
+    """Tells another process, of steps and parts of stages only now and then."""
 
     def __init__(self, process: int, queue: Any):
         self._process, self._queue, self._told = process, queue, 0.0
@@ -247,13 +246,25 @@ class _Told(Progress):
     def _tell(self, what: str, *given: Any) -> None:
         self._queue.put((self._process, what, given))
 
+    def _is_due(self) -> bool:
+        due = time.monotonic() - self._told > EVERY
+        if due:
+            self._told = time.monotonic()
+        return due
+
+    def prepare(self, name: str, seed: int) -> None:
+        self._tell("prepare", name, seed)
+
     def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
         self._tell("arm", name, seeds, steps)
 
     def step(self, step: int) -> None:
-        if time.monotonic() - self._told > EVERY:
-            self._told = time.monotonic()
+        if self._is_due():
             self._tell("step", step)
+
+    def stage(self, description: str, done: int, total: int) -> None:
+        if done == 0 or self._is_due():
+            self._tell("stage", description, done, total)
 
     def search(self, name: str, seed: int, evaluations: int) -> None:
         self._tell("search", name, seed, evaluations)

@@ -28,6 +28,7 @@ from kdq.experiment.found import Found
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
 from kdq.experiment.quantized import OBSERVERS, quantized
+from kdq.experiment.records import digests_of, file_digest
 from kdq.experiment.searching import Searches
 from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
@@ -144,7 +145,12 @@ class _Runner:
             self.searches.check(order)
         exports.check_config(experiment.export)
         processes.first(self.store.save_config)
-        self.progress.start(len(records))
+        self.progress.start(
+            {
+                (name, seed): None if record else self.inputs.last_step(experiment.arms[name])
+                for (name, seed), record in records.items()
+            }
+        )
         elsewhere: set[parallel.Unit] = set()
         if workers > 1 and None in records.values():
             elsewhere = {unit for unit, record in records.items() if record is None}
@@ -193,6 +199,7 @@ class _Runner:
     # All processes train; what comes before and after, one does for all.
 
     def _prepare(self, name: str, seed: int) -> "_Begun":
+        self.progress.prepare(name, seed)
         record = processes.first(lambda: self._identity(name, seed))
         begun = _Begun(seed=seed, record=record, experiment=self.experiment)
         with _failing(record):
@@ -207,7 +214,10 @@ class _Runner:
             if isinstance(fit, NonFiniteError):
                 raise fit
             measured = lambda: self._measure(begun.experiment, name, begun.seed, fit)
-            begun.record |= processes.first(measured) | begun.told
+            begun.record |= begun.told | processes.first(measured)
+            if fit.compile_seconds is not None:
+                of_calibration = begun.told.get("compile_seconds", 0.0)
+                begun.record["compile_seconds"] = fit.compile_seconds + of_calibration
 
     def _export(self, record: Record) -> Record:
         """The record with what the config asks for and it does not have yet."""
@@ -252,7 +262,7 @@ class _Runner:
         model = self.models[one.experiment.arms[name].model]
         measured = lambda: measure.evaluate(model, one.start, self.inputs.validation)
         selected = Selection(weights=one.start, step=0, metrics=processes.first(measured))
-        return Fit(last=one.start, last_step=0, selected=selected, seconds=0.0)
+        return Fit(last=one.start, last_step=0, selected=selected, seconds=0.0, compile_seconds=0.0)
 
     def _task(
         self, experiment: Experiment, name: str, seed: int, start: Weights
@@ -317,7 +327,10 @@ class _Runner:
     def _measure(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> Record:
         """The part of a record that is measured."""
         arm = experiment.arms[name]
-        record = {"status": "ok", **self._of_file(experiment, name, seed, fit)}
+        digests = digests_of(fit.selected)
+        self.store.expect(name, seed, digests)
+        record = {"status": "ok", **self._of_file(experiment, name, seed, fit), **digests}
+        record["packed_sha256"] = file_digest(self.store.folder(name, seed) / PACKED)
         record |= self._compare(experiment, name, seed, fit)
         if arm.without_classes:
             record |= measure.corrected(
@@ -331,10 +344,7 @@ class _Runner:
 
     def _of_file(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
         arm = experiment.arms[name]
-        teacher_is_there = (
-            name == experiment.teacher
-            or self.store.record(experiment.teacher, seed)["status"] == "ok"
-        )
+        teacher_is_there = name == experiment.teacher or self._teacher_is_there(name, seed)
         identity = self._identity(name, seed)
         return measure.measure(
             fit,
@@ -358,10 +368,7 @@ class _Runner:
 
     def _compare(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
         """The measures of transfer, if the config asks for them and the teacher is there."""
-        teacher = experiment.teacher
-        if not experiment.transfer.examples or name in kdq_config.ancestors(experiment, teacher):
-            return {}
-        if self.store.record(teacher, seed)["status"] != "ok":
+        if not experiment.transfer.examples or not self._teacher_is_there(name, seed):
             return {}
         weights = fit.selected.weights
         student = transfer.Network(
@@ -370,6 +377,13 @@ class _Runner:
             model=self.models[experiment.arms[name].model],
         )
         return self.comparison(seed).measure(student)
+
+    def _teacher_is_there(self, name: str, seed: int) -> bool:
+        """Whether the teacher, which what it is made of is not compared with, can be asked."""
+        teacher = self.experiment.teacher
+        if name in kdq_config.ancestors(self.experiment, teacher):
+            return False
+        return self.store.record(teacher, seed)["status"] == "ok"
 
     def _comparison(self, seed: int) -> transfer.Comparison:
         """With the teacher of a seed."""
@@ -392,6 +406,7 @@ class _Runner:
             "bits": arm.bits or "fp32",
             "observer": arm.observer if arm.bits else None,
             "reference": arm.reference or None,
+            **({"quick": True} if self.experiment.quick else {}),
             "config_digest": plan.experiment_digest(self.experiment),
             "arm_digest": self.store.digests[name],
             "commit": provenance.commit(),

@@ -25,10 +25,10 @@ def is_own(name: Any) -> bool:
 def is_imported(name: str) -> bool:
     """Whether the class can be found without running what is not running already."""
     module, _, path = name.partition(":")
-    found = sys.modules.get(module)
+    place: Any = sys.modules.get(module)
     for part in path.split("."):
-        found = getattr(found, part, None)
-    return found is not None
+        place = inspect.getattr_static(place, part, None)  # lazy modules import what is asked for
+    return place is not None
 
 
 def find(name: str) -> type[nn.Module]:

@@ -168,6 +168,8 @@ def expand(parameter: Array, shape: tuple[int, ...]) -> Array:
     offset = len(shape) - parameter.ndim
     for axis, (size, full) in enumerate(zip(parameter.shape, shape[offset:], strict=True)):
         if size not in (1, full):
+            if full % size:
+                raise ValueError(f"a parameter of shape {parameter.shape} for a tensor of {shape}")
             parameter = jnp.repeat(parameter, full // size, axis=axis, total_repeat_length=full)
     return parameter
 

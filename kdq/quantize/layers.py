@@ -64,10 +64,30 @@ def path_of(module: nn.Module) -> str:
     return "/".join(module.path)
 
 
+def keys_of_layer(tree: Any, path: str) -> tuple[str, ...] | None:
+    """Returns the keys that lead to a "/"-joined path in nested dicts, or None.
+
+    A key may hold "/" itself, as of `nn.Dense(name="a/b")`.
+    """
+    if not path:
+        return ()
+    for key in tree if isinstance(tree, Mapping) else ():
+        if key == path:
+            return (key,)
+        if path.startswith(f"{key}/"):
+            rest = keys_of_layer(tree[key], path.removeprefix(f"{key}/"))
+            if rest is not None:
+                return (key, *rest)
+    return None
+
+
 def at_path(tree: Any, path: str) -> Any:
-    """The subtree of a nested dict at a "/"-joined path."""
-    for name in path.split("/") if path else ():
-        tree = tree[name]
+    """The subtree of a nested dict at a "/"-joined path. Raises KeyError."""
+    keys = keys_of_layer(tree, path)
+    if keys is None:
+        raise KeyError(path)
+    for key in keys:
+        tree = tree[key]
     return tree
 
 

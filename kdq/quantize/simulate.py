@@ -15,7 +15,7 @@ import jax
 from kdq.quantize import kinds
 from kdq.quantize.grid import Quantizer
 from kdq.quantize.kinds import WEIGHT_NAMES
-from kdq.quantize.layers import as_args, path_of
+from kdq.quantize.layers import as_args, keys_of_layer, path_of
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
 
@@ -89,26 +89,23 @@ def copied(params: dict[str, Any], path: str, whose: str) -> dict[str, Any]:
 
     The last may be new, and empty: a product of activations has no parameters of its own.
     """
-    layer = params
-    *parents, last = path.split("/")
-    for name in parents:
-        if name not in layer:
+    keys = keys_of_layer(params, path)
+    if keys is None:
+        parent, _, last = path.rpartition("/")
+        parents = keys_of_layer(params, parent)
+        if parents is None:
             raise unknown_layer(whose, path, params)
-        layer[name] = dict(layer[name])
+        keys = (*parents, last)
+    layer = params
+    for name in keys:  # none of them: the model is the layer
+        layer[name] = dict(layer.get(name, {}))
         layer = layer[name]
-    if path:  # "": the model is the layer
-        layer[last] = dict(layer.get(last, {}))
-        layer = layer[last]
     return layer
 
 
 def has_path(params: Any, path: str) -> bool:
     """Whether there is something at a "/"-joined path."""
-    for name in path.split("/") if path else ():
-        if name not in params:
-            return False
-        params = params[name]
-    return True
+    return keys_of_layer(params, path) is not None
 
 
 def unknown_layer(whose: str, path: str, params: Any) -> KeyError:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from networks import NETWORKS, network
 
-from kdq import deploy, quantize
+from kdq import deploy, quantize, schema
 from kdq.deploy import ParityError, container, export, load_packed, load_stablehlo, parity
 
 
@@ -86,6 +86,10 @@ def test_a_folder_that_cannot_be_written(packed, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match=str(tmp_path / "file")):
         export(path, tmp_path / "file" / "out", ["packed"], images)
+
+
+def test_the_formats_of_a_config_are_these():
+    assert tuple(deploy.FORMATS) == schema.FORMATS
 
 
 def test_an_unknown_format(packed, tmp_path):

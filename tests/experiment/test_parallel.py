@@ -32,8 +32,8 @@ class Heard(experiment.Progress):
     def __init__(self):
         self.total, self.done_, self.others = 0, [], {}
 
-    def start(self, arms):
-        self.total = arms
+    def start(self, steps):
+        self.total = len(steps)
 
     def beside(self, process):
         return self.others.setdefault(process, Heard.Arms())
@@ -43,10 +43,16 @@ class Heard(experiment.Progress):
 
     class Arms(experiment.Progress):
         def __init__(self):
-            self.arms = []
+            self.arms, self.prepared, self.stages = [], [], []
+
+        def prepare(self, name, seed):
+            self.prepared.append((name, seed))
 
         def arm(self, name, seeds, steps):
             self.arms.append((name, *seeds))
+
+        def stage(self, description, done, total):
+            self.stages.append((description, done, total))
 
 
 # What processes are given to run, in place of arms: a line in a file at either end.
@@ -60,6 +66,8 @@ def noting(_, workdir, progress, *, wrong=None, seconds=0.05):
             file.write(json.dumps(line) + "\n")
 
     def one(name, seed):
+        progress.prepare(name, seed)
+        assert list(progress.method("xyz", f"calibrating {name}")) == ["x", "y", "z"]
         progress.arm(name, [seed], 1)
         note("begins", name, seed)
         time.sleep(seconds)
@@ -139,6 +147,10 @@ def test_each_runs_once_after_what_it_needs_on_cores_of_its_own(seeds, tmp_path)
             over.add((name, seed))
     told = [unit for other in heard.others.values() for unit in other.arms]
     assert sorted(told) == sorted(missing)
+    assert sorted(u for other in heard.others.values() for u in other.prepared) == sorted(missing)
+    stages = [stage for other in heard.others.values() for stage in other.stages]
+    begun = [(f"calibrating {name}", 0, 3) for name, _ in missing]
+    assert sorted(stage for stage in stages if stage[1] == 0) == sorted(begun)
     # A process that has begun a seed goes on with it.
     processes = {}
     for line in lines:
