@@ -46,21 +46,28 @@ def workers(experiment: Experiment) -> int:
     a CPU, and without searches, which may time what they find.
 
     Raises ConfigError for several with a mesh or `seeds_at_once`, which share the cores otherwise,
-    or with latencies, which are measured on a machine that does nothing else.
+    or with latencies, which are measured on a machine that does nothing else; and for more than
+    there are cores.
     """
     timed = bool(experiment.export.latency_batches)
     alone = timed or experiment.seeds_at_once > 1 or jax.process_count() > 1
     alone = alone or _is_meshed(experiment)
-    if experiment.workers < 0 or (experiment.workers > 1 and alone):
+    if experiment.workers > 1 and alone:
         raise ConfigError(
-            f"config.workers={experiment.workers}: want 0 (by itself) or more, and at most 1 with "
-            "a mesh, several hosts, seeds_at_once or export.latency_batches"
+            f"config.workers={experiment.workers}: want at most 1 with a mesh, several hosts, "
+            "seeds_at_once or export.latency_batches"
+        )
+    cores = len(latency.cores(None))
+    if experiment.workers > cores:
+        raise ConfigError(
+            f"config.workers={experiment.workers}: this process has {cores} cores, of which each "
+            f"worker gets its own; want at most {cores}, or 0 (by itself)"
         )
     if experiment.workers:
         return experiment.workers
     if alone or experiment.searches or jax.default_backend() != "cpu":
         return 1
-    return min(len(experiment.seeds), len(latency.cores(None)))
+    return min(len(experiment.seeds), cores)
 
 
 def _is_meshed(experiment: Experiment) -> bool:

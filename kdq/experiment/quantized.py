@@ -110,14 +110,20 @@ def rules_of(experiment: Experiment, arm: Arm) -> tuple[QuantizationRule, ...]:
     config, observer = experiment.quantize, OBSERVERS[arm.observer]
     if arm.bits in experiment.rules:
         where = f"config.rules.{arm.bits}"
-        entries = enumerate(experiment.rules[arm.bits])
-        return tuple(_rule(entry, observer, f"{where}[{i}]") for i, entry in entries)
+        return rules_of_entries(experiment.rules[arm.bits], observer, where)
     return quantize.uniform_rules(
         *kdq_config.parse_bits(arm.bits),
         keep=config.keep,
         keep_bits=config.keep_bits,
         observer=observer,
     )
+
+
+def rules_of_entries(
+    entries: Sequence[Mapping[str, Any]], observer: Observer, where: str
+) -> tuple[QuantizationRule, ...]:
+    """The rules that a key of `config.rules` spells out. Raises ConfigError."""
+    return tuple(_rule(entry, observer, f"{where}[{i}]") for i, entry in enumerate(entries))
 
 
 def _rule(entry: Mapping[str, Any], observer: Observer, where: str) -> QuantizationRule:

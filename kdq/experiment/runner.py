@@ -113,10 +113,10 @@ class _Runner:
                 raise ConfigError(kdq_config.unknown(where, arm.observer, OBSERVERS))
         self.optimizer = optimizer.make_optimizer(experiment.optimizer)
         self.layout = sharding.make_layout(experiment.mesh)
-        if experiment.seeds_at_once < 1 or (experiment.seeds_at_once > 1 and self.layout.mesh):
+        if experiment.seeds_at_once > 1 and self.layout.mesh:
             raise ConfigError(
                 f"config.seeds_at_once={experiment.seeds_at_once} with a mesh of "
-                f"{self.layout.size} devices: want at least 1, and a mesh of 1 if it is more"
+                f"{self.layout.size} devices: want a mesh of 1 with more than one seed at once"
             )
         self.inputs = Inputs(experiment)
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
