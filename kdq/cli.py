@@ -1,16 +1,17 @@
 """What the entry points share: the config flag, and mistakes answered in one line."""
 
+import contextlib
 import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, data, deploy, heap, processes, provenance, usage
+from kdq import config, data, deploy, heap, lock, processes, provenance, usage
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
@@ -66,9 +67,8 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
         try:
-            if "compilation_cache_dir" in flags.FLAGS:
-                _prepare()
-            main(argv)
+            with _workdir():
+                main(argv)
         except MISTAKES as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
@@ -89,8 +89,18 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
     app.run(call, flags_parser=_parse)
 
 
+@contextlib.contextmanager
+def _workdir() -> Iterator[None]:
+    """Makes ready what `define_workdir` is about, and holds the folder meanwhile."""
+    if "compilation_cache_dir" not in flags.FLAGS:
+        yield
+        return
+    _prepare()
+    with lock.hold(flags.FLAGS.workdir):
+        yield
+
+
 def _prepare() -> None:
-    """What `define_workdir` is about."""
     given = flags.FLAGS
     if given.distributed or given.coordinator_address:
         try:

@@ -13,13 +13,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import config, data, deploy, experiment, models, quantize
+from kdq import config, data, deploy, experiment, lock, models, quantize
 from kdq.arms import kl
 from kdq.data.arrays import Split
 from kdq.report import progress, write
 from kdq.types import Variables
 
 
+@lock.of_workdir
 def compress(
     teacher: nn.Module,
     student: nn.Module | None = None,
@@ -68,7 +69,7 @@ def compress(
     Raises:
       DataError: arrays that don't fit.
       ConfigError: a model that can't be named or does not fit the arrays, or a workdir that was
-        made with other arguments.
+        made with other arguments, or that another program writes.
     """
     workdir = Path(workdir)
     data.save_arrays(workdir / "data.npz", train=train, validation=validation, test=test)
