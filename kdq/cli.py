@@ -4,11 +4,12 @@ An entry point imports at its top what defines its flags, and in `main` what nee
 --help and most mistakes are answered at once; nor does this file import JAX before a program runs.
 """
 
+import contextlib
 import importlib
 import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -76,9 +77,8 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
         try:
-            if "compilation_cache_dir" in flags.FLAGS:
-                _prepare()
-            main(argv)
+            with _workdir():
+                main(argv)
         except (Mistake, OSError) as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
@@ -98,6 +98,19 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
     flags.mark_flags_as_required(required)
     logging.set_verbosity(logging.WARNING)
     app.run(call, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def _workdir() -> Iterator[None]:
+    """Makes ready what `define_workdir` is about, and holds the folder meanwhile."""
+    if "compilation_cache_dir" not in flags.FLAGS:
+        yield
+        return
+    from kdq import lock
+
+    _prepare()
+    with lock.hold(flags.FLAGS.workdir):
+        yield
 
 
 def _prepare() -> None:

@@ -119,9 +119,9 @@ def _check_data(config: Data, inputs: Inputs) -> None:
         shared = inputs.splits[split].shared_with(inputs.splits[other])
         if shared:
             raise ConfigError(
-                f"config.data.{split}={names[split]!r} and config.data.{other}={names[other]!r} have "
-                f"{shared} examples in common: want splits that have none, or no number could be "
-                "trusted"
+                f"config.data.{split}={names[split]!r} and config.data.{other}={names[other]!r} "
+                f"have {shared} examples in common: want splits that have none, or no number could "
+                "be trusted"
             )
     train = inputs.splits["train"]
     if train.num_classes < 2:

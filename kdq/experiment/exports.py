@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import deploy, files, models, trust
+from kdq import deploy, files, lock, models, trust
 from kdq.config import ConfigError, Experiment
 from kdq.deploy import latency
 from kdq.experiment.inputs import Inputs
@@ -28,15 +28,16 @@ def export(
       ExportError: see `deploy.export`.
     """
     images = _images(inputs, "validation")[: config.examples]
-    manifest = deploy.export(
-        path,
-        folder,
-        formats,
-        images,
-        agreement=config.agreement,
-        latency_batches=config.latency_batches,
-        threads=config.threads or None,
-    )
+    with lock.hold(folder, alone=True):
+        manifest = deploy.export(
+            path,
+            folder,
+            formats,
+            images,
+            agreement=config.agreement,
+            latency_batches=config.latency_batches,
+            threads=config.threads or None,
+        )
     test, labels = _images(inputs, "test"), inputs.splits["test"]
     labels = labels.read(np.arange(len(labels)))["label"]
     found = {name: dict(entry) for name, entry in manifest["files"].items()}
