@@ -103,7 +103,7 @@ def export(
     path, folder = Path(path), Path(folder)
     packed = load_packed(path, model)
     integer = packed.lower(images[:1])
-    simulated, made = np.asarray(packed(images)), parity.made(integer, images)
+    simulated, made = parity.simulated(packed, integer, images), parity.made(integer, images)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = _manifest(folder, digest)
     manifest.pop("recommended", None)  # of the files that there were
