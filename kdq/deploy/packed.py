@@ -297,7 +297,9 @@ def _not_imported(path: Path, module: str, class_name: str) -> str:
             f"program can import it: {give}, or define it here under the same name"
         )
     if module in sys.modules:
-        return f"{path} holds a model of the class {module}:{class_name}, which is not there: {give}"
+        return (
+            f"{path} holds a model of the class {module}:{class_name}, which is not there: {give}"
+        )
     return (
         f"{path} holds a model of the class {module}:{class_name}, which this program has not "
         f"imported, and reading a file imports nothing: `import {module}` before, or {give}, or "
