@@ -296,14 +296,12 @@ def _not_imported(path: Path, module: str, class_name: str) -> str:
             f"{path} holds a {class_name} that was defined in a script or notebook, where no other "
             f"program can import it: {give}, or define it here under the same name"
         )
+    holds = f"{path} holds a model of the class {module}:{class_name}"
     if module in sys.modules:
-        return (
-            f"{path} holds a model of the class {module}:{class_name}, which is not there: {give}"
-        )
+        return f"{holds}, which is not there: {give}"
     return (
-        f"{path} holds a model of the class {module}:{class_name}, which this program has not "
-        f"imported, and reading a file imports nothing: `import {module}` before, or {give}, or "
-        f'allow_models=["{module}"]'
+        f"{holds}, which this program has not imported, and reading a file imports nothing: "
+        f'`import {module}` before, or {give}, or allow_models=["{module}"]'
     )
 
 
