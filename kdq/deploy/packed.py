@@ -12,6 +12,7 @@ unpacked.
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,7 @@ def _build(path: Path, description: Mapping[str, Any], allow_models: Sequence[st
     name = description.get("name")
     if models.is_own(name) and not models.is_imported(name):
         module, _, class_name = name.partition(":")
-        if not trust.is_trusted(module, allow_models):
+        if module in sys.modules or not trust.is_trusted(module, allow_models):
             raise ModelNotImportedError(_not_imported(path, module, class_name))
     try:
         return models.build(**description)
@@ -295,10 +296,12 @@ def _not_imported(path: Path, module: str, class_name: str) -> str:
             f"{path} holds a {class_name} that was defined in a script or notebook, where no other "
             f"program can import it: {give}, or define it here under the same name"
         )
+    holds = f"{path} holds a model of the class {module}:{class_name}"
+    if module in sys.modules:
+        return f"{holds}, which is not there: {give}"
     return (
-        f"{path} holds a model of the class {module}:{class_name}, which this program has not "
-        f"imported, and reading a file imports nothing: `import {module}` before, or {give}, or "
-        f'allow_models=["{module}"]'
+        f"{holds}, which this program has not imported, and reading a file imports nothing: "
+        f'`import {module}` before, or {give}, or allow_models=["{module}"]'
     )
 
 
