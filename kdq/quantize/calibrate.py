@@ -23,6 +23,7 @@ from kdq.quantize.rules import (
     match,
     weight_scale_shape,
 )
+from kdq.quantize.sqnr import warn_of_noise
 from kdq.types import Array, QParams, Variables
 
 
@@ -31,9 +32,13 @@ def calibrate(
     variables: Variables,
     rules: Sequence[QuantizationRule],
     batches: Iterable[Batch],
+    *,
+    check: bool = True,
     **apply_kwargs: Any,
 ) -> QParams:
     """The quantizers of every layer that a rule matches, from the float model's own ranges.
+
+    A log line warns if the quantized model's output, or a layer's, is mostly noise (`sqnr`).
 
     Args:
       model: any Linen module.
@@ -42,6 +47,7 @@ def calibrate(
       batches: inputs of the model, all of one shape: another shape compiles anew. Each is an array,
         a tuple of positional arguments, a dict or another pytree that is one argument, or `Inputs`,
         with keyword arguments of its own.
+      check: runs the float and the quantized model on the first batch once more, to warn of noise.
       **apply_kwargs: passed to the model with every batch, e.g. `train=False`, a mask, `rngs`.
 
     Returns:
@@ -77,6 +83,8 @@ def calibrate(
                 )
         if quantizers:
             qparams[path] = quantizers
+    if check:
+        warn_of_noise(model, variables, qparams, first)
     return qparams
 
 

@@ -15,6 +15,7 @@ from kdq.quantize.inputs import Batch, unboxed
 from kdq.quantize.layers import LayerInfo, at_path, list_layers, list_unquantized
 from kdq.quantize.rules import QuantizationRule, TensorSpec, match, weight_scale_shape
 from kdq.quantize.scale_formats import stored_bytes
+from kdq.quantize.table import aligned
 from kdq.types import QParams, Variables
 
 FLOAT = "float"
@@ -65,7 +66,7 @@ class Summary:
         table.append(("total", *[""] * 8, f"{self.macs:,}", f"{self.bytes:,}"))
         columns = list(zip(*table, strict=True))
         shown = [i for i, column in enumerate(columns) if any(column)]
-        lines = _aligned([[row[i] for i in shown] for row in (names, *table)])
+        lines = aligned([[row[i] for i in shown] for row in (names, *table)], numbers=2)
         for title, found in (
             ("quantized by no rule", self.unreached),
             ("out of reach of rules", self.unquantized),
@@ -87,20 +88,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         *(row.weights, row.activations, row.granularity, row.observer),
         *(f"{row.macs:,}", f"{row.bytes:,}"),
     )
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines: text to the left, the last two columns, which are numbers, to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    numbers = len(widths) - 2
-    lines = []
-    for row in table:
-        cells = [
-            cell.rjust(width) if i >= numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def summary(

@@ -113,7 +113,7 @@ def run(
     for step in _of(steps, BEFORE):
         variables, _ = go(step, variables, {}, rules=rules)
     target = variables
-    qparams = calibrate(model, variables, rules, batches, **shared["apply_kwargs"])
+    qparams = calibrate(model, variables, rules, batches, check=False, **shared["apply_kwargs"])
     for step in _of(steps, AFTER):
         variables, qparams = go(step, variables, qparams, target=target, teacher=teacher)
     return Outcome(target=target, variables=variables, qparams=qparams)

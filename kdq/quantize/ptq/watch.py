@@ -67,7 +67,7 @@ def outputs_of(
             continue
         for _ in range(depths[path]):
             take = jax.vmap(take)
-        taken[path] = tuple(map(take, collected[path]))
+        taken[path] = tuple(map(take, collected.get(path, ())))
     return outputs, taken
 
 
