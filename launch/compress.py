@@ -10,7 +10,7 @@ after an interruption: what is done stays done.
 
 from absl import flags
 
-from kdq import cli, config, experiment, processes
+from kdq import cli, config, deploy, experiment, processes
 from kdq.report import progress, write
 
 CONFIG = cli.define_config()
@@ -24,16 +24,22 @@ TENSORBOARD = flags.DEFINE_boolean(
 
 def main(_: list[str]) -> None:
     checked = config.freeze(CONFIG.value)
-    with progress.reporter() as reporter:
-        records = experiment.run(
-            checked,
-            WORKDIR.value,
-            progress=reporter,
-            tensorboard=TENSORBOARD.value,
-            in_processes=True,
-        )
+    failed = None
+    try:
+        with progress.reporter() as reporter:
+            records = experiment.run(
+                checked,
+                WORKDIR.value,
+                progress=reporter,
+                tensorboard=TENSORBOARD.value,
+                in_processes=True,
+            )
+    except deploy.ExportError as error:  # when every arm has been run
+        records, failed = experiment.finished(checked, WORKDIR.value), error
     if processes.is_first():
         write.write_report(records, WORKDIR.value)
+    if failed is not None:
+        raise failed
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ class IntegerModel(flax.struct.PyTreeNode):
         )
         return jax.tree.unflatten(structure, outputs)
 
-    def evaluate(self, inputs: Array | tuple, bind: Callable) -> Array:
-        """The outputs with `bind(eqn, values)` for each equation, to be traced.
+    def evaluate(self, inputs: Array | tuple, binder: Callable) -> Array:
+        """The outputs with `binder(program)(eqn, values)` for each equation, to be traced.
 
         A layer is one equation, `network.layer_p`, between floats. Layers of a stack are unrolled.
         """
@@ -113,7 +113,7 @@ class IntegerModel(flax.struct.PyTreeNode):
         traced, structure = _trace(self, arguments)
         leaves = jax.tree.leaves((self.variables, arguments))
         flat = network.inlined(traced, leaves, unroll=True)
-        return jax.tree.unflatten(structure, network.evaluate(flat, leaves, bind))
+        return jax.tree.unflatten(structure, network.evaluate(flat, leaves, binder(flat.jaxpr)))
 
 
 @jax.jit
