@@ -22,20 +22,26 @@ TENSORBOARD = flags.DEFINE_boolean(
 
 
 def main(_: list[str]) -> None:
-    from kdq import config, experiment, processes
+    from kdq import config, deploy, experiment, processes
     from kdq.report import progress, write
 
     checked = config.freeze(CONFIG.value)
-    with progress.reporter() as reporter:
-        records = experiment.run(
-            checked,
-            WORKDIR.value,
-            progress=reporter,
-            tensorboard=TENSORBOARD.value,
-            in_processes=True,
-        )
+    failed = None
+    try:
+        with progress.reporter() as reporter:
+            records = experiment.run(
+                checked,
+                WORKDIR.value,
+                progress=reporter,
+                tensorboard=TENSORBOARD.value,
+                in_processes=True,
+            )
+    except deploy.ExportError as error:  # when every arm has been run
+        records, failed = experiment.finished(checked, WORKDIR.value), error
     if processes.is_first():
         write.write_report(records, WORKDIR.value)
+    if failed is not None:
+        raise failed
 
 
 if __name__ == "__main__":

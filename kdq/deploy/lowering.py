@@ -120,8 +120,8 @@ class IntegerModel(flax.struct.PyTreeNode):
         )
         return jax.tree.unflatten(structure, outputs)
 
-    def evaluate(self, inputs: Batch, bind: Callable) -> Array:
-        """The outputs with `bind(eqn, values)` for each equation, to be traced.
+    def evaluate(self, inputs: Batch, binder: Callable) -> Array:
+        """The outputs with `binder(program)(eqn, values)` for each equation, to be traced.
 
         A layer is one equation, `network.layer_p`, between floats. Layers of a stack are unrolled.
         """
@@ -129,7 +129,7 @@ class IntegerModel(flax.struct.PyTreeNode):
         traced, structure = _trace(self, call)
         leaves = jax.tree.leaves((self.variables, call))
         flat = network.inlined(traced, leaves, unroll=True)
-        return jax.tree.unflatten(structure, network.evaluate(flat, leaves, bind))
+        return jax.tree.unflatten(structure, network.evaluate(flat, leaves, binder(flat.jaxpr)))
 
     def _call(self, inputs: Batch) -> Inputs:
         call = as_inputs(inputs)

@@ -1,6 +1,6 @@
 """How alike they are: the simulation, the integer model, and a file in its own runtime."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,20 @@ def of_outputs(outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     return {
         "argmax_agreement": float(same),
         "max_logit_difference": float(np.abs(outputs - expected).max()),
+    }
+
+
+def leaves(outputs: Any) -> list[np.ndarray]:
+    """All arrays of what a model returns, in the order of `jax.tree.leaves`."""
+    return [np.asarray(array) for array in jax.tree.leaves(outputs)]
+
+
+def of_all(outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> dict[str, float]:
+    """Of all outputs of a model: the least agreement, and the largest difference."""
+    each = [of_outputs(*pair) for pair in zip(outputs, expected, strict=True)]
+    return {
+        "argmax_agreement": min(entry["argmax_agreement"] for entry in each),
+        "max_logit_difference": max(entry["max_logit_difference"] for entry in each),
     }
 
 
@@ -57,13 +71,13 @@ def made(integer: IntegerModel, images: Array) -> dict[str, Array]:
     return found
 
 
-def simulated(packed: PackedModel, integer: IntegerModel, images: Array) -> np.ndarray:
+def simulated(packed: PackedModel, integer: IntegerModel, images: Array) -> Any:
     """The outputs that a file in its runtime is compared with: those of the simulation.
 
     Its biases are those of the integer model, whatever the file's are.
     """
     variables = integer.simulated(packed.variables)
-    return np.asarray(quantize.predict(packed.model, variables, packed.qparams, images))
+    return quantize.predict(packed.model, variables, packed.qparams, images)
 
 
 def simulated_codes(packed: PackedModel, integer: IntegerModel, images: Array) -> dict[str, Array]:

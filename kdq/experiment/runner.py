@@ -66,6 +66,7 @@ def run(
     Raises:
       ConfigError: something that the config names does not exist, `workdir` holds an arm that was
         run with another config, or another program writes there. Nothing has been trained then.
+      ExportError: files that could not be made, at the end; all else is in the workdir.
     """
     if tensorboard:
         metrics_writer.tensorboard()  # or say now that it is not installed
@@ -169,7 +170,16 @@ class _Runner:
                     if (name, seed) not in elsewhere:
                         self._finish(records[name, seed])
         shown = [name for name in experiment.arms if name in order]
-        return [records[name, seed] for name in shown for seed in experiment.seeds]
+        made = [records[name, seed] for name in shown for seed in experiment.seeds]
+        exports.raise_failures(
+            {
+                f"{record['arm']}, seed {record['seed']}, {form}": why
+                for record in made
+                for form, why in record.get("failed_exports", {}).items()
+                if form in experiment.export.formats
+            }
+        )
+        return made
 
     def unit(self, name: str, seed: int) -> Record:
         """Runs an arm and seed, of which all that it needs is there."""
@@ -228,11 +238,15 @@ class _Runner:
             return record
         folder = self.store.folder(record["arm"], record["seed"])
         path = folder / PACKED
-        found = exports.export(path, folder / exports.FOLDER, formats, self.inputs, wanted)
+        found, failed = exports.export(path, folder / exports.FOLDER, formats, self.inputs, wanted)
         # Those that were there have been timed again beside the new ones.
         record["exports"] = {
-            name: {**done.get(name, {}), **found.get(name, {})} for name in (*done, *formats)
+            name: {**done.get(name, {}), **found.get(name, {})}
+            for name in (*done, *formats)
+            if name not in failed
         }
+        record.pop("failed_exports", None)
+        record |= {"failed_exports": failed} if failed else {}
         self.store.save(record)
         return record
 
