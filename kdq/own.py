@@ -18,6 +18,7 @@ import numpy as np
 from kdq import config, data, deploy, experiment, models, quantize
 from kdq.arms import kl
 from kdq.data.arrays import Split
+from kdq.fields import expand_user
 from kdq.report import progress, write
 from kdq.report.page import read
 from kdq.types import Variables
@@ -78,7 +79,7 @@ def compress(
       ConfigError: a model that can't be named or does not fit the arrays, or other arguments than
         what the workdir holds was made with; the message says which.
     """
-    workdir = Path(workdir)
+    workdir = Path(expand_user(workdir, "workdir"))
     widths = (bits,) if isinstance(bits, str) else tuple(dict.fromkeys(bits))
     if not widths or not all(widths):
         raise config.ConfigError(f"bits={bits!r}: want 'W4A8', or several such")

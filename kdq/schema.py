@@ -17,10 +17,10 @@ HEAVIEST = 1e6  # weight of a loss
 class Data:
     """Which examples, and what is done to them."""
 
-    name: str = field(
-        some=True
-    )  # a TFDS image-classification data set, or an .npz file (kdq.data.save_arrays)
-    data_dir: str = ""  # where TFDS keeps it; "" is TFDS's own default. Of a file its folder
+    # A TFDS image-classification data set, or an .npz file (kdq.data.save_arrays).
+    name: str = field(some=True, path=True)
+    # Where TFDS keeps it; "" is TFDS's own default. Of a file its folder.
+    data_dir: str = field("", path=True)
     train: str = "train"  # TFDS split expressions; of a file the names of its splits
     validation: str = "validation"  # every choice is made on this one
     test: str = "test"  # measured once, at the end
@@ -131,7 +131,7 @@ class Arm:
 
     model: str  # a key of `models`
     init: str = ""  # arm whose selected weights this one starts from; "" is fresh weights
-    load: str = ""  # or a packed file: a network that was trained elsewhere
+    load: str = field("", path=True)  # or a packed file: a network that was trained elsewhere
     # Arm that teaches, or a key of `teachers`; "" is labels only. With `ptq` and no epochs, the arm
     # that guides a method that asks a teacher; "" is the float model itself.
     teacher: str = ""
@@ -213,12 +213,10 @@ class Budgets:
 
     average_bits: float = field(0.0, at_least=0)  # bits of a weight, mean over all weights
     size: float = field(0.0, at_least=0)  # bytes of the packed file
-    weight_memory: float = field(
-        0.0, at_least=0
-    )  # bytes of the parameters, weights in their own bits
-    activation_memory: float = field(
-        0.0, at_least=0
-    )  # bytes of the input and output of the layer where they are most
+    # Bytes of the parameters, weights in their own bits.
+    weight_memory: float = field(0.0, at_least=0)
+    # Bytes of the input and output of the layer where they are most.
+    activation_memory: float = field(0.0, at_least=0)
     bops: float = field(0.0, at_least=0)  # bit operations for one example (arXiv:2005.07093)
     energy: float = field(0.0, at_least=0)  # nJ for one example, modelled (see kdq.deploy.energy)
     latency: float = field(0.0, at_least=0)  # ms for a batch in a runtime, measured
@@ -267,11 +265,10 @@ class Search:
     runtime: str = "onnx"  # where latencies are measured, a key of kdq.deploy.FORMATS
     batch: int = field(1, at_least=1)  # examples at once in it
     threads: int = field(1, at_least=1)
-    finalists: int = field(
-        5, at_least=1
-    )  # whose files are measured before one is chosen, if size or latency counts
+    # Whose files are measured before one is chosen, if size or latency counts.
+    finalists: int = field(5, at_least=1)
     # Files of launch/cost_table.py; what they do not have is measured here, if a budget asks.
-    cost_tables: tuple[str, ...] = ()
+    cost_tables: tuple[str, ...] = field((), path=True)
     other_device: bool = False  # allows tables that were measured on another device
 
 
@@ -331,7 +328,7 @@ class Packed:
     """A model in a packed file."""
 
     kind: str = "packed"
-    path: str
+    path: str = field(some=True, path=True)
     needs = ()
 
 

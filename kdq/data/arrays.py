@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kdq.data.errors import DataError
-from kdq.fields import unknown
+from kdq.fields import expand_user, unknown
 
 PARTS = ("inputs", "labels")
 MOST_CLASSES = 2**22  # each has a name: more are most likely no classes at all
@@ -31,7 +31,7 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
     Raises:
       DataError: arrays that don't fit, or a file that holds others.
     """
-    path = Path(path)
+    path = Path(expand_user(path, "path"))
     if path.suffix != ".npz":
         raise DataError(f"{path}: want a name that ends in .npz")
     for name, split in splits.items():
