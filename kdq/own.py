@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import config, data, deploy, experiment, models, quantize
+from kdq import config, data, deploy, experiment, lock, models, quantize
 from kdq.arms import kl
 from kdq.data.arrays import Split
 from kdq.fields import expand_user
@@ -24,6 +24,7 @@ from kdq.report.page import read
 from kdq.types import Variables
 
 
+@lock.of_workdir
 def compress(
     teacher: nn.Module,
     student: nn.Module | None = None,
@@ -77,7 +78,8 @@ def compress(
     Raises:
       DataError: arrays that don't fit, or others than the workdir's.
       ConfigError: a model that can't be named or does not fit the arrays, or other arguments than
-        what the workdir holds was made with; the message says which.
+        what the workdir holds was made with; the message says which. Or
+        another program writes in the workdir.
     """
     workdir = Path(expand_user(workdir, "workdir"))
     widths = (bits,) if isinstance(bits, str) else tuple(dict.fromkeys(bits))

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import models, quantize
+from kdq import models, quantize, trust
 from kdq.deploy import container, fitting, trees
 from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.packed_layers import (
@@ -219,18 +219,20 @@ def load_packed(
     if not path.is_file():
         raise FileNotFoundError(f"no packed model at {path}")
     try:
-        return _load(path, model, allow_models)
+        packed = _load(path, model, allow_models)
     except ModelNotImportedError:
         raise
     except (
         ConfigError,
         container.ContainerError,
-        fitting.MisfitError,
         PackedFileError,
         RecursionError,
         MemoryError,
     ) as error:
         raise PackedFileError(f"{path} is no packed model: {error}") from error
+    if packed.inputs:
+        packed.check(packed.inputs)
+    return packed
 
 
 def _load(path: Path, model: nn.Module | None, allow_models: Sequence[str]) -> PackedModel:
@@ -261,7 +263,7 @@ def _load(path: Path, model: nn.Module | None, allow_models: Sequence[str]) -> P
         raise PackedFileError(str(error)) from error
     if model is None:
         model = _build(path, header.model, allow_models)
-    packed = PackedModel(
+    return PackedModel(
         model=model,
         variables=variables,
         qparams=qparams,
@@ -270,9 +272,6 @@ def _load(path: Path, model: nn.Module | None, allow_models: Sequence[str]) -> P
         inputs=inputs,
         path=str(path),
     )
-    if inputs:
-        packed.check(inputs)
-    return packed
 
 
 def _build(path: Path, description: Mapping[str, Any], allow_models: Sequence[str]) -> nn.Module:
@@ -280,7 +279,7 @@ def _build(path: Path, description: Mapping[str, Any], allow_models: Sequence[st
     name = description.get("name")
     if models.is_own(name) and not models.is_imported(name):
         module, _, class_name = name.partition(":")
-        if module not in allow_models:
+        if not trust.is_trusted(module, allow_models):
             raise ModelNotImportedError(_not_imported(path, module, class_name))
     try:
         return models.build(**description)

@@ -2,13 +2,14 @@
 
 import functools
 import itertools
+import logging
 import re
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import quantize
+from kdq import processes, quantize
 from kdq.config import ConfigError, Data, Experiment, unknown
 from kdq.deploy import PackedFileError, PackedModel
 from kdq.distill import capture
@@ -23,6 +24,8 @@ from kdq.quantize.rules import match
 from kdq.train import objective, regime
 from kdq.train.sharding import Layout
 from kdq.types import Variables
+
+log = logging.getLogger(__name__)
 
 MOST_STEPS = 2**31 - 1  # which counters on the device hold
 
@@ -50,6 +53,7 @@ def check(
                 f"{experiment.data.name} has {classes} classes"
             )
         _check_outputs(models[key], inputs.image, classes, f"config.models.{key}")
+        _warn_of_script(fields["name"], f"config.models.{key}")
     _check_compute(experiment, models, inputs, layout)
     for name, arm in experiment.arms.items():
         if not set(arm.without_classes) <= set(range(classes)):
@@ -93,16 +97,31 @@ def check(
             _check_taught(experiment, name, models, inputs, teachers)
 
 
+def _warn_of_script(name: str, where: str) -> None:
+    """Says of a class that no other program can import what will not work, and how to mend it."""
+    module, _, class_name = name.partition(":")
+    if module == "__main__" and class_name and processes.is_first():
+        log.warning(
+            "%s: %s is defined in a script or notebook: it trains here, but no other program, such "
+            "as launch/export.py, finds it by name, and load_packed(path) elsewhere wants the "
+            "model: load_packed(path, %s(...)). Put the class into a module of its own and import "
+            "it from there to have both.",
+            where,
+            class_name,
+            class_name,
+        )
+
+
 def _check_data(config: Data, inputs: Inputs) -> None:
-    """That the splits have no example in common, and can be learned from."""
+    """Raises ConfigError for splits that share examples, or that nothing can be learned from."""
     names = {"train": config.train, "validation": config.validation, "test": config.test}
-    for one, other in itertools.combinations(names, 2):
-        shared = inputs.splits[one].shared_with(inputs.splits[other])
+    for split, other in itertools.combinations(names, 2):
+        shared = inputs.splits[split].shared_with(inputs.splits[other])
         if shared:
             raise ConfigError(
-                f"config.data.{one}={names[one]!r} and config.data.{other}={names[other]!r} have "
-                f"{shared} examples in common: want splits that have none, or no number could be "
-                "trusted"
+                f"config.data.{split}={names[split]!r} and config.data.{other}={names[other]!r} "
+                f"have {shared} examples in common: want splits that have none, or no number could "
+                "be trusted"
             )
     train = inputs.splits["train"]
     if train.num_classes < 2:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import deploy, files, models
+from kdq import deploy, files, lock, models, trust
 from kdq.config import ConfigError, Experiment
 from kdq.deploy import latency
 from kdq.experiment.inputs import Inputs
@@ -28,15 +28,16 @@ def export(
       ExportError: see `deploy.export`.
     """
     images = _images(inputs, "validation")[: config.examples]
-    manifest = deploy.export(
-        path,
-        folder,
-        formats,
-        images,
-        agreement=config.agreement,
-        latency_batches=config.latency_batches,
-        threads=config.threads or None,
-    )
+    with lock.hold(folder, alone=True):
+        manifest = deploy.export(
+            path,
+            folder,
+            formats,
+            images,
+            agreement=config.agreement,
+            latency_batches=config.latency_batches,
+            threads=config.threads or None,
+        )
     test, labels = _images(inputs, "test"), inputs.splits["test"]
     labels = labels.read(np.arange(len(labels)))["label"]
     found = {name: dict(entry) for name, entry in manifest["files"].items()}
@@ -64,6 +65,7 @@ def of_workdir(
     formats: Sequence[str],
     out: str | Path | None = None,
     seeds: Sequence[int] = (),
+    allow_models: Sequence[str] = (),
 ) -> dict[int, dict[str, Any]]:
     """Exports an arm of an experiment that has been run; returns what is found, by seed.
 
@@ -74,6 +76,7 @@ def of_workdir(
       out: the folder; one a seed in it, if there are several. None: "export" beside its packed
         file.
       seeds: which; () is all that have been run.
+      allow_models: modules that may be imported if the workdir's config names models in them.
 
     Raises:
       ConfigError: no such experiment, arm or format, or one that has not been run.
@@ -90,6 +93,7 @@ def of_workdir(
     }
     model = experiment.models[experiment.arms[arm].model]
     if models.is_own(model["name"]):
+        trust.check(model["name"], str(Path(workdir, CONFIG)), allow_models)
         models.build(**model)  # imports it, which reading the file does not
     seeds, inputs, found = seeds or sorted(packed), Inputs(experiment), {}
     if not seeds or not set(seeds) <= set(packed):

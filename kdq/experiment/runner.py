@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 
 from kdq import config as kdq_config
-from kdq import models, processes, provenance, quantize
+from kdq import lock, models, processes, provenance, quantize
 from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment import (
     check,
@@ -65,15 +65,16 @@ def run(
         a script must do nothing but under `if __name__ == "__main__"`.
 
     Raises:
-      ConfigError: something that the config names does not exist, or `workdir` holds an arm that
-        was run with another config. Nothing has been trained then.
+      ConfigError: something that the config names does not exist, `workdir` holds an arm that was
+        run with another config, or another program writes there. Nothing has been trained then.
     """
     if tensorboard:
         metrics_writer.tensorboard()  # or say now that it is not installed
     workdir = Path(expand_user(workdir, "workdir"))
     runner = _Runner(experiment, workdir, progress or Progress(), tensorboard)
     workers = parallel.workers(experiment)
-    return runner.run(arms, workers if in_processes else 1)
+    with lock.hold(workdir):
+        return runner.run(arms, workers if in_processes else 1)
 
 
 def _runs_units(

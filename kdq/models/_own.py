@@ -45,8 +45,8 @@ def find(name: str) -> type[nn.Module]:
         if not hasattr(found, part):
             if module == "__main__":
                 raise ConfigError(
-                    f"model {name!r} is of another program; a class that several use wants a "
-                    "module that they can import"
+                    f"model {name!r} is of another program, a script or notebook; a class that "
+                    "several use wants a module that they can import"
                 )
             classes = [key for key, value in vars(found).items() if _is_model(value)]
             raise ConfigError(unknown(f"class of {module} in model {name!r}:", part, classes))
