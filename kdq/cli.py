@@ -54,7 +54,8 @@ class _PathParser(flags.ArgumentParser):
         try:
             return expand_user(argument, "path")
         except ConfigError as error:
-            raise ValueError(str(error)) from error
+            reason = str(error)
+        raise ValueError(reason)  # out here, or it would be the context, and said without the flag
 
 
 class _PathsParser(flags.ListParser):

@@ -9,8 +9,8 @@ from kdq.fields import field
 SEEDS = 2**32  # random keys are made of 32 bits
 # What a workdir has beside the arms; names without a dot.
 FOLDERS = ("compiled", "costs", "plots", "runs", "searches")
-HOT, COLD = 1e3, 1e-3  # temperatures: beyond these, softmax in float32 is uniform or one class
-HEAVIEST = 1e6  # weight of a loss
+HOT, COLD = 1000, 0.001  # temperatures: beyond these, softmax is uniform, or one class
+HEAVIEST = 10**6  # weight of a loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,11 @@ class Optimizer:
     # Share of the steps in which the rate rises linearly from zero.
     warmup: float = field(0.05, at_least=0, at_most=1)
     # What of the quantizers trains does so at this multiple of the rate.
-    scale_rate: float = field(0.1, at_least=0, at_most=1e6)
+    scale_rate: float = field(0.1, at_least=0, at_most=10**6)
     # "adam": relative steps of their scales; "sgd": absolute ones, with the gradient as it is.
     scale_rule: str = "adam"
     # Decoupled, on weights of two or more dimensions.
-    weight_decay: float = field(0.0, at_least=0, at_most=1e6)
+    weight_decay: float = field(0.0, at_least=0, at_most=10**6)
     clip_norm: float = field(0.0, at_least=0)  # global gradient norm; 0 is no clipping
 
 
@@ -186,7 +186,7 @@ class Transfer:
     # Of examples of different classes: agreement on the path between them.
     pairs: int = field(256, at_least=1)
     # Of an adversarial step, in units of the normalized pixel.
-    epsilon: float = field(0.1, at_least=0, at_most=1e3)
+    epsilon: float = field(0.1, at_least=0, at_most=1000)
 
 
 FORMATS = ("packed", "onnx", "onnx_int8", "litert", "stablehlo")  # see kdq.deploy.FORMATS
