@@ -247,6 +247,8 @@ def _check_arm(experiment: Experiment, name: str) -> None:
         other = getattr(one, field)
         if other and other not in experiment.arms:
             raise ConfigError(unknown(f"{where}.{field}: arm", other, experiment.arms))
+    if one.reference == name:
+        raise ConfigError(f"{where}.reference={name!r}: want another arm, or none")
     if one.init and experiment.arms[one.init].model != one.model:
         raise ConfigError(
             f"{where}.init={one.init!r} is a {experiment.arms[one.init].model!r}, "

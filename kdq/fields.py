@@ -6,6 +6,7 @@ A constraint stands at the field: `temperature: float = field(4.0, above=0)`. `b
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import types
 import typing
@@ -71,6 +72,16 @@ class Limits:
     some: bool = False  # a text, sequence or mapping that is not empty
     distinct: bool = False  # a sequence without repetitions
     folders: tuple[str, ...] | None = None  # keys that name folders, but none of these
+    path: bool = False  # of a file or folder, in which ~ is the user's own folder
+
+    def converted(self, value: Any, where: str) -> Any:
+        """The value, and of a path what it stands for. Raises ConfigError beyond the limits."""
+        self.check(value, where)
+        if not self.path:
+            return value
+        if isinstance(value, tuple):
+            return tuple(expand_user(path, where) for path in value)
+        return expand_user(value, where)
 
     def check(self, value: Any, where: str) -> None:
         """Raises ConfigError for a value beyond the limits."""
@@ -174,7 +185,7 @@ def build(cls: type, fields: Any, where: str) -> Any:
             raise ConfigError(f"{where}.{field.name} is missing")
     values = {k: _coerce(hints[k], v, f"{where}.{k}") for k, v in fields.items()}
     for name, value in values.items():
-        limits_of(cls, name).check(value, f"{where}.{name}")
+        values[name] = limits_of(cls, name).converted(value, f"{where}.{name}")
     return cls(**values)
 
 
@@ -242,6 +253,17 @@ def _key(key: Any, where: str) -> str:
         raise ConfigError(f"{where} has the key {_short(key)}: want text")
     check_text(key, f"a key of {where}")
     return key
+
+
+def expand_user(path: str | os.PathLike[str], where: str) -> str:
+    """A path in which `~` and `~user` are what a shell takes them for. Raises ConfigError."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{where}={expanded!a}: there is no user of that name; want a path, or "
+            f"./{expanded} for a folder that is called so"
+        )
+    return expanded
 
 
 def check_text(value: str, where: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from kdq import config, data, deploy, experiment, lock, models, quantize
 from kdq.arms import kl
 from kdq.data.arrays import Split
+from kdq.fields import expand_user
 from kdq.report import progress, write
 from kdq.report.page import read
 from kdq.types import Variables
@@ -80,7 +81,7 @@ def compress(
         what the workdir holds was made with; the message says which. Or
         another program writes in the workdir.
     """
-    workdir = Path(workdir)
+    workdir = Path(expand_user(workdir, "workdir"))
     widths = (bits,) if isinstance(bits, str) else tuple(dict.fromkeys(bits))
     if not widths or not all(widths):
         raise config.ConfigError(f"bits={bits!r}: want 'W4A8', or several such")

@@ -9,18 +9,18 @@ from kdq.fields import field
 SEEDS = 2**32  # random keys are made of 32 bits
 # What a workdir has beside the arms; names without a dot.
 FOLDERS = ("compiled", "costs", "plots", "runs", "searches")
-HOT, COLD = 1e3, 1e-3  # temperatures: beyond these, softmax in float32 is uniform or one class
-HEAVIEST = 1e6  # weight of a loss
+HOT, COLD = 1000, 0.001  # temperatures: beyond these, softmax is uniform, or one class
+HEAVIEST = 10**6  # weight of a loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """Which examples, and what is done to them."""
 
-    name: str = field(
-        some=True
-    )  # a TFDS image-classification data set, or an .npz file (kdq.data.save_arrays)
-    data_dir: str = ""  # where TFDS keeps it; "" is TFDS's own default. Of a file its folder
+    # A TFDS image-classification data set, or an .npz file (kdq.data.save_arrays).
+    name: str = field(some=True, path=True)
+    # Where TFDS keeps it; "" is TFDS's own default. Of a file its folder.
+    data_dir: str = field("", path=True)
     train: str = "train"  # TFDS split expressions; of a file the names of its splits
     validation: str = "validation"  # every choice is made on this one
     test: str = "test"  # measured once, at the end
@@ -40,11 +40,11 @@ class Optimizer:
     # Share of the steps in which the rate rises linearly from zero.
     warmup: float = field(0.05, at_least=0, at_most=1)
     # What of the quantizers trains does so at this multiple of the rate.
-    scale_rate: float = field(0.1, at_least=0, at_most=1e6)
+    scale_rate: float = field(0.1, at_least=0, at_most=10**6)
     # "adam": relative steps of their scales; "sgd": absolute ones, with the gradient as it is.
     scale_rule: str = "adam"
     # Decoupled, on weights of two or more dimensions.
-    weight_decay: float = field(0.0, at_least=0, at_most=1e6)
+    weight_decay: float = field(0.0, at_least=0, at_most=10**6)
     clip_norm: float = field(0.0, at_least=0)  # global gradient norm; 0 is no clipping
 
 
@@ -131,7 +131,7 @@ class Arm:
 
     model: str  # a key of `models`
     init: str = ""  # arm whose selected weights this one starts from; "" is fresh weights
-    load: str = ""  # or a packed file: a network that was trained elsewhere
+    load: str = field("", path=True)  # or a packed file: a network that was trained elsewhere
     # Arm that teaches, or a key of `teachers`; "" is labels only. With `ptq` and no epochs, the arm
     # that guides a method that asks a teacher; "" is the float model itself.
     teacher: str = ""
@@ -186,7 +186,7 @@ class Transfer:
     # Of examples of different classes: agreement on the path between them.
     pairs: int = field(256, at_least=1)
     # Of an adversarial step, in units of the normalized pixel.
-    epsilon: float = field(0.1, at_least=0, at_most=1e3)
+    epsilon: float = field(0.1, at_least=0, at_most=1000)
 
 
 FORMATS = ("packed", "onnx", "onnx_int8", "litert", "stablehlo")  # see kdq.deploy.FORMATS
@@ -213,12 +213,10 @@ class Budgets:
 
     average_bits: float = field(0.0, at_least=0)  # bits of a weight, mean over all weights
     size: float = field(0.0, at_least=0)  # bytes of the packed file
-    weight_memory: float = field(
-        0.0, at_least=0
-    )  # bytes of the parameters, weights in their own bits
-    activation_memory: float = field(
-        0.0, at_least=0
-    )  # bytes of the input and output of the layer where they are most
+    # Bytes of the parameters, weights in their own bits.
+    weight_memory: float = field(0.0, at_least=0)
+    # Bytes of the input and output of the layer where they are most.
+    activation_memory: float = field(0.0, at_least=0)
     bops: float = field(0.0, at_least=0)  # bit operations for one example (arXiv:2005.07093)
     energy: float = field(0.0, at_least=0)  # nJ for one example, modelled (see kdq.deploy.energy)
     latency: float = field(0.0, at_least=0)  # ms for a batch in a runtime, measured
@@ -267,11 +265,10 @@ class Search:
     runtime: str = "onnx"  # where latencies are measured, a key of kdq.deploy.FORMATS
     batch: int = field(1, at_least=1)  # examples at once in it
     threads: int = field(1, at_least=1)
-    finalists: int = field(
-        5, at_least=1
-    )  # whose files are measured before one is chosen, if size or latency counts
+    # Whose files are measured before one is chosen, if size or latency counts.
+    finalists: int = field(5, at_least=1)
     # Files of launch/cost_table.py; what they do not have is measured here, if a budget asks.
-    cost_tables: tuple[str, ...] = ()
+    cost_tables: tuple[str, ...] = field((), path=True)
     other_device: bool = False  # allows tables that were measured on another device
 
 
@@ -331,7 +328,7 @@ class Packed:
     """A model in a packed file."""
 
     kind: str = "packed"
-    path: str
+    path: str = field(some=True, path=True)
     needs = ()
 
 

@@ -11,10 +11,10 @@ from absl import flags
 
 from kdq import cli, schema
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of launch/compress.py or train.py.")
+WORKDIR = cli.define_path("workdir", None, "The folder of launch/compress.py or train.py.")
 ARM = flags.DEFINE_string("arm", None, "The arm, a key of config.arms.")
 FORMAT = flags.DEFINE_list("format", ["onnx"], f"Some of: {', '.join(schema.FORMATS)}.")
-OUT = flags.DEFINE_string(
+OUT = cli.define_path(
     "out", None, "Folder for the files, one a seed in it; WORKDIR/ARM/SEED/export if not given."
 )
 SEED = flags.DEFINE_integer("seed", None, "One seed; all that have been run if not given.")

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from kdq.data.errors import DataError
-from kdq.fields import unknown
+from kdq.fields import expand_user, unknown
 
 # Files that unpack to more than both are bombs: arrays of data pack some 10 to 100 times smaller.
 _MOST_BYTES, _MOST_RATIO = 2**30, 200
@@ -35,7 +35,7 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
     Raises:
       DataError: arrays that don't fit, or a file that holds others.
     """
-    path = Path(path)
+    path = Path(expand_user(path, "path"))
     if path.suffix != ".npz":
         raise DataError(f"{path}: want a name that ends in .npz")
     for name, split in splits.items():

@@ -18,6 +18,7 @@ from kdq.data.errors import DataError
 from kdq.data.idx import IDX_DATASETS
 from kdq.data.progress import track
 from kdq.data.writing import default_data_dir, is_prepared
+from kdq.fields import expand_user
 
 KNOWN_DATASETS = ("digits", *IDX_DATASETS, "cifar10", "cifar100")
 MOST_EXAMPLES = 2**31 - 1  # whose ids are int32
@@ -109,10 +110,10 @@ def open_split(
         random, or not for image classification.
     """
     if name.endswith(".npz"):
-        path = Path(data_dir or "", name).expanduser()
+        path = Path(expand_user(Path(data_dir or "", name), "data"))
         (inputs, labels), classes = read_arrays(path, split)
         return from_arrays(inputs, labels, name=path.name, split=split, classes=classes)
-    data_dir = Path(data_dir).expanduser() if data_dir is not None else default_data_dir()
+    data_dir = default_data_dir() if data_dir is None else Path(expand_user(data_dir, "data_dir"))
     builder = _prepared_builder(name, data_dir)
     name = _full_name(builder)
     shape, class_names = _image_classification(name, builder.info)

@@ -62,7 +62,7 @@ def _data(config: Data) -> Data:
     """Without its folder; a file by its contents, which has no version that says what it is."""
     name = config.name
     if name.endswith(".npz"):
-        name = _file(str(Path(config.data_dir, name).expanduser()), "config.data.name")
+        name = _file(str(Path(config.data_dir, name)), "config.data.name")
     return dataclasses.replace(config, name=name, data_dir="")
 
 

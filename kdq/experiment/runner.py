@@ -32,6 +32,7 @@ from kdq.experiment.records import digests_of, file_digest
 from kdq.experiment.searching import Searches
 from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
+from kdq.fields import expand_user
 from kdq.search.problem import InfeasibleError
 from kdq.train import loop, metrics_writer, optimizer, sharding, together
 from kdq.train.diagnose import NonFiniteError
@@ -70,9 +71,11 @@ def run(
     """
     if tensorboard:
         metrics_writer.tensorboard()  # or say now that it is not installed
-    runner = _Runner(experiment, Path(workdir), progress or Progress(), tensorboard)
+    workdir = Path(expand_user(workdir, "workdir"))
+    runner = _Runner(experiment, workdir, progress or Progress(), tensorboard)
+    workers = parallel.workers(experiment)
     with lock.hold(workdir):
-        return runner.run(arms, parallel.workers(experiment) if in_processes else 1)
+        return runner.run(arms, workers if in_processes else 1)
 
 
 def _runs_units(
