@@ -19,6 +19,9 @@ WORKDIR = cli.define_workdir(
 TENSORBOARD = flags.DEFINE_boolean(
     "tensorboard", False, "Training curves as TensorBoard's events, too: ARM/SEED/tensorboard."
 )
+SHARED = flags.DEFINE_string(
+    "shared", None, "Folder by which the runs of a sweep share arms; launch/sweep.py gives it."
+)
 
 
 def main(_: list[str]) -> None:
@@ -33,6 +36,7 @@ def main(_: list[str]) -> None:
             progress=reporter,
             tensorboard=TENSORBOARD.value,
             in_processes=True,
+            shared=SHARED.value,
         )
     if processes.is_first():
         write.write_report(records, WORKDIR.value)

@@ -18,6 +18,7 @@ from kdq.experiment import plan
 from kdq.sweep import names
 from kdq.sweep.job import Job
 
+SHARED = "shared"  # folder of a sweep by which its runs share arms
 RESOURCES = "resources."  # overrides that are for the executor alone
 
 
@@ -123,10 +124,12 @@ def _run(config: str, overrides: Mapping[str, Any], folder: Path, launch: Path, 
         raise ConfigError(kdq_config.unknown("arm", arm, experiment.arms))
     script = launch / ("train.py" if arm else "compress.py")
     command = [sys.executable, str(script), f"--config={config}", *passed]
-    command += [f"--workdir={folder.absolute()}", *([f"--arm={arm}"] if arm else [])]
+    workdir = folder.absolute()
+    command += [f"--workdir={workdir}", f"--shared={workdir.parents[1] / SHARED}"]
+    command += [f"--arm={arm}"] if arm else []
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Runs of one sweep compile much the same.
-        command.append(f"--compilation_cache_dir={folder.absolute().parents[1] / 'compiled'}")
+        command.append(f"--compilation_cache_dir={workdir.parents[1] / 'compiled'}")
     job = Job(
         name=folder.name,
         command=tuple(command),
