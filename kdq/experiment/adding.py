@@ -50,10 +50,11 @@ def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Exper
         where = "config.search.finetune: arm"
         raise ConfigError(kdq_config.unknown(where, search.finetune, experiment.arms))
     before = _before(experiment, Path(workdir), name)
-    searches = {**before, **_uniform(experiment, before, name, search), name: search}
+    uniform = _uniform(experiment, before, name, search)
+    searches = {**before, name: search, **uniform}  # what is wrong is said of the first one
     arms = {}
-    for own, one in searches.items():
-        arms |= _arms(experiment, own, one, _baseline(searches, one))
+    for own in (*before, *uniform, name):
+        arms |= _arms(experiment, own, searches[own], _baseline(searches, searches[own]))
     if taken := arms.keys() & experiment.arms.keys():
         raise ConfigError(f"config.arms has {sorted(taken)} already: want another --name")
     export = experiment.export
