@@ -15,6 +15,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The experiment. `arg` is "quick" (seconds, numbers mean nothing) and/or "seeds=N"."""
     arg = parse_arg(arg, quick=False, seeds=0)
     config = ConfigDict(sort_keys=False)
+    config.quick = arg.quick
     config.seeds = tuple(range(arg.seeds or (1 if arg.quick else 5)))
     config.data = {
         "name": "digits",

@@ -32,6 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The experiment. `arg` is "quick" (minutes, numbers mean nothing) and/or "seeds=N"."""
     arg = parse_arg(arg, quick=False, seeds=0)
     config = ConfigDict(sort_keys=False)
+    config.quick = arg.quick
     config.seeds = tuple(range(arg.seeds or (1 if arg.quick else 3)))
     config.data = {
         "name": "fashion_mnist",

@@ -4,23 +4,25 @@ An entry point imports at its top what defines its flags, and in `main` what nee
 --help and most mistakes are answered at once; nor does this file import JAX before a program runs.
 """
 
+import contextlib
 import importlib
 import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, heap, usage
+from kdq import config, heap, trust, usage
 from kdq.fields import Mistake
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
 
 WHERE = (
+    "allow_models",
     "compilation_cache_dir",
     "distributed",
     "coordinator_address",
@@ -30,12 +32,23 @@ WHERE = (
 
 
 def define_config() -> flags.FlagHolder:
-    """The flag --config=FILE[:ARGUMENT], whose fields are flags too: --config.seeds=0,1."""
+    """The flag --config=FILE[:ARGUMENT], whose fields are flags too: --config.seeds=0,1; and
+    --allow_models, since a file may hand on the config of a workdir."""
+    define_allow_models()
     return config_flags.DEFINE_config_file(
         "config",
         None,
         "FILE or FILE:ARGUMENT, the experiment: a Python file with get_config(), and what it is "
         "given. --config=configs/digits.py:quick,seeds=3",
+    )
+
+
+def define_allow_models() -> None:
+    """The flag --allow_models, whose modules `kdq.trust` has before any config is read."""
+    flags.DEFINE_multi_string(
+        "allow_models",
+        [],
+        "Modules, a.b,c.d, that may be imported because a workdir names models in them.",
     )
 
 
@@ -64,9 +77,8 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
         try:
-            if "compilation_cache_dir" in flags.FLAGS:
-                _prepare()
-            main(argv)
+            with _workdir():
+                main(argv)
         except (Mistake, OSError) as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
@@ -86,6 +98,19 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
     flags.mark_flags_as_required(required)
     logging.set_verbosity(logging.WARNING)
     app.run(call, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def _workdir() -> Iterator[None]:
+    """Makes ready what `define_workdir` is about, and holds the folder meanwhile."""
+    if "compilation_cache_dir" not in flags.FLAGS:
+        yield
+        return
+    from kdq import lock
+
+    _prepare()
+    with lock.hold(flags.FLAGS.workdir):
+        yield
 
 
 def _prepare() -> None:
@@ -111,7 +136,8 @@ def _prepare() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with a config file that is not there and keys that it lacks explained."""
-    path = _config_path(argv)
+    trust.allow(m for text in _values(argv, "allow_models") for m in text.split(","))
+    path = (_values(argv, "config") or [""])[-1]
     file = path.partition(":")[0]
     if path and not Path(file).is_file():
         beside = sorted(map(str, Path(file).parent.glob("*.py")))
@@ -135,6 +161,14 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {wrong}")
 
 
+def _values(argv: list[str], name: str) -> list[str]:
+    """The values of a flag, before the others are parsed; [] if there is none."""
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string(name, [], "", flag_values=values)
+    values(argv, known_only=True)
+    return values[name].value
+
+
 def _names_libraries(argv: list[str]) -> bool:
     """Returns whether flags are meant that libraries define, which they do as they are imported."""
     names = [re.match(r"--?([^=]*)", argument) for argument in argv[1:]]
@@ -146,14 +180,6 @@ def _names_libraries(argv: list[str]) -> bool:
         if not (known or mistyped or name.startswith(("config.", "noconfig."))):
             return True
     return False
-
-
-def _config_path(argv: list[str]) -> str:
-    """The value of --config, "" if there is none."""
-    found = flags.FlagValues()
-    flags.DEFINE_string("config", "", "", flag_values=found)
-    found(argv, known_only=True)
-    return found["config"].value
 
 
 def _unknown_key(argv: list[str], path: str) -> str | None:

@@ -1,8 +1,27 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Files that are either the old one or the new one, never half of one; JSON that shows damage.
 
+A JSON object that kdq writes carries a seal: `"seal": "sha256:..."`, the digest of all the rest.
+One without is from before there were seals, or somebody else's, and is read as it is.
+"""
+
+import hashlib
+import json
 import os
+import re
+import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from kdq.fields import ConfigError
+
+SEAL = "seal"
+_SEAL_VALUE = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class DamagedError(ConfigError):
+    """A file whose contents are not what was written; the message names it."""
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -24,3 +43,81 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)  # a full disk does not say where
         raise
+
+
+def json_text(document: Any, *, indent: int | None = 1) -> str:
+    """Returns an object, or a list of objects, as strict JSON with seals, ending in a newline.
+
+    Raises ValueError for NaN and infinity, which JSON lacks.
+    """
+    sealed = [seal(entry) for entry in document] if isinstance(document, list) else seal(document)
+    separators = (",", ":") if indent is None else None
+    return json.dumps(sealed, indent=indent, separators=separators, allow_nan=False) + "\n"
+
+
+def write_json(path: str | os.PathLike[str], document: Any, *, indent: int | None = 1) -> None:
+    """Replaces the file at `path` with an object or a list of objects, see `json_text`."""
+    write_atomic(path, json_text(document, indent=indent).encode())
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Returns what a JSON file holds, without its seals.
+
+    Raises:
+      DamagedError: it is no JSON, or not what its seal says.
+      OSError: it can't be read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        raise DamagedError(f"{path} is no regular file")
+    try:
+        document = parse(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} can't be read as JSON: {error}") from error
+    entries = document if isinstance(document, list) else [document]
+    try:
+        entries = [unseal(entry) for entry in entries]
+    except DamagedError as error:
+        raise DamagedError(f"{path} is damaged, or was edited: {error}") from error
+    return entries if isinstance(document, list) else entries[0]
+
+
+def parse(text: str) -> Any:
+    """Returns what a text of JSON holds. Raises ValueError or RecursionError if it is none."""
+    document = json.loads(text)
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character could not be written again
+        json.dumps(document, ensure_ascii=False).encode()
+    return document
+
+
+def seal(entry: Any) -> Any:
+    """Returns a JSON object with its seal, in place of an older one; what is no object as it is."""
+    if not isinstance(entry, Mapping):
+        return entry
+    rest = {key: value for key, value in entry.items() if key != SEAL}
+    return {**rest, SEAL: _seal_of(rest)}
+
+
+def unseal(entry: Any) -> Any:
+    """Returns a JSON value without its seal, if it has one. Raises DamagedError for a wrong one."""
+    if not isinstance(entry, Mapping):
+        return entry
+    # Damage to the key alone leaves the value to be seen.
+    values = [v for v in entry.values() if isinstance(v, str) and _SEAL_VALUE.fullmatch(v)]
+    if SEAL not in entry and not values:
+        return entry
+    rest = {key: value for key, value in entry.items() if key != SEAL}
+    try:
+        expected = _seal_of(rest)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(str(error)) from error
+    if entry.get(SEAL) != expected:
+        raise DamagedError("its contents are not those of its seal")
+    return rest
+
+
+def _seal_of(entry: Mapping[str, Any]) -> str:
+    """Returns the digest of an object's values, whatever their order."""
+    text = json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    # As it will be read: keys that are no text become text.
+    text = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import config, data, deploy, experiment, models, quantize
+from kdq import config, data, deploy, experiment, lock, models, quantize
 from kdq.arms import kl
 from kdq.data.arrays import Split
 from kdq.report import progress, write
@@ -23,6 +23,7 @@ from kdq.report.page import read
 from kdq.types import Variables
 
 
+@lock.of_workdir
 def compress(
     teacher: nn.Module,
     student: nn.Module | None = None,
@@ -76,7 +77,8 @@ def compress(
     Raises:
       DataError: arrays that don't fit, or others than the workdir's.
       ConfigError: a model that can't be named or does not fit the arrays, or other arguments than
-        what the workdir holds was made with; the message says which.
+        what the workdir holds was made with; the message says which. Or
+        another program writes in the workdir.
     """
     workdir = Path(workdir)
     widths = (bits,) if isinstance(bits, str) else tuple(dict.fromkeys(bits))
@@ -89,7 +91,9 @@ def compress(
         described["student"] = models.describe(student)
     load = ""
     if teacher_variables is not None:
-        load = _save_teacher(workdir / "teacher.safetensors", teacher, teacher_variables)
+        example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32)
+        path = workdir / "teacher.safetensors"
+        load = _save_teacher(path, teacher, teacher_variables, example)
     there = _arms_of(workdir)
     names = _names(there, widths)
     trained = {"epochs": float(epochs), "learning_rate": learning_rate}
@@ -125,18 +129,20 @@ def compress(
     return records
 
 
-def _save_teacher(path: Path, teacher: nn.Module, variables: Variables) -> str:
+def _save_teacher(
+    path: Path, teacher: nn.Module, variables: Variables, example: jax.ShapeDtypeStruct
+) -> str:
     """Returns the path of the teacher's packed file, which stays as it is if it is there.
 
     Raises ConfigError if that has other variables.
     """
     model = models.describe(teacher)
     if not path.exists():
-        deploy.save_packed(path, variables, {}, model=model)
+        deploy.save_packed(path, variables, {}, model=model, inputs=example)
         return str(path)
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / path.name
-        deploy.save_packed(again, variables, {}, model=model)
+        deploy.save_packed(again, variables, {}, model=model, inputs=example)
         there, here = (deploy.load_packed(file, teacher).variables for file in (path, again))
     same = jax.tree.structure(there) == jax.tree.structure(here)
     if not (same and jax.tree.all(jax.tree.map(np.array_equal, there, here))):

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import jax
+import numpy as np
 from jax._src import distributed  # as Orbax does: there is no public way to the store
+from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
@@ -84,6 +86,13 @@ def in_turn(fn: Callable[[], T]) -> T:
 def agree(value: bool) -> bool:
     """What the first process says."""
     return value if jax.process_count() == 1 else _from_first(value)
+
+
+def any_of(value: bool) -> bool:
+    """Whether it is true in any of the processes, all of which have to ask."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
 def _from_first(value: Any) -> Any:

@@ -17,6 +17,7 @@ OUT = flags.DEFINE_string(
     "out", None, "Folder for the files, one a seed in it; WORKDIR/ARM/SEED/export if not given."
 )
 SEED = flags.DEFINE_integer("seed", None, "One seed; all that have been run if not given.")
+cli.define_allow_models()
 
 
 def main(_: list[str]) -> None:

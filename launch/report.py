@@ -22,9 +22,11 @@ MAX_DROP = flags.DEFINE_float(
 def main(_: list[str]) -> None:
     from kdq.report.advisor.constraints import Constraints
     from kdq.report.page import read, write
+    from kdq.report.write import print_places
 
     constraints = Constraints(max_size_kib=MAX_SIZE.value, max_drop=MAX_DROP.value)
-    print(write.write(read.folders(WORKDIRS.value), OUT.value, constraints))
+    write.write(read.folders(WORKDIRS.value), OUT.value, constraints)
+    print_places(OUT.value)
 
 
 if __name__ == "__main__":

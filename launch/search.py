@@ -32,8 +32,8 @@ def main(_: list[str]) -> None:
         experiment.run(checked, WORKDIR.value, arms=arms, progress=reporter, in_processes=True)
     if processes.is_first():
         records = experiment.finished(checked, WORKDIR.value)
-        write.write_report(records, WORKDIR.value)
         searches.print_policies([r for r in records if r["arm"] in arms])
+        write.write_report(records, WORKDIR.value)
 
 
 if __name__ == "__main__":

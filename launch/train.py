@@ -40,6 +40,8 @@ def main(_: list[str]) -> None:
         )
     if processes.is_first():
         table.print_table(table.rows(records))
+        folder, page = WORKDIR.value, "python launch/report.py"
+        print(f"Results: {folder}/{ARM.value}; a page: {page} --workdirs={folder} --out={folder}")
 
 
 if __name__ == "__main__":

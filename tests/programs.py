@@ -1,8 +1,39 @@
-"""Running programs, watched from outside."""
+"""Running programs, watched from outside, and their mistakes, without a process for each."""
 
+import contextlib
 import os
+import runpy
 import subprocess
+import sys
 import time
+import warnings
+from pathlib import Path
+from unittest import mock
+
+from absl import flags
+
+ROOT = Path(__file__).parents[1]
+
+
+def refusal(script, *arguments):
+    """Returns the line that a program of launch/ ends with, here and now, given these arguments."""
+    others = set(flags.FLAGS)
+    command = [f"launch/{script}.py", *map(str, arguments)]
+    try:
+        with (
+            contextlib.chdir(ROOT),
+            mock.patch.object(sys, "argv", command),
+            warnings.catch_warnings(),
+        ):
+            # ml_collections loads a config file by a call that Python advises against.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        for name in set(flags.FLAGS) - others:
+            delattr(flags.FLAGS, name)
+    raise AssertionError(f"{' '.join(command)} ended without a word")
 
 
 def children(pid):

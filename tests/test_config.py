@@ -170,7 +170,7 @@ def test_a_wrong_type_names_the_key_the_value_and_the_type(changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seeds": ()}, ["one seed or more"]),
+        ({"seeds": ()}, ["config.seeds is empty", "one or more"]),
         ({"seeds": (1, 1)}, ["all different"]),
         ({"evaluations": 0}, ["config.evaluations=0", "at least 1"]),
         ({"data__batch_size": 0}, ["config.data.batch_size=0"]),

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from programs import children, is_there, wait_for
+from programs import children, is_there, refusal, wait_for
 
 slow = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -114,12 +114,14 @@ def test_a_failed_run_is_told_and_the_others_go_on(launch, files, tmp_path):
     assert (tmp_path / "runs" / "good" / "log.txt").read_bytes() == log
 
 
-@slow
-def test_nothing_is_started_if_one_run_is_wrong(launch, tmp_path):
-    process = launch("sweep.py", tmp_path / "run", "--config.arms.student.label_smoothing=2.0")
-    assert process.returncode == 1
-    assert process.stderr.startswith("error: run learning_rate=0.01,seeds=0: config.arms.student.")
-    assert process.stderr.count("\n") == 1
+def test_nothing_is_started_if_one_run_is_wrong(files, data_dir, monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    answer = refusal(
+        *("sweep", f"--config={files / 'config.py'}:quick", f"--workdir={tmp_path / 'run'}"),
+        *(f"--sweep={files / 'sweep.py'}", "--config.arms.student.label_smoothing=2.0"),
+    )
+    assert answer.startswith("error: run learning_rate=0.01,seeds=0: config.arms.student.")
+    assert "\n" not in answer
     assert not (tmp_path / "run").exists()
 
 

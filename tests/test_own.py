@@ -165,7 +165,7 @@ def test_another_program_imports_the_class_or_gives_the_model(distilled, monkeyp
     path = workdir / "qad" / "0" / "model.safetensors"
     here = deploy.load_packed(path)
     monkeypatch.delattr(f"{__name__}.Net")
-    with pytest.raises(deploy.PackedFileError, match=r"its model is 'test_own:Net', which is not"):
+    with pytest.raises(deploy.ModelNotImportedError, match=r"of the class test_own:Net, which"):
         deploy.load_packed(path)
     given = deploy.load_packed(path, here.model)
     inputs = DATA["test"][0].astype(np.float32)
@@ -194,7 +194,11 @@ def test_a_teacher_of_ones_own_is_kept_as_it_is_and_quantized(tmp_path):
 def test_pixels_are_seen_over_255(tmp_path):
     x, y = DATA["train"]
     pixels = np.clip(128 + 30 * x, 0, 255).astype(np.uint8)
-    splits = {"train": (pixels, y), "validation": (pixels[:60], y[:60]), "test": (pixels, y)}
+    splits = {
+        "train": (pixels, y),
+        "validation": (pixels[:60], y[:60]),
+        "test": (pixels[60:], y[60:]),
+    }
     variables = Shallow().init(jax.random.key(1), x[:1])
     kdq.compress(
         Shallow(), teacher_variables=variables, **splits, workdir=tmp_path, bits="W8", epochs=1
@@ -224,7 +228,7 @@ def test_pixels_are_seen_over_255(tmp_path):
             (Net(8),),
             {"teacher_variables": Net(9).init(jax.random.key(0), np.zeros((1, 12)))},
             ConfigError,
-            r"does not fit its model: batch_stats/.* has shape \(9,\), want \(8,\)",
+            r"does not fit its model: batch_stats/.* is float32\[9\], the model's float32\[8\]",
         ),
     ],
 )

@@ -2,6 +2,8 @@ r"""The config that a workdir was last run with, to run it or one of its arms ag
 
 python launch/train.py --config=configs/saved/workdir.py:runs/digits --workdir=runs/again \
     --arm=kd --seed=0
+
+Models of modules that kdq has not are imported only with --allow_models=MODULE.
 """
 
 import json
@@ -10,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from kdq import trust
 from kdq.config import ConfigError
 
 
@@ -21,7 +24,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
             f"--config=configs/saved/workdir.py:{arg or ''}: want a folder of launch/compress.py "
             f"after the colon; there is no {path}"
         )
-    return ConfigDict(_tuples(json.loads(path.read_text())), sort_keys=False)
+    try:
+        document = json.loads(path.read_text())
+        for fields in document["models"].values():
+            trust.check(fields["name"], str(path))
+    except ConfigError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no config of an experiment: {error!r}") from error
+    return ConfigDict(_tuples(document), sort_keys=False)
 
 
 def _tuples(value: Any) -> Any:

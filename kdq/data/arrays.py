@@ -15,6 +15,7 @@ from kdq.data.errors import DataError
 from kdq.fields import unknown
 
 PARTS = ("inputs", "labels")
+MOST_CLASSES = 2**22  # each has a name: more are most likely no classes at all
 Split = tuple[np.ndarray, np.ndarray]  # inputs [n, ...], labels [n]
 
 
@@ -100,7 +101,8 @@ def _split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
     """Checked, of the types that kdq works with."""
     inputs, labels = np.asarray(inputs), np.asarray(labels)
     if np.issubdtype(inputs.dtype, np.floating):
-        inputs = inputs.astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 can't hold is refused below
+            inputs = inputs.astype(np.float32)
     if inputs.dtype not in (np.uint8, np.float32) or inputs.ndim < 2 or not inputs.size:
         raise DataError(
             f"{where}: inputs are {inputs.dtype} {inputs.shape}; want uint8 or floats [n, ...]"
@@ -113,9 +115,26 @@ def _split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
             f"{where}: labels are {labels.dtype} {labels.shape}; want integers "
             f"{inputs.shape[:1]}, a class for each input"
         )
-    if labels.min() < 0:
-        raise DataError(f"{where}: label {labels.min()}; want classes from 0")
-    return np.ascontiguousarray(inputs), labels.astype(np.int32)
+    return np.ascontiguousarray(inputs), as_labels(labels, where)
+
+
+def as_labels(labels: np.ndarray, where: str) -> np.ndarray:
+    """Labels [n] as int32, which none of them leaves.
+
+    Raises:
+      DataError: no integers, or a label that is no class; says which example has it.
+    """
+    labels = np.asarray(labels)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{where}: labels are {labels.dtype}; want integers")
+    # Compared in their own type: in another, 2^32 + 1 could be 1.
+    bad = (labels < 0) | (labels >= MOST_CLASSES)
+    if bad.any():
+        raise DataError(
+            f"{where}: label {labels[bad][0]} of example {int(bad.argmax())}; want classes from 0 "
+            f"to {MOST_CLASSES - 1}"
+        )
+    return labels.astype(np.int32)
 
 
 def _checked(splits: Mapping[str, Split]) -> Mapping[str, Split]:

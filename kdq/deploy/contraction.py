@@ -16,17 +16,9 @@ from jax import lax
 from jax.extend import core
 
 from kdq.quantize.kinds import Unsupported
+from kdq.quantize.tracing import LAYOUT, sub_jaxpr
 from kdq.types import Array
 
-# What only moves numbers, and is the same for codes; "pad" fills with what stands for 0.
-LAYOUT = {
-    *("reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims", "rev", "slice"),
-    *("concatenate", "copy", "copy_p", "pad"),
-}
-INLINE = {
-    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-}
 INPUT, OTHER, WEIGHT, BIAS, RESULT = "input", "second input", "weight", "bias", "result"
 MOVED = "rearranged result"
 
@@ -70,14 +62,6 @@ class Steps:
     def add_bias(self, result: Any, bias: Any) -> Any:
         """The result with a bias of the shape that the layer gave it."""
         raise NotImplementedError
-
-
-def sub_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """What an equation calls, if it does nothing else."""
-    if eqn.primitive.name not in INLINE:
-        return None
-    inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr") or eqn.params.get("fun_jaxpr")
-    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
 
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:

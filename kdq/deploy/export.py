@@ -103,7 +103,7 @@ def export(
     path, folder = Path(path), Path(folder)
     packed = load_packed(path, model)
     integer = packed.lower(images[:1])
-    simulated, made = np.asarray(packed(images)), parity.made(integer, images)
+    simulated, made = parity.simulated(packed, integer, images), parity.made(integer, images)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = _manifest(folder, digest)
     manifest.pop("recommended", None)  # of the files that there were
@@ -132,8 +132,7 @@ def export(
 
 
 def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1, allow_nan=False)
-    files.write_atomic(folder / MANIFEST, f"{text}\n".encode())
+    files.write_json(folder / MANIFEST, manifest)
 
 
 FLOAT = "float in ONNX Runtime"
@@ -182,8 +181,8 @@ def check_formats(formats: Sequence[str]) -> None:
 
 def _manifest(folder: Path, digest: str) -> dict[str, Any]:
     """What is there of the same packed file."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads((folder / MANIFEST).read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        found = files.read_json(folder / MANIFEST)
         if found["packed_sha256"] == digest:
             there = {k: e for k, e in found["files"].items() if (folder / e["file"]).is_file()}
             return {**found, "files": there}

@@ -20,6 +20,7 @@ from kdq.deploy import arithmetic, contraction, primitives
 from kdq.deploy.contraction import INPUT, LAYOUT, OTHER, RESULT, Kernel
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.deploy.qtensor import InputGrid
+from kdq.quantize.tracing import sub_jaxpr
 from kdq.types import Array
 
 
@@ -148,7 +149,7 @@ def _inlined(
     known = dict(zip([*jaxpr.invars, *jaxpr.constvars], [*arguments, *consts], strict=True))
     for eqn in jaxpr.eqns:
         given = [_value(known, atom) for atom in eqn.invars]
-        inner = contraction.sub_jaxpr(eqn)
+        inner = sub_jaxpr(eqn)
         if inner is not None:
             found = _inlined(inner.jaxpr, inner.consts, given, unroll, turn)
         elif unroll and eqn.primitive.name == "scan":

@@ -57,10 +57,20 @@ def made(integer: IntegerModel, images: Array) -> dict[str, Array]:
     return found
 
 
+def simulated(packed: PackedModel, integer: IntegerModel, images: Array) -> np.ndarray:
+    """The outputs that a file in its runtime is compared with: those of the simulation.
+
+    Its biases are those of the integer model, whatever the file's are.
+    """
+    variables = integer.simulated(packed.variables)
+    return np.asarray(quantize.predict(packed.model, variables, packed.qparams, images))
+
+
 def simulated_codes(packed: PackedModel, integer: IntegerModel, images: Array) -> dict[str, Array]:
     """What the simulation rounds the inputs of layers to, named as by `made`.
 
-    Of layers in a stack nothing.
+    It has the biases of the integer model (`IntegerModel.simulated`), as the packed files of arms
+    have by themselves. Of layers in a stack nothing.
     """
     wanted = set(jax.eval_shape(made, integer, images))
 
@@ -85,4 +95,5 @@ def simulated_codes(packed: PackedModel, integer: IntegerModel, images: Array) -
             quantize.apply(packed.model, variables, qparams, images, train=False)
         return found
 
-    return jax.jit(simulate)(packed.variables, packed.qparams, images)
+    variables = integer.simulated(packed.variables)
+    return jax.jit(simulate)(variables, packed.qparams, images)

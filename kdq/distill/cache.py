@@ -17,9 +17,9 @@ import dataclasses
 import fcntl
 import hashlib
 import itertools
-import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +29,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from numpy.typing import ArrayLike
 
+from kdq import files
 from kdq.data import DataError
 from kdq.distill.cache_key import CacheKey
 
@@ -39,6 +40,7 @@ _LOCK = "lock"
 _WRITER_OPTIONS = "group_size:16,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # what random access wants
 _LOAD_CHUNK = 8192  # records a read while loading into memory
+_LOGARITHMS = ("logits", "log_probs")  # where −inf is a probability of 0
 
 
 class CacheError(DataError):
@@ -221,16 +223,29 @@ def _read_metadata(directory: Path) -> tuple[dict[str, Any], int, list[_Shard]]:
     """Returns key, length and shards as they were written down."""
     path = directory / _METADATA
     try:
-        metadata = json.loads(path.read_text())
+        metadata = files.read_json(path)
         version = metadata["format"]
         if version == FORMAT:
             shards = [_Shard(**entry) for entry in metadata["shards"]]
+            _check_metadata(metadata["length"], shards)
             return dict(metadata["key"]), metadata["length"], shards
     except FileNotFoundError as error:
         raise CacheError(f"no cache in {directory}: there is no {_METADATA}") from error
+    except files.DamagedError as error:
+        raise CacheError(str(error)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{path} is damaged: {error!r}") from error
     raise CacheError(f"{directory} has format {version!r}; this version reads {FORMAT}")
+
+
+def _check_metadata(length: Any, shards: Sequence[_Shard]) -> None:
+    """Raises ValueError for what `_write` did not write down."""
+    counts = [length, *(count for shard in shards for count in (shard.records, shard.bytes))]
+    if not shards or any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError(f"counts {counts}")
+    for shard in shards:
+        if not re.fullmatch(r"[\w.-]+", str(shard.name)):
+            raise ValueError(f"a shard is called {shard.name!r}")
 
 
 def _locked(partial: Path) -> TextIO:
@@ -284,7 +299,7 @@ def _write(
         "length": length,
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
-    (partial / _METADATA).write_text(json.dumps(metadata, indent=1, allow_nan=False) + "\n")
+    files.write_json(partial / _METADATA, metadata)
 
 
 def _shard_name(shard: int, total: int) -> str:
@@ -343,12 +358,16 @@ def _batch_rows(key: CacheKey, batch: Mapping[str, ArrayLike], first: int) -> np
     rows = np.empty(len(expected), key.record)
     for name in key.record.names:
         array, place = arrays[name], rows[name]
-        integer = name == "id" and np.issubdtype(array.dtype, np.integer)
+        integer = name == "id" and np.can_cast(array.dtype, np.int32, "same_kind")
+        integer = integer and bool((array == array.astype(np.int32)).all())  # none wraps
         if array.shape != place.shape or not (integer or array.dtype == place.dtype):
             raise CacheError(
                 f"{name} is {array.dtype} {array.shape}, must be {place.dtype} {place.shape}"
             )
-        if not np.isfinite(array).all():
+        finite = np.isfinite(array)
+        if name in _LOGARITHMS:  # −inf is a class that the teacher rules out, but never all of them
+            finite = (finite | np.isneginf(array)) & finite.any(-1, keepdims=True)
+        if not finite.all():
             raise CacheError(f"{name} is not finite, in the batch from {index} {first} on")
         place[...] = array
     if (

@@ -36,6 +36,7 @@ def chunked_kl(
     The same as `losses.kl(student_hidden @ student_head + student_bias, teacher_hidden @
     teacher_head + teacher_bias, temperature)` (Hinton et al., 2015, arXiv:1503.02531), with
     gradients to the student's three arrays only: none to the teacher, the mask or the temperature.
+    A bias of −inf rules a word out, as a logit of −inf does there.
 
     "sum" and "mean" make the gradients in the forward pass, at the dense loss's number of
     multiplications; prefer them in training. "none" cannot, since each token's cotangent is only
@@ -63,7 +64,7 @@ def chunked_kl(
       the inputs; gradients accumulate in float32 and have the dtypes of what they belong to.
 
     Raises:
-      ValueError: shapes that do not fit, chunk < 1, or an unknown reduction.
+      ValueError: shapes that do not fit, chunk < 1, an unknown reduction, or a vocabulary of one.
     """
     _check_shapes(student_hidden, student_head, student_bias, "student")
     _check_shapes(teacher_hidden, teacher_head, teacher_bias, "teacher")
@@ -76,6 +77,7 @@ def chunked_kl(
         )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, given {chunk}")
+    losses.check_classes(student_head)
     if mask is not None:
         check_mask(mask, tokens)
 

@@ -12,17 +12,23 @@ What all of them share:
   no influence on the rest, not even through the statistics of the batch, whatever they hold.
 - `reduction` is "none" for [batch...] float32, "sum", or "mean": over the examples that count.
 - Values and gradients are finite for logits of ±1e4.
-- ValueError for unequal shapes (nothing is broadcast), a mask of another shape than [batch...],
-  and an unknown reduction.
+- A logit of −inf is a class that an output rules out: its probability is 0, and 0 log 0 = 0, so a
+  class that both rule out counts for nothing. Where a loss asks the student for mass that it rules
+  out (`kl` where only the student does, `reverse_kl` where only the teacher does, `cross_entropy`
+  of such a label or with smoothing over such a class) the value is +inf, which is right: training
+  then stops and says so. An output with no class left, a logit of +inf and NaN make it NaN.
+- ValueError for unequal shapes (nothing is broadcast), a mask of another shape than [batch...], an
+  unknown reduction, and, but for `soft_mse`, fewer than two classes: a softmax of one is always 1.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from kdq.distill.options import Scalar, Share, Temperature, Weight
 from kdq.distill.reduction import check_mask, hide, reduce
+from kdq.entropy import relative_entropy, times_log
 from kdq.types import Array
-
-Scalar = Array | float
 
 # Deviations below this part of a vector's own size are float32 rounding: the vector is constant.
 _ROUNDING = 1e-6
@@ -33,7 +39,7 @@ _SMALLEST_NORM = 1e-8
 def kl(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -43,13 +49,13 @@ def kl(
     At least 0, in nats at T = 1. (Hinton et al., 2015, arXiv:1503.02531.)
     """
     log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
-    return reduce(_squared(temperature) * _relative_entropy(log_p, log_q), mask, reduction)
+    return reduce(_squared(temperature) * relative_entropy(log_p, log_q), mask, reduction)
 
 
 def reverse_kl(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -59,14 +65,14 @@ def reverse_kl(
     (MiniLLM, arXiv:2306.08543, where T = 1.)
     """
     log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
-    return reduce(_squared(temperature) * _relative_entropy(log_q, log_p), mask, reduction)
+    return reduce(_squared(temperature) * relative_entropy(log_q, log_p), mask, reduction)
 
 
 def jensen_shannon(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
-    beta: Scalar = 0.5,
+    temperature: Temperature = 1.0,
+    beta: Share = 0.5,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -81,20 +87,17 @@ def jensen_shannon(
     log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
     beta = jnp.asarray(beta, jnp.float32)
     log_m = _log_mixture(log_p, log_q, beta)
-    between = beta * _relative_entropy(log_p, log_m) + (1 - beta) * _relative_entropy(log_q, log_m)
-    value = jnp.where(
-        beta == 0,
-        _relative_entropy(log_p, log_q),
-        jnp.where(beta == 1, _relative_entropy(log_q, log_p), between),
-    )
+    # At the ends m is q or p, and the divergence that does not vanish counts whole.
+    value = jnp.where(beta == 0, 1, beta) * relative_entropy(log_p, log_m)
+    value += jnp.where(beta == 1, 1, 1 - beta) * relative_entropy(log_q, log_m)
     return reduce(_squared(temperature) * value, mask, reduction)
 
 
 def skew_kl(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
-    alpha: Scalar = 0.1,
+    temperature: Temperature = 1.0,
+    alpha: Share = 0.1,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -106,16 +109,16 @@ def skew_kl(
     """
     log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
     log_m = _log_mixture(log_p, log_q, jnp.asarray(alpha, jnp.float32))
-    return reduce(_squared(temperature) * _relative_entropy(log_p, log_m), mask, reduction)
+    return reduce(_squared(temperature) * relative_entropy(log_p, log_m), mask, reduction)
 
 
 def dkd(
     student_logits: Array,
     teacher_logits: Array,
     labels: Array,
-    temperature: Scalar = 1.0,
-    alpha: Scalar = 1.0,
-    beta: Scalar = 8.0,
+    temperature: Temperature = 1.0,
+    alpha: Weight = 1.0,
+    beta: Weight = 8.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -123,30 +126,28 @@ def dkd(
     """Decoupled distillation, T² (α TCKD + β NCKD).
 
     TCKD is the divergence of the two-way distributions (p_label, 1 − p_label), NCKD that of the
-    distributions over the other classes alone; α = 1 and β = 1 − p_label would give `kl`.
+    distributions over the other classes alone; α = 1 and β = 1 − p_label would give `kl`. Where the
+    teacher rules out all the others, NCKD is 0: it says nothing of them.
 
     labels: [batch...] int in [0, classes). One outside makes its value NaN, unless masked. The
     paper's linear warm-up is a schedule of this loss's weight, so it is not in here. ValueError for
-    fewer than two classes, and for labels of another shape or no integer dtype. (Zhao et al.,
-    arXiv:2203.08679.)
+    labels of another shape or no integer dtype. (Zhao et al., arXiv:2203.08679.)
     """
-    if student_logits.shape[-1] < 2:
-        raise ValueError(f"dkd needs at least two classes, given {student_logits.shape[-1]}")
     student, teacher = _pair(student_logits, teacher_logits, mask)
     is_label = _one_hot(labels, student.shape)
     binary_q, others_q = _decouple(student / temperature, is_label)
     binary_p, others_p = _decouple(teacher / temperature, is_label)
-    value = alpha * _relative_entropy(binary_p, binary_q)
-    value += beta * _relative_entropy(others_p, others_q)
+    others = jnp.where(jnp.isneginf(others_p).all(-1), 0, relative_entropy(others_p, others_q))
+    value = alpha * relative_entropy(binary_p, binary_q) + beta * others
     return reduce(_squared(temperature) * _nan_if_no_class(value, is_label), mask, reduction)
 
 
 def dist(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
-    beta: Scalar = 1.0,
-    gamma: Scalar = 1.0,
+    temperature: Temperature = 1.0,
+    beta: Weight = 1.0,
+    gamma: Weight = 1.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -178,7 +179,7 @@ def dist(
 def standardized_kl(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -187,7 +188,8 @@ def standardized_kl(
 
     T is the paper's base temperature. std is the root of the mean squared deviation, as in the
     paper; its code divides by classes − 1, which equals a T larger by √(classes / (classes − 1)) in
-    the softmax. Equal logits have z = 0 without gradient. (Sun et al., arXiv:2403.01427.)
+    the softmax. Equal logits have z = 0 without gradient. A class that an output rules out is left
+    out of its mean and std, and stays −inf. (Sun et al., arXiv:2403.01427.)
     """
     student, teacher = _pair(student_logits, teacher_logits, mask)
     return kl(
@@ -204,11 +206,14 @@ def soft_mse(
 ) -> Array:
     """Squared difference of the logits themselves, averaged over classes; no temperature.
 
-    Unlike the losses on distributions it sees a shift of all logits. (Kim et al.,
-    arXiv:2105.08919.)
+    Unlike the losses on distributions it sees a shift of all logits, and takes outputs of one
+    class. One that both rule out (−inf) is left out of the mean. (Kim et al., arXiv:2105.08919.)
     """
-    student, teacher = _pair(student_logits, teacher_logits, mask)
-    return reduce(jnp.mean(jnp.square(student - teacher), axis=-1), mask, reduction)
+    student, teacher = _pair(student_logits, teacher_logits, mask, classes=1)
+    neither = jnp.isneginf(student) & jnp.isneginf(teacher)
+    difference = jnp.where(neither, 0, student) - jnp.where(neither, 0, teacher)
+    count = jnp.maximum(jnp.sum(~neither, axis=-1), 1)
+    return reduce(jnp.sum(jnp.square(difference), axis=-1) / count, mask, reduction)
 
 
 def hard_label(
@@ -223,7 +228,10 @@ def hard_label(
     (DeiT's hard-label distillation, arXiv:2012.12877.)
     """
     student, teacher = _pair(student_logits, teacher_logits, mask)
-    return cross_entropy(student, jnp.argmax(teacher, axis=-1), mask=mask, reduction=reduction)
+    # argmax takes a NaN for the maximum: a teacher that predicts nothing predicts no class.
+    predicts = jnp.isfinite(jnp.max(teacher, axis=-1))
+    predicted = jnp.where(predicts, jnp.argmax(teacher, axis=-1), -1)
+    return cross_entropy(student, predicted, mask=mask, reduction=reduction)
 
 
 def cross_entropy(
@@ -240,20 +248,35 @@ def cross_entropy(
     outside makes its value NaN, unless masked. ValueError for labels of another shape or no integer
     dtype.
     """
+    check_classes(logits)
     log_q = jax.nn.log_softmax(_float32(logits, mask))
     is_label = _one_hot(labels, logits.shape)
-    own = jnp.sum(jnp.where(is_label, log_q, 0), axis=-1)
-    value = -(1 - label_smoothing) * own - label_smoothing * jnp.mean(log_q, axis=-1)
+    of_label = jnp.sum(jnp.where(is_label, log_q, 0), axis=-1)
+    value = -times_log(1 - label_smoothing, of_label)
+    value -= times_log(label_smoothing, jnp.mean(log_q, axis=-1))
     return reduce(_nan_if_no_class(value, is_label), mask, reduction)
 
 
-def _pair(student_logits: Array, teacher_logits: Array, mask: Array | None) -> tuple[Array, Array]:
+def check_classes(logits: Array, least: int = 2) -> None:
+    """Raises ValueError for logits [batch..., classes] of fewer than `least` classes."""
+    if logits.ndim < 1 or logits.shape[-1] < least:
+        raise ValueError(
+            f"logits {logits.shape} must be [batch..., classes] of at least {least} classes: the "
+            "softmax of one class is 1 whatever its logit, and every loss on it 0. Use soft_mse "
+            "for outputs that are no classes; give a binary classifier two logits, 0 and its own"
+        )
+
+
+def _pair(
+    student_logits: Array, teacher_logits: Array, mask: Array | None, classes: int = 2
+) -> tuple[Array, Array]:
     """Both in float32, zeros where masked, and the teacher a constant."""
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student_logits {student_logits.shape} and teacher_logits {teacher_logits.shape} "
             "must have one shape"
         )
+    check_classes(student_logits, classes)
     return _float32(student_logits, mask), jax.lax.stop_gradient(_float32(teacher_logits, mask))
 
 
@@ -274,25 +297,14 @@ def _squared(temperature: Scalar) -> Array:
     return jnp.square(jnp.asarray(temperature, jnp.float32))
 
 
-def _relative_entropy(log_a: Array, log_b: Array) -> Array:
-    """Σ a log(a / b) over the last axis, as the sum of a log(a / b) − a + b.
-
-    The two extra terms sum to 0. With them no term is negative, so nothing cancels: at T = 20 and
-    logits of size 1 the plain sum is wrong by 1e-4. d + expm1(−d) is log(a / b) − 1 + b / a.
-    """
-    d = log_a - log_b
-    close = jnp.abs(d) < 1
-    d_close = jnp.where(close, d, 0)  # expm1 of the others could overflow
-    a, b = jnp.exp(log_a), jnp.exp(log_b)
-    terms = jnp.where(close, a * (d_close + jnp.expm1(-d_close)), a * d - a + b)
-    return jnp.sum(terms, axis=-1)
-
-
 def _log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
     """log(weight p + (1 − weight) q), exactly log q at 0 and log p at 1."""
     inside = jnp.where((weight == 0) | (weight == 1), 0.5, weight)  # log 0 has no derivative
+    neither = jnp.isneginf(log_p) & jnp.isneginf(log_q)  # nor has the sum of two zeros
+    log_p, log_q = (jnp.where(neither, 0, v) for v in (log_p, log_q))
     mixed = jnp.logaddexp(jnp.log(inside) + log_p, jnp.log1p(-inside) + log_q)
-    return jnp.where(weight == 0, log_q, jnp.where(weight == 1, log_p, mixed))
+    mixed = jnp.where(weight == 0, log_q, jnp.where(weight == 1, log_p, mixed))
+    return jnp.where(neither, -jnp.inf, mixed)
 
 
 def _one_hot(labels: Array, shape: tuple[int, ...]) -> Array:
@@ -301,6 +313,8 @@ def _one_hot(labels: Array, shape: tuple[int, ...]) -> Array:
         raise ValueError(f"labels must have the batch's shape {shape[:-1]}, given {labels.shape}")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integers, given {labels.dtype}")
+    if isinstance(labels, np.ndarray):  # of 64 bits perhaps, of which JAX would keep 32
+        labels = np.where((labels >= 0) & (labels < shape[-1]), labels, -1).astype(np.int32)
     return labels[..., None] == jnp.arange(shape[-1])
 
 
@@ -312,37 +326,42 @@ def _nan_if_no_class(value: Array, is_label: Array) -> Array:
 def _decouple(scaled: Array, is_label: Array) -> tuple[Array, Array]:
     """Log-probabilities of (label, any other) [batch..., 2] and among the others.
 
-    The latter are [batch..., classes], with e^lowest = 0 in the label's place.
+    The latter are [batch..., classes], −inf in the label's place.
     """
-    own = jnp.sum(jnp.where(is_label, scaled, 0), axis=-1)
-    rest = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, scaled), axis=-1)
-    among_others = scaled - rest[..., None]
-    lowest = jnp.finfo(jnp.float32).min  # -inf would give inf - inf in the divergence
-    return (
-        jax.nn.log_softmax(jnp.stack([own, rest], axis=-1)),
-        jnp.where(is_label, lowest, among_others),
-    )
+    label = jnp.sum(jnp.where(is_label, scaled, 0), axis=-1)
+    others = jnp.where(is_label, -jnp.inf, scaled)
+    # The logsumexp of nothing has no gradient.
+    any_other = ~jnp.isneginf(others).all(-1)
+    rest = jax.nn.logsumexp(jnp.where(any_other[..., None], others, 0), axis=-1)
+    among_others = others - rest[..., None]
+    rest = jnp.where(any_other, rest, -jnp.inf)
+    return jax.nn.log_softmax(jnp.stack([label, rest], axis=-1)), among_others
 
 
 def _pearson(a: Array, b: Array, weights: Array) -> Array:
     """Correlation over the last axis, with weights [last]; 0 where a or b is constant."""
     count = jnp.maximum(jnp.sum(weights), 1)
 
+    # Constant are sums of squares at most so large, which a NaN is not: it stays one.
     def deviations(v: Array) -> tuple[Array, Array, Array]:
         centered = v - jnp.sum(weights * v, axis=-1, keepdims=True) / count
         squares = jnp.sum(weights * jnp.square(centered), axis=-1)
-        varies = squares > _ROUNDING**2 * jnp.sum(weights * jnp.square(v), axis=-1)
-        return centered, jnp.sqrt(jnp.maximum(squares, _SMALLEST_NORM**2)), varies
+        constant = squares <= _ROUNDING**2 * jnp.sum(weights * jnp.square(v), axis=-1)
+        return centered, jnp.sqrt(jnp.maximum(squares, _SMALLEST_NORM**2)), constant
 
-    (a, norm_a, a_varies), (b, norm_b, b_varies) = deviations(a), deviations(b)
+    (a, norm_a, a_constant), (b, norm_b, b_constant) = deviations(a), deviations(b)
     product = jnp.sum(weights * a * b, axis=-1)
-    return jnp.where(a_varies & b_varies, product / (norm_a * norm_b), 0)
+    return jnp.where(a_constant | b_constant, 0, product / (norm_a * norm_b))
 
 
 def _standardize(logits: Array) -> Array:
-    """[batch..., classes] with mean 0 and population variance 1 over the classes."""
-    centered = logits - jnp.mean(logits, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-    size = jnp.mean(jnp.square(logits), axis=-1, keepdims=True)
-    varies = variance > _ROUNDING**2 * size
-    return jnp.where(varies, centered / jnp.sqrt(jnp.where(varies, variance, 1)), 0)
+    """[batch..., classes] with mean 0 and population variance 1 over the classes not at −inf."""
+    possible = ~jnp.isneginf(logits)
+    logits = jnp.where(possible, logits, 0)
+    count = jnp.maximum(jnp.sum(possible, axis=-1, keepdims=True), 1)
+    mean = lambda v: jnp.sum(v, axis=-1, keepdims=True) / count
+    centered = jnp.where(possible, logits - mean(logits), 0)
+    variance = mean(jnp.square(centered))
+    constant = variance <= _ROUNDING**2 * mean(jnp.square(logits))
+    standard = jnp.where(constant, 0, centered / jnp.sqrt(jnp.where(constant, 1, variance)))
+    return jnp.where(possible, standard, -jnp.inf)

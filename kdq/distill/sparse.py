@@ -13,13 +13,16 @@ from numpy.typing import ArrayLike
 from scipy.special import log_softmax
 
 from kdq.data.transforms import random_uniform
+from kdq.distill.losses import check_classes
+from kdq.distill.options import Temperature
 from kdq.distill.reduction import hide, reduce
+from kdq.entropy import times_log
 from kdq.types import Array
 
 _SAMPLING = 2**32  # purpose in the random key; those of kdq.data are small, so no number is shared
 
 
-def top_k_targets(logits: Array, k: int, temperature: Array | float) -> tuple[Array, Array]:
+def top_k_targets(logits: Array, k: int, temperature: Temperature) -> tuple[Array, Array]:
     """The k most probable classes of softmax(logits / T) and their log-probabilities.
 
     Args:
@@ -29,11 +32,13 @@ def top_k_targets(logits: Array, k: int, temperature: Array | float) -> tuple[Ar
 
     Returns:
       Indices int32 [n..., k], the most probable first, and log p float32 [n..., k], normalized over
-      all classes: what they lack is the mass of the tail.
+      all classes: what they lack is the mass of the tail. A class with the logit −inf has log p =
+      −inf, and is only among them if there are fewer than k others.
 
     Raises:
-      ValueError: k out of range.
+      ValueError: k out of range, fewer than two classes.
     """
+    check_classes(logits)
     classes = logits.shape[-1]
     if not 1 <= k <= classes:
         raise ValueError(f"k must be 1 to {classes}, the number of classes; given {k}")
@@ -46,7 +51,7 @@ def top_k_kl(
     student_logits: Array,
     indices: Array,
     log_probs: Array,
-    temperature: Array | float,
+    temperature: Temperature,
     tail: bool = True,
     *,
     mask: Array | None = None,
@@ -57,7 +62,8 @@ def top_k_kl(
     With q = softmax(student_logits / T) and S the k classes, this is
     T² [Σ_{c in S} p_c log(p_c / q_c) + p_tail log(p_tail / q_tail)], where p_tail = 1 - Σ_S p_c and
     q_tail = Σ_{c not in S} q_c. It is zero for a student that equals the teacher, and for any other
-    with the same S and tail mass: how the tail is shared out is not taught.
+    with the same S and tail mass: how the tail is shared out is not taught. Logits of −inf are as
+    in `kdq.distill.losses`: +inf where the teacher has mass that the student rules out.
 
     With `tail=False` it is the plain truncated form, T² Σ_S p'_c log(p'_c / q_c) with
     p'_c = p_c / Σ_S p. This one is biased: its optimum is q = p', which has no tail at all, and at
@@ -85,7 +91,8 @@ def top_k_kl(
     log_q = jnp.take_along_axis(jax.nn.log_softmax(scaled), indices, axis=-1)
     if not tail:
         log_p = log_p - log_mass[..., None]
-    values = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    p = jnp.exp(log_p)
+    values = jnp.sum(times_log(p, log_p) - times_log(p, log_q), axis=-1)
     # With all classes in S there is no tail, and the logsumexp of nothing has no gradient.
     if tail and indices.shape[-1] < student_logits.shape[-1]:
         values += _tail_term(scaled, indices, log_mass)
@@ -134,14 +141,18 @@ def sample_targets(
     if counters.shape != logits.shape[:1]:
         raise ValueError(f"counters {counters.shape} must be one for each of {logits.shape[:1]}")
     log_p = log_softmax(logits / temperature, axis=-1)
-    log_r = log_softmax(proposal_temperature * log_p, axis=-1)
+    # A class that can't occur is never drawn: at t = 0 it would be, and weigh nothing.
+    possible = ~np.isneginf(log_p)
+    log_p = np.where(possible, log_p, 0)
+    log_r = log_softmax(np.where(possible, proposal_temperature * log_p, -np.inf), axis=-1)
     uniforms = [random_uniform((seed, _SAMPLING, draw), counters) for draw in range(samples)]
     cumulative = np.cumsum(np.exp(log_r), axis=-1)
     cumulative /= cumulative[:, -1:]  # ends at exactly 1, which no uniform number reaches
     indices = np.empty((len(logits), samples), np.int32)
     for row, (bounds, draws) in enumerate(zip(cumulative, np.transpose(uniforms), strict=True)):
         indices[row] = np.searchsorted(bounds, draws, side="right")
-    log_weights = np.take_along_axis(log_p - log_r, indices, axis=-1) - np.log(samples)
+    log_p, log_r = (np.take_along_axis(v, indices, axis=-1) for v in (log_p, log_r))
+    log_weights = log_p - log_r - np.log(samples)
     return indices, np.exp(log_weights).astype(np.float32)
 
 
@@ -149,7 +160,7 @@ def sampled_kl(
     student_logits: Array,
     indices: Array,
     weights: Array,
-    temperature: Array | float,
+    temperature: Temperature,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -178,16 +189,23 @@ def sampled_kl(
     scaled = hide(student_logits, mask).astype(jnp.float32) / temperature
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
     log_q = jnp.take_along_axis(jax.nn.log_softmax(scaled), indices, axis=-1)
-    return reduce(-_square(temperature) * jnp.sum(weights * log_q, axis=-1), mask, reduction)
+    values = -jnp.sum(times_log(weights, log_q), axis=-1)
+    return reduce(_square(temperature) * values, mask, reduction)
 
 
 def _tail_term(scaled: Array, indices: Array, log_mass: Array) -> Array:
     """p_tail (log p_tail - log q_tail), 0 where the teacher has no tail left in float32."""
     others = jnp.put_along_axis(scaled, indices, -jnp.inf, axis=-1, inplace=False)
-    log_q = jax.nn.logsumexp(others, axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
+    possible = ~jnp.isneginf(others).all(-1)
+    # The logsumexp of nothing has no gradient.
+    log_others = jax.nn.logsumexp(jnp.where(possible[..., None], others, 0), axis=-1)
+    log_q = jnp.where(possible, log_others - jax.nn.logsumexp(scaled, axis=-1), -jnp.inf)
     log_p = _log1mexp(jnp.minimum(log_mass, 0.0))  # rounding can leave a mass above 1
     p = jnp.exp(log_p)
-    return p * (jnp.where(p > 0, log_p, 0.0) - log_q)
+    # Or one below: where the student rules out the whole tail, so much is none.
+    rounding = indices.shape[-1] * jnp.finfo(jnp.float32).eps
+    p = jnp.where(~possible & (p < rounding), 0, p)
+    return times_log(p, log_p) - times_log(p, log_q)
 
 
 def _log1mexp(x: Array) -> Array:
@@ -195,11 +213,12 @@ def _log1mexp(x: Array) -> Array:
     return jnp.where(x > -jnp.log(2.0), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
-def _square(temperature: Array | float) -> Array:
+def _square(temperature: Temperature) -> Array:
     return jnp.square(jnp.asarray(temperature, jnp.float32))
 
 
 def _check_shapes(student_logits: Array, indices: Array, values: Array, name: str) -> None:
+    check_classes(student_logits)
     if indices.shape != values.shape or indices.shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(
             f"indices {indices.shape} and {name} {values.shape} must have one shape, that of "

@@ -67,7 +67,8 @@ def agreement(student_logits: ArrayLike, teacher_logits: ArrayLike) -> np.ndarra
 def kl_divergence(p_logits: ArrayLike, q_logits: ArrayLike) -> np.ndarray:
     """KL(p ‖ q) = Σ p (log p − log q) of the two softmax distributions, in nats.
 
-    Computed in log space, so finite for every pair of finite logits.
+    Computed in log space, so finite for every pair of finite logits. A logit of −inf is a class of
+    probability 0, and 0 log 0 = 0: +inf where p has mass and q has none.
 
     Args:
       p_logits: [batch, classes] float, of the reference distribution (the teacher).
@@ -77,8 +78,11 @@ def kl_divergence(p_logits: ArrayLike, q_logits: ArrayLike) -> np.ndarray:
       [batch] float64, at least 0.
     """
     log_p, log_q = _log_softmax(p_logits), _log_softmax(q_logits)
+    p = np.exp(log_p)
+    with np.errstate(invalid="ignore"):  # of 0 · (−inf), and of −inf less −inf
+        terms = np.where(p == 0, 0.0, p * (log_p - log_q))
     # Rounding can leave -1e-17 where the two are equal.
-    return np.maximum(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1), 0.0)
+    return np.maximum(terms.sum(-1), 0.0)
 
 
 def evaluate(apply: ImageApply, variables: Variables, batches: Iterable[Batch]) -> dict[str, float]:

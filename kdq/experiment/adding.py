@@ -1,13 +1,12 @@
 """A search beside those of the config, and the arms that it ends in."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kdq import config as kdq_config
-from kdq import models
+from kdq import files, models
 from kdq.config import Arm, ConfigError, Experiment, Search
 from kdq.experiment import costing, plan
 from kdq.experiment.inputs import Inputs
@@ -81,9 +80,7 @@ def _uniform(
     # All uniform policies there are: each choice, and with the most bits at both ends.
     policies = 2 * len(search.choices) * len(search.students)
     evaluations = max(search.evaluations, policies)
-    added = dataclasses.replace(
-        search, method=plan.UNIFORM, options={}, evaluations=evaluations, policies_at_once=0
-    )
+    added = dataclasses.replace(search, method=plan.UNIFORM, options={}, evaluations=evaluations)
     return {own: added}
 
 
@@ -124,7 +121,7 @@ def _before(experiment: Experiment, workdir: Path, name: str) -> dict[str, Searc
     path = workdir / CONFIG
     if not path.is_file():
         return {}
-    there = json.loads(path.read_text())
+    there = files.read_json(path)
     try:
         old = kdq_config.freeze(there)
     except ConfigError as error:

@@ -3,7 +3,6 @@
 `ARM/SEED/details.json`, a few kilobytes: JSON without NaN, maps no larger than 32 by 32.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,8 +62,7 @@ def write(
         if images.ndim == 4
         else None,
     }
-    text = json.dumps(_strict(found), separators=(",", ":"), allow_nan=False)
-    files.write_atomic(folder / FILE, f"{text}\n".encode())
+    files.write_json(folder / FILE, _strict(found), indent=None)
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:

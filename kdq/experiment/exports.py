@@ -1,6 +1,5 @@
 """Arms in the forms that runtimes take, measured there."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import deploy, models
+from kdq import deploy, files, lock, models, trust
 from kdq.config import ConfigError, Experiment
 from kdq.deploy import latency
 from kdq.experiment.inputs import Inputs
@@ -29,15 +28,16 @@ def export(
       ExportError: see `deploy.export`.
     """
     images = _images(inputs, "validation")[: config.examples]
-    manifest = deploy.export(
-        path,
-        folder,
-        formats,
-        images,
-        agreement=config.agreement,
-        latency_batches=config.latency_batches,
-        threads=config.threads or None,
-    )
+    with lock.hold(folder, alone=True):
+        manifest = deploy.export(
+            path,
+            folder,
+            formats,
+            images,
+            agreement=config.agreement,
+            latency_batches=config.latency_batches,
+            threads=config.threads or None,
+        )
     test, labels = _images(inputs, "test"), inputs.splits["test"]
     labels = labels.read(np.arange(len(labels)))["label"]
     found = {name: dict(entry) for name, entry in manifest["files"].items()}
@@ -65,6 +65,7 @@ def of_workdir(
     formats: Sequence[str],
     out: str | Path | None = None,
     seeds: Sequence[int] = (),
+    allow_models: Sequence[str] = (),
 ) -> dict[int, dict[str, Any]]:
     """Exports an arm of an experiment that has been run; returns what is found, by seed.
 
@@ -75,6 +76,7 @@ def of_workdir(
       out: the folder; one a seed in it, if there are several. None: "export" beside its packed
         file.
       seeds: which; () is all that have been run.
+      allow_models: modules that may be imported if the workdir's config names models in them.
 
     Raises:
       ConfigError: no such experiment, arm or format, or one that has not been run.
@@ -84,21 +86,22 @@ def of_workdir(
     check(formats, "format")
     if arm not in experiment.arms:
         raise ConfigError(kdq_config.unknown("arm", arm, experiment.arms))
-    files = {
+    packed = {
         int(path.parent.name): path
         for path in sorted(Path(workdir, arm).glob(f"*/{PACKED}"))
         if path.parent.name.isdigit()
     }
     model = experiment.models[experiment.arms[arm].model]
     if models.is_own(model["name"]):
+        trust.check(model["name"], str(Path(workdir, CONFIG)), allow_models)
         models.build(**model)  # imports it, which reading the file does not
-    seeds, inputs, found = seeds or sorted(files), Inputs(experiment), {}
-    if not seeds or not set(seeds) <= set(files):
+    seeds, inputs, found = seeds or sorted(packed), Inputs(experiment), {}
+    if not seeds or not set(seeds) <= set(packed):
         raise ConfigError(
-            f"{workdir} has the seeds {sorted(files)} of arm {arm!r}, wanted {list(seeds)}"
+            f"{workdir} has the seeds {sorted(packed)} of arm {arm!r}, wanted {list(seeds)}"
         )
     for seed in seeds:
-        path = files[seed]
+        path = packed[seed]
         folder = path.parent / FOLDER
         if out is not None:
             folder = Path(out) / str(seed) if len(seeds) > 1 else Path(out)
@@ -110,10 +113,12 @@ def of_workdir(
 def _read(workdir: Path) -> Experiment:
     path = workdir / CONFIG
     try:
-        return kdq_config.freeze(json.loads(path.read_text()))
+        config = files.read_json(path)
     except FileNotFoundError:
         raise ConfigError(f"{workdir} holds no experiment: no {path}") from None
-    except ValueError as error:
+    try:
+        return kdq_config.freeze(config)
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -59,8 +59,16 @@ def measure(
     selected = fit.selected
     variables, qparams = selected.weights.variables, selected.weights.qparams
     if qparams:  # what the file simulates is what integers compute
-        variables = deploy.round_biases(model, variables, qparams, test[0]["image"], train=False)
-    size = deploy.save_packed(path, variables, qparams, model=model_config, metadata=metadata)
+        integer = deploy.lower(model, variables, qparams, test[0]["image"], train=False)
+        variables = integer.simulated(variables)
+    size = deploy.save_packed(
+        path,
+        variables,
+        qparams,
+        model=model_config,
+        inputs=test[0]["image"][:1],
+        metadata=metadata,
+    )
     packed = deploy.load_packed(path)
     of_file = Weights(variables=packed.variables, qparams=packed.qparams)
     logits = predict(packed.model, of_file, test)

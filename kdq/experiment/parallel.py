@@ -26,9 +26,8 @@ from kdq import heap
 from kdq.config import ConfigError, Experiment
 from kdq.deploy import latency
 from kdq.experiment import plan
-from kdq.experiment.progress import Progress, Record
+from kdq.experiment.progress import Progress, Record, Unit
 
-Unit = tuple[str, int]  # an arm and a seed
 Run = Callable[[str, int], Record]
 
 # Of JAX's settings, those that a launcher may have changed.
@@ -48,21 +47,28 @@ def workers(experiment: Experiment) -> int:
     a CPU, and without searches, which may time what they find.
 
     Raises ConfigError for several with a mesh or `seeds_at_once`, which share the cores otherwise,
-    or with latencies, which are measured on a machine that does nothing else.
+    or with latencies, which are measured on a machine that does nothing else; and for more than
+    there are cores.
     """
     timed = bool(experiment.export.latency_batches)
     alone = timed or experiment.seeds_at_once > 1 or jax.process_count() > 1
     alone = alone or _is_meshed(experiment)
-    if experiment.workers < 0 or (experiment.workers > 1 and alone):
+    if experiment.workers > 1 and alone:
         raise ConfigError(
-            f"config.workers={experiment.workers}: want 0 (by itself) or more, and at most 1 with "
-            "a mesh, several hosts, seeds_at_once or export.latency_batches"
+            f"config.workers={experiment.workers}: want at most 1 with a mesh, several hosts, "
+            "seeds_at_once or export.latency_batches"
+        )
+    cores = len(latency.cores(None))
+    if experiment.workers > cores:
+        raise ConfigError(
+            f"config.workers={experiment.workers}: this process has {cores} cores, of which each "
+            f"worker gets its own; want at most {cores}, or 0 (by itself)"
         )
     if experiment.workers:
         return experiment.workers
     if alone or experiment.searches or jax.default_backend() != "cpu":
         return 1
-    return min(len(experiment.seeds), len(latency.cores(None)))
+    return min(len(experiment.seeds), cores)
 
 
 def _is_meshed(experiment: Experiment) -> bool:
@@ -235,7 +241,7 @@ def _run(name: str, seed: int) -> Record:
 
 
 class _Told(Progress):
-    """Tells another process, of steps only now and then."""
+    """Tells another process, of steps and parts of stages only now and then."""
 
     def __init__(self, process: int, queue: Any):
         self._process, self._queue, self._told = process, queue, 0.0
@@ -243,13 +249,25 @@ class _Told(Progress):
     def _tell(self, what: str, *given: Any) -> None:
         self._queue.put((self._process, what, given))
 
+    def _is_due(self) -> bool:
+        due = time.monotonic() - self._told > EVERY
+        if due:
+            self._told = time.monotonic()
+        return due
+
+    def prepare(self, name: str, seed: int) -> None:
+        self._tell("prepare", name, seed)
+
     def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
         self._tell("arm", name, seeds, steps)
 
     def step(self, step: int) -> None:
-        if time.monotonic() - self._told > EVERY:
-            self._told = time.monotonic()
+        if self._is_due():
             self._tell("step", step)
+
+    def stage(self, description: str, done: int, total: int) -> None:
+        if done == 0 or self._is_due():
+            self._tell("stage", description, done, total)
 
     def search(self, name: str, seed: int, evaluations: int) -> None:
         self._tell("search", name, seed, evaluations)

@@ -138,13 +138,14 @@ def _file(path: str, where: str) -> str:
 
 
 def experiment_digest(experiment: Experiment) -> str:
-    """A digest of the whole config but the seeds and where it runs."""
+    """A digest of the whole config but the seeds, where it runs, and what is said of it."""
     place = {
         "seeds": (),
         "data": _data(experiment.data),
     }
     parts = kdq_config.to_json(dataclasses.replace(experiment, **place))
-    for name in ("mesh", "resources", "compute", "seeds_at_once", "workers"):
+    # `quick` is said of numbers, and decides none.
+    for name in ("mesh", "resources", "compute", "seeds_at_once", "workers", "quick"):
         del parts[name]
     return kdq_config.digest({**parts, **_unless_default("compute", experiment.compute)})
 

@@ -1,21 +1,25 @@
 """What a run tells about itself as it goes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 Record = dict[str, Any]
+Unit = tuple[str, int]  # an arm and a seed
 T = TypeVar("T")
 
 
 class Progress:
     """Told what happens; this one says nothing."""
 
-    def start(self, arms: int) -> None:
-        """So many arms, counted once a seed, make up the run."""
+    def start(self, steps: Mapping[Unit, int | None]) -> None:
+        """These make up the run, each of so many steps; None: it has been run before."""
 
     def beside(self, process: int) -> "Progress":
         """Who is told of what one of several processes does; `done` is told here."""
         return self
+
+    def prepare(self, name: str, seed: int) -> None:
+        """What an arm starts from is made: its bits are searched for, it is calibrated."""
 
     def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
         """An arm begins, with these seeds at once; it will take `steps` steps."""
@@ -23,9 +27,16 @@ class Progress:
     def step(self, step: int) -> None:
         """So many of the arm's steps are done."""
 
-    def method(self, items: Iterable[T], description: str) -> Iterable[T]:
+    def stage(self, description: str, done: int, total: int) -> None:
+        """So many parts of a post-training method, or of what else takes long, are done."""
+
+    def method(self, items: Iterable[T], description: str) -> Iterator[T]:
         """A post-training method goes through `items`, which are returned to it."""
-        return items
+        items = list(items)
+        self.stage(description, 0, len(items))
+        for count, item in enumerate(items, 1):
+            yield item
+            self.stage(description, count, len(items))
 
     def search(self, name: str, seed: int, evaluations: int) -> None:
         """A search begins; it will evaluate so many policies."""

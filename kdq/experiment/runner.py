@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 
 from kdq import config as kdq_config
-from kdq import models, processes, provenance, quantize
+from kdq import lock, models, processes, provenance, quantize
 from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment import (
     check,
@@ -29,6 +29,7 @@ from kdq.experiment.found import Found
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
 from kdq.experiment.quantized import OBSERVERS, quantized
+from kdq.experiment.records import digests_of, file_digest
 from kdq.experiment.searching import Searches
 from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
@@ -67,13 +68,14 @@ def run(
         one, copied by the others (see `kdq.experiment.sharing`).
 
     Raises:
-      ConfigError: something that the config names does not exist, or `workdir` holds an arm that
-        was run with another config. Nothing has been trained then.
+      ConfigError: something that the config names does not exist, `workdir` holds an arm that was
+        run with another config, or another program writes there. Nothing has been trained then.
     """
     if tensorboard:
         metrics_writer.tensorboard()  # or say now that it is not installed
     runner = _Runner(experiment, Path(workdir), progress or Progress(), tensorboard, shared)
-    return runner.run(arms, parallel.workers(experiment) if in_processes else 1)
+    with lock.hold(workdir):
+        return runner.run(arms, parallel.workers(experiment) if in_processes else 1)
 
 
 def _runs_units(
@@ -125,10 +127,10 @@ class _Runner:
                 raise ConfigError(kdq_config.unknown(where, arm.observer, OBSERVERS))
         self.optimizer = optimizer.make_optimizer(experiment.optimizer)
         self.layout = sharding.make_layout(experiment.mesh)
-        if experiment.seeds_at_once < 1 or (experiment.seeds_at_once > 1 and self.layout.mesh):
+        if experiment.seeds_at_once > 1 and self.layout.mesh:
             raise ConfigError(
                 f"config.seeds_at_once={experiment.seeds_at_once} with a mesh of "
-                f"{self.layout.size} devices: want at least 1, and a mesh of 1 if it is more"
+                f"{self.layout.size} devices: want a mesh of 1 with more than one seed at once"
             )
         self.inputs = Inputs(experiment)
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
@@ -157,7 +159,12 @@ class _Runner:
             self.searches.check(order)
         exports.check_config(experiment.export)
         processes.first(self.store.save_config)
-        self.progress.start(len(records))
+        self.progress.start(
+            {
+                (name, seed): None if record else self.inputs.last_step(experiment.arms[name])
+                for (name, seed), record in records.items()
+            }
+        )
         elsewhere: set[parallel.Unit] = set()
         if workers > 1 and None in records.values():
             elsewhere = {unit for unit, record in records.items() if record is None}
@@ -228,6 +235,7 @@ class _Runner:
     # All processes train; what comes before and after, one does for all.
 
     def _prepare(self, name: str, seed: int) -> "_Begun":
+        self.progress.prepare(name, seed)
         record = processes.first(lambda: self._identity(name, seed))
         begun = _Begun(seed=seed, record=record, experiment=self.experiment)
         with _failing(record):
@@ -242,7 +250,10 @@ class _Runner:
             if isinstance(fit, NonFiniteError):
                 raise fit
             measured = lambda: self._measure(begun.experiment, name, begun.seed, fit)
-            begun.record |= processes.first(measured) | begun.told
+            begun.record |= begun.told | processes.first(measured)
+            if fit.compile_seconds is not None:
+                of_calibration = begun.told.get("compile_seconds", 0.0)
+                begun.record["compile_seconds"] = fit.compile_seconds + of_calibration
 
     def _export(self, record: Record) -> Record:
         """The record with what the config asks for and it does not have yet."""
@@ -287,7 +298,7 @@ class _Runner:
         model = self.models[one.experiment.arms[name].model]
         measured = lambda: measure.evaluate(model, one.start, self.inputs.validation)
         selected = Selection(weights=one.start, step=0, metrics=processes.first(measured))
-        return Fit(last=one.start, last_step=0, selected=selected, seconds=0.0)
+        return Fit(last=one.start, last_step=0, selected=selected, seconds=0.0, compile_seconds=0.0)
 
     def _task(
         self, experiment: Experiment, name: str, seed: int, start: Weights
@@ -352,7 +363,10 @@ class _Runner:
     def _measure(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> Record:
         """The part of a record that is measured."""
         arm = experiment.arms[name]
-        record = {"status": "ok", **self._of_file(experiment, name, seed, fit)}
+        digests = digests_of(fit.selected)
+        self.store.expect(name, seed, digests)
+        record = {"status": "ok", **self._of_file(experiment, name, seed, fit), **digests}
+        record["packed_sha256"] = file_digest(self.store.folder(name, seed) / PACKED)
         record |= self._compare(experiment, name, seed, fit)
         if arm.without_classes:
             record |= measure.corrected(
@@ -366,10 +380,7 @@ class _Runner:
 
     def _of_file(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
         arm = experiment.arms[name]
-        teacher_is_there = (
-            name == experiment.teacher
-            or self.store.record(experiment.teacher, seed)["status"] == "ok"
-        )
+        teacher_is_there = name == experiment.teacher or self._teacher_is_there(name, seed)
         identity = self._identity(name, seed)
         return measure.measure(
             fit,
@@ -393,10 +404,7 @@ class _Runner:
 
     def _compare(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
         """The measures of transfer, if the config asks for them and the teacher is there."""
-        teacher = experiment.teacher
-        if not experiment.transfer.examples or name in kdq_config.ancestors(experiment, teacher):
-            return {}
-        if self.store.record(teacher, seed)["status"] != "ok":
+        if not experiment.transfer.examples or not self._teacher_is_there(name, seed):
             return {}
         weights = fit.selected.weights
         student = transfer.Network(
@@ -405,6 +413,13 @@ class _Runner:
             model=self.models[experiment.arms[name].model],
         )
         return self.comparison(seed).measure(student)
+
+    def _teacher_is_there(self, name: str, seed: int) -> bool:
+        """Whether the teacher, which what it is made of is not compared with, can be asked."""
+        teacher = self.experiment.teacher
+        if name in kdq_config.ancestors(self.experiment, teacher):
+            return False
+        return self.store.record(teacher, seed)["status"] == "ok"
 
     def _comparison(self, seed: int) -> transfer.Comparison:
         """With the teacher of a seed."""
@@ -427,6 +442,7 @@ class _Runner:
             "bits": arm.bits or "fp32",
             "observer": arm.observer if arm.bits else None,
             "reference": arm.reference or None,
+            **({"quick": True} if self.experiment.quick else {}),
             "config_digest": plan.experiment_digest(self.experiment),
             "arm_digest": self.store.digests[name],
             "commit": provenance.commit(),

@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,6 +31,7 @@ from kdq.search.measured import Files
 from kdq.search.problem import Policy
 from kdq.search.searchers import METHODS
 from kdq.search.spaces import Student
+from kdq.stopwatch import Stopwatch
 from kdq.train.optimizer import make_optimizer
 
 FOLDER, COSTS = "searches", "costs"  # in the workdir
@@ -110,9 +110,8 @@ class Searches:
         if not path.is_file():
             log = folder / f"evaluations-{digest}.jsonl"
             found = {"digest": digest, **self._search(name, search, seed, log)}
-            text = json.dumps(found, indent=1, allow_nan=False)
-            files.write_atomic(path, f"{text}\n".encode())
-        found = json.loads(path.read_text())
+            files.write_json(path, found)
+        found = _checked(files.read_json(path), path)
         if found.pop("digest") != digest:
             raise ConfigError(
                 f"{path} was found with another config: choose another workdir, or delete {folder}"
@@ -133,7 +132,7 @@ class Searches:
         return self._store.workdir / FOLDER / name / str(seed)
 
     def _search(self, name: str, search: Search, seed: int, log: Path) -> Record:
-        start = time.monotonic()
+        watch = Stopwatch()
         method = METHODS[search.method]
         students = [self._student(search, one, seed, method.needs) for one in search.students]
         used = sum(one.evaluations for one in students)
@@ -148,7 +147,7 @@ class Searches:
             )
         searcher = method(problem, seed=seed, evaluations=left, **search.options)
         self._progress.search(name, seed, left)
-        prepared = time.monotonic() - start
+        prepared = watch.working
         with History(log) as history:
             done = run.run(
                 problem,
@@ -186,6 +185,7 @@ class Searches:
             "evaluations": len(done),
             "prepare_seconds": prepared,
             "seconds": done[-1].seconds,
+            "compile_seconds": watch.compiling,
         }
 
     def _student(self, search: Search, name: str, seed: int, needs: Sequence[str]) -> "_Prepared":
@@ -329,6 +329,15 @@ class Searches:
             ]
 
         return score
+
+
+def _checked(found: Any, path: Path) -> Record:
+    """The result of a search as it was read. Raises ConfigError for what is none."""
+    fields = found if isinstance(found, Mapping) else {}
+    chosen = fields.get("chosen")
+    if not isinstance(chosen, Mapping) or not isinstance(fields.get("digest"), str):
+        raise ConfigError(f"{path} is no result of a search: delete {path.parent} to search again")
+    return dict(fields)
 
 
 @dataclasses.dataclass(frozen=True)

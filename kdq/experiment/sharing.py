@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ from kdq.config import Experiment
 from kdq.experiment import exports
 from kdq.experiment.progress import Record
 from kdq.experiment.searching import Searches
-from kdq.experiment.store import PACKED, Store
+from kdq.experiment.store import PACKED, RESULT, Store
 from kdq.search.problem import InfeasibleError
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ DECIDING = ("arm", "seed", "kind", "bits", "observer", "arm_digest", "versions",
 # Of two arms that are the same bits these differ.
 OF_THE_ARM = ("arm", "kind", "bits", "reference", "config_digest", "arm_digest")
 # What a run's own config decides, or what other arms of the run add.
-NOT_COPIED = ("result.json", exports.FOLDER, "caches")
+NOT_COPIED = (RESULT, exports.FOLDER, "caches")
 
 
 class Shared:
@@ -77,8 +76,8 @@ class Shared:
             return
         if self._trained(record) is None:
             folder = self._store.folder(record["arm"], record["seed"]).absolute()
-            text = json.dumps({"folder": os.path.relpath(folder, self._folder)})
-            files.write_atomic(self._path(record, "json"), f"{text}\n".encode())
+            pointer = {"folder": os.path.relpath(folder, self._folder)}
+            files.write_json(self._path(record, "json"), pointer)
 
     def _path(self, record: Record, kind: str) -> Path:
         deciding = {key: record.get(key) for key in DECIDING}
@@ -103,9 +102,9 @@ class Shared:
     def _trained(self, identity: Record) -> Path | None:
         """Returns the folder of the run that has trained the same arm and seed, if it is there."""
         try:
-            pointer = json.loads(self._path(identity, "json").read_text())
+            pointer = files.read_json(self._path(identity, "json"))
             folder = Path(os.path.normpath(self._folder / pointer["folder"]))
-            record = json.loads((folder / "result.json").read_text())
+            record = files.read_json(folder / RESULT)
             same = self._path(record, "json") == self._path(identity, "json")
             return folder if same and record["status"] == "ok" else None
         except (OSError, ValueError, KeyError, TypeError):  # deleted since, or damaged
@@ -154,7 +153,7 @@ def of_equal_bits(
     free = {"bits": "", "reference": ""}
     source = store.folder(arm.reference, seed)
     if dataclasses.replace(arm, **free) != dataclasses.replace(reference, **free) or not (
-        (source / "result.json").is_file()
+        (source / RESULT).is_file()
     ):
         return None
     record = store.record(arm.reference, seed)
@@ -179,7 +178,7 @@ def copy(store: Store, source: Path, target: Path, changed: Record) -> Record:
       target: its folder there.
       changed: of its record.
     """
-    record = json.loads((source / "result.json").read_text())
+    record = files.read_json(source / RESULT)
     partial = target.with_name(f".{target.name}.copy")
     shutil.rmtree(partial, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,22 +1,20 @@
 """What finished arms left in the workdir: records and weights."""
 
 import functools
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from kdq import config as kdq_config
 from kdq import deploy, files
 from kdq.config import ConfigError, Experiment
-from kdq.experiment import differences, plan
+from kdq.experiment import differences, plan, records
 from kdq.experiment.progress import Record
-from kdq.train.checkpoint import Checkpointer
+from kdq.train.checkpoint import Checkpointer, CheckpointError
 from kdq.types import Variables
 
-CONFIG, PACKED = "config.json", "model.safetensors"  # of an experiment, and of an arm and seed
+CONFIG = "config.json"  # of an experiment
+RESULT, PACKED = "result.json", "model.safetensors"  # of an arm and seed
 
 
 def load(path: str) -> deploy.PackedModel:
@@ -33,6 +31,7 @@ class Store:
     def __init__(self, experiment: Experiment, workdir: Path):
         self._experiment, self.workdir = experiment, workdir
         self.digests = plan.digests(experiment)
+        self._expected: dict[tuple[str, int], Record] = {}
         # Arms of one seed run one after another, so few of these are in use at once.
         self.weights = functools.lru_cache(maxsize=8)(self._load_weights)
 
@@ -44,10 +43,10 @@ class Store:
 
         Raises ConfigError if it was run with another config.
         """
-        path = self.folder(name, seed) / "result.json"
-        if not path.exists():
+        if not (self.folder(name, seed) / RESULT).exists():
             return None
-        record = json.loads(path.read_text())
+        record = self.record(name, seed)
+        path = self.folder(name, seed) / RESULT
         if record["arm_digest"] != self.digests[name]:
             told = differences.between(self.workdir / CONFIG, self._experiment)
             told = told or f"digest {record['arm_digest']}, now {self.digests[name]}"
@@ -55,45 +54,71 @@ class Store:
                 f"{path} was made with another config ({told}): choose another workdir, or delete "
                 f"{path.parent}"
             )
+        records.check_packed(record, path.parent / PACKED)
         return {**record, "reference": self._experiment.arms[name].reference or None}
 
     def save_config(self) -> None:
         """What is run here, for those who look at it later."""
         path = self.workdir / CONFIG
-        text = json.dumps(kdq_config.to_json(self._experiment), indent=1) + "\n"
-        if not path.is_file() or path.read_text() != text:
+        text = files.json_text(kdq_config.to_json(self._experiment))
+        if not path.is_file() or path.read_bytes() != text.encode():
             files.write_atomic(path, text.encode())
 
     def record(self, name: str, seed: int) -> Record:
-        return json.loads((self.folder(name, seed) / "result.json").read_text())
+        """The record of an arm and seed. Raises ConfigError for a file that is none of it."""
+        path = self.folder(name, seed) / RESULT
+        try:
+            record = files.read_json(path)
+            records.check(record, name, seed)
+        except ConfigError as error:
+            where = "" if str(path) in str(error) else f"{path} is no record of this arm: "
+            again = "delete it, and the same command makes it again from the arm's checkpoint"
+            raise ConfigError(f"{where}{error} ({again})") from error
+        return record
 
     def save(self, record: Record) -> None:
-        path = self.folder(record["arm"], record["seed"]) / "result.json"
-        text = json.dumps(record, indent=1, allow_nan=False)
-        files.write_atomic(path, f"{text}\n".encode())
+        files.write_json(self.folder(record["arm"], record["seed"]) / RESULT, record)
+
+    def expect(self, name: str, seed: int, record: Record) -> None:
+        """Says what an arm that has no record yet has selected, see `records.digests_of`."""
+        self._expected[name, seed] = record
 
     def _load_weights(self, name: str, seed: int) -> Variables:
         """The selected variables of an arm: what was trained, before any rounding."""
-        arm = self._experiment.arms[name]
-        if not arm.epochs:
-            return load(arm.load).variables if arm.load else self.weights(arm.init, seed)
-        return _variables(self._selected(name, seed))
+        arms = self._experiment.arms
+        # A chain of arms that only quantize may be longer than Python's stack.
+        while not arms[name].epochs and arms[name].init:
+            name = arms[name].init
+        if arms[name].epochs:
+            return self._selected(name, seed)["weights"]
+        return load(arms[name].load).variables
 
     def peer_weights(self, name: str, seed: int) -> Variables:
         """The variables of the peer that taught an arm, at the step that the arm selected."""
-        return _variables(self._selected(name, seed)["peer"])
+        return self._selected(name, seed)["peer"]
 
-    def _selected(self, name: str, seed: int) -> dict[str, Any]:
-        folder = self.folder(name, seed) / "checkpoints"
-        with Checkpointer(folder, alone=True) as checkpointer:
-            found = checkpointer.restore({"selected": None})
-        if found is None:
-            raise FileNotFoundError(
-                f"{folder} holds no checkpoint that can be read, but {folder.parent} has a result: "
-                "delete that folder to train the arm again"
-            )
-        return found[1]["selected"]
+    def _selected(self, name: str, seed: int) -> dict[str, Variables]:
+        """What an arm selected, "weights" and "peer": that which its record is about, or nothing.
+
+        Raises CheckpointError if no checkpoint has it.
+        """
+        folder = self.folder(name, seed)
+        record = self._expected.get((name, seed)) or self.record(name, seed)
+        with Checkpointer(folder / "checkpoints", alone=True) as checkpointer:
+            for step in reversed(checkpointer.steps()):
+                parts = checkpointer.read(step, {"selected": None})
+                if parts is None:
+                    continue
+                networks = _by_name(parts[0]["selected"]).items()
+                trees = {network: records.variables_of(own) for network, own in networks}
+                if records.is_about(record, trees, parts[1]["selected"]["step"]):
+                    return trees
+        raise CheckpointError(
+            f"{folder / 'checkpoints'} has no checkpoint with the weights that "
+            f"{folder / RESULT} is about: delete {folder} to train the arm again"
+        )
 
 
-def _variables(parts: dict[str, Any]) -> Variables:
-    return jax.tree.map(jnp.asarray, {"params": parts["params"], **parts["model_state"]})
+def _by_name(parts: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the networks of what training selected: "weights", and "peer" if there is one."""
+    return {"weights": parts, **({"peer": parts["peer"]} if "peer" in parts else {})}

@@ -25,10 +25,10 @@ def is_own(name: Any) -> bool:
 def is_imported(name: str) -> bool:
     """Whether the class can be found without running what is not running already."""
     module, _, path = name.partition(":")
-    found = sys.modules.get(module)
+    place: Any = sys.modules.get(module)
     for part in path.split("."):
-        found = getattr(found, part, None)
-    return found is not None
+        place = inspect.getattr_static(place, part, None)  # lazy modules import what is asked for
+    return place is not None
 
 
 def find(name: str) -> type[nn.Module]:
@@ -45,8 +45,8 @@ def find(name: str) -> type[nn.Module]:
         if not hasattr(found, part):
             if module == "__main__":
                 raise ConfigError(
-                    f"model {name!r} is of another program; a class that several use wants a "
-                    "module that they can import"
+                    f"model {name!r} is of another program, a script or notebook; a class that "
+                    "several use wants a module that they can import"
                 )
             classes = [key for key, value in vars(found).items() if _is_model(value)]
             raise ConfigError(unknown(f"class of {module} in model {name!r}:", part, classes))

@@ -129,11 +129,16 @@ def fit(quantizer: Quantizer, low: Array, high: Array, *, symmetric: bool) -> Qu
     """`quantizer` with the scale and zero point at which it reaches `low` and `high`.
 
     What else it is decides how: with levels by the largest; one signed bit, recognized by its zero
-    point of 1/2, by half the distance of its two codes.
+    point of 1/2, by half the distance of its two codes. Near the ends of float32 the range is a
+    little narrower, so that the scale, its inverse, and what each code stands for are numbers.
     """
-    low = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0)
-    high = jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
     qmin, qmax = quantizer.qmin, quantizer.qmax
+    steps = qmax - qmin
+    # A code lies up to a step beyond the end, and rounding adds a half. Infinity stays to be seen.
+    largest = jnp.finfo(jnp.float32).max / (1 + 3 / steps)
+    bounded = lambda v: jnp.where(jnp.isinf(v), v, jnp.clip(v, -largest, largest))
+    low = bounded(jnp.minimum(jnp.asarray(low, jnp.float32), 0.0))
+    high = bounded(jnp.maximum(jnp.asarray(high, jnp.float32), 0.0))
     reach = jnp.maximum(-low, high)
     is_sign = quantizer.zero_point.max() == 0.5
     if quantizer.levels is not None:
@@ -141,7 +146,9 @@ def fit(quantizer: Quantizer, low: Array, high: Array, *, symmetric: bool) -> Qu
     elif symmetric:
         scale = jnp.where(is_sign, 2.0 * reach, reach / qmax)
     else:
-        scale = (high - low) / (qmax - qmin)
+        span = high - low
+        scale = jnp.where(jnp.isfinite(span), span / steps, high / steps - low / steps)
+    scale = jnp.where(jnp.isinf(scale), scale, jnp.minimum(scale, 2.0**126))  # has an inverse
     # Subnormal scales would overflow in 1 / scale.
     empty = scale <= jnp.finfo(jnp.float32).tiny
     scale = jnp.where(empty, 1.0, scale)
@@ -161,6 +168,8 @@ def expand(parameter: Array, shape: tuple[int, ...]) -> Array:
     offset = len(shape) - parameter.ndim
     for axis, (size, full) in enumerate(zip(parameter.shape, shape[offset:], strict=True)):
         if size not in (1, full):
+            if full % size:
+                raise ValueError(f"a parameter of shape {parameter.shape} for a tensor of {shape}")
             parameter = jnp.repeat(parameter, full // size, axis=axis, total_repeat_length=full)
     return parameter
 

@@ -9,11 +9,11 @@ import dataclasses
 from functools import partial
 from typing import Any, Protocol
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kdq.quantize import grid
+from kdq.quantize import grid, histogram
+from kdq.quantize.histogram import BINS, Extremes, Histogram, Samples
 from kdq.types import Array
 
 
@@ -38,29 +38,12 @@ class Observer(Protocol):
         """`(low, high)`, each `[groups]`; `grid_args` are those of `grid.from_range`."""
 
 
-class Extremes(flax.struct.PyTreeNode):
-    """The smallest and largest value so far, each `[groups]`; +inf and -inf before any."""
-
-    low: Array
-    high: Array
-
-    def bounds(self) -> tuple[Array, Array]:
-        return self.low, self.high
-
-
-def _extremes(x: Array) -> Extremes:
-    return Extremes(low=x.min(-1), high=x.max(-1))
-
-
 class _ExtremesObserver:
     def init(self, groups: int) -> Extremes:
-        # A dtype, or they would be weakly typed, and the second batch would compile anew.
-        empty = jnp.full(groups, jnp.inf, jnp.float32)
-        return Extremes(low=empty, high=-empty)
+        return histogram.no_extremes(groups)
 
     def update(self, state: Extremes, x: Array) -> Extremes:
-        seen = _extremes(x.astype(jnp.float32))
-        return Extremes(jnp.minimum(state.low, seen.low), jnp.maximum(state.high, seen.high))
+        return state.update(x.astype(jnp.float32))
 
     def exact(self, x: Array) -> Extremes:
         return self.update(self.init(x.shape[0]), x)
@@ -100,80 +83,19 @@ class MovingAverage(_ExtremesObserver):
             mixed = self.momentum * jnp.where(fresh, 0.0, past) + (1 - self.momentum) * now
             return jnp.where(fresh, now, mixed)
 
-        return jax.tree.map(blend, state, _extremes(x.astype(jnp.float32)))
+        seen = self.init(x.shape[0]).update(x.astype(jnp.float32))
+        return jax.tree.map(blend, state, seen)
 
     def range(self, state: Extremes, **grid_args: Any) -> tuple[Array, Array]:
         return state.low, state.high
 
 
-class Samples(flax.struct.PyTreeNode):
-    """Values with multiplicities, both `[groups, n]`."""
-
-    values: Array
-    counts: Array
-
-    def bounds(self) -> tuple[Array, Array]:
-        return self.values.min(-1), self.values.max(-1)
-
-    def samples(self) -> "Samples":
-        return self
-
-
-class Histogram(flax.struct.PyTreeNode):
-    """Counts over `2 * BINS` equal bins of `[-limit, limit]`, and the exact extremes.
-
-    `limit` is 0 or a power of two above every magnitude, and only ever doubles, which merges bins
-    in pairs: memory is bounded, no count is smeared, and the order of the batches is forgotten.
-    Values within a bin are taken to be at its centre, or at the exact extreme where that is nearer
-    the inside.
-    """
-
-    counts: Array  # [groups, 2 * BINS] int32: a float32 would stop counting at 2^24
-    limit: Array  # [groups]
-    extremes: Extremes
-
-    def bounds(self) -> tuple[Array, Array]:
-        return self.extremes.bounds()
-
-    def samples(self) -> Samples:
-        n = self.counts.shape[-1]
-        centres = ((jnp.arange(n) + 0.5) / (n // 2) - 1.0) * self.limit[:, None]
-        low, high = (e[:, None] for e in (self.extremes.low, self.extremes.high))
-        return Samples(values=jnp.clip(centres, low, high), counts=self.counts)
-
-
-BINS = 2048
-
-
-class _HistogramObserver(_ExtremesObserver):
+class _HistogramObserver:
     def init(self, groups: int) -> Histogram:
-        return Histogram(
-            counts=jnp.zeros((groups, 2 * BINS), jnp.int32),
-            limit=jnp.zeros(groups),
-            extremes=super().init(groups),
-        )
+        return histogram.empty(groups)
 
     def update(self, state: Histogram, x: Array) -> Histogram:
-        x = x.astype(jnp.float32)
-        reach = jnp.abs(x).max(-1)
-        # Not exp2 and log2, which are off by an ulp.
-        needed = jnp.where(reach > 0, jnp.ldexp(1.0, jnp.frexp(reach)[1]), 0.0)
-        limit = jnp.maximum(state.limit, needed)
-        safe = jnp.where(limit > 0, limit, 1.0)
-        shrink = jnp.where(state.limit > 0, state.limit, safe) / safe  # a power of two, at most 1
-
-        def fold(counts, shrink, values, limit):
-            centre = jnp.arange(2 * BINS) + 0.5 - BINS
-            moved = jnp.floor(centre * shrink).astype(jnp.int32) + BINS
-            counts = jnp.zeros_like(counts).at[moved].add(counts)
-            index = jnp.floor(values / limit * BINS).astype(jnp.int32) + BINS
-            return counts.at[jnp.clip(index, 0, 2 * BINS - 1)].add(1)
-
-        return Histogram(
-            counts=jax.vmap(fold)(state.counts, shrink, x, safe),
-            limit=limit,
-            extremes=super().update(state.extremes, x),
-        )
+        return histogram.add(state, x.astype(jnp.float32))
 
     def exact(self, x: Array) -> Samples:
         x = x.astype(jnp.float32)
@@ -184,7 +106,9 @@ class _HistogramObserver(_ExtremesObserver):
 class Percentile(_HistogramObserver):
     """Covers the central `percentile` percent of the values (half of the rest cut on each side).
 
-    A side on which no value lies (a ReLU's output) is not cut: the other takes it all.
+    A side on which no value lies (a ReLU's output) is not cut: the other takes it all. A weight's
+    range ends at values that it has; an input's is known to 1/512 of itself, however far the values
+    reach that are cut off (see `histogram`).
     """
 
     percentile: float = 99.9
@@ -194,24 +118,19 @@ class Percentile(_HistogramObserver):
             raise ValueError(f"percentile={self.percentile!r}: want 50 < percentile <= 100")
 
     def range(self, state: Histogram | Samples, **grid_args: Any) -> tuple[Array, Array]:
-        return _percentile_range(state.samples(), state.bounds(), self.percentile / 100)
+        return _percentile_range(state, self.percentile / 100)
 
 
 @jax.jit
-def _percentile_range(
-    samples: Samples, bounds: tuple[Array, Array], kept: Array
-) -> tuple[Array, Array]:
-    lowest, highest = bounds
-    order = jnp.argsort(samples.values, axis=-1)
-    values = jnp.take_along_axis(samples.values, order, -1)
-    cumulative = jnp.cumsum(jnp.take_along_axis(samples.counts, order, -1), -1)
-    total = cumulative[:, -1:]
+def _percentile_range(state: Histogram | Samples, kept: Array) -> tuple[Array, Array]:
+    ranked, (lowest, highest) = state.ranked(), state.bounds()
     two_sided = ((lowest < 0) & (highest > 0))[:, None]
-    cut = jnp.where(two_sided, (1 - kept) / 2, 1 - kept) * total
-    first = jnp.argmax(cumulative > cut, -1)[:, None]
-    last = jnp.argmax(cumulative >= total - cut, -1)[:, None]
-    low = jnp.take_along_axis(values, first, -1)[:, 0]
-    high = jnp.take_along_axis(values, last, -1)[:, 0]
+    cut = jnp.where(two_sided, (1 - kept) / 2, 1 - kept) * ranked.up_to[:, -1:]
+    # Counted from either end: the little that is cut off from above would drown in the whole.
+    first = jnp.argmax(ranked.up_to > cut, -1)[:, None]
+    last = ranked.values.shape[-1] - 1 - jnp.argmax(ranked.down_to[:, ::-1] > cut, -1)[:, None]
+    low = jnp.take_along_axis(ranked.values, first, -1)[:, 0]
+    high = jnp.take_along_axis(ranked.values, last, -1)[:, 0]
     return jnp.where(lowest < 0, low, lowest), jnp.where(highest > 0, high, highest)
 
 
@@ -240,11 +159,14 @@ def _least_squares_range(
     options: tuple[tuple[str, bool], ...],
 ) -> tuple[Array, Array]:
     values, (low, high) = samples.values, (bound[:, None] for bound in bounds)
+    # Errors in units of a power of two near the largest value: else squares would overflow.
+    exponent = jnp.frexp(jnp.maximum(-low, high))[1]
+    unit = jnp.ldexp(jnp.float32(1), jnp.clip(-exponent, -126, 126))
 
     def error(ratio):
         quantizer = grid.from_range(ratio * low, ratio * high, bits, **dict(options))
         rounded = grid.from_codes(grid.to_codes(values, quantizer), quantizer)
-        return (samples.counts * jnp.square(rounded - values)).sum(-1)
+        return (samples.counts * jnp.square((rounded - values) * unit)).sum(-1)
 
     # From the whole range downwards: argmin takes the first of equals, so ties cut nothing.
     ratios = jnp.arange(candidates, 0, -1, dtype=jnp.float32) / candidates
@@ -291,9 +213,9 @@ def _least_divergence_range(
     def one(state: Histogram | Samples) -> tuple[Array, Array]:
         state = jax.tree.map(lambda v: v[None], state)
         if isinstance(state, Samples):  # of a whole tensor, each counted once
-            observer = _HistogramObserver()
-            state = observer.update(observer.init(1), state.values)
-        values, counts = state.samples().values[0], state.counts[0].astype(jnp.float32)
+            state = histogram.add(histogram.empty(1), state.values)
+        bins = state.linear()
+        values, counts = bins.values[0], bins.counts[0]
         counts = counts.at[BINS].set(counts[BINS + 1])
         low, high = (bound[0] for bound in state.bounds())
 

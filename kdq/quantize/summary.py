@@ -11,10 +11,11 @@ import numpy as np
 
 from kdq.quantize import grid
 from kdq.quantize.formats import FORMATS
+from kdq.quantize.inputs import Batch, unboxed
 from kdq.quantize.layers import LayerInfo, at_path, list_layers, list_unquantized
 from kdq.quantize.rules import QuantizationRule, TensorSpec, match, weight_scale_shape
 from kdq.quantize.scale_formats import stored_bytes
-from kdq.types import Array, QParams, Variables
+from kdq.types import QParams, Variables
 
 FLOAT = "float"
 DYNAMIC = " dynamic"  # after the number of bits
@@ -106,7 +107,7 @@ def summary(
     model: nn.Module,
     variables: Variables,
     qparams_or_rules: QParams | Sequence[QuantizationRule],
-    inputs: Array | tuple,
+    inputs: Batch,
     **apply_kwargs: Any,
 ) -> Summary:
     """What is quantized in `model` and how, and what is not and why; nothing is computed.
@@ -115,18 +116,19 @@ def summary(
       model: any Linen module.
       variables: its variables, or their shapes.
       qparams_or_rules: calibrated quantizers, or the rules to calibrate by: these show observers.
-      inputs: an array (or shape) with a leading batch axis, or a tuple of positional arguments.
+      inputs: of one batch, as of `list_layers`.
       **apply_kwargs: passed to the model, e.g. `train=False`.
 
     Raises:
       ValueError: rules or quantizers that fit no layer.
     """
+    variables = unboxed(variables)
     layers = list_layers(model, variables, inputs, **apply_kwargs)
     unquantized = list_unquantized(model, variables, inputs, **apply_kwargs)
     if isinstance(qparams_or_rules, Mapping):
         found, unreached = _from_qparams(qparams_or_rules, layers)
     else:
-        found, unreached = _from_rules(qparams_or_rules, layers)
+        found, unreached = _from_rules(qparams_or_rules, layers, unquantized)
     rows = []
     for path, layer in layers.items():
         weights, inputs_of = found.get(path, (None, {}))
@@ -154,9 +156,11 @@ _Found = dict[str, tuple[_Tensor | None, dict[str, _Tensor]]]
 
 
 def _from_rules(
-    rules: Sequence[QuantizationRule], layers: Mapping[str, LayerInfo]
+    rules: Sequence[QuantizationRule],
+    layers: Mapping[str, LayerInfo],
+    unquantized: Mapping[str, str],
 ) -> tuple[_Found, dict[str, str]]:
-    matched = match(rules, layers)
+    matched = match(rules, layers, unquantized)
     found, unreached = {}, {}
     for path, layer in layers.items():
         rule = matched.get(path)

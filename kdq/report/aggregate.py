@@ -52,8 +52,11 @@ class Row:
     bops: float
     energy_modelled_nj: float  # for one example; see kdq.deploy.energy
     train_seconds: float
+    # Of compiling, apart; nan where a record does not tell: then `train_seconds` contains it.
+    compile_seconds: float
     selected_on: str
     measures: dict[str, Mean]  # by the keys of MEASURES
+    quick: bool  # a trial, whose numbers mean nothing
 
     @property
     def method(self) -> str:
@@ -155,8 +158,10 @@ def _row(
         bops=_mean(done, "bops").mean,
         energy_modelled_nj=_mean(done, "energy_modelled_nj").mean,
         train_seconds=_mean(done, "train_seconds").mean,
+        compile_seconds=mean_of_all(done, "compile_seconds"),
         selected_on=_agreed(runs, "selected_on") or "",
         measures={key: _mean(done, key, factor) for key, factor in MEASURES.items()},
+        quick=any(record.get("quick") for record in runs),
     )
 
 
@@ -207,6 +212,11 @@ def _mean(runs: list[Record], key: str, scale: float = 1) -> Mean:
     values = [v for v in values if not math.isnan(v)]
     mean, std = summary(values)
     return Mean(mean=mean, std=std, n=len(values))
+
+
+def mean_of_all(runs: Sequence[Record], key: str) -> float:
+    """Returns the mean over records; nan unless all of them have the number."""
+    return summary([number(record, key) for record in runs])[0]
 
 
 def _by_seed(

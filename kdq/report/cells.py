@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -11,6 +12,7 @@ from rich.table import Table
 from kdq.report.aggregate import Mean
 
 ABSENT = "—"
+WIDTH = 120  # characters of a line where there is no terminal to ask
 
 
 def escape(text: str) -> str:
@@ -63,6 +65,8 @@ def format_energy(nanojoules: float) -> str:
 
 
 def standard_output() -> Console:
-    """Where tables are printed: a log file or a pipe has room for every column."""
+    """Where tables are printed: as wide as the terminal, or as COLUMNS says; else 120."""
     console = Console()
-    return console if console.is_terminal else Console(width=240)
+    if console.is_terminal:
+        return console
+    return Console(width=shutil.get_terminal_size((WIDTH, 0)).columns)

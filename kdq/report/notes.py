@@ -1,5 +1,6 @@
 """What a reader must know to use the table: definitions, selection, and the record of the runs."""
 
+import math
 from collections.abc import Sequence
 
 from kdq.report import Record
@@ -29,6 +30,7 @@ def notes(table: Sequence[Row], records: Sequence[Record]) -> list[str]:
         "Agreement: share of test examples on which arm and teacher predict the same class. KL: "
         "KL(teacher ‖ arm), nats. BOPs: multiply-accumulates times weight bits times activation "
         "bits of one image, counted and not measured.",
+        _times(table),
         _provenance(records),
     ]
 
@@ -48,6 +50,40 @@ def against_uniform(records: Sequence[Record]) -> str:
                 word = "seed" if len(seeds) == 1 else "seeds"
                 said.append(f"{name} found {policy} {uniform} with {word} {', '.join(seeds)}")
     return f"{'; '.join(said)}." if said else ""
+
+
+def _times(table: Sequence[Row]) -> str:
+    said = (
+        "Train s: of training and validation, without compiling. Compile s: of tracing and "
+        "compiling programs while an arm was calibrated and trained; arms that share programs, and "
+        "later runs that find them kept, compile little."
+    )
+    mixed = [row.arm for row in table if compiling_is_within(row)]
+    if len(mixed) == len([row for row in table if row.train_seconds > 0]):
+        names = "every arm" if mixed else ""
+    else:
+        names = ", ".join(mixed)
+    if names:
+        said += (
+            f" The records of {names} are of a version that did not tell them apart: their Train s "
+            "contains compiling."
+        )
+    return said
+
+
+def quick_note(table: Sequence[Row]) -> str:
+    """Returns what is to be said of the arms of a quick run; "" where there is none."""
+    quick = [row.arm for row in table if row.quick]
+    if not quick:
+        return ""
+    if len(quick) == len(table):
+        return "A quick run: these numbers mean nothing."
+    return f"Of a quick run, so that their numbers mean nothing: {', '.join(quick)}."
+
+
+def compiling_is_within(row: Row) -> bool:
+    """Returns whether an arm's seconds of training contain those of compiling."""
+    return row.train_seconds > 0 and math.isnan(row.compile_seconds)
 
 
 def _provenance(records: Sequence[Record]) -> str:

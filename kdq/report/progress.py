@@ -2,8 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -17,8 +16,7 @@ from rich.progress import (
 )
 
 from kdq import experiment, processes
-
-T = TypeVar("T")
+from kdq.report.lines import Lines, named
 
 
 @contextlib.contextmanager
@@ -26,11 +24,17 @@ def reporter(console: Console | None = None) -> Iterator[experiment.Progress]:
     """What to give `kdq.experiment.run` as its `progress`.
 
     On a terminal: a bar for the experiment and one for the arm, or for each that is under way.
-    Elsewhere (a log file, CI) nothing but what is logged and the final table.
+    Elsewhere (a pipe, a log file, CI): a line where an arm ends, and now and then while it lasts.
     """
-    console = console or Console(file=sys.stderr)
-    if not (console.is_terminal and processes.is_first()):
+    if not processes.is_first():
         yield experiment.Progress()
+        return
+    if console is None:
+        # Beside the output proper, unless that is read by something else.
+        terminals = sys.stdout.isatty() and sys.stderr.isatty()
+        console = Console(file=sys.stderr if terminals else sys.stdout)
+    if not console.is_terminal:
+        yield Lines(console.file)
         return
     columns = (
         SpinnerColumn(),
@@ -53,27 +57,26 @@ class _Bar(experiment.Progress):
         self._steps = bars.add_task("", total=None, visible=False)
 
     def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
-        described = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-        description = f"{name}, {described}"
-        self._bars.reset(self._steps, total=steps, description=description, visible=steps > 0)
+        self._begin(named(name, seeds), steps, visible=steps > 0)
 
     def step(self, step: int) -> None:
         self._bars.update(self._steps, completed=step)
 
-    def method(self, items: Iterable[T], description: str) -> Iterator[T]:
-        items = list(items)
-        self._bars.reset(self._steps, total=len(items), description=description, visible=True)
-        for item in items:
-            yield item
-            self._bars.advance(self._steps)
+    def stage(self, description: str, done: int, total: int) -> None:
+        if done == 0:
+            self._begin(description, total)
+        self._bars.update(self._steps, completed=done)
 
     def search(self, name: str, seed: int, evaluations: int) -> None:
-        self._searching = f"{name}, seed {seed}"
-        self._bars.reset(self._steps, total=evaluations, description=self._searching, visible=True)
+        self._searching = named(name, [seed])
+        self._begin(self._searching, evaluations)
 
     def evaluated(self, count: int, best: str) -> None:
         description = f"{self._searching}: best {best}"
         self._bars.update(self._steps, completed=count, description=description)
+
+    def _begin(self, description: str, total: int, visible: bool = True) -> None:
+        self._bars.reset(self._steps, total=total, description=description, visible=visible)
 
 
 class _Bars(_Bar):
@@ -84,8 +87,8 @@ class _Bars(_Bar):
         super().__init__(bars)
         self._others: dict[int, _Bar] = {}
 
-    def start(self, arms: int) -> None:
-        self._bars.update(self._arms, total=arms)
+    def start(self, steps: Mapping[experiment.Unit, int | None]) -> None:
+        self._bars.update(self._arms, total=len(steps))
 
     def beside(self, process: int) -> experiment.Progress:
         if process not in self._others:

@@ -159,12 +159,18 @@ def markdown(records: Sequence[Record], table: Sequence[Row]) -> str:
             f"({escape(', '.join(reference))}, ...), paired by seed, with a 95% interval; \\* "
             "excludes 0. Objective: what policies are chosen by, on validation. Evaluations count "
             "those of sensitivities; seconds are of the search, calibration at each choice too "
-            "where it was the first of its seed.",
+            f"where it was the first of its seed, {_compiling(found)}.",
             *lines,
             *(["", f"{escape(said)}"] if (said := notes.against_uniform(records)) else []),
             "",
         ]
     )
+
+
+def _compiling(found: Mapping[str, Mapping[int, Record]]) -> str:
+    told = [record["search"] for by_seed in found.values() for record in by_seed.values()]
+    apart = all("compile_seconds" in one for one in told)
+    return "without compiling" if apart else "compiling included where records are old"
 
 
 def _budget(by_seed: Mapping[int, Record]) -> str:

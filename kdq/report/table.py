@@ -1,8 +1,9 @@
 """The table of an experiment, as Markdown and on a terminal."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -18,11 +19,11 @@ from kdq.report.cells import (
     standard_output,
     terminal_grid,
 )
-from kdq.report.notes import notes
+from kdq.report.notes import notes, quick_note
 
 __all__ = ["Row", "markdown", "print_table", "rows"]
 
-Column = tuple[str, Callable[[Row], str], int]
+Column = tuple[str, Callable[[Row], str]]
 
 
 def markdown(table: Sequence[Row], records: Sequence[Record]) -> str:
@@ -32,7 +33,8 @@ def markdown(table: Sequence[Row], records: Sequence[Record]) -> str:
       table: what `rows` made of `records`.
       records: for the notes: where the numbers came from.
     """
-    lines = _grid([(name, cell) for name, cell, _ in COLUMNS], table)
+    lines = [f"**{said}**", ""] if (said := quick_note(table)) else []
+    lines += _grid(COLUMNS, table)
     found = [entry for entry in TRANSFER if any(row.measures[entry[1]].n for row in table)]
     if not {key for _, key, _ in found} <= EVERYWHERE:
         lines += ["", "What was transferred:", ""]
@@ -49,28 +51,50 @@ def _grid(columns: Sequence[tuple[str, Callable[[Row], str]]], table: Sequence[R
 
 
 def print_table(table: Sequence[Row], console: Console | None = None) -> None:
-    """Prints the rows; a terminal too narrow for every column gets the ones that matter most.
+    """Prints the rows, with as many columns as the width has room for, the most important first.
 
     Args:
       table: what `rows` made of records.
       console: where; None is the standard output.
     """
     console = console or standard_output()
-    width = console.width
+    cells = {name: [cell(row) for row in table] for name, cell in COLUMNS}
+    shown = _fitting(cells, console.width)
     grid = terminal_grid()
-    shown = [column for column in COLUMNS if column[2] <= width]
-    for name, _, _ in shown:
-        left = name in LEFT
-        # An interval or a size broken over two lines is hard to read; a name or a reason is not.
-        keep = name not in ("Arm", "Accuracy %")
-        grid.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=keep)
-    for row in table:
+    for name in shown:
+        # An interval or a size broken over two lines is hard to read; a long name or a reason is
+        # not.
+        keep = _width(name, cells[name]) <= FOLDED.get(name, console.width)
+        justify = "left" if name in LEFT else "right"
+        grid.add_column(name, justify=justify, overflow="fold", no_wrap=keep)
+    for i in range(len(table)):
         # Text, not str: rich would read the brackets of an interval or a name as its own markup.
-        grid.add_row(*(Text(cell(row)) for _, cell, _ in shown))
+        grid.add_row(*(Text(cells[name][i]) for name in shown))
     console.print(grid)
-    if len(shown) < len(COLUMNS):
-        left_out = ", ".join(name for name, _, least in COLUMNS if least > width)
-        console.print(Text(f"Not shown at this width: {left_out}."))
+    if left_out := [name for name in cells if name not in shown and _is_measured(cells[name])]:
+        console.print(Text(f"Not shown at this width: {'; '.join(left_out)}."))
+    if said := quick_note(table):
+        console.print(Text(said, style="bold"))
+
+
+def _fitting(cells: Mapping[str, Sequence[str]], width: int) -> list[str]:
+    """The columns that fit, in their order; those of NEEDED whether they do or not."""
+    chosen, taken = set(), 0
+    for name in IMPORTANCE:
+        natural = _width(name, cells[name])
+        least = min(natural, FOLDED.get(name, natural)) + GAP
+        if name in NEEDED or (_is_measured(cells[name]) and taken + least <= width):
+            chosen.add(name)
+            taken += least
+    return [name for name in cells if name in chosen]
+
+
+def _width(name: str, cells: Sequence[str]) -> int:
+    return max(map(cell_len, (name, *cells)))
+
+
+def _is_measured(cells: Sequence[str]) -> bool:
+    return any(cell != ABSENT for cell in cells)
 
 
 def accuracy_cell(row: Row) -> str:
@@ -114,26 +138,36 @@ def _bops(value: float) -> str:
     return f"{value:.0f}"
 
 
-# Name, cell, and the narrowest terminal (columns) that shows it.
 COLUMNS: tuple[Column, ...] = (
-    ("Arm", lambda r: r.arm, 0),
-    ("Kind", lambda r: r.kind or ABSENT, 120),
-    ("Bits", lambda r: r.bits or ABSENT, 0),
-    ("Params", lambda r: _plain(r.params, ",.0f"), 140),
-    ("Size", lambda r: format_bytes(r.size_bytes), 0),
-    ("Smaller", lambda r: ABSENT if math.isnan(r.size_ratio) else f"{r.size_ratio:.1f}×", 100),
-    ("Accuracy %", accuracy_cell, 0),
-    ("Δ [95%]", difference_cell, 0),
-    ("Δ against", lambda r: r.reference or ABSENT, 100),
-    ("Selected on", lambda r: r.selected_on or ABSENT, 140),
-    ("Last step %", lambda r: mean_cell(r.accuracy_last), 160),
-    ("Agreement %", lambda r: mean_cell(r.agreement), 160),
-    ("KL", lambda r: mean_cell(r.kl_to_teacher, 4), 180),
-    ("BOPs", lambda r: _bops(r.bops), 140),
-    ("Energy, modelled", lambda r: format_energy(r.energy_modelled_nj), 180),
-    ("Train s", lambda r: _plain(r.train_seconds, ".1f"), 140),
-    ("Seeds", lambda r: str(len(r.seeds)), 120),
+    ("Arm", lambda r: r.arm),
+    ("Kind", lambda r: r.kind or ABSENT),
+    ("Bits", lambda r: r.bits or ABSENT),
+    ("Params", lambda r: _plain(r.params, ",.0f")),
+    ("Size", lambda r: format_bytes(r.size_bytes)),
+    ("Smaller", lambda r: ABSENT if math.isnan(r.size_ratio) else f"{r.size_ratio:.1f}×"),
+    ("Accuracy %", accuracy_cell),
+    ("Δ [95%]", difference_cell),
+    ("Δ against", lambda r: r.reference or ABSENT),
+    ("Selected on", lambda r: r.selected_on or ABSENT),
+    ("Last step %", lambda r: mean_cell(r.accuracy_last)),
+    ("Agreement %", lambda r: mean_cell(r.agreement)),
+    ("KL", lambda r: mean_cell(r.kl_to_teacher, 4)),
+    ("BOPs", lambda r: _bops(r.bops)),
+    ("Energy, modelled", lambda r: format_energy(r.energy_modelled_nj)),
+    ("Train s", lambda r: _plain(r.train_seconds, ".1f")),
+    ("Compile s", lambda r: _plain(r.compile_seconds, ".1f")),
+    ("Seeds", lambda r: str(len(r.seeds))),
 )
+# On a terminal: which columns come first where there is no room for all, those that stay however
+# narrow it is, and those that may be folded to so many characters.
+IMPORTANCE = (
+    *("Arm", "Accuracy %", "Δ [95%]", "Bits", "Size", "Δ against", "Smaller", "Train s", "Seeds"),
+    *("Kind", "Energy, modelled", "Agreement %", "Params", "KL", "BOPs", "Compile s"),
+    *("Last step %", "Selected on"),
+)
+NEEDED = ("Arm", "Accuracy %", "Δ [95%]")
+FOLDED = {"Arm": 32, "Accuracy %": 24, "Δ against": 24}
+GAP = 2  # between two columns
 # Name, the measure's key, cell: a second table, where there is more than every record has.
 TRANSFER: tuple[tuple[str, str, Callable[[Row], str]], ...] = tuple(
     (name, key, lambda r, key=key, digits=digits: mean_cell(r.measures[key], digits))

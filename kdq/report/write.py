@@ -1,6 +1,5 @@
 """Writes everything that a finished experiment reports."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -9,9 +8,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
-from kdq.files import write_atomic
+from kdq.files import write_atomic, write_json
 from kdq.report import Record, pivot, searches, table
+from kdq.report.cells import standard_output
+
+PAGE, TABLES = "report.html", ("table.md", "table.csv", "table.tex")  # files of a report
 
 
 def write_report(
@@ -20,6 +23,8 @@ def write_report(
     console: Console | None = None,
 ) -> None:
     """Writes results.json and the page with its tables and plots to `workdir`; prints the table.
+
+    The last line that it prints says where they are.
 
     And pivot.md, where methods are there at several widths (see `kdq.report.pivot`), and
     searches.md, where searches compete.
@@ -39,14 +44,28 @@ def write_report(
     workdir = Path(workdir)
     summary = table.rows(records)
     plain = strict(list(records))
-    text = json.dumps(plain, indent=1, allow_nan=False)
-    write_atomic(workdir / "results.json", (text + "\n").encode())
+    write_json(workdir / "results.json", plain)
     if by_width := pivot.markdown(summary):
         write_atomic(workdir / "pivot.md", by_width.encode())
     if study := searches.markdown(records, summary):
         write_atomic(workdir / "searches.md", study.encode())
     write.write([read.of_records(plain, workdir)], workdir)
+    console = console or standard_output()
     table.print_table(summary, console)
+    print_places(workdir, console)
+
+
+def print_places(folder: str | os.PathLike[str], console: Console | None = None) -> None:
+    """Prints where the page and the tables of a report are, in one line.
+
+    Args:
+      folder: of the report.
+      console: where; None is the standard output.
+    """
+    console = console or standard_output()
+    page, *tables = (Path(folder, name) for name in (PAGE, *TABLES))
+    text = f"Report: {page}; tables: {', '.join(map(str, tables))}"
+    console.print(Text(text), soft_wrap=True)
 
 
 def strict(value: Any) -> Any:

@@ -1,10 +1,8 @@
 """What a model costs, layer by layer, at given bits: counted, modelled, measured."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from kdq import files
@@ -58,8 +56,7 @@ class CostTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON, atomically."""
-        text = json.dumps(to_json(self), indent=1, allow_nan=False)
-        files.write_atomic(path, f"{text}\n".encode())
+        files.write_json(path, to_json(self))
 
 
 def load(path: str | os.PathLike[str], *, device: str, other_device: bool = False) -> CostTable:
@@ -74,7 +71,7 @@ def load(path: str | os.PathLike[str], *, device: str, other_device: bool = Fals
       ConfigError: no such file, no table, or one that was measured on another device.
     """
     try:
-        table = build(CostTable, json.loads(Path(path).read_text()), str(path))
+        table = build(CostTable, files.read_json(path), str(path))
     except OSError as error:
         raise ConfigError(f"cost table {path} can't be read: {error.strerror}") from error
     except ValueError as error:

@@ -83,12 +83,15 @@ class Evaluator:
 
 def sums_of(logits: Array, held: Held) -> dict[str, Array]:
     """Sums over the examples that count."""
+    # A class that the student rules out, by a logit of −inf, is no part of the noise either.
+    possible = ~jnp.isneginf(held.float_logits)
+    signal = jnp.where(possible, held.float_logits, 0)
     each = {
         "kl": kl(held.teacher, logits),
         "loss": cross_entropy(logits, held.labels),
         "error": (logits.argmax(-1) != held.labels).astype(jnp.float32),
-        "signal": jnp.square(held.float_logits).sum(-1),
-        "noise": jnp.square(logits - held.float_logits).sum(-1),
+        "signal": jnp.square(signal).sum(-1),
+        "noise": jnp.square(jnp.where(possible, logits, 0) - signal).sum(-1),
         "count": jnp.ones_like(held.mask),
     }
     return {name: jnp.sum(held.mask * value) for name, value in each.items()}

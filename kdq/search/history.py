@@ -1,12 +1,15 @@
 """The log of a search: a line of JSON each evaluation, from which a killed search goes on."""
 
 import dataclasses
-import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from kdq import files
 from kdq.search.problem import Policy
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,25 +27,26 @@ class History:
     """Evaluations in the order in which they were made; on disk before the next one begins."""
 
     def __init__(self, path: Path):
-        """Opens the log; a last line that was cut off is dropped."""
+        """Opens the log; what follows a line that was cut off or is damaged is made again."""
         self._path = path
         self.evaluations: list[Evaluation] = []
         whole = b""
-        if path.is_file():
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break
-                fields = json.loads(line)
-                fields["policy"] = tuple(fields["policy"])
-                self.evaluations.append(Evaluation(**fields))
-                whole += line
+        for number, line in enumerate(_lines(path), start=1):
+            try:
+                self.evaluations.append(_evaluation(line))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                log.warning(
+                    "%s, line %d: damaged (%s); from there on made again", path, number, error
+                )
+                break
+            whole += line
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "ab")  # noqa: SIM115 closed by `close`
         self._file.truncate(len(whole))
 
     def add(self, evaluation: Evaluation) -> None:
-        line = json.dumps(dataclasses.asdict(evaluation), allow_nan=False)
-        self._file.write(f"{line}\n".encode())
+        line = files.json_text(dataclasses.asdict(evaluation), indent=None)
+        self._file.write(line.encode())
         self._file.flush()
         os.fsync(self._file.fileno())
         self.evaluations.append(evaluation)
@@ -55,3 +59,20 @@ class History:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Returns the lines of a file that have an end."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [line + b"\n" for line in lines[:-1]]
+
+
+def _evaluation(line: bytes) -> Evaluation:
+    """Returns what `History.add` wrote. Raises whatever comes first for something else."""
+    fields = files.unseal(files.parse(line.decode()))
+    evaluation = Evaluation(**{**fields, "policy": tuple(fields["policy"])})
+    for numbers in (evaluation.scores, evaluation.costs, {"seconds": evaluation.seconds}):
+        for name, value in numbers.items():
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name}={value!r} is no number")
+    return evaluation

@@ -195,6 +195,7 @@ class Files:
             self._variables,
             self._qparams(chosen),
             model=self._config,
+            inputs=self._images[:1],
             metadata=METADATA,
         )
 

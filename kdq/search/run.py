@@ -1,11 +1,11 @@
 """The search: a searcher proposes, policies are evaluated and logged, the best one is found."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 from kdq.search.history import Evaluation, History
 from kdq.search.problem import InfeasibleError, Policy, Problem
 from kdq.search.searcher import Searcher
+from kdq.stopwatch import Stopwatch
 
 # Policies -> of each its scores by objective, less being better.
 Score = Callable[[Sequence[Policy]], list[Mapping[str, float]]]
@@ -45,7 +45,7 @@ def run(
     known = list(history.evaluations)
     scores = {one.policy: one.scores for one in known}
     before = known[-1].seconds if known else 0.0
-    start, count, best = time.monotonic(), 0, None
+    watch, count, best = Stopwatch(), 0, None
     while count < evaluations:
         policies = list(searcher.propose())[: evaluations - count]
         if not policies:
@@ -67,7 +67,7 @@ def run(
                     chosen=problem.describe(policy),
                     scores=scores[policy],
                     costs=problem.total(policy),
-                    seconds=before + time.monotonic() - start,
+                    seconds=before + watch.working,
                 )
                 history.add(evaluation)
             best = better(best, history.evaluations[count], objective, problem)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from kdq import experiment
 from kdq.config import to_json
 from kdq.experiment.sharing import Shared
 from kdq.experiment.store import Store
-from kdq.files import write_atomic
+from kdq.files import DamagedError, read_json, write_atomic, write_json
 from kdq.report import table
 from kdq.report.cells import escape
 from kdq.report.write import strict
@@ -50,7 +49,12 @@ def is_finished(run: Run) -> bool:
         if exported and not set(wanted.formats) <= set(record.get("exports", {})):
             return False
     report = run.folder / "results.json"  # of launch/compress.py
-    return bool(run.arm) or (report.is_file() and json.loads(report.read_text()) == found)
+    if run.arm or not report.is_file():
+        return bool(run.arm)
+    try:
+        return read_json(report) == found
+    except DamagedError:
+        return False  # the run writes it again
 
 
 def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None:
@@ -72,8 +76,7 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
         told = {"run": run.name, "overrides": to_json(run.overrides)}
         records += [{**told, **record} for record in found]
         groups.setdefault(run.digest, []).extend(found)
-    text = json.dumps(strict(records), indent=1, allow_nan=False)
-    write_atomic(workdir / "results.json", f"{text}\n".encode())
+    write_json(workdir / "results.json", strict(records))
     rows, shown = [], []
     for digest, found in groups.items():
         prefix = f"{labels[digest]}/" if len(groups) > 1 else ""

@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from kdq import config as kdq_config
+from kdq import trust
 from kdq.config import ConfigError, Experiment
 from kdq.experiment import plan
 from kdq.sweep import names
@@ -127,6 +128,7 @@ def _run(config: str, overrides: Mapping[str, Any], folder: Path, launch: Path, 
     workdir = folder.absolute()
     command += [f"--workdir={workdir}", f"--shared={workdir.parents[1] / SHARED}"]
     command += [f"--arm={arm}"] if arm else []
+    command += [f"--allow_models={module}" for module in trust.allowed()]
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Runs of one sweep compile much the same.
         command.append(f"--compilation_cache_dir={workdir.parents[1] / 'compiled'}")

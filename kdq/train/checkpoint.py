@@ -1,23 +1,39 @@
-"""Checkpoints, by Orbax: the only file that imports it."""
+"""Checkpoints, by Orbax: the only file that imports it.
+
+Orbax's files have no checksums that cover all of them, so each checkpoint has the digests of its
+trees and of its record beside them: `STEP/digests/PROCESS.json`, written with them and checked
+whenever they are read.
+"""
 
 import contextlib
-import errno
+import dataclasses
 import functools
 import itertools
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import future
 
-from kdq import processes
+from kdq import files, processes
+from kdq.train import digests, interrupts
 
 log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files of digests
+_DIGESTS = "digests"
+
+
+class CheckpointError(OSError):
+    """A checkpoint that is missing, or that this version can't read; says what to do."""
 
 
 class Checkpointer:
@@ -33,7 +49,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, alone: bool = False):
-        self._directory = os.path.abspath(directory)
+        self._directory, self._alone = os.path.abspath(directory), alone
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         if alone and jax.process_count() > 1:
             own = jax.process_index()
@@ -43,16 +59,23 @@ class Checkpointer:
                     primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"own{own}"
                 ),
             )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        # What goes wrong in Orbax's threads is raised by `wait`; they log it as well, in kilobytes.
+        self._quiet = lambda record: "orbax" not in record.pathname
+        absl.logging.get_absl_logger().addFilter(self._quiet)
+        with self._named_errors():
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Saves `trees` and `record` as `step`, unless `step` is there already."""
         if step in self._manager.all_steps():
             return
         # Copies: the caller's next step donates its buffers while Orbax still reads.
-        items = {k: ocp.args.StandardSave(jax.tree.map(jnp.copy, t)) for k, t in trees.items()}
+        trees = {name: jax.tree.map(jnp.copy, tree) for name, tree in trees.items()}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items[_DIGESTS] = _DigestsSave(trees=trees, record=record)
         args = ocp.args.Composite(record=ocp.args.JsonSave(dict(record)), **items)
-        with self._full_disk():
+        self.wait()  # for the save before, which may take long
+        with self._named_errors(), interrupts.held_back():
             self._manager.save(step, args=args)
 
     def restore(
@@ -64,12 +87,14 @@ class Checkpointer:
           like: for each tree wanted, a pytree of its structure and shapes, which is restored to
             where that lies; or None to get it as nested dicts of NumPy arrays.
 
-        A checkpoint that can't be read is named in a warning and renamed to "STEP.damaged"; the
-        one before it is tried.
+        A checkpoint that can't be read, or is not what was saved, is named in a warning and renamed
+        to "STEP.damaged"; the one before it is tried.
+
+        Raises CheckpointError for one of a newer format.
         """
         while steps := self.steps():
-            if found := self.read(max(steps), like):
-                return max(steps), *found
+            if parts := self.read(max(steps), like):
+                return max(steps), *parts
         return None
 
     def steps(self) -> list[int]:
@@ -80,26 +105,47 @@ class Checkpointer:
     def read(
         self, step: int, like: Mapping[str, Any | None]
     ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """`(trees, record)` of a step's checkpoint; None if it can't be read. See `restore`."""
+        """`(trees, record)` of a step's checkpoint; None if it is damaged. See `restore`."""
+        path = os.path.join(self._directory, str(step))
+        parts = problem = None
         try:
-            items = {
-                name: ocp.args.StandardRestore(
-                    self._on_host(step, name)
-                    if tree is None
-                    else jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-                )
-                for name, tree in like.items()
-            }
-            args = ocp.args.Composite(record=ocp.args.JsonRestore(), **items)
-            found = self._manager.restore(step, args=args)
-            return {name: found[name] for name in like}, found["record"]
+            with interrupts.held_back():  # of which a checkpoint is not to blame either
+                expected = _read_digests(path)
+                parts = self._restore(step, like)
+            if reason := expected and expected.difference(*parts):
+                problem = f"is damaged and is set aside: {reason}"
+        except (CheckpointError, MemoryError, PermissionError):
+            raise  # of which a checkpoint is not to blame
         except Exception as error:  # a damaged file can raise anything
-            path = os.path.join(self._directory, str(step))
+            _check_orbax(path, error)
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            log.warning("checkpoint %s can't be read and is set aside: %s", path, reason)
-            processes.first(functools.partial(_set_aside, path))
-            self._manager.reload()
-            return None
+            problem = f"can't be read and is set aside: {reason}"
+        damaged = problem is not None
+        if not (damaged if self._alone else processes.any_of(damaged)):
+            return parts
+        log.warning("checkpoint %s %s", path, problem or "is set aside: a process can't read it")
+        aside = functools.partial(_set_aside, path)
+        if self._alone:
+            aside()
+        else:
+            processes.first(aside)
+        self._manager.reload()
+        return None
+
+    def _restore(
+        self, step: int, like: Mapping[str, Any | None]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        items = {
+            name: ocp.args.StandardRestore(
+                self._on_host(step, name)
+                if tree is None
+                else jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+            )
+            for name, tree in like.items()
+        }
+        args = ocp.args.Composite(record=ocp.args.JsonRestore(), **items)
+        restored = self._manager.restore(step, args=args)
+        return {name: restored[name] for name in like}, restored["record"]
 
     def drop_after(self, step: int) -> None:
         """Deletes later checkpoints: those of a run that begins again at `step`."""
@@ -117,25 +163,30 @@ class Checkpointer:
         """Returns when everything saved is on disk; raises what went wrong in the background.
 
         Raises:
-          OSError: the disk is full.
+          OSError: the disk is full, or can't be written.
         """
-        with self._full_disk():
+        with self._named_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with self._full_disk():
+        with self._named_errors(), interrupts.held_back(2):
             self._manager.close()
+        absl.logging.get_absl_logger().removeFilter(self._quiet)
 
     @contextlib.contextmanager
-    def _full_disk(self) -> Iterator[None]:
-        """Says so in a line: TensorStore raises a ValueError of kilobytes."""
+    def _named_errors(self) -> Iterator[None]:
+        """A full disk and the like in a line: TensorStore raises a ValueError of kilobytes."""
         try:
             yield
         except ValueError as error:
-            if os.strerror(errno.ENOSPC) not in str(error):
+            if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
                 raise
-            message = os.strerror(errno.ENOSPC)
-            raise OSError(errno.ENOSPC, message, self._directory) from None
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), self._directory) from None
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = self._directory
+            raise
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -152,5 +203,112 @@ def _set_aside(path: str) -> None:
     for n in itertools.count(1):
         target = f"{path}.damaged" if n == 1 else f"{path}.damaged.{n}"
         if not os.path.exists(target):
-            os.rename(path, target)
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                os.rename(path, target)
             return
+
+
+# The digests beside what Orbax writes.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Expected:
+    """What was saved."""
+
+    trees: Mapping[str, digests.Digests]
+    record: str
+
+    def difference(self, trees: Mapping[str, Any], record: Mapping[str, Any]) -> str | None:
+        """Returns what is other than was saved, in words; None if nothing is."""
+        wrong = {name: digests.difference(tree, self.trees[name]) for name, tree in trees.items()}
+        wrong["record"] = None if _seal_of(record) == self.record else "its values are others"
+        return next((f"{name}: {why}" for name, why in wrong.items() if why), None)
+
+
+def _read_digests(path: str) -> _Expected | None:
+    """Returns what a checkpoint is to hold; None for one from before there were digests.
+
+    Raises:
+      CheckpointError: it is of a newer format.
+      DamagedError, KeyError, OSError, TypeError, ValueError: the digests are damaged themselves.
+    """
+    folder = os.path.join(path, _DIGESTS)
+    if not os.path.isdir(folder):
+        return None
+    first = files.read_json(os.path.join(folder, "0.json"))
+    if first["format"] > FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} is of format {first['format']}, and this version of kdq reads up "
+            f"to {FORMAT}: install a newer one, or delete the checkpoint"
+        )
+    others = [
+        files.read_json(os.path.join(folder, f"{i}.json")) for i in range(1, first["processes"])
+    ]
+    names = first["trees"]
+    every = [first, *others]
+    return _Expected(
+        trees={
+            name: digests.merged(digests.from_json(one["trees"][name]) for one in every)
+            for name in names
+        },
+        record=first["record"],
+    )
+
+
+def _check_orbax(path: str, error: Exception) -> None:
+    """Raises CheckpointError if a newer Orbax saved what this one can't read."""
+    try:
+        saved_by = files.read_json(os.path.join(path, _DIGESTS, "0.json"))["orbax"]
+        newer = _numbers(saved_by) > _numbers(ocp.__version__)
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if newer:
+        raise CheckpointError(
+            f"checkpoint {path} was saved by Orbax {saved_by}, and Orbax {ocp.__version__} can't "
+            f"read it: pip install 'orbax-checkpoint>={saved_by}', or delete the checkpoint"
+        ) from error
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"\d+", version)[:3])
+
+
+def _seal_of(record: Mapping[str, Any]) -> str:
+    return files.seal(record)[files.SEAL]
+
+
+class _DigestsHandler(ocp.AsyncCheckpointHandler):
+    """Writes digests while Orbax writes the arrays: hashing must not keep the loop waiting."""
+
+    async def async_save(
+        self, directory: epath.Path, args: "_DigestsSave"
+    ) -> list[future.Future] | None:
+        writing = self._write(directory, args)
+        return [future.CommitFutureAwaitingContractedSignals(writing, name="digests")]
+
+    async def _write(self, directory: epath.Path, args: "_DigestsSave") -> None:
+        self.save(directory, args)
+
+    def save(self, directory: epath.Path, args: "_DigestsSave") -> None:
+        trees = {name: digests.of_tree(tree) for name, tree in args.trees.items()}
+        document = {
+            "format": FORMAT,
+            "orbax": ocp.__version__,
+            "processes": jax.process_count(),
+            "trees": {name: digests.to_json(found) for name, found in trees.items()},
+            "record": _seal_of(args.record),
+        }
+        path = directory / f"{jax.process_index()}.json"
+        path.write_text(files.json_text(document, indent=None))
+
+    def restore(self, directory: epath.Path, args: Any = None) -> _Expected | None:
+        return _read_digests(os.fspath(directory.parent))
+
+
+@ocp.args.register_with_handler(_DigestsHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _DigestsSave(ocp.args.CheckpointArgs):
+    """What a checkpoint holds; of no account where it is read."""
+
+    trees: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -12,6 +12,7 @@ import numpy as np
 
 from kdq import processes, quantize
 from kdq.data import iterate
+from kdq.stopwatch import Stopwatch
 from kdq.train import together
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError, first_nonfinite
@@ -33,6 +34,7 @@ class Selection:
     weights: Weights
     step: int
     metrics: dict[str, float]  # on validation: "accuracy", "nll"
+    peer: dict[str, Any] | None = None  # its "params" and "model_state", where there is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,9 @@ class Fit:
     last_step: int
     selected: Selection
     seconds: float  # of training and validation, over all the processes that took part
+    # Of compiling for both, apart; None: it went on from a checkpoint of a version that did not
+    # tell, whose part of `seconds` has it.
+    compile_seconds: float | None
 
 
 def is_better(metrics: dict[str, float], than: dict[str, float]) -> bool:
@@ -121,6 +126,7 @@ class _Run:
         self.task, self.layout, self.workdir = task, task.layout, workdir
         self.state = task.layout.place(state)
         self.step, self.seconds = 0, 0.0
+        self.compile_seconds: float | None = 0.0
         self.best: dict[str, Any] = _parts(self.state)
         self.best_record: dict[str, Any] | None = None
         self.batches = iterate(task.dataset)
@@ -140,16 +146,23 @@ class _Run:
     def resume(self, step: int, trees: dict[str, Any], record: dict[str, Any]) -> None:
         self.step, self.state, self.best = step, trees["state"], trees["selected"]
         self.best_record, self.seconds = record["selected"], record["seconds"]
+        self.compile_seconds = record.get("compile_seconds")
         self.batches.set_state(record["data"])
         self.checkpointer.drop_after(step)
 
-    def save(self, step: int, seconds: float) -> None:
+    def save(self, step: int) -> None:
         record = {
             "selected": self.best_record,
-            "seconds": self.seconds + seconds,
+            "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds,
             "data": self.batches.get_state(),
         }
         self.checkpointer.save(step, {"state": self.state, "selected": self.best}, record)
+
+    def took(self, seconds: float, compile_seconds: float) -> None:
+        self.seconds += seconds
+        if self.compile_seconds is not None:
+            self.compile_seconds += compile_seconds
 
     def validate(self, step: int) -> dict[str, float]:
         """What the state scores; keeps the weights if they are the best so far."""
@@ -175,9 +188,12 @@ class _Run:
             last=self.layout.fetch(weights(self.state)),
             last_step=self.task.steps,
             selected=Selection(
-                weights=self.layout.fetch(_weights(self.state, self.best)), **self.best_record
+                weights=self.layout.fetch(_weights(self.state, self.best)),
+                peer=self.layout.fetch(self.best.get("peer")),
+                **self.best_record,
             ),
             seconds=self.seconds,
+            compile_seconds=self.compile_seconds,
         )
 
 
@@ -223,13 +239,13 @@ class _Loop:
             self._take_steps()
 
     def _take_steps(self) -> None:
-        task, start = self.task, time.monotonic()
-        # Each run's share of the time.
-        seconds = lambda: (time.monotonic() - start) / len(self.runs)
-        saved_at = start
+        task, self.watch = self.task, Stopwatch()
+        saved_at = time.monotonic()
         while self.step < task.steps and not all(run.error for run in self.runs):
             batches = [next(run.batches) for run in self.runs]
             freeze_norm = self.step >= task.freeze_norm_at
+            if self.step - 1 < task.freeze_norm_at <= self.step:
+                self._log()  # before another program is compiled, what was begun is to be over
             self.state, metrics = self.program(self.state, batches, freeze_norm=freeze_norm)
             self.step += 1
             self.pending.append((self.step, metrics))
@@ -241,12 +257,19 @@ class _Loop:
                 self._validate()
                 due = processes.agree(time.monotonic() - saved_at >= self.checkpoint_seconds)
                 if due or self.step == task.steps:
+                    self._note_time()
                     for run in self.runs:
                         if not run.error:
-                            run.save(self.step, seconds())
+                            run.save(self.step)
                     saved_at = time.monotonic()
+        self._note_time()
+
+    def _note_time(self) -> None:
+        """Gives each run its share of the time since this was last done."""
+        seconds, compile_seconds = self.watch.working, self.watch.compiling
+        self.watch = Stopwatch()
         for run in self.runs:
-            run.seconds += seconds()
+            run.took(seconds / len(self.runs), compile_seconds / len(self.runs))
 
     def _log(self, keep: int = 0) -> None:
         ready = self.pending[: len(self.pending) - keep]

@@ -4,14 +4,19 @@ With a folder for them, the same as TensorBoard's events.
 """
 
 import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from kdq import processes
+from kdq import files, processes
 from kdq.fields import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def tensorboard() -> ModuleType:
@@ -44,23 +49,28 @@ class MetricsWriter:
         if not processes.is_first():
             return
         self._path = Path(path)
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= after_step]
-        kept = kept if after_step else []
-        scratch = self._path.with_suffix(".tmp")
-        scratch.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(scratch, self._path)
-        self._file = self._path.open("a")
+        entries = self._entries() if after_step else []
+        kept = [entry for entry in entries if entry["step"] <= after_step]
+        text = "".join(json.dumps(entry) + "\n" for entry in kept)
+        files.write_atomic(self._path, text.encode())
+        self._file = self._path.open("a", encoding="utf-8")
         if events is not None:
             shutil.rmtree(events, ignore_errors=True)  # a file of events can't be cut
             self._events = tensorboard().SummaryWriter(str(events))
-            for line in kept:
-                self._add(json.loads(line))
+            for entry in kept:
+                self._add(entry)
 
-    def _lines(self) -> list[str]:
+    def _entries(self) -> list[dict[str, Any]]:
+        """Returns those of an earlier run; damaged ones are left out, with a warning."""
         if not self._path.exists():
             return []
-        lines = self._path.read_text().split("\n")
-        return [line for line in lines[:-1] if line]  # the last has no newline: it was cut off
+        # The last line has no end: it is empty, or was cut off.
+        lines = self._path.read_bytes().split(b"\n")[:-1]
+        entries = [entry for line in lines if (entry := _entry(line)) is not None]
+        if len(entries) < len(lines):
+            count = len(lines) - len(entries)
+            log.warning("%s: %d damaged lines are left out", self._path, count)
+        return entries
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is None:
@@ -86,3 +96,15 @@ class MetricsWriter:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """Returns what `MetricsWriter.write` wrote; None for something else."""
+    try:
+        entry = files.parse(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        return None
+    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in entry.values())
+    return entry if numbers else None

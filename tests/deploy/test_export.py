@@ -17,7 +17,7 @@ def packed(tmp_path_factory):
     """`(packed file, images)` of a network of 2-bit weights."""
     model, variables, images = network("pooled", offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(2, 8), [images])
-    variables = deploy.round_biases(model, variables, qparams, images)
+    variables = deploy.lower(model, variables, qparams, images).simulated(variables)
     path = tmp_path_factory.mktemp("packed") / "model.safetensors"
     description = {**NETWORKS["pooled"], "num_classes": 10}
     deploy.save_packed(path, variables, qparams, model=description, metadata={"arm": "qat"})

@@ -23,7 +23,6 @@ CASES = [
 def test_does_as_the_integer_model(name, bits):
     model, variables, images = network(name, offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
-    variables = deploy.round_biases(model, variables, qparams, images)
     integer = deploy.lower(model, variables, qparams, images)
     data = litert.to_litert(integer, images)
     outputs = litert.litert_model(data)(np.asarray(images))

@@ -202,7 +202,7 @@ def test_a_kdq_entry_that_is_no_document(tmp_path, text):
 
 def test_another_format_version(good):
     rewritten(good, lambda arrays, document: document.update(format=1))
-    with pytest.raises(PackedFileError, match=r"format=1; this kdq reads 3"):
+    with pytest.raises(PackedFileError, match=r"format=1; this kdq reads 3 and 4"):
         load_packed(good)
 
 

@@ -10,6 +10,7 @@ from concurrent import futures
 import numpy as np
 import pytest
 
+from kdq import files
 from kdq.distill import cache
 from kdq.distill.cache import CacheError, open_cache, write_cache
 from kdq.distill.cache_key import CacheKey, Dense, Sampled, TopK, make_records
@@ -209,7 +210,7 @@ def test_no_damage_of_the_metadata_goes_unseen(tmp_path):
         with pytest.raises(CacheError, match=str(directory)):
             open_cache(directory, BY_ID)
     path.write_bytes(b"\xff" + text.encode())
-    with pytest.raises(CacheError, match=r"metadata\.json is damaged"):
+    with pytest.raises(CacheError, match=r"metadata\.json can't be read as JSON"):
         open_cache(directory, BY_ID)
 
 
@@ -233,7 +234,7 @@ def test_shards_of_another_length_are_refused(tmp_path):
     ):
         shards = zip(metadata["shards"], records, strict=False)
         changed = [{**shard, "records": count} for shard, count in shards]
-        path.write_text(json.dumps({**metadata, "shards": changed}))
+        files.write_json(path, {**metadata, "shards": changed})
         with pytest.raises(CacheError, match=pattern):
             open_cache(tmp_path / "cache", BY_ID)
 

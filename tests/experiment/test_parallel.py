@@ -32,8 +32,8 @@ class Heard(experiment.Progress):
     def __init__(self):
         self.total, self.done_, self.others = 0, [], {}
 
-    def start(self, arms):
-        self.total = arms
+    def start(self, steps):
+        self.total = len(steps)
 
     def beside(self, process):
         return self.others.setdefault(process, Heard.Arms())
@@ -43,10 +43,16 @@ class Heard(experiment.Progress):
 
     class Arms(experiment.Progress):
         def __init__(self):
-            self.arms = []
+            self.arms, self.prepared, self.stages = [], [], []
+
+        def prepare(self, name, seed):
+            self.prepared.append((name, seed))
 
         def arm(self, name, seeds, steps):
             self.arms.append((name, *seeds))
+
+        def stage(self, description, done, total):
+            self.stages.append((description, done, total))
 
 
 # What processes are given to run, in place of arms: a line in a file at either end.
@@ -60,6 +66,8 @@ def noting(_, workdir, progress, *, wrong=None, seconds=0.05):
             file.write(json.dumps(line) + "\n")
 
     def one(name, seed):
+        progress.prepare(name, seed)
+        assert list(progress.method("xyz", f"calibrating {name}")) == ["x", "y", "z"]
         progress.arm(name, [seed], 1)
         note("begins", name, seed)
         time.sleep(seconds)
@@ -139,6 +147,10 @@ def test_each_runs_once_after_what_it_needs_on_cores_of_its_own(seeds, tmp_path)
             over.add((name, seed))
     told = [unit for other in heard.others.values() for unit in other.arms]
     assert sorted(told) == sorted(missing)
+    assert sorted(u for other in heard.others.values() for u in other.prepared) == sorted(missing)
+    stages = [stage for other in heard.others.values() for stage in other.stages]
+    begun = [(f"calibrating {name}", 0, 3) for name, _ in missing]
+    assert sorted(stage for stage in stages if stage[1] == 0) == sorted(begun)
     # A process that has begun a seed goes on with it.
     processes = {}
     for line in lines:
@@ -177,7 +189,6 @@ def test_what_goes_wrong_in_one_ends_all_and_is_raised(seeds, tmp_path, wrong, e
         ({}, min(3, len(os.sched_getaffinity(0)))),
         ({"seeds": (0,)}, 1),
         ({"workers": 1}, 1),
-        ({"workers": 5}, 5),
         ({"seeds_at_once": 2}, 1),
         ({"mesh": {"data": -1}}, 1),
         ({"export": {"latency_batches": (1,)}}, 1),
@@ -192,7 +203,6 @@ def test_how_many_processes(tiny_config, changed, expected):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"workers": -1},
         {"workers": 2, "seeds_at_once": 2},
         {"workers": 2, "mesh": {"data": 2}},
         {"workers": 2, "export": {"latency_batches": (1,)}},
@@ -201,8 +211,17 @@ def test_how_many_processes(tiny_config, changed, expected):
 )
 def test_processes_that_can_not_be(tiny_config, changed):
     one = config.freeze({**tiny_config(), **changed})
-    with pytest.raises(ConfigError, match=rf"config.workers={changed['workers']}: want 0 "):
+    with pytest.raises(ConfigError, match=r"config.workers=2: want at most 1 with a mesh"):
         parallel.workers(one)
+
+
+@pytest.mark.parametrize("more", [1, 10**6])
+def test_no_more_processes_than_cores(tiny_config, more):
+    cores = len(os.sched_getaffinity(0))
+    one = config.freeze({**tiny_config(), "workers": cores})
+    assert parallel.workers(one) == cores
+    with pytest.raises(ConfigError, match=rf"workers={cores + more}: .* {cores} cores.*at most"):
+        parallel.workers(dataclasses.replace(one, workers=cores + more))
 
 
 # Arms themselves.

@@ -48,12 +48,13 @@ def test_a_digest_covers_what_decides_the_numbers_and_nothing_else(tiny_config):
     assert changed_arms(base, seeds=(5,)) == set()
     assert changed_arms(base, data__data_dir="/elsewhere") == set()
     assert changed_arms(base, checkpoint_seconds=9.0) == set()
+    assert changed_arms(base, quick=True) == set()
     assert changed_arms(base, arms__qad__reference="qat") == set()
 
 
 def test_the_experiment_digest_leaves_out_seeds_and_folder(tiny_config):
     base = tiny_config()
     digest = plan.experiment_digest(frozen(base))
-    same = frozen(base, seeds=(4, 5), data__data_dir="/x", resources={"cpus": 2})
+    same = frozen(base, seeds=(4, 5), data__data_dir="/x", resources={"cpus": 2}, quick=True)
     assert digest == plan.experiment_digest(same)
     assert digest != plan.experiment_digest(frozen(base, arms__qat__epochs=3.0))

@@ -78,6 +78,7 @@ def test_the_record_has_the_errors_before_and_after(tiny_config, case):
     assert errors["kl"][1] == pytest.approx(expected, rel=1e-3)
     assert errors["kl"][0] != pytest.approx(errors["kl"][1], rel=1e-3)
     assert told["calibration_seconds"] > 0
+    assert told["compile_seconds"] >= 0
 
 
 @pytest.mark.parametrize(

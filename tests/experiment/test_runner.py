@@ -11,7 +11,7 @@ import pytest
 from scipy.special import log_softmax
 from sklearn.datasets import load_digits
 
-from kdq import config, data, deploy, experiment
+from kdq import config, data, deploy, experiment, files
 from kdq.data.digits import split_ids
 from kdq.report import table
 
@@ -51,8 +51,8 @@ class Watcher(experiment.Progress):
     def __init__(self):
         self.total, self.ran, self.steps, self.finished = 0, [], {}, []
 
-    def start(self, arms):
-        self.total = arms
+    def start(self, steps):
+        self.total = len(steps)
 
     def arm(self, name, seeds, steps):
         self.ran += [(name, seed) for seed in seeds]
@@ -71,7 +71,7 @@ def test_records_have_every_field(finished):
     numbers = [
         *("accuracy", "nll", "accuracy_last", "nll_last", "agreement", "kl_to_teacher"),
         *("validation_accuracy", "validation_nll", "macs", "bops", "params", "size_bytes"),
-        *("train_seconds", "steps", "selected_step"),
+        *("train_seconds", "compile_seconds", "steps", "selected_step"),
     ]
     for record in records:
         assert record["status"] == "ok"
@@ -83,7 +83,7 @@ def test_records_have_every_field(finished):
             assert record[key], key
         assert record["versions"]["jax"]
         assert set(record["data"]) == {"train", "validation", "test"}
-        on_disk = json.loads((workdir / record["arm"] / "0" / "result.json").read_text())
+        on_disk = files.read_json(workdir / record["arm"] / "0" / "result.json")
         assert on_disk == record
     records = by_arm(records)
     assert [records[a]["bits"] for a in ARMS] == ["fp32", "fp32", "fp32", "W4A4", "W4A4", "W2"]
@@ -204,6 +204,15 @@ def test_a_finished_experiment_does_nothing(finished):
     assert every_file(workdir) == before
 
 
+def test_records_of_a_quick_run_say_so_and_those_that_are_there_stay(copied, tiny_config, finished):
+    changed, _, records = {**tiny_config(), "quick": True}, *finished[1:]
+    (copied / "ptq" / "0" / "result.json").unlink()
+    again = by_arm(experiment.run(config.freeze(changed), copied))
+    assert again.pop("ptq")["quick"] is True
+    assert again == {arm: record for arm, record in by_arm(records).items() if arm != "ptq"}
+    assert not any("quick" in record for record in records)
+
+
 def test_only_what_is_new_runs(copied, tiny_config, finished):
     before, changed = every_file(copied), tiny_config()
     before = {path: file for path, file in before.items() if path.name != "config.json"}
@@ -235,7 +244,7 @@ def test_an_arm_whose_result_is_lost_is_finished_from_its_checkpoint(copied, fin
     (copied / "qat" / "0" / "model.safetensors").unlink()
     again = by_arm(experiment.run(frozen, copied))["qat"]
     expected = by_arm(records)["qat"]
-    times = dict.fromkeys(("train_seconds", "calibration_seconds"))
+    times = dict.fromkeys(("train_seconds", "calibration_seconds", "compile_seconds"))
     assert {**again, **times} == {**expected, **times}
     file = "qat/0/model.safetensors"
     assert (copied / file).read_bytes() == (original / file).read_bytes()
@@ -264,7 +273,7 @@ def test_an_interrupted_experiment_ends_as_the_unbroken_one(finished, tmp_path):
             experiment.run(frozen, tmp_path, progress=Interrupting(arm, step))
         assert not (tmp_path / arm / "0" / "result.json").exists()
     again = experiment.run(frozen, tmp_path)
-    times = dict.fromkeys(("train_seconds", "calibration_seconds", "commit"))
+    times = dict.fromkeys(("train_seconds", "calibration_seconds", "compile_seconds", "commit"))
     assert [r | times for r in again] == [r | times for r in records]
     for arm in ARMS:
         file = f"{arm}/0/model.safetensors"

@@ -65,7 +65,10 @@ def test_what_can_not_be_described():
     [
         ("no_such_module:Net", r"No module named 'no_such_module'; want package.module:Class"),
         (f"{HERE}:Nett", r"unknown class of .* 'Nett' \(did you mean 'Net'\?\); valid: Net, Blind"),
-        ("__main__:Netz", "is of another program; a class that several use wants a module"),
+        (
+            "__main__:Netz",
+            "is of another program, a script .*; a class that several use wants a module",
+        ),
         (f"{HERE}:pytest", "is no class of flax.linen.Module"),
         (f"{HERE}:Blind", r"__call__ takes \['inputs'\]; want `train: bool` too"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from kdq.quantize import Entropy, MinMax, QuantizationRule, TensorSpec, calibrate, grid
-from kdq.quantize.observers import BINS
+from kdq.quantize.histogram import BINS
 
 SIGNED = {"symmetric": True, "signed": True, "narrow": False}
 UNSIGNED = {"symmetric": True, "signed": False, "narrow": False}

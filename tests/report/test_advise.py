@@ -73,9 +73,9 @@ def ladder():
 @pytest.mark.parametrize(
     ("given", "method", "arm"),
     [
-        ({}, "nothing", "teacher"),
+        ({}, "labels only", "teacher"),
         ({"max_size_kib": 20.0}, "KD", "kd"),
-        ({"max_size_kib": 20.0, "teacher": False}, "nothing", "student"),
+        ({"max_size_kib": 20.0, "teacher": False}, "labels only", "student"),
         ({"max_size_kib": 6.0}, "KD then PTQ", "kd_w8"),
         ({"max_size_kib": 6.0, "teacher": False}, "PTQ", "ptq_w8"),
         ({"max_size_kib": 4.0}, "QAD", "qad_w4"),
@@ -90,6 +90,21 @@ def test_the_method_that_the_constraints_leave(tmp_path, ladder, given, method, 
         assert answer == "Nothing that was measured satisfies the constraints."
     else:
         assert answer.startswith(f"Use {method}: {rules.METHODS[method].says}. {arm} (")
+
+
+def test_training_time_is_without_compiling_and_old_records_are_said_to_have_it(tmp_path):
+    teacher = record("teacher", "teacher", accuracy=0.97, kib=400.0)
+    student = record("student", "labels", accuracy=0.9, train_seconds=30.0, compile_seconds=600.0)
+    quick = record("qat", "QAT", "W4A4", accuracy=0.91, reference="student", train_seconds=20.0)
+    apart = [teacher, student, {**quick, "compile_seconds": 300.0}]
+    text = report(tmp_path, apart, training_minutes=1.0, max_size_kib=100)
+    assert "Use QAT" in text  # 50 s, and 15 minutes of compiling
+    assert "Compiling is not counted." in text
+    assert "contain compiling" not in text
+    text = report(tmp_path, [teacher, student, quick], training_minutes=1.0, max_size_kib=100)
+    assert "Train s contains it for qat" in text
+    assert "runs: the training times of qat contain compiling" in text
+    assert "Compiling is not counted." not in text
 
 
 def test_nothing_fits_and_the_nearest_is_named(tmp_path, ladder):
@@ -310,7 +325,7 @@ def test_a_workdir_says_what_arms_build_on(tmp_path, tiny_config):
     assert {arm: found[arm].lineage.labels for arm in labels} == labels
     document = advise(sources, Constraints(teacher=True)).markdown()
     assert "Controls, with a spoiled teacher, are not considered: spoiled. " in document
-    assert "Use nothing" in document  # the control would be 9 points ahead
+    assert "Use labels only" in document  # the control would be 9 points ahead
     assert f"--workdir={folder} --config.data.data_dir=" in document
 
 
@@ -352,7 +367,7 @@ def test_the_projects_own_answer_is_what_scipy_finds():
     ("content", "says"),
     [
         ("[]", "is no list of records"),
-        ("{", "is no JSON"),
+        ("{", "can't be read as JSON"),
         ('[{"arm": "a", "seed": 0}]', "record 0 (a) has no status, kind, bits, data"),
         (json.dumps([record("a", "KD"), record("a", "KD")]), "two records of arm 'a' seed 0"),
     ],

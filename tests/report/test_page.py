@@ -128,10 +128,24 @@ def test_the_comparison_is_of_the_arm_that_is_best_on_validation(tmp_path):
     assert cells["Size on disk"]["QAD"] == "2.9 KiB, 133.3× smaller than the teacher"
     assert cells["Energy"]["QAD"] == "200 nJ an example, modelled; not measured"
     assert cells["Latency"]["QAD"] == "not measured"
+    # The student's training and its own, each with compiling apart.
+    assert cells["Training cost"]["QAD"].startswith(
+        "6.0 s of training, with what it starts from; 4 s of compiling; on "
+    )
     assert cells["Arm shown"]["mixed precision"] == "not measured: no finished arm does it"
     assert "kl (weight 0.9, temperature 2)" in cells["Technique used here"]["KD"]
     assert "labels (weight 0.1)" in cells["Technique used here"]["KD"]
     assert methods.ABOUT.keys() <= METHODS.keys()
+
+
+def test_training_cost_of_old_records_says_that_it_contains_compiling(tmp_path):
+    old = [{k: v for k, v in r.items() if k != "compile_seconds"} for r in workdirs.records((0,))]
+    old = [{**r, "calibration_seconds": 0.25} if r["kind"] == "PTQ" else r for r in old]
+    (experiment,) = experiments(workdirs.write(tmp_path / "run", old))
+    costs = dict(section.section(experiment, Constraints()).comparison)["Training cost"]
+    kd, ptq = costs[:2]
+    assert kd.startswith("3.0 s of training, with what it starts from; compiling included, as old")
+    assert "; 0.25 s of calibration; compiling included, as old" in ptq
 
 
 def test_how_far_is_the_smallest_file_near_the_teacher(tmp_path):

@@ -1,6 +1,7 @@
 """Rows by hand, and what Markdown and the terminal make of them."""
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from kdq.report.aggregate import difference
+from kdq.report.cells import standard_output
 from kdq.report.page import tables
 from kdq.report.page.combine import Experiment
 from kdq.report.page.read import Run
@@ -219,6 +221,28 @@ def test_notes_say_where_the_numbers_come_from():
     )
 
 
+def note_of_times(records):
+    notes = markdown(rows(records), records).splitlines()
+    return next(note for note in notes if note.startswith("- Train s"))
+
+
+def test_compiling_stands_apart_and_old_records_are_said_to_contain_it():
+    new = [record("new", s, 90, train_seconds=0.5, compile_seconds=3.0 + s) for s in (0, 1)]
+    old = [record("old", s, 90, train_seconds=3.9) for s in (0, 1)]
+    calibrated = [record("calibrated", 0, 90, train_seconds=0.0)]
+    head, _, *body = (line.split("|") for line in lines_of(rows(new + old), new + old)[:4])
+    by_head = lambda line: {k.strip(): v.strip() for k, v in zip(head, line, strict=True)}
+    cells = {line[1].strip(): by_head(line) for line in body}
+    assert (cells["new"]["Train s"], cells["new"]["Compile s"]) == ("0.5", "3.5")
+    assert (cells["old"]["Train s"], cells["old"]["Compile s"]) == ("3.9", "—")
+    within = "are of a version that did not tell them apart: their Train s contains compiling"
+    assert within not in note_of_times(new + calibrated)
+    assert f"The records of old {within}" in note_of_times(new + old + calibrated)
+    assert f"The records of every arm {within}" in note_of_times(old + calibrated)
+    half = [old[0], {**old[1], "compile_seconds": 1.0}]  # a mean of both would be of neither
+    assert f"The records of old {within}" in note_of_times(new + half)
+
+
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_the_terminal_table_fits_and_keeps_what_matters(width):
     arm = [record("[red]qat", s, a, reference="student") for s, a in enumerate([91, 93, 95.5])]
@@ -230,7 +254,55 @@ def test_the_terminal_table_fits_and_keeps_what_matters(width):
     words = " ".join(text.split())
     assert "[red]qat" in words
     assert "+1.17 [+0.45, +1.88]*" in words
-    assert ("Not shown at this width" in words) == (width < 180)
+    assert ("Not shown at this width" in words) == (width < 130)
+
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "left_out"),
+    [
+        (80, {"Bits", "Δ [95%]"}, {"Size", "KL", "Selected on", "BOPs"}),
+        (120, {"Bits", "Δ [95%]", "Size", "Smaller", "Δ against"}, {"KL", "Selected on", "BOPs"}),
+        (240, {"Size", "KL", "Selected on", "BOPs", "Train s"}, set()),
+    ],
+)
+def test_a_real_table_fits_with_its_names_whole_and_the_important_columns(width, shown, left_out):
+    records = json.loads((RESULTS / "digits.json").read_text())
+    console = Console(width=width, file=io.StringIO())
+    print_table(rows(records), console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    first = [line.split()[0] for line in lines[3:] if line.strip()]
+    arms = list(dict.fromkeys(r["arm"] for r in records))
+    assert first[: len(arms)] == arms
+    assert all(name in lines[1] for name in (*shown, "Arm", "Accuracy %"))
+    said = console.file.getvalue().partition("Not shown at this width:")[2]
+    assert all(name in " ".join(said.split()) and name not in lines[1] for name in left_out)
+    # Nobody measured these: they are neither shown nor missed.
+    assert "Energy" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "width"), [(None, 120), ("77", 77)])
+def test_without_a_terminal_tables_are_as_wide_as_columns_says(monkeypatch, capsys, columns, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert standard_output().width == width
+
+
+def test_a_quick_run_says_that_its_numbers_mean_nothing():
+    quick = [record("a", 0, 90.0, quick=True), record("b", 0, 91.0, quick=True)]
+    said = "A quick run: these numbers mean nothing."
+    assert markdown(rows(quick), quick).startswith(f"**{said}**\n\n| Arm |")
+    console = Console(width=80, file=io.StringIO())
+    print_table(rows(quick), console)
+    assert console.file.getvalue().endswith(f"{said}\n")
+    mixed = [quick[0], record("c", 0, 95.0)]
+    said = "Of a quick run, so that their numbers mean nothing: a."
+    assert markdown(rows(mixed), mixed).startswith(f"**{said}**")
+    assert markdown(rows(mixed[1:]), mixed[1:]).startswith("| Arm |")
 
 
 def test_any_two_arms_can_be_compared_by_any_number():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from kdq import files
 from kdq.report.write import write_report
 
 
@@ -39,7 +40,8 @@ def test_report_is_a_page_with_its_tables_and_a_printed_table(tmp_path):
     plots = sorted(p.name for p in (tmp_path / "new" / "plots").iterdir())
     assert plots == ["accuracy_vs_size.png", "accuracy_vs_size.svg"]
     text = (tmp_path / "new" / "results.json").read_text()
-    (read,) = json.loads(text, parse_constant=_refuse)
+    json.loads(text, parse_constant=_refuse)
+    (read,) = files.read_json(tmp_path / "new" / "results.json")
     assert read == _record(nll=None, kl=None, steps=3, sizes=[0.5, {"1": 2}])
     assert "90.00 (n=1)" in out.getvalue()
     assert "90.00 (n=1)" in (tmp_path / "new" / "table.md").read_text()

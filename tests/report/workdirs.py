@@ -35,6 +35,7 @@ def record(arm, seed=0, **fields):
         "energy_modelled_nj": 200.0,
         "size_bytes": 16_000,
         "train_seconds": 3.0,
+        "compile_seconds": 2.0,
         "steps": 100,
         "selected_on": "validation",
     } | fields

@@ -6,6 +6,7 @@ import zlib
 import pytest
 from problems import layered
 
+from kdq import files
 from kdq.search import run
 from kdq.search.history import History
 from kdq.search.problem import InfeasibleError
@@ -57,7 +58,9 @@ def search(path, name, *, seed=0, scores=None, evaluations=EVALUATIONS, objectiv
 
 def comparable(path):
     """What the log says, but for the times."""
-    return [json.loads(line) | {"seconds": 0} for line in path.read_text().splitlines()]
+    return [
+        files.unseal(json.loads(line)) | {"seconds": 0} for line in path.read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize(

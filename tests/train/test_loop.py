@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -45,6 +46,7 @@ def final_state(workdir):
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         step, trees, record = checkpointer.restore({"state": None, "selected": None})
     record.pop("seconds")
+    record.pop("compile_seconds")
     return step, trees, record
 
 
@@ -167,6 +169,54 @@ def test_is_better():
     assert not loop.is_better(good, good)
     assert not loop.is_better({"accuracy": 0.9, "nll": 0.6}, good)
     assert not loop.is_better({"accuracy": 0.89, "nll": 0.0}, good)
+
+
+# Seconds.
+
+TRACING, EACH_STEP = 1.0, 0.02  # s
+
+
+class SlowToTrace(type(resume_task.MODEL)):
+    """The same network, whose compilation takes so long at least."""
+
+    def __call__(self, *inputs, **options):
+        time.sleep(TRACING)
+        return super().__call__(*inputs, **options)
+
+
+def timed(workdir):
+    task, state = resume_task.make()
+    fields = {"num_classes": 3, "widths": (3, 4), "batch_norm": True}
+    task = dataclasses.replace(task, model=SlowToTrace(**fields))
+    workdir.mkdir()
+    return loop.fit(task, state, workdir, on_step=lambda _: time.sleep(EACH_STEP))
+
+
+def test_compiling_is_no_part_of_the_seconds_of_training(tmp_path):
+    first, second = timed(tmp_path / "first"), timed(tmp_path / "second")
+    assert first.compile_seconds >= TRACING
+    assert second.compile_seconds < TRACING / 2  # the same program
+    for fit_ in (first, second):
+        assert fit_.seconds >= STEPS * EACH_STEP
+    assert abs(first.seconds - second.seconds) < TRACING / 2
+
+
+def test_a_checkpoint_that_does_not_tell_compiling_apart_is_gone_on_from(tmp_path):
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "new", at(10))
+    _, state = resume_task.make()
+    like = {"state": state, "selected": loop._parts(state)}
+    with Checkpointer(tmp_path / "new" / "checkpoints") as checkpointer:
+        trees, record = checkpointer.read(8, like)
+    assert record["compile_seconds"] >= 0
+    del record["compile_seconds"]  # as versions before had it
+    with Checkpointer(tmp_path / "old" / "checkpoints") as checkpointer:
+        checkpointer.save(8, trees, {**record, "seconds": 100.0})
+    steps = []
+    again = fit(tmp_path / "old", steps.append)
+    assert steps[0] == 9
+    assert again.seconds > 100
+    assert again.compile_seconds is None
 
 
 # NaN and infinity.

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -71,6 +72,26 @@ def test_each_seed_ends_as_by_itself_after_one_compilation(by_themselves, tmp_pa
     fits = fit([make(seed=seed) for seed in SEEDS], workdirs)
     assert together._steps._cache_size() == compiled + 1
     assert_all_alike(fits, workdirs, by_themselves, range(len(fits)))
+
+
+def test_compiling_is_shared_and_no_part_of_the_seconds(tmp_path):
+    pause, workdirs = 0.02, folders(tmp_path)
+    begun = [make(seed=seed) for seed in SEEDS]
+    tracing = 1.0
+
+    class SlowToTrace(type(begun[0][0].model)):
+        def __call__(self, *inputs, **options):
+            time.sleep(tracing)
+            return super().__call__(*inputs, **options)
+
+    model = SlowToTrace(num_classes=3, widths=(3, 4), batch_norm=True)
+    begun = [(dataclasses.replace(task, model=model), state) for task, state in begun]
+    fits = fit(begun, workdirs, on_step=lambda _: time.sleep(pause))
+    again = fit(begun, folders(tmp_path / "again"), on_step=lambda _: time.sleep(pause))
+    assert sum(one.compile_seconds for one in fits) >= tracing
+    assert len({one.compile_seconds for one in fits}) == 1
+    assert sum(one.seconds for one in fits) >= STEPS * pause
+    assert abs(sum(a.seconds - b.seconds for a, b in zip(fits, again, strict=True))) < tracing / 2
 
 
 def test_one_that_fails_leaves_the_others_alone(by_themselves, tmp_path):

@@ -5,11 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kdq.entropy import relative_entropy
 from kdq.types import Array
 
 
 def kl(teacher_logits: Array, logits: Array) -> Array:
     """KL(p ‖ q) = Σ p log(p / q) in nats, [...] float32, of the softmax over the last axis.
+
+    A logit of −inf is a class of probability 0: +inf where p has mass there and q has none.
 
     Args:
       teacher_logits: [..., classes] float; p is their softmax. No gradient flows to them.
@@ -17,7 +20,7 @@ def kl(teacher_logits: Array, logits: Array) -> Array:
     """
     log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32))
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    return relative_entropy(log_p, log_q)
 
 
 def check_logits(name: str, what: str, logits: Any, like: tuple[int, ...] | None = None) -> None:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdq.quantize.inputs import Batch, unboxed
 from kdq.quantize.layers import list_layers
 from kdq.quantize.ptq.divergence import kl
-from kdq.quantize.ptq.options import Progress, as_list, quiet, static
+from kdq.quantize.ptq.options import Progress, as_list, quiet
 from kdq.quantize.ptq.watch import outputs_of
 from kdq.types import Array, QParams, Variables
 
@@ -59,7 +60,7 @@ def layer_errors(
     variables: Variables,
     before: tuple[Variables, QParams],
     after: tuple[Variables, QParams],
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     target: Variables | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
@@ -85,14 +86,15 @@ def layer_errors(
     Raises:
       ValueError: no batches, or a float output that is not finite; names the layer.
     """
-    batches = as_list(batches, "layer_errors")
-    inputs = batches[0]
-    layers = list_layers(model, variables, inputs, **(apply_kwargs or {}))
+    batches = as_list(batches, "layer_errors", apply_kwargs)
+    plain = unboxed(variables)
+    layers = list_layers(model, plain, batches[0])
     depths = tuple((path, len(layer.stack)) for path, layer in layers.items())
-    options = {"model": model, "depths": depths, "kwargs": static(apply_kwargs)}
+    options = {"model": model, "depths": depths}
+    pairs = ((plain, before), (plain if target is None else unboxed(target), after))
+    pairs = tuple((clean, (unboxed(noisy), qparams)) for clean, (noisy, qparams) in pairs)
     total = None
     for inputs in progress(batches, "measuring errors"):
-        pairs = ((variables, before), (variables if target is None else target, after))
         found = _energies(pairs, inputs, **options)
         found = jax.tree.map(lambda v: np.asarray(v, np.float64), found)
         total = found if total is None else jax.tree.map(np.add, total, found)
@@ -117,13 +119,11 @@ def _decibel(signal: float, noise: float) -> float:
         return float(10 * np.log10(np.float64(signal) / np.float64(noise)))
 
 
-@partial(jax.jit, static_argnames=("model", "depths", "kwargs"))
-def _energies(pairs, inputs, *, model, depths, kwargs):
+@partial(jax.jit, static_argnames=("model", "depths"))
+def _energies(pairs, inputs, *, model, depths):
     """{path: ((signal, noise) of each pair)}, each [*stack]; sums of KL, and their count."""
     takes = {path: lambda output: output.astype(jnp.float32) for path, _ in depths}
-    run = lambda variables, qparams: outputs_of(
-        model, variables, qparams, inputs, takes, dict(kwargs)
-    )
+    run = lambda variables, qparams: outputs_of(model, variables, qparams, inputs, takes)
     runs = [(run(target, {}), run(*quantized)) for target, quantized in pairs]
     energies = {}
     for path, depth in depths:

@@ -121,8 +121,7 @@ def _in_short(document: Document, widths: Sequence[_Width]) -> None:
         for one in own:
             doubt = ""
             if not one.confirmed and len(one.chosen.seeds) >= SEEDS:
-                other = "labels alone" if one.other.method == "nothing" else one.other.method
-                doubt = f" (test does not confirm a lead over {other})"
+                doubt = f" (test does not confirm a lead over {one.other.method})"
             parts.append(f"{width(one.chosen.bits)} {one.chosen.method}{doubt}")
             cited += [one.chosen, one.other]
         few = any(len(one.chosen.seeds) < SEEDS for one in own)

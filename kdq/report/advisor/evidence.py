@@ -1,19 +1,19 @@
 """Records of experiments, read for the advisor: studies of arms that may be compared."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdq import files
 from kdq.evaluate.statistics import summary
 from kdq.fields import ConfigError
 from kdq.report import Record
 from kdq.report.advisor import lineage
 from kdq.report.advisor.lineage import Lineage
-from kdq.report.aggregate import number
+from kdq.report.aggregate import mean_of_all, number
 
 NEEDED = ("arm", "seed", "status", "kind", "bits", "data")
 MEASURED = ("params", "accuracy", "validation_accuracy", "size_bytes", "train_seconds")
@@ -62,6 +62,9 @@ class Candidate:
     energy_nj: float  # modelled; nan where not recorded
     files: Mapping[str, File]  # by export format
     seconds: float  # of training, with what the arm starts from as far as `lineage` has it
+    # Of compiling for that, apart from `seconds`; nan where a record does not tell, which has it
+    # there.
+    compile_seconds: float
     steps: float  # the arm's own
     lineage: Lineage
     digest: str
@@ -116,12 +119,12 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _workdir(path: str, name: str) -> Source:
-    files = sorted(Path(path).glob("*/*/result.json"))
-    if not files:
+    paths = sorted(Path(path).glob("*/*/result.json"))
+    if not paths:
         raise ConfigError(f"--workdirs: {path} holds no ARM/SEED/result.json of a finished arm")
     config = Path(path, "config.json")
     known = _json(config) if config.is_file() else None
-    records = [_json(file) for file in files]
+    records = [_json(file) for file in paths]
     if known:  # in the order of the config, not of the alphabet
         order = {arm: place for place, arm in enumerate(known["arms"])}
         records.sort(key=lambda record: order.get(record.get("arm"), len(order)))
@@ -137,9 +140,9 @@ def _file(path: str, name: str) -> Source:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
+        return files.read_json(path)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
 
 
 def _source(path: str, name: str, records: list[Any], config: Mapping[str, Any] | None) -> Source:
@@ -218,6 +221,9 @@ def _candidate(
     else:
         own = lineage.of_references(arms, arm)
     spent = [_mean(finished[name], "train_seconds") for name in own.trained if name in finished]
+    compiled = [
+        mean_of_all(finished[name], "compile_seconds") for name in own.trained if name in finished
+    ]
     if own.known and len(spent) < len(own.trained):
         own = dataclasses.replace(own, known=False)  # an arm that it starts from is not there
     percent = lambda key: {r["seed"]: 100 * number(r, key) for r in runs}
@@ -237,6 +243,7 @@ def _candidate(
         energy_nj=_mean(runs, "energy_modelled_nj"),
         files=_files(runs, device),
         seconds=sum(spent),
+        compile_seconds=sum(compiled),
         steps=_mean(runs, "steps"),
         lineage=own,
         digest=_distinct(runs, "config_digest"),
@@ -250,7 +257,7 @@ def _method(runs: Sequence[Record], own: Lineage) -> str:
         return "mixed precision"  # a search may find the same bits for all layers at one seed
     kind = runs[0]["kind"]
     if kind in ("teacher", "labels"):
-        return "nothing"
+        return "labels only"
     if kind == "PTQ" and own.distilled:
         return "KD then PTQ"
     return kind

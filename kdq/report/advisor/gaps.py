@@ -10,7 +10,7 @@ from kdq.report.advisor.constraints import Constraints, Fit
 from kdq.report.advisor.document import Document, ranges
 from kdq.report.advisor.evidence import Candidate, Source, Study
 from kdq.report.advisor.rules import LEVEL, METHODS, REQUIREMENTS, SEEDS
-from kdq.report.advisor.words import width
+from kdq.report.advisor.words import compiling_is_within, width
 
 MOST_SEEDS = 30  # more than that is no advice
 
@@ -84,6 +84,15 @@ def _unknown(source: Source, fits: Sequence[Fit], constraints: Constraints) -> I
                 else "",
                 cited=cited,
             )
+    mixed = [f.candidate for f in fits if compiling_is_within(f.candidate)]
+    if constraints.training_minutes is not None and mixed:
+        cited, names = _some(mixed)
+        yield Gap(
+            text=f"{source.name}: the training times of {names} contain compiling, as their "
+            "records are of a version that did not tell it apart; in a new folder it is.",
+            command="",
+            cited=cited,
+        )
     guessed = [f.candidate for f in fits if not f.candidate.lineage.known]
     if constraints.training_minutes is not None and guessed:
         cited, names = _some(guessed)

@@ -43,8 +43,8 @@ METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
         Method(
-            name="nothing",
-            says="take a float network as it is",
+            name="labels only",
+            says="take a float network that learned from labels, as it is",
             arm='arm(model="student", epochs=...)',
         ),
         Method(
@@ -202,7 +202,7 @@ RULES = (
         name="distilled against labels",
         question="distill",
         a="KD",
-        b="nothing",
+        b="labels only",
         above="Distill: the teacher is worth more than labels to the small float network",
         below="Don't distill: labels are worth more than the teacher to the small float network",
         level="Labels do: the teacher changes the small float network's accuracy by little",

@@ -17,7 +17,14 @@ from kdq.report.advisor.constraints import (
 from kdq.report.advisor.document import Document
 from kdq.report.advisor.evidence import Study
 from kdq.report.advisor.rules import METHODS, REQUIREMENTS, TIE
-from kdq.report.advisor.words import by_seed, interval, label, plain, seconds
+from kdq.report.advisor.words import (
+    by_seed,
+    compiling_is_within,
+    interval,
+    label,
+    plain,
+    seconds,
+)
 from kdq.report.cells import ABSENT, format_bytes, format_energy
 from kdq.report.front import pareto_front
 
@@ -110,6 +117,7 @@ def ranking(
         "first. Sizes are of kdq's packed file and times of the fastest export, unless a format is "
         "named. Training does not count the teacher's; ≈: what the arm starts from is inferred. "
         "The teacher is the one of the arm's own experiment."
+        + _compiling([one for group in groups for one in group])
         + ("" if total <= SHOWN else f" The first {SHOWN} are shown."),
     )
     rows = [
@@ -121,6 +129,14 @@ def ranking(
     head += (f"Batch {constraints.batch}, ms", "Energy, modelled", "Train s", "Fits", "Rows")
     left = ("Arm", "Method", "Bits", "Fits", "Rows")
     document.grid(head, rows[:SHOWN], left)
+
+
+def _compiling(fits: Sequence[Fit]) -> str:
+    mixed = [f.candidate.arm for f in fits if compiling_is_within(f.candidate)]
+    if not mixed:
+        return " Compiling is not counted."
+    names = "all that trained" if len(mixed) == len(fits) else ", ".join(mixed)
+    return f" Old records do not tell compiling apart: Train s contains it for {names}."
 
 
 def _ranked(

@@ -46,6 +46,11 @@ def seconds(candidate: Candidate) -> str:
     return f"{'' if candidate.lineage.known else '≈ '}{candidate.seconds:.1f}"
 
 
+def compiling_is_within(candidate: Candidate) -> bool:
+    """Returns whether the seconds of an arm's training contain those of compiling."""
+    return candidate.seconds > 0 and math.isnan(candidate.compile_seconds)
+
+
 def plain(value: float, form: str) -> str:
     """A number; "—" of nan."""
     return ABSENT if math.isnan(value) else format(value, form)

@@ -1,6 +1,7 @@
 """Knowledge distillation and quantization side by side: what they are, and what was measured."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from kdq.report.advisor import compare
 from kdq.report.advisor.constraints import Constraints, difference, fit
 from kdq.report.advisor.evidence import Candidate, Study
 from kdq.report.advisor.words import interval, percent, seconds
-from kdq.report.aggregate import number
+from kdq.report.aggregate import mean_of_all, number
 from kdq.report.cells import format_bytes, format_energy
 from kdq.report.page.times import Condition
 from kdq.schema import Qat
@@ -207,13 +208,23 @@ def _hardware(pick: Chosen) -> str:
 
 
 def _cost(candidate: Candidate, study: Study) -> str:
-    calibration = [number(r, "calibration_seconds") for r in _records(candidate)]
+    runs = _records(candidate)
+    calibration = [number(r, "calibration_seconds") for r in runs]
     calibration = [value for value in calibration if value == value]
     text = f"{seconds(candidate)} s of training, with what it starts from"
     if candidate.steps == 0 and not candidate.seconds:
         text = "no training"
     if calibration:
         text += f"; {summary(calibration)[0]:.2g} s of calibration"
+    # What it starts from was compiled for its training; an arm that is only calibrated is no part
+    # of that.
+    compiled = candidate.compile_seconds
+    if not candidate.steps:
+        compiled += mean_of_all(runs, "compile_seconds")
+    if not math.isnan(compiled):
+        text += f"; {compiled:.2g} s of compiling"
+    elif calibration or candidate.seconds:
+        text += "; compiling included, as old records have it"
     return f"{text}; on {candidate.device}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdq import files
 from kdq.fields import ConfigError
 from kdq.report import Record
 
@@ -15,6 +16,7 @@ NUMBERS = (
     *("energy_modelled_nj", "train_seconds", "validation_accuracy", "validation_nll", "ece"),
     *("agreement_where_teacher_wrong", "attribution_cosine", "attribution_rank", "steps"),
     *("path_agreement", "adversarial_agreement", "accuracy_corrected", "calibration_seconds"),
+    "compile_seconds",
 )
 NAMED = ("kind", "bits", "reference", "selected_on", "config_digest", "arm_digest", "device")
 MAPPINGS = ("versions", "data", "exports", "policy")
@@ -70,11 +72,11 @@ def of_records(records: Sequence[Record], workdir: Path) -> Folder:
 
 
 def _folder(path: str, name: str) -> Folder:
-    files = sorted(Path(path).glob("*/*/result.json"))
-    if not files:
+    paths = sorted(Path(path).glob("*/*/result.json"))
+    if not paths:
         raise ConfigError(f"--workdirs: {path} holds no ARM/SEED/result.json of a finished arm")
     problems, found = [], []
-    for file in files:
+    for file in paths:
         try:
             found.append((file.parent, json_of(file)))
         except ConfigError as error:
@@ -121,9 +123,9 @@ def _config(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
 def json_of(path: Path) -> Any:
     """The content of a JSON file. Raises ConfigError, with its name, if there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} can't be read as JSON: {error}") from error
+        return files.read_json(path)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
 
 
 def cleaned(record: Any) -> tuple[Record, list[str]]:
@@ -204,7 +206,7 @@ def curve(folder: Path, *, every: bool = True) -> list[dict[str, Any]]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             found.append(entry)

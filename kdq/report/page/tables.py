@@ -163,6 +163,7 @@ def csv_table(experiments: Sequence[Experiment]) -> str:
         "bops": lambda r: r.bops,
         "energy_modelled_nj": lambda r: r.energy_modelled_nj,
         "train_seconds": lambda r: r.train_seconds,
+        "compile_seconds": lambda r: r.compile_seconds,
     }
     times = {one.name: latencies(one.records) for one in experiments}
     conditions = sorted({condition for own in times.values() for condition in own})

@@ -9,8 +9,9 @@ from kdq.report.advisor.constraints import Constraints
 from kdq.report.page import build, combine, tables
 from kdq.report.page.read import Folder
 from kdq.report.page.section import section
+from kdq.report.write import PAGE, TABLES
 
-PAGE, PLOTS = "report.html", "plots"
+PLOTS = "plots"
 
 
 def write(
@@ -31,9 +32,9 @@ def write(
     out = Path(out)
     found = combine.experiments(folders)
     sections = [section(one, constraints or Constraints()) for one in found]
-    write_atomic(out / "table.md", tables.markdown(found).encode())
-    write_atomic(out / "table.csv", tables.csv_table(found).encode())
-    write_atomic(out / "table.tex", tables.latex(found).encode())
+    made = (tables.markdown(found), tables.csv_table(found), tables.latex(found))
+    for name, text in zip(TABLES, made, strict=True):
+        write_atomic(out / name, text.encode())
     for i, one in enumerate(sections, 1):
         for name, data in build.files(one).items():
             prefix = f"{i}_" if len(sections) > 1 else ""
