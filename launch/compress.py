@@ -19,6 +19,9 @@ WORKDIR = cli.define_workdir(
 TENSORBOARD = flags.DEFINE_boolean(
     "tensorboard", False, "Training curves as TensorBoard's events, too: ARM/SEED/tensorboard."
 )
+SHARED = flags.DEFINE_string(
+    "shared", None, "Folder by which the runs of a sweep share arms; launch/sweep.py gives it."
+)
 
 
 def main(_: list[str]) -> None:
@@ -35,6 +38,7 @@ def main(_: list[str]) -> None:
                 progress=reporter,
                 tensorboard=TENSORBOARD.value,
                 in_processes=True,
+                shared=SHARED.value,
             )
     except deploy.ExportError as error:  # when every arm has been run
         records, failed = experiment.finished(checked, WORKDIR.value), error
