@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, data, deploy, heap, lock, processes, provenance, usage
+from kdq import config, data, deploy, heap, interrupts, lock, processes, provenance, usage
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
@@ -67,14 +67,14 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
         try:
+            interrupts.end_at_second(_interrupted())
             with _workdir():
                 main(argv)
         except MISTAKES as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
-            on = ": the same command again goes on from here" if "workdir" in flags.FLAGS else ""
-            print(f"interrupted{on}", file=sys.stderr)
-            sys.exit(130)
+            print(_interrupted(), file=sys.stderr)
+            sys.exit(interrupts.STATUS)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
@@ -87,6 +87,11 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
     flags.mark_flags_as_required(required)
     logging.set_verbosity(logging.WARNING)
     app.run(call, flags_parser=_parse)
+
+
+def _interrupted() -> str:
+    on = ": the same command again goes on from here" if "workdir" in flags.FLAGS else ""
+    return f"interrupted{on}"
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import future
 
-from kdq import files, processes
-from kdq.train import digests, interrupts
+from kdq import files, interrupts, processes
+from kdq.train import digests
 
 log = logging.getLogger(__name__)
 
