@@ -4,18 +4,19 @@ An entry point imports at its top what defines its flags, and in `main` what nee
 --help and most mistakes are answered at once; nor does this file import JAX before a program runs.
 """
 
+import contextlib
 import importlib
 import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from kdq import config, heap, trust, usage
-from kdq.fields import Mistake
+from kdq.fields import ConfigError, Mistake, check_text, expand_user
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
@@ -41,6 +42,40 @@ def define_config() -> flags.FlagHolder:
     )
 
 
+class _PathParser(flags.ArgumentParser):
+    """Of a file or folder: `~` is the user's own folder, which shells leave in --workdir=~/runs."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        if not argument:
+            raise ValueError("want a path")
+        try:
+            return expand_user(argument, "path")
+        except ConfigError as error:
+            reason = str(error)
+        raise ValueError(reason)  # out here, or it would be the context, and said without the flag
+
+
+class _PathsParser(flags.ListParser):
+    """Paths with commas between them; one with a comma of its own stands in quotes."""
+
+    def parse(self, argument: str | list[str]) -> list[str]:
+        return [_PathParser().parse(path) for path in super().parse(argument)]
+
+
+def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHolder:
+    """A flag whose value is a file or folder."""
+    return flags.DEFINE(_PathParser(), name, default, help_text)
+
+
+def define_paths(name: str, default: list[str] | None, help_text: str) -> flags.FlagHolder:
+    """A flag whose value is several of them."""
+    words = f"{help_text} One with a comma in its name stands in double quotes."
+    serializer = flags.CsvListSerializer(",")
+    return flags.DEFINE(_PathsParser(), name, default, words, serializer=serializer)
+
+
 def define_allow_models() -> None:
     """The flag --allow_models, whose modules `kdq.trust` has before any config is read."""
     flags.DEFINE_multi_string(
@@ -54,14 +89,14 @@ def define_workdir(help_text: str) -> flags.FlagHolder:
     """The flag --workdir, and those of a program that trains in it: where compiled programs are
     kept, and which processes take part."""
     folder = "Folder that keeps compiled programs for the next run; else WORKDIR/compiled."
-    flags.DEFINE_string("compilation_cache_dir", None, folder)
+    define_path("compilation_cache_dir", None, folder)
     flags.DEFINE_boolean(
         "distributed", False, "Join the other processes of this Slurm step, Kubernetes job, ...."
     )
     flags.DEFINE_string("coordinator_address", None, "Elsewhere: HOST:PORT of process 0.")
     flags.DEFINE_integer("num_processes", None, "With it: how many there are.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "With it: which this is, from 0.", lower_bound=0)
-    return flags.DEFINE_string("workdir", None, help_text)
+    return define_path("workdir", None, help_text)
 
 
 def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
@@ -75,9 +110,8 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
         try:
-            if "compilation_cache_dir" in flags.FLAGS:
-                _prepare()
-            main(argv)
+            with _workdir():
+                main(argv)
         except (Mistake, OSError) as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
@@ -97,6 +131,19 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
     flags.mark_flags_as_required(required)
     logging.set_verbosity(logging.WARNING)
     app.run(call, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def _workdir() -> Iterator[None]:
+    """Makes ready what `define_workdir` is about, and holds the folder meanwhile."""
+    if "compilation_cache_dir" not in flags.FLAGS:
+        yield
+        return
+    from kdq import lock
+
+    _prepare()
+    with lock.hold(flags.FLAGS.workdir):
+        yield
 
 
 def _prepare() -> None:
@@ -122,6 +169,10 @@ def _prepare() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with a config file that is not there and keys that it lacks explained."""
+    try:
+        argv = [_argument(argument) for argument in argv]
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     trust.allow(m for text in _values(argv, "allow_models") for m in text.split(","))
     path = (_values(argv, "config") or [""])[-1]
     file = path.partition(":")[0]
@@ -145,6 +196,15 @@ def _parse(argv: list[str]) -> list[str]:
         if wrong is None:
             raise
         sys.exit(f"error: {wrong}")
+
+
+def _argument(argument: str) -> str:
+    """An argument, with the ~ of --config expanded. Raises ConfigError for what is no line."""
+    check_text(argument, "argument")
+    flag, _, value = argument.partition("=")
+    if flag in ("--config", "-config"):
+        return f"{flag}={expand_user(value, flag)}"
+    return argument
 
 
 def _values(argv: list[str], name: str) -> list[str]:

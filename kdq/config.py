@@ -16,7 +16,7 @@ import ml_collections
 
 from kdq.fields import ConfigError, build, did_you_mean, unknown
 from kdq.schema import (
-    CACHES,
+    SEEDS,
     TEACHERS,
     Arm,
     Cache,
@@ -147,47 +147,15 @@ def _teacher(name: str, fields: Any) -> TeacherConfig:
 
 
 def _check(experiment: Experiment) -> None:
-    if not experiment.seeds or len(set(experiment.seeds)) != len(experiment.seeds):
-        raise ConfigError(f"config.seeds={experiment.seeds}: want one seed or more, all different")
+    """Raises ConfigError for fields that do not fit each other; each by itself `build` has seen."""
     if experiment.teacher not in experiment.arms:
         raise ConfigError(unknown("config.teacher: arm", experiment.teacher, experiment.arms))
-    for key, positive in (
-        ("evaluations", experiment.evaluations),
-        ("data.batch_size", experiment.data.batch_size),
-        ("data.eval_batch_size", experiment.data.eval_batch_size),
-        ("quantize.calibration_examples", experiment.quantize.calibration_examples),
-        ("transfer.pairs", experiment.transfer.pairs),
-        ("export.examples", experiment.export.examples),
-    ):
-        if positive < 1:
-            raise ConfigError(f"config.{key}={positive}: want at least 1")
-    if not 1 <= experiment.quantize.keep_bits <= 8:
-        raise ConfigError(f"config.quantize.keep_bits={experiment.quantize.keep_bits}: want 1 to 8")
-    for pattern in experiment.quantize.fixed_scales:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"config.quantize.fixed_scales: {pattern!r} is no regular expression: {error}"
-            ) from error
     for name, model in experiment.models.items():
         if "name" not in model:
             raise ConfigError(f"config.models.{name}.name is missing: a module of kdq.models")
-    if experiment.transfer.examples < 0 or experiment.transfer.epsilon < 0:
-        raise ConfigError(f"config.transfer={experiment.transfer}: want no negative number")
-    if not 0 <= experiment.export.agreement <= 1:
-        raise ConfigError(f"config.export.agreement={experiment.export.agreement}: want 0 to 1")
-    for key, amount in vars(experiment.resources).items():
-        if amount < 0:
-            raise ConfigError(f"config.resources.{key}={amount}: want 0 (unstated) or more")
     for name in experiment.export.arms:
         if name not in experiment.arms:
             raise ConfigError(unknown("config.export.arms: arm", name, experiment.arms))
-    if any(size < 1 for size in experiment.export.latency_batches):
-        sizes = experiment.export.latency_batches
-        raise ConfigError(f"config.export.latency_batches={sizes}: want sizes of at least 1")
-    if experiment.export.threads < 0:
-        raise ConfigError(f"config.export.threads={experiment.export.threads}: want 0 or more")
     for section in ("rules", "searches"):
         for name in getattr(experiment, section):
             if re.fullmatch(BITS, name):
@@ -204,6 +172,7 @@ def _check(experiment: Experiment) -> None:
     for name in experiment.arms:
         _check_arm(experiment, name)
         _check_taught(experiment, name)
+    for name in experiment.arms:  # whose parents are all there
         ancestors(experiment, name)
 
 
@@ -223,20 +192,8 @@ def _check_search(experiment: Experiment, one: Search, where: str) -> None:
         parse_bits(bits, f"{where}.choices[{i}]")
     for pattern, bits in one.fixed.items():
         parse_bits(bits, f"{where}.fixed[{pattern!r}]")
-    if not one.choices or len(set(one.choices)) < len(one.choices):
-        raise ConfigError(f"{where}.choices={one.choices}: want one or more, all different")
     if not one.most.set and not one.share.set:
         raise ConfigError(f"{where}: no budget; want `most` or `share`, e.g. most.average_bits=3")
-    for field in ("most", "share"):
-        for metric, limit in getattr(one, field).set.items():
-            if limit < 0:
-                raise ConfigError(f"{where}.{field}.{metric}={limit}: want 0 (none) or more")
-    for field in ("examples", "evaluations", "batch", "threads", "finalists"):
-        if getattr(one, field) < 1:
-            raise ConfigError(f"{where}.{field}={getattr(one, field)}: want at least 1")
-    for field in ("steps", "policies_at_once"):
-        if getattr(one, field) < 0:
-            raise ConfigError(f"{where}.{field}={getattr(one, field)}: want 0 or more")
     if one.steps and not one.finetune:
         raise ConfigError(f"{where}.steps={one.steps}: wants `finetune`, the arm to train as")
     if one.distilled and not one.steps:
@@ -244,16 +201,12 @@ def _check_search(experiment: Experiment, one: Search, where: str) -> None:
 
 
 def _check_cache(cache: Cache) -> None:
-    if cache.kind not in CACHES:
-        raise ConfigError(unknown("config.cache.kind:", cache.kind, CACHES))
     sparse = cache.kind in ("top_k", "sampled")
     if sparse != (cache.size > 0):
         raise ConfigError(
             f"config.cache: size={cache.size} with kind={cache.kind!r}; want at least 1 with "
             "'top_k' and 'sampled', 0 with the others"
         )
-    if cache.temperature <= 0:
-        raise ConfigError(f"config.cache.temperature={cache.temperature}: want more than 0")
 
 
 def _check_teacher(experiment: Experiment, name: str) -> None:
@@ -265,17 +218,8 @@ def _check_teacher(experiment: Experiment, name: str) -> None:
     for arm in one.needs:
         if arm not in experiment.arms:
             raise ConfigError(unknown(f"{where}: arm", arm, experiment.arms))
-    if one.kind == "ensemble":
-        if not one.arms:
-            raise ConfigError(f"{where}.arms is empty; want one arm or more")
-        if one.average not in ("probability", "logit"):
-            raise ConfigError(unknown(f"{where}.average:", one.average, ("probability", "logit")))
-        if one.weights and (len(one.weights) != len(one.arms) or min(one.weights) <= 0):
-            raise ConfigError(
-                f"{where}.weights={one.weights}: want {len(one.arms)} numbers above 0, or none"
-            )
-    if one.kind == "moving_average" and not 0 <= one.decay < 1:
-        raise ConfigError(f"{where}.decay={one.decay}: want 0 to below 1")
+    if one.kind == "ensemble" and one.weights and len(one.weights) != len(one.arms):
+        raise ConfigError(f"{where}.weights={one.weights}: want {len(one.arms)} numbers, or none")
     if one.kind == "peer" and one.model not in experiment.models:
         raise ConfigError(unknown(f"{where}.model:", one.model, experiment.models))
     if one.kind == "peer" and one.init:
@@ -297,14 +241,14 @@ def peer_of(experiment: Experiment, name: str) -> Peer | None:
 
 def _check_arm(experiment: Experiment, name: str) -> None:
     where, one = f"config.arms.{name}", experiment.arms[name]
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_\-]*", name):
-        raise ConfigError(f"{where}: an arm's name is a folder; want letters, digits, _ and -")
     if one.model not in experiment.models:
         raise ConfigError(unknown(f"{where}.model:", one.model, experiment.models))
     for field in ("init", "reference"):
         other = getattr(one, field)
         if other and other not in experiment.arms:
             raise ConfigError(unknown(f"{where}.{field}: arm", other, experiment.arms))
+    if one.reference == name:
+        raise ConfigError(f"{where}.reference={name!r}: want another arm, or none")
     if one.init and experiment.arms[one.init].model != one.model:
         raise ConfigError(
             f"{where}.init={one.init!r} is a {experiment.arms[one.init].model!r}, "
@@ -320,16 +264,18 @@ def _check_arm(experiment: Experiment, name: str) -> None:
         parse_bits(one.bits, where=f"{where}.bits", rules=valid)
     if one.init and one.load:
         raise ConfigError(f"{where}: init={one.init!r} and load={one.load!r}; want one of them")
-    if one.epochs < 0 or not (one.epochs or one.init or one.load):
+    if not (one.epochs or one.init or one.load):
         raise ConfigError(
             f"{where}.epochs={one.epochs}: want more than 0, or an init or load to keep"
         )
-    if not 0 <= one.stop <= one.epochs:
+    if one.stop > one.epochs:
         raise ConfigError(f"{where}.stop={one.stop}: want 0 to the {one.epochs} epochs")
-    if not 0 <= one.label_smoothing < 1:
-        raise ConfigError(f"{where}.label_smoothing={one.label_smoothing}: want 0 to below 1")
-    if one.learning_rate <= 0:
-        raise ConfigError(f"{where}.learning_rate={one.learning_rate}: want more than 0")
+    for seed in experiment.seeds:
+        if not 0 <= seed + one.seed_offset < SEEDS:
+            raise ConfigError(
+                f"{where}.seed_offset={one.seed_offset}: with the seed {seed} that is "
+                f"{seed + one.seed_offset}; want 0 to below {SEEDS}"
+            )
 
 
 def _check_taught(experiment: Experiment, name: str) -> None:
@@ -359,18 +305,21 @@ def ancestors(experiment: Experiment, name: str) -> tuple[str, ...]:
 
     Raises ConfigError if an arm needs itself.
     """
-    order: list[str] = []
-
-    def visit(current: str, trail: tuple[str, ...]) -> None:
-        if current in trail:
-            raise ConfigError(f"arms need each other in a circle: {' -> '.join((*trail, current))}")
-        if current in order:
-            return
-        for parent in parents(experiment, current):
-            visit(parent, (*trail, current))
-        order.append(current)
-
-    visit(name, ())
+    order: dict[str, None] = {}
+    # Those under way, each a parent of the one before, with its parents that are still to come:
+    # a stack, since a chain of arms may be longer than Python's.
+    trail = {name: iter(parents(experiment, name))}
+    while trail:
+        current = next(reversed(trail))
+        parent = next((other for other in trail[current] if other not in order), None)
+        if parent is None:
+            order[current] = None
+            del trail[current]
+        elif parent in trail:
+            circle = [*trail, parent]
+            raise ConfigError(f"arms need each other in a circle: {' -> '.join(circle)}")
+        else:
+            trail[parent] = iter(parents(experiment, parent))
     return tuple(order)
 
 

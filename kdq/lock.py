@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -16,13 +17,15 @@ import shlex
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import ParamSpec, TextIO, TypeVar
 
 from kdq import processes
 from kdq.fields import ConfigError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 FILE = "lock"
@@ -38,14 +41,15 @@ class HeldError(ConfigError):
 
 
 @contextlib.contextmanager
-def hold(workdir: str | os.PathLike[str]) -> Iterator[None]:
+def hold(workdir: str | os.PathLike[str], *, alone: bool = False) -> Iterator[None]:
     """Keeps other programs from writing a workdir; the thread that holds it may hold it again.
 
     Of several processes of one run the first holds it, for all. A file system without locks is
     named in a warning, and nothing keeps programs apart there.
 
     Args:
-      workdir: made if need be.
+      workdir: made if need be; if nothing is left in it, a folder that was made here goes again.
+      alone: this process holds it by itself, whatever others there are.
 
     Raises:
       HeldError: another program, or another thread of this one, holds it.
@@ -57,27 +61,46 @@ def hold(workdir: str | os.PathLike[str]) -> Iterator[None]:
         if holds and holds[0] != thread:
             raise HeldError(f"{workdir} is in use by another thread of this program")
         holds.append(thread)
-    files: list[TextIO | None] = []
+    folder = Path(name)
+    is_new, files = not folder.exists(), []
     try:
         if len(holds) == 1:
-            processes.first(lambda: files.append(_acquire(Path(name), str(workdir))))
+            acquire = lambda: files.append(_acquire(folder, str(workdir)))
+            acquire() if alone else processes.first(acquire)
         yield
     finally:
         for file in filter(None, files):
             with contextlib.suppress(OSError):  # the folder is gone
                 os.unlink(file.name)
             file.close()
+        if files and is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
         with _guard:
             holds.pop()
             if not holds:
                 del _holds[name]
 
 
+def of_workdir(function: Callable[P, T]) -> Callable[P, T]:
+    """Makes a function hold its keyword argument `workdir` while it runs."""
+
+    @functools.wraps(function)
+    def holding(*args: P.args, **kwargs: P.kwargs) -> T:
+        with hold(kwargs["workdir"]) if "workdir" in kwargs else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return holding
+
+
 def _acquire(folder: Path, workdir: str) -> TextIO | None:
     """Returns the locked file; None where the file system has no locks."""
-    folder.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(folder / FILE, "a+", encoding="utf-8")  # noqa: SIM115 closed by its holder
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(folder / FILE, "a+", encoding="utf-8")  # noqa: SIM115 closed by its holder
+        except FileNotFoundError:
+            continue  # the folder was new, empty, and went with its holder
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever held it may have deleted the file between the opening and the lock.

@@ -15,14 +15,16 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import config, data, deploy, experiment, models, quantize
+from kdq import config, data, deploy, experiment, lock, models, quantize
 from kdq.arms import kl
 from kdq.data.arrays import Split
+from kdq.fields import expand_user
 from kdq.report import progress, write
 from kdq.report.page import read
 from kdq.types import Variables
 
 
+@lock.of_workdir
 def compress(
     teacher: nn.Module,
     student: nn.Module | None = None,
@@ -76,9 +78,10 @@ def compress(
     Raises:
       DataError: arrays that don't fit, or others than the workdir's.
       ConfigError: a model that can't be named or does not fit the arrays, or other arguments than
-        what the workdir holds was made with; the message says which.
+        what the workdir holds was made with; the message says which. Or
+        another program writes in the workdir.
     """
-    workdir = Path(workdir)
+    workdir = Path(expand_user(workdir, "workdir"))
     widths = (bits,) if isinstance(bits, str) else tuple(dict.fromkeys(bits))
     if not widths or not all(widths):
         raise config.ConfigError(f"bits={bits!r}: want 'W4A8', or several such")

@@ -1,24 +1,35 @@
-"""What a config may say: frozen dataclasses, a comment a field."""
+"""What a config may say: frozen dataclasses, a comment and the limits at each field."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from kdq.fields import field
+
+SEEDS = 2**32  # random keys are made of 32 bits
+# What a workdir has beside the arms; names without a dot.
+FOLDERS = ("compiled", "costs", "plots", "runs", "searches")
+HOT, COLD = 1000, 0.001  # temperatures: beyond these, softmax is uniform, or one class
+HEAVIEST = 10**6  # weight of a loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """Which examples, and what is done to them."""
 
-    name: str  # a TFDS image-classification data set, or an .npz file (kdq.data.save_arrays)
-    data_dir: str = ""  # where TFDS keeps it; "" is TFDS's own default. Of a file its folder
+    # A TFDS image-classification data set, or an .npz file (kdq.data.save_arrays).
+    name: str = field(some=True, path=True)
+    # Where TFDS keeps it; "" is TFDS's own default. Of a file its folder.
+    data_dir: str = field("", path=True)
     train: str = "train"  # TFDS split expressions; of a file the names of its splits
     validation: str = "validation"  # every choice is made on this one
     test: str = "test"  # measured once, at the end
-    batch_size: int = 64
-    eval_batch_size: int = 512
+    batch_size: int = field(64, at_least=1, at_most=2**31 - 1)
+    eval_batch_size: int = field(512, at_least=1, at_most=2**31 - 1)
     augment: tuple[Mapping[str, Any], ...] = ()  # e.g. ({"name": "shift", "pixels": 2},)
-    mean: float | tuple[float, ...] = 0.0  # pixels become (pixel - mean) / std
-    std: float | tuple[float, ...] = 255.0
+    # Pixels become (pixel - mean) / std; a number, or one a channel.
+    mean: float | tuple[float, ...] = field(0.0, some=True)
+    std: float | tuple[float, ...] = field(255.0, at_least=1e-20, some=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,12 +37,15 @@ class Optimizer:
     """Shared by every arm; an arm's own `learning_rate` is its peak. Cosine decay to zero."""
 
     name: str = "adam"
-    warmup: float = 0.05  # share of the steps in which the rate rises linearly from zero
-    scale_rate: float = 0.1  # what of the quantizers trains does so at this multiple of the rate
+    # Share of the steps in which the rate rises linearly from zero.
+    warmup: float = field(0.05, at_least=0, at_most=1)
+    # What of the quantizers trains does so at this multiple of the rate.
+    scale_rate: float = field(0.1, at_least=0, at_most=10**6)
     # "adam": relative steps of their scales; "sgd": absolute ones, with the gradient as it is.
     scale_rule: str = "adam"
-    weight_decay: float = 0.0  # decoupled, on weights of two or more dimensions
-    clip_norm: float = 0.0  # global gradient norm; 0 is no clipping
+    # Decoupled, on weights of two or more dimensions.
+    weight_decay: float = field(0.0, at_least=0, at_most=10**6)
+    clip_norm: float = field(0.0, at_least=0)  # global gradient norm; 0 is no clipping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +55,10 @@ class Compute:
     dtype: str = ""  # of the arithmetic of all models, "bfloat16"; "" is what `models` say
     # Parts that a batch is cut into, one after another, where it does not fit in memory: gradients
     # are averaged. Batch norm, and losses that compare examples, see one part at a time.
-    accumulate: int = 1
+    accumulate: int = field(1, at_least=1)
     # Path pattern of modules whose activations are computed again for the backward pass instead of
     # kept, "stage_.*_block_.*"; "" is none.
-    remat: str = ""
+    remat: str = field("", pattern=True)
 
 
 AT_ONCE = Compute()
@@ -57,26 +71,28 @@ class Mesh:
     A batch is cut into data · fsdp parts; large arrays into fsdp · tensor.
     """
 
-    data: int = 1  # devices; -1 here, or in one of the next two: all that are left
-    fsdp: int = 1
-    tensor: int = 1
+    # Devices; -1 here, or in one of the next two: all that are left.
+    data: int = field(1, at_least=-1)
+    fsdp: int = field(1, at_least=-1)
+    tensor: int = field(1, at_least=-1)
     # ({"path": pattern, "axes": (None, "tensor")}, ...): how arrays of the state whose path holds
     # the pattern, and that have as many dimensions, are cut. Others: the last dimension by tensor,
     # the largest other one by fsdp, where they divide it.
     rules: tuple[Mapping[str, Any], ...] = ()
-    least: int = 16384  # arrays of fewer elements stay whole
+    least: int = field(16384, at_least=0)  # arrays of fewer elements stay whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Shared by every quantized arm; an arm's own `bits` apply to the layers not kept."""
 
-    keep: tuple[str, ...] = ()  # path patterns of the layers at `keep_bits`: the first, the last
-    keep_bits: int = 8
-    calibration_examples: int = 512  # the first of the training split
+    # Path patterns of the layers at `keep_bits`: the first, the last.
+    keep: tuple[str, ...] = field((), pattern=True)
+    keep_bits: int = field(8, at_least=1, at_most=8)
+    calibration_examples: int = field(512, at_least=1)  # the first of the training split
     # Scales train (learned step sizes) but for those whose "LAYER/weights" or "LAYER/activations"
     # matches one of these patterns, which stay as calibrated; (".*",) trains none.
-    fixed_scales: tuple[str, ...] = ()
+    fixed_scales: tuple[str, ...] = field((), pattern=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,11 +105,14 @@ class Qat:
     method: str = "lsq"  # a key of kdq.quantize.qat.METHODS
     # Quantizers have at least so many bits: 16 and then 0 delays quantization, 8, 4 and then 0
     # narrows it by stages. 0 is their own.
-    least_bits: float | Mapping[str, Any] = 0.0
-    dampen: float | Mapping[str, Any] = 0.0  # weight of Σ (rounded - weight)², against oscillation
-    freeze: float | Mapping[str, Any] = 0.0  # oscillations a step above which a weight is frozen
+    least_bits: float | Mapping[str, Any] = field(0.0, at_least=0, at_most=32)
+    # Weight of Σ (rounded - weight)², against oscillation.
+    dampen: float | Mapping[str, Any] = field(0.0, at_least=0, at_most=HEAVIEST)
+    # Oscillations a step above which a weight is frozen.
+    freeze: float | Mapping[str, Any] = field(0.0, at_least=0, at_most=1)
     track_oscillations: bool = False  # report how many weights oscillate; `freeze` does so anyway
-    freeze_norm: float = 1.0  # share of the steps after which batch norm keeps its statistics
+    # Share of the steps after which batch norm keeps its statistics.
+    freeze_norm: float = field(1.0, at_least=0, at_most=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,9 +120,9 @@ class Distill:
     """A way to learn from a teacher; arms choose one by its key in `distill`."""
 
     # Weight of the cross-entropy with the labels: a number, or a schedule (kdq.distill.schedule).
-    task: float | Mapping[str, Any] = 0.1
+    task: float | Mapping[str, Any] = field(0.1, at_least=0, at_most=HEAVIEST)
     # {name: {"loss": one of kdq.distill.methods.METHODS, "weight": number or schedule, options}}
-    terms: Mapping[str, Mapping[str, Any]]
+    terms: Mapping[str, Mapping[str, Any]] = field(some=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +131,7 @@ class Arm:
 
     model: str  # a key of `models`
     init: str = ""  # arm whose selected weights this one starts from; "" is fresh weights
-    load: str = ""  # or a packed file: a network that was trained elsewhere
+    load: str = field("", path=True)  # or a packed file: a network that was trained elsewhere
     # Arm that teaches, or a key of `teachers`; "" is labels only. With `ptq` and no epochs, the arm
     # that guides a method that asks a teacher; "" is the float model itself.
     teacher: str = ""
@@ -122,11 +141,14 @@ class Arm:
     observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse, entropy
     ptq: str = ""  # what is done beside calibration: a key of `ptq`; "" is nothing
     qat: str = ""  # how quantizers train: a key of `qat`; "" is learned step sizes
-    epochs: float = 0.0  # passes over the training split; 0 only calibrates
-    stop: float = 0.0  # end after this many of the epochs, the schedules unfinished; 0: at the end
-    without_classes: tuple[int, ...] = ()  # their examples are kept from the arm's training
-    learning_rate: float = 1e-3  # peak
-    label_smoothing: float = 0.0  # of the task loss: this much of the target spread evenly
+    epochs: float = field(0.0, at_least=0)  # passes over the training split; 0 only calibrates
+    # End after this many of the epochs, the schedules unfinished; 0: at the end.
+    stop: float = field(0.0, at_least=0)
+    # Their examples are kept from the arm's training.
+    without_classes: tuple[int, ...] = field((), at_least=0, distinct=True)
+    learning_rate: float = field(1e-3, above=0)  # peak
+    # Of the task loss: this much of the target spread evenly.
+    label_smoothing: float = field(0.0, at_least=0, below=1)
     seed_offset: int = 0  # added to the seed: an independent repetition of an equal arm
     augment: bool = True  # trains on images changed as `data.augment` says, if it says anything
     reference: str = ""  # arm to compare with in the table, seed by seed
@@ -149,18 +171,22 @@ class Cache:
     # "none": it runs at every step. "memory": logits, computed once a process; needs training
     # without augmentation. On disk, under the teacher's folder: "dense" logits, the "top_k" classes
     # or "sampled" ones; with augmentation a record for each position of the training stream.
-    kind: str = "memory"
-    size: int = 0  # classes that top_k keeps, draws of sampled
-    temperature: float = 1.0  # of top_k and sampled, which are made for one
+    kind: str = field("memory", one_of=("none", "memory", "dense", "top_k", "sampled"))
+    size: int = field(0, at_least=0)  # classes that top_k keeps, draws of sampled
+    # Of top_k and sampled, which are made for one.
+    temperature: float = field(1.0, at_least=COLD, at_most=HOT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transfer:
     """Measures of what an arm took over from the teacher beside its predictions on test data."""
 
-    examples: int = 0  # the first of the test split; 0 leaves these measures out
-    pairs: int = 256  # of examples of different classes: agreement on the path between them
-    epsilon: float = 0.1  # of an adversarial step, in units of the normalized pixel
+    # The first of the test split; 0 leaves these measures out.
+    examples: int = field(0, at_least=0)
+    # Of examples of different classes: agreement on the path between them.
+    pairs: int = field(256, at_least=1)
+    # Of an adversarial step, in units of the normalized pixel.
+    epsilon: float = field(0.1, at_least=0, at_most=1000)
 
 
 FORMATS = ("packed", "onnx", "onnx_int8", "litert", "stablehlo")  # see kdq.deploy.FORMATS
@@ -172,24 +198,28 @@ class Export:
 
     formats: tuple[str, ...] = ()  # keys of kdq.deploy.FORMATS
     arms: tuple[str, ...] = ()  # only these; () is all
-    examples: int = 1000  # the first of the validation split, on which a file is compared
-    agreement: float = 0.99  # least share of these with the class of the simulated model
+    # The first of the validation split, on which a file is compared.
+    examples: int = field(1000, at_least=1)
+    # Least share of these with the class of the simulated model.
+    agreement: float = field(0.99, at_least=0, at_most=1)
     # Batch sizes at which each format is timed, beside the float model in ONNX Runtime; () is none.
-    latency_batches: tuple[int, ...] = ()
-    threads: int = 0  # of each runtime when it is timed; 0 is one a core
+    latency_batches: tuple[int, ...] = field((), at_least=1)
+    threads: int = field(0, at_least=0)  # of each runtime when it is timed; 0 is one a core
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budgets:
     """Limits of costs, all of which hold; 0 is none."""
 
-    average_bits: float = 0.0  # bits of a weight, mean over all weights
-    size: float = 0.0  # bytes of the packed file
-    weight_memory: float = 0.0  # bytes of the parameters, weights in their own bits
-    activation_memory: float = 0.0  # bytes of the input and output of the layer where they are most
-    bops: float = 0.0  # bit operations for one example (arXiv:2005.07093)
-    energy: float = 0.0  # nJ for one example, modelled (see kdq.deploy.energy)
-    latency: float = 0.0  # ms for a batch in a runtime, measured
+    average_bits: float = field(0.0, at_least=0)  # bits of a weight, mean over all weights
+    size: float = field(0.0, at_least=0)  # bytes of the packed file
+    # Bytes of the parameters, weights in their own bits.
+    weight_memory: float = field(0.0, at_least=0)
+    # Bytes of the input and output of the layer where they are most.
+    activation_memory: float = field(0.0, at_least=0)
+    bops: float = field(0.0, at_least=0)  # bit operations for one example (arXiv:2005.07093)
+    energy: float = field(0.0, at_least=0)  # nJ for one example, modelled (see kdq.deploy.energy)
+    latency: float = field(0.0, at_least=0)  # ms for a batch in a runtime, measured
 
     @property
     def set(self) -> dict[str, float]:
@@ -209,9 +239,12 @@ class Search:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of that method
     # Float arms whose weights may be quantized; of several, a policy names one: widths are searched
     # too. Arms with these bits have one of them as their `init`, and get what the policy names.
-    students: tuple[str, ...] = ()
+    students: tuple[str, ...] = field((), distinct=True)
     teacher: str = ""  # arm that guides: what policies do to the student is measured against it
-    choices: tuple[str, ...] = ("W2A8", "W3A8", "W4A8", "W6A8", "W8A8")  # of a layer; "" is float
+    # Of a layer; "" is float.
+    choices: tuple[str, ...] = field(
+        ("W2A8", "W3A8", "W4A8", "W6A8", "W8A8"), some=True, distinct=True
+    )
     # {path pattern: bits} of layers that are not searched; the first that matches a layer wins.
     fixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     most: Budgets = Budgets()  # at most so much
@@ -220,24 +253,23 @@ class Search:
     objective: str = "kl"  # what policies are judged by: kl (to the teacher), loss, error or noise
     sensitivity: str = "kl"  # of each layer alone: one of kdq.search.sensitivity.MEASURES
     observer: str = "mse"  # calibration, see Arm
-    examples: int = 1000  # the first of the validation split
-    evaluations: int = 200  # of policies, those for sensitivities among them
+    examples: int = field(1000, at_least=1)  # the first of the validation split
+    evaluations: int = field(200, at_least=1)  # of policies, those for sensitivities among them
     # Arm that the arms of `launch/search.py` are trained as, by whose recipe policies are finetuned
     # for `steps` before they are judged. 0 steps: calibration alone.
     finetune: str = ""
-    steps: int = 0
+    steps: int = field(0, at_least=0, below=2**31)
     distilled: tuple[str, ...] = ()  # terms of the recipe of `finetune` that a policy may leave out
-    policies_at_once: int = 0  # that one call of the device evaluates; 0: 1 on a CPU, else 16
+    # That one call of the device evaluates; 0: 1 on a CPU, else 16.
+    policies_at_once: int = field(0, at_least=0)
     runtime: str = "onnx"  # where latencies are measured, a key of kdq.deploy.FORMATS
-    batch: int = 1  # examples at once in it
-    threads: int = 1
-    finalists: int = 5  # whose files are measured before one is chosen, if size or latency counts
+    batch: int = field(1, at_least=1)  # examples at once in it
+    threads: int = field(1, at_least=1)
+    # Whose files are measured before one is chosen, if size or latency counts.
+    finalists: int = field(5, at_least=1)
     # Files of launch/cost_table.py; what they do not have is measured here, if a budget asks.
-    cost_tables: tuple[str, ...] = ()
+    cost_tables: tuple[str, ...] = field((), path=True)
     other_device: bool = False  # allows tables that were measured on another device
-
-
-CACHES = ("none", "memory", "dense", "top_k", "sampled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,9 +277,9 @@ class Ensemble:
     """Teachers that are averaged."""
 
     kind: str = "ensemble"
-    arms: tuple[str, ...]
-    weights: tuple[float, ...] = ()  # one an arm; () is equal ones
-    average: str = "probability"  # or "logit"
+    arms: tuple[str, ...] = field(some=True)
+    weights: tuple[float, ...] = field((), above=0)  # one an arm; () is equal ones
+    average: str = field("probability", one_of=("probability", "logit"))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -260,7 +292,7 @@ class MovingAverage:
     """The exponential moving average of the student itself."""
 
     kind: str = "moving_average"
-    decay: float = 0.999
+    decay: float = field(0.999, at_least=0, below=1)
     needs = ()
 
 
@@ -296,7 +328,7 @@ class Packed:
     """A model in a packed file."""
 
     kind: str = "packed"
-    path: str
+    path: str = field(some=True, path=True)
     needs = ()
 
 
@@ -332,26 +364,26 @@ class Resources:
     They decide where a run runs, never its numbers.
     """
 
-    cpus: int = 0  # cores
-    gpus: int = 0
-    memory_gib: float = 0.0  # main memory, GiB
-    minutes: int = 0  # longest time; Slurm wants it, others do not limit it
+    cpus: int = field(0, at_least=0)  # cores
+    gpus: int = field(0, at_least=0)
+    memory_gib: float = field(0.0, at_least=0)  # main memory, GiB
+    minutes: int = field(0, at_least=0)  # longest time; Slurm wants it, others do not limit it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A set of arms over the same data, splits and seeds."""
 
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...] = field(at_least=0, below=SEEDS, some=True, distinct=True)
     # So many seeds of an arm train as one program, spread over the devices if there are several.
-    seeds_at_once: int = 1
+    seeds_at_once: int = field(1, at_least=1)
     # Processes that launchers run arms in, each with its share of this machine's cores: 0 is one a
     # seed on CPUs as far as there are cores, where nothing is timed. See kdq.experiment.parallel.
-    workers: int = 0
+    workers: int = field(0, at_least=0)
     data: Data
     # {key: {"name": module of kdq.models, or "package.module:Class" of your own, **fields}}
-    models: Mapping[str, Mapping[str, Any]]
-    arms: Mapping[str, Arm]  # in the order of the table
+    models: Mapping[str, Mapping[str, Any]] = field(some=True)
+    arms: Mapping[str, Arm] = field(some=True, folders=FOLDERS)  # in the order of the table
     teacher: str = "teacher"  # arm that fidelity and sizes are measured against
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
@@ -366,7 +398,7 @@ class Experiment:
     qat: Mapping[str, Qat] = dataclasses.field(default_factory=dict)
     distill: Mapping[str, Distill] = dataclasses.field(default_factory=dict)
     # Bits by search: an arm whose `bits` is a key of these gets what is found with its seed.
-    searches: Mapping[str, Search] = dataclasses.field(default_factory=dict)
+    searches: Mapping[str, Search] = field(default_factory=dict, folders=())
     search: Search = Search()  # what launch/search.py does, beside these
     # Teachers that are no arm: {key: {"kind": a key of TEACHERS, **its fields}}.
     teachers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -374,7 +406,8 @@ class Experiment:
     transfer: Transfer = Transfer()
     export: Export = Export()
     resources: Resources = Resources()  # what a run of a sweep asks for
-    evaluations: int = 20  # times that an arm is validated while it trains
-    checkpoint_seconds: float = 30.0  # least time between two checkpoints; 0 is every validation
+    evaluations: int = field(20, at_least=1)  # times that an arm is validated while it trains
+    # Least time between two checkpoints; 0 is every validation.
+    checkpoint_seconds: float = field(30.0, at_least=0)
     # A trial of a config, whose numbers mean nothing: records, tables and pages say so.
     quick: bool = False

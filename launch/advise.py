@@ -12,9 +12,9 @@ from absl import flags
 from kdq import cli
 from kdq.report.advisor import rules
 
-WORKDIRS = flags.DEFINE_list("workdirs", [], "Folders of launch/compress.py or train.py.")
-RECORDS = flags.DEFINE_list("records", [], "JSON lists of records, e.g. docs/results/digits.json.")
-OUT = flags.DEFINE_string("out", None, "Markdown file for the report, beside the terminal.")
+WORKDIRS = cli.define_paths("workdirs", [], "Folders of launch/compress.py or train.py.")
+RECORDS = cli.define_paths("records", [], "JSON lists of records, e.g. docs/results/digits.json.")
+OUT = cli.define_path("out", None, "Markdown file for the report, beside the terminal.")
 MAX_SIZE = flags.DEFINE_float("max_size_kib", None, "Largest file on disk, KiB.")
 MAX_LATENCY = flags.DEFINE_float("max_latency_ms", None, "Longest time of one batch, ms.")
 BATCH = flags.DEFINE_integer("batch", 1, "Examples in a batch, for latencies.")

@@ -13,7 +13,7 @@ from kdq import cli
 
 CONFIG = cli.define_config()
 MODEL = flags.DEFINE_string("model", "student", "The network, a key of config.models.")
-OUT = flags.DEFINE_string("out", None, "The file.")
+OUT = cli.define_path("out", None, "The file.")
 METRICS = flags.DEFINE_list("metrics", ["size", "latency"], "What is measured of size, latency.")
 
 

@@ -14,8 +14,8 @@ from absl import flags
 from kdq import cli
 
 DATASET = flags.DEFINE_string("dataset", None, "mnist, fashion_mnist, kmnist or emnist/CONFIG.")
-SOURCE = flags.DEFINE_string("source", None, "Directory with the IDX files.")
-DATA_DIR = flags.DEFINE_string(
+SOURCE = cli.define_path("source", None, "Directory with the IDX files.")
+DATA_DIR = cli.define_path(
     "data_dir", None, "TFDS data directory; default $TFDS_DATA_DIR, else ~/tensorflow_datasets."
 )
 

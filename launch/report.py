@@ -11,8 +11,8 @@ from absl import flags
 
 from kdq import cli
 
-WORKDIRS = flags.DEFINE_list("workdirs", None, "Folders of launch/compress.py or launch/train.py.")
-OUT = flags.DEFINE_string("out", None, "Folder for the report; made if it does not exist.")
+WORKDIRS = cli.define_paths("workdirs", None, "Folders of launch/compress.py or launch/train.py.")
+OUT = cli.define_path("out", None, "Folder for the report; made if it does not exist.")
 MAX_SIZE = flags.DEFINE_float("max_size_kib", None, "For the answer: largest file on disk, KiB.")
 MAX_DROP = flags.DEFINE_float(
     "max_drop", None, "For the answer: most points of validation accuracy below the teacher's."

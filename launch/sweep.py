@@ -17,8 +17,8 @@ from ml_collections import config_flags
 from kdq import cli, sweep
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs and the table.")
-SWEEP = flags.DEFINE_string("sweep", None, "File with get_sweep(), e.g. configs/sweeps/bits.py.")
+WORKDIR = cli.define_path("workdir", None, "Folder for the runs and the table.")
+SWEEP = cli.define_path("sweep", None, "File with get_sweep(), e.g. configs/sweeps/bits.py.")
 ARM = flags.DEFINE_string("arm", "", "Only this arm of each run, with those it needs.")
 EXECUTOR = flags.DEFINE_enum("executor", "local", list(sweep.EXECUTORS), "What runs the runs.")
 WORKERS = flags.DEFINE_integer("workers", None, "Runs at a time; local, ray: 1, slurm: all.")

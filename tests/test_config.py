@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 import re
 
 import ml_collections
@@ -170,7 +171,7 @@ def test_a_wrong_type_names_the_key_the_value_and_the_type(changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seeds": ()}, ["one seed or more"]),
+        ({"seeds": ()}, ["config.seeds is empty", "one or more"]),
         ({"seeds": (1, 1)}, ["all different"]),
         ({"evaluations": 0}, ["config.evaluations=0", "at least 1"]),
         ({"data__batch_size": 0}, ["config.data.batch_size=0"]),
@@ -206,6 +207,23 @@ def test_a_wrong_type_names_the_key_the_value_and_the_type(changes, words):
         ({"arms__kd__bits": "W9"}, ["config.arms.kd.bits='W9'"]),
         ({"arms__ptq__init": "teacher"}, ["arms.ptq.init", "'large'", "same model"]),
         ({"arms__labels__init": "ptq"}, ["arms.labels.init='ptq' is quantized", "float"]),
+        ({"arms__kd__reference": "kd"}, ["config.arms.kd.reference='kd'", "another arm"]),
+        ({"seeds": (-1,)}, ["config.seeds[0]=-1", "0 to below 4294967296"]),
+        ({"seeds": (2**32,)}, ["config.seeds[0]=4294967296", "0 to below 4294967296"]),
+        ({"arms__kd__seed_offset": -1}, ["kd.seed_offset=-1", "seed 0", "that is -1"]),
+        ({"arms__kd__seed_offset": 2**32 - 1}, ["kd.seed_offset", "seed 1", "that is 4294967296"]),
+        ({"data__std": 0.0}, ["config.data.std=0.0", "at least 1e-20"]),
+        ({"data__std": (6.0, -6.0)}, ["config.data.std[1]=-6.0", "at least 1e-20"]),
+        ({"data__mean": ()}, ["config.data.mean is empty"]),
+        ({"optimizer__warmup": 2.0}, ["config.optimizer.warmup=2.0", "0 to 1"]),
+        ({"optimizer__weight_decay": -1.0}, ["config.optimizer.weight_decay=-1.0", "0 to 1000000"]),
+        ({"workers": -1}, ["config.workers=-1", "at least 0"]),
+        ({"checkpoint_seconds": -1.0}, ["config.checkpoint_seconds=-1.0"]),
+        ({"distill__soft__task": -0.1}, ["config.distill.soft.task=-0.1", "0 to 1000000"]),
+        ({"distill__soft__terms": {}}, ["config.distill.soft.terms is empty"]),
+        ({"transfer__epsilon": 1e30}, ["config.transfer.epsilon=1e+30", "0 to 1000"]),
+        ({"arms__plots": {"model": "small", "epochs": 1}}, ["config.arms.plots", "kdq's own"]),
+        ({"arms__CON": {"model": "small", "epochs": 1}}, ["config.arms.CON", "Windows"]),
     ],
     ids=str,
 )
@@ -228,6 +246,43 @@ def test_ancestors_come_before_what_needs_them():
     experiment = freeze(_config())
     assert kdq_config.ancestors(experiment, "qad") == ("teacher", "kd", "qad")
     assert kdq_config.ancestors(experiment, "labels") == ("labels",)
+
+
+def test_a_chain_of_arms_may_be_longer_than_pythons_stack():
+    config = _config()
+    previous = "teacher"
+    for i in range(1200):
+        config["arms"][f"a{i}"] = {"model": "large", "init": previous, "bits": "W8"}
+        previous = f"a{i}"
+    experiment = freeze(config)
+    assert len(experiment.arms) == 1205
+    order = kdq_config.ancestors(experiment, previous)
+    assert order == ("teacher", *(f"a{i}" for i in range(1200)))
+    config["arms"]["teacher"]["init"] = previous  # float of a quantized one, and around
+    _refused(config, "config.arms.teacher.init='a1199' is quantized")
+    for arm in config["arms"].values():
+        arm |= {"bits": "W8"} if arm["model"] == "large" else {}
+    _refused(config, "circle: teacher -> a1199 -> a1198 -> ")
+
+
+def test_a_users_own_folder_is_known_in_every_path_of_a_config():
+    home = os.path.expanduser("~")
+    config = _config(
+        data__data_dir="~/tfds",
+        data__name="~/mine.npz",
+        arms__loaded={"model": "small", "load": "~/m.safetensors"},
+        teachers__file={"kind": "packed", "path": "~/t.safetensors"},
+    )
+    experiment = freeze(config)
+    paths = (
+        experiment.data.data_dir,
+        experiment.data.name,
+        experiment.arms["loaded"].load,
+        experiment.teachers["file"].path,
+    )
+    names = ("tfds", "mine.npz", "m.safetensors", "t.safetensors")
+    assert paths == tuple(f"{home}/{name}" for name in names)
+    _refused(_config(data__data_dir="~no-such-user"), "config.data.data_dir", "no user of that")
 
 
 def test_parse_arg_takes_the_types_of_the_defaults():

@@ -196,7 +196,11 @@ def test_a_teacher_of_ones_own_is_kept_as_it_is_and_quantized(tmp_path):
 def test_pixels_are_seen_over_255(tmp_path):
     x, y = DATA["train"]
     pixels = np.clip(128 + 30 * x, 0, 255).astype(np.uint8)
-    splits = {"train": (pixels, y), "validation": (pixels[:60], y[:60]), "test": (pixels, y)}
+    splits = {
+        "train": (pixels, y),
+        "validation": (pixels[:60], y[:60]),
+        "test": (pixels[60:], y[60:]),
+    }
     variables = Shallow().init(jax.random.key(1), x[:1])
     kdq.compress(
         Shallow(), teacher_variables=variables, **splits, workdir=tmp_path, bits="W8", epochs=1

@@ -63,7 +63,7 @@ def test_flags_are_grouped_and_none_is_left_out(texts, script):
     }
     required = re.search(r"required=\[(.*)\]", source)[1]
     assert flags.get("required", []) == re.findall(r'"(\w+)"', required)
-    own = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)
+    own = re.findall(r'(?:DEFINE|define)_\w+\(\s*"(\w+)"', source)
     own += [name for name in ("config", "workdir") if f"cli.define_{name}(" in source]
     if "cli.define_config(" in source or "cli.define_allow_models(" in source:
         own.append("allow_models")

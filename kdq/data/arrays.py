@@ -14,11 +14,12 @@ from typing import BinaryIO
 import numpy as np
 
 from kdq.data.errors import DataError
-from kdq.fields import unknown
+from kdq.fields import expand_user, unknown
 
 # Files that unpack to more than both are bombs: arrays of data pack some 10 to 100 times smaller.
 _MOST_BYTES, _MOST_RATIO = 2**30, 200
 PARTS = ("inputs", "labels")
+MOST_CLASSES = 2**22  # each has a name: more are most likely no classes at all
 Split = tuple[np.ndarray, np.ndarray]  # inputs [n, ...], labels [n]
 
 
@@ -34,7 +35,7 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
     Raises:
       DataError: arrays that don't fit, or a file that holds others.
     """
-    path = Path(path)
+    path = Path(expand_user(path, "path"))
     if path.suffix != ".npz":
         raise DataError(f"{path}: want a name that ends in .npz")
     for name, split in splits.items():
@@ -135,7 +136,8 @@ def _split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
     """Checked, of the types that kdq works with."""
     inputs, labels = np.asarray(inputs), np.asarray(labels)
     if np.issubdtype(inputs.dtype, np.floating):
-        inputs = inputs.astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 can't hold is refused below
+            inputs = inputs.astype(np.float32)
     if inputs.dtype not in (np.uint8, np.float32) or inputs.ndim < 2 or not inputs.size:
         raise DataError(
             f"{where}: inputs are {inputs.dtype} {inputs.shape}; want uint8 or floats [n, ...]"
@@ -148,9 +150,26 @@ def _split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
             f"{where}: labels are {labels.dtype} {labels.shape}; want integers "
             f"{inputs.shape[:1]}, a class for each input"
         )
-    if labels.min() < 0:
-        raise DataError(f"{where}: label {labels.min()}; want classes from 0")
-    return np.ascontiguousarray(inputs), labels.astype(np.int32)
+    return np.ascontiguousarray(inputs), as_labels(labels, where)
+
+
+def as_labels(labels: np.ndarray, where: str) -> np.ndarray:
+    """Labels [n] as int32, which none of them leaves.
+
+    Raises:
+      DataError: no integers, or a label that is no class; says which example has it.
+    """
+    labels = np.asarray(labels)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{where}: labels are {labels.dtype}; want integers")
+    # Compared in their own type: in another, 2^32 + 1 could be 1.
+    bad = (labels < 0) | (labels >= MOST_CLASSES)
+    if bad.any():
+        raise DataError(
+            f"{where}: label {labels[bad][0]} of example {int(bad.argmax())}; want classes from 0 "
+            f"to {MOST_CLASSES - 1}"
+        )
+    return labels.astype(np.int32)
 
 
 def _checked(splits: Mapping[str, Split]) -> Mapping[str, Split]:

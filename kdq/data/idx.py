@@ -21,6 +21,7 @@ from kdq.config import did_you_mean
 from kdq.data.errors import DataError
 from kdq.data.progress import track
 from kdq.data.writing import default_data_dir, is_prepared, write_dataset
+from kdq.fields import expand_user
 
 # The official numbers of examples, (train, test): others are accepted, but said aloud.
 _OFFICIAL = {
@@ -142,7 +143,8 @@ def prepare(dataset: str, source_dir: str | Path, data_dir: str | Path | None = 
             f"no IDX importer for data set {dataset!r}; valid: {', '.join(IDX_DATASETS)}"
             + did_you_mean(dataset, IDX_DATASETS)
         )
-    data_dir = Path(data_dir).expanduser() if data_dir is not None else default_data_dir()
+    data_dir = default_data_dir() if data_dir is None else Path(expand_user(data_dir, "data_dir"))
+    source_dir = Path(expand_user(source_dir, "source_dir"))
     builder = tfds.builder(dataset, data_dir=data_dir)
     if is_prepared(builder.data_dir):
         logging.info("%s is already prepared in %s; nothing to do", dataset, builder.data_dir)
@@ -150,8 +152,7 @@ def prepare(dataset: str, source_dir: str | Path, data_dir: str | Path | None = 
 
     features = builder.info.features
     splits = {
-        split: _read_split(dataset, split, Path(source_dir).expanduser(), features)
-        for split in ("train", "test")
+        split: _read_split(dataset, split, source_dir, features) for split in ("train", "test")
     }
     importer = _importer(type(builder), splits)
     config = {"config": builder.builder_config.name} if builder.builder_config else {}

@@ -77,6 +77,11 @@ def train_dataset(
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     ids = np.arange(len(source)) if ids is None else np.asarray(ids)
+    if ids.size and not (ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() < len(source)):
+        raise ValueError(
+            f"ids must be integers from 0 to {len(source) - 1}, those of {source.name} "
+            f"{source.split}; got {ids.dtype} {ids.min()} to {ids.max()}"
+        )
     ids = ids.astype(np.int32)
     if not len(ids):
         raise ValueError(f"ids: {source.name} {source.split} would have no example left")

@@ -1,9 +1,10 @@
 """A split of an image-classification data set, prepared by TFDS, read as NumPy arrays."""
 
+import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import tensorflow_datasets as tfds
 
 from kdq.config import did_you_mean
 from kdq.data import untrusted
-from kdq.data.arrays import read_arrays
+from kdq.data.arrays import as_labels, read_arrays
 from kdq.data.errors import DataError
 from kdq.data.idx import IDX_DATASETS
 from kdq.data.progress import track
 from kdq.data.writing import default_data_dir, is_prepared
+from kdq.fields import expand_user
 
 KNOWN_DATASETS = ("digits", *IDX_DATASETS, "cifar10", "cifar100")
+MOST_EXAMPLES = 2**31 - 1  # whose ids are int32
 _IN_MEMORY_BYTES = 2 * 2**30
 _READ_CHUNK = 1024  # records a read while loading into memory
 
@@ -42,6 +45,7 @@ class Source:
     digest: str
     reader: Reader = dataclasses.field(repr=False)
     dtype: str = "uint8"  # of an .npz file float32 too
+    records: tuple[tuple[str, int, int], ...] = ()  # (file, first, one past the last) of each part
 
     @property
     def is_images(self) -> bool:
@@ -54,6 +58,17 @@ class Source:
 
     def __len__(self) -> int:
         return self.num_examples
+
+    def shared_with(self, other: "Source") -> int:
+        """Returns how many examples are in both: all if the contents are equal, else by place."""
+        if self.digest == other.digest:
+            return len(self)
+        return sum(
+            max(0, min(end, last) - max(start, first))
+            for file, start, end in self.records
+            for place, first, last in other.records
+            if file == place
+        )
 
     def read(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """Reads examples by id, in the order given.
@@ -95,22 +110,23 @@ def open_split(
         random, or not for image classification.
     """
     if name.endswith(".npz"):
-        path = Path(data_dir or "", name).expanduser()
+        path = Path(expand_user(Path(data_dir or "", name), "data"))
         (inputs, labels), classes = read_arrays(path, split)
         return from_arrays(inputs, labels, name=path.name, split=split, classes=classes)
-    data_dir = Path(data_dir).expanduser() if data_dir is not None else default_data_dir()
+    data_dir = default_data_dir() if data_dir is None else Path(expand_user(data_dir, "data_dir"))
     builder = _prepared_builder(name, data_dir)
     name = _full_name(builder)
     shape, class_names = _image_classification(name, builder.info)
     num_examples = _num_examples(name, split, builder.info)
-    try:
-        records = builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise DataError(
-            f"{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, "
-            "which has no random access; remove it and prepare it again as array_record"
-        ) from error
-    reader = _record_reader(name, records, len(class_names))
+    with _readable(f"{name} {split}", builder.data_dir):
+        try:
+            records = builder.as_data_source(split)
+        except NotImplementedError as error:
+            raise DataError(
+                f"{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, "
+                "which has no random access; remove it and prepare it again as array_record"
+            ) from error
+    reader = _record_reader(f"{name} {split}", builder.data_dir, records, shape, len(class_names))
     if in_memory is None:
         in_memory = num_examples * int(np.prod(shape)) < _IN_MEMORY_BYTES
     if in_memory:
@@ -131,6 +147,10 @@ def open_split(
         in_memory=in_memory,
         digest=digest.hexdigest(),
         reader=reader,
+        records=tuple(
+            (part.filename, part.skip, part.skip + part.take)
+            for part in builder.info.splits[split].file_instructions
+        ),
     )
 
 
@@ -146,11 +166,15 @@ def from_arrays(
 
     Args:
       inputs: [n, ...] uint8 or float32.
-      labels: [n] int32.
+      labels: [n] int, classes from 0.
       name: what to call it.
       split: likewise.
       classes: how many there are; None is up to the largest label.
+
+    Raises:
+      DataError: labels that are no classes.
     """
+    labels = as_labels(labels, f"{name} {split}")
     digest = hashlib.sha256(repr((inputs.shape, inputs.dtype.name)).encode())
     digest.update(np.ascontiguousarray(inputs))
     digest.update(np.ascontiguousarray(labels))
@@ -188,6 +212,8 @@ def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
             f"no data set {name!r} in TFDS or in {data_dir}; known here: {known}, and other "
             f"image-classification data sets of TFDS{close}"
         ) from error
+    except Exception as error:  # of the parser of what is in the folder
+        raise _damaged(name, data_dir / base, error) from error
     if is_prepared(builder.data_dir):
         return builder
     if base == "digits":
@@ -243,24 +269,53 @@ def _num_examples(name: str, split: str, info: tfds.core.DatasetInfo) -> int:
         ) from error
     if count == 0:
         raise DataError(f"{name}: split {split!r} is empty; its splits (and sizes) are {sizes}")
+    if count > MOST_EXAMPLES:
+        raise DataError(f"{name}: split {split!r} has {count} examples; at most {MOST_EXAMPLES}")
     return count
 
 
-def _record_reader(name: str, records: Any, num_classes: int) -> Reader:
+def _record_reader(
+    name: str, folder: Any, records: Any, shape: tuple[int, ...], num_classes: int
+) -> Reader:
     """Returns a reader that fetches and decodes the records asked for, at each call."""
 
     def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        examples = records.__getitems__(ids.tolist())
-        labels = np.array([example["label"] for example in examples], np.int32)
+        with _readable(name, folder):
+            examples = records.__getitems__(ids.tolist())
+            labels = np.array([example["label"] for example in examples])
+            images = np.stack([example["image"] for example in examples])
+        if images.shape[1:] != shape or images.dtype != np.uint8:
+            raise DataError(
+                f"{name} in {folder} has images {images.dtype} {images.shape[1:]}, where its "
+                f"description says uint8 {shape}: remove that folder and prepare it again"
+            )
         bad = (labels < 0) | (labels >= num_classes)
         if bad.any():
             raise DataError(
                 f"{name}: example {ids[bad][0]} has label {labels[bad][0]}, out of range; there "
                 f"are {num_classes} classes, 0 to {num_classes - 1}"
             )
-        return np.stack([example["image"] for example in examples]), labels
+        return images, labels.astype(np.int32)
 
     return read
+
+
+@contextlib.contextmanager
+def _readable(name: str, folder: Any) -> Iterator[None]:
+    """Turns what readers and decoders raise of damaged files into a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # array_record and the decoders raise all kinds
+        raise _damaged(name, folder, error) from error
+
+
+def _damaged(name: str, folder: Any, error: Exception) -> DataError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return DataError(
+        f"{name} in {folder} can't be read ({reason}): remove that folder and prepare it again"
+    )
 
 
 def _load(

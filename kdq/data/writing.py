@@ -11,11 +11,13 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from kdq.data.errors import DataError
+from kdq.fields import expand_user
 
 
 def default_data_dir() -> Path:
     """Returns where TFDS keeps data sets: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return Path(expand_user(folder, "$TFDS_DATA_DIR"))
 
 
 def is_prepared(directory: str | Path) -> bool:

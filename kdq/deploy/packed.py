@@ -33,6 +33,7 @@ from kdq.deploy.packed_layers import (
 )
 from kdq.fields import ConfigError, Mistake, build
 from kdq.quantize import grid
+from kdq.quantize.inputs import Batch
 from kdq.quantize.kinds import WEIGHT_NAMES
 from kdq.quantize.layers import as_args, keys_of_layer
 from kdq.types import Array, QParams, Variables
@@ -80,12 +81,12 @@ class PackedModel:
     path: str = ""  # of the file
     _fits: list[bool] = dataclasses.field(default_factory=list, compare=False)  # once compared
 
-    def __call__(self, inputs: Array | tuple) -> Array:
+    def __call__(self, inputs: Batch) -> Array:
         """The outputs in evaluation mode, [batch, classes] for our models."""
         self.check(inputs)
         return quantize.predict(self.model, self.variables, self.qparams, inputs)
 
-    def lower(self, inputs: Array | tuple, *, fixed_point: bool = False) -> IntegerModel:
+    def lower(self, inputs: Batch, *, fixed_point: bool = False) -> IntegerModel:
         """The integer model, in evaluation mode; see `lower`. Only the shapes of inputs matter."""
         self.check(inputs)
         paths = {*self.qparams, *self.weight_quantizers}
@@ -96,7 +97,7 @@ class PackedModel:
         variables = nn.meta.unbox(self.variables)
         return lower(self.model, variables, qparams, inputs, fixed_point=fixed_point, train=False)
 
-    def check(self, inputs: Array | tuple) -> None:
+    def check(self, inputs: Batch) -> None:
         """Compares all arrays with those that the model has for such inputs, once.
 
         Raises:
@@ -105,7 +106,7 @@ class PackedModel:
         if self._fits:
             return
         try:
-            fitting.check(self.model, self.variables, self.qparams, as_args(inputs))
+            fitting.check(self.model, self.variables, self.qparams, inputs)
         except fitting.MisfitError as error:
             raise PackedFileError(f"{self.path} does not fit its model: {error}") from error
         self._fits.append(True)

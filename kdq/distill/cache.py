@@ -358,7 +358,8 @@ def _batch_rows(key: CacheKey, batch: Mapping[str, ArrayLike], first: int) -> np
     rows = np.empty(len(expected), key.record)
     for name in key.record.names:
         array, place = arrays[name], rows[name]
-        integer = name == "id" and np.issubdtype(array.dtype, np.integer)
+        integer = name == "id" and np.can_cast(array.dtype, np.int32, "same_kind")
+        integer = integer and bool((array == array.astype(np.int32)).all())  # none wraps
         if array.shape != place.shape or not (integer or array.dtype == place.dtype):
             raise CacheError(
                 f"{name} is {array.dtype} {array.shape}, must be {place.dtype} {place.shape}"

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from kdq.distill import inputs
+from kdq.distill.options import Momentum, Temperature
 from kdq.distill.reduction import reduce
 from kdq.types import Array
 
@@ -61,8 +62,8 @@ def contrastive(
     memory: ContrastiveMemory,
     ids: Array,
     negatives: Array,
-    temperature: Array | float = 0.07,
-    momentum: Array | float = 0.5,
+    temperature: Temperature = 0.07,
+    momentum: Momentum = 0.5,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -125,7 +126,7 @@ def contrastive(
 def info_nce(
     student_embedding: Array,
     teacher_embedding: Array,
-    temperature: Array | float = 0.07,
+    temperature: Temperature = 0.07,
     *,
     mask: Array | None = None,
     reduction: str = "none",

@@ -20,6 +20,7 @@ from kdq.distill.contrast import (
     info_nce,
     init_memory,
 )
+from kdq.distill.options import Bits, Power, Variance
 from kdq.distill.reduction import reduce
 from kdq.distill.relations import relational_angle, relational_distance, similarity_preserving
 from kdq.quantize import grid
@@ -70,7 +71,7 @@ def hint(
 def attention_transfer(
     student: Array,
     teacher: Array,
-    power: Array | float = 2.0,
+    power: Power = 2.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -116,7 +117,7 @@ def variational_information(
     student_mean: Array,
     teacher: Array,
     raw_variance: Array,
-    epsilon: Array | float = 1e-5,
+    epsilon: Variance = 1e-5,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -157,7 +158,7 @@ def variational_information(
 def quantized_feature(
     student: Array,
     teacher: Array,
-    bits: Array | float = 4,
+    bits: Bits = 4,
     *,
     mask: Array | None = None,
     reduction: str = "none",

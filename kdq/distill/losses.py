@@ -23,12 +23,12 @@ What all of them share:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from kdq.distill.options import Scalar, Share, Temperature, Weight
 from kdq.distill.reduction import check_mask, hide, reduce
 from kdq.entropy import relative_entropy, times_log
 from kdq.types import Array
-
-Scalar = Array | float
 
 # Deviations below this part of a vector's own size are float32 rounding: the vector is constant.
 _ROUNDING = 1e-6
@@ -39,7 +39,7 @@ _SMALLEST_NORM = 1e-8
 def kl(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -55,7 +55,7 @@ def kl(
 def reverse_kl(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -71,8 +71,8 @@ def reverse_kl(
 def jensen_shannon(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
-    beta: Scalar = 0.5,
+    temperature: Temperature = 1.0,
+    beta: Share = 0.5,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -96,8 +96,8 @@ def jensen_shannon(
 def skew_kl(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
-    alpha: Scalar = 0.1,
+    temperature: Temperature = 1.0,
+    alpha: Share = 0.1,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -116,9 +116,9 @@ def dkd(
     student_logits: Array,
     teacher_logits: Array,
     labels: Array,
-    temperature: Scalar = 1.0,
-    alpha: Scalar = 1.0,
-    beta: Scalar = 8.0,
+    temperature: Temperature = 1.0,
+    alpha: Weight = 1.0,
+    beta: Weight = 8.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -145,9 +145,9 @@ def dkd(
 def dist(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
-    beta: Scalar = 1.0,
-    gamma: Scalar = 1.0,
+    temperature: Temperature = 1.0,
+    beta: Weight = 1.0,
+    gamma: Weight = 1.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -179,7 +179,7 @@ def dist(
 def standardized_kl(
     student_logits: Array,
     teacher_logits: Array,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -313,6 +313,8 @@ def _one_hot(labels: Array, shape: tuple[int, ...]) -> Array:
         raise ValueError(f"labels must have the batch's shape {shape[:-1]}, given {labels.shape}")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integers, given {labels.dtype}")
+    if isinstance(labels, np.ndarray):  # of 64 bits perhaps, of which JAX would keep 32
+        labels = np.where((labels >= 0) & (labels < shape[-1]), labels, -1).astype(np.int32)
     return labels[..., None] == jnp.arange(shape[-1])
 
 

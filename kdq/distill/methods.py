@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from kdq.distill import adapters, features, losses, sparse
+from kdq.distill import adapters, features, losses, options, sparse
 from kdq.types import Array, Batch
 
 Shape = tuple[int, ...]
@@ -136,7 +136,7 @@ class Embedded:
     adapter: str = ""
 
     def options(self) -> Mapping[str, inspect.Parameter]:
-        return {**options_of(self.loss, 2), "dim": _option("dim", int, 128)}
+        return {**options_of(self.loss, 2), "dim": _option("dim", options.Count, 128)}
 
     def init(self, key, student, teacher, *, options, **context):
         keys, dim = jax.random.split(key), options.get("dim", 128)
@@ -168,8 +168,8 @@ class Contrastive(Embedded):
         parameters = options_of(self.loss, 5)
         return {
             **parameters,
-            "dim": _option("dim", int, 128),
-            "negatives": _option("negatives", int, 1024),
+            "dim": _option("dim", options.Count, 128),
+            "negatives": _option("negatives", options.Count, 1024),
         }
 
     def init(self, key, student, teacher, *, options, num_examples, **context):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kdq.distill import inputs
+from kdq.distill.options import Chunk
 from kdq.distill.reduction import reduce
 from kdq.types import Array
 
@@ -43,7 +44,7 @@ def similarity_preserving(
 def relational_distance(
     student: Array,
     teacher: Array,
-    chunk: int | None = None,
+    chunk: Chunk = None,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -101,7 +102,7 @@ def relational_distance(
 def relational_angle(
     student: Array,
     teacher: Array,
-    chunk: int | None = None,
+    chunk: Chunk = None,
     *,
     mask: Array | None = None,
     reduction: str = "none",

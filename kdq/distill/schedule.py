@@ -7,7 +7,7 @@ import flax.struct
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.fields import ConfigError, check_arguments, unknown
+from kdq.fields import NO_LIMITS, ConfigError, Limits, check_arguments, unknown
 from kdq.types import Array
 
 
@@ -75,7 +75,8 @@ def phases(values: tuple[float, ...], starts: tuple[float, ...]) -> Schedule:
 
 
 def _schedule(between: str, at: Any, values: Any) -> Schedule:
-    at, values = np.float32(at), np.float32(values)
+    with np.errstate(over="ignore"):  # an infinity is refused below
+        at, values = np.float32(at), np.float32(values)
     if not (np.all(np.diff(at) > 0) and at[0] >= 0 and at[-1] <= 1):
         raise ValueError(f"points of a schedule must rise from 0 to 1 at most, given {at.tolist()}")
     if not np.isfinite(values).all():
@@ -86,12 +87,13 @@ def _schedule(between: str, at: Any, values: Any) -> Schedule:
 KINDS = {f.__name__: f for f in (constant, linear, cosine, warmup, phases)}
 
 
-def build(config: float | Mapping[str, Any], where: str) -> Schedule:
+def build(config: float | Mapping[str, Any], where: str, limits: Limits = NO_LIMITS) -> Schedule:
     """A schedule from a config value: a number, or `{"kind": "linear", "start": 0, "end": 1}`.
 
     Args:
       config: the number, or one of the functions of this module by its name, with its arguments.
       where: the config key, for the error.
+      limits: of each value.
 
     Raises:
       ConfigError: an unknown kind or argument, a missing one, or values that are out of range.
@@ -104,6 +106,9 @@ def build(config: float | Mapping[str, Any], where: str) -> Schedule:
         raise ConfigError(unknown(f"{where}.kind:", kind, KINDS))
     check_arguments(KINDS[kind], fields, where)
     try:
-        return KINDS[kind](**fields)
-    except (TypeError, ValueError) as error:
+        made = KINDS[kind](**fields)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where}: {error}") from error
+    for value in made.values.tolist():
+        limits.check(value, where)
+    return made

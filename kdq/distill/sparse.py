@@ -14,6 +14,7 @@ from scipy.special import log_softmax
 
 from kdq.data.transforms import random_uniform
 from kdq.distill.losses import check_classes
+from kdq.distill.options import Temperature
 from kdq.distill.reduction import hide, reduce
 from kdq.entropy import times_log
 from kdq.types import Array
@@ -21,7 +22,7 @@ from kdq.types import Array
 _SAMPLING = 2**32  # purpose in the random key; those of kdq.data are small, so no number is shared
 
 
-def top_k_targets(logits: Array, k: int, temperature: Array | float) -> tuple[Array, Array]:
+def top_k_targets(logits: Array, k: int, temperature: Temperature) -> tuple[Array, Array]:
     """The k most probable classes of softmax(logits / T) and their log-probabilities.
 
     Args:
@@ -50,7 +51,7 @@ def top_k_kl(
     student_logits: Array,
     indices: Array,
     log_probs: Array,
-    temperature: Array | float,
+    temperature: Temperature,
     tail: bool = True,
     *,
     mask: Array | None = None,
@@ -159,7 +160,7 @@ def sampled_kl(
     student_logits: Array,
     indices: Array,
     weights: Array,
-    temperature: Array | float,
+    temperature: Temperature,
     *,
     mask: Array | None = None,
     reduction: str = "none",
@@ -212,7 +213,7 @@ def _log1mexp(x: Array) -> Array:
     return jnp.where(x > -jnp.log(2.0), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
-def _square(temperature: Array | float) -> Array:
+def _square(temperature: Temperature) -> Array:
     return jnp.square(jnp.asarray(temperature, jnp.float32))
 
 

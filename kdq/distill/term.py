@@ -13,9 +13,11 @@ from kdq.distill import adapters, schedule
 from kdq.distill.capture import Outputs
 from kdq.distill.methods import METHODS, Given, Method
 from kdq.distill.schedule import Schedule
-from kdq.fields import ConfigError, unknown
+from kdq.fields import LARGEST, ConfigError, Limits, limits_of_parameter, unknown
+from kdq.schema import HEAVIEST
 from kdq.types import Array, Batch
 
+_WEIGHT = Limits(at_least=0, at_most=HEAVIEST)
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # by layer path
 
 
@@ -123,7 +125,7 @@ def build(name: str, config: Mapping[str, Any], where: str) -> Term:
     if loss not in METHODS:
         raise ConfigError(unknown(f"{where}.loss:", loss, METHODS))
     method = METHODS[loss]
-    weight = schedule.build(fields.pop("weight", 1.0), f"{where}.weight")
+    weight = schedule.build(fields.pop("weight", 1.0), f"{where}.weight", _WEIGHT)
     layers = {
         role: _paths(fields.pop(role, ()), method.layers, f"{where}.{role}", loss)
         for role in ("student", "teacher")
@@ -168,7 +170,8 @@ def _options(
             raise ConfigError(unknown(f"option of {where}:", name, valid))
     for name, parameter in valid.items():
         value = given.get(name, parameter.default)
-        kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
+        hint, limits = limits_of_parameter(parameter.annotation)
+        kinds = typing.get_args(hint) or (hint,)
         if value is inspect.Parameter.empty:
             raise ConfigError(f"{where} needs {name!r}; given: {sorted(given)}")
         if parameter.annotation is inspect.Parameter.empty:
@@ -179,10 +182,13 @@ def _options(
         if float in kinds:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ConfigError(f"{where}.{name}={value!r}: want a number")
-            if not np.isfinite(value):
+            if not abs(value) <= LARGEST:  # a NaN is not
                 raise ConfigError(f"{where}.{name}={value!r}: want a finite number")
+            limits.check(value, f"{where}.{name}")
             numbers[name] = np.float32(value)
         elif isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
+            if value is not None:
+                limits.check(value, f"{where}.{name}")
             fixed[name] = value
         else:
             wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)

@@ -1,19 +1,21 @@
 """What can be wrong with a config once the data are open: said before anything trains."""
 
 import functools
+import itertools
 import logging
 import re
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from kdq import processes, quantize
-from kdq.config import ConfigError, Experiment, unknown
+from kdq.config import ConfigError, Data, Experiment, unknown
 from kdq.deploy import PackedFileError, PackedModel
 from kdq.distill import capture
 from kdq.distill.term import Shapes
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.quantized import rules_of
+from kdq.experiment.quantized import OBSERVERS, rules_of, rules_of_entries
 from kdq.experiment.store import load
 from kdq.experiment.teaching import Teachers
 from kdq.quantize import qat
@@ -24,6 +26,8 @@ from kdq.train.sharding import Layout
 from kdq.types import Variables
 
 log = logging.getLogger(__name__)
+
+MOST_STEPS = 2**31 - 1  # which counters on the device hold
 
 
 def check(
@@ -40,6 +44,7 @@ def check(
             f"config.data.augment changes images, uint8 [height, width, channels]; {name} has "
             f"{inputs.splits['train'].dtype} {shape}"
         )
+    _check_data(experiment.data, inputs)
     classes = inputs.splits["train"].num_classes
     for key, fields in experiment.models.items():
         if fields.get("num_classes", classes) != classes:
@@ -58,6 +63,11 @@ def check(
             )
         if not len(inputs.ids(arm)):
             raise ConfigError(f"config.arms.{name}.without_classes leaves no example to train on")
+        if inputs.steps(arm) > MOST_STEPS:
+            raise ConfigError(
+                f"config.arms.{name}.epochs={arm.epochs} are {inputs.steps(arm):.3g} steps of "
+                f"{experiment.data.batch_size} examples; want at most {MOST_STEPS}"
+            )
         if arm.epochs and not inputs.last_step(arm):
             raise ConfigError(
                 f"config.arms.{name}.epochs={arm.epochs} is not one step of "
@@ -72,9 +82,11 @@ def check(
         where = f"config.qat.{key}"
         if recipe.method not in qat.METHODS:
             raise ConfigError(unknown(f"{where}.method:", recipe.method, qat.METHODS))
-        if not 0 <= recipe.freeze_norm <= 1:
-            raise ConfigError(f"{where}.freeze_norm={recipe.freeze_norm}: want 0 to 1")
         regime.of_recipe(recipe, 1, where)
+    for key, recipe in experiment.distill.items():  # those of no arm too
+        objective.of_recipe(vars(recipe), 1, f"config.distill.{key}")
+    for key in experiment.rules:
+        rules_of_entries(experiment.rules[key], OBSERVERS["mse"], f"config.rules.{key}")
     for key in {arm.model for arm in experiment.arms.values() if arm.bits}:
         _check_quantize(experiment, key, models[key], inputs.image)
     for name, arm in experiment.arms.items():
@@ -100,12 +112,36 @@ def _warn_of_script(name: str, where: str) -> None:
         )
 
 
+def _check_data(config: Data, inputs: Inputs) -> None:
+    """Raises ConfigError for splits that share examples, or that nothing can be learned from."""
+    names = {"train": config.train, "validation": config.validation, "test": config.test}
+    for split, other in itertools.combinations(names, 2):
+        shared = inputs.splits[split].shared_with(inputs.splits[other])
+        if shared:
+            raise ConfigError(
+                f"config.data.{split}={names[split]!r} and config.data.{other}={names[other]!r} "
+                f"have {shared} examples in common: want splits that have none, or no number could "
+                "be trusted"
+            )
+    train = inputs.splits["train"]
+    if train.num_classes < 2:
+        raise ConfigError(
+            f"config.data.name={config.name!r} has {train.num_classes} class: want two or more, "
+            "since every loss of one class is 0"
+        )
+    for field in ("mean", "std"):
+        values, channels = np.shape(getattr(config, field)), train.image_shape[-1:]
+        if values not in ((), (1,), channels):
+            raise ConfigError(
+                f"config.data.{field}={getattr(config, field)}: want a number, or one for each of "
+                f"the {channels[0]} channels of {config.name}"
+            )
+
+
 def _check_compute(
     experiment: Experiment, models: dict[str, nn.Module], inputs: Inputs, layout: Layout
 ) -> None:
     compute, size = experiment.compute, experiment.data.batch_size
-    if compute.accumulate < 1:
-        raise ConfigError(f"config.compute.accumulate={compute.accumulate}: want at least 1")
     if size % (layout.batch_parts * compute.accumulate):
         raise ConfigError(
             f"config.data.batch_size={size} is no multiple of the {layout.batch_parts} parts that "

@@ -1,12 +1,12 @@
 """What of a config is another now than when a workdir was last run."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kdq import config as kdq_config
+from kdq import files
 from kdq.config import Experiment
 
 SHOWN = 3  # differences that are told
@@ -24,8 +24,8 @@ def between(path: Path, experiment: Experiment) -> str:
       experiment: what it is to hold now.
     """
     try:
-        before = kdq_config.freeze(json.loads(path.read_text()))
-    except (OSError, ValueError):  # ConfigError, too: it is from another version
+        before = kdq_config.freeze(files.read_json(path))
+    except (OSError, ValueError, files.DamagedError):  # ConfigError, too: of another version
         return ""
     there, here = (_leaves(kdq_config.to_json(_without_places(e))) for e in (before, experiment))
     changed = [key for key in there if key in here and there[key] != here[key]]

@@ -25,6 +25,7 @@ from kdq import config as kdq_config
 from kdq import heap
 from kdq.config import ConfigError, Experiment
 from kdq.deploy import latency
+from kdq.experiment import plan
 from kdq.experiment.progress import Progress, Record, Unit
 
 Run = Callable[[str, int], Record]
@@ -46,21 +47,28 @@ def workers(experiment: Experiment) -> int:
     a CPU, and without searches, which may time what they find.
 
     Raises ConfigError for several with a mesh or `seeds_at_once`, which share the cores otherwise,
-    or with latencies, which are measured on a machine that does nothing else.
+    or with latencies, which are measured on a machine that does nothing else; and for more than
+    there are cores.
     """
     timed = bool(experiment.export.latency_batches)
     alone = timed or experiment.seeds_at_once > 1 or jax.process_count() > 1
     alone = alone or _is_meshed(experiment)
-    if experiment.workers < 0 or (experiment.workers > 1 and alone):
+    if experiment.workers > 1 and alone:
         raise ConfigError(
-            f"config.workers={experiment.workers}: want 0 (by itself) or more, and at most 1 with "
-            "a mesh, several hosts, seeds_at_once or export.latency_batches"
+            f"config.workers={experiment.workers}: want at most 1 with a mesh, several hosts, "
+            "seeds_at_once or export.latency_batches"
+        )
+    cores = len(latency.cores(None))
+    if experiment.workers > cores:
+        raise ConfigError(
+            f"config.workers={experiment.workers}: this process has {cores} cores, of which each "
+            f"worker gets its own; want at most {cores}, or 0 (by itself)"
         )
     if experiment.workers:
         return experiment.workers
     if alone or experiment.searches or jax.default_backend() != "cpu":
         return 1
-    return min(len(experiment.seeds), len(latency.cores(None)))
+    return min(len(experiment.seeds), cores)
 
 
 def _is_meshed(experiment: Experiment) -> bool:
@@ -82,7 +90,9 @@ def needs(experiment: Experiment, order: Sequence[str], seed: int) -> dict[Unit,
             own.append(experiment.teacher)
         bits = experiment.arms[name].bits
         if bits in experiment.searches:
-            own += [searched[bits]] if bits in searched else []
+            # Uniform bits first: what is found is compared with them.
+            first = (bits, plan.baseline_of(experiment, bits))
+            own += [searched[search] for search in first if search in searched]
             searched[bits] = name
         found[name, seed] = [(other, seed) for other in own]
     return found

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from kdq import lock
 from kdq.config import ConfigError, Experiment, parents, unknown
 from kdq.experiment import runner
 from kdq.experiment.progress import Progress
@@ -52,6 +53,18 @@ def profile(
     """
     if arm not in experiment.arms:
         raise ConfigError(unknown("arm", arm, experiment.arms))
+    with lock.hold(workdir):
+        return _profile(experiment, Path(workdir), arm, seed, steps, progress)
+
+
+def _profile(
+    experiment: Experiment,
+    workdir: Path,
+    arm: str,
+    seed: int,
+    steps: int,
+    progress: Progress | None,
+) -> Profile:
     if needs := parents(experiment, arm):
         runner.run(experiment, workdir, arms=needs, progress=progress)
     task, state = runner.task(experiment, workdir, arm, seed)
@@ -61,7 +74,7 @@ def profile(
             f"arm {arm!r} trains for {task.steps} steps: want {last}, {WARM_UP} of them to warm up"
         )
     names = _names(task, state)
-    folder = Path(workdir) / "profile" / arm
+    folder = workdir / "profile" / arm
     folder.mkdir(parents=True, exist_ok=True)
 
     options = jax.profiler.ProfileOptions()

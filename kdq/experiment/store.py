@@ -85,10 +85,13 @@ class Store:
 
     def _load_weights(self, name: str, seed: int) -> Variables:
         """The selected variables of an arm: what was trained, before any rounding."""
-        arm = self._experiment.arms[name]
-        if not arm.epochs:
-            return load(arm.load).variables if arm.load else self.weights(arm.init, seed)
-        return self._selected(name, seed)["weights"]
+        arms = self._experiment.arms
+        # A chain of arms that only quantize may be longer than Python's stack.
+        while not arms[name].epochs and arms[name].init:
+            name = arms[name].init
+        if arms[name].epochs:
+            return self._selected(name, seed)["weights"]
+        return load(arms[name].load).variables
 
     def peer_weights(self, name: str, seed: int) -> Variables:
         """The variables of the peer that taught an arm, at the step that the arm selected."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdq import lock
 from kdq.sweep import progress, results
 from kdq.sweep.job import Executor
 from kdq.sweep.runs import Run
@@ -21,12 +22,16 @@ def run(runs: Sequence[Run], executor: Executor, workdir: Path) -> bool:
     done, and the same sweep goes on from there.
 
     Raises:
-      ConfigError: a run's folder holds another config's results; nothing has been started then.
+      ConfigError: a run's folder holds another config's results, or another sweep writes in
+        `workdir`; nothing has been started then.
     """
     waiting = {one.name: one for one in runs if not results.is_finished(one)}
     failed: dict[str, str] = {}
+    if waiting:
+        results.offer_arms(runs, workdir)
     jobs = [one.job for one in waiting.values()]
     with (
+        lock.hold(workdir, alone=True),
         _interruptible(),
         progress.reporter(jobs, len(runs) - len(jobs)) as ended,
         contextlib.closing(executor(jobs) if jobs else (_ for _ in ())) as ends,

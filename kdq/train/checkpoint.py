@@ -7,7 +7,6 @@ whenever they are read.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import itertools
 import logging
@@ -16,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,7 @@ from etils import epath
 from orbax.checkpoint import future
 
 from kdq import files, processes
-from kdq.train import digests
+from kdq.train import digests, interrupts
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,11 @@ class Checkpointer:
                     primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"own{own}"
                 ),
             )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        # What goes wrong in Orbax's threads is raised by `wait`; they log it as well, in kilobytes.
+        self._quiet = lambda record: "orbax" not in record.pathname
+        absl.logging.get_absl_logger().addFilter(self._quiet)
+        with self._named_errors():
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Saves `trees` and `record` as `step`, unless `step` is there already."""
@@ -70,7 +74,8 @@ class Checkpointer:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items[_DIGESTS] = _DigestsSave(trees=trees, record=record)
         args = ocp.args.Composite(record=ocp.args.JsonSave(dict(record)), **items)
-        with self._full_disk():
+        self.wait()  # for the save before, which may take long
+        with self._named_errors(), interrupts.held_back():
             self._manager.save(step, args=args)
 
     def restore(
@@ -104,8 +109,9 @@ class Checkpointer:
         path = os.path.join(self._directory, str(step))
         parts = problem = None
         try:
-            expected = _read_digests(path)
-            parts = self._restore(step, like)
+            with interrupts.held_back():  # of which a checkpoint is not to blame either
+                expected = _read_digests(path)
+                parts = self._restore(step, like)
             if reason := expected and expected.difference(*parts):
                 problem = f"is damaged and is set aside: {reason}"
         except (CheckpointError, MemoryError, PermissionError):
@@ -157,25 +163,30 @@ class Checkpointer:
         """Returns when everything saved is on disk; raises what went wrong in the background.
 
         Raises:
-          OSError: the disk is full.
+          OSError: the disk is full, or can't be written.
         """
-        with self._full_disk():
+        with self._named_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with self._full_disk():
+        with self._named_errors(), interrupts.held_back(2):
             self._manager.close()
+        absl.logging.get_absl_logger().removeFilter(self._quiet)
 
     @contextlib.contextmanager
-    def _full_disk(self) -> Iterator[None]:
-        """Says so in a line: TensorStore raises a ValueError of kilobytes."""
+    def _named_errors(self) -> Iterator[None]:
+        """A full disk and the like in a line: TensorStore raises a ValueError of kilobytes."""
         try:
             yield
         except ValueError as error:
-            if os.strerror(errno.ENOSPC) not in str(error):
+            if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
                 raise
-            message = os.strerror(errno.ENOSPC)
-            raise OSError(errno.ENOSPC, message, self._directory) from None
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), self._directory) from None
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = self._directory
+            raise
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -7,11 +7,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kdq.config import Experiment
+from kdq.config import Distill, Experiment
 from kdq.distill import losses, schedule, term
 from kdq.distill.capture import Outputs
 from kdq.distill.schedule import Schedule
 from kdq.distill.term import Term
+from kdq.fields import limits_of
 from kdq.types import Array, Batch, Metrics
 
 LABELS = schedule.constant(1.0)
@@ -130,5 +131,6 @@ def of_recipe(recipe: Mapping[str, Any] | None, steps: int, where: str) -> Objec
         term.build(key, fields, f"{where}.terms.{key}") for key, fields in recipe["terms"].items()
     )
     return objective.replace(
-        task=schedule.build(recipe["task"], f"{where}.task"), terms=tuple(terms)
+        task=schedule.build(recipe["task"], f"{where}.task", limits_of(Distill, "task")),
+        terms=tuple(terms),
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from kdq import quantize
 from kdq.distill import schedule
 from kdq.distill.schedule import Schedule
+from kdq.fields import limits_of
 from kdq.quantize import oscillation
 from kdq.schema import Qat
 from kdq.types import Array, Metrics, QParams
@@ -50,7 +51,7 @@ class Regime(flax.struct.PyTreeNode):
 def of_recipe(recipe: Qat, steps: int, where: str) -> Regime:
     """The regime of an arm that trains for `steps`. Raises ConfigError for a bad schedule."""
     parts = {
-        name: schedule.build(getattr(recipe, name), f"{where}.{name}")
+        name: schedule.build(getattr(recipe, name), f"{where}.{name}", limits_of(Qat, name))
         for name in ("least_bits", "dampen", "freeze")
         if getattr(recipe, name)
     }

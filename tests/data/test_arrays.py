@@ -100,7 +100,15 @@ NAN[7, 1] = np.nan
         ((X, Y.astype(float)), r"labels are float64 \(12,\); want integers \(12,\)"),
         ((X, np.eye(4, dtype=int)[Y]), r"labels are int64 \(12, 4\)"),
         ((X, Y[:-1]), r"labels are int64 \(11,\); want integers \(12,\)"),
-        ((X, Y - 1), "train: label -1; want classes from 0"),
+        ((X, Y - 1), "train: label -1 of example 0; want classes from 0 to 4194303"),
+        # Of 32 bits each is a valid class: 1, 0, -1 and 2^31 - 1.
+        ((X, np.where(Y == 1, 2**32 + 1, Y)), "train: label 4294967297 of example 1; want"),
+        ((X, np.where(Y == 2, -(2**32), Y)), "train: label -4294967296 of example 2; want"),
+        ((X, Y.astype(np.uint64) + np.uint64(2**64 - 4)), "label 18446744073709551612 of exampl"),
+        ((X, np.where(Y == 3, 2**31 - 1, Y)), "train: label 2147483647 of example 3; want"),
+        ((X, Y + 0.5), r"labels are float64 \(12,\); want integers"),
+        ((X, Y > 1), r"labels are bool \(12,\); want integers"),
+        ((X.astype(np.float64) * 1e300, Y), "train: input 0 is not finite"),
         ((X, Y % 3), "validation has label 3, train only those up to 2"),
         ((X[:, :2], Y), r"inputs of validation are float32 \(3,\), of train float32 \(2,\)"),
     ],
@@ -109,6 +117,23 @@ def test_arrays_that_do_not_fit(tmp_path, wrong, message):
     with pytest.raises(DataError, match=message):
         save_arrays(tmp_path / "mine.npz", **{**SPLITS, "train": wrong})
     assert not list(tmp_path.iterdir())
+
+
+def test_labels_of_a_file_of_somebody_elses_do_not_wrap_either(tmp_path):
+    arrays = {f"{name}_inputs": X for name in SPLITS}
+    labels = {f"{name}_labels": np.where(Y == 1, 2**32 + 1, Y) for name in SPLITS}
+    np.savez(tmp_path / "mine.npz", **arrays, **labels)
+    with pytest.raises(DataError, match="train: label 4294967297 of example 1; want classes"):
+        open_split("mine.npz", "train", data_dir=tmp_path)
+    with pytest.raises(DataError, match="arrays train: label 4294967297 of example 1"):
+        data.from_arrays(X, labels["train_labels"])
+
+
+def test_a_users_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert save_arrays("~/mine.npz", **SPLITS) == tmp_path / "mine.npz"
+    assert len(open_split("~/mine.npz", "test")) == 8
+    assert len(open_split("mine.npz", "test", data_dir="~")) == 8
 
 
 def test_files_that_do_not_fit(tmp_path):

@@ -18,6 +18,12 @@ def assert_same(ours: dict, theirs: dict) -> None:
         np.testing.assert_array_equal(value, theirs[key], err_msg=key)
 
 
+@pytest.mark.parametrize("ids", [[0.5], [360], [-1], [2**32 + 1], [True]])
+def test_ids_that_are_none_are_refused(digits, ids):
+    with pytest.raises(ValueError, match="ids must be integers from 0 to 359"):
+        train_dataset(digits, batch_size=4, seed=0, ids=np.array(ids), **SCALE)
+
+
 def stream_ids(source, count: int, **kwargs) -> np.ndarray:
     dataset = train_dataset(source, **{"batch_size": 40, "seed": 0, **SCALE, **kwargs})
     return np.concatenate([dataset[step]["id"] for step in range(count)])

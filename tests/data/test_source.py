@@ -49,6 +49,57 @@ def test_digest_follows_the_contents(digits, digits_by_record, digits_dir):
     assert len(digests) == 6
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ("train", "train", 1077),
+        ("train", "validation", 0),
+        ("train[:50%]", "train[50%:]", 0),
+        ("train[:50%]", "train", 538),
+        ("train[100:200]", "train[150:]", 50),
+        ("train+test", "test[:7]", 7),
+        ("all", "train[3:5]", 2),
+    ],
+)
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_splits_know_what_they_share(digits_dir, one, other, shared, in_memory):
+    a, b = (
+        open_split("digits", split, data_dir=digits_dir, in_memory=in_memory)
+        for split in (one, other)
+    )
+    assert (a.shared_with(b), b.shared_with(a)) == (shared, shared)
+
+
+DAMAGES = {
+    "a flipped bit": lambda file, data: file.write_bytes(
+        data[:70000] + bytes([data[70000] ^ 1]) + data[70001:]
+    ),
+    "cut off": lambda file, data: file.write_bytes(data[: len(data) // 2]),
+    "empty": lambda file, data: file.write_bytes(b""),
+    "gone": lambda file, data: file.unlink(),
+    "zeros": lambda file, data: file.write_bytes(bytes(len(data))),
+}
+
+
+SHARD = "digits-train.array_record-00000-of-00001"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        *((SHARD, damage) for damage in DAMAGES),
+        *(("dataset_info.json", damage) for damage in ("cut off", "empty", "zeros")),
+    ],
+)
+def test_damaged_data_are_named_in_one_line(digits_dir, tmp_path, file, damage):
+    shutil.copytree(digits_dir / "digits", tmp_path / "digits")
+    (place,) = tmp_path.rglob(file)
+    DAMAGES[damage](place, place.read_bytes())
+    with pytest.raises(DataError, match=r"digits.* can't be read .*remove that folder") as error:
+        open_split("digits", "train", data_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("ids", [[0, 360], [-1]])
 def test_ids_out_of_range(digits, ids):
     with pytest.raises(IndexError, match="valid are 0 to 359"):

@@ -333,6 +333,7 @@ def put(name, array):
     ("key", "change", "pattern"),
     [
         (BY_ID, lambda b: {"id": b["id"]}, r"has the arrays \['id'\], must have"),
+        (KEY, lambda b: {**b, "id": b["id"] + 2**32}, "id is int64"),
         (BY_ID, lambda b: {**b, "id": b["id"][::-1]}, r"id \[14 .*must go on from 10"),
         (BY_ID, lambda b: {**b, "id": b["id"] + 1}, "must go on from 10 without a gap"),
         (KEY, lambda b: {**b, "position": b["position"] + 1}, r"position \[11 .* from 10"),

@@ -306,6 +306,14 @@ def test_divergence_of_finished_models():
     np.testing.assert_array_equal(metrics.kl_divergence(*[_masked(TEACHER)] * 2), np.zeros(4))
 
 
+@pytest.mark.parametrize("labels", [[1, 2, 2**32 + 1, -(2**32)], [1, 2, 6, -1]])
+def test_a_label_of_64_bits_is_not_one_of_32(labels):
+    value = losses.cross_entropy(STUDENT, np.array(labels, np.int64))
+    np.testing.assert_array_equal(np.isnan(value), [False, False, True, True])
+    value = losses.dkd(STUDENT, TEACHER, np.array([1, 2, 2**64 - 1, 3], np.uint64), T)
+    np.testing.assert_array_equal(np.isnan(value), [False, False, True, False])
+
+
 ONE = np.zeros((4, 1), np.float32)
 
 

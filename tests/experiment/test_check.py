@@ -56,7 +56,6 @@ def test_stopping_early_and_leaving_classes_out_shorten_the_training(tiny_config
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"accumulate": 0}, "config.compute.accumulate=0: want at least 1"),
         ({"accumulate": 3}, "batch_size=64 is no multiple.*accumulate=3"),
         ({"remat": "block_.*"}, "config.compute.remat='block_.*' matches none of.*conv_0"),
     ],

@@ -189,7 +189,6 @@ def test_what_goes_wrong_in_one_ends_all_and_is_raised(seeds, tmp_path, wrong, e
         ({}, min(3, len(os.sched_getaffinity(0)))),
         ({"seeds": (0,)}, 1),
         ({"workers": 1}, 1),
-        ({"workers": 5}, 5),
         ({"seeds_at_once": 2}, 1),
         ({"mesh": {"data": -1}}, 1),
         ({"export": {"latency_batches": (1,)}}, 1),
@@ -204,7 +203,6 @@ def test_how_many_processes(tiny_config, changed, expected):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"workers": -1},
         {"workers": 2, "seeds_at_once": 2},
         {"workers": 2, "mesh": {"data": 2}},
         {"workers": 2, "export": {"latency_batches": (1,)}},
@@ -213,8 +211,17 @@ def test_how_many_processes(tiny_config, changed, expected):
 )
 def test_processes_that_can_not_be(tiny_config, changed):
     one = config.freeze({**tiny_config(), **changed})
-    with pytest.raises(ConfigError, match=rf"config.workers={changed['workers']}: want 0 "):
+    with pytest.raises(ConfigError, match=r"config.workers=2: want at most 1 with a mesh"):
         parallel.workers(one)
+
+
+@pytest.mark.parametrize("more", [1, 10**6])
+def test_no_more_processes_than_cores(tiny_config, more):
+    cores = len(os.sched_getaffinity(0))
+    one = config.freeze({**tiny_config(), "workers": cores})
+    assert parallel.workers(one) == cores
+    with pytest.raises(ConfigError, match=rf"workers={cores + more}: .* {cores} cores.*at most"):
+        parallel.workers(dataclasses.replace(one, workers=cores + more))
 
 
 # Arms themselves.

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 
 from kdq import config, data, experiment
@@ -49,6 +50,69 @@ def test_an_unknown_name_lists_the_valid_ones(tiny_config, tmp_path, path, value
     with pytest.raises((config.ConfigError, data.DataError), match=f"(?s){message}"):
         experiment.run(config.freeze(replaced(tiny_config(), path, value)), workdir)
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            ("data", "test"),
+            "train",
+            r"config\.data\.train='train' and config\.data\.test='train' have 1077",
+        ),
+        (
+            ("data", "validation"),
+            "train[:50%]",
+            r"config\.data\.validation='train\[:50%\]' have 538 ex",
+        ),
+        (("data", "test"), "validation[300:]", r"validation='validation' and .*test=.* have 60 ex"),
+        (("data", "std"), (6.0, 6.0), r"config\.data\.std=\(6\.0, 6\.0\).* each of the 1 channels"),
+        (("data", "mean"), (1.0, 2.0, 3.0), r"config\.data\.mean=.*want a number, or one for each"),
+        (
+            ("arms", "kd", "epochs"),
+            1e18,
+            r"arms\.kd\.epochs=1e\+18 are 1\.68e\+19 steps .*2147483647",
+        ),
+        (("distill", "unused"), {"terms": {"a": {"loss": "kll"}}}, r"distill\.unused.*'kll'.*'kl'"),
+        (
+            ("rules", "unused"),
+            ({"path": ".*", "weights": {"bits": 0}},),
+            r"rules\.unused\[0\].*bits",
+        ),
+        (
+            ("distill", "kd", "terms", "kl", "temperature"),
+            0.0,
+            r"temperature=0\.0: want 0\.001 to 1000",
+        ),
+        (("distill", "kd", "terms", "kl", "temperature"), 1e30, r"temperature=1e\+30: want 0\.001"),
+        (("distill", "kd", "terms", "kl", "weight"), -1.0, r"kl\.weight=-1\.0: want 0 to 1000000"),
+        (
+            ("distill", "kd", "terms", "kl", "weight"),
+            {"kind": "linear", "start": 1.0, "end": -1.0},
+            r"kl\.weight=-1\.0: want 0 to 1000000",
+        ),
+        (("qat", "damped", "dampen"), -1.0, r"qat\.damped\.dampen=-1\.0: want 0 to"),
+        (("qat", "damped", "least_bits"), {"kind": "constant", "value": 99.0}, r"least_bits=99\.0"),
+        (("compute", "remat"), "(", r"config\.compute\.remat='\(' is no regular expression"),
+        (("workers"), 10**6, r"config\.workers=1000000: this process has \d+ cores"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tiny_config, tmp_path, path, value, message):
+    path = (path,) if isinstance(path, str) else path
+    with pytest.raises((config.ConfigError, data.DataError), match=f"(?s){message}") as error:
+        experiment.run(config.freeze(replaced(tiny_config(), path, value)), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_class_is_nothing_to_learn(tiny_config, tmp_path):
+    inputs = np.random.default_rng(0).normal(size=(90, 3)).astype(np.float32)
+    splits = {"train": inputs[:60], "validation": inputs[60:75], "test": inputs[75:]}
+    splits = {name: (rows, np.zeros(len(rows), int)) for name, rows in splits.items()}
+    data.save_arrays(tmp_path / "mine.npz", **splits)
+    changed = replaced(tiny_config(), ("data",), {"name": "mine.npz", "data_dir": str(tmp_path)})
+    with pytest.raises(config.ConfigError, match=r"data\.name='mine\.npz' has 1 class: want two"):
+        experiment.run(config.freeze(changed), tmp_path / "run")
 
 
 def test_rules_that_fit_no_layer_are_refused(tiny_config, tmp_path):

@@ -157,7 +157,11 @@ def test_all_damaged_is_none(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        ("RESOURCE_EXHAUSTED: ...: No space left on device [os_", OSError, "No space left on dev"),
+        (
+            "RESOURCE_EXHAUSTED: ...: No space left on device [os_error_code='28'] [tensorstore_",
+            OSError,
+            "No space left on dev",
+        ),
         ("something else", ValueError, "something else"),
     ],
 )
