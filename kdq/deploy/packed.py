@@ -29,6 +29,7 @@ from kdq.deploy.packing import pack, unpack
 from kdq.deploy.qtensor import codes_and_scale
 from kdq.fields import ConfigError, build
 from kdq.quantize import grid, scale_formats
+from kdq.quantize.inputs import unboxed
 from kdq.quantize.kinds import WEIGHT_NAMES
 from kdq.types import Array, QParams, Variables
 
@@ -131,7 +132,7 @@ def save_packed(
     Raises:
       ValueError: a scale that its format does not hold; names the layer.
     """
-    arrays = traverse_util.flatten_dict(_numpy(variables), sep="/")
+    arrays = traverse_util.flatten_dict(_numpy(unboxed(variables)), sep="/")
     layers = {}
     for layer, quantizers in quantize.plain(qparams).items():
         layers[layer] = entry = {}
