@@ -22,7 +22,6 @@ flags.disclaim_key_flags()  # what is defined here is listed under --help of the
 
 
 WHERE = (
-    "allow_models",
     "compilation_cache_dir",
     "distributed",
     "coordinator_address",

@@ -5,15 +5,16 @@ With a single process nothing here does anything.
 
 import itertools
 import os
-import pickle
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax._src import distributed  # as Orbax does: there is no public way to the store
 from jax.experimental import multihost_utils
+
+from kdq import messages
 
 T = TypeVar("T")
 
@@ -57,17 +58,22 @@ def first(fn: Callable[[], T]) -> T:
     """What `fn` returns in the first process, for all; or what it raises, in all.
 
     Only the first process calls it; `fn` computes on that process alone, so it must not use arrays
-    of the whole mesh. What it returns or raises is pickled.
+    of the whole mesh. What it returns or raises goes through `kdq.messages`.
     """
     if jax.process_count() == 1:
         return fn()
-    result, error = None, None
+    data = b""
     if is_first():
         try:
             result = fn()
-        except Exception as raised:  # the others wait to hear of it
-            error = raised
-    result, error = _from_first((result, error))
+            data = messages.encode((result, None))
+        except Exception as error:  # the others wait to hear of it
+            _from_first(messages.encode((None, error)))
+            raise
+    data = _from_first(data)
+    if is_first():
+        return result
+    result, error = messages.decode(data)
     if error is not None:
         raise error
     return result
@@ -85,7 +91,7 @@ def in_turn(fn: Callable[[], T]) -> T:
 
 def agree(value: bool) -> bool:
     """What the first process says."""
-    return value if jax.process_count() == 1 else _from_first(value)
+    return value if jax.process_count() == 1 else _from_first(bytes([value])) == b"\1"
 
 
 def any_of(value: bool) -> bool:
@@ -95,12 +101,14 @@ def any_of(value: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
-def _from_first(value: Any) -> Any:
-    """By the coordinator's store: a collective of the devices would give up after half a minute of
-    waiting for the first process."""
+def _from_first(data: bytes) -> bytes:
+    """Returns the bytes of the first process.
+
+    By the coordinator's store: a collective of the devices would give up after half a minute of
+    waiting for the first process, and is no way for what it raises.
+    """
     client, name = distributed.global_state.client, f"kdq/{next(_ROUNDS)}"
     if is_first():
-        data = pickle.dumps(value)
         parts = [data[i : i + _PART_BYTES] for i in range(0, len(data), _PART_BYTES)]
         for i, part in enumerate(parts):
             client.key_value_set_bytes(f"{name}/{i}", part)
@@ -108,11 +116,11 @@ def _from_first(value: Any) -> Any:
     else:
         count = int(client.blocking_key_value_get(f"{name}/count", _LONG_MS))
         parts = [client.blocking_key_value_get_bytes(f"{name}/{i}", _LONG_MS) for i in range(count)]
-        value = pickle.loads(b"".join(parts))
+        data = b"".join(parts)
     client.wait_at_barrier(name, _LONG_MS)
     if is_first():
         client.key_value_delete(name)
-    return value
+    return data
 
 
 def leave_if_lost(error: BaseException) -> None:

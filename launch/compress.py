@@ -19,23 +19,33 @@ WORKDIR = cli.define_workdir(
 TENSORBOARD = flags.DEFINE_boolean(
     "tensorboard", False, "Training curves as TensorBoard's events, too: ARM/SEED/tensorboard."
 )
+SHARED = flags.DEFINE_string(
+    "shared", None, "Folder by which the runs of a sweep share arms; launch/sweep.py gives it."
+)
 
 
 def main(_: list[str]) -> None:
-    from kdq import config, experiment, processes
+    from kdq import config, deploy, experiment, processes
     from kdq.report import progress, write
 
     checked = config.freeze(CONFIG.value)
-    with progress.reporter() as reporter:
-        records = experiment.run(
-            checked,
-            WORKDIR.value,
-            progress=reporter,
-            tensorboard=TENSORBOARD.value,
-            in_processes=True,
-        )
+    failed = None
+    try:
+        with progress.reporter() as reporter:
+            records = experiment.run(
+                checked,
+                WORKDIR.value,
+                progress=reporter,
+                tensorboard=TENSORBOARD.value,
+                in_processes=True,
+                shared=SHARED.value,
+            )
+    except deploy.ExportError as error:  # when every arm has been run
+        records, failed = experiment.finished(checked, WORKDIR.value), error
     if processes.is_first():
         write.write_report(records, WORKDIR.value)
+    if failed is not None:
+        raise failed
 
 
 if __name__ == "__main__":

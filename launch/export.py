@@ -3,7 +3,8 @@
     python launch/export.py --workdir=runs/digits --arm=qat_w4a4 --format=onnx,stablehlo --out=DIR
 
 Each file is run in its own runtime: it must have the class of the simulated model on nearly all of
-the held-out examples, or it is an error. DIR/manifest.json says what the files are.
+the held-out examples, or it is an error, which comes when all other files are there.
+DIR/manifest.json says what the files are, and why one is not.
 """
 
 from absl import flags
@@ -22,6 +23,7 @@ cli.define_allow_models()
 
 def main(_: list[str]) -> None:
     from kdq import experiment
+    from kdq.experiment.exports import raise_failures
     from kdq.report import exports
 
     seeds = () if SEED.value is None else (SEED.value,)
@@ -29,6 +31,14 @@ def main(_: list[str]) -> None:
         WORKDIR.value, ARM.value, formats=FORMAT.value, out=OUT.value, seeds=seeds
     )
     exports.print_table(found)
+    raise_failures(
+        {
+            f"{name}, seed {seed}": entry["failed"]
+            for seed, entries in found.items()
+            for name, entry in entries.items()
+            if "failed" in entry
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ r"""Searches bits for each layer under a budget, trains what it finds, exports i
 
 What is searched, with what, under which budgets: config.search. The arms it needs are run first.
 WORKDIR/searches/NAME/SEED has every evaluation (evaluations-DIGEST.jsonl) and the result; the arms
-NAME_ptq (calibrated) and NAME_qad (trained as config.search.finetune) join the table. Run the same
-command again after an interruption: it goes on where it was.
+NAME_ptq (calibrated) and NAME_qad (trained as config.search.finetune) join the table, beside those
+of the best uniform bits under the same budgets (uniform_ptq, uniform_qad). Run the same command
+again after an interruption: it goes on where it was.
 """
 
 from absl import flags

@@ -16,6 +16,9 @@ SEED = flags.DEFINE_integer("seed", None, "One seed; all of config.seeds if not 
 TENSORBOARD = flags.DEFINE_boolean(
     "tensorboard", False, "Training curves as TensorBoard's events, too: ARM/SEED/tensorboard."
 )
+SHARED = flags.DEFINE_string(
+    "shared", None, "Folder by which the runs of a sweep share arms; launch/sweep.py gives it."
+)
 
 
 def main(_: list[str]) -> None:
@@ -33,6 +36,7 @@ def main(_: list[str]) -> None:
             progress=reporter,
             tensorboard=TENSORBOARD.value,
             in_processes=True,
+            shared=SHARED.value,
         )
     if processes.is_first():
         table.print_table(table.rows(records))

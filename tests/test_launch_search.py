@@ -93,7 +93,19 @@ def test_methods_join_one_table(searched):
     # What the last one found is printed, layer by layer.
     for path, bits in records["knapsack_qad"]["policy"].items():
         assert any(line.split()[:2] == [path, bits] for line in printed.splitlines())
+    # Both stand beside the same uniform bits.
     told = records["knapsack_qad"]["search"]
+    assert {records[f"{name}_qad"]["reference"] for name in NAMES} == {"uniform_qad"}
+    uniform = records["uniform_qad"]["search"]
+    assert told["uniform"]["scores"] == uniform["scores"]
+    objective = [f"{uniform['scores']['kl']:.4g}"]
+    assert ["kl,", "uniform", "bits", *objective] in [line.split() for line in printed.splitlines()]
+    same = told["chosen"] == uniform["chosen"]
+    policy = "the same policy as" if same else "another policy than"
+    said = f"knapsack found {policy} uniform with seed 0"
+    assert said in printed
+    assert said in table
+    assert said in (workdir / "searches.md").read_text()
     limit = f"{told['costs']['average_bits']:.4g} of 3"
     assert any(" ".join(line.split()) == f"average_bits {limit}" for line in printed.splitlines())
 
@@ -114,7 +126,7 @@ def test_what_was_trained_is_exported(searched):
 def test_the_same_command_again_searches_nothing(searched, launch, config):
     _, workdir = searched
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("evaluations-*.jsonl")}
-    assert len(before) == 2
+    assert len(before) == 3  # of the two methods, and of the uniform bits of both
     again = launch(
         "search",
         *(f"--config={config}:quick", f"--workdir={workdir}", "--config.search.method=knapsack"),

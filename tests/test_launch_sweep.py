@@ -165,7 +165,24 @@ def one_by_one(launch, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("sweep")
     process = launch("sweep.py:6", workdir, "--arm=student")
     assert process.returncode == 0, process.stderr
+    assert "copied by the others: teacher (6 of 12)." in process.stdout
     return numbers(workdir)
+
+
+@slow
+def test_shared_arms_are_those_that_a_run_trains_by_itself(one_by_one, files, data_dir, tmp_path):
+    """Twelve runs have twelve teachers of six seeds; one run of the second rate, without others."""
+    run = "learning_rate=0.002,seeds=3"
+    command = [sys.executable, "launch/train.py", f"--config={files / 'config.py'}:quick"]
+    command += ["--config.arms.student.learning_rate=0.002", "--config.seeds=(3,)"]
+    command += ["--config.workers=1", f"--workdir={tmp_path}", "--arm=student"]
+    environment = os.environ | {"TFDS_DATA_DIR": str(data_dir)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    for arm in ("teacher", "student"):
+        record = json.loads((tmp_path / arm / "3" / "result.json").read_text())
+        assert "shared_from" not in record
+        alone = [record[key] for key in ("accuracy", "nll", "size_bytes")]
+        assert one_by_one[run, arm, 3] == alone
 
 
 @slow
@@ -187,6 +204,9 @@ def test_twelve_runs_on_ray_with_a_worker_killed(launch, one_by_one, tmp_path):
         _, errors = process.communicate(timeout=550)
     assert process.returncode == 0, errors
     assert numbers(tmp_path) == one_by_one
+    records = json.loads((tmp_path / "results.json").read_text())
+    copied = [(r["arm"], r["seed"]) for r in records if "shared_from" in r]
+    assert sorted(copied) == [("teacher", seed) for seed in range(6)]
     assert len({name for name, _, _ in one_by_one}) == 12
     lines = (tmp_path / "table.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("| learning")]

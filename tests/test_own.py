@@ -165,7 +165,9 @@ def test_another_program_imports_the_class_or_gives_the_model(distilled, monkeyp
     path = workdir / "qad" / "0" / "model.safetensors"
     here = deploy.load_packed(path)
     monkeypatch.delattr(f"{__name__}.Net")
-    with pytest.raises(deploy.ModelNotImportedError, match=r"of the class test_own:Net, which"):
+    with pytest.raises(
+        deploy.ModelNotImportedError, match=r"of the class test_own:Net, which is not there: pass"
+    ):
         deploy.load_packed(path)
     given = deploy.load_packed(path, here.model)
     inputs = DATA["test"][0].astype(np.float32)

@@ -65,6 +65,8 @@ def test_flags_are_grouped_and_none_is_left_out(texts, script):
     assert flags.get("required", []) == re.findall(r'"(\w+)"', required)
     own = re.findall(r'(?:DEFINE|define)_\w+\(\s*"(\w+)"', source)
     own += [name for name in ("config", "workdir") if f"cli.define_{name}(" in source]
+    if "cli.define_config(" in source or "cli.define_allow_models(" in source:
+        own.append("allow_models")
     shown = [name for names in flags.values() for name in names]
     shared = flags.get("where it runs", [])
     assert sorted(shown) == sorted([*own, *shared])

@@ -4,16 +4,20 @@ For each split two arrays, `SPLIT_inputs` [n, ...] and `SPLIT_labels` [n]. `conf
 the file, and everything else goes as with a data set of TFDS.
 """
 
+import math
 import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from kdq.data.errors import DataError
 from kdq.fields import expand_user, unknown
 
+# Files that unpack to more than both are bombs: arrays of data pack some 10 to 100 times smaller.
+_MOST_BYTES, _MOST_RATIO = 2**30, 200
 PARTS = ("inputs", "labels")
 MOST_CLASSES = 2**22  # each has a name: more are most likely no classes at all
 Split = tuple[np.ndarray, np.ndarray]  # inputs [n, ...], labels [n]
@@ -87,14 +91,45 @@ def read_arrays(path: str | os.PathLike[str], split: str) -> tuple[Split, int]:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        # np.load itself leaves a file that is broken open
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except FileNotFoundError:
-        raise DataError(f"there is no {path}") from None
-    except (AttributeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no .npz file of arrays: {error}") from error
+    if not path.is_file():
+        raise DataError(f"there is no {path}")
+    with path.open("rb") as file:  # np.load itself leaves a file that is broken open
+        try:
+            _check_sizes(path, file)
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return {key: arrays[key] for key in arrays.files}
+        except DataError:
+            raise
+        except Exception as error:  # a damaged archive makes Python's reader raise almost anything
+            raise DataError(f"{path} is no .npz file of arrays: {error}") from error
+
+
+def _check_sizes(path: Path, file: BinaryIO) -> None:
+    """Raises DataError for arrays that are not as large as their headers state, or that take far
+    more memory than the file: before any of them is unpacked."""
+    total = 0
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            with archive.open(entry) as stream:
+                version = np.lib.format.read_magic(stream)
+                read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+                    version, np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read(stream)
+                size = math.prod(shape) * dtype.itemsize
+                if not dtype.hasobject and stream.tell() + size != entry.file_size:
+                    raise DataError(
+                        f"{path}: {entry.filename} is {dtype} {shape} by its header, which is not "
+                        f"the {entry.file_size} bytes that it has"
+                    )
+            total += entry.file_size
+    packed = path.stat().st_size
+    if total > _MOST_BYTES and total > _MOST_RATIO * packed:
+        raise DataError(
+            f"{path} has {packed} bytes and unpacks to {total}: if that is meant, save it with "
+            "np.savez, which packs nothing"
+        )
 
 
 def _split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -44,10 +45,14 @@ _TYPES = {
     0x0E: "float64",
 }
 _UINT8 = 0x08
+_MOST_BYTES = 2 * 2**30  # the largest of these data sets, EMNIST by class, has 0.5 GiB of pixels
+_MOST_GZIP_RATIO = 1032  # of what deflate can pack
 
 
 def read_idx(path: str | Path) -> np.ndarray:
     """Reads an IDX file of unsigned bytes, gzipped when its name ends in `.gz`.
+
+    No more is unpacked than the header states, nor more than 2 GiB.
 
     Returns:
       uint8 array with the shape that the file's header states.
@@ -57,33 +62,63 @@ def read_idx(path: str | Path) -> np.ndarray:
       FileNotFoundError: no such file.
     """
     path = Path(path)
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: not a whole gzip file ({error})") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _TYPES or data[3] == 0:
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rb") as file:
+            shape = _read_header(path, file)
+            expected = math.prod(shape)
+            if expected > _MOST_BYTES:
+                raise DataError(
+                    f"{path}: {expected} bytes of values by the header {shape}; expected at most "
+                    f"{_MOST_BYTES}"
+                )
+            _check_packed_size(path, shape)
+            values = file.read(expected + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file ({error})") from error
+    if len(values) < expected:
+        raise _truncated(path, len(values), shape)
+    if len(values) > expected:
+        is_packed = path.suffix == ".gz"
+        size = f"over {expected}" if is_packed else path.stat().st_size - 4 - 4 * len(shape)
         raise DataError(
-            f"{path}: the file starts with {data[:4].hex(' ') or 'nothing'}, which is no IDX magic "
+            f"{path}: trailing bytes: {size} bytes of values, {expected} expected for {shape}"
+        )
+    return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[int, ...]:
+    """Returns the shape that an IDX file states."""
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES or magic[3] == 0:
+        raise DataError(
+            f"{path}: the file starts with {magic.hex(' ') or 'nothing'}, which is no IDX magic "
             "number; expected 00 00, 08 (uint8), then the number of dimensions"
         )
-    if data[2] != _UINT8:
-        raise DataError(f"{path}: values are {_TYPES[data[2]]} by the header; expected uint8")
-    ndim = data[3]
-    header = 4 + 4 * ndim
-    if len(data) < header:
+    if magic[2] != _UINT8:
+        raise DataError(f"{path}: values are {_TYPES[magic[2]]} by the header; expected uint8")
+    ndim = magic[3]
+    sizes = file.read(4 * ndim)
+    if len(sizes) < 4 * ndim:
         raise DataError(
-            f"{path}: truncated: {len(data)} bytes, the header of {ndim} dimensions takes {header}"
+            f"{path}: truncated: {4 + len(sizes)} bytes, the header of {ndim} dimensions takes "
+            f"{4 + 4 * ndim}"
         )
-    shape = struct.unpack(f">{ndim}I", data[4:header])
-    found, expected = len(data) - header, math.prod(shape)
-    if found != expected:
-        fault = "truncated" if found < expected else "trailing bytes"
-        raise DataError(
-            f"{path}: {fault}: {found} bytes of values, {expected} expected for {shape}"
-        )
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    return struct.unpack(f">{ndim}I", sizes)
+
+
+def _check_packed_size(path: Path, shape: tuple[int, ...]) -> None:
+    """Raises DataError if a file can't hold so many bytes: then no memory is taken for them."""
+    header, size = 4 + 4 * len(shape), path.stat().st_size
+    most = _MOST_GZIP_RATIO * size if path.suffix == ".gz" else size - header
+    if math.prod(shape) > most:
+        raise _truncated(path, most, shape)
+
+
+def _truncated(path: Path, size: int, shape: tuple[int, ...]) -> DataError:
+    return DataError(
+        f"{path}: truncated: {size} bytes of values, {math.prod(shape)} expected for {shape}"
+    )
 
 
 def prepare(dataset: str, source_dir: str | Path, data_dir: str | Path | None = None) -> Path:

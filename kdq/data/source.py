@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from kdq.config import did_you_mean
+from kdq.data import untrusted
 from kdq.data.arrays import as_labels, read_arrays
 from kdq.data.errors import DataError
 from kdq.data.idx import IDX_DATASETS
@@ -193,6 +194,8 @@ def from_arrays(
 
 def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """Returns the TFDS builder of a data set that is prepared under `data_dir`."""
+    untrusted.check_name(name)
+    untrusted.check_features(name, data_dir)
     base = re.split("[/:]", name)[0]
     if base == "digits":
         # Registers the builder; imported here as only `digits` needs scikit-learn (seconds).

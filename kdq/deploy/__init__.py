@@ -1,7 +1,7 @@
 """Deployment: files that are really smaller, and the models loaded back from them."""
 
 from kdq.deploy.export import FORMATS, ExportError, ParityError, check_formats, export
-from kdq.deploy.lowering import IntegerModel, lower, round_biases
+from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.onnx_model import layer_names, onnx_session, save_onnx, to_onnx
 from kdq.deploy.packed import (
     ModelNotImportedError,
@@ -27,7 +27,6 @@ __all__ = [
     "load_stablehlo",
     "lower",
     "onnx_session",
-    "round_biases",
     "save_onnx",
     "save_packed",
     "save_stablehlo",

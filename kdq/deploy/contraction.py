@@ -16,17 +16,9 @@ from jax import lax
 from jax.extend import core
 
 from kdq.quantize.kinds import Unsupported
+from kdq.quantize.tracing import LAYOUT, sub_jaxpr
 from kdq.types import Array
 
-# What only moves numbers, and is the same for codes; "pad" fills with what stands for 0.
-LAYOUT = {
-    *("reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims", "rev", "slice"),
-    *("concatenate", "copy", "copy_p", "pad"),
-}
-INLINE = {
-    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-}
 INPUT, OTHER, WEIGHT, BIAS, RESULT = "input", "second input", "weight", "bias", "result"
 MOVED = "rearranged result"
 
@@ -72,17 +64,11 @@ class Steps:
         raise NotImplementedError
 
 
-def sub_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """What an equation calls, if it does nothing else."""
-    if eqn.primitive.name not in INLINE:
-        return None
-    inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr") or eqn.params.get("fun_jaxpr")
-    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
-
-
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
     """An equation on other values."""
     function = lambda *arrays: eqn.primitive.bind(*arrays, **eqn.params)
+    if eqn.primitive.name == "dim_as_value":  # the size of a batch is known when a program runs
+        return function(*values)
     if all(isinstance(size, int) for var in eqn.outvars for size in var.aval.shape):
         return at_once(function, *values)
     return function(*values)  # of a batch of any size
@@ -157,7 +143,7 @@ def _step(eqn, given, steps, zeros) -> tuple[str, Any]:
         kernel = Dot(eqn.params["dimension_numbers"], rank, swapped)
         return RESULT, steps.multiply(kernel, *(reversed(values) if swapped else values))
     if name == "conv_general_dilated" and roles == [INPUT, WEIGHT]:
-        return RESULT, steps.multiply(_conv(eqn.params), *values)
+        return RESULT, steps.multiply(conv(eqn.params), *values)
     if name == "add" and sorted(meant) == sorted([RESULT, BIAS]):
         result, bias = values if roles[0] == RESULT else reversed(values)
         return RESULT, steps.add_bias(result, bias)
@@ -179,7 +165,8 @@ def _rearrange(eqn, given, zero) -> Any:
     return jax.tree.map(lambda *arrays: bind(eqn, arrays), *values)
 
 
-def _conv(params: Mapping[str, Any]) -> Conv:
+def conv(params: Mapping[str, Any]) -> Conv:
+    """A convolution, by the parameters of its equation."""
     if params["batch_group_count"] != 1:
         raise Unsupported("a convolution with groups of examples")
     return Conv(

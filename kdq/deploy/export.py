@@ -16,17 +16,24 @@ import jax
 import numpy as np
 
 from kdq import files, provenance
-from kdq.deploy import extras, latency, litert, memory, onnx_model, parity, stablehlo
+from kdq.deploy import extras, interface, latency, litert, memory, onnx_model, parity, stablehlo
 from kdq.deploy.lowering import IntegerModel, lower
 from kdq.deploy.packed import PackedModel, load_packed
 from kdq.fields import Mistake, unknown
+from kdq.quantize.layers import as_args
 
 MANIFEST = "manifest.json"
-Runtime = Callable[[np.ndarray], np.ndarray]
+# Of an array of images, or a tuple of arrays if the model takes several, an array or a tuple.
+Runtime = Callable[[Any], Any]
 
 
 class ExportError(Mistake, RuntimeError):
-    """A model that a format has no words for; the message says which part."""
+    """A model that a format has no words for; the message says which part.
+
+    `manifest` is that of what was exported nevertheless.
+    """
+
+    manifest: dict[str, Any] | None = None
 
 
 class ParityError(ExportError):
@@ -41,7 +48,10 @@ class Format:
     extra: str  # of kdq, that installs what it needs; "" is none
     packages: tuple[str, ...]  # whose versions decide what is in it and what it does
     save: Callable[[Path, "Source"], dict[str, Any]]  # returns what the manifest shall say of it
-    load: Callable[[Path, int | None], Runtime]  # with as many threads; None: one a core
+    # With as many threads, or one a core; into this module, if the format needs one.
+    load: Callable[[Path, int | None, nn.Module | None], Runtime]
+    # The "inputs" and "outputs" of a file as its runtime names them; None: as the manifest does.
+    signature: Callable[[Path], dict[str, Any]] | None = None
     compare: Callable[["Source"], dict[str, Any]] = lambda source: {}  # layer by layer
     simulates: bool = False  # its runtime is the simulation
 
@@ -52,16 +62,17 @@ class Source:
 
     path: Path  # the packed file
     integer: IntegerModel
-    images: np.ndarray  # to compare on
+    images: Any  # to compare on: an array, or a tuple of arrays
     made: Mapping[str, Any]  # of them, what each integer layer takes and makes in JAX
     about: Mapping[str, str]  # texts to keep in a file
+    model: nn.Module | None = None  # to load the packed file into
 
 
 def export(
     path: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     formats: Sequence[str],
-    images: np.ndarray,
+    images: Any,
     *,
     model: nn.Module | None = None,
     agreement: float = 0.99,
@@ -70,8 +81,9 @@ def export(
 ) -> dict[str, Any]:
     """Writes a packed model in other formats, and `manifest.json`, which says what they are.
 
-    Each file is loaded in its own runtime and run on `images`. In the manifest, for each format:
-    its size and SHA-256; `argmax_agreement` and `max_logit_difference` with the simulated model;
+    Each file is loaded in its own runtime and run on `images`. In the manifest: the model's
+    "inputs" and "outputs" (see `interface`); for each format its own names for them, its size and
+    SHA-256; `argmax_agreement` and `max_logit_difference` with the simulated model;
     for ONNX also `max_code_difference`, of what any integer layer makes, from integer JAX. Of the
     model: how many codes of layers' inputs differ between the simulation and integer JAX, the bytes
     of what is loaded, and the most that are alive at once for one example. Files
@@ -79,13 +91,15 @@ def export(
     timed, "latency" has the milliseconds for each batch size and how many times faster that is than
     the float model in ONNX Runtime, beside it in the same process; "smaller_than_float" is how many
     times smaller a file is than that model's ONNX file; and the manifest's "recommended" is the
-    format that is fastest with the first of the sizes.
+    format that is fastest with the first of the sizes. A format that fails keeps no other from
+    being written: "failed" has its reason, and the error comes at the end.
 
     Args:
       path: the packed file.
       folder: made if need be.
       formats: keys of `FORMATS`.
-      images: [examples, ...] held out, as the model takes them.
+      images: [examples, ...] held out, as the model takes them; a tuple of arrays if it takes
+        several.
       model: the module; None builds it from the packed file.
       agreement: least share of the examples on which a file has the simulation's class.
       latency_batches: batch sizes at which each format is timed.
@@ -95,15 +109,17 @@ def export(
       ValueError: a format that there is not, or more threads than cores.
       ImportError: a library that a format needs is not installed; says how to install it.
       ExportError: a format can't hold the model, or (ParityError) a file does not agree; it is not
-        there then.
+        there then. All other formats are, and `manifest` of the error is theirs.
       PackedFileError: `path` is no packed model.
     """
     check_formats([*formats, *(["onnx"] if latency_batches else [])])
     cores = latency.cores(threads)
     path, folder = Path(path), Path(folder)
     packed = load_packed(path, model)
-    integer = packed.lower(images[:1])
-    simulated, made = np.asarray(packed(images)), parity.made(integer, images)
+    first = jax.tree.map(lambda array: array[:1], images)
+    integer = packed.lower(first)
+    outputs = parity.simulated(packed, integer, images)
+    simulated, made = parity.leaves(outputs), parity.made(integer, images)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = _manifest(folder, digest)
     manifest.pop("recommended", None)  # of the files that there were
@@ -111,23 +127,35 @@ def export(
         "metadata": packed.metadata,
         "in_float": integer.in_float,
         "weight_bytes": memory.weight_bytes(integer),
-        "activation_bytes": memory.activation_bytes(integer, images[:1]),
-        "examples": len(images),
+        "activation_bytes": memory.activation_bytes(integer, first),
+        **interface.describe(images, outputs, packed.metadata),
+        "examples": len(simulated[0]),
         "simulation": parity.of_integers(parity.simulated_codes(packed, integer, images), made),
         "versions": {"kdq": packages.version("kdq"), "jax": jax.__version__},
     }
     about = {"packed_sha256": digest, "metadata": json.dumps(packed.metadata)}
-    source = Source(path, integer, images, made, about)
+    source = Source(path, integer, images, made, about, model)
     folder.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, ExportError] = {}
+    manifest["failed"] = {}
     for name in formats:
         manifest["files"].pop(name, None)
-        entry = _export_one(name, source, folder, simulated, agreement)
-        manifest["files"][name] = entry
+        try:
+            manifest["files"][name] = _export_one(name, source, folder, simulated, agreement)
+        except ExportError as error:
+            failed[name] = error
+            manifest["failed"][name] = str(error)
         _write(folder, manifest)
     if latency_batches:
         _add_latencies(packed, folder, manifest["files"], images, latency_batches, cores)
         manifest["recommended"] = _fastest(manifest["files"], str(latency_batches[0]))
         _write(folder, manifest)
+    if failed:
+        (error, *others) = failed.values()
+        if others:
+            error = ExportError("; ".join(str(error) for error in failed.values()))
+        error.manifest = manifest
+        raise error
     return manifest
 
 
@@ -142,17 +170,18 @@ def _add_latencies(
     packed: PackedModel,
     folder: Path,
     entries: Mapping[str, dict[str, Any]],
-    images: np.ndarray,
+    images: Any,
     batches: Sequence[int],
     cores: Sequence[int],
 ) -> None:
     """Adds to the entry of each file what it is beside the float model in ONNX Runtime."""
-    model = lower(packed.model, packed.variables, {}, images[:1], train=False)
-    proto = onnx_model.to_onnx(model, images[:1]).SerializeToString()
+    first = jax.tree.map(lambda array: array[:1], images)
+    model = lower(packed.model, packed.variables, {}, first, train=False)
+    proto = onnx_model.to_onnx(model, first).SerializeToString()
     with latency.pinned(cores):
         runtimes = {FLOAT: _onnx_runtime(proto, len(cores))}
         for name, entry in entries.items():
-            runtimes[name] = FORMATS[name].load(folder / entry["file"], len(cores))
+            runtimes[name] = FORMATS[name].load(folder / entry["file"], len(cores), packed.model)
         timed = latency.measure(runtimes, images, base=FLOAT, batches=batches)
         conditions = latency.conditions(cores)
     for name, entry in entries.items():
@@ -190,22 +219,26 @@ def _manifest(folder: Path, digest: str) -> dict[str, Any]:
 
 
 def _export_one(
-    name: str, source: Source, folder: Path, simulated: np.ndarray, agreement: float
+    name: str, source: Source, folder: Path, simulated: list[np.ndarray], agreement: float
 ) -> dict[str, Any]:
     one = FORMATS[name]
     target = folder / one.file
     with _new_file(target) as temporary:
         try:
             details = one.save(temporary, source)
+            run = one.load(temporary, None, source.model)
         except ValueError as error:
             raise ExportError(f"format {name!r}: {error}") from error
-        outputs = one.load(temporary, None)(source.images)
-        found = parity.of_outputs(outputs, simulated) | one.compare(source)
+        outputs = parity.leaves(run(source.images))
+        found = parity.of_all(outputs, simulated) | one.compare(source)
+        if one.signature is not None:
+            details |= one.signature(temporary)
         if not found["argmax_agreement"] >= agreement:
             raise ParityError(
                 f"{target}: its runtime has the class of the simulated model on "
-                f"{found['argmax_agreement']:.2%} of {len(outputs)} examples, want {agreement:.2%} "
-                f"(largest difference of outputs {found['max_logit_difference']:.3g})"
+                f"{found['argmax_agreement']:.2%} of {len(outputs[0])} examples, want "
+                f"{agreement:.2%} (largest difference of outputs "
+                f"{found['max_logit_difference']:.3g})"
             )
     data = target.read_bytes()
     return {
@@ -238,39 +271,52 @@ def _copy_packed(path: Path, source: Source) -> dict[str, Any]:
     return {}
 
 
-def _load_packed(path: Path, threads: int | None) -> Runtime:
-    packed = load_packed(path)
-    return lambda images: np.asarray(packed(images))
+def _load_packed(path: Path, threads: int | None, model: nn.Module | None) -> Runtime:
+    packed = load_packed(path, model)
+    return lambda images: _plain(packed(images))
+
+
+def _plain(outputs: Any) -> Any:
+    """An array, or a tuple of arrays."""
+    arrays = parity.leaves(outputs)
+    return arrays[0] if len(arrays) == 1 else tuple(arrays)
 
 
 def _save_onnx(path: Path, source: Source) -> dict[str, Any]:
-    onnx_model.save_onnx(path, source.integer, source.images[:1], metadata=source.about)
+    onnx_model.save_onnx(path, source.integer, source.images, metadata=source.about)
     return {"opset": onnx_model.opset(source.integer)}
 
 
 def _save_symmetric(path: Path, source: Source) -> dict[str, Any]:
-    onnx_model.save_onnx(
-        path, source.integer, source.images[:1], symmetric=True, metadata=source.about
-    )
+    onnx_model.save_onnx(path, source.integer, source.images, symmetric=True, metadata=source.about)
     return {"opset": onnx_model.opset(source.integer)}
 
 
-def _symmetric_runtime(path: Path, threads: int | None) -> Runtime:
+def _load_onnx(path: Path, threads: int | None, model: nn.Module | None) -> Runtime:
+    return _onnx_runtime(path, threads)
+
+
+def _load_symmetric(path: Path, threads: int | None, model: nn.Module | None) -> Runtime:
     return _onnx_runtime(path, threads, integer=False)
 
 
 def _onnx_runtime(path: Path | bytes, threads: int | None, integer: bool = True) -> Runtime:
     session = onnx_model.onnx_session(path, threads=threads, integer=integer)
-    (name,) = (given.name for given in session.get_inputs())
-    return lambda images: session.run(None, {name: np.asarray(images)})[0]
+    names = [taken.name for taken in session.get_inputs()]
+
+    def run(images: Any) -> Any:
+        arrays = map(np.asarray, as_args(images))
+        return _plain(session.run(None, dict(zip(names, arrays, strict=True))))
+
+    return run
 
 
 def _compare_onnx(source: Source) -> dict[str, Any]:
     """What each integer layer makes in ONNX Runtime and in JAX."""
-    proto = onnx_model.to_onnx(source.integer, source.images[:1], each_layer=True)
-    session = onnx_model.onnx_session(proto.SerializeToString())
-    outputs = session.run(None, {onnx_model.INPUT: np.asarray(source.images)})[1:]
-    names = onnx_model.layer_names(source.integer, source.images[:1])
+    proto = onnx_model.to_onnx(source.integer, source.images, each_layer=True)
+    names = onnx_model.layer_names(source.integer, source.images)
+    run = _onnx_runtime(proto.SerializeToString(), None)
+    outputs = parity.leaves(run(source.images))[-len(names) :] if names else []
     theirs = dict(zip(names, outputs, strict=True))
     return parity.of_integers(source.made, theirs)
 
@@ -278,19 +324,23 @@ def _compare_onnx(source: Source) -> dict[str, Any]:
 def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:
     platforms = ("cpu", "cuda")
     stablehlo.save_stablehlo(
-        path, source.integer, source.images[:1], platforms=platforms, metadata=source.about
+        path, source.integer, source.images, platforms=platforms, metadata=source.about
     )
     return {"platforms": platforms}
 
 
-def _load_stablehlo(path: Path, threads: int | None) -> Runtime:
+def _load_stablehlo(path: Path, threads: int | None, model: nn.Module | None) -> Runtime:
     program = stablehlo.load_stablehlo(path)
-    return lambda images: np.asarray(program(images))
+    return lambda images: _plain(program(*as_args(images)))
 
 
 def _save_litert(path: Path, source: Source) -> dict[str, Any]:
-    litert.save_litert(path, source.integer, source.images[:1])
+    litert.save_litert(path, source.integer, source.images)
     return {}
+
+
+def _load_litert(path: Path, threads: int | None, model: nn.Module | None) -> Runtime:
+    return litert.litert_model(path, threads=threads)
 
 
 FORMATS = {
@@ -302,7 +352,8 @@ FORMATS = {
         "onnx",
         ("jax2onnx", "onnx", "onnxruntime"),
         _save_onnx,
-        _onnx_runtime,
+        _load_onnx,
+        onnx_model.signature,
         _compare_onnx,
     ),
     "onnx_int8": Format(
@@ -310,7 +361,8 @@ FORMATS = {
         "onnx",
         ("jax2onnx", "onnx", "onnxruntime"),
         _save_symmetric,
-        _symmetric_runtime,
+        _load_symmetric,
+        onnx_model.signature,
         simulates=True,  # TensorRT would not
     ),
     "litert": Format(
@@ -318,7 +370,8 @@ FORMATS = {
         "litert",
         ("ai-edge-litert", "litert-converter"),
         _save_litert,
-        lambda path, threads: litert.litert_model(path, threads=threads),
+        _load_litert,
+        litert.signature,
     ),
     "stablehlo": Format("model.stablehlo", "", ("jax", "jaxlib"), _save_stablehlo, _load_stablehlo),
 }

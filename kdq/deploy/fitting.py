@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq import quantize
+from kdq.quantize.inputs import Batch, Inputs, as_inputs
 from kdq.types import Array, QParams, Variables
 
 # Collections in which an infinity is as bad as NaN; others may hold masks.
@@ -66,9 +67,7 @@ def check_finite(variables: Variables) -> None:
             raise ValueError(f"{path} holds {values[is_bad].flat[0]}: expected finite numbers")
 
 
-def check(
-    model: nn.Module, variables: Variables, qparams: QParams, inputs: Sequence[Array]
-) -> None:
+def check(model: nn.Module, variables: Variables, qparams: QParams, inputs: Batch) -> None:
     """Compares names, shapes and dtypes of all arrays with the model's own.
 
     Arrays may have another precision than the model's where both are floats, as networks that were
@@ -78,19 +77,19 @@ def check(
       model: any module that takes `train`.
       variables: what may be its own.
       qparams: of its layers' inputs.
-      inputs: what it takes; only shapes and dtypes matter.
+      inputs: what it takes (arrays or ShapeDtypeStructs); only shapes and dtypes matter.
 
     Raises:
       MisfitError: another model's variables or quantizers, or inputs that the model does not take.
     """
-    inputs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
+    call = jax.eval_shape(lambda call: call, as_inputs(inputs))
     leaves = _leaves(variables)
-    expected = _leaves(_initial(model, inputs, len(leaves), train=False))
+    expected = _leaves(_initial(model, call, len(leaves), train=False))
     for path in expected:
         if path not in leaves:
             raise MisfitError(f"there is no {path}, which the model has")
     if leaves.keys() - expected.keys():
-        expected = _leaves(_initial(model, inputs, 2 * len(leaves), train=True)) | expected
+        expected = _leaves(_initial(model, call, 2 * len(leaves), train=True)) | expected
     for path, leaf in leaves.items():
         if path not in expected:
             raise MisfitError(f"{path} is none of the model's arrays")
@@ -99,17 +98,15 @@ def check(
                 f"{path} is {_text(leaf)}, the model's {_text(expected[path])}"
                 + _OF_OLD * (leaf.shape == (1,) and expected[path].shape == ())
             )
-    call = lambda variables, qparams, *args: quantize.predict(model, variables, qparams, args)
-    _traced("compute with", inputs, call, variables, qparams, *inputs)
+    predict = lambda *args: quantize.predict(model, *args)
+    _traced("compute with", call, predict, variables, qparams, call)
 
 
 _EVERY, _MOST_CALLS = 200, 100_000  # calls of modules between two looks, and in all
 _OF_OLD = "; a file of an older kdq, which lost the shape of scalars: pack the model again"
 
 
-def _initial(
-    model: nn.Module, inputs: Sequence[jax.ShapeDtypeStruct], most: int, *, train: bool
-) -> Any:
+def _initial(model: nn.Module, call: Inputs, most: int, *, train: bool) -> Any:
     """The shapes of the variables that a model begins with, if they are so many arrays at most.
 
     It stops there: a model with a depth of 10**9 would take days.
@@ -127,21 +124,21 @@ def _initial(
                 )
         return next_fun(*args, **kwargs)
 
-    def init(key: Array, *args: Array) -> Any:
+    def init(key: Array, call: Inputs) -> Any:
         with nn.intercept_methods(counted):
-            return model.init(key, *args, train=train)
+            return model.init(key, *call.args, **{**call.kwargs, "train": train})
 
-    return _traced("begin with", inputs, init, jax.random.key(0), *inputs)
+    return _traced("begin with", call, init, jax.random.key(0), call)
 
 
-def _traced(does: str, inputs: Sequence[jax.ShapeDtypeStruct], function: Any, *args: Any) -> Any:
+def _traced(does: str, call: Inputs, function: Any, *args: Any) -> Any:
     try:
         return jax.eval_shape(function, *args)
     except MisfitError:
         raise
     except Exception as error:  # whatever a model of anybody's raises
         reason = " ".join(str(error).split())[:300]
-        taken = ", ".join(map(_text, inputs))
+        taken = ", ".join(map(_text, jax.tree.leaves(call)))
         raise MisfitError(
             f"the model can't {does} inputs {taken}: {type(error).__name__}: {reason}"
         ) from error

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from kdq import provenance
@@ -77,8 +79,8 @@ def _repeats(call: Call, least_seconds: float) -> int:
 
 
 def measure(
-    runtimes: Mapping[str, Callable[[np.ndarray], Any]],
-    images: np.ndarray,
+    runtimes: Mapping[str, Callable[[Any], Any]],
+    images: Any,
     *,
     base: str,
     batches: Sequence[int] = (1, 64),
@@ -88,18 +90,24 @@ def measure(
 
     Args:
       runtimes: functions of a batch that return when its outputs are there.
-      images: [examples, ...] as the models take them; repeated for a larger batch.
+      images: [examples, ...] as the models take them, or a tuple of arrays; repeated for a larger
+        batch.
       base: one of the runtimes.
       batches: sizes.
       **turns: of `take_turns`.
     """
     found: dict[str, dict[int, Timing]] = {name: {} for name in runtimes}
     for size in batches:
-        batch = np.ascontiguousarray(np.resize(images, (size, *images.shape[1:])))
+        batch = jax.tree.map(functools.partial(_resized, size=size), images)
         calls = {name: lambda run=run, batch=batch: run(batch) for name, run in runtimes.items()}
         for name, timing in take_turns(calls, base, **turns).items():
             found[name][size] = timing
     return found
+
+
+def _resized(array: np.ndarray, size: int) -> np.ndarray:
+    """As many examples, repeated if there are fewer."""
+    return np.ascontiguousarray(np.resize(array, (size, *array.shape[1:])))
 
 
 def cores(threads: int | None) -> list[int]:

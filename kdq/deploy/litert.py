@@ -9,17 +9,18 @@ so an output may be a code away from that of integer JAX.
 import os
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kdq import files
-from kdq.deploy import extras, rounded
+from kdq.deploy import extras, litert_program, rounded
 from kdq.deploy.contraction import Conv
 from kdq.deploy.lowering import IntegerModel
 from kdq.deploy.qtensor import InputGrid
-from kdq.quantize.layers import batch_specs
+from kdq.quantize.layers import as_args, batch_specs
 from kdq.types import Array
 
 MARK = "kdq_rounded_"
@@ -30,6 +31,10 @@ class _Types(rounded.Rounding):
 
     def __init__(self) -> None:
         self.found: list[str] = []
+
+    apart = staticmethod(litert_program.apart)
+    bind = staticmethod(litert_program.bind)
+    product = staticmethod(litert_program.product)
 
     def _marked(self, x: Array, quantized: str) -> Array:
         """`x`, marked to be rounded to a quantized element type."""
@@ -84,7 +89,7 @@ def to_litert(lowered: IntegerModel, inputs: Array | tuple) -> bytes:
 
     Raises:
       ImportError: litert-converter is not installed; says how to.
-      ValueError: a weight that LiteRT has no type for.
+      ValueError: a weight that LiteRT has no type for, or an operation that it lacks.
     """
     ir, passes, converter = extras.load(
         "litert",
@@ -95,15 +100,33 @@ def to_litert(lowered: IntegerModel, inputs: Array | tuple) -> bytes:
     specs = batch_specs(inputs, 1)
     types = _Types()
 
-    text = jax.jit(rounded.forward(lowered, types)).lower(*specs).as_text(dialect="stablehlo")
+    forward = jax.jit(rounded.forward(lowered, types), keep_unused=True)
+    text = forward.lower(*specs).as_text(dialect="stablehlo")
     context = ir.Context()
     converter.prepare_mlir_context(context)
     with context:
         module = ir.Module.parse(_with_types(text, types.found))
         options = converter.ConvertToTFLConfig()
         options.qdq_conversion_mode = "STATIC"
-        converter.run_convert_to_tfl_passes(module, passes.PassManager(), options)
-        return converter.export_flatbuffer_to_bytes(module.operation)
+        options.strict_qdq_mode = True  # inputs and outputs stay floats
+        try:
+            converter.run_convert_to_tfl_passes(module, passes.PassManager(), options)
+            data = converter.export_flatbuffer_to_bytes(module.operation)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"its converter: {_in_short(error)}") from error
+    try:
+        _interpreter(data, None).allocate_tensors()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"its runtime: {_in_short(error)}") from error
+    return data
+
+
+def _in_short(error: Exception) -> str:
+    """What an error of LiteRT says, in one line."""
+    operator = re.search(r"error: (.*)|builtin opcode '(\w+)'", str(error))
+    if operator is None:
+        return str(error).strip().splitlines()[0]
+    return operator[1] or f"it has no operator {operator[2]}"
 
 
 def _with_types(text: str, types: Sequence[str]) -> str:
@@ -135,8 +158,11 @@ def save_litert(path: str | os.PathLike[str], lowered: IntegerModel, inputs: Arr
 
 def litert_model(
     model: str | os.PathLike[str] | bytes, *, threads: int | None = None
-) -> Callable[[np.ndarray], np.ndarray]:
-    """A function of a batch of images that LiteRT computes, one after the other.
+) -> Callable[[Any], Any]:
+    """A function of a batch that LiteRT computes, one example after the other.
+
+    It takes an array, or a tuple of arrays if the model does, and returns an array, or a tuple of
+    all that the model makes, as `jax.tree.leaves` has it.
 
     Args:
       model: the file, or what is in it.
@@ -145,33 +171,43 @@ def litert_model(
     Raises:
       ImportError: ai-edge-litert is not installed; says how to.
     """
-    (runtime,) = extras.load("litert", "ai_edge_litert.interpreter")
-    content = {"model_content": model} if isinstance(model, bytes) else {"model_path": str(model)}
-    interpreter = runtime.Interpreter(**content, num_threads=threads)
+    interpreter = _interpreter(model, threads)
     interpreter.allocate_tensors()
-    (given,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
+    inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
 
-    def run(images: np.ndarray) -> np.ndarray:
-        outputs = []
-        for image in np.asarray(images):
-            interpreter.set_tensor(given["index"], _coded(image[None], given))
+    def run(batch: Any) -> Any:
+        arrays = [np.asarray(array) for array in as_args(batch)]
+        made: list[list[np.ndarray]] = [[] for _ in outputs]
+        for i in range(len(arrays[0])):
+            for detail, array in zip(inputs, arrays, strict=True):
+                interpreter.set_tensor(detail["index"], array[i : i + 1].astype(detail["dtype"]))
             interpreter.invoke()
-            outputs.append(_decoded(interpreter.get_tensor(output["index"]), output))
-        return np.concatenate(outputs)
+            for detail, results in zip(outputs, made, strict=True):
+                results.append(interpreter.get_tensor(detail["index"]))
+        whole = tuple(np.concatenate(results) for results in made)
+        return whole[0] if len(whole) == 1 else whole
 
     return run
 
 
-def _coded(x: np.ndarray, detail: dict) -> np.ndarray:
-    """As the file takes its input, which may be codes."""
-    if detail["dtype"] == np.float32:
-        return x.astype(np.float32)
-    scale, zero = detail["quantization"]
-    return np.clip(np.round(x / np.float32(scale)) + zero, -128, 127).astype(detail["dtype"])
+def signature(model: str | os.PathLike[str] | bytes) -> dict[str, list[dict[str, Any]]]:
+    """The "inputs" and "outputs" of a file: names, shapes and dtypes."""
+    interpreter = _interpreter(model, None)
+    about = lambda details: [
+        {
+            "name": detail["name"],
+            "shape": [int(size) for size in detail["shape"]],
+            "dtype": np.dtype(detail["dtype"]).name,
+        }
+        for detail in details
+    ]
+    return {
+        "inputs": about(interpreter.get_input_details()),
+        "outputs": about(interpreter.get_output_details()),
+    }
 
 
-def _decoded(y: np.ndarray, detail: dict) -> np.ndarray:
-    if detail["dtype"] == np.float32:
-        return y.copy()
-    scale, zero = detail["quantization"]
-    return ((y.astype(np.float32) - zero) * np.float32(scale)).astype(np.float32)
+def _interpreter(model: str | os.PathLike[str] | bytes, threads: int | None) -> Any:
+    (runtime,) = extras.load("litert", "ai_edge_litert.interpreter")
+    content = {"model_content": model} if isinstance(model, bytes) else {"model_path": str(model)}
+    return runtime.Interpreter(**content, num_threads=threads)

@@ -13,7 +13,8 @@ from kdq.types import Array
 
 def weight_bytes(lowered: IntegerModel) -> int:
     """Bytes of the loaded model: codes in their own bits, scales, biases and all else."""
-    return -(-sum(_bits(leaf) for leaf in jax.tree.leaves(lowered)) // 8)
+    loaded = jax.tree.leaves((lowered.variables, lowered.keywords))
+    return -(-sum(map(_bits, loaded)) // 8)
 
 
 def activation_bytes(lowered: IntegerModel, inputs: Array | tuple) -> int:

@@ -20,6 +20,7 @@ from kdq.deploy import arithmetic, contraction, primitives
 from kdq.deploy.contraction import INPUT, LAYOUT, OTHER, RESULT, Kernel
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.deploy.qtensor import InputGrid
+from kdq.quantize.tracing import sub_jaxpr
 from kdq.types import Array
 
 
@@ -148,7 +149,7 @@ def _inlined(
     known = dict(zip([*jaxpr.invars, *jaxpr.constvars], [*arguments, *consts], strict=True))
     for eqn in jaxpr.eqns:
         given = [_value(known, atom) for atom in eqn.invars]
-        inner = contraction.sub_jaxpr(eqn)
+        inner = sub_jaxpr(eqn)
         if inner is not None:
             found = _inlined(inner.jaxpr, inner.consts, given, unroll, turn)
         elif unroll and eqn.primitive.name == "scan":
@@ -325,27 +326,11 @@ def _on_codes(eqn: core.JaxprEqn, given: Sequence[Any]) -> Codes:
         return next(value for value in given if isinstance(value, Codes))  # no code is less
     if name == "max":
         return Codes(jnp.maximum(*arrays), grid)
-    if name == "reduce_window_max":
-        return Codes(_window_max(arrays[0], eqn.params), grid)
     return Codes(_bind(eqn, arrays)[0], grid)
 
 
 def _is_known(value: Any, number: int) -> bool:
     return not isinstance(value, jax.core.Tracer) and int(value) == number
-
-
-def _window_max(codes: Array, params: Mapping[str, Any]) -> Array:
-    """Padding is -∞ there, and the smallest code here."""
-    return jax.lax.reduce_window(
-        codes,
-        jnp.uint8(0),
-        jax.lax.max,
-        params["window_dimensions"],
-        params["window_strides"],
-        params["padding"],
-        params["base_dilation"],
-        params["window_dilation"],
-    )
 
 
 def _on_sums(eqn: core.JaxprEqn, given: Sequence[Any], fixed_point: bool) -> Sums | None:
@@ -411,6 +396,11 @@ def _passes(eqn: core.JaxprEqn) -> bool:
     if name == "pad":
         return _is_zero(atoms[1])
     return name in LAYOUT or name == "reduce_window_max"
+
+
+def codes_alone(jaxpr: core.Jaxpr) -> set[core.Var]:
+    """The arrays that layers make and that only go where they are rounded to one grid."""
+    return set(_wanted(jaxpr))
 
 
 def _wanted(jaxpr: core.Jaxpr) -> dict[core.Var, Hashable]:

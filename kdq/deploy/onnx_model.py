@@ -1,14 +1,16 @@
 """ONNX: an integer model as a file that ONNX Runtime executes with the same integers."""
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from kdq import files
 from kdq.deploy import extras, network, onnx_program, rounded
@@ -19,6 +21,8 @@ from kdq.types import Array
 INPUT, OUTPUT = "input", "output"
 OPSET, OPSET_INT2 = 21, 25  # the first with int4, and with int2
 INT8 = 3  # of ONNX's data types
+DTYPES = {"tensor(float)": "float32"}  # that ONNX Runtime names otherwise
+DTYPES |= {f"tensor({kind})": kind for kind in ("int8", "uint8", "int32", "int64", "bool")}
 
 
 def to_onnx(
@@ -46,7 +50,8 @@ def to_onnx(
     Raises:
       ImportError: jax2onnx is not installed; says how to.
       ValueError: an integer layer is inside `nn.vmap`, or in a loop that is no scan; the model
-        multiplies by fixed-point numbers; or it has inputs that are not symmetric.
+        multiplies by fixed-point numbers; it has inputs that are not symmetric; or an operation
+        that there is no form for, which is named.
     """
     if lowered.static.fixed_point:
         raise ValueError("ONNX has multipliers of sums in float32: lower without fixed_point")
@@ -60,19 +65,45 @@ def to_onnx(
         program, specs, _ = _program(lowered, inputs, each_layer)
     function = lambda *arrays: onnx_program.evaluate(program, arrays)
     names = lambda base, count: [f"{base}_{i}" if i else base for i in range(count)]
+    convert = functools.partial(jax2onnx.to_onnx, model_name="kdq", opset=opset(lowered))
     with _quiet("onnx_ir.serde"), _unpatched():
-        proto = jax2onnx.to_onnx(
-            function,
-            inputs=list(specs),
-            model_name="kdq",
-            opset=opset(lowered),
-            input_names=names(INPUT, len(specs)),
-            output_names=names(OUTPUT, len(program.jaxpr.outvars)),
-        )
+        try:
+            proto = convert(
+                function,
+                inputs=list(specs),
+                input_names=names(INPUT, len(specs)),
+                output_names=names(OUTPUT, len(program.jaxpr.outvars)),
+            )
+        except onnx_program.NoForm:
+            raise
+        except Exception as error:  # it has no exception of its own
+            raise ValueError(_refusal(program, error, convert)) from error
     _compact(proto.graph)
     for key, value in (metadata or {}).items():
         proto.metadata_props.add(key=key, value=value)
     return proto
+
+
+def _refusal(program: core.ClosedJaxpr, error: Exception, convert: Callable[..., Any]) -> str:
+    """Says in a line why jax2onnx did not write a program, and which equation it stops at."""
+    what = (str(error).strip() or type(error).__name__).splitlines()[0]
+    for eqn in program.jaxpr.eqns:
+        atoms = [atom for atom in eqn.invars if isinstance(atom, core.Var)]
+        if eqn.primitive.name.startswith("kdq_") or not atoms:
+            continue
+        values = {atom: atom.val for atom in eqn.invars if isinstance(atom, core.Literal)}
+
+        def alone(*arrays: Any, eqn=eqn, atoms=atoms, values=values) -> Any:
+            known = values | dict(zip(atoms, arrays, strict=True))
+            return onnx_program.bind(eqn, [known[atom] for atom in eqn.invars])
+
+        specs = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in atoms]
+        try:
+            convert(alone, inputs=specs)
+        except Exception as reason:
+            what = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+            return f"jax2onnx has no form for {eqn.primitive.name!r}: {what}"
+    return f"jax2onnx: {what}"
 
 
 def _compact(graph: Any) -> None:
@@ -175,6 +206,20 @@ def save_onnx(
     data = to_onnx(lowered, inputs, symmetric=symmetric, metadata=metadata).SerializeToString()
     files.write_atomic(path, data)
     return len(data)
+
+
+def signature(model: str | os.PathLike[str] | bytes) -> dict[str, list[dict[str, Any]]]:
+    """The "inputs" and "outputs" of a file: names, shapes and dtypes."""
+    session = onnx_session(model, integer=False)
+    about = lambda values: [
+        {
+            "name": value.name,
+            "shape": list(value.shape),
+            "dtype": DTYPES.get(value.type, value.type),
+        }
+        for value in values
+    ]
+    return {"inputs": about(session.get_inputs()), "outputs": about(session.get_outputs())}
 
 
 def onnx_session(

@@ -17,139 +17,38 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 from jax.extend import core
-from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
-from kdq.deploy import contraction, onnx_program, primitives
+from kdq.deploy import contraction, onnx_floats, onnx_program, onnx_windows, primitives  # noqa: F401  onnx_floats registers
 from kdq.deploy.contraction import Conv, Dot
+from kdq.deploy.onnx_graph import Graph, convert
+from kdq.deploy.onnx_program import NoForm
 from kdq.deploy.qtensor import InputGrid
 
 
-class _Graph:
-    """Adds nodes to the graph that jax2onnx builds."""
-
-    def __init__(self, context: Any):
-        self.context = context
-
-    def node(self, op: str, inputs: Sequence[Any], dtype: Any, shape: Sequence[Any], **attributes):
-        """The value of a new node."""
-        build = getattr(self.context.builder, op)
-        value = build(*inputs, _outputs=[self.context.fresh_name(op)], **attributes)
-        value.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(np.dtype(dtype)))
-        value.shape = onnx_ir.Shape([_dimension(size) for size in shape])
-        return value
-
-    def constant(self, array: Any) -> Any:
-        name = self.context.fresh_name("constant")
-        return self.context.builder.add_initializer_from_array(name, np.asarray(array))
-
-    def value(self, atom: Any) -> Any:
-        """What the graph knows an array of the program as."""
-        return self.context.get_value_for_var(atom)
-
-    def known(self, tree: Any) -> Any:
-        """The arrays of a pytree of atoms, which must not depend on the input."""
-
-        def one(atom: Any) -> np.ndarray:
-            if isinstance(atom, core.Literal):
-                return np.asarray(atom.val)
-            array = self.context.try_evaluate_const(atom)
-            if array is None:
-                raise ValueError(
-                    "an ONNX model has the weights and scales of its layers as constants"
-                )
-            return array
-
-        return jax.tree.map(one, tree)
-
-    def transpose(self, value: Any, permutation: Sequence[int], dtype: Any) -> Any:
-        if list(permutation) == sorted(permutation):
-            return value
-        shape = [value.shape[axis] for axis in permutation]
-        return self.node("Transpose", [value], dtype, shape, perm=list(map(int, permutation)))
-
-    def reshape(self, value: Any, shape: Sequence[Any], dtype: Any) -> Any:
-        """To a shape with at most one size that is not a number."""
-        sizes = [size if isinstance(size, int) else -1 for size in shape]
-        return self.node("Reshape", [value, self.constant(np.int64(sizes))], dtype, shape)
-
-    def clip(self, codes: Any, grid: Any, shape: Sequence[Any]) -> Any:
-        """uint8 codes within those of a grid."""
-        if grid.top >= 255:
-            return codes
-        inputs = [codes, self.constant(np.uint8(0)), self.constant(np.uint8(grid.top))]
-        return self.node("Clip", inputs, np.uint8, shape)
-
-    def to_codes(self, value: Any, scale: Any, grid: Any, shape: Sequence[Any]) -> Any:
-        """uint8 codes of floats at a scale, all within those of a grid."""
-        inputs = [value, self.constant(np.float32(scale)), self.constant(np.uint8(grid.zero_point))]
-        return self.clip(self.node("QuantizeLinear", inputs, np.uint8, shape), grid, shape)
-
-    def from_codes(self, codes: Any, scale: Any, zero: Any, shape: Sequence[Any], **at: Any) -> Any:
-        """floats of codes: `(codes - zero) * scale`; a weight without a zero finds no kernel."""
-        inputs = [codes, self.constant(np.float32(scale))]
-        inputs += [] if zero is None else [self.constant(zero)]
-        return self.node("DequantizeLinear", inputs, np.float32, shape, **at)
-
-    def weight(self, codes: np.ndarray) -> Any:
-        """int8 codes, stored in as few bits as they have."""
-        stored = self.constant(codes)
-        if codes.dtype == np.int8:
-            return stored
-        return self.node("Cast", [stored], np.int8, codes.shape, to=onnx_ir.DataType.INT8.value)
-
-
-def _dimension(size: Any) -> Any:
-    if isinstance(size, int | np.integer):
-        return int(size)
-    return size if isinstance(size, onnx_ir.SymbolicDim) else str(size)
-
-
-def _convert(primitive: core.Primitive, operator: str):
-    """Registers a function `(graph, eqn) -> value` as the converter of a primitive."""
-
-    def register(convert):
-        class Plugin(PrimitiveLeafPlugin):
-            def lower(self, ctx: Any, eqn: core.JaxprEqn) -> None:
-                ctx.bind_value_for_var(eqn.outvars[0], convert(_Graph(ctx), eqn))
-
-        register_primitive(
-            jaxpr_primitive=primitive.name,
-            jax_doc="",
-            onnx=[{"component": operator, "doc": "https://onnx.ai/onnx/operators/"}],
-            since="",
-            context="kdq",
-            component=primitive.name,
-            testcases=[],
-        )(Plugin)
-        return convert
-
-    return register
-
-
-@_convert(primitives.quantize_p, "QuantizeLinear")
-def _quantize(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(primitives.quantize_p, "QuantizeLinear")
+def _quantize(graph: Graph, eqn: core.JaxprEqn) -> Any:
     grid = graph.known(InputGrid(*eqn.invars[1:]))
     shape = eqn.outvars[0].aval.shape
     return graph.to_codes(graph.value(eqn.invars[0]), grid.scale, grid, shape)
 
 
-@_convert(onnx_program.round_int8_p, "QuantizeLinear")
-def _int8_pair(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(onnx_program.round_int8_p, "QuantizeLinear")
+def _int8_pair(graph: Graph, eqn: core.JaxprEqn) -> Any:
     scale, shape = graph.known(eqn.invars[1]), eqn.outvars[0].aval.shape
     inputs = [graph.value(eqn.invars[0]), graph.constant(scale), graph.constant(np.int8(0))]
     codes = graph.node("QuantizeLinear", inputs, np.int8, shape)
     return graph.from_codes(codes, scale, np.int8(0), shape)
 
 
-@_convert(onnx_program.int8_weight_p, "DequantizeLinear")
-def _int8_weight_codes(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(onnx_program.int8_weight_p, "DequantizeLinear")
+def _int8_weight_codes(graph: Graph, eqn: core.JaxprEqn) -> Any:
     codes, scale = graph.known(eqn.invars[0]), graph.known(eqn.invars[1])
     zeros, axis = np.zeros(len(scale), np.int8), eqn.params["axis"]
     return graph.from_codes(graph.constant(codes), scale, zeros, codes.shape, axis=axis)
 
 
-@_convert(primitives.dequantize_p, "DequantizeLinear")
-def _dequantize(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(primitives.dequantize_p, "DequantizeLinear")
+def _dequantize(graph: Graph, eqn: core.JaxprEqn) -> Any:
     grid = graph.known(InputGrid(*eqn.invars[1:]))
     shape = eqn.outvars[0].aval.shape
     return graph.from_codes(
@@ -157,38 +56,38 @@ def _dequantize(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     )
 
 
-@_convert(primitives.to_float_p, "Cast")
-def _to_float(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(primitives.to_float_p, "Cast")
+def _to_float(graph: Graph, eqn: core.JaxprEqn) -> Any:
     total, scale = eqn.invars
     return _scaled(graph, graph.value(total), graph.value(scale), eqn.outvars[0].aval.shape)
 
 
-def _scaled(graph: _Graph, total: Any, scale: Any, shape: Sequence[Any]) -> Any:
+def _scaled(graph: Graph, total: Any, scale: Any, shape: Sequence[Any]) -> Any:
     """int32 sums times a scale."""
     cast = graph.node("Cast", [total], np.float32, shape, to=onnx_ir.DataType.FLOAT.value)
     return graph.node("Mul", [cast, scale], np.float32, shape)
 
 
-@_convert(onnx_program.reshape_p, "Reshape")
-def _reshape(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(onnx_program.reshape_p, "Reshape")
+def _reshape(graph: Graph, eqn: core.JaxprEqn) -> Any:
     value = graph.value(eqn.invars[0])
     return graph.reshape(value, eqn.params["shape"], eqn.outvars[0].aval.dtype)
 
 
-@_convert(onnx_program.matmul_p, "MatMul")
-def _matmul(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(onnx_program.matmul_p, "MatMul")
+def _matmul(graph: Graph, eqn: core.JaxprEqn) -> Any:
     out = eqn.outvars[0].aval
     return graph.node("MatMul", [graph.value(atom) for atom in eqn.invars], out.dtype, out.shape)
 
 
-@_convert(onnx_program.add_p, "Add")
-def _add(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(onnx_program.add_p, "Add")
+def _add(graph: Graph, eqn: core.JaxprEqn) -> Any:
     out = eqn.outvars[0].aval
     return graph.node("Add", [graph.value(atom) for atom in eqn.invars], out.dtype, out.shape)
 
 
-@_convert(onnx_program.slice_p, "Slice")
-def _slice(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(onnx_program.slice_p, "Slice")
+def _slice(graph: Graph, eqn: core.JaxprEqn) -> Any:
     given, out, params = eqn.invars[0].aval.shape, eqn.outvars[0].aval, eqn.params
     axes = [axis for axis, size in enumerate(given) if isinstance(size, int)]
     steps = params["strides"] or [1] * len(given)
@@ -197,8 +96,8 @@ def _slice(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     return graph.node("Slice", [graph.value(eqn.invars[0]), *bounds], out.dtype, out.shape)
 
 
-@_convert(primitives.weight_p, "DequantizeLinear")
-def _weight(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(primitives.weight_p, "DequantizeLinear")
+def _weight(graph: Graph, eqn: core.JaxprEqn) -> Any:
     weight = graph.known(jax.tree.unflatten(eqn.params["structure"], eqn.invars))
     codes, shape = weight.codes, weight.codes.shape
     scale, zero = contraction.aligned(weight.scale, len(shape)), weight.zero_point
@@ -219,7 +118,7 @@ def _weight(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     elif not along:
         sizes = []
     else:
-        raise ValueError(f"ONNX has no scale of shape {scale.shape} for a weight of shape {shape}")
+        raise NoForm(f"ONNX has no scale of shape {scale.shape} for a weight of shape {shape}")
 
     def sized(array: np.ndarray) -> np.ndarray:
         return np.broadcast_to(array, sizes) if groups else array.reshape(sizes)
@@ -231,7 +130,7 @@ def _weight(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     return graph.from_codes(graph.constant(codes), sized(scale), zero, shape, **at)
 
 
-def _of_levels(graph: _Graph, codes: np.ndarray, levels: np.ndarray, scale: np.ndarray) -> Any:
+def _of_levels(graph: Graph, codes: np.ndarray, levels: np.ndarray, scale: np.ndarray) -> Any:
     """A weight of a number format."""
     shape, to = codes.shape, onnx_ir.DataType.INT32.value
     few = np.asarray(codes).astype(ml_dtypes.uint4 if len(levels) <= 16 else np.uint8)
@@ -245,8 +144,8 @@ def _of_levels(graph: _Graph, codes: np.ndarray, levels: np.ndarray, scale: np.n
     return graph.reshape(scaled, shape, np.float32)
 
 
-@_convert(primitives.rows_p, "Gather")
-def _rows(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(primitives.rows_p, "Gather")
+def _rows(graph: Graph, eqn: core.JaxprEqn) -> Any:
     indices, *leaves = eqn.invars
     table = graph.known(jax.tree.unflatten(eqn.params["structure"], leaves))
     indices, shape = graph.value(indices), eqn.outvars[0].aval.shape
@@ -273,15 +172,15 @@ def _rows(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     return graph.node("Mul", [floats, picked(graph.constant(scale), scale)], np.float32, shape)
 
 
-@_convert(onnx_program.multiply_to_float_p, "Gemm")
-def _multiply_floats(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(onnx_program.multiply_to_float_p, "Gemm")
+def _multiply_floats(graph: Graph, eqn: core.JaxprEqn) -> Any:
     x, w, *leaves, _ = eqn.invars
     parts = graph.known(jax.tree.unflatten(eqn.params["structure"], leaves))
     return _dot(graph, eqn.params["kernel"], x, w, parts, eqn.outvars[0].aval)
 
 
-@_convert(primitives.multiply_p, "QLinearConv")
-def _multiply(graph: _Graph, eqn: core.JaxprEqn) -> Any:
+@convert(primitives.multiply_p, "QLinearConv")
+def _multiply(graph: Graph, eqn: core.JaxprEqn) -> Any:
     x, w, *leaves = eqn.invars
     parts = graph.known(jax.tree.unflatten(eqn.params["structure"], leaves))
     kernel, out = eqn.params["kernel"], eqn.outvars[0].aval
@@ -290,7 +189,7 @@ def _multiply(graph: _Graph, eqn: core.JaxprEqn) -> Any:
     return _dot(graph, kernel, x, w, parts, out)
 
 
-def _finished(graph: _Graph, total: Any, parts: dict, out: Any) -> Any:
+def _finished(graph: Graph, total: Any, parts: dict, out: Any) -> Any:
     """int32 sums without a bias -> what the layer makes."""
     if parts["bias"] is not None:
         total = graph.node("Add", [total, graph.constant(parts["bias"])], np.int32, out.shape)
@@ -301,7 +200,7 @@ def _finished(graph: _Graph, total: Any, parts: dict, out: Any) -> Any:
     return graph.to_codes(_scaled(graph, total, multiplier, out.shape), 1, grid, out.shape)
 
 
-def _product(graph: _Graph, multiply: Callable, w: np.ndarray, parts: dict, out: Any) -> Any:
+def _product(graph: Graph, multiply: Callable, w: np.ndarray, parts: dict, out: Any) -> Any:
     """`multiply(w)` in the layout of the result, less what the zero points of the weight add."""
     total = multiply(w)
     if parts["w_zero"] is None:
@@ -312,7 +211,7 @@ def _product(graph: _Graph, multiply: Callable, w: np.ndarray, parts: dict, out:
 
 
 def _fused(
-    graph: _Graph,
+    graph: Graph,
     op: str,
     x: Any,
     w: np.ndarray,
@@ -351,7 +250,7 @@ def _fused(
     return graph.to_codes(result, parts["grid"].scale, parts["grid"], shape)
 
 
-def _conv(graph: _Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: Any) -> Any:
+def _conv(graph: Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: Any) -> Any:
     numbers = kernel.dimension_numbers
     w = np.transpose(w, numbers.rhs_spec)
     fused = parts["grid"] is not None and parts["w_zero"] is None
@@ -387,7 +286,7 @@ def _conv(graph: _Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: 
 
 
 def _windows_product(
-    graph: _Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: Any
+    graph: Graph, kernel: Conv, x: Any, w: np.ndarray, parts: dict, out: Any
 ) -> Any:
     """A convolution as a product of matrices; `w` is [output channels, input channels, ...]."""
     numbers = kernel.dimension_numbers
@@ -419,18 +318,14 @@ def _windows_product(
     return _finished(graph, _product(graph, multiply, w, parts, out), parts, out)
 
 
-def _padded(graph: _Graph, x: Any, padding: Sequence[tuple[int, int]], zero: Any) -> Any:
+def _padded(graph: Graph, x: Any, padding: Sequence[tuple[int, int]], zero: Any) -> Any:
     """N...C codes with their zero point around them."""
-    if not np.any(padding):
-        return x
-    ends = np.int64([(0, 0), *padding, (0, 0)]).T
-    grown = [n + low + high for n, (low, high) in zip(x.shape[1:-1], padding, strict=True)]
-    inputs = [x, graph.constant(ends.ravel()), graph.constant(np.uint8(zero))]
-    return graph.node("Pad", inputs, np.uint8, [x.shape[0], *grown, x.shape[-1]])
+    config = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+    return onnx_windows.pad(graph, x, x.shape, config, graph.constant(np.uint8(zero)), np.uint8)[0]
 
 
 def _stuffed(
-    graph: _Graph, kernel: Conv, x: Any, first: int, zero: Any
+    graph: Graph, kernel: Conv, x: Any, first: int, zero: Any
 ) -> tuple[Any, Sequence[tuple[int, int]]]:
     """Codes with the zeros of a transposed convolution between them, and the padding left.
 
@@ -438,27 +333,17 @@ def _stuffed(
     """
     if set(kernel.input_dilation) == {1} and min(min(pair) for pair in kernel.padding) >= 0:
         return x, kernel.padding
-    fill = graph.constant(np.uint8(zero))
-
-    def pad(x: Any, shape: Sequence[Any], axis: int, low: int, high: int) -> Any:
-        ends = np.zeros((2, len(shape)), np.int64)
-        ends[:, axis] = low, high  # negative ones crop
-        return graph.node("Pad", [x, graph.constant(ends.ravel()), fill], np.uint8, shape)
-
+    config = [(0, 0, 0)] * len(x.shape)
     for axis, (step, pair) in enumerate(
         zip(kernel.input_dilation, kernel.padding, strict=True), first
     ):
-        before, size, after = list(x.shape[:axis]), x.shape[axis], list(x.shape[axis + 1 :])
-        if step > 1:
-            x = graph.reshape(x, [*before, size, 1, *after], np.uint8)
-            x = pad(x, [*before, size, step, *after], axis + 1, 0, step - 1)
-            x = graph.reshape(x, [*before, size * step, *after], np.uint8)
-        low, high = pair[0], pair[1] - (step - 1)
-        x = pad(x, [*before, size * step + low + high, *after], axis, low, high)
+        config[axis] = (*pair, step - 1)
+    fill = graph.constant(np.uint8(zero))
+    x, _ = onnx_windows.pad(graph, x, x.shape, config, fill, np.uint8)
     return x, [(0, 0)] * len(kernel.padding)
 
 
-def _dot(graph: _Graph, kernel: Dot, x_atom: Any, w_atom: Any, parts: dict, out: Any) -> Any:
+def _dot(graph: Graph, kernel: Dot, x_atom: Any, w_atom: Any, parts: dict, out: Any) -> Any:
     axes = contraction.axes(kernel, len(w_atom.aval.shape))
     sizes = lambda atom, of: [atom.aval.shape[axis] for axis in of]
     parallel, terms = sizes(x_atom, axes.x_shared), math.prod(sizes(x_atom, axes.x_summed))

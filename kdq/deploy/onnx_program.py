@@ -19,6 +19,11 @@ from kdq.deploy.contraction import Conv, Dot
 from kdq.deploy.qtensor import InputGrid
 from kdq.types import Array
 
+
+class NoForm(ValueError):
+    """Something that there is no form for in ONNX; the message says what."""
+
+
 # jax2onnx computes the shapes of these at every run of the model, if the batch has any size.
 reshape_p = primitives.primitive("kdq_reshape", lambda x, *, shape: x.reshape(shape))
 slice_p = primitives.primitive("kdq_slice", lambda x, **params: jax.lax.slice_p.bind(x, **params))
@@ -40,6 +45,30 @@ def _multiply_to_float(x: Array, w: Array, *leaves: Array, **params: Any) -> Arr
     *leaves, scale = leaves
     return arithmetic.to_float(primitives.multiply_p.bind(x, w, *leaves, **params), scale)
 
+
+REDUCERS = {"max": jax.lax.max, "min": jax.lax.min, "add": jax.lax.add, "mul": jax.lax.mul}
+IDENTITIES = {"max": -np.inf, "min": np.inf, "sum": 0}  # of floats, by what JAX calls the window
+WINDOW = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+
+
+def _window(x: Array, init: Array, *, reducer: str, **window: Any) -> Array:
+    window = [window[name] for name in WINDOW]
+    return jax.lax.reduce_window(x, init, REDUCERS[reducer], *window)
+
+
+# jax2onnx pools over all axes, which ONNX Runtime does not, and floats alone.
+window_p = primitives.primitive("kdq_window", _window)
+# jax2onnx pads no batch of any size.
+pad_p = primitives.primitive(
+    "kdq_pad", lambda x, fill, **params: jax.lax.pad_p.bind(x, fill, **params)
+)
+
+# jax2onnx has convolutions of these layouts.
+PLAIN = ((0, 1, 2), (0, 2, 1), (0, 1, 2, 3), (0, 3, 1, 2))
+PLAIN_KERNELS = ((0, 1, 2), (2, 1, 0), (0, 1, 2, 3), (3, 2, 0, 1))
+conv_p = primitives.primitive(
+    "kdq_conv", lambda x, w, **params: jax.lax.conv_general_dilated_p.bind(x, w, **params)
+)
 
 multiply_to_float_p = primitives.primitive("kdq_multiply_to_float", _multiply_to_float)
 round_int8_p = primitives.primitive("kdq_round_int8", _round_int8)
@@ -126,6 +155,17 @@ def _is_gemm_to_float(eqn: core.JaxprEqn, scale: Any, known: Mapping[core.Var, A
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
     """An equation on other values, by an operation that runs faster if there is one."""
     name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
+    if name == "concatenate" and any(0 in atom.aval.shape for atom in eqn.invars):
+        # jax2onnx reshapes to sizes of 0, which in ONNX are those of before.
+        pairs = zip(values, eqn.invars, strict=True)
+        values = [value for value, atom in pairs if 0 not in atom.aval.shape]
+        return values[0] if len(values) == 1 else eqn.primitive.bind(*values, **params)
+    if name == "pad":
+        return pad_p.bind(*values, **params)
+    if name == "conv_general_dilated" and not _is_plain(params):
+        return conv_p.bind(*values, **params)
+    if name.startswith("reduce_window"):
+        return _bind_window(eqn, values)
     if name == "dot_general" and _is_matmul(eqn):
         return matmul_p.bind(*values)
     if name == "add" and not isinstance(values[1], jax.core.Tracer):
@@ -147,6 +187,36 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
         ):
             return slice_p.bind(values[0], **params)
     return eqn.primitive.bind(*values, **params)
+
+
+def _is_plain(params: Mapping[str, Any]) -> bool:
+    """Whether jax2onnx has an operator for a convolution."""
+    if params["batch_group_count"] != 1:
+        raise NoForm("conv_general_dilated: ONNX has no groups of examples")
+    numbers = params["dimension_numbers"]
+    known = all(spec in PLAIN for spec in (numbers.lhs_spec, numbers.out_spec))
+    strided = set(params["window_strides"]) != {1} and set(params["lhs_dilation"]) != {1}
+    cropped = any(min(pair) < 0 for pair in params["padding"])
+    return known and numbers.rhs_spec in PLAIN_KERNELS and not strided and not cropped
+
+
+def _bind_window(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
+    """A reduction of windows by one of `REDUCERS`; a list of it where JAX has several results."""
+    window = {name: eqn.params[name] for name in WINDOW}
+    dtype, kind = eqn.invars[0].aval.dtype, eqn.primitive.name.removeprefix("reduce_window_")
+    if kind in IDENTITIES:
+        init = IDENTITIES[kind]
+        if not jnp.issubdtype(dtype, jnp.floating) and init:
+            limits = jnp.iinfo(dtype)
+            init = limits.min if kind == "max" else limits.max
+        reducer = "add" if kind == "sum" else kind
+        return window_p.bind(values[0], np.asarray(init, dtype), reducer=reducer, **window)
+    steps = eqn.params["jaxpr"].eqns if "jaxpr" in eqn.params else []
+    if len(values) != 2 or len(steps) != 1 or steps[0].primitive.name not in REDUCERS:
+        raise NoForm(
+            f"{eqn.primitive.name}: ONNX has windows of {', '.join(REDUCERS)}, of one array"
+        )
+    return [window_p.bind(*values, reducer=steps[0].primitive.name, **window)]
 
 
 def _is_matmul(eqn: core.JaxprEqn) -> bool:

@@ -12,6 +12,7 @@ unpacked.
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from kdq.deploy.packed_layers import (
 )
 from kdq.fields import ConfigError, Mistake, build
 from kdq.quantize import grid
+from kdq.quantize.inputs import Batch
 from kdq.quantize.kinds import WEIGHT_NAMES
 from kdq.quantize.layers import as_args, keys_of_layer
 from kdq.types import Array, QParams, Variables
@@ -79,12 +81,12 @@ class PackedModel:
     path: str = ""  # of the file
     _fits: list[bool] = dataclasses.field(default_factory=list, compare=False)  # once compared
 
-    def __call__(self, inputs: Array | tuple) -> Array:
+    def __call__(self, inputs: Batch) -> Array:
         """The outputs in evaluation mode, [batch, classes] for our models."""
         self.check(inputs)
         return quantize.predict(self.model, self.variables, self.qparams, inputs)
 
-    def lower(self, inputs: Array | tuple, *, fixed_point: bool = False) -> IntegerModel:
+    def lower(self, inputs: Batch, *, fixed_point: bool = False) -> IntegerModel:
         """The integer model, in evaluation mode; see `lower`. Only the shapes of inputs matter."""
         self.check(inputs)
         paths = {*self.qparams, *self.weight_quantizers}
@@ -95,7 +97,7 @@ class PackedModel:
         variables = nn.meta.unbox(self.variables)
         return lower(self.model, variables, qparams, inputs, fixed_point=fixed_point, train=False)
 
-    def check(self, inputs: Array | tuple) -> None:
+    def check(self, inputs: Batch) -> None:
         """Compares all arrays with those that the model has for such inputs, once.
 
         Raises:
@@ -104,7 +106,7 @@ class PackedModel:
         if self._fits:
             return
         try:
-            fitting.check(self.model, self.variables, self.qparams, as_args(inputs))
+            fitting.check(self.model, self.variables, self.qparams, inputs)
         except fitting.MisfitError as error:
             raise PackedFileError(f"{self.path} does not fit its model: {error}") from error
         self._fits.append(True)
@@ -279,7 +281,7 @@ def _build(path: Path, description: Mapping[str, Any], allow_models: Sequence[st
     name = description.get("name")
     if models.is_own(name) and not models.is_imported(name):
         module, _, class_name = name.partition(":")
-        if not trust.is_trusted(module, allow_models):
+        if module in sys.modules or not trust.is_trusted(module, allow_models):
             raise ModelNotImportedError(_not_imported(path, module, class_name))
     try:
         return models.build(**description)
@@ -295,10 +297,12 @@ def _not_imported(path: Path, module: str, class_name: str) -> str:
             f"{path} holds a {class_name} that was defined in a script or notebook, where no other "
             f"program can import it: {give}, or define it here under the same name"
         )
+    holds = f"{path} holds a model of the class {module}:{class_name}"
+    if module in sys.modules:
+        return f"{holds}, which is not there: {give}"
     return (
-        f"{path} holds a model of the class {module}:{class_name}, which this program has not "
-        f"imported, and reading a file imports nothing: `import {module}` before, or {give}, or "
-        f'allow_models=["{module}"]'
+        f"{holds}, which this program has not imported, and reading a file imports nothing: "
+        f'`import {module}` before, or {give}, or allow_models=["{module}"]'
     )
 
 

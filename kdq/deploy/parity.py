@@ -1,6 +1,6 @@
 """How alike they are: the simulation, the integer model, and a file in its own runtime."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,20 @@ def of_outputs(outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     return {
         "argmax_agreement": float(same),
         "max_logit_difference": float(np.abs(outputs - expected).max()),
+    }
+
+
+def leaves(outputs: Any) -> list[np.ndarray]:
+    """All arrays of what a model returns, in the order of `jax.tree.leaves`."""
+    return [np.asarray(array) for array in jax.tree.leaves(outputs)]
+
+
+def of_all(outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> dict[str, float]:
+    """Of all outputs of a model: the least agreement, and the largest difference."""
+    each = [of_outputs(*pair) for pair in zip(outputs, expected, strict=True)]
+    return {
+        "argmax_agreement": min(entry["argmax_agreement"] for entry in each),
+        "max_logit_difference": max(entry["max_logit_difference"] for entry in each),
     }
 
 
@@ -57,10 +71,20 @@ def made(integer: IntegerModel, images: Array) -> dict[str, Array]:
     return found
 
 
+def simulated(packed: PackedModel, integer: IntegerModel, images: Array) -> Any:
+    """The outputs that a file in its runtime is compared with: those of the simulation.
+
+    Its biases are those of the integer model, whatever the file's are.
+    """
+    variables = integer.simulated(packed.variables)
+    return quantize.predict(packed.model, variables, packed.qparams, images)
+
+
 def simulated_codes(packed: PackedModel, integer: IntegerModel, images: Array) -> dict[str, Array]:
     """What the simulation rounds the inputs of layers to, named as by `made`.
 
-    Of layers in a stack nothing.
+    It has the biases of the integer model (`IntegerModel.simulated`), as the packed files of arms
+    have by themselves. Of layers in a stack nothing.
     """
     wanted = set(jax.eval_shape(made, integer, images))
 
@@ -85,4 +109,5 @@ def simulated_codes(packed: PackedModel, integer: IntegerModel, images: Array) -
             quantize.apply(packed.model, variables, qparams, images, train=False)
         return found
 
-    return jax.jit(simulate)(packed.variables, packed.qparams, images)
+    variables = integer.simulated(packed.variables)
+    return jax.jit(simulate)(variables, packed.qparams, images)

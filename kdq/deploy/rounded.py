@@ -29,6 +29,14 @@ class Rounding:
         """An input of a layer on its grid; `of_two`: of a product of two inputs."""
         raise NotImplementedError
 
+    def apart(self, x: Array) -> Array:
+        """An input that is also used otherwise, or is not made by a layer, before it is rounded."""
+        return x
+
+    def bind(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
+        """An equation between layers."""
+        return contraction.bind(eqn, values)
+
     def weight(self, codes: np.ndarray, scale: np.ndarray, axis: int, bits: int) -> Array:
         """A weight of these codes, with a scale for each channel along an axis.
 
@@ -45,18 +53,32 @@ class Rounding:
     ) -> Array:
         """A convolution with a weight, see `weight`, in the layout that it has."""
         axis = kernel.dimension_numbers.rhs_spec[0]
-        return _product(kernel, x, self.weight(codes, scale, axis, bits))
+        return self.product(kernel, x, self.weight(codes, scale, axis, bits))
+
+    def product(self, kernel: Kernel, x: Array, w: Array) -> Array:
+        """A product of floats."""
+        return product(kernel, x, w)
 
 
 def forward(lowered: IntegerModel, rounding: Rounding) -> Callable[..., Array]:
     """The model as a function of its inputs, to be traced; layers of a stack are unrolled."""
 
-    def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-        if eqn.primitive is network.layer_p:
-            return _layer(eqn, values, rounding)
-        return contraction.bind(eqn, values)
+    def binder(program: core.Jaxpr) -> Callable[..., Any]:
+        alone = {*network.codes_alone(program), *program.invars}
 
-    return lambda *arrays: lowered.evaluate(arrays, bind)
+        def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
+            if eqn.primitive is not network.layer_p:
+                return rounding.bind(eqn, values)
+            count = len(eqn.params["call"].operands)
+            inputs = [
+                x if isinstance(atom, core.Literal) or atom in alone else rounding.apart(x)
+                for x, atom in zip(values[:count], eqn.invars, strict=False)
+            ]
+            return _layer(eqn, [*inputs, *values[count:]], rounding)
+
+        return bind
+
+    return lambda *arrays: lowered.evaluate(arrays, binder)
 
 
 def _layer(eqn: core.JaxprEqn, values: Sequence[Any], rounding: Rounding) -> Array:
@@ -85,7 +107,7 @@ class _Floats(contraction.Steps):
     def multiply(self, kernel: Kernel, left: Array, right: Array) -> Array:
         layer = self.layer
         if layer.weight is None:
-            total = _product(kernel, left, right)
+            total = self.rounding.product(kernel, left, right)
         elif layer.weight_zero is not None:
             raise ValueError("it has weights around 0 only, and a layer's have a zero point")
         else:
@@ -121,11 +143,13 @@ class _Floats(contraction.Steps):
         scale = np.broadcast_to(scale, [1] * len(height) + width).ravel()
         codes = codes.transpose([*axes.w_summed, *axes.w_free]).reshape(-1, len(scale))
         x = x.transpose([*axes.x_free, *axes.x_summed]).reshape([*height, len(codes)])
-        total = x @ self.rounding.weight(codes, scale, 1, bits)
+        matrix = self.rounding.weight(codes, scale, 1, bits)
+        total = self.rounding.product(Dot((((x.ndim - 1,), (0,)), ((), ())), x.ndim), x, matrix)
         return total.reshape([*height, *width]).transpose(axes.order)
 
 
-def _product(kernel: Kernel, x: Array, w: Array) -> Array:
+def product(kernel: Kernel, x: Array, w: Array) -> Array:
+    """The product of two arrays of floats."""
     if isinstance(kernel, Conv):
         return lax.conv_general_dilated(
             x,

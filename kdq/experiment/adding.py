@@ -1,14 +1,14 @@
 """A search beside those of the config, and the arms that it ends in."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kdq import config as kdq_config
 from kdq import files, models
 from kdq.config import Arm, ConfigError, Experiment, Search
-from kdq.experiment import costing
+from kdq.experiment import costing, plan
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress, Record
 from kdq.experiment.store import CONFIG, Store
@@ -17,14 +17,22 @@ from kdq.search.cost import CostTable
 
 
 def arms_of_search(experiment: Experiment, name: str) -> list[str]:
-    """The arms that a search ends in: calibrated, and trained."""
-    return [f"{name}_ptq", f"{name}_qad"]
+    """Returns the arms that a search ends in, calibrated and trained, each after the same arm of
+    uniform bits that it is compared with."""
+    baseline = plan.baseline_of(experiment, name)
+    pairs = zip(*(_names(one) for one in (baseline, name) if one), strict=True)
+    return [arm for stage in pairs for arm in stage]
+
+
+def _names(search: str) -> tuple[str, str]:
+    return f"{search}_ptq", f"{search}_qad"
 
 
 def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Experiment:
     """The experiment with `config.search` as one of its searches, and with its arms.
 
-    Searches that were added to the same workdir before stay.
+    Beside it comes a search for the best uniform bits under the same budgets, with arms of its own
+    that the search's are compared with. Searches that were added to the same workdir before stay.
 
     Args:
       experiment: from `kdq.config.freeze`.
@@ -40,15 +48,17 @@ def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Exper
     if search.finetune not in experiment.arms:
         where = "config.search.finetune: arm"
         raise ConfigError(kdq_config.unknown(where, search.finetune, experiment.arms))
-    searches = {**_before(experiment, Path(workdir), name), name: search}
+    before = _before(experiment, Path(workdir), name)
+    uniform = _uniform(experiment, before, name, search)
+    searches = {**before, name: search, **uniform}  # what is wrong is said of the first one
     arms = {}
-    for own, one in searches.items():
-        arms |= _arms(experiment, own, one)
+    for own in (*before, *uniform, name):
+        arms |= _arms(experiment, own, searches[own], _baseline(searches, searches[own]))
     if taken := arms.keys() & experiment.arms.keys():
         raise ConfigError(f"config.arms has {sorted(taken)} already: want another --name")
     export = experiment.export
     if not export.formats:
-        trained = arms_of_search(experiment, name)[1]
+        trained = _names(name)[1]
         export = dataclasses.replace(export, formats=(search.runtime,), arms=(trained,))
     added = dataclasses.replace(
         experiment,
@@ -59,7 +69,38 @@ def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Exper
     return kdq_config.freeze(kdq_config.to_json(added))
 
 
-def _arms(experiment: Experiment, name: str, search: Search) -> dict[str, Arm]:
+def _uniform(
+    experiment: Experiment, before: Mapping[str, Search], name: str, search: Search
+) -> dict[str, Search]:
+    """Returns the search that `search` is compared with, by its name, unless it is there."""
+    if search.method == plan.UNIFORM or _baseline(before, search):
+        return {}
+    taken = {*experiment.searches, *before, name}
+    own = plan.UNIFORM if plan.UNIFORM not in taken else f"{name}_{plan.UNIFORM}"
+    # All uniform policies there are: each choice, and with the most bits at both ends.
+    policies = 2 * len(search.choices) * len(search.students)
+    evaluations = max(search.evaluations, policies)
+    added = dataclasses.replace(search, method=plan.UNIFORM, options={}, evaluations=evaluations)
+    return {own: added}
+
+
+def _baseline(searches: Mapping[str, Search], search: Search) -> str:
+    """Returns which of some searches is by uniform bits and else the same, or ""."""
+    if search.method == plan.UNIFORM:
+        return ""
+    free = {
+        field: getattr(search, field)
+        for field in ("method", "options", "evaluations", "sensitivity", "policies_at_once")
+    }
+    same = [
+        name
+        for name, other in searches.items()
+        if other.method == plan.UNIFORM and dataclasses.replace(other, **free) == search
+    ]
+    return next(iter(same), "")
+
+
+def _arms(experiment: Experiment, name: str, search: Search, baseline: str) -> dict[str, Arm]:
     trained = experiment.arms[search.finetune]
     init = trained.init if trained.init in search.students else search.students[0]
     trained = dataclasses.replace(
@@ -68,7 +109,11 @@ def _arms(experiment: Experiment, name: str, search: Search) -> dict[str, Arm]:
     calibrated = dataclasses.replace(
         trained, teacher="", distill="", qat="", epochs=0.0, stop=0.0, reference=init
     )
-    return dict(zip(arms_of_search(experiment, name), (calibrated, trained), strict=True))
+    arms = dict(zip(_names(name), (calibrated, trained), strict=True))
+    if baseline:
+        compared = zip(arms, _names(baseline), strict=True)
+        arms |= {arm: dataclasses.replace(arms[arm], reference=other) for arm, other in compared}
+    return arms
 
 
 def _before(experiment: Experiment, workdir: Path, name: str) -> dict[str, Search]:

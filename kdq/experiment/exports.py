@@ -1,6 +1,6 @@
 """Arms in the forms that runtimes take, measured there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,43 @@ FOLDER = "export"
 
 def export(
     path: Path, folder: Path, formats: Sequence[str], inputs: Inputs, config: kdq_config.Export
-) -> dict[str, Any]:
-    """Exports a packed file; what the record says of each file that there is of it.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Exports a packed file; what the record says of each file that there is of it, by format.
 
     That is its part of the manifest, and whether it is the recommended one, if they are timed; of
     these formats also "accuracy": on the whole test split, in their own runtimes.
 
-    Raises:
-      ExportError: see `deploy.export`.
+    Returns:
+      The files, and why those of other formats are not there.
     """
     images = _images(inputs, "validation")[: config.examples]
     with lock.hold(folder, alone=True):
-        manifest = deploy.export(
-            path,
-            folder,
-            formats,
-            images,
-            agreement=config.agreement,
-            latency_batches=config.latency_batches,
-            threads=config.threads or None,
-        )
+        try:
+            manifest = deploy.export(
+                path,
+                folder,
+                formats,
+                images,
+                agreement=config.agreement,
+                latency_batches=config.latency_batches,
+                threads=config.threads or None,
+            )
+        except deploy.ExportError as error:
+            if error.manifest is None:
+                raise
+            manifest = error.manifest
     test, labels = _images(inputs, "test"), inputs.splits["test"]
     labels = labels.read(np.arange(len(labels)))["label"]
     found = {name: dict(entry) for name, entry in manifest["files"].items()}
     if config.latency_batches:
         for name, entry in found.items():
             entry["recommended"] = manifest["recommended"] == name
-    for name in formats:
-        run = deploy.FORMATS[name].load(folder / found[name]["file"], None)
+    for name in [name for name in formats if name in found]:
+        run = deploy.FORMATS[name].load(folder / found[name]["file"], None, None)
         parts = np.split(test, range(500, len(test), 500))
         accuracy = (np.concatenate([run(part) for part in parts]).argmax(-1) == labels).mean()
         found[name]["accuracy"] = float(accuracy)
-    return found
+    return found, manifest["failed"]
 
 
 def _images(inputs: Inputs, split: str) -> np.ndarray:
@@ -67,7 +72,9 @@ def of_workdir(
     seeds: Sequence[int] = (),
     allow_models: Sequence[str] = (),
 ) -> dict[int, dict[str, Any]]:
-    """Exports an arm of an experiment that has been run; returns what is found, by seed.
+    """Exports an arm of an experiment that has been run; returns what is found, by seed and format.
+
+    Of a format that failed that is "failed": why. All others are there.
 
     Args:
       workdir: of the experiment.
@@ -80,7 +87,6 @@ def of_workdir(
 
     Raises:
       ConfigError: no such experiment, arm or format, or one that has not been run.
-      ExportError: see `deploy.export`.
     """
     experiment = _read(Path(workdir))
     check(formats, "format")
@@ -105,9 +111,20 @@ def of_workdir(
         folder = path.parent / FOLDER
         if out is not None:
             folder = Path(out) / str(seed) if len(seeds) > 1 else Path(out)
-        files_there = export(path, folder, formats, inputs, experiment.export)
-        found[seed] = {name: files_there[name] for name in formats}
+        files_there, failed = export(path, folder, formats, inputs, experiment.export)
+        reasons = {name: {"failed": reason} for name, reason in failed.items()}
+        found[seed] = {name: (files_there | reasons)[name] for name in formats}
     return found
+
+
+def raise_failures(failures: Mapping[str, str]) -> None:
+    """Raises ExportError if anything failed: all of it in a line.
+
+    Args:
+      failures: reasons, by what was to be exported.
+    """
+    if failures:
+        raise deploy.ExportError("; ".join(f"{what}: {why}" for what, why in failures.items()))
 
 
 def _read(workdir: Path) -> Experiment:

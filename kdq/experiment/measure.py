@@ -59,7 +59,8 @@ def measure(
     selected = fit.selected
     variables, qparams = selected.weights.variables, selected.weights.qparams
     if qparams:  # what the file simulates is what integers compute
-        variables = deploy.round_biases(model, variables, qparams, test[0]["image"], train=False)
+        integer = deploy.lower(model, variables, qparams, test[0]["image"], train=False)
+        variables = integer.simulated(variables)
     size = deploy.save_packed(
         path,
         variables,

@@ -25,6 +25,7 @@ from kdq import config as kdq_config
 from kdq import heap
 from kdq.config import ConfigError, Experiment
 from kdq.deploy import latency
+from kdq.experiment import plan
 from kdq.experiment.progress import Progress, Record, Unit
 
 Run = Callable[[str, int], Record]
@@ -89,7 +90,9 @@ def needs(experiment: Experiment, order: Sequence[str], seed: int) -> dict[Unit,
             own.append(experiment.teacher)
         bits = experiment.arms[name].bits
         if bits in experiment.searches:
-            own += [searched[bits]] if bits in searched else []
+            # Uniform bits first: what is found is compared with them.
+            first = (bits, plan.baseline_of(experiment, bits))
+            own += [searched[search] for search in first if search in searched]
             searched[bits] = name
         found[name, seed] = [(other, seed) for other in own]
     return found

@@ -10,6 +10,8 @@ from kdq import config as kdq_config
 from kdq import models
 from kdq.config import Arm, ConfigError, Data, Experiment
 
+UNIFORM = "uniform"  # the method of searches that others are compared with
+
 
 def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
     """`names` and what they need, each after what it needs."""
@@ -100,6 +102,18 @@ def search_digest(experiment: Experiment, name: str, found: dict[str, str]) -> s
             ],
         }
     )
+
+
+def baseline_of(experiment: Experiment, name: str) -> str:
+    """Returns the uniform search that arms of the search `name` are compared with, or ""."""
+    references = [arm.reference for arm in experiment.arms.values() if arm.bits == name]
+    searches = [experiment.arms[arm].bits for arm in references if arm]
+    uniform = [
+        other
+        for other in searches
+        if other in experiment.searches and experiment.searches[other].method == UNIFORM
+    ]
+    return next((other for other in uniform if other != name), "")
 
 
 def _taught_by(experiment: Experiment, name: str, found: dict[str, str]) -> Any:

@@ -13,9 +13,11 @@ from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment.progress import Progress, Record
 from kdq.fields import check_arguments, unknown
 from kdq.quantize import QuantizationRule, TensorSpec, observers
+from kdq.quantize.inputs import as_inputs
 from kdq.quantize.observers import Observer
 from kdq.quantize.ptq import chain
 from kdq.quantize.ptq.errors import layer_errors
+from kdq.quantize.sqnr import warn_of_noise
 from kdq.schema import Qat
 from kdq.stopwatch import Stopwatch
 from kdq.train.task import Weights
@@ -80,7 +82,7 @@ def quantized(
         "compile_seconds": watch.compiling,
     }
     if steps:
-        plain = quantize.calibrate(model, variables, rules, images, **kwargs)
+        plain = quantize.calibrate(model, variables, rules, images, check=False, **kwargs)
         errors = layer_errors(
             model,
             variables,
@@ -94,7 +96,16 @@ def quantized(
         log.info("%s, before and after:\n%s", arm.ptq, errors)
         told["ptq_errors"] = errors.to_json()
     variables, qparams = found.variables, found.qparams
-    if arm.epochs:
+    if not arm.epochs:  # what is trained on is to be measured afterwards
+        warn_of_noise(
+            model,
+            variables,
+            qparams,
+            as_inputs(images[0], kwargs),
+            target=found.target,
+            where=f"{arm.bits} by calibration",
+        )
+    else:
         method = recipe(experiment, arm).method
         variables, qparams = quantize.prepare(variables, qparams, method)
     return Weights(variables=variables, qparams=qparams), told

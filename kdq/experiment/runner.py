@@ -21,6 +21,7 @@ from kdq.experiment import (
     measure,
     parallel,
     plan,
+    sharing,
     training,
     transfer,
 )
@@ -52,6 +53,7 @@ def run(
     progress: Progress | None = None,
     tensorboard: bool = False,
     in_processes: bool = False,
+    shared: str | Path | None = None,
 ) -> list[Record]:
     """Runs every arm and seed that `workdir` does not have yet; returns all their records.
 
@@ -63,24 +65,32 @@ def run(
       tensorboard: whether arms write their training curves as TensorBoard's events, too.
       in_processes: whether `config.workers` counts; the main module is imported in each of them, so
         a script must do nothing but under `if __name__ == "__main__"`.
+      shared: folder by which runs share the arms that are the same in several of them: trained by
+        one, copied by the others (see `kdq.experiment.sharing`).
 
     Raises:
       ConfigError: something that the config names does not exist, `workdir` holds an arm that was
         run with another config, or another program writes there. Nothing has been trained then.
+      ExportError: files that could not be made, at the end; all else is in the workdir.
     """
     if tensorboard:
         metrics_writer.tensorboard()  # or say now that it is not installed
     workdir = Path(expand_user(workdir, "workdir"))
-    runner = _Runner(experiment, workdir, progress or Progress(), tensorboard)
+    runner = _Runner(experiment, workdir, progress or Progress(), tensorboard, shared)
     workers = parallel.workers(experiment)
     with lock.hold(workdir):
         return runner.run(arms, workers if in_processes else 1)
 
 
 def _runs_units(
-    experiment: Experiment, workdir: Path, progress: Progress, *, tensorboard: bool
+    experiment: Experiment,
+    workdir: Path,
+    progress: Progress,
+    *,
+    tensorboard: bool,
+    shared: str | Path | None,
 ) -> parallel.Run:
-    return _Runner(experiment, workdir, progress, tensorboard).unit
+    return _Runner(experiment, workdir, progress, tensorboard, shared).unit
 
 
 def task(
@@ -107,10 +117,14 @@ class _Runner:
         workdir: Path,
         progress: Progress,
         tensorboard: bool = False,
+        shared: str | Path | None = None,
     ):
         self.experiment, self.progress, self.tensorboard = experiment, progress, tensorboard
         self.models = _build_models(experiment)
         self.store = Store(experiment, workdir)
+        self.shared_folder = shared
+        alone = jax.process_count() == 1
+        self.shared = sharing.Shared(shared, experiment, self.store) if shared and alone else None
         for name, arm in experiment.arms.items():
             if arm.observer not in OBSERVERS:
                 where = f"config.arms.{name}.observer:"
@@ -158,7 +172,9 @@ class _Runner:
         elsewhere: set[parallel.Unit] = set()
         if workers > 1 and None in records.values():
             elsewhere = {unit for unit, record in records.items() if record is None}
-            make = functools.partial(_runs_units, tensorboard=self.tensorboard)
+            make = functools.partial(
+                _runs_units, tensorboard=self.tensorboard, shared=self.shared_folder
+            )
             where = (experiment, self.store.workdir, order, elsewhere, workers)
             parallel.run(*where, make=make, progress=self.progress)
             records = self._finished(order)
@@ -172,7 +188,16 @@ class _Runner:
                     if (name, seed) not in elsewhere:
                         self._finish(records[name, seed])
         shown = [name for name in experiment.arms if name in order]
-        return [records[name, seed] for name in shown for seed in experiment.seeds]
+        made = [records[name, seed] for name in shown for seed in experiment.seeds]
+        exports.raise_failures(
+            {
+                f"{record['arm']}, seed {record['seed']}, {form}": why
+                for record in made
+                for form, why in record.get("failed_exports", {}).items()
+                if form in experiment.export.formats
+            }
+        )
+        return made
 
     def unit(self, name: str, seed: int) -> Record:
         """Runs an arm and seed, of which all that it needs is there."""
@@ -192,6 +217,26 @@ class _Runner:
 
     def _run_arm(self, name: str, seeds: Sequence[int]) -> list[Record]:
         """The records of an arm, of which so many seeds go together."""
+        if not (self.shared and self.shared.covers(name)):
+            return self._run_here(name, seeds)
+        return [
+            self.shared.once(
+                self._identity(name, seed), lambda seed=seed: self._run_here(name, [seed])[0]
+            )
+            for seed in seeds
+        ]
+
+    def _run_here(self, name: str, seeds: Sequence[int]) -> list[Record]:
+        equal = functools.partial(sharing.of_equal_bits, self.experiment, self.store, self.searches)
+        records = {
+            seed: processes.first(lambda seed=seed: equal(self._identity(name, seed)))
+            for seed in seeds
+        }
+        trained = self._train_here(name, [seed for seed in seeds if records[seed] is None])
+        records |= {record["seed"]: record for record in trained}
+        return list(records.values())
+
+    def _train_here(self, name: str, seeds: Sequence[int]) -> list[Record]:
         begun = [self._prepare(name, seed) for seed in seeds]
         fits = self._train(name, [one for one in begun if one.start])
         for one in begun:
@@ -231,11 +276,15 @@ class _Runner:
             return record
         folder = self.store.folder(record["arm"], record["seed"])
         path = folder / PACKED
-        found = exports.export(path, folder / exports.FOLDER, formats, self.inputs, wanted)
+        found, failed = exports.export(path, folder / exports.FOLDER, formats, self.inputs, wanted)
         # Those that were there have been timed again beside the new ones.
         record["exports"] = {
-            name: {**done.get(name, {}), **found.get(name, {})} for name in (*done, *formats)
+            name: {**done.get(name, {}), **found.get(name, {})}
+            for name in (*done, *formats)
+            if name not in failed
         }
+        record.pop("failed_exports", None)
+        record |= {"failed_exports": failed} if failed else {}
         self.store.save(record)
         return record
 

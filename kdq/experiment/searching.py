@@ -35,6 +35,7 @@ from kdq.stopwatch import Stopwatch
 from kdq.train.optimizer import make_optimizer
 
 FOLDER, COSTS = "searches", "costs"  # in the workdir
+RESULT = "result.json"  # of a search
 GIVEN = ("problem", "seed", "evaluations")  # to every searcher; the rest of its arguments: options
 
 
@@ -104,8 +105,8 @@ class Searches:
         """What a search finds with a seed: read if it was done before."""
         search = self._experiment.searches[name]
         digest = plan.search_digest(self._experiment, name, self._store.digests)
-        folder = self._store.workdir / FOLDER / name / str(seed)
-        path = folder / "result.json"
+        folder = self._folder(name, seed)
+        path = folder / RESULT
         if not path.is_file():
             log = folder / f"evaluations-{digest}.jsonl"
             found = {"digest": digest, **self._search(name, search, seed, log)}
@@ -115,8 +116,20 @@ class Searches:
             raise ConfigError(
                 f"{path} was found with another config: choose another workdir, or delete {folder}"
             )
-        told = {"name": name, **found}
+        told = {"name": name, **found, **self._against_uniform(name, seed, found)}
         return Found(name=name, chosen=found["chosen"], observer=search.observer, told=told)
+
+    def _against_uniform(self, name: str, seed: int, found: Record) -> Record:
+        """Returns what the best uniform bits are beside what was found, if they are known."""
+        baseline = plan.baseline_of(self._experiment, name)
+        if not (baseline and (self._folder(baseline, seed) / RESULT).is_file()):
+            return {}
+        other = self.of(baseline, seed)
+        told = {key: other.told[key] for key in ("name", "chosen", "scores", "costs", "measured")}
+        return {"uniform": {**told, "same": dict(other.chosen) == dict(found["chosen"])}}
+
+    def _folder(self, name: str, seed: int) -> Path:
+        return self._store.workdir / FOLDER / name / str(seed)
 
     def _search(self, name: str, search: Search, seed: int, log: Path) -> Record:
         watch = Stopwatch()

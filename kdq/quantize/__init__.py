@@ -9,6 +9,7 @@ logits = apply(model, variables, qparams, inputs)
 from kdq.quantize.calibrate import calibrate
 from kdq.quantize.formats import FORMATS
 from kdq.quantize.grid import Dynamic, Quantizer, Training
+from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
 from kdq.quantize.observers import (
     MSE,
@@ -23,6 +24,7 @@ from kdq.quantize.qat import finish, plain, prepare, widened, with_keys
 from kdq.quantize.rules import QuantizationRule, TensorSpec, uniform_rules
 from kdq.quantize.scales import Scales, replace_scales, scales
 from kdq.quantize.simulate import apply, predict
+from kdq.quantize.sqnr import Sqnr, sqnr
 from kdq.quantize.ste import fake_quantize
 from kdq.quantize.summary import Summary, summary
 
@@ -32,6 +34,7 @@ __all__ = [
     "AbsMax",
     "Dynamic",
     "Entropy",
+    "Inputs",
     "LayerInfo",
     "MinMax",
     "MovingAverage",
@@ -40,6 +43,7 @@ __all__ = [
     "QuantizationRule",
     "Quantizer",
     "Scales",
+    "Sqnr",
     "Summary",
     "TensorSpec",
     "Training",
@@ -54,6 +58,7 @@ __all__ = [
     "prepare",
     "replace_scales",
     "scales",
+    "sqnr",
     "summary",
     "uniform_rules",
     "widened",

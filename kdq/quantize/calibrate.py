@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq.quantize import grid
-from kdq.quantize.layers import LayerInfo, at_path, list_layers
+from kdq.quantize.inputs import Batch, as_batches, unboxed
+from kdq.quantize.layers import LayerInfo, at_path, list_layers, list_unquantized
 from kdq.quantize.observe import Key, observe
 from kdq.quantize.observers import MinMax, Observer, State
 from kdq.quantize.rules import (
@@ -22,6 +23,7 @@ from kdq.quantize.rules import (
     match,
     weight_scale_shape,
 )
+from kdq.quantize.sqnr import warn_of_noise
 from kdq.types import Array, QParams, Variables
 
 
@@ -29,42 +31,45 @@ def calibrate(
     model: nn.Module,
     variables: Variables,
     rules: Sequence[QuantizationRule],
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
+    *,
+    check: bool = True,
     **apply_kwargs: Any,
 ) -> QParams:
     """The quantizers of every layer that a rule matches, from the float model's own ranges.
+
+    A log line warns if the quantized model's output, or a layer's, is mostly noise (`sqnr`).
 
     Args:
       model: any Linen module.
       variables: its float variables.
       rules: first match wins; see `kdq.quantize.rules`.
-      batches: inputs of the model (arrays, or tuples of arguments), all of one shape: another shape
-        compiles anew.
-      **apply_kwargs: passed to the model, e.g. `train=False`.
+      batches: inputs of the model, all of one shape: another shape compiles anew. Each is an array,
+        a tuple of positional arguments, a dict or another pytree that is one argument, or `Inputs`,
+        with keyword arguments of its own.
+      check: runs the float and the quantized model on the first batch once more, to warn of noise.
+      **apply_kwargs: passed to the model with every batch, e.g. `train=False`, a mask, `rngs`.
 
     Returns:
       `{path: {"weights": quantizer, "activations": quantizer}}` in layer order; a part that a rule
       leaves in float is absent. A product of activations has "activations" and "other".
 
     Raises:
-      ValueError: no batches, a rule that fits no layer, or values that are not finite; names the
-        layer.
+      ValueError: no batches, an empty one, a rule that fits no layer, or values that are not
+        finite; names the layer.
     """
-    batches = iter(batches)
-    first = next(batches, None)
-    if first is None:
-        raise ValueError("calibration got no batches: want at least one")
-    layers = list_layers(model, variables, first, **apply_kwargs)
-    matched = match(rules, layers)
+    variables = unboxed(variables)
+    batches = as_batches(batches, "calibrate", apply_kwargs)
+    first = next(batches)
+    layers = list_layers(model, variables, first)
+    matched = match(rules, layers, list_unquantized(model, variables, first))
     specs = {
         (path, operand): rule.activations
         for path, rule in matched.items()
         if rule.activations is not None
         for operand in layers[path].operands
     }
-    states = _observe_inputs(
-        model, variables, specs, layers, itertools.chain([first], batches), apply_kwargs
-    )
+    states = _observe_inputs(model, variables, specs, layers, itertools.chain([first], batches))
     qparams = {}
     for path, rule in matched.items():
         quantizers = {}
@@ -78,6 +83,8 @@ def calibrate(
                 )
         if quantizers:
             qparams[path] = quantizers
+    if check:
+        warn_of_noise(model, variables, qparams, first)
     return qparams
 
 
@@ -166,8 +173,7 @@ def _observe_inputs(
     variables: Variables,
     specs: dict[Key, TensorSpec],
     layers: dict[str, LayerInfo],
-    batches: Iterable[Array | tuple],
-    apply_kwargs: dict[str, Any],
+    batches: Iterable[Batch],
 ) -> dict[Key, State]:
     """What each layer's observer saw of its inputs: [*stack, groups, ...]."""
     watchers, states = {}, {}
@@ -179,4 +185,4 @@ def _observe_inputs(
         one = observer.init(math.prod(shape))
         broadcast = lambda s, stack=layer.stack: jnp.broadcast_to(s, (*stack, *s.shape))
         states[path, operand] = jax.tree.map(broadcast, one)
-    return observe(model, variables, {}, watchers, states, batches, **apply_kwargs)
+    return observe(model, variables, {}, watchers, states, batches)

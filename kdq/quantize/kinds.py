@@ -5,6 +5,7 @@ and how many multiplications it makes.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -89,6 +90,11 @@ def _transposed(module: nn.ConvTranspose, call: Call, weight: Shape) -> int:
     return math.prod(call.shapes[0]) // channels * math.prod(weight)
 
 
+def _local(module: nn.ConvLocal, call: Call, weight: Shape) -> int:
+    """Each output has a kernel of its own: [*positions, taps × channels, features]."""
+    return math.prod(call.output) * weight[-2]
+
+
 def _embedding(module: nn.Embed, call: Call, weight: Shape) -> int:
     """A lookup multiplies nothing; `attend` multiplies by all of the table."""
     return 0 if call.method == "__call__" else math.prod(call.shapes[0]) * weight[0]
@@ -132,6 +138,13 @@ KINDS: dict[type[nn.Module], Kind] = {
         methods={"__call__": INPUT},
         axes=_axes((-1,), -2),
         macs=_contraction,
+    ),
+    nn.ConvLocal: Kind(
+        name="ConvLocal",
+        weight="kernel",
+        methods={"__call__": INPUT},
+        axes=_axes((-1,), -2),
+        macs=_local,
     ),
     nn.ConvTranspose: Kind(
         name="ConvTranspose",
@@ -235,12 +248,17 @@ def _is_named(module: nn.MultiHeadDotProductAttention) -> bool:
 
 
 def name_products(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    """An interceptor: gives the two products of Flax's attention the paths "qk" and "av".
+    """An interceptor: gives products that Flax makes without a layer a layer, and so a path.
 
-    Flax lets an attention module be told how to multiply (`qk_attn_weights_einsum_cls`); a bound
-    module belongs to this one call, so nothing outlives it.
+    Those of attention are "qk" and "av": Flax lets the module be told how to multiply
+    (`qk_attn_weights_einsum_cls`); a bound module belongs to this one call, so nothing outlives it.
+    `OptimizedLSTMCell` joins the kernels of `LSTMCell`, which has the same parameters, to multiply
+    once: it is run as that.
     """
     module = context.module
+    if context.method_name == "__call__" and type(module) is nn.OptimizedLSTMCell:
+        # Unwrapped: this is a call of the module already, which would be intercepted again.
+        return inspect.unwrap(nn.LSTMCell.__call__)(module, *args, **kwargs)
     if (
         context.method_name == "__call__"
         and isinstance(module, nn.MultiHeadDotProductAttention)

@@ -3,18 +3,22 @@
 Rules, calibration, cost, search and reports are all keyed by these paths.
 """
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kdq.quantize import grid, kinds
+from kdq.quantize import grid, kinds, tracing
+from kdq.quantize.inputs import Batch, Inputs, as_inputs, run, unboxed
 from kdq.quantize.kinds import Kind, kind_of
+from kdq.quantize.parametrized import leaf_names, why_changed, why_made
+from kdq.quantize.tracing import Marked
 from kdq.types import Array, QParams, Variables
 
 FLOAT_BITS = 32
@@ -30,14 +34,15 @@ class LayerInfo:
     weight_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
-    # Multiply-accumulates for one example, summed over the calls of a shared layer, and over the
-    # layers of a stack, each called once.
+    # Multiply-accumulates for one example, summed over the calls of a shared layer (each step of a
+    # recurrent one), and over the layers of a stack, each called once.
     macs: int
     other_shape: tuple[int, ...] = ()  # of the second input of a product
     operands: tuple[str, ...] = ("activations",)  # the inputs that can be quantized
     channel_axes: tuple[int, ...] = (-1,)  # of the weight: those of a scale "per_channel"
     group_axis: int = -2  # of the weight: the one that "per_group" divides, along the inputs
     stack: tuple[int, ...] = ()  # leading axes of its parameters in `variables`: nn.scan, nn.vmap
+    in_loop: bool = False  # called in a loop over the same weights: a cell of nn.RNN
     module: nn.Module | None = dataclasses.field(default=None, compare=False, repr=False)  # unbound
 
     @property
@@ -91,6 +96,39 @@ def at_path(tree: Any, path: str) -> Any:
     return tree
 
 
+def copied(params: dict[str, Any], path: str, whose: str) -> dict[str, Any]:
+    """The dict of a layer in `params`, itself and every dict on the way replaced by a copy.
+
+    The last may be new, and empty: a product of activations has no parameters of its own.
+    """
+    keys = keys_of_layer(params, path)
+    if keys is None:
+        parent, _, last = path.rpartition("/")
+        parents = keys_of_layer(params, parent)
+        if parents is None:
+            raise unknown_layer(whose, path, params)
+        keys = (*parents, last)
+    layer = params
+    for name in keys:  # none of them: the model is the layer
+        layer[name] = dict(layer.get(name, {}))
+        layer = layer[name]
+    return layer
+
+
+def unknown_layer(whose: str, path: str, params: Any) -> KeyError:
+    """The error for a path that is no layer: it says how far the path goes, and what is there."""
+    parents, layer = [], params
+    for name in path.split("/"):
+        if name not in layer:
+            break
+        parents.append(name)
+        layer = layer[name]
+    return KeyError(
+        f"{whose} name layer {path!r}, which the params do not have: "
+        f"at {'/'.join(parents) or 'the top'} there is {sorted(layer)}"
+    )
+
+
 def as_args(inputs: Array | tuple) -> tuple:
     """A model's positional arguments: one array, or a tuple of them."""
     return inputs if isinstance(inputs, tuple) else (inputs,)
@@ -105,122 +143,246 @@ def batch_specs(inputs: Array | tuple, batch: Any) -> list[jax.ShapeDtypeStruct]
 
 
 def list_layers(
-    model: nn.Module, variables: Variables, inputs: Array | tuple, **apply_kwargs: Any
+    model: nn.Module, variables: Variables, inputs: Batch, **apply_kwargs: Any
 ) -> dict[str, LayerInfo]:
     """The quantizable layers in the order in which they first run; nothing is computed.
 
     Args:
       model: any Linen module.
       variables: its variables, or their shapes.
-      inputs: an array (or shape) with a leading batch axis, or a tuple of positional arguments.
-      **apply_kwargs: passed to the model, e.g. `train=False`.
+      inputs: an array (or shape) with a leading batch axis, a tuple of positional arguments,
+        another pytree of arrays, which is one argument, or `Inputs`.
+      **apply_kwargs: passed to the model, e.g. `train=False`, a mask, `rngs`.
     """
     return _walk(model, variables, inputs, apply_kwargs)[0]
 
 
 def list_unquantized(
-    model: nn.Module, variables: Variables, inputs: Array | tuple, **apply_kwargs: Any
+    model: nn.Module, variables: Variables, inputs: Batch, **apply_kwargs: Any
 ) -> dict[str, str]:
     """What no rule can reach, with the reason: modules with parameters, attention as it is set up.
 
-    Arithmetic outside of modules can't be seen: a model that multiplies activations by `jnp` does
-    so in float. Arguments as of `list_layers`.
+    Layers that multiply by something else than their parameter (`nn.WeightNorm`, standardized
+    weights) are among them. Arithmetic outside of modules can't be seen: a model that multiplies
+    activations by `jnp` does so in float. Arguments as of `list_layers`.
     """
     return _walk(model, variables, inputs, apply_kwargs)[1]
 
 
 def _walk(
-    model: nn.Module, variables: Variables, inputs: Array | tuple, apply_kwargs: Mapping[str, Any]
+    model: nn.Module, variables: Variables, inputs: Batch, apply_kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, LayerInfo], dict[str, str]]:
     """Traces a model unless it has been: every arm asks about the few models there are."""
-    leaves, structure = jax.tree.flatten((variables, as_args(inputs)))
-    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-    asked = (model, structure, shapes, tuple(sorted(apply_kwargs.items())))
+    leaves, structure = jax.tree.flatten((unboxed(variables), as_inputs(inputs, apply_kwargs)))
+    asked = (model, structure, tuple(map(_shape, leaves)))
     try:
         hash(asked)
     except TypeError:  # a field of the model is a list, or the like
-        found = _traced.__wrapped__(*asked)
+        listed = _traced.__wrapped__(*asked)
     else:
-        found = _traced(*asked)
-    return tuple(map(dict, found))
+        listed = _traced(*asked)
+    return tuple(map(dict, listed))
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), getattr(leaf, "dtype", jnp.result_type(leaf)))
 
 
 @functools.lru_cache(maxsize=64)
 def _traced(
-    model: nn.Module, structure: Any, shapes: tuple, apply_kwargs: tuple
+    model: nn.Module, structure: Any, shapes: tuple
 ) -> tuple[dict[str, LayerInfo], dict[str, str]]:
-    specs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    variables, inputs = jax.tree.unflatten(structure, specs)
-    layers: dict[str, LayerInfo] = {}
-    once: dict[str, int] = {}
-    others: dict[str, str] = {}
-    # The model's, not the layer's: a model may fold time or space into a layer's leading axis.
-    batch = inputs[0].shape[0]
+    variables, inputs = jax.tree.unflatten(structure, shapes)
+    if not inputs.rows:
+        raise ValueError(f"want inputs with at least one example, got {inputs}")
+    listing = _Listing(variables)
 
-    def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def forward(variables: Variables, inputs: Inputs) -> Any:
+        return run(model, variables, inputs, listing.record)[0]
+
+    calls: dict[str, list[tuple[Marked, int]]] = collections.defaultdict(list)
+    for marked in tracing.marks(forward, variables, inputs):
+        path, macs = marked.name
+        calls[path].append((marked, macs))
+    sliced = frozenset[int]().union(*(m.sliced for group in calls.values() for m, _ in group))
+    names = leaf_names(variables)
+    layers, others = {}, listing.others
+    for path, layer in listing.layers.items():
+        marks = [marked for marked, _ in calls[path]]
+        name = "/".join(filter(None, ("params", path, layer.weight_name)))
+        reason = (why_made(name, marks, names) if layer.weight_name else "") or _why_no_loop(
+            layer, marks
+        )
+        if reason:
+            others[path] = reason
+        else:
+            layers[path] = layer
+    if len(layers) < len(listing.layers) and layers:
+        for path in _unreached(model, variables, inputs, layers):
+            del layers[path]
+            others[path] = "its variables are made by a transform that takes none but the model's"
+    counted = {
+        path: _counted(layer, layers, calls[path], sliced, inputs.rows)
+        for path, layer in layers.items()
+    }
+    return counted, others
+
+
+class _Listing:
+    """What a run of the model meets, by path."""
+
+    def __init__(self, variables: Variables):
+        self.variables = variables
+        self.layers: dict[str, LayerInfo] = {}
+        self.others: dict[str, str] = {}
+        self.alone = False  # a layer is being traced alone
+
+    def record(self, next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        """An interceptor."""
         outputs = next_fun(*args, **kwargs)
-        module = context.module
-        path = path_of(module)
+        module, method, path = context.module, context.method_name, path_of(context.module)
         kind = kind_of(module)
-        if kind is None or context.method_name not in kind.methods:
-            if context.method_name == "__call__" and (reason := kinds.why_not(module)):
-                others.setdefault(path, reason)
+        if self.alone:
             return outputs
-        shapes = [
-            getattr(a, "shape", ()) for a in kinds.bind(module, context.method_name, args, kwargs)
-        ]
-        call = kinds.Call(context.method_name, args, kwargs, shapes, outputs.shape)
+        if kind is None or method not in kind.methods:
+            if method == "__call__" and (reason := kinds.why_not(module)):
+                self.others.setdefault(path, reason)
+            return outputs
+        arrays = kinds.bind(module, method, args, kwargs)
+        shapes = [getattr(array, "shape", ()) for array in arrays]
+        call = kinds.Call(method, args, kwargs, shapes, outputs.shape)
         try:
-            layer = _describe(kind, module, path, variables, call, batch)
+            layer = _describe(kind, module, path, self.variables, call)
+            self._check(module, call)
         except kinds.Unsupported as error:
-            others[path] = str(error)
+            self.others[path] = str(error)
+            self.layers.pop(path, None)
             return outputs
-        if path in layers:
-            known = layers[path]
-            layer = dataclasses.replace(
-                known,
-                macs=known.macs + layer.macs,
-                operands=tuple(dict.fromkeys((*known.operands, *layer.operands))),
-            )
-        once.setdefault(path, layer.macs)
-        layers[path] = layer
+        if path in self.layers:
+            operands = (*self.layers[path].operands, *layer.operands)
+            layer = dataclasses.replace(self.layers[path], operands=tuple(dict.fromkeys(operands)))
+        if path not in self.others:
+            self.layers[path] = layer
+        weight = module.get_variable("params", kind.weight) if kind.weight else None
+        tracing.mark((path, kind.macs(module, call, layer.weight_shape)), weight, arrays[0])
         return outputs
 
-    def forward(variables: Variables, *args: Any) -> Any:
-        with nn.intercept_methods(kinds.name_products), nn.intercept_methods(record):
-            return model.apply(variables, *args, **dict(apply_kwargs))
+    def _check(self, module: nn.Module, call: kinds.Call) -> None:
+        """Raises `kinds.Unsupported` for a layer that changes its weight itself."""
+        if not kind_of(module).weight:
+            return
+        self.alone = True
+        reason = why_changed(module, call.method, call.args, call.kwargs)
+        self.alone = False
+        if reason:
+            raise kinds.Unsupported(reason)
 
-    jax.eval_shape(forward, variables, *inputs)
-    return {path: _in_stack(layer, layers, once[path]) for path, layer in layers.items()}, others
+
+def _why_no_loop(layer: LayerInfo, marks: Sequence[Marked]) -> str:
+    """Why the inputs of a layer in a stack and in a loop can't be told apart by layer."""
+    for marked in marks:
+        slicing = [number in marked.sliced for number, _ in marked.loops]
+        if layer.stack and (marked.spread > 1 or not all(slicing)):
+            outermost = slicing[: len(layer.stack)]
+            if marked.spread > 1 or len(outermost) < len(layer.stack) or not all(outermost):
+                return "a stack of layers in a loop over one set of weights"
+    return ""
 
 
-def _in_stack(layer: LayerInfo, layers: Mapping[str, LayerInfo], once: int) -> LayerInfo:
-    """The layer as part of its stack, if it is in one.
+def _unreached(
+    model: nn.Module, variables: Variables, inputs: Inputs, layers: Mapping[str, LayerInfo]
+) -> list[str]:
+    """The layers that do not see what is put beside their parameters, as quantizers are.
 
-    `once` are the multiplications of one call: Flax traces the body of a scan more than once, so
-    how often a layer is called in it can't be told. A product has no arrays that show the stack; it
-    is that of the nearest layer with a weight.
+    A transform of variables, as of `nn.WeightNorm`, may change it, lose it, or fail for it.
     """
-    if layer.weight_name:
-        return dataclasses.replace(layer, macs=once) if layer.stack else layer
-    parents = layer.path.split("/")[:-1]
+    name = "_probe"
+
+    def reached(paths: Sequence[str]) -> set[str]:
+        def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+            module = context.module
+            if kind_of(module) is not None and module.has_variable("params", name):
+                probe = module.get_variable("params", name)
+                tracing.mark(path_of(module), probe.scale, probe.qmin)
+            return next_fun(*args, **kwargs)
+
+        def forward(probes: Mapping[str, Any], variables: Variables, inputs: Inputs) -> Any:
+            params = dict(variables["params"])
+            for path, probe in probes.items():
+                copied(params, path, "layers")[name] = probe
+            return run(model, {**variables, "params": params}, inputs, record)[0]
+
+        probes = {}
+        for path in paths:
+            zero = jax.ShapeDtypeStruct(layers[path].stack, jnp.float32)
+            probes[path] = grid.Quantizer(scale=zero, zero_point=zero, qmin=zero, qmax=zero)
+        marks = tracing.marks(forward, probes, variables, inputs)
+        names = leaf_names(probes)
+        return {m.name for m in marks if m.leaf is not None and names[m.leaf].endswith("scale")}
+
+    def quietly(paths: Sequence[str]) -> set[str]:
+        try:
+            return reached(paths)
+        except Exception:  # whatever somebody's transform raises
+            return set()
+
+    seen = quietly(list(layers))
+    if not seen:
+        seen = set().union(*(quietly([path]) for path in layers))
+    return [path for path in layers if path not in seen]
+
+
+def _counted(
+    layer: LayerInfo,
+    layers: Mapping[str, LayerInfo],
+    calls: Sequence[tuple[Marked, int]],
+    sliced: frozenset[int],
+    rows: int,
+) -> LayerInfo:
+    """The layer with its multiplications, the stack that it is in, and whether it is in a loop.
+
+    A product has no arrays that show the stack; it is that of the nearest layer with a weight.
+    """
+    stack, macs, in_loop = layer.stack, 0, False
+    if not layer.weight_name:
+        stack = _stack_around(layer.path, layers)
+    for marked, each in calls:
+        slicing = marked.sliced if layer.weight_name else sliced
+        turns = [count for number, count in marked.loops if number not in slicing]
+        in_loop |= bool(turns) or marked.spread > 1
+        macs += each * math.prod(turns) * marked.spread
+    macs = macs * math.prod(stack) // rows
+    return dataclasses.replace(layer, stack=stack, macs=macs, in_loop=in_loop)
+
+
+def _stack_around(path: str, layers: Mapping[str, LayerInfo]) -> tuple[int, ...]:
+    parents = path.split("/")[:-1]
     for depth in range(len(parents), 0, -1):
         prefix = "/".join(parents[:depth]) + "/"
         for other in layers.values():
             if other.weight_name and other.path.startswith(prefix):
-                macs = once * math.prod(other.stack) if other.stack else layer.macs
-                return dataclasses.replace(layer, stack=other.stack, macs=macs)
-    return layer
+                return other.stack
+    return ()
 
 
 def _describe(
-    kind: Kind, module: nn.Module, path: str, variables: Variables, call: kinds.Call, batch: int
+    kind: Kind, module: nn.Module, path: str, variables: Variables, call: kinds.Call
 ) -> LayerInfo:
-    """The layer as this call shows it. Raises `kinds.Unsupported` for a stack of another form."""
+    """The layer as this call shows it, its multiplications not counted.
+
+    Raises `kinds.Unsupported` for a stack of another form, and a weight that is no parameter.
+    """
     weight, stack = (), ()
     if kind.weight:
+        if not module.has_variable("params", kind.weight):
+            raise kinds.Unsupported(f"{kind.name} without a parameter {kind.weight!r}")
         weight = tuple(module.get_variable("params", kind.weight).shape)
-        whole = tuple(at_path(variables["params"], path)[kind.weight].shape)
+        try:
+            whole = tuple(at_path(variables["params"], path)[kind.weight].shape)
+        except KeyError:
+            raise kinds.Unsupported(
+                f"its {kind.weight} is not where it is called: shared by another name, or computed"
+            ) from None
         stack = whole[: len(whole) - len(weight)]
         if whole != (*stack, *weight):
             raise kinds.Unsupported(
@@ -235,7 +397,7 @@ def _describe(
         input_shape=tuple(call.shapes[0]),
         other_shape=tuple(call.shapes[1]) if len(call.shapes) > 1 else (),
         output_shape=tuple(call.output),
-        macs=kind.macs(module, call, weight) * math.prod(stack) // batch,
+        macs=0,
         operands=tuple(kind.methods[call.method]),
         channel_axes=channels,
         group_axis=group,

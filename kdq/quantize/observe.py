@@ -2,7 +2,9 @@
 
 What is seen travels in the "params" collection at the layer's own path, as the quantizers do (see
 `simulate`): under `nn.scan` each layer of the stack then has its own, under `nn.remat` nothing
-escapes.
+escapes. In a loop over one set of weights (`nn.RNN`, or `nn.scan` and `nn.vmap` that broadcast
+"params") that collection can't change: there all that a layer gets is collected, over all turns,
+and seen at once after the model ran.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,8 +14,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from kdq.quantize import kinds, simulate
-from kdq.quantize.layers import at_path, path_of
+from kdq.quantize import kinds, simulate, tracing
+from kdq.quantize.inputs import Batch, Inputs, as_batches, unboxed
+from kdq.quantize.layers import at_path, list_layers, path_of
 from kdq.types import Array, QParams, Variables
 
 STATES = "_observed"
@@ -29,7 +32,7 @@ def observe(
     qparams: QParams,
     watchers: Mapping[Key, Watcher],
     states: Mapping[Key, Any],
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     **apply_kwargs: Any,
 ) -> dict[Key, Any]:
     """The states after every layer's watcher saw all of its inputs.
@@ -43,11 +46,13 @@ def observe(
       batches: inputs of the model, all of one shape: another compiles anew.
       **apply_kwargs: passed to the model, e.g. `train=False`.
     """
-    static = tuple(sorted(apply_kwargs.items()))
     states = dict(states)
     if not states:
         return states
-    for inputs in batches:
+    variables = unboxed(variables)
+    for inputs in as_batches(batches, "observe", apply_kwargs):
+        layers = list_layers(model, variables, inputs)  # traced once for a shape
+        in_loop = {path: len(layers[path].stack) for path, _ in states if layers[path].in_loop}
         states = _observe(
             variables,
             qparams,
@@ -55,40 +60,54 @@ def observe(
             inputs,
             model=model,
             watchers=tuple(watchers.items()),
-            apply_kwargs=static,
+            in_loop=tuple(in_loop.items()),
         )
     return states
 
 
-@partial(jax.jit, static_argnames=("model", "watchers", "apply_kwargs"))
-def _observe(variables, qparams, states, inputs, *, model, watchers, apply_kwargs):
+@partial(jax.jit, static_argnames=("model", "watchers", "in_loop"))
+def _observe(variables, qparams, states, inputs, *, model, watchers, in_loop):
     """One batch; compiled once for all bit-widths, which watchers do not know."""
-    by_layer = {}
+    by_layer, depths, watchers = {}, dict(in_loop), dict(watchers)
     for (path, operand), state in states.items():
         by_layer.setdefault(path, {})[operand] = state
     params = dict(variables["params"])
-    for path, own in by_layer.items():
-        simulate.copied(params, path, "watchers")[STATES] = own
-    watchers = dict(watchers)
+    for path, layer_states in by_layer.items():
+        if path not in depths:
+            simulate.copied(params, path, "watchers")[STATES] = layer_states
 
     def watch(next_fun, args, kwargs, context):
         module, path = context.module, path_of(context.module)
-        operands = kinds.operands(module, context.method_name)
-        if operands and module.has_variable("params", STATES):
-            own = dict(module.get_variable("params", STATES))
-            for name in own.keys() & operands.keys():
-                x = kinds.argument(args, kwargs, operands[name])
-                own[name] = watchers[path, name](own[name], x)
-            module.put_variable("params", STATES, own)
+        for name, place in kinds.operands(module, context.method_name).items():
+            if (path, name) not in watchers:
+                continue
+            x = kinds.argument(args, kwargs, place)
+            if path in depths:
+                x = tracing.see((path, name), x)
+                args, kwargs = kinds.replace_argument(args, kwargs, place, x)
+            else:
+                seen = dict(module.get_variable("params", STATES))
+                seen[name] = watchers[path, name](seen[name], x)
+                module.put_variable("params", STATES, seen)
         return next_fun(*args, **kwargs)
 
-    with nn.intercept_methods(kinds.name_products), nn.intercept_methods(watch):
-        _, changed = simulate.apply(
-            model,
-            {**variables, "params": params},
-            qparams,
-            inputs,
-            mutable=["params"],
-            **dict(apply_kwargs),
-        )
-    return {(path, name): at_path(changed["params"], path)[STATES][name] for path, name in states}
+    def forward(variables: Variables, inputs: Inputs) -> Any:
+        return simulate.run(model, variables, qparams, inputs, watch, mutable=["params"])
+
+    variables = {**variables, "params": params}
+    if depths:
+        (_, changed), collected = tracing.collect(forward, variables, inputs)
+    else:
+        (_, changed), collected = forward(variables, inputs), {}
+    after = {}
+    for (path, name), state in states.items():
+        if path not in depths:
+            after[path, name] = at_path(changed["params"], path)[STATES][name]
+            continue
+        update = watchers[path, name]
+        for _ in range(depths[path]):
+            update = jax.vmap(update)
+        for x in collected[path, name]:
+            state = update(state, x)
+        after[path, name] = state
+    return after

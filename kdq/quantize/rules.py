@@ -97,17 +97,27 @@ class QuantizationRule:
 
 
 def match(
-    rules: Sequence[QuantizationRule], layers: Mapping[str, LayerInfo]
+    rules: Sequence[QuantizationRule],
+    layers: Mapping[str, LayerInfo],
+    unquantized: Mapping[str, str] | None = None,
 ) -> dict[str, QuantizationRule]:
     """The rule of each layer that has one, in layer order.
+
+    Args:
+      rules: the first that matches a layer is its.
+      layers: see `list_layers`.
+      unquantized: see `list_unquantized`; for the error.
 
     Raises:
       ValueError: if a rule's path matches no layer, or its group size does not divide the inputs.
     """
     for rule in rules:
         if not any(re.fullmatch(rule.path, path) for path in layers):
+            others = (unquantized or {}).items()
+            reasons = {path: why for path, why in others if re.fullmatch(rule.path, path)}
             raise ValueError(
                 f"rule path {rule.path!r} matches no layer; the layers are {list(layers)}"
+                + (f"; out of reach: {reasons}" if reasons else "")
             )
     matched = {}
     for path, layer in layers.items():

@@ -4,8 +4,7 @@ No JAX function is patched and no model rewritten, so a float teacher, a 4-bit s
 student live in one `jit`, in any order.
 """
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,8 +13,10 @@ import jax
 
 from kdq.quantize import kinds
 from kdq.quantize.grid import Quantizer
+from kdq.quantize.inputs import Batch, Inputs, as_inputs, unboxed
+from kdq.quantize.inputs import run as run_float
 from kdq.quantize.kinds import WEIGHT_NAMES
-from kdq.quantize.layers import as_args, keys_of_layer, path_of
+from kdq.quantize.layers import copied, keys_of_layer, path_of, unknown_layer
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
 
@@ -30,7 +31,7 @@ def apply(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    inputs: Array | tuple,
+    inputs: Batch,
     /,
     *,
     freeze_norm: bool = False,
@@ -44,26 +45,47 @@ def apply(
       variables: its float variables; unchanged.
       qparams: `{path: {"weights": quantizer, "activations": quantizer}}`, either half optional.
         Empty: the float model.
-      inputs: an array, or a tuple of positional arguments.
+      inputs: an array, a tuple of positional arguments, a dict or another pytree that is one
+        argument, or `Inputs`.
       freeze_norm: whether batch norm uses its running statistics, and keeps them, in training too.
       rounding: what a tensor becomes by its quantizer.
-      **kwargs: passed to `model.apply` (`train`, `mutable`, `rngs`, ...).
+      **kwargs: passed to `model.apply` (`train`, `mutable`, `rngs`, a mask, ...).
 
     Raises:
       KeyError: if `qparams` names a layer that `variables` does not have.
     """
-    params = quantize_params(variables["params"], qparams, rounding)
+    call = as_inputs(inputs, kwargs)
+    outputs, collections = run(
+        model, unboxed(variables), qparams, call, freeze_norm=freeze_norm, rounding=rounding
+    )
+    return (outputs, collections) if call.kwargs.get("mutable", False) is not False else outputs
+
+
+def run(
+    model: nn.Module,
+    variables: Variables,
+    qparams: QParams,
+    inputs: Inputs,
+    *interceptors: Callable,
+    mutable: Iterable[str] = (),
+    freeze_norm: bool = False,
+    rounding: Rounding = fake_quantize,
+) -> tuple[Any, dict[str, Any]]:
+    """`(outputs, collections)` of the quantized model; see `apply`, and `run` of `inputs`.
+
+    `interceptors` see the inputs of layers as these are rounded.
+    """
+    params = variables.get("params", {})
+    quantized = {**variables, "params": quantize_params(params, qparams, rounding)}
     met: set[str] = set()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(nn.intercept_methods(kinds.name_products))
-        stack.enter_context(nn.intercept_methods(partial(_quantize_inputs, met, rounding)))
-        if freeze_norm:
-            stack.enter_context(nn.intercept_methods(_freeze_norm))
-        outputs = model.apply({**variables, "params": params}, *as_args(inputs), **kwargs)
+    interceptors = (*interceptors, partial(_quantize_inputs, met, rounding))
+    if freeze_norm:
+        interceptors = (*interceptors, _freeze_norm)
+    result = run_float(model, quantized, inputs, *interceptors, mutable=mutable)
     for path in qparams:
-        if path not in met and not has_path(variables["params"], path):
-            raise unknown_layer("qparams", path, variables["params"])
-    return outputs
+        if path not in met and not has_path(params, path):
+            raise unknown_layer("qparams", path, params)
+    return result
 
 
 def quantize_params(
@@ -84,42 +106,9 @@ def quantize_params(
     return params
 
 
-def copied(params: dict[str, Any], path: str, whose: str) -> dict[str, Any]:
-    """The dict of a layer in `params`, itself and every dict on the way replaced by a copy.
-
-    The last may be new, and empty: a product of activations has no parameters of its own.
-    """
-    keys = keys_of_layer(params, path)
-    if keys is None:
-        parent, _, last = path.rpartition("/")
-        parents = keys_of_layer(params, parent)
-        if parents is None:
-            raise unknown_layer(whose, path, params)
-        keys = (*parents, last)
-    layer = params
-    for name in keys:  # none of them: the model is the layer
-        layer[name] = dict(layer.get(name, {}))
-        layer = layer[name]
-    return layer
-
-
 def has_path(params: Any, path: str) -> bool:
     """Whether there is something at a "/"-joined path."""
     return keys_of_layer(params, path) is not None
-
-
-def unknown_layer(whose: str, path: str, params: Any) -> KeyError:
-    """The error for a path that is no layer: it says how far the path goes, and what is there."""
-    parents, layer = [], params
-    for name in path.split("/"):
-        if name not in layer:
-            break
-        parents.append(name)
-        layer = layer[name]
-    return KeyError(
-        f"{whose} name layer {path!r}, which the params do not have: "
-        f"at {'/'.join(parents) or 'the top'} there is {sorted(layer)}"
-    )
 
 
 def _freeze_norm(next_fun, args, kwargs, context):
@@ -148,8 +137,6 @@ def _quantize_inputs(met, rounding, next_fun, args, kwargs, context):
 
 
 @partial(jax.jit, static_argnames=("model",))
-def predict(
-    model: nn.Module, variables: Variables, qparams: QParams, inputs: Array | tuple
-) -> Array:
+def predict(model: nn.Module, variables: Variables, qparams: QParams, inputs: Batch) -> Array:
     """`apply` in evaluation mode, compiled once for a model and a set of quantized layers."""
     return apply(model, variables, qparams, inputs, train=False)

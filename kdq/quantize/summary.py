@@ -11,10 +11,12 @@ import numpy as np
 
 from kdq.quantize import grid
 from kdq.quantize.formats import FORMATS
+from kdq.quantize.inputs import Batch, unboxed
 from kdq.quantize.layers import LayerInfo, at_path, list_layers, list_unquantized
 from kdq.quantize.rules import QuantizationRule, TensorSpec, match, weight_scale_shape
 from kdq.quantize.scale_formats import stored_bytes
-from kdq.types import Array, QParams, Variables
+from kdq.quantize.table import aligned
+from kdq.types import QParams, Variables
 
 FLOAT = "float"
 DYNAMIC = " dynamic"  # after the number of bits
@@ -64,7 +66,7 @@ class Summary:
         table.append(("total", *[""] * 8, f"{self.macs:,}", f"{self.bytes:,}"))
         columns = list(zip(*table, strict=True))
         shown = [i for i, column in enumerate(columns) if any(column)]
-        lines = _aligned([[row[i] for i in shown] for row in (names, *table)])
+        lines = aligned([[row[i] for i in shown] for row in (names, *table)], numbers=2)
         for title, found in (
             ("quantized by no rule", self.unreached),
             ("out of reach of rules", self.unquantized),
@@ -88,25 +90,11 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines: text to the left, the last two columns, which are numbers, to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    numbers = len(widths) - 2
-    lines = []
-    for row in table:
-        cells = [
-            cell.rjust(width) if i >= numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
 def summary(
     model: nn.Module,
     variables: Variables,
     qparams_or_rules: QParams | Sequence[QuantizationRule],
-    inputs: Array | tuple,
+    inputs: Batch,
     **apply_kwargs: Any,
 ) -> Summary:
     """What is quantized in `model` and how, and what is not and why; nothing is computed.
@@ -115,18 +103,19 @@ def summary(
       model: any Linen module.
       variables: its variables, or their shapes.
       qparams_or_rules: calibrated quantizers, or the rules to calibrate by: these show observers.
-      inputs: an array (or shape) with a leading batch axis, or a tuple of positional arguments.
+      inputs: of one batch, as of `list_layers`.
       **apply_kwargs: passed to the model, e.g. `train=False`.
 
     Raises:
       ValueError: rules or quantizers that fit no layer.
     """
+    variables = unboxed(variables)
     layers = list_layers(model, variables, inputs, **apply_kwargs)
     unquantized = list_unquantized(model, variables, inputs, **apply_kwargs)
     if isinstance(qparams_or_rules, Mapping):
         found, unreached = _from_qparams(qparams_or_rules, layers)
     else:
-        found, unreached = _from_rules(qparams_or_rules, layers)
+        found, unreached = _from_rules(qparams_or_rules, layers, unquantized)
     rows = []
     for path, layer in layers.items():
         weights, inputs_of = found.get(path, (None, {}))
@@ -154,9 +143,11 @@ _Found = dict[str, tuple[_Tensor | None, dict[str, _Tensor]]]
 
 
 def _from_rules(
-    rules: Sequence[QuantizationRule], layers: Mapping[str, LayerInfo]
+    rules: Sequence[QuantizationRule],
+    layers: Mapping[str, LayerInfo],
+    unquantized: Mapping[str, str],
 ) -> tuple[_Found, dict[str, str]]:
-    matched = match(rules, layers)
+    matched = match(rules, layers, unquantized)
     found, unreached = {}, {}
     for path, layer in layers.items():
         rule = matched.get(path)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
 from kdq.report import Record
@@ -44,6 +44,7 @@ class Row:
     accuracy_last: Mean  # percent, on test, at the last step
     reference: str | None  # the arm that `difference` is against
     difference: PairedInterval | None  # accuracy points over common seeds; None if there are none
+    no_difference: str  # why there is none, though there is a reference; or ""
     agreement: Mean  # percent
     kl_to_teacher: Mean  # nats
     size_bytes: float  # of the file on disk
@@ -132,6 +133,7 @@ def _row(
         common = a.keys() & b.keys()
         if common:
             difference = paired_interval({s: a[s] for s in common}, {s: b[s] for s in common})
+    why = _why_none(arm, reference, finished) if reference and not difference else ""
     size = _mean(done, "size_bytes").mean
     return Row(
         arm=arm,
@@ -148,6 +150,7 @@ def _row(
         accuracy_last=_mean(done, "accuracy_last", 100),
         reference=reference,
         difference=difference,
+        no_difference=why,
         agreement=_mean(done, "agreement", 100),
         kl_to_teacher=_mean(done, "kl_to_teacher"),
         size_bytes=size,
@@ -160,6 +163,15 @@ def _row(
         measures={key: _mean(done, key, factor) for key, factor in MEASURES.items()},
         quick=any(record.get("quick") for record in runs),
     )
+
+
+def _why_none(arm: str, reference: str, finished: Mapping[str, Mapping[int, Record]]) -> str:
+    """Returns why two arms have no difference, for a cell of a table."""
+    if reference not in finished:
+        return "reference not run"
+    if not finished[arm]:
+        return "failed"
+    return "no seed in common" if finished[reference] else "reference failed"
 
 
 def _baseline_bytes(

@@ -28,6 +28,9 @@ def print_table(found: Mapping[int, Mapping[str, Any]], console: Console | None 
         table.add_column(name, justify="left" if name == "Format" else "right")
     for seed, formats in found.items():
         for name, entry in formats.items():
+            if "failed" in entry:
+                table.add_row(str(seed), name, *[ABSENT] * (len(columns) - 2))
+                continue
             codes = entry.get("max_code_difference")
             table.add_row(
                 str(seed),

@@ -9,12 +9,10 @@ from kdq.report.aggregate import Row
 
 def notes(table: Sequence[Row], records: Sequence[Record]) -> list[str]:
     """One paragraph a note, as plain text."""
-    arms = {row.arm: row for row in table}
     missing = [
-        f"{row.arm} (against {row.reference}: "
-        f"{'no such arm' if row.reference not in arms else 'no seed in common'})"
+        f"{row.arm} (against {row.reference}: {row.no_difference})"
         for row in table
-        if row.reference is not None and row.difference is None
+        if row.no_difference
     ]
     return [
         "Accuracy: on the test split, in percent, mean ± sample standard deviation over seeds, at "
@@ -22,8 +20,10 @@ def notes(table: Sequence[Row], records: Sequence[Record]) -> list[str]:
         "Selected on: what chose the step, by the highest accuracy there and, between equals, the "
         "lowest negative log-likelihood. An arm that is only calibrated has nothing to choose.",
         "Δ: accuracy points above the arm named beside it, paired by seed over the seeds that both "
-        "finished. In brackets the 95% Student-t interval of the mean difference; * marks an "
-        "interval without 0. Each interval stands alone: none is corrected for the number of rows.",
+        "finished. In brackets the 95% Student-t interval of the mean difference, which one seed "
+        "(n=1) has not; * marks an interval without 0. Each interval stands alone: none is "
+        "corrected for the number of rows.",
+        *([f"Against uniform bits: {said}"] if (said := against_uniform(records)) else []),
         *([f"No difference for: {', '.join(missing)}."] if missing else []),
         "Size: bytes of the model's file on disk, mean over seeds; 1 KiB is 1024 bytes. Smaller: "
         "the size of the baseline (the teacher, unless another was named) over this one.",
@@ -33,6 +33,23 @@ def notes(table: Sequence[Row], records: Sequence[Record]) -> list[str]:
         _times(table),
         _provenance(records),
     ]
+
+
+def against_uniform(records: Sequence[Record]) -> str:
+    """Returns which searches found the bits of the uniform search that they are compared with, and
+    which found others; "" if none is compared."""
+    searches: dict[tuple[str, str], dict[int, bool]] = {}
+    for record in records:
+        if uniform := (record.get("search") or {}).get("uniform"):
+            names = record["search"]["name"], uniform["name"]
+            searches.setdefault(names, {})[record["seed"]] = uniform["same"]
+    said = []
+    for (name, uniform), by_seed in searches.items():
+        for same, policy in ((True, "the same policy as"), (False, "another policy than")):
+            if seeds := [str(seed) for seed in sorted(by_seed) if by_seed[seed] == same]:
+                word = "seed" if len(seeds) == 1 else "seeds"
+                said.append(f"{name} found {policy} {uniform} with {word} {', '.join(seeds)}")
+    return f"{'; '.join(said)}." if said else ""
 
 
 def _times(table: Sequence[Row]) -> str:

@@ -1,10 +1,14 @@
 """What searches found: policies layer by layer, and methods against each other at each budget."""
 
+import collections
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.text import Text
 
 from kdq.evaluate.statistics import summary
-from kdq.report import Record
+from kdq.report import Record, notes
 from kdq.report.aggregate import Mean, Row
 from kdq.report.cells import (
     ABSENT,
@@ -17,12 +21,18 @@ from kdq.report.cells import (
 )
 from kdq.report.table import difference_cell
 from kdq.search.cost import CostTable
+from kdq.search.spaces import DISTILLED
 
 
 def print_policies(records: Sequence[Record]) -> None:
-    """Prints each search's choice, a column a seed, with its costs and scores."""
+    """Prints each search's choice, a column a seed, with its costs and scores, and what the best
+    uniform bits under the same budgets have."""
     console = standard_output()
-    for name, found in _searches(records).items():
+    searches = _searches(records)
+    compared = {_uniform(one).get("name") for found in searches.values() for one in found.values()}
+    for name, found in searches.items():
+        if name in compared:
+            continue  # it stands beside the other
         seeds = sorted(found)
         grid = terminal_grid()
         for title in (name, *(f"seed {seed}" for seed in seeds)):
@@ -30,6 +40,8 @@ def print_policies(records: Sequence[Record]) -> None:
         for row in _policy_rows([found[seed] for seed in seeds]):
             grid.add_row(*row)
         console.print(grid)
+    if said := notes.against_uniform(records):
+        console.print(Text(said))
 
 
 def print_costs(table: CostTable) -> None:
@@ -70,8 +82,34 @@ def _policy_rows(found: Sequence[Record]) -> Iterable[list[str]]:
         yield [metric, *(f"{c:.4g} of {limit:.4g}" for c, limit in pairs)]
     objective = told[0]["objective"]
     yield [f"{objective}, held out", *(f"{one['scores'][objective]:.4g}" for one in told)]
+    if any(_uniform(record) for record in found):
+        uniform = [_uniform(record) for record in found]
+        yield [f"{objective}, uniform bits", *(_score(one, objective) for one in uniform)]
+        yield ["uniform bits", *(_bits(one) for one in uniform)]
     yield ["evaluations", *(str(_evaluations(one)) for one in told)]
     yield ["seconds", *(f"{_seconds(one):.1f}" for one in told)]
+
+
+def _uniform(record: Record) -> Mapping[str, Any]:
+    """Returns what a record says of the best uniform bits; nothing, if it does not."""
+    return record["search"].get("uniform") or {}
+
+
+def _score(uniform: Mapping[str, Any], objective: str) -> str:
+    return f"{uniform['scores'][objective]:.4g}" if uniform else ABSENT
+
+
+def _bits(uniform: Mapping[str, Any]) -> str:
+    """Returns the bits that most layers have, the others by layer, and whether they are the same
+    policy as what was found."""
+    if not uniform:
+        return ABSENT
+    chosen = uniform["chosen"].items()
+    layers = {k: v for k, v in chosen if k != "student" and not k.startswith(DISTILLED)}
+    ((most, _),) = collections.Counter(layers.values()).most_common(1)
+    others = [f"{path} {bits or 'float'}" for path, bits in layers.items() if bits != most]
+    said = f"{most or 'float'}{', but ' if others else ''}{', '.join(others)}"
+    return f"{said}: the same policy" if uniform["same"] else said
 
 
 def _evaluations(told: Mapping) -> int:
@@ -123,6 +161,7 @@ def markdown(records: Sequence[Record], table: Sequence[Row]) -> str:
             "those of sensitivities; seconds are of the search, calibration at each choice too "
             f"where it was the first of its seed, {_compiling(found)}.",
             *lines,
+            *(["", f"{escape(said)}"] if (said := notes.against_uniform(records)) else []),
             "",
         ]
     )

@@ -113,10 +113,11 @@ def _first_line(reason: str, limit: int = 80) -> str:
 
 
 def difference_cell(row: Row) -> str:
-    """The difference to the reference with its interval; marked where that excludes 0."""
+    """The difference to the reference with its interval, marked where that excludes 0; or why there
+    is none. "—" is of an arm that is compared with no other."""
     difference = row.difference
     if difference is None:
-        return ABSENT
+        return row.no_difference or ABSENT
     if difference.n == 1:
         return f"{difference.mean:+.2f} (n=1)"
     marker = "*" if difference.excludes_zero else ""

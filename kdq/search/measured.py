@@ -184,7 +184,7 @@ class Files:
             for i, chosen in enumerate(progress(policies, "exporting")):
                 path = Path(folder) / str(i)
                 form.save(path, self._source(chosen, Path(folder) / "packed"))
-                run = form.load(path, len(cores))
+                run = form.load(path, len(cores), self._model)
                 calls[str(i)] = lambda run=run: run(images)
             measured = latency.seconds(calls, rounds=rounds, warmup=2, least_seconds=0.005)
         return [measured[str(i)] for i in range(len(policies))]

@@ -1,5 +1,6 @@
 """What the runs of a sweep left: one list of records, one table."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import Any
 
 from kdq import experiment
 from kdq.config import to_json
+from kdq.experiment.sharing import Shared
+from kdq.experiment.store import Store
 from kdq.files import DamagedError, read_json, write_atomic, write_json
 from kdq.report import table
 from kdq.report.cells import escape
 from kdq.report.write import strict
-from kdq.sweep.runs import Run
+from kdq.sweep.runs import SHARED, Run
 
 Record = dict[str, Any]
 
@@ -22,6 +25,15 @@ def records_of(run: Run) -> list[Record]:
     Raises ConfigError if one was made with another config.
     """
     return [r for r in experiment.finished(run.experiment, run.folder) if r["arm"] in run.arms]
+
+
+def offer_arms(runs: Sequence[Run], workdir: Path) -> None:
+    """Lets runs that are not finished copy the arms that others have trained before."""
+    for run in runs:
+        store = Store(run.experiment, run.folder)
+        shared = Shared(workdir / SHARED, run.experiment, store)
+        for record in records_of(run):
+            shared.offer(record)
 
 
 def is_finished(run: Run) -> bool:
@@ -70,11 +82,27 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
         prefix = f"{labels[digest]}/" if len(groups) > 1 else ""
         rows += [_named(row, prefix) for row in (table.rows(found) if found else [])]
         shown += [{**record, "arm": prefix + record["arm"]} for record in found]
-    lines = [f"- Run {escape(name)} failed: {escape(why)}." for name, why in failed.items()]
+    copied = _copied(records)
+    lines = [f"- {escape(copied)}"] if copied else []
+    lines += [f"- Run {escape(name)} failed: {escape(why)}." for name, why in failed.items()]
     markdown = table.markdown(rows, shown) if rows else "No arm of any run is finished.\n"
     write_atomic(workdir / "table.md", "\n".join([markdown, *lines, ""]).encode())
     if rows:
         table.print_table(rows)
+    if copied:
+        print(copied)
+
+
+def _copied(records: Sequence[Record]) -> str:
+    """Returns what is to be said of arms that runs have copied; "" if there are none."""
+    counts = collections.Counter(r["arm"] for r in records if "shared_from" in r)
+    said = [f"{arm} ({count} of {_times(records, arm)})" for arm, count in counts.items()]
+    same = "the same in several runs, trained in one of them and copied by the others"
+    return f"Arms that are {same}: {', '.join(said)}." if said else ""
+
+
+def _times(records: Sequence[Record], arm: str) -> int:
+    return sum(record["arm"] == arm for record in records)
 
 
 def _named(row: table.Row, prefix: str) -> table.Row:

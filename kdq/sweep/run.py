@@ -27,6 +27,8 @@ def run(runs: Sequence[Run], executor: Executor, workdir: Path) -> bool:
     """
     waiting = {one.name: one for one in runs if not results.is_finished(one)}
     failed: dict[str, str] = {}
+    if waiting:
+        results.offer_arms(runs, workdir)
     jobs = [one.job for one in waiting.values()]
     with (
         lock.hold(workdir, alone=True),

@@ -19,6 +19,7 @@ from kdq.experiment import plan
 from kdq.sweep import names
 from kdq.sweep.job import Job
 
+SHARED = "shared"  # folder of a sweep by which its runs share arms
 RESOURCES = "resources."  # overrides that are for the executor alone
 
 
@@ -124,11 +125,13 @@ def _run(config: str, overrides: Mapping[str, Any], folder: Path, launch: Path, 
         raise ConfigError(kdq_config.unknown("arm", arm, experiment.arms))
     script = launch / ("train.py" if arm else "compress.py")
     command = [sys.executable, str(script), f"--config={config}", *passed]
-    command += [f"--workdir={folder.absolute()}", *([f"--arm={arm}"] if arm else [])]
+    workdir = folder.absolute()
+    command += [f"--workdir={workdir}", f"--shared={workdir.parents[1] / SHARED}"]
+    command += [f"--arm={arm}"] if arm else []
     command += [f"--allow_models={module}" for module in trust.allowed()]
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Runs of one sweep compile much the same.
-        command.append(f"--compilation_cache_dir={folder.absolute().parents[1] / 'compiled'}")
+        command.append(f"--compilation_cache_dir={workdir.parents[1] / 'compiled'}")
     job = Job(
         name=folder.name,
         command=tuple(command),

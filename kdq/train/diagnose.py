@@ -10,6 +10,7 @@ from flax import traverse_util
 from kdq import quantize
 from kdq.distill.capture import Outputs
 from kdq.train.state import TrainState
+from kdq.train.streams import with_streams
 from kdq.types import Array, Batch
 
 
@@ -44,7 +45,7 @@ def first_nonfinite(
             finite.setdefault(path, {"parameters": _finite(own), "output": _finite(outputs)})
         return outputs
 
-    with nn.intercept_methods(watch):
+    def forward(rngs: dict[str, Array]) -> None:
         quantize.apply(
             model,
             state.variables,
@@ -52,8 +53,11 @@ def first_nonfinite(
             batch["image"],
             train=True,
             mutable=list(state.model_state),
-            rngs={"dropout": jax.random.fold_in(jax.random.key(state.seed), state.step)},
+            rngs=rngs,
         )
+
+    with nn.intercept_methods(watch):
+        with_streams(forward, jax.random.fold_in(jax.random.key(state.seed), state.step))
     for path, parts in finite.items():
         for part, is_finite in parts.items():
             if not is_finite:

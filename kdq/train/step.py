@@ -19,6 +19,7 @@ from kdq.train.regime import Regime
 from kdq.train.remat import rematerialized
 from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.train.state import TrainState
+from kdq.train.streams import with_streams
 from kdq.types import Batch, Metrics
 
 
@@ -72,28 +73,32 @@ def train_step(
         taught = ask_teacher(teacher, teacher_arguments, before, batch, objective)
         qparams = quantize.replace_scales(state.qparams, trainable["scales"])
         quantizers = regime.quantizers(qparams, state.step)
+        ask_student = partial(
+            capture.run,
+            model,
+            {"params": trainable["params"], **before.model_state},
+            quantize.with_keys(quantizers, jax.random.fold_in(key, 3)),
+            batch["image"],
+            objective.student_layers,
+            train=True,
+            freeze_norm=freeze_norm,
+            mutable=list(before.model_state),
+        )
         with rematerialized(compute.remat):
-            student, model_state = capture.run(
-                model,
-                {"params": trainable["params"], **before.model_state},
-                quantize.with_keys(quantizers, jax.random.fold_in(key, 3)),
-                batch["image"],
-                objective.student_layers,
-                train=True,
-                freeze_norm=freeze_norm,
-                mutable=list(before.model_state),
-                rngs={"dropout": key},
-            )
+            student, model_state = with_streams(lambda rngs: ask_student(rngs=rngs), key)
         teaching, peer = taught, before.peer
         if isinstance(teacher, Peer):
-            teaching, peer_state = capture.run(
+            ask_peer = partial(
+                capture.run,
                 teacher.module,
                 {"params": trainable["peer"], **before.peer["model_state"]},
                 {},
                 batch["image"],
                 train=True,
                 mutable=list(before.peer["model_state"]),
-                rngs={"dropout": jax.random.fold_in(key, 1)},
+            )
+            teaching, peer_state = with_streams(
+                lambda rngs: ask_peer(rngs=rngs), jax.random.fold_in(key, 1)
             )
             peer = {**before.peer, "model_state": peer_state}
         loss, sums, memory = objective(

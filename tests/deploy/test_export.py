@@ -4,6 +4,9 @@ import dataclasses
 import hashlib
 import json
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import NETWORKS, network
@@ -17,7 +20,7 @@ def packed(tmp_path_factory):
     """`(packed file, images)` of a network of 2-bit weights."""
     model, variables, images = network("pooled", offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(2, 8), [images])
-    variables = deploy.round_biases(model, variables, qparams, images)
+    variables = deploy.lower(model, variables, qparams, images).simulated(variables)
     path = tmp_path_factory.mktemp("packed") / "model.safetensors"
     description = {**NETWORKS["pooled"], "num_classes": 10}
     deploy.save_packed(path, variables, qparams, model=description, metadata={"arm": "qat"})
@@ -65,8 +68,8 @@ def test_another_class_is_an_error_and_leaves_no_file(packed, tmp_path, monkeypa
     path, images = packed
     export(path, tmp_path / "out", ["packed", "stablehlo"], images)
 
-    def load(file, threads):
-        run = deploy.FORMATS["stablehlo"].load(file, threads)
+    def load(file, threads, model):
+        run = deploy.FORMATS["stablehlo"].load(file, threads, model)
         return lambda images: np.roll(run(images), 1, axis=-1)
 
     wrong = dataclasses.replace(deploy.FORMATS["stablehlo"], load=load)
@@ -150,11 +153,90 @@ def test_more_threads_than_cores_are_refused_before_anything_is_written(packed, 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_format_can_not_hold_is_one_error_and_no_file(packed, tmp_path):
+def test_what_a_format_can_not_hold_is_one_error_and_keeps_no_other_from_being_written(
+    packed, tmp_path
+):
     pytest.importorskip("jax2onnx")
-    with pytest.raises(deploy.ExportError, match=r"format 'onnx_int8': .* signed=True"):
-        export(packed[0], tmp_path / "out", ["packed", "onnx_int8"], packed[1])
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"manifest.json", "model.safetensors"}
+    folder = tmp_path / "out"
+    with pytest.raises(deploy.ExportError, match=r"format 'onnx_int8': .* signed=True") as raised:
+        export(packed[0], folder, ["onnx_int8", "packed"], packed[1])
+    assert {p.name for p in folder.iterdir()} == {"manifest.json", "model.safetensors"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"packed"}
+    assert manifest["failed"] == {"onnx_int8": str(raised.value)}
+    assert raised.value.manifest["files"] == manifest["files"]
+    # It is about the last call.
+    assert export(packed[0], folder, ["packed"], packed[1])["failed"] == {}
+
+
+def test_two_formats_that_fail_are_one_line(packed, tmp_path, monkeypatch):
+    def save(path, source):
+        raise ValueError("no words for it")
+
+    broken = dataclasses.replace(deploy.FORMATS["stablehlo"], save=save)
+    monkeypatch.setitem(deploy.FORMATS, "first", broken)
+    monkeypatch.setitem(deploy.FORMATS, "second", broken)
+    expected = "format 'first': no words for it; format 'second': no words for it"
+    with pytest.raises(deploy.ExportError, match=f"^{expected}$"):
+        export(packed[0], tmp_path / "out", ["first", "packed", "second"], packed[1])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+class Detector(nn.Module):
+    """Boxes and scores of an image and numbers about it."""
+
+    @nn.compact
+    def __call__(self, image, about, *, train=False):
+        x = nn.relu(nn.Dense(6)(image.reshape(image.shape[0], -1)))
+        x = jnp.concatenate([x, about], -1)
+        return {"scores": nn.Dense(3)(x), "boxes": nn.Dense(8)(x).reshape(-1, 2, 4)}
+
+
+def test_several_inputs_and_outputs_in_every_format(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("jax2onnx")
+    pytest.importorskip("litert_converter")
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    inputs, model = (draw(6, 4, 4, 2), draw(6, 3)), Detector()
+    variables = model.init(jax.random.key(0), *inputs)
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [inputs])
+    variables = deploy.round_biases(model, variables, qparams, inputs)
+    path, folder = tmp_path / "detector", tmp_path / "out"
+    data = {"mean": [1.0, 2.0], "std": [3.0, 4.0], "name": "shapes"}
+    deploy.save_packed(path, variables, qparams, model={"name": "mine"}, metadata={"data": data})
+    formats = ["packed", "onnx", "litert", "stablehlo"]
+    manifest = export(path, folder, formats, inputs, model=model, agreement=1.0)
+    assert set(manifest["files"]) == {*formats}
+    assert manifest["inputs"] == [
+        {
+            "shape": ["batch", 4, 4, 2],
+            "dtype": "float32",
+            "layout": "NHWC",
+            "normalization": {"mean": [1.0, 2.0], "std": [3.0, 4.0]},
+        },
+        {"shape": ["batch", 3], "dtype": "float32"},
+    ]
+    assert manifest["outputs"] == [
+        {"shape": ["batch", 2, 4], "dtype": "float32", "place": "['boxes']"},
+        {"shape": ["batch", 3], "dtype": "float32", "place": "['scores']"},
+    ]
+    # What the manifest calls things is enough to run a file.
+    simulated = quantize.predict(model, variables, qparams, inputs)
+    entry = manifest["files"]["onnx"]
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    names = [taken["name"] for taken in entry["inputs"]]
+    made = session.run(
+        [output["name"] for output in entry["outputs"]], dict(zip(names, inputs, strict=True))
+    )
+    for array, key, output in zip(made, ("boxes", "scores"), entry["outputs"], strict=True):
+        np.testing.assert_allclose(array, simulated[key], atol=0.05)
+        assert [*array.shape[1:]] == output["shape"][1:]
+    for entry in (manifest["files"][form] for form in formats):
+        assert entry["max_logit_difference"] < 0.05
+    interpreter = manifest["files"]["litert"]
+    assert [taken["shape"] for taken in interpreter["inputs"]] == [[1, 4, 4, 2], [1, 3]]
+    assert {taken["dtype"] for taken in interpreter["inputs"]} == {"float32"}
 
 
 def test_codes_that_differ_are_counted():

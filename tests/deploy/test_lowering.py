@@ -8,7 +8,7 @@ import pytest
 from networks import NETWORKS, network
 
 from kdq import quantize
-from kdq.deploy import lower, round_biases
+from kdq.deploy import lower
 from kdq.deploy import network as network_of_layers
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.quantize import QuantizationRule, TensorSpec, grid, kinds
@@ -68,15 +68,16 @@ def test_codes_are_those_of_the_simulation_with_its_biases(name, bits):
     )
     variables = jax.tree_util.tree_map_with_path(drawn, variables)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
-    rounded = round_biases(model, variables, qparams, images)
+    integer = lower(model, variables, qparams, images)
+    rounded = integer.simulated(variables)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), variables, rounded)
     assert max(jax.tree.leaves(moved)) > 0
-    again = round_biases(model, rounded, qparams, images)
+    again = lower(model, rounded, qparams, images).simulated(rounded)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), rounded, again
     )
     made = {}
-    lower(model, rounded, qparams, images).apply(images, made=made)
+    integer.apply(images, made=made)
     expected = _codes_of_inputs(model, rounded, qparams, images)
     assert set(expected) < set(made)
     for key, codes in expected.items():
@@ -204,7 +205,6 @@ def _floats_between(jaxpr):
 def test_by_fixed_point_numbers_a_residual_network_is_integers_from_end_to_end():
     model, variables, images = network("resnet", offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
-    variables = round_biases(model, variables, qparams, images)
     by_float = lower(model, variables, qparams, images)
     by_fixed = lower(model, variables, qparams, images, fixed_point=True)
     flat = lambda lowered: jax.make_jaxpr(

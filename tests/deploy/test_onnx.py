@@ -281,6 +281,21 @@ def test_a_layer_that_onnx_has_no_form_for_is_an_error():
         deploy.to_onnx(integer, x)
 
 
+def test_an_operation_that_there_is_no_form_for_is_named():
+    class Called(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(5)(x)
+            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            return jax.pure_callback(np.sort, shape, x, vmap_method="expand_dims")
+
+    x = np.ones((2, 4), np.float32)
+    model = Called()
+    integer = deploy.lower(model, model.init(jax.random.key(0), x), {}, x)
+    with pytest.raises(ValueError, match=r"^jax2onnx has no form for 'pure_callback': .*$"):
+        deploy.to_onnx(integer, x)
+
+
 def test_missing_files_and_libraries(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"none\.onnx"):
         deploy.onnx_session(tmp_path / "none.onnx")

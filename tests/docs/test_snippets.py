@@ -24,8 +24,9 @@ import ml_collections
 import numpy as np
 import pytest
 from blocks import ALL, INLINE_COMMANDS, ROOT
+from sklearn.datasets import load_digits
 
-from kdq import config, experiment, quantize
+from kdq import config, deploy, experiment, quantize
 from kdq.experiment import check, runner
 from kdq.experiment.progress import Progress
 from kdq.report import write
@@ -42,6 +43,12 @@ PYTHON = [block for block in ALL if block.language == "python" and not block.rea
 SHELL = [block for block in ALL if block.language == "sh" and not block.reason]
 NOT_RUN = [block for block in ALL if block.reason]
 EXACT = {
+    (
+        "python",
+        "benchmarks/export_matrix.py",
+        "--out=benchmarks/results/export_matrix.json",
+        "--docs=docs/deployment.md",
+    ),
     ("python3", "-m", "venv", ".venv"),
     (".venv/bin/python", "-m", "pytest"),
     ("apt-get", "install", "dataset-fashion-mnist"),
@@ -82,6 +89,7 @@ def folder(tmp_path_factory, digits_config):
         workdir = folder / "runs" / "digits"
         records = experiment.run(config.freeze(made), workdir, arms=DIGITS_RUN)
         write.write_report(records, workdir)
+        experiment.export(workdir, "qad_w4a4_kd", formats=("onnx",), out=folder / "exported")
     return folder
 
 
@@ -174,6 +182,18 @@ def test_python_runs(page, folder, name):
             config.freeze(page.config)
     if hasattr(page, "HillClimb"):
         climb(page.HillClimb)
+    if hasattr(page, "session"):
+        check_session(page)
+
+
+def check_session(page: types.ModuleType) -> None:
+    """A plain session of ONNX Runtime made what the packed file makes of the same pixels."""
+    packed = deploy.load_packed("runs/digits/qad_w4a4_kd/0/model.safetensors")
+    data = packed.metadata["data"]
+    images = (load_digits().images[..., None] - data["mean"]) / data["std"]
+    np.testing.assert_allclose(page.logits, packed(images.astype(np.float32)), atol=1e-4)
+    assert page.taken["shape"] == ["batch", 8, 8, 1]
+    assert page.taken["layout"] == "NHWC"
 
 
 def climb(searcher_class) -> None:

@@ -63,7 +63,7 @@ def test_nan_is_refused_with_the_layer(observer, where):
 @pytest.mark.parametrize("batches", [[], (), iter([])], ids=["list", "tuple", "iterator"])
 def test_no_data_is_refused(batches):
     model, variables = _dense()
-    with pytest.raises(ValueError, match="calibration got no batches: want at least one"):
+    with pytest.raises(ValueError, match="calibrate got no batches: want at least one"):
         calibrate(model, variables, uniform_rules(4, 4), batches)
 
 

@@ -180,7 +180,7 @@ def test_what_is_not_finite_is_refused_with_the_layer(observer, bad):
 
 
 def test_no_batches_and_a_rule_without_a_layer_are_refused():
-    with pytest.raises(ValueError, match="calibration got no batches"):
+    with pytest.raises(ValueError, match="calibrate got no batches"):
         calibrate(Mlp(), _variables(), uniform_rules(4, 8), [])
     with pytest.raises(ValueError, match=r"'third' matches no layer.*'first', 'second'"):
         calibrate(Mlp(), _variables(), uniform_rules(4, 8, keep=("third",)), _batches())

@@ -1,6 +1,7 @@
 """What workdirs become: what is put together, what is kept apart, and the tables."""
 
 import csv
+import dataclasses
 import html
 import io
 import json
@@ -77,6 +78,34 @@ def test_latencies_of_two_devices_are_two_columns_and_two_charts(tmp_path):
     ]
     lines = list(csv.DictReader(io.StringIO(tables.csv_table([experiment]))))
     assert lines[0]["milliseconds of batch 1 on device 1"] == "2"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1+1", "\r=1+1", "  =1+1", "\n@x", "\t-x", "\uff1d1+1"],
+    ids=repr,
+)
+def test_no_cell_of_the_csv_file_is_a_formula(tmp_path, name):
+    found = workdirs.records((0,))
+    for one in found:
+        one["kind"] = name
+    (experiment,) = experiments(workdirs.write(tmp_path / "run", found))
+    lines = list(csv.DictReader(io.StringIO(tables.csv_table([experiment]), newline="")))
+    expected = {f"'{name}".replace("\r", "\n")}  # a bare return would begin a row
+    assert {line["kind"] for line in lines} == expected
+    named = dataclasses.replace(experiment, name=name)
+    lines = list(csv.DictReader(io.StringIO(tables.csv_table([named]), newline="")))
+    assert {line["experiment"] for line in lines} == expected
+
+
+@pytest.mark.parametrize("name", ["-0.5", "+3", "1e-3", "kd", "a=b", "W4A4", ""])
+def test_numbers_and_names_of_the_csv_file_stay_as_they_are(tmp_path, name):
+    found = workdirs.records((0,))
+    for one in found:
+        one["kind"] = name
+    (experiment,) = experiments(workdirs.write(tmp_path / "run", found))
+    lines = list(csv.DictReader(io.StringIO(tables.csv_table([experiment]))))
+    assert {line["kind"] for line in lines} == {name}
 
 
 MISTAKES = {

@@ -150,6 +150,52 @@ def test_policies_are_printed_a_column_a_seed(monkeypatch):
     assert ["seconds", "5.0", "5.0"] in rows
 
 
+def uniform(same, **layers):
+    return {
+        "name": "uniform",
+        "chosen": {"student": "kd", **layers, "distill/kl": "on"},
+        "scores": {"kl": 0.75},
+        "same": same,
+    }
+
+
+def test_what_was_found_stands_beside_uniform_bits(monkeypatch):
+    same = uniform(True, conv_0="W2A8", conv_1="W2A8", head="")
+    other = uniform(False, conv_0="W2A8", conv_1="W2A8", head="W2A8")
+    found = [
+        record("s_ptq", 0, 50.0, told("s", uniform=same)),
+        record("s_ptq", 1, 50.0, told("s", uniform=other)),
+        record("s_ptq", 2, 50.0, told("s")),  # no uniform policy keeps the budgets
+        record("s_ptq", 3, 50.0, told("s", uniform=same)),
+        *(record("uniform_ptq", seed, 50.0, told("uniform")) for seed in range(2)),
+    ]
+    rows = cells(printed(monkeypatch, lambda: searches.print_policies(found)))
+    assert [row for row in rows if "seed 0" in row] == [["s", *(f"seed {i}" for i in range(4))]]
+    assert ["kl, held out", "0.5", "0.5", "0.5", "0.5"] in rows
+    assert ["kl, uniform bits", "0.75", "0.75", "—", "0.75"] in rows
+    equal = "W2A8, but head float: the same policy"
+    assert ["uniform bits", equal, "W2A8", "—", equal] in rows
+    said = (
+        "s found the same policy as uniform with seeds 0, 3; s found another policy than uniform "
+        "with seed 1."
+    )
+    assert rows[-1] == [said]
+    text = table.markdown(table.rows(found), found)
+    assert f"- Against uniform bits: {said}" in text.splitlines()
+
+
+def test_a_study_says_which_searches_found_uniform_bits():
+    found = arms(
+        "learned",
+        [(50.0, 80.0), (52.0, 82.0), (54.0, 84.0)],
+        reference="uniform",
+        uniform=[uniform(True), uniform(True), uniform(True)],
+    )
+    lines = study(BASE + found)
+    assert lines[-1] == "learned found the same policy as uniform with seeds 0, 1, 2."
+    assert "+0.00 [+0.00, +0.00]" in lines[7]
+
+
 def test_costs_are_printed_a_grid_a_metric(monkeypatch):
     costs = CostTable(
         model={},

@@ -10,6 +10,9 @@ from rich.console import Console
 
 from kdq.report.aggregate import difference
 from kdq.report.cells import standard_output
+from kdq.report.page import tables
+from kdq.report.page.combine import Experiment
+from kdq.report.page.read import Run
 from kdq.report.table import markdown, print_table, rows
 
 
@@ -92,7 +95,7 @@ def test_an_arm_that_never_finished_says_why_and_gives_no_number():
     text = markdown(table, STUDENT + arm)
     assert f"failed (3 of 3 seeds): loss is nan; {'x' * 79}… |" in text
     assert "nan" not in text.replace("loss is nan", "")
-    assert "No difference for: qat (against student: no seed in common)." in text
+    assert "No difference for: qat (against student: failed)." in text
 
 
 def test_one_seed_has_no_spread_and_no_interval():
@@ -101,11 +104,35 @@ def test_one_seed_has_no_spread_and_no_interval():
     assert "| 91.00 (n=1) | +1.00 (n=1) | student |" in line
 
 
-def test_a_reference_without_results_leaves_a_gap_and_a_note():
-    records = [record("qat", 0, 91.0, reference="studnet")]
-    assert rows(records)[0].difference is None
-    text = markdown(rows(records), records)
-    assert "No difference for: qat (against studnet: no such arm)." in text
+@pytest.mark.parametrize(
+    ("others", "qat", "why"),
+    [
+        ([], None, "reference not run"),
+        ([failed("student", 0, "loss is nan")], None, "reference failed"),
+        ([record("student", 1, 90.0)], None, "no seed in common"),
+        ([record("student", 0, 90.0)], failed("qat", 0, "nan", reference="student"), "failed"),
+    ],
+)
+def test_a_difference_that_there_is_not_says_why_in_every_table(others, qat, why):
+    records = [qat or record("qat", 0, 91.0, reference="student"), *others]
+    table = rows(records)
+    assert table[0].difference is None
+    text = markdown(table, records)
+    assert f"| {why} | student |" in lines_of(table, records)[2]
+    assert f"No difference for: qat (against student: {why})." in text
+    out = io.StringIO()
+    print_table(table, Console(file=out, width=240))
+    assert why in next(line for line in out.getvalue().splitlines() if "qat" in line)
+    runs = tuple(Run(record=one, folder=Path("unused")) for one in records)
+    page = Experiment(name="page", data={}, folders=(), runs=runs, problems=())
+    grid = tables.results(page)
+    cell = grid.rows[0][grid.head.index("Δ [95%]")]
+    assert (cell.text, cell.sort) == (why, None)
+
+
+def test_an_arm_that_is_compared_with_no_other_has_a_dash():
+    line = lines_of(rows(STUDENT), STUDENT)[2]
+    assert "| — | — |" in line
 
 
 def test_what_was_transferred_is_a_table_of_its_own_where_it_was_measured():

@@ -7,6 +7,8 @@ import pytest
 
 from kdq.config import ConfigError
 from kdq.experiment import plan
+from kdq.experiment.sharing import Shared
+from kdq.experiment.store import Store
 from kdq.sweep import results, runs
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +112,28 @@ def test_a_run_is_finished_when_all_it_makes_is_there(config, tmp_path):
     assert results.is_finished(only)  # launch/train.py writes no report
     (run.folder / "teacher" / "1" / "result.json").unlink()
     assert not results.is_finished(only)
+
+
+def test_arms_of_runs_that_were_there_before_are_offered(config, tmp_path, capsys):
+    first, second = planned(config, tmp_path, *({"evaluations": n} for n in (2, 3)))
+    third, fourth = planned(config, tmp_path, *({"arms.student.epochs": n} for n in (0.5, 0.7)))
+    for run in (first, third):
+        pretend(run, 0.5)
+    results.offer_arms([first, second, third, fourth], tmp_path)
+
+    def once(run, arm):
+        shared = Shared(tmp_path / "shared", run.experiment, Store(run.experiment, run.folder))
+        return shared.once(record(run, arm, 0, 0.5), lambda: {"status": "failed"})
+
+    # Another teacher is another arm, and another student of the same teacher.
+    assert [once(second, arm)["status"] for arm in ("teacher", "student")] == ["failed", "failed"]
+    assert once(fourth, "teacher")["shared_from"] == f"../{third.name}/teacher/0"
+    assert once(fourth, "student")["status"] == "failed"
+    results.write([third, fourth], {}, tmp_path)
+    said = "trained in one of them and copied by the others: teacher (1 of 2)."
+    assert said in (tmp_path / "table.md").read_text()
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "results.json").read_text())[2]["shared_from"]
 
 
 def test_results_of_another_config_are_an_error(config, tmp_path):

@@ -39,6 +39,7 @@ def test_a_run_is_a_command_with_its_overrides_as_flags(config):
         "--config.arms.student.augment=False",
         "--config.workers=1",
         f"--workdir={folder.absolute()}",
+        f"--shared={Path('work/shared').absolute()}",
     )
     assert run.job.log == folder.absolute() / "log.txt"
     assert run.experiment.seeds == (3,)

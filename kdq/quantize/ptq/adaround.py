@@ -6,18 +6,19 @@ from typing import Any
 import flax.linen as nn
 from absl import logging
 
-from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet, static
+from kdq.quantize.inputs import Batch, reboxed, unboxed
+from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
 from kdq.quantize.ptq.order import prefixes, stack_roots
 from kdq.quantize.ptq.reconstruct import Settings, reconstruct
 from kdq.quantize.ptq.units import Unit, Watch, describe, why_not
-from kdq.types import Array, QParams, Variables
+from kdq.types import QParams, Variables
 
 
 def adaround(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     target: Variables | None = None,
     steps: int = 1000,
@@ -64,7 +65,8 @@ def adaround(
     Raises:
       ValueError: no batches, an option out of range, values that are not finite (names the layer).
     """
-    batches = as_list(batches, "adaround")
+    batches = as_list(batches, "adaround", apply_kwargs)
+    boxed, variables = variables, unboxed(variables)
     check_positive("adaround", steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     settings = Settings(
         steps=steps,
@@ -73,22 +75,23 @@ def adaround(
         regularization=regularization,
         seed=seed,
     )
-    items, target = static(apply_kwargs), variables if target is None else target
+    target = variables if target is None else unboxed(target)
     weighted = [path for path, own in qparams.items() if "weights" in own]
     paths = dict.fromkeys(p for path in weighted for p in prefixes(path))
-    units = describe(model, variables, batches[0], paths, qparams, items)
+    units = describe(model, variables, batches[0], paths, qparams)
     chosen = alone("adaround", weighted, units)
-    return reconstruct(
-        Watch(model, tuple(u.path for u in chosen), items, batches),
+    variables, qparams = reconstruct(
+        Watch(model, tuple(u.path for u in chosen), batches),
         variables,
         qparams,
         target,
         chosen,
-        stack_roots(model, variables, batches[0], dict(items)),
+        stack_roots(model, variables, batches[0]),
         settings,
         name="adaround",
         progress=progress,
     )
+    return reboxed(variables, boxed), qparams
 
 
 def alone(name: str, paths: Sequence[str], units: dict[str, Unit]) -> list[Unit]:
@@ -97,7 +100,7 @@ def alone(name: str, paths: Sequence[str], units: dict[str, Unit]) -> list[Unit]
     for path in paths:
         unit = units.get(path)
         if unit is None:
-            reason = "the model does not call it on these inputs"
+            reason = "it is in a loop over one set of weights, or not called on these inputs"
         elif isinstance(unit.module, nn.Embed) and {c.method for c in unit.calls} == {"__call__"}:
             reason = "a lookup's error is its weights'"
         else:

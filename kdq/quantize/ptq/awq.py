@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 
 from kdq.quantize.calibrate import weight_quantizer
+from kdq.quantize.inputs import Batch, reboxed, unboxed
 from kdq.quantize.layers import LayerInfo, list_layers
 from kdq.quantize.observe import observe
 from kdq.quantize.ptq import matrices
@@ -29,7 +30,7 @@ def awq(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     rules: Sequence[QuantizationRule] = FOUR_BITS,
     candidates: int = 20,
@@ -69,19 +70,18 @@ def awq(
     """
     refuse_quantizers(qparams, "awq")
     check_positive("awq", candidates=candidates)
-    batches, apply_kwargs = as_list(batches, "awq"), apply_kwargs or {}
-    all_layers = list_layers(model, variables, batches[0], **apply_kwargs)
+    batches = as_list(batches, "awq", apply_kwargs)
+    boxed, variables = variables, unboxed(variables)
+    all_layers = list_layers(model, variables, batches[0])
     specs = {path: rule.weights for path, rule in match(rules, all_layers).items() if rule.weights}
-    found = find_rescalings(
-        model, variables, batches[0], seed=seed, progress=progress, apply_kwargs=apply_kwargs
-    )
+    found = find_rescalings(model, variables, batches[0], seed=seed, progress=progress)
     takes = lambda pair: any(c.layer.path in specs for c in pair.consumers)
     pairs = {pair.producer.path: pair for pair in found if takes(pair)}
     layers = {c.layer.path: c.layer for pair in pairs.values() for c in pair.consumers}
     for path in specs:
         if all_layers[path].weight_name and path not in layers:
             logging.info("awq leaves layer %r: no producer can hold the factors", path)
-    seen = _observe(model, variables, layers, batches, apply_kwargs)
+    seen = _observe(model, variables, layers, batches)
     for path in progress(list(pairs), "awq"):
         pair = pairs[path]
         power, factors = _best(variables, pair, seen, specs, candidates)
@@ -89,10 +89,10 @@ def awq(
         variables = rescale(variables, pair, 1 / factors)
         for consumer in pair.consumers:  # the next pair may make the same inputs
             seen[consumer.layer.path] = _divided(seen[consumer.layer.path], consumer, factors)
-    return jax.tree.map(jnp.asarray, variables), qparams
+    return reboxed(jax.tree.map(jnp.asarray, variables), boxed), qparams
 
 
-def _observe(model, variables, layers, batches, apply_kwargs) -> dict[str, tuple[Array, Array]]:
+def _observe(model, variables, layers, batches) -> dict[str, tuple[Array, Array]]:
     """Of each layer's inputs: Σ|x| and number by channel, and their Gram matrices."""
     watchers, states = {}, {}
     for path, layer in layers.items():
@@ -101,7 +101,7 @@ def _observe(model, variables, layers, batches, apply_kwargs) -> dict[str, tuple
         sums = jnp.zeros((*layer.stack, form.size(form.channels)))
         count = jnp.zeros(layer.stack)
         states[path, "activations"] = (sums, count, matrices.empty_gram(layer))
-    seen = observe(model, variables, {}, watchers, states, batches, **apply_kwargs)
+    seen = observe(model, variables, {}, watchers, states, batches)
     means = {p: (sums / count[..., None], gram) for (p, _), (sums, count, gram) in seen.items()}
     matrices.check_finite({path: mean for path, (mean, _) in means.items()}, "awq")
     return means

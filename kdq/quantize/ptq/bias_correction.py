@@ -12,9 +12,10 @@ import numpy as np
 from absl import logging
 
 from kdq.quantize import simulate
+from kdq.quantize.inputs import Batch, reboxed, unboxed
 from kdq.quantize.layers import LayerInfo, at_path, list_layers
 from kdq.quantize.ptq.norms import Norm, list_norms
-from kdq.quantize.ptq.options import Progress, as_list, quiet, static
+from kdq.quantize.ptq.options import Progress, as_list, quiet
 from kdq.quantize.ptq.order import in_order, stack_roots
 from kdq.quantize.ptq.watch import output_channels, outputs_of
 from kdq.types import Array, QParams, Variables
@@ -24,7 +25,7 @@ def bias_correction(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     target: Variables | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
@@ -58,12 +59,13 @@ def bias_correction(
     Raises:
       ValueError: no batches, or outputs that are not finite; names the layer.
     """
-    batches, kwargs = as_list(batches, "bias_correction"), dict(apply_kwargs or {})
+    batches = as_list(batches, "bias_correction", apply_kwargs)
+    boxed, variables = variables, unboxed(variables)
     inputs = batches[0]
-    layers = list_layers(model, variables, inputs, **kwargs)
+    layers = list_layers(model, variables, inputs)
     norms = {}
     if "batch_stats" in variables:
-        listed = list_norms(model, variables, inputs, **kwargs)
+        listed = list_norms(model, variables, inputs)
         norms = {norm.source: norm for norm in listed.values() if norm.source}
     biases = {}
     for path in (path for path in layers if qparams.get(path)):
@@ -74,19 +76,19 @@ def bias_correction(
             biases[path] = shifted
     if not biases:
         logging.warning("bias_correction: no quantized layer has a bias to correct")
-        return variables, qparams
+        return boxed, qparams
     kept = tuple((path, tuple(output_channels(layers[path]))) for path in biases)
-    run = partial(_mean_outputs, model, batches=batches, kept=kept, kwargs=static(apply_kwargs))
-    wanted = run(variables if target is None else target, {})
+    run = partial(_mean_outputs, model, batches=batches, kept=kept)
+    wanted = run(variables if target is None else unboxed(target), {})
     order = in_order(
         {path: layers[path].stack for path in biases},
-        stack_roots(model, variables, inputs, kwargs),
+        stack_roots(model, variables, inputs),
     )
     for path, index in progress(list(order), "bias_correction"):
         error = np.zeros_like(wanted[path])
         error[index] = (wanted[path] - run(variables, qparams)[path])[index]
         variables = biases[path].shifted(variables, error)
-    return variables, qparams
+    return reboxed(variables, boxed), qparams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +122,11 @@ def _shifted(layer: LayerInfo, norm: Norm | None, variables: Variables) -> _Bias
     return _Bias("batch_stats", norm.path, "mean", -1)
 
 
-def _mean_outputs(model, variables, qparams, *, batches, kept, kwargs) -> dict[str, np.ndarray]:
+def _mean_outputs(model, variables, qparams, *, batches, kept) -> dict[str, np.ndarray]:
     """{path: [*stack, *channels] float64}: the mean output of each channel over all batches."""
     sums: dict[str, Any] = {}
     for inputs in batches:
-        found = _batch_sums(variables, qparams, inputs, model=model, kept=kept, kwargs=kwargs)
+        found = _batch_sums(variables, qparams, inputs, model=model, kept=kept)
         for path, calls in found.items():
             for call in calls:
                 call = [np.asarray(v, np.float64) for v in call]
@@ -138,8 +140,8 @@ def _mean_outputs(model, variables, qparams, *, batches, kept, kwargs) -> dict[s
     return means
 
 
-@partial(jax.jit, static_argnames=("model", "kept", "kwargs"))
-def _batch_sums(variables, qparams, inputs, *, model, kept, kwargs):
+@partial(jax.jit, static_argnames=("model", "kept"))
+def _batch_sums(variables, qparams, inputs, *, model, kept):
     """{path: ((sum of the outputs of each channel, how many each is of), ...)}, an entry a call."""
 
     def sums(output: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -150,4 +152,4 @@ def _batch_sums(variables, qparams, inputs, *, model, kept, kwargs):
         return mean * elements, elements
 
     takes = {path: partial(sums, axes=axes) for path, axes in kept}
-    return outputs_of(model, variables, qparams, inputs, takes, dict(kwargs))[1]
+    return outputs_of(model, variables, qparams, inputs, takes)[1]

@@ -12,10 +12,11 @@ import numpy as np
 from absl import logging
 
 from kdq.quantize import kinds, simulate
-from kdq.quantize.layers import as_args, at_path
+from kdq.quantize.inputs import Batch, as_inputs, reboxed, run, unboxed
+from kdq.quantize.layers import at_path
 from kdq.quantize.ptq.adaround import alone
 from kdq.quantize.ptq.divergence import check_logits, kl
-from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet, static
+from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
 from kdq.quantize.ptq.order import prefixes, stack_roots
 from kdq.quantize.ptq.reconstruct import Settings, plain, reconstruct
 from kdq.quantize.ptq.units import (
@@ -38,7 +39,7 @@ def brecq(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     target: Variables | None = None,
     blocks: Sequence[str] | None = None,
@@ -88,16 +89,17 @@ def brecq(
       ValueError: no batches, an option out of range, a pattern that matches no module, blocks
         inside of blocks, values that are not finite (names the module).
     """
-    batches = as_list(batches, "brecq")
+    batches = as_list(batches, "brecq", apply_kwargs)
+    boxed, variables = variables, unboxed(variables)
     check_positive("brecq", steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     if not 0 <= drop < 1:
         raise ValueError(f"brecq: drop={drop!r}: want at least 0 and less than 1")
-    items, target = static(apply_kwargs), variables if target is None else target
+    target = variables if target is None else unboxed(target)
     paths = dict.fromkeys(p for path in qparams for p in prefixes(path))
-    units = describe(model, variables, batches[0], paths, qparams, items)
+    units = describe(model, variables, batches[0], paths, qparams)
     wanted = smallest(list(qparams)) if blocks is None else matching(blocks, list(paths))
     chosen = _choose(wanted, units, qparams)
-    watch = Watch(model, tuple(unit.path for unit in chosen), items, batches)
+    watch = Watch(model, tuple(unit.path for unit in chosen), batches)
     settings = Settings(
         steps=steps,
         learning_rate=learning_rate,
@@ -107,19 +109,20 @@ def brecq(
         seed=seed,
         drop=drop,
     )
-    return reconstruct(
+    variables, qparams = reconstruct(
         watch,
         variables,
         qparams,
         target,
         chosen,
-        stack_roots(model, variables, batches[0], dict(items)),
+        stack_roots(model, variables, batches[0]),
         settings,
         name="brecq",
         runner=dropping if drop else plain,
         importance=_fisher(watch, target, chosen) if fisher else None,
         progress=progress,
     )
+    return reboxed(variables, boxed), qparams
 
 
 def smallest(layers: Sequence[str]) -> list[str]:
@@ -197,8 +200,7 @@ def dropping(
                 args, kwargs = kinds.replace_argument(args, kwargs, operands[name], value)
         return next_fun(*args, **kwargs)
 
-    with nn.intercept_methods(kinds.name_products), nn.intercept_methods(interceptor):
-        return module.apply({**variables, "params": params}, *args, **kwargs)
+    return run(module, {**variables, "params": params}, as_inputs(args, kwargs), interceptor)[0]
 
 
 def _fisher(watch: Watch, target: Variables, units: Sequence[Unit]) -> Callable:
@@ -221,7 +223,6 @@ def _fisher(watch: Watch, target: Variables, units: Sequence[Unit]) -> Callable:
                 batch,
                 model=watch.model,
                 units=tuple((u.path, u.calls) for u in units),
-                apply_kwargs=watch.apply_kwargs,
             )[unit.path]
             parts.append(jax.tree.map(lambda g: g[index].astype(jnp.float32) ** 2, gradients))
         joined = jax.tree.map(lambda *g: jnp.concatenate(g), *parts)
@@ -237,13 +238,13 @@ def _mean_1(weights: list[Array]) -> list[Array]:
     return [jnp.where(mean > 0, w / mean, 1.0) for w in weights]
 
 
-@partial(jax.jit, static_argnames=("model", "units", "apply_kwargs"))
-def _gradients(target, variables, qparams, inputs, *, model, units, apply_kwargs):
+@partial(jax.jit, static_argnames=("model", "units"))
+def _gradients(target, variables, qparams, inputs, *, model, units):
     """By unit and call: the gradient of Σ KL(float ‖ quantized) at its float outputs."""
-    wanted = model.apply(target, *as_args(inputs), **dict(apply_kwargs))
+    wanted = simulate.run(model, target, {}, inputs)[0]
     check_logits("brecq: fisher=True", "the model's outputs", wanted)
     calls = dict(units)
-    go = partial(run_watched, model, paths=tuple(calls), apply_kwargs=apply_kwargs)
+    go = partial(run_watched, model, paths=tuple(calls))
     shapes, _ = jax.eval_shape(lambda: go(variables, qparams, inputs))
     zeros = {
         path: {

@@ -9,6 +9,7 @@ import flax.linen as nn
 
 from kdq.fields import ConfigError, check_arguments, unknown
 from kdq.quantize.calibrate import calibrate
+from kdq.quantize.inputs import Batch
 from kdq.quantize.ptq.adaround import adaround
 from kdq.quantize.ptq.awq import awq
 from kdq.quantize.ptq.bias_correction import bias_correction
@@ -77,9 +78,9 @@ def run(
     model: nn.Module,
     variables: Variables,
     rules: Sequence[QuantizationRule],
-    batches: Sequence[Array | tuple],
+    batches: Sequence[Batch],
     *,
-    teacher: Callable[[Array | tuple], Array] | None = None,
+    teacher: Callable[[Batch], Array] | None = None,
     progress: Progress = quiet,
     apply_kwargs: Mapping[str, Any] | None = None,
 ) -> Outcome:
@@ -112,7 +113,7 @@ def run(
     for step in _of(steps, BEFORE):
         variables, _ = go(step, variables, {}, rules=rules)
     target = variables
-    qparams = calibrate(model, variables, rules, batches, **shared["apply_kwargs"])
+    qparams = calibrate(model, variables, rules, batches, check=False, **shared["apply_kwargs"])
     for step in _of(steps, AFTER):
         variables, qparams = go(step, variables, qparams, target=target, teacher=teacher)
     return Outcome(target=target, variables=variables, qparams=qparams)

@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from kdq.quantize.inputs import Batch, reboxed, unboxed
 from kdq.quantize.ptq.channels import Rescaling, input_reach, output_reach, rescale
 from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet, refuse_quantizers
 from kdq.quantize.ptq.rescale import find_rescalings
-from kdq.types import Array, QParams, Variables
+from kdq.types import QParams, Variables
 
 
 def equalize(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     iterations: int = 100,
     tolerance: float = 1e-3,
@@ -58,14 +59,9 @@ def equalize(
     """
     refuse_quantizers(qparams, "equalize")
     check_positive("equalize", iterations=iterations)
-    found = find_rescalings(
-        model,
-        variables,
-        as_list(batches, "equalize")[0],
-        seed=seed,
-        progress=progress,
-        apply_kwargs=apply_kwargs,
-    )
+    boxed, variables = variables, unboxed(variables)
+    inputs = as_list(batches, "equalize", apply_kwargs)[0]
+    found = find_rescalings(model, variables, inputs, seed=seed, progress=progress)
     pairs = [rescaling for rescaling in found if rescaling.producer.layer is not None]
     for rescaling in found:
         if rescaling.producer.layer is None:
@@ -87,7 +83,7 @@ def equalize(
     # All at once from the weights as they were: products of many factors would gather rounding.
     for pair, product in zip(pairs, total, strict=True):
         variables = rescale(variables, pair, 1 / product)
-    return jax.tree.map(jnp.asarray, variables), qparams
+    return reboxed(jax.tree.map(jnp.asarray, variables), boxed), qparams
 
 
 def _factors(variables: Variables, pair: Rescaling) -> np.ndarray:

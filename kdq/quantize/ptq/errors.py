@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.quantize.layers import list_layers
+from kdq.quantize.inputs import Batch, Inputs, unboxed
+from kdq.quantize.layers import LayerInfo, list_layers
 from kdq.quantize.ptq.divergence import kl
-from kdq.quantize.ptq.options import Progress, as_list, quiet, static
+from kdq.quantize.ptq.options import Progress, as_list, quiet
 from kdq.quantize.ptq.watch import outputs_of
+from kdq.quantize.table import aligned
 from kdq.types import Array, QParams, Variables
 
 
@@ -40,12 +42,7 @@ class LayerErrors:
         for path, (before, after) in self.sqnr.items():
             gain = "" if before == after else f"{after - before:+.2f}"
             rows.append((path or '""', f"{before:.2f}", f"{after:.2f}", gain))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for first, *numbers in rows:
-            cells = [first.ljust(widths[0])]
-            cells += [n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True)]
-            lines.append("  ".join(cells).rstrip())
+        lines = aligned(rows, numbers=3)
         if self.kl is None:
             lines.append(f"KL(float || quantized): {self.reason}")
         else:
@@ -59,7 +56,7 @@ def layer_errors(
     variables: Variables,
     before: tuple[Variables, QParams],
     after: tuple[Variables, QParams],
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     target: Variables | None = None,
     apply_kwargs: Mapping[str, Any] | None = None,
@@ -85,18 +82,11 @@ def layer_errors(
     Raises:
       ValueError: no batches, or a float output that is not finite; names the layer.
     """
-    batches = as_list(batches, "layer_errors")
-    inputs = batches[0]
-    layers = list_layers(model, variables, inputs, **(apply_kwargs or {}))
-    depths = tuple((path, len(layer.stack)) for path, layer in layers.items())
-    options = {"model": model, "depths": depths, "kwargs": static(apply_kwargs)}
-    total = None
-    for inputs in progress(batches, "measuring errors"):
-        pairs = ((variables, before), (variables if target is None else target, after))
-        found = _energies(pairs, inputs, **options)
-        found = jax.tree.map(lambda v: np.asarray(v, np.float64), found)
-        total = found if total is None else jax.tree.map(np.add, total, found)
-    energies, divergence = total
+    batches = as_list(batches, "layer_errors", apply_kwargs)
+    plain = unboxed(variables)
+    pairs = ((plain, before), (plain if target is None else unboxed(target), after))
+    layers, total = measure_energies(model, pairs, progress(batches, "measuring errors"))
+    energies, _, divergence = total
     sqnr = {}
     for path in layers:  # a `jit` sorts its dicts
         ratios = energies[path]
@@ -104,7 +94,7 @@ def layer_errors(
             raise ValueError(f"layer_errors met NaN or infinity in the output of layer {path!r}")
         for index in np.ndindex(ratios[0][0].shape):
             name = path + "".join(f"[{i}]" for i in index)
-            sqnr[name] = tuple(_decibel(signal[index], noise[index]) for signal, noise in ratios)
+            sqnr[name] = tuple(decibel(signal[index], noise[index]) for signal, noise in ratios)
     if divergence is None:
         reason = "the model's output is not one array of logits"
         return LayerErrors(sqnr=sqnr, kl=None, reason=reason)
@@ -112,30 +102,72 @@ def layer_errors(
     return LayerErrors(sqnr=sqnr, kl=tuple(float(v / examples) for v in sums))
 
 
-def _decibel(signal: float, noise: float) -> float:
+def decibel(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); inf without noise, nan without either."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(10 * np.log10(np.float64(signal) / np.float64(noise)))
 
 
-@partial(jax.jit, static_argnames=("model", "depths", "kwargs"))
-def _energies(pairs, inputs, *, model, depths, kwargs):
-    """{path: ((signal, noise) of each pair)}, each [*stack]; sums of KL, and their count."""
+Pair = tuple[Variables, tuple[Variables, QParams]]  # float, and a quantized model
+
+
+def measure_energies(
+    model: nn.Module, pairs: Sequence[Pair], batches: Iterable[Inputs]
+) -> tuple[Mapping[str, LayerInfo], tuple[Any, Any, Any]]:
+    """Sums over all batches of squared outputs, and of squared errors.
+
+    Args:
+      model: any Linen module.
+      pairs: each quantized model with the float one that it is compared with.
+      batches: of one shape.
+
+    Returns:
+      The layers, and `(energies, outputs, divergence)`. `energies`: {path: ((signal, noise) of each
+      pair)}, [*stack] each. `outputs`: the same of the model's own outputs. `divergence`: Σ KL of
+      each pair, and of how many examples; None where the output is not one array.
+    """
+    pairs = [(unboxed(clean), (unboxed(noisy), qparams)) for clean, (noisy, qparams) in pairs]
+    layers, total = {}, None
+    for inputs in batches:
+        layers = list_layers(model, pairs[0][0], inputs)  # traced once for a shape
+        depths = tuple((path, len(layer.stack)) for path, layer in layers.items())
+        sums = _energies(pairs, inputs, model=model, depths=depths)
+        sums = jax.tree.map(lambda v: np.asarray(v, np.float64), sums)
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    return layers, total
+
+
+@partial(jax.jit, static_argnames=("model", "depths"))
+def _energies(pairs, inputs, *, model, depths):
+    """See `measure_energies`; of one batch."""
     takes = {path: lambda output: output.astype(jnp.float32) for path, _ in depths}
-    run = lambda variables, qparams: outputs_of(
-        model, variables, qparams, inputs, takes, dict(kwargs)
-    )
+    run = lambda variables, qparams: outputs_of(model, variables, qparams, inputs, takes)
     runs = [(run(target, {}), run(*quantized)) for target, quantized in pairs]
     energies = {}
     for path, depth in depths:
-        energy = lambda x, depth=depth: jnp.square(x).sum(tuple(range(depth, x.ndim)))
         energies[path] = tuple(
-            (
-                sum(map(energy, clean[path])),
-                sum(energy(a - b) for a, b in zip(clean[path], noisy[path], strict=True)),
-            )
-            for (_, clean), (_, noisy) in runs
+            _signal_and_noise(clean[path], noisy[path], depth) for (_, clean), (_, noisy) in runs
         )
-    return energies, _divergences([(clean, noisy) for (clean, _), (noisy, _) in runs])
+    whole = [(clean, noisy) for (clean, _), (noisy, _) in runs]
+    outputs = tuple(_signal_and_noise(*map(_floats, pair), 0) for pair in whole)
+    return energies, outputs, _divergences(whole)
+
+
+def _signal_and_noise(
+    clean: Sequence[Array], noisy: Sequence[Array], depth: int
+) -> tuple[Array, Array]:
+    """Sums of squares of arrays and of what they are apart, without the first `depth` axes."""
+    energy = lambda x: jnp.square(x).sum(tuple(range(depth, x.ndim)))
+    return (
+        sum(map(energy, clean), jnp.zeros(())),
+        sum((energy(a - b) for a, b in zip(clean, noisy, strict=True)), jnp.zeros(())),
+    )
+
+
+def _floats(outputs: Any) -> list[Array]:
+    """The float arrays of a model's outputs."""
+    is_float = lambda a: jnp.issubdtype(jnp.result_type(a), jnp.floating)
+    return [jnp.float32(leaf) for leaf in jax.tree.leaves(outputs) if is_float(leaf)]
 
 
 def _divergences(pairs: Sequence[tuple[Any, Any]]) -> tuple[Array, ...] | None:

@@ -9,7 +9,8 @@ import numpy as np
 from absl import logging
 
 from kdq.quantize import simulate
-from kdq.quantize.layers import LayerInfo, as_args, list_layers
+from kdq.quantize.inputs import Batch, reboxed, run, unboxed
+from kdq.quantize.layers import LayerInfo, list_layers
 from kdq.quantize.ptq import norms as norms_lib
 from kdq.quantize.ptq.norms import Norm, list_norms
 from kdq.quantize.ptq.options import Progress, as_list, quiet, refuse_quantizers
@@ -21,7 +22,7 @@ def fold_batch_norm(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     tolerance: float = 1e-5,
     apply_kwargs: Mapping[str, Any] | None = None,
@@ -55,14 +56,14 @@ def fold_batch_norm(
       ValueError: qparams that are not empty, no batches, or an output that is not finite.
     """
     refuse_quantizers(qparams, "fold_batch_norm")
-    batches, kwargs = as_list(batches, "fold_batch_norm"), dict(apply_kwargs or {})
-    inputs = batches[0]
-    layers = list_layers(model, variables, inputs, **kwargs)
-    norms = list_norms(model, variables, inputs, **kwargs)
+    inputs = as_list(batches, "fold_batch_norm", apply_kwargs)[0]
+    boxed, variables = variables, unboxed(variables)
+    layers = list_layers(model, variables, inputs)
+    norms = list_norms(model, variables, inputs)
     if not norms:
         logging.warning("fold_batch_norm: the model has no batch norm")
-        return variables, {}
-    forward = jax.jit(lambda variables: model.apply(variables, *as_args(inputs), **kwargs))
+        return boxed, {}
+    forward = jax.jit(lambda variables: run(model, variables, inputs)[0])
     reference = forward(variables)
     pairs = []
     for norm in norms.values():
@@ -87,7 +88,7 @@ def fold_batch_norm(
                 "largest value (tolerance %.1e); is the output of %r used elsewhere?",
                 *(norm.path, change, tolerance, layer.path),
             )
-    return folded, {}
+    return reboxed(folded, boxed), {}
 
 
 def _why_not(norm: Norm, layers: Mapping[str, LayerInfo]) -> str:

@@ -12,6 +12,7 @@ from absl import logging
 
 from kdq.quantize import grid
 from kdq.quantize.grid import Quantizer
+from kdq.quantize.inputs import Batch, reboxed, unboxed
 from kdq.quantize.kinds import Unsupported
 from kdq.quantize.layers import LayerInfo, list_layers
 from kdq.quantize.observe import observe
@@ -25,7 +26,7 @@ def gptq(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     damping: float = 0.01,
     act_order: bool = True,
@@ -63,9 +64,9 @@ def gptq(
     if not damping >= 0:
         raise ValueError(f"damping={damping!r}: want 0 or more")
     check_positive("gptq", block_size=block_size)
-    batches = as_list(batches, "gptq")
-    apply_kwargs = apply_kwargs or {}
-    layers = list_layers(model, variables, batches[0], **apply_kwargs)
+    batches = as_list(batches, "gptq", apply_kwargs)
+    boxed, variables = variables, unboxed(variables)
+    layers = list_layers(model, variables, batches[0])
     if unknown := [path for path in qparams if path not in layers]:
         raise ValueError(f"qparams have {unknown}; the layers are {list(layers)}")
     paths = [path for path in layers if "weights" in qparams.get(path, {})]
@@ -86,13 +87,12 @@ def gptq(
                 {key: _Hessian(layer)},
                 {key: state},
                 batches,
-                **apply_kwargs,
             )
             rounded = _rounded(
                 layer, weight, own["weights"], seen[key][0], damping, act_order, block_size
             )
         variables = matrices.replaced(variables, path, **{layer.weight_name: rounded})
-    return variables, qparams
+    return reboxed(variables, boxed), qparams
 
 
 def _until(layers: dict[str, LayerInfo], path: str) -> list[str]:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from kdq.quantize import kinds
-from kdq.quantize.layers import as_args, at_path, path_of
+from kdq.quantize.inputs import Batch, Inputs, as_inputs, run
+from kdq.quantize.layers import at_path, path_of
 from kdq.types import Array, Variables
 
 
@@ -27,7 +28,7 @@ class Norm:
 
 
 def list_norms(
-    model: nn.Module, variables: Variables, inputs: Array | tuple, **apply_kwargs: Any
+    model: nn.Module, variables: Variables, inputs: Batch, **apply_kwargs: Any
 ) -> dict[str, Norm]:
     """The batch norms in the order in which they first run; nothing is computed.
 
@@ -37,7 +38,7 @@ def list_norms(
     Args:
       model: any Linen module.
       variables: its variables, or their shapes.
-      inputs: an array (or shape) with a leading batch axis, or a tuple of positional arguments.
+      inputs: of one batch, or their shapes.
       **apply_kwargs: passed to the model, e.g. `train=False`.
     """
     # The arrays themselves: kept alive, so that none is mistaken for a later one at its address.
@@ -59,11 +60,10 @@ def list_norms(
             norms[path] = _describe(module, path, x.ndim, variables)
         return result
 
-    def forward(variables: Variables, *args: Any) -> Any:
-        with nn.intercept_methods(record):
-            return model.apply(variables, *args, **apply_kwargs)
+    def forward(variables: Variables, inputs: Inputs) -> Any:
+        return run(model, variables, inputs, record)[0]
 
-    jax.eval_shape(forward, variables, *as_args(inputs))
+    jax.eval_shape(forward, variables, as_inputs(inputs, apply_kwargs))
     runs = collections.Counter(path for _, path in outputs)
     return {path: _pair(norm, calls, runs) for path, norm in norms.items()}
 

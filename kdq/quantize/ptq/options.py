@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from kdq.types import Array, QParams
+from kdq.quantize.inputs import Batch, Inputs, as_batches
+from kdq.types import QParams
 
 T = TypeVar("T")
 # Wraps a loop under a description, as `kdq.data.progress.track` does with a length.
 Progress = Callable[[Iterable[T], str], Iterable[T]]
-Static = tuple[tuple[str, Any], ...]
 
 
 def quiet(items: Iterable[T], description: str) -> Iterable[T]:
@@ -16,17 +16,11 @@ def quiet(items: Iterable[T], description: str) -> Iterable[T]:
     return items
 
 
-def static(apply_kwargs: Mapping[str, Any] | None) -> Static:
-    """`apply_kwargs` as a hashable argument of a `jit`."""
-    return tuple(sorted((apply_kwargs or {}).items()))
-
-
-def as_list(batches: Iterable[Array | tuple], method: str) -> Sequence[Array | tuple]:
-    """The batches, to be read several times. Raises ValueError if there are none."""
-    batches = list(batches)
-    if not batches:
-        raise ValueError(f"{method} got no batches: want at least one")
-    return batches
+def as_list(
+    batches: Iterable[Batch], method: str, apply_kwargs: Mapping[str, Any] | None = None
+) -> Sequence[Inputs]:
+    """The batches, to be read several times. Raises what `as_batches` does."""
+    return list(as_batches(batches, method, apply_kwargs))
 
 
 def check_positive(method: str, **options: float) -> None:

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from kdq.quantize import simulate
-from kdq.quantize.layers import as_args, at_path, path_of
-from kdq.types import Array, Variables
+from kdq.quantize.inputs import Inputs, run
+from kdq.quantize.layers import at_path, path_of
+from kdq.types import Variables
 
 
 def in_order(
@@ -29,9 +30,7 @@ def in_order(
         yield from sorted(group, key=lambda place: place[1][:1])
 
 
-def stack_roots(
-    model: nn.Module, variables: Variables, inputs: Array | tuple, apply_kwargs: Mapping[str, Any]
-) -> list[str]:
+def stack_roots(model: nn.Module, variables: Variables, inputs: Inputs) -> list[str]:
     """Paths of the outermost modules whose parameters a lifted transform slices."""
     sliced: list[str] = []
 
@@ -46,11 +45,10 @@ def stack_roots(
                 sliced.append(path)
         return next_fun(*args, **kwargs)
 
-    def forward(variables: Variables, *args: Any) -> Any:
-        with nn.intercept_methods(record):
-            return model.apply(variables, *args, **apply_kwargs)
+    def forward(variables: Variables, inputs: Inputs) -> Any:
+        return run(model, variables, inputs, record)[0]
 
-    jax.eval_shape(forward, variables, *as_args(inputs))
+    jax.eval_shape(forward, variables, inputs)
     return sliced
 
 

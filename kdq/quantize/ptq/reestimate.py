@@ -11,10 +11,11 @@ import numpy as np
 from absl import logging
 
 from kdq.quantize import kinds, simulate
+from kdq.quantize.inputs import Batch, reboxed, unboxed
 from kdq.quantize.layers import at_path, path_of
 from kdq.quantize.ptq.norms import is_folded, list_norms
-from kdq.quantize.ptq.options import Progress, as_list, quiet, static
-from kdq.types import Array, QParams, Variables
+from kdq.quantize.ptq.options import Progress, as_list, quiet
+from kdq.types import QParams, Variables
 
 MOMENTS = "_moments"
 
@@ -23,7 +24,7 @@ def reestimate(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     apply_kwargs: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
@@ -51,21 +52,19 @@ def reestimate(
     Raises:
       ValueError: no batches, or a norm whose inputs are not finite.
     """
-    batches, kwargs = as_list(batches, "reestimate"), dict(apply_kwargs or {})
-    inputs = batches[0]
-    norms = list_norms(model, variables, inputs, **kwargs)
+    batches = as_list(batches, "reestimate", apply_kwargs)
+    boxed, variables = variables, unboxed(variables)
+    norms = list_norms(model, variables, batches[0])
     folded = tuple(path for path, norm in norms.items() if is_folded(norm, variables))
     for path in folded:
         logging.info("reestimate: %r has been folded into a layer, and stays as it is", path)
     paths = tuple(path for path in norms if path not in folded)
     if not paths:
         logging.warning("reestimate: the model has no batch norm that could be re-estimated")
-        return variables, qparams
+        return boxed, qparams
     seen: dict[str, list] = {path: [] for path in paths}
     for inputs in progress(batches, "re-estimating batch norms"):
-        found = _moments(
-            variables, qparams, inputs, model=model, paths=paths, apply_kwargs=static(apply_kwargs)
-        )
+        found = _moments(variables, qparams, inputs, model=model, paths=paths)
         for path in paths:
             seen[path] += [[np.asarray(v, np.float64) for v in call] for call in found[path]]
     stats = dict(variables["batch_stats"])
@@ -75,7 +74,7 @@ def reestimate(
             if not np.isfinite(value).all():
                 raise ValueError(f"reestimate met NaN or infinity in the input of norm {path!r}")
             own[name] = jnp.asarray(value, own[name].dtype)
-    return {**variables, "batch_stats": stats}, qparams
+    return reboxed({**variables, "batch_stats": stats}, boxed), qparams
 
 
 def _pooled(calls: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -87,8 +86,8 @@ def _pooled(calls: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarr
     return mean, (weights * (variances + np.square(means - mean))).sum(0)
 
 
-@partial(jax.jit, static_argnames=("model", "paths", "apply_kwargs"))
-def _moments(variables, qparams, inputs, *, model, paths, apply_kwargs):
+@partial(jax.jit, static_argnames=("model", "paths"))
+def _moments(variables, qparams, inputs, *, model, paths):
     """{path: a tuple of `(elements, mean, variance)`, one a call} for one batch."""
 
     def watch(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -117,8 +116,5 @@ def _moments(variables, qparams, inputs, *, model, paths, apply_kwargs):
         module.put_variable("batch_stats", MOMENTS, (*before, moments))
         return outputs
 
-    with nn.intercept_methods(watch):
-        _, changed = simulate.apply(
-            model, variables, qparams, inputs, mutable=["batch_stats"], **dict(apply_kwargs)
-        )
+    _, changed = simulate.run(model, variables, qparams, inputs, watch, mutable=["batch_stats"])
     return {path: at_path(changed["batch_stats"], path)[MOMENTS] for path in paths}

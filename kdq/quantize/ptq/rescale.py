@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from kdq.quantize import kinds, simulate
-from kdq.quantize.layers import LayerInfo, as_args, at_path, list_layers, path_of
+from kdq.quantize import kinds
+from kdq.quantize.inputs import Batch, Inputs, as_inputs, run, unboxed
+from kdq.quantize.layers import LayerInfo, at_path, list_layers, path_of
 from kdq.quantize.observe import observe
 from kdq.quantize.ptq import matrices
 from kdq.quantize.ptq.channels import Consumer, Producer, Rescaling, output_axes, rescale
 from kdq.quantize.ptq.norms import Norm, is_folded, list_norms
-from kdq.quantize.ptq.options import Progress, quiet, static
+from kdq.quantize.ptq.options import Progress, quiet
 from kdq.quantize.ptq.watch import output_channels
 from kdq.types import Array, Variables
 
@@ -34,7 +35,7 @@ TOLERANCE = 1e-3  # of its logarithm, base 2; two values are 2 / BASE apart
 def find_rescalings(
     model: nn.Module,
     variables: Variables,
-    inputs: Array | tuple,
+    inputs: Batch,
     *,
     seed: int = 0,
     tolerance: float = 1e-4,
@@ -62,9 +63,10 @@ def find_rescalings(
     Raises:
       ValueError: NaN or infinity in a layer's input; names the layer.
     """
-    trial = _Trial(model, variables, inputs, apply_kwargs or {}, np.random.default_rng(seed))
+    variables, inputs = unboxed(variables), as_inputs(inputs, apply_kwargs)
+    trial = _Trial(model, variables, inputs, np.random.default_rng(seed))
     matrices.check_finite(trial.energies(variables), "the search for channels")
-    producers = _producers(model, variables, inputs, trial.layers, apply_kwargs or {})
+    producers = _producers(model, variables, inputs, trial.layers)
     found = []
     for path in progress(list(producers), "channels to rescale"):
         consumers, reason = trial.consumers(producers[path])
@@ -82,9 +84,8 @@ def find_rescalings(
 def _producers(
     model: nn.Module,
     variables: Variables,
-    inputs: Array | tuple,
+    inputs: Inputs,
     layers: Mapping[str, LayerInfo],
-    apply_kwargs: Mapping[str, Any],
 ) -> dict[str, Producer]:
     """Layers with a weight, and normalizations with a scale, in the order in which they first run.
 
@@ -103,14 +104,13 @@ def _producers(
             producers[path] = _norm_producer(module, path, variables)
         return outputs
 
-    def forward(variables: Variables, *args: Any) -> Any:
-        with nn.intercept_methods(record):
-            return model.apply(variables, *args, **apply_kwargs)
+    def forward(variables: Variables, inputs: Inputs) -> Any:
+        return run(model, variables, inputs, record)[0]
 
-    jax.eval_shape(forward, variables, *as_args(inputs))
+    jax.eval_shape(forward, variables, inputs)
     found = {path: producer for path, producer in producers.items() if producer is not None}
     if "batch_stats" in variables:
-        for norm in list_norms(model, variables, inputs, **apply_kwargs).values():
+        for norm in list_norms(model, variables, inputs).values():
             if norm.source in found and _only_adds(norm, layers[norm.source], variables):
                 found[norm.source] = dataclasses.replace(found[norm.source], norm=norm.path)
                 found.pop(norm.path, None)
@@ -149,10 +149,9 @@ def _energy(state: Array, x: Array) -> Array:
 class _Trial:
     """Runs the model with changed parameters on one batch; compiled once."""
 
-    def __init__(self, model, variables, inputs, apply_kwargs, rng):
-        self.model, self.variables, self.inputs = model, variables, inputs
-        self.apply_kwargs, self.rng = apply_kwargs, rng
-        self.layers = list_layers(model, variables, inputs, **apply_kwargs)
+    def __init__(self, model: nn.Module, variables: Variables, inputs: Inputs, rng: Any):
+        self.model, self.variables, self.inputs, self.rng = model, variables, inputs, rng
+        self.layers = list_layers(model, variables, inputs)
         self.watched, self.watchers, self.states = {}, {}, {}
         for path, layer in self.layers.items():
             if not layer.weight_name or "activations" not in layer.operands:
@@ -168,15 +167,7 @@ class _Trial:
 
     def energies(self, variables: Variables) -> dict[str, np.ndarray]:
         """Sum of squares of each channel of each layer's input: [layers of the stack, channels]."""
-        seen = observe(
-            self.model,
-            variables,
-            {},
-            self.watchers,
-            self.states,
-            [self.inputs],
-            **self.apply_kwargs,
-        )
+        seen = observe(self.model, variables, {}, self.watchers, self.states, [self.inputs])
         return {
             path: np.asarray(state, np.float64).reshape(-1, state.shape[-1])
             for (path, _), state in seen.items()
@@ -185,10 +176,9 @@ class _Trial:
     def error(self, rescaling: Rescaling) -> float:
         """Change of the model's own output with random factors, as a part of its largest."""
         factors = 4.0 ** self.rng.uniform(-1, 1, rescaling.producer.factors)
-        kwargs = static(self.apply_kwargs)
-        run = partial(_outputs, inputs=self.inputs, model=self.model, apply_kwargs=kwargs)
-        before = run(self.variables)
-        after = run(rescale(self.variables, rescaling, factors))
+        outputs = partial(_outputs, inputs=self.inputs, model=self.model)
+        before = outputs(self.variables)
+        after = outputs(rescale(self.variables, rescaling, factors))
         worst = 0.0
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -304,6 +294,6 @@ def _read(logs: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return np.where(still.all(0), -1, found)
 
 
-@partial(jax.jit, static_argnames=("model", "apply_kwargs"))
-def _outputs(variables, inputs, *, model, apply_kwargs):
-    return simulate.apply(model, variables, {}, inputs, **dict(apply_kwargs))
+@partial(jax.jit, static_argnames=("model",))
+def _outputs(variables, inputs, *, model):
+    return run(model, variables, inputs)[0]

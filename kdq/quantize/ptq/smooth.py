@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from kdq.quantize.inputs import Batch, reboxed, unboxed
 from kdq.quantize.layers import list_layers
 from kdq.quantize.observe import observe
 from kdq.quantize.ptq import matrices
@@ -22,7 +23,7 @@ def smooth(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     alpha: float = 0.5,
     seed: int = 0,
@@ -55,12 +56,11 @@ def smooth(
     refuse_quantizers(qparams, "smooth")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha!r}: want 0 to 1")
-    batches, apply_kwargs = as_list(batches, "smooth"), apply_kwargs or {}
-    pairs = find_rescalings(
-        model, variables, batches[0], seed=seed, progress=progress, apply_kwargs=apply_kwargs
-    )
+    batches = as_list(batches, "smooth", apply_kwargs)
+    boxed, variables = variables, unboxed(variables)
+    pairs = find_rescalings(model, variables, batches[0], seed=seed, progress=progress)
     layers = {c.layer.path: c.layer for pair in pairs for c in pair.consumers}
-    for path, layer in list_layers(model, variables, batches[0], **apply_kwargs).items():
+    for path, layer in list_layers(model, variables, batches[0]).items():
         if layer.weight_name and path not in layers:
             logging.info("smooth leaves the input of %r: no producer can hold the factors", path)
     watchers, states = {}, {}
@@ -68,7 +68,7 @@ def smooth(
         form = matrices.form(layer)
         watchers[path, "activations"] = matrices.ByChannel(layer, _largest)
         states[path, "activations"] = jnp.zeros((*layer.stack, form.size(form.channels)))
-    seen = observe(model, variables, {}, watchers, states, batches, **apply_kwargs)
+    seen = observe(model, variables, {}, watchers, states, batches)
     inputs = {path: state for (path, _), state in seen.items()}
     matrices.check_finite(inputs, "smooth")
     for pair in pairs:
@@ -77,7 +77,7 @@ def smooth(
         for consumer in pair.consumers:  # the next pair may make the same inputs
             path = consumer.layer.path
             inputs[path] = inputs[path] / consumer.inputs(factors)
-    return jax.tree.map(jnp.asarray, variables), qparams
+    return reboxed(jax.tree.map(jnp.asarray, variables), boxed), qparams
 
 
 def _largest(state: Array, x: Array) -> Array:

@@ -1,6 +1,6 @@
 """Teacher-guided calibration: scales and rounding chosen for the outputs, not for the layers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from absl import logging
 
 from kdq.quantize import simulate
+from kdq.quantize.inputs import Batch, Inputs, reboxed, unboxed
 from kdq.quantize.ptq import adam, rounding
 from kdq.quantize.ptq.divergence import check_logits, kl
-from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet, static
+from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
 from kdq.quantize.ptq.weights import put_weights, rounded, weights_of
 from kdq.quantize.scales import replace_scales, scales
 from kdq.quantize.ste import fake_quantize
@@ -25,7 +26,7 @@ def teacher_guided(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Array | tuple],
+    batches: Iterable[Batch],
     *,
     target: Variables | None = None,
     teacher: Teacher | None = None,
@@ -79,21 +80,24 @@ def teacher_guided(
       ValueError: fewer than two batches, an option out of range, outputs that are no logits, that
         are not finite or differ in classes.
     """
-    batches = as_list(batches, "teacher_guided")
+    given = list(batches)
+    batches = as_list(given, "teacher_guided", apply_kwargs)
     check_positive(
         "teacher_guided", learning_rate=learning_rate, checks=checks, temperature=temperature
     )
     if len(batches) < 2:
         raise ValueError("teacher_guided got 1 batch: want 2 or more, a quarter is held out")
-    items, target = static(apply_kwargs), variables if target is None else target
+    boxed, variables = variables, unboxed(variables)
+    target = variables if target is None else unboxed(target)
     key, order_key = jax.random.split(jax.random.key(seed))
     order = [int(i) for i in jax.random.permutation(order_key, len(batches))]
-    batches = [batches[i] for i in order]
-    wanted = _wanted(model, target, teacher, batches, items)
+    batches, given = [batches[i] for i in order], [given[i] for i in order]
+    logits = None if teacher is None else [teacher(inputs) for inputs in given]
+    wanted = _wanted(model, target, logits, batches)
     held = max(1, len(batches) // 4)
     unseen = list(zip(batches[:held], wanted[:held], strict=True))
     fitted = jax.tree.map(lambda *a: jnp.stack(a), *batches[held:]), wanted[held:]
-    search = _Search(model, variables, qparams, items, fitted, unseen, jnp.float32(temperature))
+    search = _Search(model, variables, qparams, fitted, unseen, jnp.float32(temperature))
     options = {
         "rates": (jnp.float32(learning_rate), jnp.float32(scale_learning_rate)),
         "regularization": jnp.float32(regularization),
@@ -102,33 +106,35 @@ def teacher_guided(
         key, phase_key = jax.random.split(key)
         search.phase(name, steps, checks, options, phase_key, progress)
     logging.info("teacher_guided: KL %.4g, nearest %.4g", search.best, search.first)
-    return search.variables, search.qparams
+    return reboxed(search.variables, boxed), search.qparams
 
 
-def _wanted(model, variables, teacher, batches, items) -> Array:
-    """[batches, ..., classes]: the logits of the teacher. Raises ValueError; see above."""
-    own = jax.eval_shape(partial(_float, model, items), variables, batches[0])
-    check_logits("teacher_guided", "the model's outputs", own)
-    if teacher is None:
-        teacher = partial(jax.jit(partial(_float, model, items)), variables)
-    logits = [teacher(inputs) for inputs in batches]
-    for one in logits:
-        check_logits("teacher_guided", "the teacher's outputs", one, own.shape)
+def _wanted(
+    model: nn.Module, variables: Variables, logits: list[Array] | None, batches: Sequence[Inputs]
+) -> Array:
+    """[batches, ..., classes]: the logits of the teacher; None: of the model. Raises ValueError."""
+    shape = jax.eval_shape(partial(_float, model), variables, batches[0])
+    check_logits("teacher_guided", "the model's outputs", shape)
+    if logits is None:
+        forward = jax.jit(partial(_float, model))
+        logits = [forward(variables, inputs) for inputs in batches]
+    for array in logits:
+        check_logits("teacher_guided", "the teacher's outputs", array, shape.shape)
     logits = jnp.stack(logits)
     if not bool(jnp.isfinite(logits).all()):
         raise ValueError("teacher_guided: the teacher's logits are not finite")
     return logits
 
 
-def _float(model, items, variables, inputs):
-    return simulate.apply(model, variables, {}, inputs, **dict(items))
+def _float(model, variables, inputs):
+    return simulate.run(model, variables, {}, inputs)[0]
 
 
 class _Search:
     """What was found best so far, and the phases that look for better."""
 
-    def __init__(self, model, variables, qparams, items, fitted, unseen, temperature):
-        self._static = {"model": model, "apply_kwargs": items}
+    def __init__(self, model, variables, qparams, fitted, unseen, temperature):
+        self._static = {"model": model}
         self._float = variables
         self._fitted, self._unseen, self._temperature = fitted, unseen, temperature
         self.qparams = qparams
@@ -186,9 +192,9 @@ class _Search:
             self.best, self.variables, self.qparams = found, variables, qparams
 
 
-@partial(jax.jit, static_argnames=("model", "apply_kwargs"))
-def _held_out(variables, qparams, inputs, wanted, temperature, *, model, apply_kwargs):
-    logits = simulate.apply(model, variables, qparams, inputs, **dict(apply_kwargs))
+@partial(jax.jit, static_argnames=("model",))
+def _held_out(variables, qparams, inputs, wanted, temperature, *, model):
+    logits = simulate.run(model, variables, qparams, inputs)[0]
     return _softened(wanted, logits, temperature)
 
 
@@ -197,7 +203,7 @@ def _softened(wanted: Array, logits: Array, temperature: Array) -> Array:
     return temperature**2 * kl(wanted / temperature, logits / temperature).mean()
 
 
-@partial(jax.jit, static_argnames=("model", "apply_kwargs"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
 def _step(
     state,
     variables,
@@ -209,7 +215,6 @@ def _step(
     number,
     *,
     model,
-    apply_kwargs,
 ):
     """One of Adam; rounding is soft where `below` has codes."""
     count = sum(codes.size for codes in below.values())
@@ -225,9 +230,7 @@ def _step(
         }
         pick = jax.random.randint(jax.random.fold_in(key, step), (), 0, len(data[1]))
         inputs, wanted = jax.tree.map(lambda a: a[pick], data)
-        logits = simulate.apply(
-            model, {**variables, "params": params}, rest, inputs, **dict(apply_kwargs)
-        )
+        logits = simulate.run(model, {**variables, "params": params}, rest, inputs)[0]
         total = _softened(wanted, logits, options["temperature"]) / options["start"]
         if not soft:
             return total

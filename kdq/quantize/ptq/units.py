@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq.quantize import kinds, simulate
+from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import at_path, path_of
-from kdq.quantize.ptq.options import Static
 from kdq.types import Array, QParams, Variables
 
 SEEN, NUDGES = "_seen", "_nudges"
@@ -86,20 +86,20 @@ class Unit:
 def describe(
     model: nn.Module,
     variables: Variables,
-    inputs: Array | tuple,
+    inputs: Inputs,
     paths: Iterable[str],
     qparams: QParams,
-    apply_kwargs: Static,
 ) -> dict[str, Unit]:
     """The modules among `paths` that the model calls, in the order of their layers in `qparams`.
 
-    Nothing is computed. Of a layer every method of its kind is a call; of a block only `__call__`.
+    Nothing is computed. Modules in a loop over one set of weights (`nn.RNN`) are left out. Of a
+    layer every method of its kind is a call; of a block only `__call__`.
     """
     found: dict[str, tuple[nn.Module, Any, dict[str, Call]]] = {}
     paths = tuple(paths)
 
-    def run(variables: Variables, inputs: Array | tuple) -> None:
-        run_watched(model, variables, {}, inputs, paths, apply_kwargs, found)
+    def run(variables: Variables, inputs: Inputs) -> None:
+        run_watched(model, variables, {}, inputs, paths, found)
 
     jax.eval_shape(run, variables, inputs)
     order = list(qparams)
@@ -123,9 +123,8 @@ def run_watched(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    inputs: Array | tuple,
+    inputs: Inputs,
     paths: Sequence[str],
-    apply_kwargs: Static,
     found: dict[str, tuple[nn.Module, Any, dict[str, Call]]] | None = None,
 ) -> tuple[Any, Any]:
     """(params, outputs) of a run in which each module of `paths` leaves its calls under `SEEN`.
@@ -140,6 +139,8 @@ def run_watched(
         kind = kinds.kind_of(module)
         watched = method in kind.methods if kind else method == "__call__"
         if path not in paths or not watched or path in active:
+            return next_fun(*args, **kwargs)
+        if not module.is_mutable_collection("params"):  # a loop over one set of weights: nn.RNN
             return next_fun(*args, **kwargs)
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), module.variables)
         active.append(path)
@@ -163,10 +164,7 @@ def run_watched(
         module.put_variable("params", SEEN, seen | {str(len(seen)): (arrays, tuple(returned))})
         return outputs
 
-    with nn.intercept_methods(watch):
-        outputs, changed = simulate.apply(
-            model, variables, qparams, inputs, mutable=["params"], **dict(apply_kwargs)
-        )
+    outputs, changed = simulate.run(model, variables, qparams, inputs, watch, mutable=["params"])
     return changed["params"], outputs
 
 
@@ -189,10 +187,10 @@ def _call(method, structure, leaves, arrays, returned) -> Call:
     )
 
 
-@partial(jax.jit, static_argnames=("model", "paths", "apply_kwargs"))
-def _capture(variables, qparams, inputs, *, model, paths, apply_kwargs):
+@partial(jax.jit, static_argnames=("model", "paths"))
+def _capture(variables, qparams, inputs, *, model, paths):
     """The arrays in and out of every call of the modules: one compilation serves all units."""
-    params, _ = run_watched(model, variables, qparams, inputs, paths, apply_kwargs)
+    params, _ = run_watched(model, variables, qparams, inputs, paths)
     return {path: at_path(params, path)[SEEN] for path in paths}
 
 
@@ -202,8 +200,7 @@ class Watch:
 
     model: nn.Module
     paths: tuple[str, ...]
-    apply_kwargs: Static
-    batches: Sequence[Array | tuple]
+    batches: Sequence[Inputs]
 
     def seen(
         self, variables: Variables, qparams: QParams, unit: Unit, index: tuple[int, ...]
@@ -222,7 +219,6 @@ class Watch:
                 inputs,
                 model=self.model,
                 paths=self.paths,
-                apply_kwargs=self.apply_kwargs,
             )[unit.path]
             parts.append(jax.tree.map(lambda a: a[index], seen))
         joined = []

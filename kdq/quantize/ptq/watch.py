@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 
-from kdq.quantize import kinds, simulate
-from kdq.quantize.layers import LayerInfo, at_path, path_of
+from kdq.quantize import kinds, simulate, tracing
+from kdq.quantize.inputs import Inputs
+from kdq.quantize.layers import LayerInfo, at_path, list_layers, path_of
 from kdq.types import Array, QParams, Variables
 
 # What to keep of an output of a module.
@@ -19,9 +21,8 @@ def outputs_of(
     model: nn.Module,
     variables: Variables,
     qparams: QParams,
-    inputs: Array | tuple,
+    inputs: Inputs,
     takes: Mapping[str, Take],
-    apply_kwargs: Mapping[str, Any],
 ) -> tuple[Any, dict[str, tuple[Any, ...]]]:
     """The model's output, and what `takes` keep of the outputs of layers; to be called in a `jit`.
 
@@ -31,28 +32,43 @@ def outputs_of(
       qparams: quantizers that are at work; {} for the float model.
       inputs: one batch.
       takes: what to keep, by layer path.
-      apply_kwargs: passed to the model.
 
     Returns:
       `(output, {path: (what was kept of the first call, of the second, ...)})`; of a stack of
-      layers with its axes in front.
+      layers with its axes in front, and of a loop over one set of weights with all turns in one.
     """
+    layers = list_layers(model, variables, inputs)  # traced once for a shape
+    depths = {path: len(layers[path].stack) for path in takes if layers[path].in_loop}
 
     def watch(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         outputs = next_fun(*args, **kwargs)
         module, path = context.module, path_of(context.module)
         kind = kinds.kind_of(module)
-        if path in takes and kind is not None and context.method_name in kind.methods:
-            before = module.get_variable("params", TAKEN) if _has(module, TAKEN) else ()
-            module.put_variable("params", TAKEN, (*before, takes[path](outputs)))
+        if path not in takes or kind is None or context.method_name not in kind.methods:
+            return outputs
+        if path in depths:  # see `observe`
+            return tracing.see(path, outputs)
+        before = module.get_variable("params", TAKEN) if _has(module, TAKEN) else ()
+        module.put_variable("params", TAKEN, (*before, takes[path](outputs)))
         return outputs
 
     # Under "params", the collection that lifted transforms slice and stack: see `observe`.
-    with nn.intercept_methods(watch):
-        outputs, changed = simulate.apply(
-            model, variables, qparams, inputs, mutable=["params"], **apply_kwargs
-        )
-    return outputs, {path: at_path(changed["params"], path)[TAKEN] for path in takes}
+    forward = lambda variables, inputs: simulate.run(
+        model, variables, qparams, inputs, watch, mutable=["params"]
+    )
+    if depths:
+        (outputs, changed), collected = tracing.collect(forward, variables, inputs)
+    else:
+        (outputs, changed), collected = forward(variables, inputs), {}
+    taken = {}
+    for path, take in takes.items():
+        if path not in depths:
+            taken[path] = at_path(changed["params"], path)[TAKEN]
+            continue
+        for _ in range(depths[path]):
+            take = jax.vmap(take)
+        taken[path] = tuple(map(take, collected.get(path, ())))
+    return outputs, taken
 
 
 def _has(module: nn.Module, name: str) -> bool:

@@ -174,15 +174,31 @@ def csv_table(experiments: Sequence[Experiment]) -> str:
             own = [times[one.name].get(c, {}).get(row.arm) for c in conditions]
             found = [get(row) for get in named.values()]
             found += [math.nan if entry is None else entry[0].mean for entry in own]
-            writer.writerow([one.name, *(_field(value) for value in found)])
+            writer.writerow([_field(value) for value in (one.name, *found)])
     return out.getvalue()
 
 
 def _field(value: object) -> object:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.10g}"
-    # A spreadsheet would take such a name for a formula.
-    return f"'{value}" if str(value)[:1] in ("=", "+", "-", "@") else value
+    return _harmless(value) if isinstance(value, str) else value
+
+
+# What a spreadsheet takes for the beginning of a formula, in full width too; it skips blanks.
+FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def _harmless(text: str) -> str:
+    """Returns a text that no spreadsheet computes: with an apostrophe before what might be a
+    formula. Numbers stay as they are."""
+    # A bare return ends a row, and csv does not quote it.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    try:
+        float(text)
+    except ValueError:
+        begins = text.lstrip().startswith(FORMULA) or text.startswith(("\t", "\n"))
+        return f"'{text}" if begins else text
+    return text
 
 
 LATEX = {

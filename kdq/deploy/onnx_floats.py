@@ -1,0 +1,41 @@
+"""Operations on floats in ONNX for which jax2onnx has no form."""
+
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+from kdq.deploy import contraction, onnx_program
+from kdq.deploy.onnx_graph import Graph, convert
+from kdq.deploy.onnx_windows import pad
+
+
+@convert(onnx_program.conv_p, "Conv")
+def _conv(graph: Graph, eqn: core.JaxprEqn) -> Any:
+    """A convolution over any number of axes, of any layout."""
+    kernel, out = contraction.conv(eqn.params), eqn.outvars[0].aval
+    numbers, dtype = kernel.dimension_numbers, np.dtype(out.dtype)
+    x, w = (graph.value(atom) for atom in eqn.invars)
+    shape = [eqn.invars[0].aval.shape[axis] for axis in numbers.lhs_spec]
+    x = graph.transpose(x, numbers.lhs_spec, dtype)
+    # What is between the elements of the input, or cut off around them, has an operator of its own.
+    config = [
+        (min(low, 0), min(high, 0), step - 1)
+        for (low, high), step in zip(kernel.padding, kernel.input_dilation, strict=True)
+    ]
+    fill = graph.constant(np.zeros((), dtype))
+    x, _ = pad(graph, x, shape, [(0, 0, 0)] * 2 + config, fill, dtype)
+    around = [max(pair[end], 0) for end in (0, 1) for pair in kernel.padding]
+    sizes = [eqn.invars[1].aval.shape[axis] for axis in numbers.rhs_spec]
+    result = graph.node(
+        "Conv",
+        [x, graph.transpose(w, numbers.rhs_spec, dtype)],
+        dtype,
+        [out.shape[axis] for axis in numbers.out_spec],
+        pads=around,
+        strides=list(kernel.strides),
+        dilations=list(kernel.kernel_dilation),
+        group=kernel.groups,
+        kernel_shape=sizes[2:],
+    )
+    return graph.transpose(result, list(np.argsort(numbers.out_spec)), dtype)

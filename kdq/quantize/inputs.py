@@ -1,0 +1,167 @@
+"""The arguments of a model's call as one value: whatever `model.apply` takes, arrays or not.
+
+Every function of this package that runs a model makes an `Inputs` of its batch and its keywords
+first. It is a pytree of the arrays; the rest (flags, names, `mutable`) belongs to its structure, so
+that a `jit` compiles anew for another flag and not for another mask or key.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.core.scope import union_filters
+
+from kdq.quantize import kinds
+from kdq.types import Variables
+
+# One batch: an array; a tuple of positional arguments; a dict, a list or another pytree, which is
+# one argument; or `Inputs`, where a batch has keyword arguments of its own.
+Batch = Any
+
+
+class _Leaf:
+    """Stands for an array in the static part."""
+
+
+@jax.tree_util.register_pytree_node_class
+class Inputs:
+    """The arguments of one call of a model, those after the variables: `Inputs(x, mask=mask)`.
+
+    Where a function takes a batch, this may be one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        self._arrays = tuple(leaf for leaf in leaves if _is_array(leaf))
+        self._static = structure, tuple(_Leaf if _is_array(leaf) else leaf for leaf in leaves)
+
+    @property
+    def args(self) -> tuple:
+        """The positional arguments."""
+        return self._call()[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments by keyword."""
+        return self._call()[1]
+
+    def _call(self) -> tuple[tuple, dict[str, Any]]:
+        structure, template = self._static
+        arrays = iter(self._arrays)
+        leaves = [next(arrays) if leaf is _Leaf else leaf for leaf in template]
+        return jax.tree.unflatten(structure, leaves)
+
+    def tree_flatten(self) -> tuple[tuple, Any]:
+        """The arrays, and all that is not arrays."""
+        return self._arrays, self._static
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, arrays: Iterable[Any]) -> "Inputs":
+        """The inverse of `tree_flatten`."""
+        inputs = object.__new__(cls)
+        inputs._arrays, inputs._static = tuple(arrays), static
+        return inputs
+
+    @property
+    def rows(self) -> int | None:
+        """Examples in the batch; None if no positional argument has a leading axis.
+
+        The leading size that most of the positional arrays have; of as many, that of the first.
+        """
+        leaves = jax.tree.leaves(self.args) or jax.tree.leaves(self.kwargs)
+        sizes = [leaf.shape[0] for leaf in leaves if _is_array(leaf) and leaf.shape]
+        return max(sizes, key=sizes.count, default=None)
+
+    def __repr__(self) -> str:
+        args, kwargs = self._call()
+        parts = [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
+        return f"Inputs({', '.join(parts)})"
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def as_inputs(batch: Batch, apply_kwargs: Mapping[str, Any] | None = None) -> Inputs:
+    """A batch and the keywords of `model.apply` as one value.
+
+    Raises:
+      TypeError: a keyword that the batch has too.
+    """
+    if isinstance(batch, Inputs):
+        args, kwargs = batch._call()
+    elif isinstance(batch, tuple) and not hasattr(batch, "_fields"):
+        args, kwargs = batch, {}
+    else:  # a named tuple, a dict, a list: one argument
+        args, kwargs = (batch,), {}
+    if not apply_kwargs:
+        return batch if isinstance(batch, Inputs) else Inputs(*args)
+    if twice := sorted(kwargs.keys() & apply_kwargs.keys()):
+        raise TypeError(f"the batch has {twice} by keyword already: give them once")
+    return Inputs(*args, **kwargs, **apply_kwargs)
+
+
+def as_batches(
+    batches: Iterable[Batch], function: str, apply_kwargs: Mapping[str, Any] | None = None
+) -> Iterator[Inputs]:
+    """Each batch as `Inputs`, one at a time.
+
+    Raises:
+      ValueError: no batch, or one without examples; says whose.
+      TypeError: `batches` is one batch, not several.
+    """
+    if isinstance(batches, Mapping | Inputs):
+        raise TypeError(f"{function} wants batches, got one {type(batches).__name__}: give [batch]")
+    number = -1
+    for number, batch in enumerate(batches):
+        inputs = as_inputs(batch, apply_kwargs)
+        if inputs.rows == 0:
+            raise ValueError(f"{function}: batch {number} is empty: want at least one example")
+        yield inputs
+    if number < 0:
+        raise ValueError(f"{function} got no batches: want at least one")
+
+
+def unboxed(variables: Variables) -> Variables:
+    """Variables without the boxes of `nn.with_partitioning`, which say where arrays lie.
+
+    `model.apply` takes both. A quantizer beside a weight, or a path into a layer, wants none.
+    """
+    return nn.unbox(variables) if _has_boxes(variables) else variables
+
+
+def reboxed(variables: Variables, like: Variables) -> Variables:
+    """The inverse of `unboxed`: `variables` in the boxes that `like` has."""
+    return nn.meta.replace_boxed(like, variables) if _has_boxes(like) else variables
+
+
+def _has_boxes(variables: Variables) -> bool:
+    boxed = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+    return any(map(boxed, jax.tree.leaves(variables, is_leaf=boxed)))
+
+
+def run(
+    model: nn.Module,
+    variables: Variables,
+    inputs: Inputs,
+    *interceptors: Callable,
+    mutable: Iterable[str] = (),
+) -> tuple[Any, dict[str, Any]]:
+    """`(outputs, collections)` of a call of the model, with interceptors of its layers' calls.
+
+    Args:
+      model: any Linen module.
+      variables: its variables, unboxed.
+      inputs: of the call. Their own `mutable` only lets the model run.
+      *interceptors: for `nn.intercept_methods`; the last is asked first.
+      mutable: collections to return as the model left them.
+    """
+    args, kwargs = inputs._call()
+    wanted = union_filters(kwargs.pop("mutable", False), list(mutable))
+    with contextlib.ExitStack() as stack:
+        for interceptor in (kinds.name_products, *interceptors):
+            stack.enter_context(nn.intercept_methods(interceptor))
+        return model.apply(variables, *args, mutable=wanted, **kwargs)
