@@ -292,6 +292,8 @@ def _check_taught(experiment: Experiment, name: str) -> None:
         raise ConfigError(f"{where}.ptq={one.ptq!r}: wants bits")
     if one.ptq and one.ptq not in experiment.ptq:
         raise ConfigError(unknown(f"{where}.ptq:", one.ptq, experiment.ptq))
+    if one.distill and not one.epochs:
+        raise ConfigError(f"{where}.distill={one.distill!r}: wants epochs, in which it is taught")
     if one.qat and not (one.bits and one.epochs):
         raise ConfigError(f"{where}.qat={one.qat!r}: wants bits and epochs")
     if one.qat and one.qat not in experiment.qat:

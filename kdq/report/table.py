@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kdq.report import Record, exports
-from kdq.report.aggregate import Row, rows
+from kdq.report.aggregate import Row, one_seed, rows
 from kdq.report.cells import (
     ABSENT,
     escape,
@@ -18,8 +18,9 @@ from kdq.report.cells import (
     mean_cell,
     standard_output,
     terminal_grid,
+    without_count,
 )
-from kdq.report.notes import notes, quick_note
+from kdq.report.notes import notes, quick_note, seeds_note
 
 __all__ = ["Row", "markdown", "print_table", "rows"]
 
@@ -45,9 +46,16 @@ def markdown(table: Sequence[Row], records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def _grid(columns: Sequence[tuple[str, Callable[[Row], str]]], table: Sequence[Row]) -> list[str]:
-    cells = [[escape(cell(row)) for _, cell in columns] for row in table]
-    return markdown_grid([name for name, _ in columns], cells, LEFT)
+def _grid(columns: Sequence[Column], table: Sequence[Row]) -> list[str]:
+    by_name = cells_of(columns, table)
+    rows_ = [[escape(cell) for cell in row] for row in zip(*by_name.values(), strict=True)]
+    return markdown_grid(list(by_name), rows_, LEFT)
+
+
+def cells_of(columns: Sequence[Column], table: Sequence[Row]) -> dict[str, list[str]]:
+    """Returns the cells of each column; that all arms have one seed is for the notes to say."""
+    plain = without_count if one_seed(table) else lambda text: text
+    return {name: [plain(cell(row)) for row in table] for name, cell in columns}
 
 
 def print_table(table: Sequence[Row], console: Console | None = None) -> None:
@@ -58,7 +66,7 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
       console: where; None is the standard output.
     """
     console = console or standard_output()
-    cells = {name: [cell(row) for row in table] for name, cell in COLUMNS}
+    cells = cells_of(COLUMNS, table)
     shown = _fitting(cells, console.width)
     grid = terminal_grid()
     for name in shown:
@@ -73,6 +81,8 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
     console.print(grid)
     if left_out := [name for name in cells if name not in shown and _is_measured(cells[name])]:
         console.print(Text(f"Not shown at this width: {'; '.join(left_out)}."))
+    if said := seeds_note(table):
+        console.print(Text(said))
     if said := quick_note(table):
         console.print(Text(said, style="bold"))
 
