@@ -1,4 +1,4 @@
-"""What processes tell each other: values come back, and nothing that is named is run."""
+"""Messages of processes: values come back, and nothing that is named is run."""
 
 import dataclasses
 import json

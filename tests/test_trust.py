@@ -1,6 +1,5 @@
 """Workdirs from anywhere: no module is imported because their config.json names it."""
 
-import json
 import os
 import runpy
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdq import config, experiment, trust
+from kdq import config, experiment, files, trust
 from kdq.config import ConfigError
 from kdq.experiment import check
 from kdq.sweep import runs
@@ -46,7 +45,7 @@ def theirs(tmp_path, monkeypatch, data_dir):
         "arms": {"teacher": {"model": "net", "epochs": 1.0}},
     }
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps(document))
+    files.write_json(tmp_path / "run" / "config.json", document)
     yield tmp_path / "run"
     sys.modules.pop("foreign_nets", None)
 
@@ -83,7 +82,7 @@ def test_the_config_of_a_workdir_is_not_that_of_a_file(theirs):
 )
 def test_a_damaged_config_of_a_workdir_is_one_line(theirs, text):
     (theirs / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config.json is no config of an experiment"):
+    with pytest.raises(ConfigError, match=r"config.json (is no config of|can't be read as JSON)"):
         runpy.run_path(str(SAVED))["get_config"](str(theirs))
 
 
