@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from kdq import experiment
 from kdq.config import to_json
 from kdq.files import write_atomic
 from kdq.report import table
-from kdq.report.cells import escape
+from kdq.report.cells import escape, standard_output
 from kdq.report.write import strict
 from kdq.sweep.runs import Run
 
@@ -72,6 +74,8 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
     write_atomic(workdir / "table.md", "\n".join([markdown, *lines, ""]).encode())
     if rows:
         table.print_table(rows)
+        where = f"Table: {workdir / 'table.md'}; of each run: {workdir / 'runs'}/NAME"
+        standard_output().print(Text(where), soft_wrap=True)
 
 
 def _named(row: table.Row, prefix: str) -> table.Row:
