@@ -93,6 +93,7 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
         table.print_table(rows)
     if copied:
         print(copied)
+    if rows:
         where = f"Table: {workdir / 'table.md'}; of each run: {workdir / 'runs'}/NAME"
         standard_output().print(Text(where), soft_wrap=True)
 
