@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 from programs import children, is_there, refusal, wait_for
 
-from kdq import config, files
+from kdq import config, files, lock
 
 slow = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -317,6 +317,20 @@ def test_a_program_that_refuses_says_so_by_its_status(launch, tmp_path):
     process = launch("compress", *arguments, f"--workdir={tmp_path / 'run'}")
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr.startswith(message)
+    assert process.stderr.count("\n") == 1
+
+
+@slow
+@pytest.mark.parametrize("program", ["compress", "train"])
+def test_a_second_program_in_a_workdir_is_told_who_holds_it(launch, tmp_path, program):
+    """Other arms of the same experiment, too: the arms that both need would be trained twice."""
+    more = ("--arm=student",) if program == "train" else ()
+    with lock.hold(tmp_path):
+        process = launch(program, QUICK, f"--workdir={tmp_path}", *more)
+        assert os.listdir(tmp_path) == ["lock"]
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert process.stderr.startswith(f"error: {tmp_path} is in use by process {os.getpid()} of ")
     assert process.stderr.count("\n") == 1
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from kdq import files
 from kdq.evaluate.statistics import summary
 from kdq.fields import ConfigError
+from kdq.record import check
 from kdq.report import Record
 from kdq.report.advisor import lineage
 from kdq.report.advisor.lineage import Lineage
@@ -123,12 +124,26 @@ def _workdir(path: str, name: str) -> Source:
     if not paths:
         raise ConfigError(f"--workdirs: {path} holds no ARM/SEED/result.json of a finished arm")
     config = Path(path, "config.json")
-    known = _json(config) if config.is_file() else None
+    known = _config(config) if config.is_file() else None
     records = [_json(file) for file in paths]
     if known:  # in the order of the config, not of the alphabet
         order = {arm: place for place, arm in enumerate(known["arms"])}
-        records.sort(key=lambda record: order.get(record.get("arm"), len(order)))
+        records.sort(key=lambda record: _place(record, order))
     return _source(path, name, records, known)
+
+
+def _place(record: Any, order: Mapping[str, int]) -> int:
+    arm = record.get("arm") if isinstance(record, Mapping) else None
+    return order.get(arm, len(order)) if isinstance(arm, str) else len(order)
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """The config of a workdir, of which the arms count here."""
+    known = _json(path)
+    arms = known.get("arms") if isinstance(known, Mapping) else None
+    if not isinstance(arms, Mapping) or not all(isinstance(a, Mapping) for a in arms.values()):
+        raise ConfigError(f"{path} is no config of an experiment: it has no arms")
+    return known
 
 
 def _file(path: str, name: str) -> Source:
@@ -156,6 +171,10 @@ def _source(path: str, name: str, records: list[Any], config: Mapping[str, Any] 
                 f"{path}: record {i} ({fields.get('arm', 'no arm')}) has no {', '.join(missing)}; "
                 "want records that launch/compress.py wrote"
             )
+        try:
+            check(record)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: record {i} ({record['arm']}): {error}") from error
         if (key := (record["arm"], record["seed"])) in seen:
             raise ConfigError(f"{path}: two records of arm {key[0]!r} seed {key[1]}")
         seen.add(key)
