@@ -107,7 +107,7 @@ def describe(
         return True
 
     def can_be_seen(path: str) -> bool:
-        """Whether a module around a layer in a loop is outside of the loop."""
+        """Returns true if a module around a layer in a loop is outside of the loop."""
         try:
             return run((path,), {})
         except (ValueError, flax.errors.FlaxError):  # what is shared by turns can't change in them
