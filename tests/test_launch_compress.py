@@ -349,6 +349,26 @@ def test_export_writes_files_and_says_what_they_do(unbroken, launch, tmp_path):
     assert accuracies == dict.fromkeys(manifest["files"], f"{100 * record['accuracy']:.2f}")
 
 
+@pytest.mark.slow
+def test_a_format_that_fails_is_a_line_and_a_status_when_all_others_are_written(
+    unbroken, launch, tmp_path
+):
+    pytest.importorskip("jax2onnx")
+    arguments = (f"--workdir={unbroken[1]}", "--arm=qat_w4a4", f"--out={tmp_path / 'out'}")
+    process = launch("export", *arguments, "--format=onnx_int8,packed")
+    assert process.returncode == 1
+    assert process.stderr.startswith(
+        "error: onnx_int8, seed 0: format 'onnx_int8': it has integers"
+    )
+    assert process.stderr.count("\n") == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    rows = [line.split() for line in process.stdout.splitlines()]
+    assert {row[1] for row in rows if row and row[0] == "0"} == {"onnx_int8", "packed"}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"packed"}
+    assert process.stderr.strip().endswith(manifest["failed"]["onnx_int8"])
+
+
 EXPORT_MISTAKES = {
     "arm": (["--arm=qat_w4a"], "error: unknown arm 'qat_w4a' (did you mean 'qat_w4a4'?); valid: "),
     "format": (["--arm=kd", "--format=onyx"], "error: format: unknown export format 'onyx' (did"),
