@@ -105,7 +105,9 @@ class Lines(_Line):
         now = time.monotonic()
         took = span(now - self._begun.pop(unit, now))
         if record["status"] == "ok":
-            said = f"{100 * record['validation_accuracy']:.2f}% on validation after {took}"
+            copied = record.get("shared_from")
+            how = f", copied from {copied}" if copied else f" after {took}"
+            said = f"{100 * record['validation_accuracy']:.2f}% on validation{how}"
         else:
             reason = str(record.get("error")).removeprefix(f"arm {unit[0]}, seed {unit[1]}: ")
             said = f"FAILED after {took}: {' '.join(reason.split())}"
