@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, heap, trust, usage
+from kdq import config, heap, interrupts, trust, usage
 from kdq.fields import ConfigError, Mistake, check_text, expand_user
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
@@ -110,14 +110,14 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
         try:
+            interrupts.end_at_second(_interrupted())
             with _workdir():
                 main(argv)
         except (Mistake, OSError) as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
-            on = ": the same command again goes on from here" if "workdir" in flags.FLAGS else ""
-            print(f"interrupted{on}", file=sys.stderr)
-            sys.exit(130)
+            print(_interrupted(), file=sys.stderr)
+            sys.exit(interrupts.STATUS)
         except RuntimeError as error:
             from kdq import processes
 
@@ -131,6 +131,11 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
     flags.mark_flags_as_required(required)
     logging.set_verbosity(logging.WARNING)
     app.run(call, flags_parser=_parse)
+
+
+def _interrupted() -> str:
+    on = ": the same command again goes on from here" if "workdir" in flags.FLAGS else ""
+    return f"interrupted{on}"
 
 
 @contextlib.contextmanager

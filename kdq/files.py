@@ -111,7 +111,7 @@ def unseal(entry: Any) -> Any:
     except (ValueError, RecursionError) as error:
         raise DamagedError(str(error)) from error
     if entry.get(SEAL) != expected:
-        raise DamagedError("its contents are not those of its seal")
+        raise DamagedError("its contents are not those of its seal (an edit takes that key out)")
     return rest
 
 

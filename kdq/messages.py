@@ -49,7 +49,7 @@ def decode(data: bytes) -> Any:
 
 
 def _encoded(value: Any, buffers: list[bytes]) -> Any:
-    """What JSON holds as it is, or an object with the kind of the value as its one key."""
+    """Returns what JSON holds as it is, else an object whose only key is the kind of the value."""
     inner = lambda values: [_encoded(v, buffers) for v in values]
     if value is None or type(value) in (bool, int, float, str):
         return value

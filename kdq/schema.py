@@ -52,7 +52,8 @@ class Optimizer:
 class Compute:
     """How a training step is computed."""
 
-    dtype: str = ""  # of the arithmetic of all models, "bfloat16"; "" is what `models` say
+    # Of the arithmetic of all models; "" is what `models` say.
+    dtype: str = field("", one_of=("", "float32", "bfloat16", "float16"))
     # Parts that a batch is cut into, one after another, where it does not fit in memory: gradients
     # are averaged. Batch norm, and losses that compare examples, see one part at a time.
     accumulate: int = field(1, at_least=1)

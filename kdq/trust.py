@@ -1,4 +1,4 @@
-"""Which modules may be imported because a file names them.
+"""Modules that may be imported because a file names them.
 
 A config file that is given on the command line is Python: what it names was chosen by whoever runs
 it. The `config.json` of a workdir and a packed file come from anywhere, and importing a module runs

@@ -207,6 +207,11 @@ def test_a_wrong_type_names_the_key_the_value_and_the_type(changes, words):
         ({"arms__kd__bits": "W9"}, ["config.arms.kd.bits='W9'"]),
         ({"arms__ptq__init": "teacher"}, ["arms.ptq.init", "'large'", "same model"]),
         ({"arms__labels__init": "ptq"}, ["arms.labels.init='ptq' is quantized", "float"]),
+        (
+            {"arms__ptq__distill": "soft", "arms__ptq__teacher": "kd"},
+            ["ptq.distill", "wants epochs"],
+        ),
+        ({"compute__dtype": "float64"}, ["config.compute.dtype", "'float64'", "bfloat16"]),
         ({"arms__kd__reference": "kd"}, ["config.arms.kd.reference='kd'", "another arm"]),
         ({"seeds": (-1,)}, ["config.seeds[0]=-1", "0 to below 4294967296"]),
         ({"seeds": (2**32,)}, ["config.seeds[0]=4294967296", "0 to below 4294967296"]),

@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 from programs import children, is_there, refusal, wait_for
 
-from kdq import config
+from kdq import config, files
 
 slow = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -102,12 +102,12 @@ def test_a_run_leaves_results_tables_and_plots(unbroken):
     process, workdir = unbroken
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
-    records = json.loads((workdir / "results.json").read_text())
+    records = files.read_json(workdir / "results.json")
     assert [r["arm"] for r in records] == list(ARMS)
     assert {r["status"] for r in records} == {"ok"}
     for record in records:
         arm = workdir / record["arm"] / "0"
-        assert json.loads((arm / "result.json").read_text()) == record
+        assert files.read_json(arm / "result.json") == record
         assert (arm / "model.safetensors").stat().st_size == record["size_bytes"]
         assert (arm / "metrics.jsonl").exists() == bool(record["steps"])
     markdown = (workdir / "table.md").read_text()
@@ -139,7 +139,7 @@ def test_the_page_of_a_run_shows_what_was_measured(unbroken, visit):
     _, workdir = unbroken
     assert (workdir / "report.html").stat().st_size < 3_000_000
     page = visit(workdir / "report.html")
-    for record in json.loads((workdir / "results.json").read_text()):
+    for record in files.read_json(workdir / "results.json"):
         row = page.locator(
             "#results-table-0 tbody tr", has=page.get_by_text(record["arm"], exact=True)
         )
@@ -202,7 +202,7 @@ def test_a_killed_run_that_is_started_again_gives_the_same(unbroken, launch, nar
 
     again = launch("compress", *command)
     assert again.returncode == 0, again.stderr
-    results = [json.loads((w / "results.json").read_text()) for w in (tmp_path, expected)]
+    results = [files.read_json(w / "results.json") for w in (tmp_path, expected)]
     assert comparable(results[0]) == comparable(results[1])
     assert packed_bytes(tmp_path) == packed_bytes(expected)
     for arm in ("teacher", "kd", "qad_w4a4_kd"):
@@ -220,7 +220,7 @@ def unbroken_in_two(launch, narrowed, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two")
     process = launch("compress", *in_two_processes(narrowed, workdir))
     assert process.returncode == 0, process.stderr
-    return json.loads((workdir / "results.json").read_text())
+    return files.read_json(workdir / "results.json")
 
 
 @slow
@@ -253,7 +253,7 @@ def test_a_run_in_two_processes_that_is_stopped_leaves_none_and_goes_on(
 
     again = launch("compress", *command)
     assert again.returncode == 0, again.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = files.read_json(tmp_path / "results.json")
     assert len(results) == 2 * len(ARMS)
     assert comparable(results) == comparable(unbroken_in_two)
 
@@ -387,7 +387,7 @@ def test_an_arm_that_diverges_is_a_row_and_no_crash(launch, narrowed, tmp_path):
         "compress", *compress_flags(narrowed, tmp_path), "--config.arms.kd.learning_rate=1e36"
     )
     assert process.returncode == 0, process.stderr
-    records = {r["arm"]: r for r in json.loads((tmp_path / "results.json").read_text())}
+    records = {r["arm"]: r for r in files.read_json(tmp_path / "results.json")}
     failed = {arm for arm, r in records.items() if r["status"] == "failed"}
     assert failed == {"kd", "qad_w4a4_kd"}
     row = next(line for line in process.stdout.splitlines() if line.split()[:1] == ["kd"])
@@ -400,7 +400,7 @@ def test_an_arm_that_diverges_is_a_row_and_no_crash(launch, narrowed, tmp_path):
 def test_the_quick_config_as_shipped(launch, tmp_path):
     process = launch("compress", QUICK, f"--workdir={tmp_path}")
     assert process.returncode == 0, process.stderr
-    records = json.loads((tmp_path / "results.json").read_text())
+    records = files.read_json(tmp_path / "results.json")
     loaded = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("quick")
     assert [r["arm"] for r in records] == list(loaded.arms)
     assert {r["status"] for r in records} == {"ok"}

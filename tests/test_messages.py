@@ -1,4 +1,4 @@
-"""What processes tell each other: values come back, and nothing that is named is run."""
+"""Messages of processes: values come back, and nothing that is named is run."""
 
 import dataclasses
 import json
@@ -104,7 +104,11 @@ class Mine:
     x: int
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, len, Mine(3), np.array([{}])], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1, 2}, len, Mine(3), np.array([{}])],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_no_reader_should_build_is_not_sent(value):
     with pytest.raises(TypeError, match="can't be sent to another process"):
         messages.encode([value])

@@ -6,13 +6,12 @@ python launch/train.py --config=configs/saved/workdir.py:runs/digits --workdir=r
 Models of modules that kdq has not are imported only with --allow_models=MODULE.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from kdq import trust
+from kdq import files, trust
 from kdq.config import ConfigError
 
 
@@ -24,13 +23,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
             f"--config=configs/saved/workdir.py:{arg or ''}: want a folder of launch/compress.py "
             f"after the colon; there is no {path}"
         )
+    document = files.read_json(path)
     try:
-        document = json.loads(path.read_text())
         for fields in document["models"].values():
             trust.check(fields["name"], str(path))
-    except ConfigError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no config of an experiment: {error!r}") from error
     return ConfigDict(_tuples(document), sort_keys=False)
 

@@ -1,4 +1,4 @@
-"""What a data folder or a data set's name may not make TFDS do: import modules, go to a network."""
+"""Data sets that would make TFDS import modules or go to a network are refused."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def _check_file(path: Path) -> None:
 
 
 def _classes(value: Any) -> Iterator[str]:
-    """The names of classes in a description of features; a text may be one in JSON again."""
+    """Yields the names of classes in a description of features; a text may be JSON again."""
     if isinstance(value, dict):
         for key in _CLASS_KEYS:
             if key in value:
@@ -87,7 +87,7 @@ def _classes(value: Any) -> Iterator[str]:
 
 
 def _known(cls: type) -> Iterator[str]:
-    """The names by which TFDS finds a class and those derived from it, without an import."""
+    """Yields the names by which TFDS finds a class, and those derived from it, as they are."""
     yield f"{cls.__module__}.{cls.__name__}"
     yield from vars(cls).get("ALIASES", [])
     for derived in cls.__subclasses__():

@@ -1,4 +1,4 @@
-"""Whether variables are those of a model: names, shapes and dtypes of all arrays."""
+"""Compares variables with those of a model: names, shapes and dtypes of all arrays."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ def describe(inputs: Sequence[Any]) -> list[dict[str, Any]]:
 
 def read(inputs: Sequence[Input]) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Returns what `describe` described. Raises ValueError for what is no array."""
-    found = []
+    structs = []
     for i, argument in enumerate(inputs):
         if any(not 0 <= axis < 2**31 for axis in argument.shape):
             raise ValueError(f"inputs[{i}].shape={argument.shape}: expected sizes")
@@ -51,8 +51,8 @@ def read(inputs: Sequence[Input]) -> tuple[jax.ShapeDtypeStruct, ...]:
             dtype = jnp.dtype(argument.dtype)
         except TypeError as error:
             raise ValueError(f"inputs[{i}].dtype={argument.dtype!r}: {error}") from error
-        found.append(jax.ShapeDtypeStruct(argument.shape, dtype))
-    return tuple(found)
+        structs.append(jax.ShapeDtypeStruct(argument.shape, dtype))
+    return tuple(structs)
 
 
 def check_finite(variables: Variables) -> None:
@@ -107,7 +107,7 @@ _OF_OLD = "; a file of an older kdq, which lost the shape of scalars: pack the m
 
 
 def _initial(model: nn.Module, call: Inputs, most: int, *, train: bool) -> Any:
-    """The shapes of the variables that a model begins with, if they are so many arrays at most.
+    """Returns the shapes of the variables that a model begins with, so many arrays at most.
 
     It stops there: a model with a depth of 10**9 would take days.
     """
@@ -145,7 +145,7 @@ def _traced(does: str, call: Inputs, function: Any, *args: Any) -> Any:
 
 
 def _with_paths(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Leaves with their "/"-joined keys, arrays without their boxes."""
+    """Yields leaves with their "/"-joined keys, arrays without their boxes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(nn.meta.unbox(tree))
     for path, leaf in leaves:
         keys = (str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
@@ -153,14 +153,14 @@ def _with_paths(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes, as JAX has them, by the keys."""
+    """Returns shapes and dtypes, as JAX has them, by the keys."""
     return dict(_with_paths(jax.eval_shape(lambda tree: tree, tree)))
 
 
 def _fits(leaf: jax.ShapeDtypeStruct, expected: jax.ShapeDtypeStruct) -> bool:
     if leaf.shape != expected.shape:
         return False
-    are_floats = all(jnp.issubdtype(one.dtype, jnp.floating) for one in (leaf, expected))
+    are_floats = all(jnp.issubdtype(array.dtype, jnp.floating) for array in (leaf, expected))
     return are_floats or leaf.dtype == expected.dtype
 
 

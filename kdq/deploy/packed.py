@@ -120,7 +120,7 @@ class PackedModel:
             f"inputs: {_widths(self.qparams)}",
         ]
         if self.inputs:
-            taken = ", ".join(f"{one.dtype}{list(one.shape)}" for one in self.inputs)
+            taken = ", ".join(f"{array.dtype}{list(array.shape)}" for array in self.inputs)
             parts.append(f"takes {taken}")
         if self.metadata:
             parts.append(f"metadata: {', '.join(self.metadata)}")
@@ -128,7 +128,7 @@ class PackedModel:
 
 
 def _described(model: nn.Module) -> str:
-    """The model's class and fields in a line."""
+    """Returns the model's class and fields in a line."""
     fields = []
     for field in dataclasses.fields(model):
         if field.name not in ("parent", "name"):
@@ -138,7 +138,7 @@ def _described(model: nn.Module) -> str:
 
 
 def _widths(qparams: QParams) -> str:
-    """How many layers are quantized to how many bits."""
+    """Returns how many layers are quantized to how many bits."""
     bits = [max(map(grid.bits, quantizers.values())) for quantizers in qparams.values()]
     counts = [f"{width} bits in {bits.count(width)}" for width in sorted(set(bits))]
     return ", ".join(counts) + " layers" if counts else "float"
@@ -277,7 +277,7 @@ def _load(path: Path, model: nn.Module | None, allow_models: Sequence[str]) -> P
 
 
 def _build(path: Path, description: Mapping[str, Any], allow_models: Sequence[str]) -> nn.Module:
-    """The model of a file, whose class is imported or may be."""
+    """Returns the model of a file, whose class is imported or may be."""
     name = description.get("name")
     if models.is_own(name) and not models.is_imported(name):
         module, _, class_name = name.partition(":")
@@ -290,7 +290,7 @@ def _build(path: Path, description: Mapping[str, Any], allow_models: Sequence[st
 
 
 def _not_imported(path: Path, module: str, class_name: str) -> str:
-    """The message for a good file whose model's class is not there."""
+    """Returns the message for a good file whose model's class is not there."""
     give = f"pass the model: load_packed(path, {class_name.rpartition('.')[2]}(...))"
     if module == "__main__":
         return (
@@ -307,7 +307,7 @@ def _not_imported(path: Path, module: str, class_name: str) -> str:
 
 
 def _array_name(layer: str, weight: str, array: str, encoded: bool) -> str:
-    """The name of a layer's weight among the arrays; layer "" is the model itself."""
+    """Returns the name of a layer's weight among the arrays; layer "" is the model itself."""
     if array:
         return array
     keys = list(filter(None, ("params", *layer.split("/"), weight)))

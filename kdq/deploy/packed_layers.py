@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # of weights that can be packed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-    """How a layer is quantized."""
+    """A layer's quantizers."""
 
     weight: "Weight | None" = None
     inputs: Mapping[str, "Input"] = dataclasses.field(default_factory=dict)  # by operand
@@ -221,7 +221,7 @@ def input_quantizer(operand: str, info: Input) -> grid.Quantizer:
 def _pack_scale(
     weight: np.ndarray, quantizer: grid.Quantizer
 ) -> tuple[grid.Quantizer, dict[str, np.ndarray]]:
-    """The quantizer with the scale that its format holds, and the arrays of it by their suffix."""
+    """Returns the quantizer with the scale that its format holds, and its arrays by suffix."""
     name = quantizer.scale_format
     if not name:
         return quantizer, {"scale": np.asarray(quantizer.scale)}
@@ -255,7 +255,7 @@ def _unpack_scale(
 
 
 def _over_stack(of_stack: np.ndarray, array: np.ndarray) -> np.ndarray:
-    """A value for each layer of a stack, so that it broadcasts with an array of the stack."""
+    """Returns a value for each layer of a stack, shaped to broadcast with an array of it."""
     of_stack = np.asarray(of_stack)
     return of_stack.reshape(*of_stack.shape, *[1] * (array.ndim - of_stack.ndim))
 
@@ -268,7 +268,7 @@ def _check_scale_shape(scale: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 def _floats(value: Any, where: str) -> np.ndarray:
-    """An array of a document."""
+    """Returns an array of a document."""
     try:
         with np.errstate(over="ignore"):
             array = np.asarray(value, np.float32)
@@ -280,7 +280,7 @@ def _floats(value: Any, where: str) -> np.ndarray:
 
 
 def _json(array: Array) -> Any:
-    """A float32 array as JSON numbers, which hold each float32 exactly; whole ones without ".0"."""
+    """Returns a float32 array as JSON numbers, which hold it exactly; whole ones without ".0"."""
     values = np.asarray(array, np.float32).astype(float)
     whole = np.isfinite(values).all() and (values == np.round(values)).all()
     return (values.astype(int) if whole else values).tolist()

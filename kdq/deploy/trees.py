@@ -40,7 +40,7 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Structure:
-    """What the names and dtypes of the arrays do not say; keys are names as in the file."""
+    """All that names and dtypes of the arrays do not say; keys are names as in the file."""
 
     # "list", "tuple", "none", "dict" (an empty one), a Python scalar ("int"), or a box with the
     # names of its axes: {"partitioned": [null, "model"]}

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from kdq.quantize.inputs import unboxed
 from kdq.types import Array, Variables
 
 
@@ -16,5 +17,5 @@ from kdq.types import Array, Variables
     compiler_options={"xla_backend_optimization_level": 0},
 )
 def variables(model: nn.Module, key: Array, images: np.ndarray) -> Variables:
-    """The model's variables at the start of training, drawn from `key`."""
-    return model.init(key, images, train=False)
+    """The model's variables at the start of training, drawn from `key`, without boxes of Flax."""
+    return unboxed(model.init(key, images, train=False))

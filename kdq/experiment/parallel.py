@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from kdq import config as kdq_config
-from kdq import heap
+from kdq import heap, interrupts
 from kdq.config import ConfigError, Experiment
 from kdq.deploy import latency
 from kdq.experiment import plan
@@ -195,10 +195,11 @@ def _processes(
         ) from error
     finally:
         # Not asked to end: an arm that is killed at any time resumes.
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        for pool in pools:
-            pool.shutdown(cancel_futures=True)
+        with interrupts.held_back():  # or processes would be left, and waited for
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            for pool in pools:
+                pool.shutdown(cancel_futures=True)
 
 
 def _hear(told: Any, progress: Progress) -> None:

@@ -13,6 +13,7 @@ module and end it with `Model = <the module's class>`.  A module that is elsewhe
 import dataclasses
 import importlib
 import pkgutil
+import typing
 from typing import Any
 
 import jax
@@ -65,7 +66,27 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     for field in fields:
         if field.default is dataclasses.MISSING and field.name not in kwargs:
             raise ValueError(f"model {name!r} needs {field.name!r}; given: {sorted(kwargs)}")
+    hints = _simple_hints(model)
+    for key in hints.keys() & kwargs.keys():
+        hint, value = hints[key], kwargs[key]
+        if isinstance(value, bool) != (hint is bool) or not isinstance(value, _SIMPLE[hint]):
+            raise ValueError(f"{key}={value!r}: want {hint.__name__}")
     return model(**{key: _freeze(value) for key, value in kwargs.items()})
+
+
+# Annotations of fields that a value must fit; true and false are no numbers.
+_SIMPLE = {bool: bool, int: int, float: (int, float), str: str}
+
+
+def _simple_hints(model: type) -> dict[str, type]:
+    """Of the fields that are annotated by one of `_SIMPLE`."""
+    try:
+        hints = typing.get_type_hints(model)
+    except Exception:  # of a user's class, whose annotations may be anything
+        return {}
+    return {
+        name: hint for name, hint in hints.items() if isinstance(hint, type) and hint in _SIMPLE
+    }
 
 
 def count_parameters(variables: Variables) -> int:

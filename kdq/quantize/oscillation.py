@@ -104,8 +104,10 @@ def dampening(params: Any, qparams: QParams) -> Array:
 def share(state: dict[str, Oscillation]) -> dict[str, Array]:
     """Shares of all quantized weights: "oscillating" (more often than FREQUENT), and "frozen"."""
     size = sum(one.codes.size for one in state.values())
-    oscillating = sum(jnp.sum(one.frequency > FREQUENT) for one in state.values())
-    frozen = sum(jnp.sum(one.frozen) for one in state.values())
+    # Added up in float32: over all layers there may be more than an int32 counts.
+    counted = lambda flags: jnp.sum(flags).astype(jnp.float32)
+    oscillating = sum(counted(one.frequency > FREQUENT) for one in state.values())
+    frozen = sum(counted(one.frozen) for one in state.values())
     return {"oscillating": oscillating / size, "frozen": frozen / size}
 
 

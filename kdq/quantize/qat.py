@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from kdq.fields import unknown
 from kdq.quantize.grid import Quantizer, Training, expand, over_stack, to_groups
+from kdq.quantize.inputs import reboxed, unboxed
 from kdq.quantize.kinds import weight_name
 from kdq.quantize.simulate import copied
 from kdq.quantize.ste import transformed
@@ -76,7 +77,7 @@ def prepare(variables: Variables, qparams: QParams, method: str) -> tuple[Variab
     """
     if method not in METHODS:
         raise ValueError(unknown("method of quantization-aware training:", method, METHODS))
-    how = METHODS[method]
+    how, boxed, variables = METHODS[method], variables, unboxed(variables)
     prepared: dict[str, dict[str, Quantizer]] = {}
     params = dict(variables.get("params", {}))
     for path, quantizers in qparams.items():
@@ -92,7 +93,8 @@ def prepare(variables: Variables, qparams: QParams, method: str) -> tuple[Variab
                 )
             scale_format = how.scale_format or quantizer.scale_format
             prepared[path][name] = quantizer.replace(training=training, scale_format=scale_format)
-    return {**variables, "params": params} if params else variables, prepared
+    changed = {**variables, "params": params} if params else variables
+    return reboxed(changed, boxed), prepared
 
 
 def _check(quantizer: Quantizer, training: Training, how: Method, where: str) -> None:
@@ -104,6 +106,7 @@ def _check(quantizer: Quantizer, training: Training, how: Method, where: str) ->
 
 def finish(variables: Variables, qparams: QParams) -> tuple[Variables, QParams]:
     """Plain quantizers, and the weights they round, with the same outputs."""
+    boxed, variables = variables, unboxed(variables)
     params = dict(variables["params"])
     for path, quantizers in qparams.items():
         if "weights" in quantizers and quantizers["weights"].training.transform:
@@ -111,7 +114,7 @@ def finish(variables: Variables, qparams: QParams) -> tuple[Variables, QParams]:
             name = weight_name(layer)
             change = over_stack(transformed, quantizers["weights"])
             layer[name] = change(layer[name], quantizers["weights"])
-    return {**variables, "params": params}, plain(qparams)
+    return reboxed({**variables, "params": params}, boxed), plain(qparams)
 
 
 def plain(qparams: QParams) -> QParams:

@@ -53,6 +53,10 @@ def _study(document: Document, number: int, study: Study, constraints: Constrain
     digests = ", ".join(f"{split} {digest[:8]}" for split, digest in study.data.items())
     timed = f"Latencies are of: {study.timed_on}." if study.timed_on else "Nothing was timed."
     document.say(f"Digests of the data: {digests}. {timed}")
+    quick = dict.fromkeys(r["arm"] for s in study.sources for r in s.records if r.get("quick"))
+    if quick:
+        names = ", ".join(quick)
+        document.say(f"Of a quick run, so that their numbers mean nothing: {names}.", kind="strong")
     every = [fit(c, constraints, study) for c in study.candidates]
     fits = [f for f in every if not f.candidate.lineage.control]
     groups = rank([f for f in fits if f.satisfies])

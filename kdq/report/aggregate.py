@@ -93,6 +93,12 @@ def rows(records: Sequence[Record], size_baseline: str | None = None) -> list[Ro
     return [_row(arm, list(runs.values()), finished, baseline) for arm, runs in arms.items()]
 
 
+def one_seed(table: Sequence[Row]) -> bool:
+    """Returns whether no arm has more than one seed, which tables then say once."""
+    counts = [len(row.seeds) for row in table]
+    return max(counts, default=0) == 1
+
+
 def difference(
     records: Sequence[Record], arm: str, reference: str, key: str = "accuracy", factor: float = 100
 ) -> PairedInterval:

@@ -35,6 +35,11 @@ def markdown_grid(
     ]
 
 
+def without_count(text: str) -> str:
+    """A text in which it is not said of each number that it is of one seed."""
+    return text.replace(" (n=1)", "").replace(" (one seed)", "")
+
+
 def terminal_grid() -> Table:
     """An empty table for a terminal."""
     return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -58,10 +63,13 @@ def format_bytes(size: float) -> str:
 
 
 def format_energy(nanojoules: float) -> str:
-    """Nanojoules up to a microjoule: 12.3 nJ, 4.56 µJ."""
+    """Nanojoules up to a microjoule, and so on: 12.3 nJ, 4.56 µJ, 7.8 mJ."""
     if math.isnan(nanojoules):
         return ABSENT
-    return f"{nanojoules:.3g} nJ" if nanojoules < 1000 else f"{nanojoules / 1000:.3g} µJ"
+    for unit, scale in (("nJ", 1.0), ("µJ", 1e3)):
+        if nanojoules < 999.5 * scale:
+            return f"{nanojoules / scale:.3g} {unit}"
+    return f"{nanojoules / 1e6:.3g} mJ"
 
 
 def standard_output() -> Console:

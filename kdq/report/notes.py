@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from kdq.report import Record
-from kdq.report.aggregate import Row
+from kdq.report.aggregate import Row, one_seed
 
 
 def notes(table: Sequence[Row], records: Sequence[Record]) -> list[str]:
@@ -15,6 +15,7 @@ def notes(table: Sequence[Row], records: Sequence[Record]) -> list[str]:
         if row.no_difference
     ]
     return [
+        *filter(None, [seeds_note(table)]),
         "Accuracy: on the test split, in percent, mean ± sample standard deviation over seeds, at "
         "the selected step; test data selects nothing.",
         "Selected on: what chose the step, by the highest accuracy there and, between equals, the "
@@ -30,7 +31,7 @@ def notes(table: Sequence[Row], records: Sequence[Record]) -> list[str]:
         "Agreement: share of test examples on which arm and teacher predict the same class. KL: "
         "KL(teacher ‖ arm), nats. BOPs: multiply-accumulates times weight bits times activation "
         "bits of one image, counted and not measured.",
-        _times(table),
+        f"Train s: of training and validation. {compiling_note(table)}",
         _provenance(records),
     ]
 
@@ -52,23 +53,20 @@ def against_uniform(records: Sequence[Record]) -> str:
     return f"{'; '.join(said)}." if said else ""
 
 
-def _times(table: Sequence[Row]) -> str:
+def compiling_note(table: Sequence[Row]) -> str:
+    """Returns where the seconds of compiling are: apart, or in those of training."""
     said = (
-        "Train s: of training and validation, without compiling. Compile s: of tracing and "
-        "compiling programs while an arm was calibrated and trained; arms that share programs, and "
-        "later runs that find them kept, compile little."
+        "Compile s: of tracing and compiling programs while an arm was calibrated and trained, not "
+        "in Train s; arms that share programs, and later runs that find them kept, compile little."
     )
-    mixed = [row.arm for row in table if compiling_is_within(row)]
-    if len(mixed) == len([row for row in table if row.train_seconds > 0]):
-        names = "every arm" if mixed else ""
-    else:
-        names = ", ".join(mixed)
-    if names:
-        said += (
-            f" The records of {names} are of a version that did not tell them apart: their Train s "
-            "contains compiling."
-        )
-    return said
+    trained = [row for row in table if row.train_seconds > 0]
+    mixed = [row for row in trained if math.isnan(row.compile_seconds)]
+    if not mixed:
+        return said
+    if len(mixed) == len(trained):
+        return "Train s contains compiling, which old records do not tell apart."
+    names = ", ".join(row.arm for row in mixed)
+    return f"{said} The Train s of {names} contains it: their records do not tell it apart."
 
 
 def quick_note(table: Sequence[Row]) -> str:
@@ -81,9 +79,11 @@ def quick_note(table: Sequence[Row]) -> str:
     return f"Of a quick run, so that their numbers mean nothing: {', '.join(quick)}."
 
 
-def compiling_is_within(row: Row) -> bool:
-    """Returns whether an arm's seconds of training contain those of compiling."""
-    return row.train_seconds > 0 and math.isnan(row.compile_seconds)
+def seeds_note(table: Sequence[Row]) -> str:
+    """Returns what is to be said once where no arm has more than one seed; else ""."""
+    if not one_seed(table):
+        return ""
+    return "One seed of each arm: no spread or interval is known, and small differences are chance."
 
 
 def _provenance(records: Sequence[Record]) -> str:

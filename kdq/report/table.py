@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kdq.report import Record, exports
-from kdq.report.aggregate import Row, rows
+from kdq.report.aggregate import Row, one_seed, rows
 from kdq.report.cells import (
     ABSENT,
     escape,
@@ -18,8 +18,9 @@ from kdq.report.cells import (
     mean_cell,
     standard_output,
     terminal_grid,
+    without_count,
 )
-from kdq.report.notes import notes, quick_note
+from kdq.report.notes import notes, quick_note, seeds_note
 
 __all__ = ["Row", "markdown", "print_table", "rows"]
 
@@ -45,9 +46,16 @@ def markdown(table: Sequence[Row], records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def _grid(columns: Sequence[tuple[str, Callable[[Row], str]]], table: Sequence[Row]) -> list[str]:
-    cells = [[escape(cell(row)) for _, cell in columns] for row in table]
-    return markdown_grid([name for name, _ in columns], cells, LEFT)
+def _grid(columns: Sequence[Column], table: Sequence[Row]) -> list[str]:
+    by_name = cells_of(columns, table)
+    rows_ = [[escape(cell) for cell in row] for row in zip(*by_name.values(), strict=True)]
+    return markdown_grid(list(by_name), rows_, LEFT)
+
+
+def cells_of(columns: Sequence[Column], table: Sequence[Row]) -> dict[str, list[str]]:
+    """Returns the cells of each column; that all arms have one seed is for the notes to say."""
+    plain = without_count if one_seed(table) else lambda text: text
+    return {name: [plain(cell(row)) for row in table] for name, cell in columns}
 
 
 def print_table(table: Sequence[Row], console: Console | None = None) -> None:
@@ -58,13 +66,15 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
       console: where; None is the standard output.
     """
     console = console or standard_output()
-    cells = {name: [cell(row) for row in table] for name, cell in COLUMNS}
+    cells = cells_of(COLUMNS, table)
+    if one_seed(table):
+        del cells["Seeds"]  # it is said below
     shown = _fitting(cells, console.width)
     grid = terminal_grid()
+    roomy = sum(_width(name, cells[name]) + GAP for name in shown) <= console.width
     for name in shown:
-        # An interval or a size broken over two lines is hard to read; a long name or a reason is
-        # not.
-        keep = _width(name, cells[name]) <= FOLDED.get(name, console.width)
+        # An interval or a size broken over two lines is hard to read; a name or a reason is not.
+        keep = roomy or name not in FOLDED
         justify = "left" if name in LEFT else "right"
         grid.add_column(name, justify=justify, overflow="fold", no_wrap=keep)
     for i in range(len(table)):
@@ -73,6 +83,8 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
     console.print(grid)
     if left_out := [name for name in cells if name not in shown and _is_measured(cells[name])]:
         console.print(Text(f"Not shown at this width: {'; '.join(left_out)}."))
+    if said := seeds_note(table):
+        console.print(Text(said))
     if said := quick_note(table):
         console.print(Text(said, style="bold"))
 
@@ -80,12 +92,12 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
 def _fitting(cells: Mapping[str, Sequence[str]], width: int) -> list[str]:
     """The columns that fit, in their order; those of NEEDED whether they do or not."""
     chosen, taken = set(), 0
-    for name in IMPORTANCE:
+    for name in filter(lambda name: _is_measured(cells.get(name, ())), IMPORTANCE):
         natural = _width(name, cells[name])
-        least = min(natural, FOLDED.get(name, natural)) + GAP
-        if name in NEEDED or (_is_measured(cells[name]) and taken + least <= width):
-            chosen.add(name)
-            taken += least
+        taken += min(natural, FOLDED.get(name, natural)) + GAP
+        if taken > width and name not in NEEDED:
+            break
+        chosen.add(name)
     return [name for name in cells if name in chosen]
 
 

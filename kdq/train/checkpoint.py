@@ -23,13 +23,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import future
 
-from kdq import files, processes
-from kdq.train import digests, interrupts
+from kdq import files, interrupts, processes
+from kdq.train import digests
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files of digests
 _DIGESTS = "digests"
+_LONGEST = 500  # characters of a reason
 
 
 class CheckpointError(OSError):
@@ -118,8 +119,7 @@ class Checkpointer:
             raise  # of which a checkpoint is not to blame
         except Exception as error:  # a damaged file can raise anything
             _check_orbax(path, error)
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            problem = f"can't be read and is set aside: {reason}"
+            problem = f"can't be read and is set aside: {_reason(error)}"
         damaged = problem is not None
         if not (damaged if self._alone else processes.any_of(damaged)):
             return parts
@@ -196,6 +196,12 @@ class Checkpointer:
         if lost and jax.process_count() > 1:
             return  # to close is to wait for processes that may be gone
         self.close()
+
+
+def _reason(error: Exception) -> str:
+    """Returns what went wrong in a line; TensorStore's goes on with its whole specification."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return line.partition(" [tensorstore_spec=")[0][:_LONGEST]
 
 
 def _set_aside(path: str) -> None:

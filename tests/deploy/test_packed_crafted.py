@@ -27,14 +27,14 @@ def files(tmp_path_factory):
     rules = quantize.uniform_rules(4, 8)
     qparams = quantize.calibrate(model, variables, rules, [X], train=False)
     path = tmp_path_factory.mktemp("packed") / "m"
-    found = {}
+    contents = {}
     for states, inputs in ((True, X[:1]), (False, None)):
         save_packed(path, variables, qparams, model=CNN, inputs=inputs, metadata={"a": 1})
-        found[states] = container.read(path)
+        contents[states] = container.read(path)
         np.testing.assert_allclose(
             load_packed(path)(X), quantize.predict(model, variables, qparams, X), atol=1e-5
         )
-    return found
+    return contents
 
 
 def weight(**fields):

@@ -74,7 +74,7 @@ TREES = st.dictionaries(
 
 
 def same(there, here):
-    """That two trees are equal in structure, kinds, dtypes and every bit."""
+    """Asserts that two trees are equal in structure, kinds, dtypes and every bit."""
     assert type(there) is type(here), (there, here)
     if isinstance(here, dict):
         assert there.keys() == here.keys()
@@ -82,8 +82,8 @@ def same(there, here):
             same(there[key], here[key])
     elif isinstance(here, list | tuple):
         assert len(there) == len(here)
-        for one, other in zip(there, here, strict=True):
-            same(one, other)
+        for read, written in zip(there, here, strict=True):
+            same(read, written)
     elif isinstance(here, nn.meta.AxisMetadata):
         assert there.names == here.names
         same(there.value, here.value)

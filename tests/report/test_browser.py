@@ -1,5 +1,6 @@
 """The page in a browser: what a reader does with it, and what names must not do to it."""
 
+import json
 import math
 import re
 
@@ -149,3 +150,106 @@ def test_what_can_not_be_compared_has_tables_of_its_own(visit, tmp_path):
     assert page.locator("section.experiment h2").all_text_contents() == ["one", "other"]
     assert "2 experiments are kept apart" in page.locator("header").inner_text()
     assert page.locator("table.grid[id^=results]").count() == 2
+
+
+@pytest.fixture(scope="module")
+def wide_file(tmp_path_factory):
+    """Names, seeds and columns as shipped configs make them: as wide as it gets."""
+    arms = {"teacher": workdirs.ARMS["teacher"], "student": {}, "kd": {"kind": "KD"}}
+    for i, bits in enumerate(("W8A8", "W4A4", "W3A3", "W2A2")):
+        for kind in ("PTQ", "QAT", "QAD"):
+            for start in ("student_absmax", "kd"):
+                accuracy = 0.95 - 0.02 * i + 0.01 * (kind == "QAD") + 0.004 * (start == "kd")
+                arms[f"{kind.lower()}_{bits.lower()}_{start}"] = {
+                    **{"kind": kind, "bits": bits, "reference": "student"},
+                    **{"accuracy": accuracy, "size_bytes": 6000 - 900 * i + 9 * len(arms)},
+                }
+    found = workdirs.records((0, 1, 2), arms)
+    for one in found:
+        times = {b: {"milliseconds": ms, "ratio": 1.5} for b, ms in (("1", 0.123), ("64", 12.3))}
+        conditions = {"device": workdirs.DEVICE}
+        latency = {"conditions": conditions, **times}
+        told = {"accuracy": 0.9, "argmax_agreement": 1.0, "size_bytes": 5000}
+        one["exports"] = {"onnx": {**told, "latency": latency}}
+    folder = tmp_path_factory.mktemp("wide")
+    return report(folder / "out", workdirs.write(folder / "run", found, arms=arms))
+
+
+def test_no_column_is_cut_off_at_a_laptop_s_width(visit, wide_file):
+    page = visit(wide_file)
+    page.evaluate("document.querySelectorAll('details').forEach(one => (one.open = true))")
+    wide = page.locator(".scroll").evaluate_all(
+        "all => all.filter(one => one.scrollWidth > one.clientWidth)"
+        ".map(one => one.getAttribute('aria-label'))"
+    )
+    assert wide == []
+
+
+LINES = """cell => {
+  const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), letters = [];
+  for (let node = walker.nextNode(); node; node = walker.nextNode())
+    for (let i = 0; i < node.data.length; i++) {
+      const range = document.createRange();
+      range.setStart(node, i); range.setEnd(node, i + 1);
+      letters.push([node.data[i], range.getBoundingClientRect().top]);
+    }
+  const ends = [];
+  for (let i = 1; i < letters.length; i++)
+    if (letters[i][1] > letters[i - 1][1] + 4) ends.push(letters[i - 1][0]);
+  return ends.join("");
+}"""
+
+
+def test_names_break_at_underscores(visit, wide_file):
+    page = visit(wide_file, viewport={"width": 390, "height": 844})
+    name = page.locator("#results-table-0 button.record", has_text="ptq_w8a8_student_absmax")
+    ends = name.evaluate(LINES)
+    assert ends  # it does not fit in a line
+    assert set(ends) == {"_"}
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_labels_in_the_trade_off_do_not_cover_each_other(visit, wide_file, width):
+    page = visit(wide_file, viewport={"width": width, "height": 844})
+    said = set()
+    for chart in page.locator("[id^=chart-0-fronts-0-]").all():
+        boxes = chart.locator(".mark-text.role-mark text").evaluate_all(
+            "all => all.map(one => [one.textContent, one.getBoundingClientRect()])"
+            ".map(([text, box]) => [text, box.left, box.top, box.right, box.bottom])"
+        )
+        said |= {box[0] for box in boxes}
+        for i, (text, *a) in enumerate(boxes):
+            for other, *b in boxes[i + 1 :]:
+                apart = a[2] <= b[0] + 2 or b[2] <= a[0] + 2 or a[3] <= b[1] + 3 or b[3] <= a[1] + 3
+                assert apart, (text, other)
+    # On a phone not in each of the two charts.
+    assert {"frontier", "qad_w2a2_kd", "qad_w4a4_kd", "W2A2", "W4A4"} <= said
+
+
+def test_confusions_share_one_scale_that_stands_once(visit, page_file):
+    page = visit(page_file)
+    charts = json.loads(page.locator("#charts").text_content())
+    colors = [c["encoding"]["color"] for i, c in charts.items() if "confusions" in i]
+    assert len(colors) > 1
+    assert len({tuple(color["scale"]["domain"]) for color in colors}) == 1
+    assert {color["legend"] for color in colors} == {None}
+    assert page.locator(".scale").count() == 1
+
+
+def test_one_seed_is_said_once_and_a_quick_run_says_so(visit, tmp_path):
+    found = [{**r, "quick": True} for r in workdirs.records((0,))]
+    page = visit(report(tmp_path / "out", workdirs.write(tmp_path / "run", found)))
+    page.evaluate("document.querySelectorAll('details').forEach(one => (one.open = true))")
+    text = page.locator("main").inner_text()
+    assert text.count("One seed of each arm: no spread") == 1
+    assert "(one seed)" not in text
+    assert "(n=1)" not in text
+    assert page.locator(".warning").first.inner_text() == "A quick run: these numbers mean nothing."
+    assert workdirs_column(page, "Accuracy %")
+    with pytest.raises(ValueError, match="Seeds"):
+        workdirs_column(page, "Seeds")
+    lines = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert all(line.split(",")[lines[0].split(",").index("quick")] == "yes" for line in lines[1:])
+    assert (
+        "A quick run: these numbers mean nothing." in (tmp_path / "out" / "table.tex").read_text()
+    )

@@ -18,7 +18,17 @@ from kdq.experiment import plan
 from kdq.fields import ConfigError
 from kdq.report.advisor.constraints import Constraints
 from kdq.report.advisor.rules import METHODS
-from kdq.report.page import build, combine, draw, methods, read, section, specs, tables, write
+from kdq.report.page import (
+    build,
+    combine,
+    draw,
+    methods,
+    read,
+    section,
+    tables,
+    tradeoff,
+    write,
+)
 
 
 def experiments(*folders):
@@ -254,18 +264,25 @@ def test_a_saved_config_is_the_experiment_that_was_run(tiny_config, tmp_path):
 
 
 def point(arm, size, accuracy, **fields):
-    base = {"kind": "PTQ", "bits": "W4A4", "low": None, "high": None, "tip": {"Arm": arm}}
+    base = {
+        "kind": "PTQ",
+        "bits": "W4A4",
+        "start": "student",
+        "low": None,
+        "high": None,
+        "tip": {"Arm": arm},
+    }
     return {**base, "arm": arm, "size": size, "accuracy": accuracy, **fields}
 
 
 def test_arms_without_a_cost_or_a_number_are_not_drawn_and_collapsed_ones_get_a_panel():
     field = [point(f"a{i}", 10.0 + i, 95 + i / 2) for i in range(6)]
-    drawn = specs.pareto([*field, point("x", None, 90.0), point("y", 5.0, None)], "size", "KiB")
+    drawn = tradeoff.pareto([*field, point("x", None, 90.0), point("y", 5.0, None)], "size", "KiB")
     assert [len(spec["data"]["values"]) for spec in drawn] == [6]
-    assert specs.pareto([point("x", None, 90.0)], "size", "KiB") == []
-    both = specs.pareto([*field, point("low", 3.0, 10.0)], "size", "KiB")
+    assert tradeoff.pareto([point("x", None, 90.0)], "size", "KiB") == []
+    both = tradeoff.pareto([*field, point("low", 3.0, 10.0)], "size", "KiB")
     assert [spec["title"] for spec in both] == ["all 7 arms", "the best 6 of 7"]
-    far = specs.pareto([*field, point("t", 900.0, 99.0, kind="teacher")], "size", "KiB")
+    far = tradeoff.pareto([*field, point("t", 900.0, 99.0, kind="teacher")], "size", "KiB")
     assert [spec["title"] for spec in far] == ["all 7 arms", "the best 6 of 7, the teacher aside"]
     front = [v["arm"] for v in both[1]["data"]["values"] if v["front"]]
     assert front == [f"a{i}" for i in range(6)]

@@ -43,8 +43,11 @@ def test_report_is_a_page_with_its_tables_and_a_printed_table(tmp_path):
     json.loads(text, parse_constant=_refuse)
     (read,) = files.read_json(tmp_path / "new" / "results.json")
     assert read == _record(nll=None, kl=None, steps=3, sizes=[0.5, {"1": 2}])
-    assert "90.00 (n=1)" in out.getvalue()
-    assert "90.00 (n=1)" in (tmp_path / "new" / "table.md").read_text()
+    assert " 90.00 " in out.getvalue()
+    folder = tmp_path / "new"
+    places = ", ".join(str(folder / f"table.{end}") for end in ("md", "csv", "tex"))
+    assert out.getvalue().endswith(f"Report: {folder / 'report.html'}; tables: {places}\n")
+    assert "| 90.00 |" in (tmp_path / "new" / "table.md").read_text()
 
 
 def test_a_report_can_be_made_again_from_its_own_json(tmp_path):

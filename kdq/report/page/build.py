@@ -4,11 +4,12 @@ import base64
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from kdq.report.page import draw
 from kdq.report.page.methods import ABOUT
@@ -28,10 +29,12 @@ def page(sections: Sequence[Section]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"breakable": breakable, "in_parts": in_parts}
     read = lambda name: environment.loader.get_source(environment, name)[0]
     scripts = [draw.program(), read("report.js")]
     charts = {
-        f"chart-{i}-{part}-{j}-{k}": draw.on_page(spec)
+        # One scale stands above all maps of confusions.
+        f"chart-{i}-{part}-{j}-{k}": draw.on_page(spec, legend=part != "confusions")
         for i, section in enumerate(sections)
         for part, own in section.charts.items()
         for j, chart in enumerate(own)
@@ -48,6 +51,18 @@ def page(sections: Sequence[Section]) -> str:
         records=records,
         left_out=left_out,
     )
+
+
+def breakable(text: Any) -> Markup:
+    """A text whose names may go on in the next line after an underscore or a slash."""
+    escaped = str(escape(text))
+    return Markup(re.sub("([_/])", r"\1<wbr>", escaped))
+
+
+def in_parts(text: str) -> Markup:
+    """Numbers that may go on in the next line before what is in brackets, or a format's name."""
+    parts = re.split(r" (?=[(\[]|[a-z]{4})", text)
+    return Markup(" ").join(Markup("<span>{}</span>").format(part) for part in parts)
 
 
 def _policy(scripts: Sequence[str]) -> str:
@@ -82,8 +97,9 @@ def _records(sections: Sequence[Section]) -> tuple[str, tuple[str, ...]]:
 def files(section: Section) -> dict[str, bytes]:
     """Every chart of an experiment as PNG and SVG, by name."""
     found = {}
+    quick = f" ({section.said['quick'].rstrip('.')})" if section.said["quick"] else ""
     for own in section.charts.values():
         for chart in own:
-            png, svg = draw.pictures(chart.specs, chart.title)
+            png, svg = draw.pictures(chart.specs, chart.title + quick)
             found |= {f"{chart.name}.png": png, f"{chart.name}.svg": svg}
     return found

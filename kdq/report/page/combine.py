@@ -8,7 +8,7 @@ from typing import Any
 
 from kdq.report import Record
 from kdq.report.advisor.evidence import MEASURED, NEEDED, Source
-from kdq.report.aggregate import Row, rows
+from kdq.report.aggregate import Row, one_seed, rows
 from kdq.report.page.read import Folder, Run
 
 
@@ -31,6 +31,11 @@ class Experiment:
     def rows(self) -> list[Row]:
         """One an arm."""
         return rows(self.records)
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether no arm has more than one."""
+        return one_seed(self.rows)
 
     @property
     def config(self) -> Mapping[str, Any] | None:

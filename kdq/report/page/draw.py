@@ -6,7 +6,9 @@ from typing import Any
 
 import vl_convert
 
+from kdq.report.page.labels import WIDE
 from kdq.report.page.specs import Spec
+from kdq.report.page.tradeoff import NARROW_LABELS
 
 VERSION = "6.4"  # of Vega-Lite
 WIDTH = 560  # of a picture, in units of which a PNG has two pixels
@@ -18,8 +20,11 @@ def program() -> str:
     return vl_convert.javascript_bundle(vl_version=VERSION).replace("</script", r"<\/script")
 
 
-def on_page(spec: Spec) -> Spec:
-    """As wide as its place, in the colors of the text around it."""
+def on_page(spec: Spec, legend: bool = True) -> Spec:
+    """As wide as its place, in the colors of the text around it; perhaps without its legend."""
+    if not legend:
+        encoding = spec["encoding"]
+        spec = {**spec, "encoding": {**encoding, "color": {**encoding["color"], "legend": None}}}
     return {**spec, "width": "container", "config": _config("currentColor")}
 
 
@@ -27,16 +32,29 @@ def pictures(specs: Sequence[Spec], title: str) -> tuple[bytes, bytes]:
     """(PNG, SVG) of charts side by side, on white."""
     joined: Spec = {
         "$schema": specs[0]["$schema"],
-        "title": {"text": title, "anchor": "start"},
-        "hconcat": [{"width": WIDTH if len(specs) == 1 else 420, **_bare(s)} for s in specs],
         "config": {**_config("#222222"), "background": "white", "padding": 12},
     }
+    if len(specs) == 1:
+        joined |= {"width": WIDTH, **_bare(specs[0])}
+        subtitle = joined.pop("title", None)
+    else:
+        joined["hconcat"] = [{"width": WIDE, **_bare(spec)} for spec in specs]
+        subtitle = None
+    joined["title"] = {"text": title, "anchor": "start"}
+    if subtitle:
+        joined["title"] |= {"subtitle": subtitle, "subtitleColor": "#222222"}
     svg = vl_convert.vegalite_to_svg(joined, vl_version=VERSION)
     return vl_convert.svg_to_png(svg, scale=2), svg.encode()
 
 
 def _bare(spec: Spec) -> Spec:
-    return {key: value for key, value in spec.items() if key != "$schema"}
+    """Without what stands once in a picture, and what is for phones."""
+    bare = {key: value for key, value in spec.items() if key != "$schema"}
+    if "layer" in bare:
+        layers = [one for one in bare["layer"] if one.get("name") != NARROW_LABELS]
+        # Two charts of a picture may not have parts of one name.
+        bare["layer"] = [{k: v for k, v in one.items() if k != "name"} for one in layers]
+    return bare
 
 
 def _config(ink: str) -> dict[str, Any]:
@@ -61,6 +79,7 @@ def _config(ink: str) -> dict[str, Any]:
             "columns": 3,
             "labelLimit": 220,
             "titleFontWeight": "normal",
+            "layout": {"bottom": {"anchor": "start", "direction": "vertical"}},
         },
         "title": {"color": ink, "fontSize": 12, "fontWeight": "normal", "anchor": "start"},
         "text": {"color": ink},

@@ -197,6 +197,8 @@ def curve(folder: Path, *, every: bool = True) -> list[dict[str, Any]]:
       every: all of them, or those of validation alone.
     """
     path, found = folder / "metrics.jsonl", []
+    if not path.is_file():  # a device or a pipe would be read without end
+        return []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

@@ -3,17 +3,18 @@
 import dataclasses
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdq.fields import ConfigError
 from kdq.report.advise import advise
 from kdq.report.advisor.constraints import Constraints, drop
-from kdq.report.advisor.document import Block
+from kdq.report.advisor.document import Block, ranges
 from kdq.report.advisor.evidence import Study, studies
 from kdq.report.advisor.words import interval, percent
-from kdq.report.cells import format_bytes, format_energy
-from kdq.report.page import methods, specs, tables, views
+from kdq.report.cells import format_bytes, format_energy, without_count
+from kdq.report.notes import compiling_note, quick_note, seeds_note
+from kdq.report.page import methods, specs, tables, tradeoff, views
 from kdq.report.page.combine import Experiment
 from kdq.report.page.specs import Spec
 from kdq.report.page.times import latencies
@@ -50,6 +51,7 @@ class Section:
     failures: Sequence[str]
     problems: Sequence[str]
     missing: Mapping[str, str]  # part -> why there is nothing
+    said: Mapping[str, str]  # once, instead of at each number
     facts: Sequence[tuple[str, str]]
 
 
@@ -75,22 +77,29 @@ def section(experiment: Experiment, constraints: Constraints) -> Section:
     wanted = list(dict.fromkeys([*shown, *searched]))[:POLICIES]
     details, lost = views.details(experiment, wanted)
     layers = views.layers(details, wanted)
+    starts = views.starts(study) if study else {}
+    points = views.points(experiment, starts)
+    confusions, most = _confusions(details, [a for a in shown if a != teacher], teacher)
     charts = {
-        "fronts": _fronts(experiment),
+        "fronts": _fronts(experiment, points),
         "layers": _layers(layers, shown),
         "training": _training(experiment),
-        "fidelity": _fidelity(experiment),
+        "fidelity": _fidelity(points),
         "calibration": _reliability({arm: details[arm] for arm in shown if arm in details}),
-        "confusions": _confusions(details, [a for a in shown if a != teacher], teacher),
+        "confusions": confusions,
     }
+    plain = without_count if experiment.one_seed else lambda text: text
     return Section(
         experiment=experiment,
         results=tables.results(experiment),
         fidelity=tables.fidelity(experiment),
         commands={row.arm: command(experiment, row.arm) for row in experiment.rows},
-        answer=answer,
-        advice=advice,
-        comparison=methods.comparison(study, picks, times) if study else (),
+        answer=[plain(text) for text in answer],
+        advice=[_plainly(block, plain) for block in advice],
+        comparison=[
+            (aspect, [plain(cell) for cell in cells])
+            for aspect, cells in (methods.comparison(study, picks, times) if study else ())
+        ],
         charts=charts,
         layers={arm: layer_grid(rows) for arm, rows in layers.items() if arm in shown},
         attributions=views.attributions({a: details[a] for a in shown if a in details}),
@@ -101,8 +110,27 @@ def section(experiment: Experiment, constraints: Constraints) -> Section:
         ],
         problems=[*problems, *_some(lost)],
         missing=_missing(charts, experiment),
+        said={
+            "seeds": _seeds(experiment),
+            "quick": quick_note(experiment.rows),
+            "compiling": compiling_note(experiment.rows),
+            "confusions": most,
+        },
         facts=_facts(experiment),
     )
+
+
+def _plainly(block: Block, plain: Callable[[str], str]) -> Block:
+    rows = tuple(tuple(map(plain, row)) for row in block.rows)
+    return dataclasses.replace(block, text=plain(block.text), rows=rows)
+
+
+def _seeds(experiment: Experiment) -> str:
+    """What is the same of all finished arms, said once; "" where they differ."""
+    if said := seeds_note(experiment.rows):
+        return said
+    every = {row.seeds for row in experiment.rows if row.seeds}
+    return f"Each arm has the seeds {ranges(every.pop())}." if len(every) == 1 else ""
 
 
 def _some(lost: Sequence[str]) -> list[str]:
@@ -164,8 +192,7 @@ def command(experiment: Experiment, arm: str) -> str:
     return " ".join(shlex.quote(part) for part in parts)
 
 
-def _fronts(experiment: Experiment) -> list[Chart]:
-    points = views.points(experiment)
+def _fronts(experiment: Experiment, points: Sequence[Mapping[str, Any]]) -> list[Chart]:
     costs = [("size", "size on disk, KiB", "accuracy_vs_size")]
     for i, (device, batch) in enumerate(latencies(experiment.records)):
         title = f"latency of a batch of {batch}, ms, on {device}"
@@ -173,7 +200,7 @@ def _fronts(experiment: Experiment) -> list[Chart]:
     costs.append(("energy", "energy of an example, nJ, modelled", "accuracy_vs_energy_modelled"))
     charts = []
     for key, title, name in costs:
-        if found := specs.pareto(points, key, title):
+        if found := tradeoff.pareto(points, key, title):
             note = "Arms of equal cost stand side by side." if key == "size" else ""
             charts.append(
                 Chart(name=name, title=f"Accuracy against {title}", specs=tuple(found), note=note)
@@ -196,11 +223,9 @@ def _training(experiment: Experiment) -> list[Chart]:
     return charts
 
 
-def _fidelity(experiment: Experiment) -> list[Chart]:
+def _fidelity(points: Sequence[Mapping[str, Any]]) -> list[Chart]:
     points = [
-        p
-        for p in views.points(experiment)
-        if None not in (p["agreement"], p["accuracy"]) and p["kind"] != "teacher"
+        p for p in points if None not in (p["agreement"], p["accuracy"]) and p["kind"] != "teacher"
     ]
     if not points:
         return []
@@ -216,12 +241,16 @@ def _reliability(details: views.Details) -> list[Chart]:
     return [Chart(name="reliability", title=title, specs=(specs.reliability(bins),))]
 
 
-def _confusions(details: views.Details, arms: Sequence[str], teacher: str | None) -> list[Chart]:
+def _confusions(
+    details: views.Details, arms: Sequence[str], teacher: str | None
+) -> tuple[list[Chart], str]:
+    """A chart an arm, and the examples at the end of the scale that they share."""
     if teacher is None:
-        return []
+        return [], ""
+    every = {arm: views.confusion_difference(details, arm, teacher) for arm in arms}
+    most = max((abs(c["difference"]) for cells in every.values() for c in cells), default=0) or 1
     charts = []
-    for arm in arms:
-        cells = views.confusion_difference(details, arm, teacher)
+    for arm, cells in every.items():
         if not cells:
             continue
         classes = 1 + max(c["class"] for c in cells)
@@ -231,10 +260,10 @@ def _confusions(details: views.Details, arms: Sequence[str], teacher: str | None
             Chart(
                 name=f"confusions_{len(charts) + 1}",
                 title=f"{arm} less {teacher}",
-                specs=(specs.confusion_difference(cells),),
+                specs=(specs.confusion_difference(cells, most),),
             )
         )
-    return charts
+    return charts, f"{most:.3g}"
 
 
 def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[str]) -> list[Chart]:

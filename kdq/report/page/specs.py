@@ -1,127 +1,21 @@
 """Charts as Vega-Lite specifications, which browsers and `draw` render alike."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdq.report.front import pareto_front, side_by_side, zoom_floor
-from kdq.report.page.scales import of_arms, of_kinds
+from kdq.report.page.scales import names_axis, of_arms, of_curves, of_kinds, of_starts
 
 Spec = dict[str, Any]
 Point = Mapping[str, Any]
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-FAR = 4  # times the cost of any other: a teacher that a second chart leaves out
 MOST_CLASSES = 20  # of a map of confusions that can be read
 
 
-def pareto(points: Sequence[Point], cost: str, title: str) -> list[Spec]:
-    """Accuracy against a cost, and a second chart of the best where others collapsed.
-
-    Args:
-      points: with "accuracy" [percent], "low" and "high" (None of one seed), "kind", "bits", the
-        cost, and what a tooltip is to show under "tip".
-      cost: its key; above 0.
-      title: of its axis.
-    """
-    shown = [p for p in points if (p.get(cost) or 0) > 0 and p["accuracy"] is not None]
-    if not shown:
-        return []
-    best = shown
-    # What collapsed, and a teacher far to the right, would hide what is between them.
-    while (floor := zoom_floor([_lowest(p) for p in best])) is not None:
-        best = [p for p in best if _lowest(p) >= floor]
-    students, aside = [p for p in best if p["kind"] != "teacher"], ""
-    reach = FAR * max((p[cost] for p in students), default=math.inf)
-    if len(students) > 2 and any(p[cost] > reach for p in best):
-        best, aside = students, ", the teacher aside"
-    parts = [(shown, f"all {len(shown)} arms")]
-    if len(best) < len(shown):
-        parts.append((best, f"the best {len(best)} of {len(shown)}{aside}"))
-    base = 2 if cost == "size" else 10
-    return [_pareto(_placed(values, cost), title, subtitle, base) for values, subtitle in parts]
-
-
-def _placed(points: Sequence[Point], cost: str) -> list[dict[str, Any]]:
-    """With the place "x", and whether an arm is on the "front"."""
-    places = side_by_side([p[cost] for p in points])
-    front = set(pareto_front([(p[cost], p["accuracy"]) for p in points]))
-    both = zip(points, places, strict=True)
-    return [{**p, "x": x, "front": i in front} for i, (p, x) in enumerate(both)]
-
-
-def _lowest(point: Point) -> float:
-    return point["accuracy"] if point["low"] is None else point["low"]
-
-
-def _labelled(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Points of the front have their bits written above them, where there is room."""
-    logs = [math.log(p["x"]) for p in points]
-    room = 0.09 * (max(logs) - min(logs))
-    found, last = [], -math.inf
-    for place, point in sorted(zip(logs, points, strict=True), key=lambda pair: pair[0]):
-        fits = point["front"] and place - last >= room and len(point["bits"]) <= 6
-        last = place if fits else last
-        found.append({**point, "label": point["bits"] if fits else ""})
-    return found
-
-
-def _pareto(points: Sequence[Point], title: str, subtitle: str, base: int) -> Spec:
-    x = {
-        "field": "x",
-        "type": "quantitative",
-        "scale": {"type": "log", "base": base, "nice": False, "padding": 16},
-        "axis": {"grid": False, "tickCount": 6, "format": ",~r"},
-        "title": title,
-    }
-    one_seed = all(p["low"] is None for p in points)
-    of_y = "test accuracy, %" if one_seed else "test accuracy, %, with 95% intervals"
-    y = {"type": "quantitative", "scale": {"zero": False, "nice": False, "padding": 18}}
-    labelled = _labelled(points)
-    values = [{k: v for k, v in p.items() if k != "tip"} | p["tip"] for p in labelled]
-    tips = list(dict.fromkeys(key for p in points for key in p["tip"]))
-    spec = {
-        "$schema": SCHEMA,
-        "title": subtitle,
-        "data": {"values": values},
-        "encoding": {"x": x},
-        "height": 300,
-        "layer": [
-            {
-                "transform": [{"filter": "datum.front"}],
-                "mark": {"type": "line", "interpolate": "step-after", "strokeDash": [4, 3]},
-                "encoding": {
-                    "y": {**y, "field": "accuracy", "title": of_y},
-                    "color": {"value": "#888888"},
-                },
-            },
-            {
-                "transform": [{"filter": "datum.low != null"}],
-                "mark": {"type": "rule", "strokeWidth": 1.3},
-                "encoding": {
-                    "y": {**y, "field": "low", "title": of_y},
-                    "y2": {"field": "high"},
-                    "color": of_kinds(points)["color"],
-                },
-            },
-            {
-                "mark": {"type": "point", "filled": True, "size": 75, "opacity": 1},
-                "encoding": {
-                    "y": {**y, "field": "accuracy"},
-                    **of_kinds(points),
-                    "tooltip": [{"field": _field(t), "title": t} for t in tips],
-                },
-            },
-            {
-                "transform": [{"filter": "datum.label != ''"}],
-                "mark": {"type": "text", "dy": -14, "fontSize": 10},
-                "encoding": {"y": {**y, "field": "accuracy"}, "text": {"field": "label"}},
-            },
-        ],
-    }
-    if one_seed:
-        del spec["layer"][1]  # Vega warns of a scale of nothing
-    return spec
+def tips(points: Sequence[Point]) -> list[dict[str, str]]:
+    """What the tooltip of a point shows: all that it has under "tip"."""
+    names = dict.fromkeys(key for p in points for key in p["tip"])
+    return [{"field": _field(name), "title": name} for name in names]
 
 
 def _field(name: str) -> str:
@@ -152,7 +46,7 @@ def curves(points: Sequence[Point], field: str, title: str) -> Spec:
                 "title": title,
                 "scale": {"zero": False},
             },
-            "color": of_kinds(points)["color"],
+            **of_curves(points),
             "detail": {"field": "arm"},
         },
         "layer": [
@@ -186,7 +80,6 @@ def curves(points: Sequence[Point], field: str, title: str) -> Spec:
 def fidelity(points: Sequence[Point]) -> Spec:
     """Agreement with the teacher against accuracy: being right is not being like it."""
     axis = {"type": "quantitative", "scale": {"zero": False, "nice": False, "padding": 14}}
-    tips = list(dict.fromkeys(key for p in points for key in p["tip"]))
     return {
         "$schema": SCHEMA,
         "data": {"values": [{k: v for k, v in p.items() if k != "tip"} | p["tip"] for p in points]},
@@ -195,8 +88,9 @@ def fidelity(points: Sequence[Point]) -> Spec:
         "encoding": {
             "x": {**axis, "field": "accuracy", "title": "test accuracy, %"},
             "y": {**axis, "field": "agreement", "title": "agreement with the teacher, %"},
-            **of_kinds(points),
-            "tooltip": [{"field": _field(t), "title": t} for t in tips],
+            "color": of_kinds(points),
+            **of_starts(points),
+            "tooltip": tips(points),
         },
     }
 
@@ -257,13 +151,13 @@ def reliability(bins: Sequence[Point]) -> Spec:
     }
 
 
-def confusion_difference(cells: Sequence[Point]) -> Spec:
+def confusion_difference(cells: Sequence[Point], most: float) -> Spec:
     """Mean counts of an arm less those of the teacher, class by predicted class.
 
     Args:
       cells: with "class", "predicted" and "difference".
+      most: at the ends of the scale of colors, which several charts share.
     """
-    most = max((abs(c["difference"]) for c in cells), default=0) or 1
     return {
         "$schema": SCHEMA,
         "data": {"values": list(cells)},
@@ -310,12 +204,12 @@ def bits_by_layer(cells: Sequence[Point]) -> Spec:
         "type": "ordinal",
         "sort": order[field],
         "title": None,
-        "axis": {"labelLimit": 130, **axis},
+        "axis": {**names_axis(order[field]), **axis},
     }
     return {
         "$schema": SCHEMA,
         "data": {"values": list(cells)},
-        "height": 24 * len(order[down]),
+        "height": 28 * len(order[down]),
         "encoding": {
             "x": place(across, labelAngle=0 if across == "layer" else -60),
             "y": place(down),
@@ -362,7 +256,13 @@ def sensitivity(cells: Sequence[Point], arms: Sequence[str]) -> Spec:
                 "axis": {"tickCount": 4, "format": ".0e"},
                 "title": "KL with this layer alone quantized, nats",
             },
-            "y": {"field": "layer", "type": "ordinal", "sort": layers, "title": None},
+            "y": {
+                "field": "layer",
+                "type": "ordinal",
+                "sort": layers,
+                "title": None,
+                "axis": names_axis(layers),
+            },
             "color": of_arms(arms),
             "tooltip": [
                 {"field": "arm"},

@@ -16,6 +16,7 @@ from kdq.report.cells import (
     format_energy,
     mean_cell,
 )
+from kdq.report.notes import quick_note
 from kdq.report.page.combine import Experiment
 from kdq.report.page.times import latencies
 
@@ -68,6 +69,7 @@ COLUMNS: tuple[Column, ...] = (
         lambda r: number(r.energy_modelled_nj),
     ),
     ("Train s", lambda r: _plain(r.train_seconds), lambda r: number(r.train_seconds)),
+    ("Compile s", lambda r: _plain(r.compile_seconds), lambda r: number(r.compile_seconds)),
     ("Seeds", lambda r: str(len(r.seeds)), lambda r: len(r.seeds)),
 )
 FIDELITY: tuple[Column, ...] = (
@@ -91,8 +93,12 @@ def _plain(value: float) -> str:
 
 
 def results(experiment: Experiment) -> Grid:
-    """The main table, with a column for each device and batch size that was timed."""
-    columns = list(COLUMNS)
+    """The main table, with a column for each device and batch size that was timed.
+
+    Columns that nobody measured are left out, and seeds where all finished arms have as many.
+    """
+    same = len({len(row.seeds) for row in experiment.rows if row.seeds}) == 1
+    columns = [c for c in _measured(COLUMNS, experiment.rows) if c[0] != "Seeds" or not same]
     times = latencies(experiment.records)
     devices = {device for device, _ in times}
     for (device, batch), own in times.items():
@@ -112,16 +118,23 @@ def results(experiment: Experiment) -> Grid:
 def fidelity(experiment: Experiment) -> Grid:
     """What was taken over from the teacher; columns that nobody measured are left out."""
     measured = [row for row in experiment.rows if row.seeds]
-    shown = [c for c in FIDELITY if any(c[2](row) is not None for row in measured)]
-    return _grid(shown, measured)
+    return _grid(_measured(FIDELITY, measured), measured)
+
+
+def _measured(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    return [column for column in columns if any(column[2](row) is not None for row in rows)]
 
 
 def _grid(columns: Sequence[Column], rows: Sequence[Row]) -> Grid:
+    texts = table.cells_of([(name, text) for name, text, _ in columns], rows)
+    sorts = {name: [sort(row) for row in rows] for name, _, sort in columns}
+    cells = {
+        name: [Cell(text=text, sort=sort) for text, sort in zip(own, sorts[name], strict=True)]
+        for name, own in texts.items()
+    }
     return Grid(
-        head=tuple(name for name, _, _ in columns),
-        rows=tuple(
-            tuple(Cell(text=text(row), sort=sort(row)) for _, text, sort in columns) for row in rows
-        ),
+        head=tuple(cells),
+        rows=tuple(zip(*cells.values(), strict=True)),
         arms=tuple(row.arm for row in rows),
         states=tuple("" if row.seeds else "failed" for row in rows),
     )
@@ -164,6 +177,7 @@ def csv_table(experiments: Sequence[Experiment]) -> str:
         "energy_modelled_nj": lambda r: r.energy_modelled_nj,
         "train_seconds": lambda r: r.train_seconds,
         "compile_seconds": lambda r: r.compile_seconds,
+        "quick": lambda r: "yes" if r.quick else "",
     }
     times = {one.name: latencies(one.records) for one in experiments}
     conditions = sorted({condition for own in times.values() for condition in own})
@@ -220,7 +234,8 @@ def latex(experiments: Sequence[Experiment]) -> str:
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_latex(one.name)}: test accuracy, mean $\pm$ standard deviation over "
-            r"seeds; $\Delta$ in points, paired by seed, with its 95\% interval; * excludes 0.}",
+            r"seeds; $\Delta$ in points, paired by seed, with its 95\% interval; * excludes 0."
+            rf"{_latex(' ' + quick_note(one.rows)).rstrip()}}}",
             rf"\begin{{tabular}}{{{''.join('l' if n in _LEFT else 'r' for n in names)}}}",
             r"\toprule",
             " & ".join(_latex(name) for name in names) + r" \\",

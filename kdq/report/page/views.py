@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from kdq.evaluate.statistics import paired_interval, summary
+from kdq.report.advisor.evidence import Study
 from kdq.report.aggregate import Row, number
 from kdq.report.cells import format_bytes, format_energy, mean_cell
 from kdq.report.page import pictures, read
 from kdq.report.page.combine import Experiment
 from kdq.report.page.times import latencies
+
+UNKNOWN, FRESH = "not known", "fresh weights"  # of what an arm starts from
 
 Details = Mapping[str, Mapping[int, Mapping[str, Any]]]  # of arms, by the place of their seed
 
@@ -33,8 +36,25 @@ def details(experiment: Experiment, arms: Sequence[str]) -> tuple[Details, list[
     return found, problems
 
 
-def points(experiment: Experiment) -> list[dict[str, Any]]:
-    """One an arm, for charts of accuracy against costs; latencies are keyed "DEVICE, batch"."""
+def starts(study: Study) -> dict[str, str]:
+    """What arms start from: the float arm whose weights they got, a file, or fresh weights."""
+    found = {}
+    for candidate in study.candidates:
+        config = candidate.source.config
+        fresh = UNKNOWN
+        if config:
+            fresh = "a file" if config["arms"][candidate.arm].get("load") else FRESH
+        found[candidate.arm] = candidate.lineage.start or fresh
+    return found
+
+
+def points(experiment: Experiment, starts: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One an arm, for charts of accuracy against costs; latencies are keyed "DEVICE, batch".
+
+    Args:
+      experiment: has the arms.
+      starts: what each of them starts from, as far as it is known.
+    """
     times = latencies(experiment.records)
     found = []
     for row in experiment.rows:
@@ -47,6 +67,7 @@ def points(experiment: Experiment) -> list[dict[str, Any]]:
                 "arm": row.arm,
                 "kind": row.kind or "other",
                 "bits": row.bits,
+                "start": starts.get(row.arm, UNKNOWN),
                 "accuracy": _finite(row.accuracy.mean),
                 "low": low,
                 "high": high,
@@ -54,7 +75,7 @@ def points(experiment: Experiment) -> list[dict[str, Any]]:
                 "size": _finite(row.size_bytes / 1024),
                 "energy": _finite(row.energy_modelled_nj),
                 **{str(c): entry[0].mean for c, entry in own.items()},
-                "tip": _tip(experiment, row, low, high),
+                "tip": _tip(experiment, row, starts.get(row.arm, UNKNOWN), low, high),
             }
         )
     return found
@@ -71,13 +92,16 @@ def _interval(experiment: Experiment, row: Row) -> tuple[float | None, float | N
     return found.low, found.high
 
 
-def _tip(experiment: Experiment, row: Row, low: float | None, high: float | None) -> dict[str, str]:
+def _tip(
+    experiment: Experiment, row: Row, start: str, low: float | None, high: float | None
+) -> dict[str, str]:
     """The record of an arm in a few words."""
     own = [r for r in experiment.records if r["arm"] == row.arm and r["status"] == "ok"]
     distinct = lambda key: " and ".join(dict.fromkeys(str(r[key]) for r in own if r.get(key)))
     return {
         "Arm": row.arm,
         "Kind, bits": f"{row.kind}, {row.bits}",
+        "Starts from": start,
         "Accuracy": mean_cell(row.accuracy) + " %",
         "95% interval": "one seed" if low is None else f"{low:.2f} to {high:.2f}",
         "Size": format_bytes(row.size_bytes),

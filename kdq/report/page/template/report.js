@@ -9,12 +9,16 @@
     actions: { export: true, source: false, compiled: false, editor: false },
     tooltip: { theme: "custom" },
   };
-  const drawn = Object.entries(json("charts")).map(([id, spec]) =>
-    vegaEmbed(document.getElementById(id), spec, options).catch((error) => {
-      document.getElementById(id).textContent = `This chart can't be drawn: ${error.message}`;
+  const drawn = Object.entries(json("charts")).map(([id, spec]) => {
+    const place = document.getElementById(id);
+    // Labels have been placed for two widths.
+    const other = place.clientWidth < 420 ? "labels_wide" : "labels_narrow";
+    if (spec.layer) spec.layer = spec.layer.filter((layer) => layer.name !== other);
+    return vegaEmbed(place, spec, options).catch((error) => {
+      place.textContent = `This chart can't be drawn: ${error.message}`;
       console.error(id, error);
-    }),
-  );
+    });
+  });
   Promise.all(drawn).then(() => document.documentElement.classList.add("drawn"));
 
   // Tables: sorting, in which what was not measured is last.
