@@ -107,8 +107,12 @@ class Lines(_Line):
         now = time.monotonic()
         took = now - self._begun.pop(unit, now)
         if record["status"] == "ok":
-            self._paces.append(max(0.0, took - (record.get("compile_seconds") or 0.0)) / weight)
-            said = f"{100 * record['validation_accuracy']:.2f}% on validation after {span(took)}"
+            copied = record.get("shared_from")
+            if not copied:
+                compiled = record.get("compile_seconds") or 0.0
+                self._paces.append(max(0.0, took - compiled) / weight)
+            how = f", copied from {copied}" if copied else f" after {span(took)}"
+            said = f"{100 * record['validation_accuracy']:.2f}% on validation{how}"
         else:
             reason = str(record.get("error")).removeprefix(f"arm {unit[0]}, seed {unit[1]}: ")
             said = f"FAILED after {span(took)}: {' '.join(reason.split())}"

@@ -196,6 +196,16 @@ def test_a_failed_or_deleted_arm_is_trained_again(trained):
     assert trained("fourth").once()["shared_from"] == "../third/teacher/0"
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"folder": 3}', '{"folder": "../none"}', "{"])
+def test_where_a_trained_arm_is_may_be_damaged(trained, text):
+    first, second = trained("first"), trained("second")
+    first.once()
+    first.shared._path(first.identity(), "json").write_text(text)
+    assert "shared_from" not in second.once()
+    first.store.folder("teacher", 0).joinpath("result.json").write_text("[1]")
+    assert trained("third").once()["shared_from"] == "../second/teacher/0"
+
+
 def test_a_copy_that_was_cut_off_is_made_again(trained, monkeypatch):
     first, second = trained("first"), trained("second")
     first.once()

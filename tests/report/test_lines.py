@@ -81,6 +81,13 @@ def test_a_line_where_an_arm_begins_and_one_where_it_ends(told):
     ]
 
 
+def test_an_arm_that_was_copied_says_from_where(told):
+    told.start({("teacher", 0): 400})
+    told.done(ok("teacher", shared_from="../seeds=0/teacher/0"))
+    (_, line) = told.said()
+    assert line == "[1/1] teacher, seed 0: 97.50% on validation, copied from ../seeds=0/teacher/0"
+
+
 def test_what_compiled_is_not_expected_of_those_that_come(told):
     told.start({("a", 0): 100, ("b", 0): 100})
     told.prepare("a", 0)
