@@ -4,12 +4,12 @@ python launch/train.py --config=configs/saved/workdir.py:runs/digits --workdir=r
     --arm=kd --seed=0
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from kdq import files
 from kdq.config import ConfigError
 
 
@@ -21,7 +21,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             f"--config=configs/saved/workdir.py:{arg or ''}: want a folder of launch/compress.py "
             f"after the colon; there is no {path}"
         )
-    return ConfigDict(_tuples(json.loads(path.read_text())), sort_keys=False)
+    config = files.read_json(path)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is no config of an experiment")
+    return ConfigDict(_tuples(config), sort_keys=False)
 
 
 def _tuples(value: Any) -> Any:
