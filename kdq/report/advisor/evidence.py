@@ -14,6 +14,7 @@ from kdq.report import Record
 from kdq.report.advisor import lineage
 from kdq.report.advisor.lineage import Lineage
 from kdq.report.aggregate import mean_of_all, number
+from kdq.report.page.read import cleaned, is_config
 
 NEEDED = ("arm", "seed", "status", "kind", "bits", "data")
 MEASURED = ("params", "accuracy", "validation_accuracy", "size_bytes", "train_seconds")
@@ -124,6 +125,8 @@ def _workdir(path: str, name: str) -> Source:
         raise ConfigError(f"--workdirs: {path} holds no ARM/SEED/result.json of a finished arm")
     config = Path(path, "config.json")
     known = _json(config) if config.is_file() else None
+    if known is not None and not is_config(known):
+        raise ConfigError(f"{config} is no config of an experiment: it has no arms")
     records = [_json(file) for file in paths]
     if known:  # in the order of the config, not of the alphabet
         order = {arm: place for place, arm in enumerate(known["arms"])}
@@ -156,6 +159,12 @@ def _source(path: str, name: str, records: list[Any], config: Mapping[str, Any] 
                 f"{path}: record {i} ({fields.get('arm', 'no arm')}) has no {', '.join(missing)}; "
                 "want records that launch/compress.py wrote"
             )
+        try:
+            _, wrong = cleaned(record)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: record {i}: {error}") from error
+        if wrong:
+            raise ConfigError(f"{path}: record {i} ({record['arm']}): {': '.join(wrong[0])}")
         if (key := (record["arm"], record["seed"])) in seen:
             raise ConfigError(f"{path}: two records of arm {key[0]!r} seed {key[1]}")
         seen.add(key)
