@@ -18,7 +18,7 @@ NUMBERS = (
     *("nll", "nll_last", "validation_nll", "kl_to_teacher", "ece", "adaptive_ece", "brier"),
     *("top5_accuracy", "agreement_where_teacher_wrong", "attribution_cosine", "attribution_rank"),
     *("path_agreement", "adversarial_agreement", "class_offset", "energy_modelled_nj"),
-    *("calibration_seconds",),
+    *("calibration_seconds", "compile_seconds"),
 )
 OBJECTS = ("versions", "data", "exports", "policy", "search")
 
@@ -47,6 +47,12 @@ def check(record: Any) -> None:
         want(record, key, texts, "an object of texts")
     for name, entry in (there.get("exports") or {}).items():
         want(record, "exports", _is_export(entry), f"the measurements of {name!r}")
+
+
+def has_arms(config: Any) -> bool:
+    """Returns whether a JSON value is the config of an experiment, as far as its arms go."""
+    arms = config.get("arms") if isinstance(config, Mapping) else None
+    return isinstance(arms, Mapping) and all(isinstance(arm, Mapping) for arm in arms.values())
 
 
 def want(record: Mapping[str, Any], key: str, fulfilled: bool, wanted: str) -> None:

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from kdq.config import did_you_mean
 from kdq.data import untrusted
 from kdq.data.arrays import as_labels, read_arrays
-from kdq.data.errors import DataError
+from kdq.data.errors import DataError, damaged
 from kdq.data.idx import IDX_DATASETS
 from kdq.data.progress import track
 from kdq.data.writing import default_data_dir, is_prepared
@@ -213,7 +213,7 @@ def _prepared_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
             f"image-classification data sets of TFDS{close}"
         ) from error
     except Exception as error:  # of the parser of what is in the folder
-        raise _damaged(name, data_dir / base, error) from error
+        raise damaged(name, data_dir / base, error) from error
     if is_prepared(builder.data_dir):
         return builder
     if base == "digits":
@@ -308,14 +308,7 @@ def _readable(name: str, folder: Any) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # array_record and the decoders raise all kinds
-        raise _damaged(name, folder, error) from error
-
-
-def _damaged(name: str, folder: Any, error: Exception) -> DataError:
-    reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-    return DataError(
-        f"{name} in {folder} can't be read ({reason}): remove that folder and prepare it again"
-    )
+        raise damaged(name, folder, error) from error
 
 
 def _load(

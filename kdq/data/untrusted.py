@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming
 
-from kdq.data.errors import DataError
+from kdq.data.errors import DataError, damaged
 
 # NAME[/CONFIG][:VERSION] of TFDS, without a namespace (another place) and without arguments.
 NAME = re.compile(r"[\w\-]+(/[\w+.\-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
@@ -48,16 +48,16 @@ def check_features(name: str, data_dir: Path) -> None:
     for depth in range(_DEEPEST + 1):
         for file in ("features.json", "dataset_info.json"):
             for path in sorted(Path(data_dir).glob("/".join([folder, *["*"] * depth, file]))):
-                _check_file(path)
+                _check_file(name, path)
 
 
-def _check_file(path: Path) -> None:
+def _check_file(name: str, path: Path) -> None:
     if not path.is_file() or path.stat().st_size > _MOST_BYTES:
         raise DataError(f"{path}: expected a file of at most {_MOST_BYTES} bytes")
     try:
         classes = set(_classes(json.loads(path.read_text())))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} can't be read: {error}") from error
+        raise damaged(name, path.parent, error) from error
     if unknown := sorted(classes - set(_known(tfds.features.FeatureConnector))):
         raise DataError(
             f"{path} names the class {unknown[0]!r}, which is none of TFDS's features, and TFDS "

@@ -16,6 +16,7 @@ import workdirs
 from kdq import config
 from kdq.experiment import plan
 from kdq.fields import ConfigError
+from kdq.report.advisor import evidence
 from kdq.report.advisor.constraints import Constraints
 from kdq.report.advisor.rules import METHODS
 from kdq.report.page import (
@@ -116,6 +117,44 @@ def test_numbers_and_names_of_the_csv_file_stay_as_they_are(tmp_path, name):
     (experiment,) = experiments(workdirs.write(tmp_path / "run", found))
     lines = list(csv.DictReader(io.StringIO(tables.csv_table([experiment]))))
     assert {line["kind"] for line in lines} == {name}
+
+
+HOSTILE = {
+    "exports": {"onnx": 5},
+    "policy": [1],
+    "versions": "x",
+    "data": {"train": {}},
+    "device": ["x"],
+    "bits": 7,
+    "params": 10**400,
+    "size_bytes": True,
+}
+
+
+@pytest.mark.parametrize("field", HOSTILE)
+def test_a_field_of_another_type_is_left_out_of_the_page_and_refused_by_advice(tmp_path, field):
+    found = workdirs.records((0,))
+    found[0][field] = HOSTILE[field]
+    path = str(workdirs.write(tmp_path / "run", found))
+    (folder,) = read.folders([path])
+    (problem,) = [text for text in folder.problems if f"{field}=" in text]
+    assert "is left out, as" in problem
+    write.write(read.folders([path]), tmp_path / "out")
+    with pytest.raises(ConfigError, match=rf"record \d+ .*{field}=.* is no "):
+        evidence.read([path], [])
+
+
+def test_a_config_whose_arms_are_no_objects_is_none(tmp_path):
+    path = workdirs.write(tmp_path / "run", workdirs.records((0,)))
+    (path / "config.json").write_text('{"arms": {"teacher": 5}}')
+    assert read.folders([str(path)])[0].config is None
+    with pytest.raises(ConfigError, match=r"config.json is no config of an experiment"):
+        evidence.read([str(path)], [])
+
+
+def test_curves_that_are_devices_are_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
+    assert read.curve(tmp_path) == []
 
 
 MISTAKES = {

@@ -53,7 +53,8 @@ def packed_bytes(trained, chosen, path, metadata=METADATA):
         inputs = spec(a, "per_tensor") if a < 32 else None
         rules.append(quantize.QuantizationRule(path=layer, weights=weights, activations=inputs))
     qparams = quantize.calibrate(model, variables, rules, [calibration], train=False, check=False)
-    deploy.save_packed(path, variables, qparams, model=CONFIG, metadata=metadata)
+    image = calibration[:1]  # as the files of arms state it
+    deploy.save_packed(path, variables, qparams, model=CONFIG, inputs=image, metadata=metadata)
     return path.stat().st_size
 
 

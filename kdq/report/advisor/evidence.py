@@ -10,7 +10,7 @@ from typing import Any
 from kdq import files
 from kdq.evaluate.statistics import summary
 from kdq.fields import ConfigError
-from kdq.record import check
+from kdq.record import check, has_arms
 from kdq.report import Record
 from kdq.report.advisor import lineage
 from kdq.report.advisor.lineage import Lineage
@@ -140,8 +140,7 @@ def _place(record: Any, order: Mapping[str, int]) -> int:
 def _config(path: Path) -> Mapping[str, Any]:
     """The config of a workdir, of which the arms count here."""
     known = _json(path)
-    arms = known.get("arms") if isinstance(known, Mapping) else None
-    if not isinstance(arms, Mapping) or not all(isinstance(a, Mapping) for a in arms.values()):
+    if not has_arms(known):
         raise ConfigError(f"{path} is no config of an experiment: it has no arms")
     return known
 

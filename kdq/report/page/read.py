@@ -9,6 +9,7 @@ from typing import Any
 
 from kdq import files
 from kdq.fields import ConfigError
+from kdq.record import has_arms
 from kdq.report import Record
 
 NUMBERS = (
@@ -19,7 +20,9 @@ NUMBERS = (
     "compile_seconds",
 )
 NAMED = ("kind", "bits", "reference", "selected_on", "config_digest", "arm_digest", "device")
-MAPPINGS = ("versions", "data", "exports", "policy")
+INNER = {"versions": str, "data": str, "exports": Mapping, "policy": str}  # of their values
+MAPPINGS = tuple(INNER)
+LARGEST = 2**1000
 
 # What `kdq.experiment.details` writes.
 BINS = ("confidence", "accuracy", "count")
@@ -95,7 +98,7 @@ def _of(path: Path, name: str, found: Sequence[tuple[Path, Any]], problems: list
         except ConfigError as error:
             problems.append(f"{folder}: {error}")
             continue
-        problems += [f"{folder}: {text}" for text in wrong]
+        problems += [f"{folder}: {field} is left out, as {reason}" for field, reason in wrong]
         runs.append(Run(record=record, folder=folder))
     if config:  # in the order of the config, not of the alphabet
         order = {arm: place for place, arm in enumerate(config["arms"])}
@@ -114,10 +117,10 @@ def _config(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
     except ConfigError as error:
         problems.append(str(error))
         return None
-    if isinstance(config, Mapping) and isinstance(config.get("arms"), Mapping):
-        return config
-    problems.append(f"{path} is no config of an experiment: it has no arms")
-    return None
+    if not has_arms(config):
+        problems.append(f"{path} is no config of an experiment: it has no arms")
+        return None
+    return config
 
 
 def json_of(path: Path) -> Any:
@@ -128,8 +131,8 @@ def json_of(path: Path) -> Any:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from error
 
 
-def cleaned(record: Any) -> tuple[Record, list[str]]:
-    """A record of which only the expected types are left, and what was not of them.
+def cleaned(record: Any) -> tuple[Record, list[tuple[str, str]]]:
+    """A record of which only the expected types are left, and what was not of them, and why.
 
     Raises ConfigError for what is no record: without an arm, a seed or a status.
     """
@@ -148,12 +151,23 @@ def cleaned(record: Any) -> tuple[Record, list[str]]:
         value = found.get(key)
         if value is None:
             continue
-        if not isinstance(value, kind) or isinstance(value, bool):
-            wrong.append(f"{key}={value!r} is left out, as it is no {_word(kind)}")
+        if not _is(value, kind):
+            wrong.append((f"{key}={value!r:.60}", f"it is no {_word(kind)}"))
             del found[key]
         elif isinstance(value, float) and not math.isfinite(value):
             found[key] = None
+        elif kind is Mapping and not all(_is(inner, INNER[key]) for inner in value.values()):
+            reason = f"one of its values is no {_word(INNER[key])}"
+            wrong.append((f"{key}={value!r:.60}", reason))
+            del found[key]
     return found, wrong
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Returns whether a value is of a kind; a number only if a float can hold it."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return False
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _word(kind: Any) -> str:
