@@ -6,6 +6,7 @@ without a line of its own: codes take the way that the floats took.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,19 @@ class Steps:
     def add_bias(self, result: Any, bias: Any) -> Any:
         """The result with a bias of the shape that the layer gave it."""
         raise NotImplementedError
+
+
+def contracted_terms(traced: core.ClosedJaxpr) -> int:
+    """Returns how many products the longest sum of a layer's `dot_general`s adds up."""
+    terms = 0
+    for eqn in traced.jaxpr.eqns:
+        inner = sub_jaxpr(eqn)
+        if inner is not None:
+            terms = max(terms, contracted_terms(inner))
+        elif eqn.primitive.name == "dot_general":
+            axes = eqn.params["dimension_numbers"][0][0]
+            terms = max(terms, math.prod(eqn.invars[0].aval.shape[axis] for axis in axes))
+    return terms
 
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:

@@ -110,6 +110,8 @@ def make(
             raise Unsupported("it rearranges its output, behind which a norm adds to it")
         found["bias"] = offset
     if weight is None:
+        if reason := why_too_long(contraction.contracted_terms(traced)):
+            raise Unsupported(reason)
         return IntegerLayer(inputs=dict(inputs)), INT32, None
     kernel, arrays = found["kernel"], {k: np.asarray(v) for k, v in found["weight"].items()}
     centred = arrays["codes"].astype(np.int64) - arrays["zero_point"]
@@ -141,6 +143,14 @@ def make(
     if given is not None:
         rounded = Rounded(bias * np.float64(of_sums) - given, found.get("index"))
     return layer, largest, rounded
+
+
+def why_too_long(terms: int) -> str:
+    """Returns why so many products of two uint8 codes make no int32 sum; "" if they do."""
+    largest = 255**2 * terms
+    if largest <= INT32:
+        return ""
+    return f"its sums of {terms} products reach {largest:.3g}, more than 32 bits hold"
 
 
 def _rounded_bias(bias: np.ndarray | None, scale: np.ndarray) -> np.ndarray:

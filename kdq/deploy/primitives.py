@@ -3,6 +3,7 @@
 To JAX each is what it computes; a converter sees its name and finds the operation of its format.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from jax.interpreters import batching, mlir
 
 from kdq.deploy import arithmetic
 from kdq.deploy.contraction import Kernel
-from kdq.deploy.integer_layer import IntegerLayer
+from kdq.deploy.integer_layer import IntegerLayer, why_too_long
 from kdq.deploy.qtensor import InputGrid, QTensor
 from kdq.types import Array
 
@@ -103,8 +104,16 @@ def multiply(
       layer: what else it computes with.
       grid: of the codes to make; None for sums.
       fixed_point: how to make codes; see `arithmetic.requantize`.
+
+    Raises:
+      ValueError: inputs of which sums of products may not fit int32.
     """
     other = None if layer.weight is not None else layer.inputs["other"]
+    if other is not None:  # its sums are as long as what it is called with
+        left = w if kernel.swapped else x
+        terms = math.prod(left.shape[axis] for axis in kernel.dimension_numbers[0][0])
+        if reason := why_too_long(terms):
+            raise ValueError(f"a product of two inputs can't be computed with integers: {reason}")
     parts = {
         "x": layer.inputs["activations"],
         "other": other,

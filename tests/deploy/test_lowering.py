@@ -297,3 +297,26 @@ def test_a_mean_has_the_same_scale_compiled_or_not(operation):
         return network_of_layers._on_sums(eqn, [sums, eqn.invars[1].val], False).scale
 
     np.testing.assert_array_equal(compiled(scales), operation(scales))
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        return nn.MultiHeadDotProductAttention(1, name="attention")(x)
+
+
+def test_products_whose_sums_may_not_fit_are_left_in_float():
+    """255 * 255 * 33,025 is the last that int32 holds; attention adds up all positions."""
+    model, rng = Attention(), np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
+    variables = model.init(jax.random.key(0), x)
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x])
+    inputs = {n: jax.ShapeDtypeStruct((1, n, 4), jnp.float32) for n in (6, 33_025, 33_026)}
+    integers = {n: lower(model, variables, qparams, shape) for n, shape in inputs.items()}
+    assert integers[6].in_float == integers[33_025].in_float
+    (added,) = integers[33_026].in_float.keys() - integers[6].in_float.keys()
+    assert "33026 products" in integers[33_026].in_float[added]
+    # One that was lowered for short inputs says so of longer ones.
+    jax.eval_shape(integers[6], inputs[33_025])
+    with pytest.raises(ValueError, match="sums of 33026 products reach"):
+        jax.eval_shape(integers[6], inputs[33_026])
