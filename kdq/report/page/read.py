@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,9 @@ def cleaned(record: Any) -> tuple[Record, list[str]]:
             del found[key]
         elif isinstance(value, float) and not math.isfinite(value):
             found[key] = None
+        elif isinstance(value, int) and abs(value) > sys.float_info.max:
+            wrong.append(f"{key} is left out, as it has more than 300 digits")
+            del found[key]
     return found, wrong
 
 
