@@ -12,7 +12,8 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import absl.logging
@@ -53,18 +54,16 @@ class Checkpointer:
         self._directory, self._alone = os.path.abspath(directory), alone
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         if alone and jax.process_count() > 1:
-            own = jax.process_index()
-            options = ocp.CheckpointManagerOptions(
-                create=False,
-                multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"own{own}"
-                ),
-            )
+            options = _alone()
         # What goes wrong in Orbax's threads is raised by `wait`; they log it as well, in kilobytes.
         self._quiet = lambda record: "orbax" not in record.pathname
         absl.logging.get_absl_logger().addFilter(self._quiet)
         with self._named_errors():
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            try:
+                self._manager = ocp.CheckpointManager(self._directory, options=options)
+            except (TypeError, ValueError):  # a step whose own description is damaged
+                self._do_once(functools.partial(_set_aside_undescribed, self._directory))
+                self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, trees: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Saves `trees` and `record` as `step`, unless `step` is there already."""
@@ -124,13 +123,15 @@ class Checkpointer:
         if not (damaged if self._alone else processes.any_of(damaged)):
             return parts
         log.warning("checkpoint %s %s", path, problem or "is set aside: a process can't read it")
-        aside = functools.partial(_set_aside, path)
-        if self._alone:
-            aside()
-        else:
-            processes.first(aside)
+        self._do_once(functools.partial(_set_aside, path))
         self._manager.reload()
         return None
+
+    def _do_once(self, fn: Callable[[], None]) -> None:
+        if self._alone:
+            fn()
+        else:
+            processes.first(fn)
 
     def _restore(
         self, step: int, like: Mapping[str, Any | None]
@@ -193,6 +194,37 @@ class Checkpointer:
         if lost and jax.process_count() > 1:
             return  # to close is to wait for processes that may be gone
         self.close()
+
+
+def _alone() -> ocp.CheckpointManagerOptions:
+    """Of a manager that waits for no other process."""
+    if jax.process_count() == 1:
+        return ocp.CheckpointManagerOptions(create=False)
+    process = jax.process_index()
+    return ocp.CheckpointManagerOptions(
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=process,
+            active_processes={process},
+            barrier_sync_key_prefix=f"own{process}",
+        ),
+    )
+
+
+def _set_aside_undescribed(directory: str) -> None:
+    """Sets aside the checkpoints that keep Orbax from listing a folder."""
+    steps = [name for name in os.listdir(directory) if name.isdigit()]
+    for step in sorted(steps, key=int):
+        path = os.path.join(directory, step)
+        with tempfile.TemporaryDirectory() as scratch:  # in which it is the only one
+            os.symlink(path, os.path.join(scratch, step))
+            try:
+                ocp.CheckpointManager(scratch, options=_alone()).close()
+            except (TypeError, ValueError) as error:
+                log.warning(
+                    "checkpoint %s can't be read and is set aside: %s", path, _reason(error)
+                )
+                _set_aside(path)
 
 
 def _reason(error: Exception) -> str:

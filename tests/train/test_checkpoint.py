@@ -286,6 +286,21 @@ def test_what_is_not_what_was_saved_is_named(tmp_path, caplog, damage, reason):
     assert re.search(reason, message), message
 
 
+@pytest.mark.parametrize(
+    "text", ["5", "[]", '{"item_handlers": 5}', '{"init_timestamp_nsecs": "x"}', '{"metrics": 3}']
+)
+def test_a_damaged_description_is_no_hindrance_to_the_others(tmp_path, caplog, text):
+    saved(tmp_path, 5, 10)
+    (tmp_path / "10" / "_CHECKPOINT_METADATA").write_text(text)
+    with caplog.at_level(logging.WARNING, logger="kdq"):
+        step, trees, _ = restored(tmp_path)
+    assert step == 5
+    assert_equal(trees["state"], tree(5))
+    assert damaged_names(tmp_path) == ["10.damaged"]
+    (message,) = messages(caplog)
+    assert f"checkpoint {tmp_path / '10'} can't be read and is set aside: " in message
+
+
 def test_a_checkpoint_from_before_there_were_digests_opens(tmp_path):
     saved(tmp_path, 5)
     shutil.rmtree(tmp_path / "5" / "digests")
