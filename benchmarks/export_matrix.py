@@ -10,6 +10,7 @@ of the largest output, or why there is no file. Networks that --out has are not 
 
 import json
 from pathlib import Path
+from typing import Any
 
 import zoo
 import zoo_export
@@ -32,7 +33,7 @@ def main(_: list[str]) -> None:
         if name in (ONLY.value or set(zoo.ALL) - set(figures)):
             figures[name] = {f"{w} {form}": cell for w, form, cell in zoo_export.cells(entry)}
             print(name, json.dumps(figures[name]), flush=True)
-            path.write_text(json.dumps(figures, indent=1) + "\n")
+            write(path, figures)
     print(
         "\n".join(f"NO PARITY: {line}" for line in zoo_export.without_parity(figures)) or "parity"
     )
@@ -41,6 +42,14 @@ def main(_: list[str]) -> None:
         before, rest = page.read_text().split(BEGIN)
         after = rest.split(END)[1]
         page.write_text(f"{before}{BEGIN}\n{zoo_export.markdown(figures)}\n{END}{after}")
+
+
+def write(path: Path, figures: dict[str, Any]) -> None:
+    """A line a network, in the order of the zoo."""
+    rows = [
+        f"{json.dumps(name)}: {json.dumps(figures[name])}" for name in zoo.ALL if name in figures
+    ]
+    path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import zoo
+from flax.errors import FlaxError
 
 from kdq import deploy, quantize
 from kdq.deploy import parity
@@ -39,6 +40,10 @@ def cells(
             except (ValueError, KeyError, TypeError) as error:
                 yield from ((width, form, {"refused": _line(error)}) for form in forms)
                 continue
+            except FlaxError as error:  # a layer that nobody thought of
+                reason = f"{type(error).__name__}: {_line(error)}"
+                yield from ((width, form, {"failed": reason}) for form in forms)
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 for form in forms:
                     yield width, form, cell(form, Path(folder), *made)
@@ -70,7 +75,7 @@ def _sources(
 def cell(
     form: str, folder: Path, model: Any, integer: Any, inputs: Any, expected: Any, packs: Any
 ) -> dict[str, Any]:
-    """Of one file: "difference" and "agreement", or "refused"."""
+    """Of one file: "difference" and "agreement", or "refused"; a file that "failed" is a fault."""
     path, packed = folder / form, folder / "model.safetensors"
     if not packed.is_file():
         deploy.save_packed(packed, *packs, model={"name": "of the zoo"})
@@ -79,7 +84,10 @@ def cell(
         run = deploy.FORMATS[form].load(path, None, model)
     except ValueError as error:
         return {"refused": _line(error)}
-    outputs = parity.leaves(run(inputs))
+    try:
+        outputs = parity.leaves(run(inputs))
+    except Exception as error:  # of any runtime
+        return {"failed": f"{type(error).__name__}: {_line(error)}"}
     scale = max(float(np.abs(array).max()) for array in expected)
     measured = parity.of_all(outputs, expected)
     return {
@@ -95,11 +103,11 @@ def _line(error: BaseException) -> str:
 def without_parity(figures: dict[str, Any]) -> list[str]:
     """The cells that are neither rounding nor refused."""
     return [
-        f"{name}, {which}: {cell['difference']:.2g}"
+        f"{name}, {which}: {cell.get('difference') or cell['failed']}"
         for name, row in figures.items()
         for which, cell in row.items()
         if "refused" not in cell
-        and not cell["difference"] <= (EXACT if which.startswith("float") else OF_CODES)
+        and not cell.get("difference", np.inf) <= (EXACT if which.startswith("float") else OF_CODES)
     ]
 
 
@@ -125,6 +133,8 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def _shown(cell: dict[str, Any], reasons: dict[str, int]) -> str:
     """A difference of float32's rounding is "="."""
+    if "failed" in cell:
+        return "fails"
     if "refused" in cell:
         return f"[{reasons.setdefault(cell['refused'], len(reasons) + 1)}]"
     difference = "=" if cell["difference"] <= EXACT else f"{cell['difference']:.1g}"

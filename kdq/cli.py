@@ -9,6 +9,7 @@ import importlib
 import re
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -168,6 +169,8 @@ def _prepare() -> None:
     folder = Path(given.compilation_cache_dir or Path(given.workdir) / "compiled")
     jax.config.update("jax_compilation_cache_dir", str(folder / provenance.processor_digest()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # A full disk is said by what else is written; this would be said for every program.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache.*No space left")
     # XLA's own caches would make the folder's path a part of what programs are found by.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 

@@ -172,8 +172,7 @@ def _check(experiment: Experiment) -> None:
     for name in experiment.arms:
         _check_arm(experiment, name)
         _check_taught(experiment, name)
-    for name in experiment.arms:  # whose parents are all there
-        ancestors(experiment, name)
+    ancestors(experiment, *experiment.arms)  # whose parents are all there
 
 
 def _check_search(experiment: Experiment, one: Search, where: str) -> None:
@@ -302,27 +301,32 @@ def _check_taught(experiment: Experiment, name: str) -> None:
         raise ConfigError(unknown(f"{where}.distill:", one.distill, experiment.distill))
 
 
-def ancestors(experiment: Experiment, name: str) -> tuple[str, ...]:
-    """The arms that `name` needs, itself last, each after what it needs itself.
+def ancestors(experiment: Experiment, *names: str) -> tuple[str, ...]:
+    """The arms that `names` need and these themselves, each after what it needs itself.
 
     Raises ConfigError if an arm needs itself.
     """
     order: dict[str, None] = {}
-    # Those under way, each a parent of the one before, with its parents that are still to come:
-    # a stack, since a chain of arms may be longer than Python's.
-    trail = {name: iter(parents(experiment, name))}
-    while trail:
-        current = next(reversed(trail))
-        parent = next((other for other in trail[current] if other not in order), None)
-        if parent is None:
-            order[current] = None
-            del trail[current]
-        elif parent in trail:
-            circle = [*trail, parent]
-            raise ConfigError(f"arms need each other in a circle: {' -> '.join(circle)}")
-        else:
-            trail[parent] = iter(parents(experiment, parent))
+    for name in names:
+        # Those under way, each a parent of the one before, with its parents that are still to
+        # come: a stack, since a chain of arms may be longer than Python's.
+        trail = {} if name in order else {name: iter(parents(experiment, name))}
+        while trail:
+            current = next(reversed(trail))
+            parent = next((other for other in trail[current] if other not in order), None)
+            if parent is None:
+                order[current] = None
+                del trail[current]
+            elif parent in trail:
+                circle = " -> ".join([*trail, parent])
+                raise ConfigError(f"arms need each other in a circle: {_shortened(circle)}")
+            else:
+                trail[parent] = iter(parents(experiment, parent))
     return tuple(order)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def parents(experiment: Experiment, name: str) -> tuple[str, ...]:

@@ -4,13 +4,14 @@ A JSON object that kdq writes carries a seal: `"seal": "sha256:..."`, the digest
 One without is from before there were seals, or somebody else's, and is read as it is.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,27 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     # In the same directory: os.replace is atomic only within a file system.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        # mkstemp makes it private; a report is as readable as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException as error:
+        with named_errors(path):
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            # mkstemp makes it private; a report is as readable as any other file.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+    except BaseException:
         os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(path)  # a full disk does not say where
+        raise
+
+
+@contextlib.contextmanager
+def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds the path to an OSError that has none: a full disk does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 
@@ -111,7 +122,7 @@ def unseal(entry: Any) -> Any:
     except (ValueError, RecursionError) as error:
         raise DamagedError(str(error)) from error
     if entry.get(SEAL) != expected:
-        raise DamagedError("its contents are not those of its seal")
+        raise DamagedError("its contents are not those of its seal (an edit takes that key out)")
     return rest
 
 

@@ -23,6 +23,7 @@ from typing import ParamSpec, TextIO, TypeVar
 
 from kdq import processes
 from kdq.fields import ConfigError
+from kdq.files import named_errors
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,9 +108,10 @@ def _acquire(folder: Path, workdir: str) -> TextIO | None:
             if not _is_at(file, folder / FILE):
                 file.close()
                 continue
-            file.truncate(0)
-            file.write(json.dumps(_holder()) + "\n")
-            file.flush()
+            with named_errors(folder / FILE):
+                file.truncate(0)
+                file.write(json.dumps(_holder()) + "\n")
+                file.flush()
             return file
         except BlockingIOError:
             with file:
@@ -117,7 +119,6 @@ def _acquire(folder: Path, workdir: str) -> TextIO | None:
         except OSError as error:
             file.close()
             if error.errno not in _NO_LOCKS:
-                error.filename = error.filename or str(folder / FILE)  # a full disk: says not where
                 raise
             log.warning(
                 "%s is on a file system without locks (%s): nothing keeps a second program from "

@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 from programs import children, is_there, refusal, wait_for
 
-from kdq import config
+from kdq import config, files, lock
 
 slow = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -102,12 +102,12 @@ def test_a_run_leaves_results_tables_and_plots(unbroken):
     process, workdir = unbroken
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
-    records = json.loads((workdir / "results.json").read_text())
+    records = files.read_json(workdir / "results.json")
     assert [r["arm"] for r in records] == list(ARMS)
     assert {r["status"] for r in records} == {"ok"}
     for record in records:
         arm = workdir / record["arm"] / "0"
-        assert json.loads((arm / "result.json").read_text()) == record
+        assert files.read_json(arm / "result.json") == record
         assert (arm / "model.safetensors").stat().st_size == record["size_bytes"]
         assert (arm / "metrics.jsonl").exists() == bool(record["steps"])
     markdown = (workdir / "table.md").read_text()
@@ -139,7 +139,7 @@ def test_the_page_of_a_run_shows_what_was_measured(unbroken, visit):
     _, workdir = unbroken
     assert (workdir / "report.html").stat().st_size < 3_000_000
     page = visit(workdir / "report.html")
-    for record in json.loads((workdir / "results.json").read_text()):
+    for record in files.read_json(workdir / "results.json"):
         row = page.locator(
             "#results-table-0 tbody tr", has=page.get_by_text(record["arm"], exact=True)
         )
@@ -202,7 +202,7 @@ def test_a_killed_run_that_is_started_again_gives_the_same(unbroken, launch, nar
 
     again = launch("compress", *command)
     assert again.returncode == 0, again.stderr
-    results = [json.loads((w / "results.json").read_text()) for w in (tmp_path, expected)]
+    results = [files.read_json(w / "results.json") for w in (tmp_path, expected)]
     assert comparable(results[0]) == comparable(results[1])
     assert packed_bytes(tmp_path) == packed_bytes(expected)
     for arm in ("teacher", "kd", "qad_w4a4_kd"):
@@ -220,7 +220,7 @@ def unbroken_in_two(launch, narrowed, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two")
     process = launch("compress", *in_two_processes(narrowed, workdir))
     assert process.returncode == 0, process.stderr
-    return json.loads((workdir / "results.json").read_text())
+    return files.read_json(workdir / "results.json")
 
 
 @slow
@@ -253,7 +253,7 @@ def test_a_run_in_two_processes_that_is_stopped_leaves_none_and_goes_on(
 
     again = launch("compress", *command)
     assert again.returncode == 0, again.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = files.read_json(tmp_path / "results.json")
     assert len(results) == 2 * len(ARMS)
     assert comparable(results) == comparable(unbroken_in_two)
 
@@ -320,6 +320,20 @@ def test_a_program_that_refuses_says_so_by_its_status(launch, tmp_path):
     assert process.stderr.count("\n") == 1
 
 
+@slow
+@pytest.mark.parametrize("program", ["compress", "train"])
+def test_a_second_program_in_a_workdir_is_told_who_holds_it(launch, tmp_path, program):
+    """Other arms of the same experiment, too: the arms that both need would be trained twice."""
+    more = ("--arm=student",) if program == "train" else ()
+    with lock.hold(tmp_path):
+        process = launch(program, QUICK, f"--workdir={tmp_path}", *more)
+        assert os.listdir(tmp_path) == ["lock"]
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert process.stderr.startswith(f"error: {tmp_path} is in use by process {os.getpid()} of ")
+    assert process.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_export_writes_files_and_says_what_they_do(unbroken, launch, tmp_path):
     _, workdir = unbroken
@@ -333,6 +347,26 @@ def test_export_writes_files_and_says_what_they_do(unbroken, launch, tmp_path):
     accuracies = {cells[1]: cells[4] for cells in lines if cells and cells[0] == "0"}
     # What the record says was measured on the same weights, by the simulation.
     assert accuracies == dict.fromkeys(manifest["files"], f"{100 * record['accuracy']:.2f}")
+
+
+@pytest.mark.slow
+def test_a_format_that_fails_is_a_line_and_a_status_when_all_others_are_written(
+    unbroken, launch, tmp_path
+):
+    pytest.importorskip("jax2onnx")
+    arguments = (f"--workdir={unbroken[1]}", "--arm=qat_w4a4", f"--out={tmp_path / 'out'}")
+    process = launch("export", *arguments, "--format=onnx_int8,packed")
+    assert process.returncode == 1
+    assert process.stderr.startswith(
+        "error: onnx_int8, seed 0: format 'onnx_int8': it has integers"
+    )
+    assert process.stderr.count("\n") == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    rows = [line.split() for line in process.stdout.splitlines()]
+    assert {row[1] for row in rows if row and row[0] == "0"} == {"onnx_int8", "packed"}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"packed"}
+    assert process.stderr.strip().endswith(manifest["failed"]["onnx_int8"])
 
 
 EXPORT_MISTAKES = {
@@ -387,7 +421,7 @@ def test_an_arm_that_diverges_is_a_row_and_no_crash(launch, narrowed, tmp_path):
         "compress", *compress_flags(narrowed, tmp_path), "--config.arms.kd.learning_rate=1e36"
     )
     assert process.returncode == 0, process.stderr
-    records = {r["arm"]: r for r in json.loads((tmp_path / "results.json").read_text())}
+    records = {r["arm"]: r for r in files.read_json(tmp_path / "results.json")}
     failed = {arm for arm, r in records.items() if r["status"] == "failed"}
     assert failed == {"kd", "qad_w4a4_kd"}
     row = next(line for line in process.stdout.splitlines() if line.split()[:1] == ["kd"])
@@ -400,7 +434,7 @@ def test_an_arm_that_diverges_is_a_row_and_no_crash(launch, narrowed, tmp_path):
 def test_the_quick_config_as_shipped(launch, tmp_path):
     process = launch("compress", QUICK, f"--workdir={tmp_path}")
     assert process.returncode == 0, process.stderr
-    records = json.loads((tmp_path / "results.json").read_text())
+    records = files.read_json(tmp_path / "results.json")
     loaded = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("quick")
     assert [r["arm"] for r in records] == list(loaded.arms)
     assert {r["status"] for r in records} == {"ok"}

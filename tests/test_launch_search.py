@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from programs import refusal
 
+from kdq import files
 from kdq.deploy import load_packed
 from kdq.quantize.layers import layer_bits
 from kdq.search.bank import bits_of
@@ -142,7 +143,7 @@ def test_a_measured_table_is_taken_for_a_search(searched, launch, config, tmp_pa
     how = f"--config={config}:quick", "--metrics=size"
     process = launch("cost_table", *how, f"--out={path}")
     assert process.returncode == 0, process.stderr
-    table = json.loads(path.read_text())
+    table = files.read_json(path)
     assert set(table["metrics"]["size"]["layers"]) == {"conv_0", "conv_1", "head"}
     size = table["metrics"]["size"]
     shown = [line.split() for line in process.stdout.splitlines() if line.split()]

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from absl import logging
 
 import kdq
 from kdq import deploy, quantize
@@ -190,6 +191,19 @@ def test_a_teacher_of_ones_own_is_kept_as_it_is_and_quantized(tmp_path):
     # Two layers: none is spared, and both have what was asked for.
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["quantize"]["keep"] == []
+
+
+@pytest.mark.slow
+def test_noise_is_warned_of_with_what_to_try(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+    variables = Shallow().init(jax.random.key(0), DATA["test"][0][:1])
+    options = {**QUICK, "epochs": 2, "bits": "W1A1"}
+    kdq.compress(Shallow(), teacher_variables=variables, **DATA, workdir=tmp_path, **options)
+    (line,) = [line for line in lines if "signal to quantization noise" in line]
+    assert line.startswith("W1A1 by calibration: ")  # not of the arm that trains
+    assert "'hidden'" in line
+    assert "training through the quantizers" in line
 
 
 @pytest.mark.slow

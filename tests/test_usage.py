@@ -113,7 +113,7 @@ MISTAKES = {
     "unknown key": (
         ("--config=configs/digits.py", "--workdir=unused", "--config.evaluatins=3"),
         1,
-        "error: unknown key in config: 'evaluatins' (did you mean 'evaluations'?); valid: seeds, ",
+        "error: unknown key in config: 'evaluatins' (did you mean 'evaluations'?); valid: ",
     ),
 }
 

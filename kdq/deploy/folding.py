@@ -80,7 +80,7 @@ def spread(values: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
 
 
 def of_bias(values: np.ndarray, norm: Norm, layer: LayerInfo, rank: int) -> np.ndarray:
-    """What a norm has of each channel, aligned with the bias of the layer before it."""
+    """Aligns what a norm has of each channel with the bias of the layer before it."""
     places = list(output_channels(layer))
     return spread(values, [places.index(axis) - len(places) for axis in norm.axes], rank)
 

@@ -74,10 +74,10 @@ def list_code(
         code = calls[path_of(module)]
         if not kind.methods[method]:  # a lookup
             return outputs
-        collections_of = {name: dict(own) for name, own in module.variables.items()}
-        params = collections_of.pop("params", {})
+        variables_of = {name: dict(held) for name, held in module.variables.items()}
+        params = variables_of.pop("params", {})
         taken = {name: params.pop(name) for name in (kind.weight, "bias") if name in params}
-        if more := [*params, *(name for name, own in collections_of.items() if own)]:
+        if more := [*params, *(name for name, held in variables_of.items() if held)]:
             code.append(f"it also computes with {sorted(more)}")
             return outputs
         inside.append(module)  # its code is a model of its own, which is intercepted too

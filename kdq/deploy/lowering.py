@@ -252,7 +252,7 @@ class _Made(NamedTuple):
 
 
 def _structure(model: nn.Module, variables: Variables, inputs: Inputs) -> tuple:
-    """What `_traced_structure` lists, once for a model and shapes."""
+    """Returns what `_traced_structure` lists, once for a model and shapes."""
     shaped = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), getattr(x, "dtype", jnp.result_type(x)))
     leaves, structure = jax.tree.flatten((variables, inputs))
     arguments = (model, structure, tuple(map(shaped, leaves)))

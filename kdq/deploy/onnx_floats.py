@@ -1,4 +1,4 @@
-"""Operations on floats in ONNX for which jax2onnx has no form."""
+"""Operations in ONNX for which jax2onnx has no form."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jax.extend import core
 
 from kdq.deploy import contraction, onnx_program
 from kdq.deploy.onnx_graph import Graph, convert
-from kdq.deploy.onnx_windows import pad
+from kdq.deploy.onnx_windows import cast, pad
 
 
 @convert(onnx_program.conv_p, "Conv")
@@ -39,3 +39,27 @@ def _conv(graph: Graph, eqn: core.JaxprEqn) -> Any:
         kernel_shape=sizes[2:],
     )
     return graph.transpose(result, list(np.argsort(numbers.out_spec)), dtype)
+
+
+@convert(onnx_program.pick_p, "GatherND")
+def _pick(graph: Graph, eqn: core.JaxprEqn) -> Any:
+    """Elements, or what is behind them, of several axes at once."""
+    operand, indices = eqn.invars
+    numbers, out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
+    dtype, rank, axes = np.dtype(out.dtype), operand.aval.ndim, list(numbers.start_index_map)
+    value = graph.transpose(
+        graph.value(operand), [*axes, *(axis for axis in range(rank) if axis not in axes)], dtype
+    )
+    picked = [axis for axis in range(out.ndim) if axis not in numbers.offset_dims]
+    order = [*picked, *numbers.offset_dims]  # as GatherND has them
+    places = cast(graph, graph.value(indices), indices.aval.shape, np.int64)
+    result = graph.node("GatherND", [value, places], dtype, [out.shape[axis] for axis in order])
+    return graph.transpose(result, list(np.argsort(order)), dtype)
+
+
+@convert(onnx_program.remainder_p, "Mod")
+def _remainder(graph: Graph, eqn: core.JaxprEqn) -> Any:
+    """With the sign of what is divided."""
+    out = eqn.outvars[0].aval
+    values = [graph.value(atom) for atom in eqn.invars]
+    return graph.node("Mod", values, np.dtype(out.dtype), out.shape, fmod=1)

@@ -91,11 +91,11 @@ def _refusal(program: core.ClosedJaxpr, error: Exception, convert: Callable[...,
         atoms = [atom for atom in eqn.invars if isinstance(atom, core.Var)]
         if eqn.primitive.name.startswith("kdq_") or not atoms:
             continue
-        values = {atom: atom.val for atom in eqn.invars if isinstance(atom, core.Literal)}
 
-        def alone(*arrays: Any, eqn=eqn, atoms=atoms, values=values) -> Any:
-            known = values | dict(zip(atoms, arrays, strict=True))
-            return onnx_program.bind(eqn, [known[atom] for atom in eqn.invars])
+        def alone(*arrays: Any, eqn=eqn, atoms=atoms) -> Any:
+            known = dict(zip(atoms, arrays, strict=True))
+            value = lambda atom: atom.val if isinstance(atom, core.Literal) else known[atom]
+            return onnx_program.bind(eqn, [value(atom) for atom in eqn.invars])
 
         specs = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in atoms]
         try:

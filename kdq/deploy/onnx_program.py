@@ -69,6 +69,12 @@ PLAIN_KERNELS = ((0, 1, 2), (2, 1, 0), (0, 1, 2, 3), (3, 2, 0, 1))
 conv_p = primitives.primitive(
     "kdq_conv", lambda x, w, **params: jax.lax.conv_general_dilated_p.bind(x, w, **params)
 )
+# jax2onnx has no remainder of a batch of any size.
+remainder_p = primitives.primitive("kdq_remainder", jax.lax.rem)
+# jax2onnx does not pick from the axis of the batch and another one at once.
+pick_p = primitives.primitive(
+    "kdq_pick", lambda x, indices, **params: jax.lax.gather_p.bind(x, indices, **params)
+)
 
 multiply_to_float_p = primitives.primitive("kdq_multiply_to_float", _multiply_to_float)
 round_int8_p = primitives.primitive("kdq_round_int8", _round_int8)
@@ -160,19 +166,28 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
         pairs = zip(values, eqn.invars, strict=True)
         values = [value for value, atom in pairs if 0 not in atom.aval.shape]
         return values[0] if len(values) == 1 else eqn.primitive.bind(*values, **params)
+    if name in ("copy", "copy_p"):
+        return values[0]
+    if name == "clamp":  # jax2onnx's takes no batch of any size
+        low, x, high = values
+        return jnp.minimum(jnp.maximum(x, low), high)
+    if name == "rem":
+        return remainder_p.bind(*values)
     if name == "pad":
         return pad_p.bind(*values, **params)
     if name == "conv_general_dilated" and not _is_plain(params):
         return conv_p.bind(*values, **params)
     if name.startswith("reduce_window"):
         return _bind_window(eqn, values)
+    if name == "gather" and _picks(eqn):
+        return pick_p.bind(*values, **params)
     if name == "dot_general" and _is_matmul(eqn):
         return matmul_p.bind(*values)
     if name == "add" and not isinstance(values[1], jax.core.Tracer):
         bias = values[1].shape
         if len(bias) > 1 and math.prod(bias) == bias[-1]:
             return add_p.bind(values[0], np.ravel(values[1]))
-    if [isinstance(size, int) for size in shape].count(False) == 1:
+    if eqn.invars and [isinstance(size, int) for size in shape].count(False) == 1:
         if name in ("reshape", "squeeze", "expand_dims"):
             return reshape_p.bind(values[0], shape=shape)
         given = eqn.invars[0].aval.shape
@@ -198,6 +213,25 @@ def _is_plain(params: Mapping[str, Any]) -> bool:
     strided = set(params["window_strides"]) != {1} and set(params["lhs_dilation"]) != {1}
     cropped = any(min(pair) < 0 for pair in params["padding"])
     return known and numbers.rhs_spec in PLAIN_KERNELS and not strided and not cropped
+
+
+def _picks(eqn: core.JaxprEqn) -> bool:
+    """Whether a gather picks from several axes, of which one is of any size, and nothing else."""
+    params, shape = eqn.params, eqn.invars[0].aval.shape
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    axes = numbers.start_index_map
+    whole = all(
+        size == (1 if axis in axes else n)
+        for axis, (size, n) in enumerate(zip(sizes, shape, strict=True))
+    )
+    return (
+        len(axes) > 1
+        and not all(isinstance(shape[axis], int) for axis in axes)
+        and whole
+        and numbers.collapsed_slice_dims == tuple(sorted(axes))
+        and not numbers.operand_batching_dims
+        and params["mode"] == jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    )
 
 
 def _bind_window(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:

@@ -92,13 +92,13 @@ def measure(
     return {
         "params": models.count_parameters(variables),
         "accuracy": found["accuracy"],
-        "nll": found["nll"],
+        "nll": _number(found["nll"]),
         "accuracy_last": last["accuracy"],
-        "nll_last": last["nll"],
+        "nll_last": _number(last["nll"]),
         **{name: _number(found.get(name)) for name in FIDELITY},
         "accuracy_by_class": [_number(x) for x in fidelity.accuracy_by_class(logits, labels)],
         "validation_accuracy": selected.metrics["accuracy"],
-        "validation_nll": selected.metrics["nll"],
+        "validation_nll": _number(selected.metrics["nll"]),
         "macs": cost.macs(layers),
         "bops": cost.bops(layers, qparams),
         "energy_modelled_nj": sum(one.total for one in energy.modelled(layers, qparams).values()),
@@ -135,8 +135,8 @@ def _labels(batches: Sequence[Batch]) -> np.ndarray:
 
 
 def _number(value: float | None) -> float | None:
-    """JSON has no NaN."""
-    return None if value is None or math.isnan(value) else float(value)
+    """JSON has no NaN, and no infinity: the loss on a class that a model rules out."""
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def evaluate(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, float]:

@@ -15,10 +15,7 @@ UNIFORM = "uniform"  # the method of searches that others are compared with
 
 def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
     """`names` and what they need, each after what it needs."""
-    order: dict[str, None] = {}
-    for name in names:
-        order |= dict.fromkeys(kdq_config.ancestors(experiment, name))
-    return list(order)
+    return list(kdq_config.ancestors(experiment, *names))
 
 
 def digests(experiment: Experiment) -> dict[str, str]:

@@ -1,7 +1,6 @@
-"""What a record must be, and how it names the weights and the file that it is about."""
+"""How a record names the arm, the weights and the file that it is about."""
 
 import hashlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,76 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kdq import record as kdq_record
 from kdq.config import ConfigError
 from kdq.distill.cache_key import digest_variables
 from kdq.experiment.progress import Record
 from kdq.train.loop import Selection
 from kdq.types import Variables
 
-STATUSES = ("ok", "failed")
-TEXTS = ("kind", "bits", "arm_digest")
-# Where they are there: versions differ in what they measure.
-SHARES = ("accuracy", "accuracy_last", "validation_accuracy", "accuracy_corrected", "agreement")
-COUNTS = ("params", "size_bytes", "train_seconds", "steps", "selected_step", "bops", "macs")
-OPTIONAL = {
-    **dict.fromkeys(("nll", "nll_last", "validation_nll", "kl_to_teacher", "ece"), float),
-    **dict.fromkeys(("energy_modelled_nj", "calibration_seconds", "class_offset"), float),
-    **dict.fromkeys(("agreement_where_teacher_wrong", "attribution_cosine"), float),
-    **dict.fromkeys(("attribution_rank", "path_agreement"), float),
-    **dict.fromkeys(("top5_accuracy", "brier", "adaptive_ece", "adversarial_agreement"), float),
-    **dict.fromkeys(("observer", "reference", "config_digest", "commit", "device", "error"), str),
-    **dict.fromkeys(("selected_on", "weights_sha256", "peer_sha256", "packed_sha256"), str),
-    **dict.fromkeys(("versions", "data", "exports", "policy", "search"), Mapping),
-}
-
 
 def check(record: Any, name: str, seed: int) -> None:
     """Raises ConfigError for what is no record of an arm and seed."""
-    if not isinstance(record, Mapping):
-        raise ConfigError(f"want an object, got {type(record).__name__}")
-    _want(record, "arm", record.get("arm") == name, repr(name))
-    _want(record, "seed", record.get("seed") == seed, str(seed))
-    _want(record, "status", record.get("status") in STATUSES, " or ".join(STATUSES))
-    for key in TEXTS:
-        _want(record, key, isinstance(record.get(key), str), "text")
+    kdq_record.check(record)
+    kdq_record.want(record, "arm", record["arm"] == name, repr(name))
+    kdq_record.want(record, "seed", record["seed"] == seed, str(seed))
+    for key in ("kind", "bits", "arm_digest"):
+        kdq_record.want(record, key, record.get(key) is not None, "text")
     if record["status"] == "ok":
-        _want(record, "accuracy", record.get("accuracy") is not None, "a number")
-    there = {key: value for key, value in record.items() if value is not None}
-    for key in there.keys() & {*SHARES}:
-        _want(record, key, 0 <= _number(there[key]) <= 1, "a number from 0 to 1")
-    for key in there.keys() & {*COUNTS}:
-        _want(record, key, 0 <= _number(there[key]) < math.inf, "a number of at least 0")
-    for key in there.keys() & OPTIONAL.keys():
-        kind = OPTIONAL[key]
-        if kind is float:
-            _want(record, key, math.isfinite(_number(there[key])), "a finite number")
-        else:
-            word = "text" if kind is str else "an object"
-            _want(record, key, isinstance(there[key], kind), word)
-    for key, entry in (record.get("exports") or {}).items():
-        _want(record, "exports", isinstance(entry, Mapping), f"an object for {key!r}")
-
-
-def _want(record: Record, key: str, fulfilled: bool, wanted: str) -> None:
-    if not fulfilled:
-        raise ConfigError(f"{key}={_shortened(record.get(key))}: want {wanted}")
-
-
-def _number(value: Any) -> float:
-    """Returns a number as a float; what is none, or too large, as NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
-
-
-def _shortened(value: Any) -> str:
-    if isinstance(value, int) and abs(value) > 10**20:
-        return "a number of more than 20 digits"
-    text = ascii(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+        kdq_record.want(record, "accuracy", record.get("accuracy") is not None, "a number")
 
 
 def variables_of(parts: Mapping[str, Any]) -> Variables:

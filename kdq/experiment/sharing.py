@@ -107,7 +107,7 @@ class Shared:
             record = files.read_json(folder / RESULT)
             same = self._path(record, "json") == self._path(identity, "json")
             return folder if same and record["status"] == "ok" else None
-        except (OSError, ValueError, KeyError, TypeError):  # deleted since, or damaged
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # deleted, or damaged
             return None
 
     def _source(self, identity: Record) -> Path | None:

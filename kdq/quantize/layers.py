@@ -229,7 +229,7 @@ def _traced(
 
 
 class _Listing:
-    """What a run of the model meets, by path."""
+    """Lists what a run of the model meets, by path."""
 
     def __init__(self, variables: Variables):
         self.variables = variables

@@ -84,7 +84,7 @@ def why_changed(module: nn.Module, method: str, args: tuple, kwargs: Mapping[str
 
 
 def _is_flax_own(module: nn.Module, method: str) -> bool:
-    """Whether a layer computes as the class of Flax that it is of, or is derived from."""
+    """Returns true for a layer that computes as the class of Flax that it is, or extends."""
     flax_class = next(cls for cls in kinds.KINDS if isinstance(module, cls))
     same: Callable = lambda name: (
         inspect.getattr_static(type(module), name) is inspect.getattr_static(flax_class, name)

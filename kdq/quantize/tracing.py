@@ -30,7 +30,7 @@ INLINE = {
 
 
 def sub_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """What an equation calls, if it does nothing else."""
+    """Returns the code that an equation calls, if it does nothing else."""
     if eqn.primitive.name not in INLINE:
         return None
     inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr") or eqn.params.get("fun_jaxpr")
@@ -145,8 +145,8 @@ class _Follow:
         mixed = _mixed(operands)
         for branch in _jaxprs(eqn):
             count = len(branch.jaxpr.invars)
-            given = operands[-count:] if len(operands) >= count else [mixed] * count
-            self.inside(branch, given, loops)
+            taken = operands[-count:] if len(operands) >= count else [mixed] * count
+            self.inside(branch, taken, loops)
         return [mixed] * len(eqn.outvars)
 
     def inside(
@@ -279,7 +279,7 @@ def _collect_scan(params: dict[str, Any], operands: list[Any]) -> tuple[list[Any
 
 
 def _sees(jaxpr: core.Jaxpr) -> bool:
-    """Whether something in it is collected that can be."""
+    """Returns true if something in it is collected that can be."""
     for eqn in jaxpr.eqns:
         if eqn.primitive is _seen_p:
             return True

@@ -1,5 +1,6 @@
 """A run's progress as plain lines, for pipes and log files."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
@@ -7,6 +8,7 @@ from typing import TextIO
 from kdq import experiment
 
 EVERY = 20.0  # s between two lines of one arm
+LEAST = 3  # arms that must have ended before the time left is estimated, of fewer half
 OVERHEAD = 100  # steps: what starting, packing and measuring an arm takes, roughly
 
 
@@ -77,17 +79,16 @@ class Lines(_Line):
         self._file = file
         super().__init__(self._print, {})
         self._others: dict[int, _Line] = {}
-        self._left: dict[experiment.Unit, int] = {}  # of arms that are not done: their weight
-        self._all, self._weight = 0, 0
-        self._start, self._compiled = time.monotonic(), 0.0
+        self._all = 0
+        self._left: dict[experiment.Unit, int] = {}  # of what is not done: its weight
+        self._paces: list[float] = []  # seconds for a weight of one
 
     def _print(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=self._file, flush=True)
 
     def start(self, steps: Mapping[experiment.Unit, int | None]) -> None:
         self._left = {unit: n + OVERHEAD for unit, n in steps.items() if n is not None}
-        self._all, self._weight = len(steps), sum(self._left.values())
-        self._start = time.monotonic()
+        self._all = len(steps)
         before = len(steps) - len(self._left)
         done = f", {before if self._left else 'all'} of them done before" if before else ""
         what = "arms and seeds" if len(steps) > 1 else "arm and seed"
@@ -100,23 +101,31 @@ class Lines(_Line):
 
     def done(self, record: experiment.Record) -> None:
         unit = record["arm"], record["seed"]
-        if self._left.pop(unit, None) is None:
+        weight = self._left.pop(unit, None)
+        if weight is None:
             return  # it had been run before
         now = time.monotonic()
-        took = span(now - self._begun.pop(unit, now))
+        took = now - self._begun.pop(unit, now)
         if record["status"] == "ok":
-            said = f"{100 * record['validation_accuracy']:.2f}% on validation after {took}"
+            copied = record.get("shared_from")
+            if not copied:
+                compiled = record.get("compile_seconds") or 0.0
+                self._paces.append(max(0.0, took - compiled) / weight)
+            how = f", copied from {copied}" if copied else f" after {span(took)}"
+            said = f"{100 * record['validation_accuracy']:.2f}% on validation{how}"
         else:
             reason = str(record.get("error")).removeprefix(f"arm {unit[0]}, seed {unit[1]}: ")
-            said = f"FAILED after {took}: {' '.join(reason.split())}"
-        left = sum(self._left.values())
-        # Most arms that are to come share the programs of those that are done.
-        self._compiled += (record.get("compile_seconds") or 0.0) / max(1, len(self._others))
-        if left:
-            taken = max(0.0, now - self._start - self._compiled)
-            said += f"; about {span(taken * left / (self._weight - left))} left"
+            said = f"FAILED after {span(took)}: {' '.join(reason.split())}"
         place = self._all - len(self._left)
-        self._say(f"[{place}/{self._all}] {named(unit[0], [unit[1]])}: {said}")
+        self._say(f"[{place}/{self._all}] {named(unit[0], [unit[1]])}: {said}{self._time_left()}")
+
+    def _time_left(self) -> str:
+        """By the median pace: the first arms compile what the others share."""
+        if not self._left or len(self._paces) < min(LEAST, self._all // 2):
+            return ""
+        at_once = min(max(1, len(self._others)), len(self._left))
+        seconds = statistics.median(self._paces) * sum(self._left.values()) / at_once
+        return f"; about {span(seconds)} left"
 
 
 def span(seconds: float) -> str:

@@ -67,12 +67,14 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
     """
     console = console or standard_output()
     cells = cells_of(COLUMNS, table)
+    if one_seed(table):
+        del cells["Seeds"]  # it is said below
     shown = _fitting(cells, console.width)
     grid = terminal_grid()
+    roomy = sum(_width(name, cells[name]) + GAP for name in shown) <= console.width
     for name in shown:
-        # An interval or a size broken over two lines is hard to read; a long name or a reason is
-        # not.
-        keep = _width(name, cells[name]) <= FOLDED.get(name, console.width)
+        # An interval or a size broken over two lines is hard to read; a name or a reason is not.
+        keep = roomy or name not in FOLDED
         justify = "left" if name in LEFT else "right"
         grid.add_column(name, justify=justify, overflow="fold", no_wrap=keep)
     for i in range(len(table)):
@@ -90,12 +92,12 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
 def _fitting(cells: Mapping[str, Sequence[str]], width: int) -> list[str]:
     """The columns that fit, in their order; those of NEEDED whether they do or not."""
     chosen, taken = set(), 0
-    for name in IMPORTANCE:
+    for name in filter(lambda name: _is_measured(cells.get(name, ())), IMPORTANCE):
         natural = _width(name, cells[name])
-        least = min(natural, FOLDED.get(name, natural)) + GAP
-        if name in NEEDED or (_is_measured(cells[name]) and taken + least <= width):
-            chosen.add(name)
-            taken += least
+        taken += min(natural, FOLDED.get(name, natural)) + GAP
+        if taken > width and name not in NEEDED:
+            break
+        chosen.add(name)
     return [name for name in cells if name in chosen]
 
 

@@ -34,7 +34,7 @@ class History:
         for number, line in enumerate(_lines(path), start=1):
             try:
                 self.evaluations.append(_evaluation(line))
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
                 log.warning(
                     "%s, line %d: damaged (%s); from there on made again", path, number, error
                 )
@@ -46,9 +46,10 @@ class History:
 
     def add(self, evaluation: Evaluation) -> None:
         line = files.json_text(dataclasses.asdict(evaluation), indent=None)
-        self._file.write(line.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with files.named_errors(self._path):
+            self._file.write(line.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.evaluations.append(evaluation)
 
     def close(self) -> None:

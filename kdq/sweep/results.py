@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from kdq import experiment
 from kdq.config import to_json
 from kdq.experiment.sharing import Shared
 from kdq.experiment.store import Store
 from kdq.files import DamagedError, read_json, write_atomic, write_json
 from kdq.report import table
-from kdq.report.cells import escape
+from kdq.report.cells import escape, standard_output
 from kdq.report.write import strict
 from kdq.sweep.runs import SHARED, Run
 
@@ -91,6 +93,9 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
         table.print_table(rows)
     if copied:
         print(copied)
+    if rows:
+        where = f"Table: {workdir / 'table.md'}; of each run: {workdir / 'runs'}/NAME"
+        standard_output().print(Text(where), soft_wrap=True)
 
 
 def _copied(records: Sequence[Record]) -> str:

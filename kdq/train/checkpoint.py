@@ -177,16 +177,13 @@ class Checkpointer:
     def _named_errors(self) -> Iterator[None]:
         """A full disk and the like in a line: TensorStore raises a ValueError of kilobytes."""
         try:
-            yield
+            with files.named_errors(self._directory):
+                yield
         except ValueError as error:
             if not (code := re.search(r"os_error_code='(\d+)'", str(error))):
                 raise
             number = int(code[1])
             raise OSError(number, os.strerror(number), self._directory) from None
-        except OSError as error:
-            if error.errno is not None and error.filename is None:
-                error.filename = self._directory
-            raise
 
     def __enter__(self) -> "Checkpointer":
         return self

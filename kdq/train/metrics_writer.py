@@ -75,8 +75,9 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with files.named_errors(self._path):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
         if self._events is not None:
             self._add({"step": step, **metrics})
 

@@ -26,7 +26,9 @@ CASES = [
 @pytest.mark.parametrize(("name", "bits"), [case.values for case in CASES])
 def test_does_as_the_simulated_model(name, bits):
     model, variables, images = network(name)
-    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
+    qparams = quantize.calibrate(
+        model, variables, quantize.uniform_rules(*bits), [images], check=False
+    )
     simulated = quantize.apply(model, variables, qparams, images)
     lowered = lower(model, variables, qparams, images)
     outputs = lowered(images)
@@ -67,7 +69,9 @@ def test_codes_are_those_of_the_simulation_with_its_biases(name, bits):
         jnp.asarray(rng.normal(0, 0.3, a.shape), a.dtype) if "bias" in str(keys[-1]) else a
     )
     variables = jax.tree_util.tree_map_with_path(drawn, variables)
-    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
+    qparams = quantize.calibrate(
+        model, variables, quantize.uniform_rules(*bits), [images], check=False
+    )
     integer = lower(model, variables, qparams, images)
     rounded = integer.simulated(variables)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), variables, rounded)
@@ -86,10 +90,38 @@ def test_codes_are_those_of_the_simulation_with_its_biases(name, bits):
         assert (apart > 0).mean() <= 0.005, key
 
 
+def test_lower_itself_rounds_biases_to_the_steps_of_the_sums():
+    """To whole multiples of (input scale × weight scale), by NumPy; and that is all it changes."""
+    model, variables, images = network("mlp")
+    rng = np.random.default_rng(1)
+    drawn = lambda keys, a: (
+        jnp.asarray(rng.normal(0, 0.3, a.shape), a.dtype) if "bias" in str(keys[-1]) else a
+    )
+    variables = jax.tree_util.tree_map_with_path(drawn, variables)
+    qparams = quantize.calibrate(
+        model, variables, quantize.uniform_rules(2, 4), [images], check=False
+    )
+    integer = lower(model, variables, qparams, images)
+    simulated = integer.simulated(variables)
+    for path, quantizers in qparams.items():
+        bias = np.float64(variables["params"][path]["bias"])
+        scales = [np.float64(quantizers[name].scale) for name in ("weights", "activations")]
+        step = scales[0].ravel() * scales[1]
+        expected = step * np.round(bias / step)
+        np.testing.assert_allclose(simulated["params"][path]["bias"], expected, rtol=1e-5)
+        assert simulated["params"][path]["kernel"] is variables["params"][path]["kernel"]
+    outputs = np.asarray(integer(images))
+    error = lambda v: np.abs(outputs - np.asarray(quantize.apply(model, v, qparams, images))).max()
+    assert error(simulated) < 1e-4
+    assert error(variables) > 0.05  # another network
+
+
 @pytest.mark.parametrize("name", ["pooled", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_offsets_of_norms_become_biases(name):
     model, variables, images = network(name, offsets=0.5)
-    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
+    qparams = quantize.calibrate(
+        model, variables, quantize.uniform_rules(8, 8), [images], check=False
+    )
     simulated = quantize.apply(model, variables, qparams, images)
     without = network(name)[1]
     error, change = (
@@ -105,7 +137,9 @@ def test_offsets_of_norms_become_biases(name):
 
 def test_keeps_no_float_weight():
     model, variables, images = network("resnet", offsets=0.5)
-    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(4, 8), [images])
+    qparams = quantize.calibrate(
+        model, variables, quantize.uniform_rules(4, 8), [images], check=False
+    )
     lowered = lower(model, variables, qparams, images)
     for keys, array in jax.tree_util.tree_leaves_with_path(lowered.variables["params"]):
         name = jax.tree_util.keystr(keys)
@@ -130,7 +164,7 @@ def test_what_stays_in_float_is_listed_with_the_reason():
         ),
         QuantizationRule(path="head", weights=TensorSpec(format="fp8_e4m3"), activations=whole),
     )
-    qparams = quantize.calibrate(model, variables, rules, [images])
+    qparams = quantize.calibrate(model, variables, rules, [images], check=False)
     lowered = lower(model, variables, qparams, images)
     assert lowered.in_float == {
         "dense_0": "no rule quantizes its activations",
@@ -153,7 +187,7 @@ def test_sums_that_do_not_fit_stay_in_float():
     x = jnp.full((4, 3), 1e-3)
     model = Large()
     variables = model.init(jax.random.key(0), x)
-    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x])
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x], check=False)
     lowered = lower(model, variables, qparams, x)
     assert "more than 32 bits hold" in lowered.in_float["dense"]
     np.testing.assert_allclose(lowered(x), quantize.apply(model, variables, qparams, x), rtol=1e-6)
@@ -175,7 +209,7 @@ def test_a_norm_behind_an_output_that_is_also_used_elsewhere_stays():
     model = Used()
     variables = model.init(jax.random.key(0), x)
     variables = {**variables, "batch_stats": {"norm": {"mean": jnp.ones(4), "var": jnp.ones(4)}}}
-    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x])
+    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x], check=False)
     lowered = lower(model, variables, qparams, x)
     assert list(lowered.in_float) == ["norm"]
     np.testing.assert_allclose(
@@ -185,7 +219,9 @@ def test_a_norm_behind_an_output_that_is_also_used_elsewhere_stays():
 
 def test_an_unknown_layer_is_an_error():
     model, variables, images = network("mlp")
-    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
+    qparams = quantize.calibrate(
+        model, variables, quantize.uniform_rules(8, 8), [images], check=False
+    )
     with pytest.raises(KeyError, match="nowhere"):
         lower(model, variables, {"nowhere": qparams["head"]}, images)
 
@@ -204,7 +240,9 @@ def _floats_between(jaxpr):
 @pytest.mark.slow
 def test_by_fixed_point_numbers_a_residual_network_is_integers_from_end_to_end():
     model, variables, images = network("resnet", offsets=0.5)
-    qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
+    qparams = quantize.calibrate(
+        model, variables, quantize.uniform_rules(8, 8), [images], check=False
+    )
     by_float = lower(model, variables, qparams, images)
     by_fixed = lower(model, variables, qparams, images, fixed_point=True)
     flat = lambda lowered: jax.make_jaxpr(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdq import deploy
-from kdq.deploy import onnx_program
+from kdq.deploy import network, onnx_program
 
 jax2onnx = pytest.importorskip("jax2onnx")
 pytest.importorskip("kdq.deploy.onnx_ops")
@@ -21,7 +21,7 @@ def _run(function, x):
     """What ONNX Runtime computes, of a batch of any size."""
     (batch,) = jax.export.symbolic_shape("batch")
     spec = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
-    program = jax.make_jaxpr(function)(spec)
+    program = network.inlined(jax.make_jaxpr(function)(spec), [spec], unroll=True)
     proto = jax2onnx.to_onnx(
         lambda *arrays: onnx_program.evaluate(program, arrays), inputs=[spec], opset=21
     )
@@ -246,3 +246,25 @@ def test_parts_of_a_concatenation_may_be_empty():
     x = _draw((2, 3, 2), np.float32)
     outputs = _run(lambda x: jnp.concatenate([x[:, :0], x, x[:, 3:]], axis=1), x)[1]
     np.testing.assert_array_equal(outputs, x)
+
+
+def test_limits_and_remainders():
+    x = 3 * _draw((3, 4), np.float32)
+    limited = _run(lambda x: jax.lax.clamp(-1.0, x, jnp.full(x.shape, 2.0)), x)[1]
+    np.testing.assert_array_equal(limited, np.clip(x, -1, 2))
+    np.testing.assert_array_equal(_run(lambda x: jax.lax.rem(x, x * 0 + 2), x)[1], np.fmod(x, 2))
+    whole = x.astype(np.int32)
+    remainder = _run(lambda x: jax.lax.rem(x, x * 0 + 2), whole)[1]
+    np.testing.assert_array_equal(remainder, np.fmod(whole, 2))
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_an_element_of_each_example(axis):
+    x = _draw((3, 4, 4, 2), np.float32)
+    at = lambda x, numpy: (numpy.abs(x[:, 0, 0, 0]) * 20).astype(np.int32) % 4 - 1
+    last = lambda x, of, numpy: (
+        x[numpy.arange(x.shape[0]), of] if axis == 1 else x[numpy.arange(x.shape[0]), :, of]
+    )
+    outputs = _run(lambda x: last(x, at(x, jnp), jnp), x)[1]
+    assert len(set(at(x, np))) > 1
+    np.testing.assert_array_equal(outputs, last(x, at(x, np), np))

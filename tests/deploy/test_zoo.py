@@ -7,6 +7,8 @@ import pytest
 import zoo
 import zoo_export
 
+from kdq import deploy
+
 pytest.importorskip("jax2onnx")
 pytest.importorskip("litert_converter")
 
@@ -52,3 +54,13 @@ def test_every_cell_runs_or_is_refused_as_published(name):
 def test_the_zoo_has_what_it_names():
     assert len(zoo.ALL) >= 40
     assert len(zoo.ALL) == sum(len(networks) for networks in zoo.ZOO.values())
+
+
+def test_the_page_shows_what_was_measured():
+    """Every network has its cells, and the page is what the command makes of them."""
+    figures = json.loads(PUBLISHED.read_text())
+    assert set(figures) == set(zoo.ALL)
+    whole = {f"{width} {form}" for width in zoo_export.WIDTHS for form in deploy.FORMATS}
+    assert all(set(row) == whole for row in figures.values())
+    page = (Path(zoo.__file__).parents[1] / "docs" / "deployment.md").read_text()
+    assert zoo_export.markdown(figures) in page

@@ -418,3 +418,38 @@ def test_files_that_are_there_are_timed_again_beside_new_ones(tiny_config, copie
     assert all(entry["latency"]["1"]["milliseconds"] > 0 for entry in both.values())
     again = run(formats=formats, examples=100, latency_batches=(1,))
     assert again == json.loads(json.dumps(both))  # nothing was left to do
+
+
+@pytest.mark.slow
+def test_an_export_that_fails_keeps_no_other_from_being_made(tiny_config, copied, monkeypatch):
+    def save(path, source):
+        raise ValueError("no words for it")
+
+    broken = dataclasses.replace(deploy.FORMATS["stablehlo"], save=save, file="broken")
+    monkeypatch.setitem(deploy.FORMATS, "broken", broken)
+
+    def run(*formats):
+        export = {"formats": formats, "examples": 50, "arms": ("teacher", "student")}
+        frozen = config.freeze({**tiny_config(), "export": export})
+        return experiment.run(frozen, copied, arms=["teacher", "student"])
+
+    expected = (
+        r"^teacher, seed 0, broken: format 'broken': no words for it; "
+        r"student, seed 0, broken: format 'broken': no words for it$"
+    )
+    for _ in range(2):  # it is tried again each time
+        with pytest.raises(deploy.ExportError, match=expected):
+            run("broken", "packed")
+    for arm in ("teacher", "student"):
+        record = json.loads((copied / arm / "0" / "result.json").read_text())
+        assert set(record["exports"]) == {"packed"}
+        assert record["exports"]["packed"]["accuracy"] == pytest.approx(record["accuracy"])
+        assert record["failed_exports"] == {"broken": "format 'broken': no words for it"}
+    # A config that does not ask for it is content, and a format that works again is made.
+    run("packed")
+    monkeypatch.setitem(
+        deploy.FORMATS, "broken", dataclasses.replace(deploy.FORMATS["packed"], file="broken")
+    )
+    assert all(set(record["exports"]) == {"packed", "broken"} for record in run("packed", "broken"))
+    record = json.loads((copied / "student" / "0" / "result.json").read_text())
+    assert "failed_exports" not in record

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from kdq import config, data, deploy, experiment
+from kdq import config, data, deploy, experiment, files
 from kdq.config import ConfigError
 from kdq.experiment import inputs as inputs_module
 from kdq.experiment import runner
@@ -105,13 +105,16 @@ def folder(floats, found, tmp_path):
 
 def evaluations(workdir, name="four"):
     (path,) = (workdir / "searches" / name / "0").glob("evaluations-*.jsonl")
-    return [json.loads(line) | {"seconds": 0} for line in path.read_text().splitlines()]
+    return [
+        files.unseal(json.loads(line)) | {"seconds": 0} for line in path.read_text().splitlines()
+    ]
 
 
 def result(workdir, name="four"):
     """What a search came to, but for the time it took."""
     path = workdir / "searches" / name / "0" / "result.json"
-    return json.loads(path.read_text()) | {"seconds": 0, "prepare_seconds": 0, "compile_seconds": 0}
+    times = {"seconds": 0, "prepare_seconds": 0, "compile_seconds": 0}
+    return files.read_json(path) | times
 
 
 def bits_of_file(workdir, arm):

@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -12,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from kdq import config, experiment
+from kdq import config, experiment, files
 from kdq.experiment import sharing
 from kdq.experiment.sharing import Shared
 from kdq.experiment.store import Store
 
 slow = pytest.mark.slow
-VARYING = ("train_seconds", "calibration_seconds", "commit", "shared_from", "config_digest")
+SECONDS = ("train_seconds", "calibration_seconds", "compile_seconds")
+VARYING = (*SECONDS, "commit", "shared_from", "config_digest")
 
 
 def with_temperature(tiny_config, temperature, **changed):
@@ -148,7 +148,7 @@ def test_two_at_once_train_once(trained):
     assert "exports" not in records[0]
     copied = second.store.folder("teacher", 0)
     assert {path.name for path in copied.iterdir()} == {"model.safetensors", "result.json"}
-    assert json.loads((copied / "result.json").read_text()) == records[0]
+    assert files.read_json(copied / "result.json") == records[0]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +194,16 @@ def test_a_failed_or_deleted_arm_is_trained_again(trained):
         path.rename(path.with_name(f"gone_{path.name}"))
     assert "shared_from" not in third.once()
     assert trained("fourth").once()["shared_from"] == "../third/teacher/0"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"folder": 3}', '{"folder": "../none"}', "{"])
+def test_where_a_trained_arm_is_may_be_damaged(trained, text):
+    first, second = trained("first"), trained("second")
+    first.once()
+    first.shared._path(first.identity(), "json").write_text(text)
+    assert "shared_from" not in second.once()
+    first.store.folder("teacher", 0).joinpath("result.json").write_text("[1]")
+    assert trained("third").once()["shared_from"] == "../second/teacher/0"
 
 
 def test_a_copy_that_was_cut_off_is_made_again(trained, monkeypatch):

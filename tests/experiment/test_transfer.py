@@ -10,6 +10,7 @@ import pytest
 from kdq import quantize
 from kdq.distill import capture
 from kdq.evaluate import attribution, boundary, cka
+from kdq.experiment import measure
 from kdq.experiment.transfer import Comparison, Network
 from kdq.schema import Transfer
 
@@ -117,3 +118,10 @@ def test_a_teacher_of_one_class_has_no_path():
     found = Comparison(sure, IMAGES, dataclasses.replace(CONFIG, epsilon=0.0)).measure(student)
     assert found["path_agreement"] is None
     assert found["adversarial_agreement"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), -float("inf")])
+def test_a_measure_that_is_no_number_is_none_in_a_record(value):
+    """The loss on a class that a model rules out is infinite, which JSON can't say."""
+    assert measure._number(value) is None
+    assert measure._number(np.float64(0.5)) == 0.5

@@ -140,5 +140,5 @@ def test_every_uniform_policy_is_tried_however_few_evaluations_there_are(make, t
     added = experiment.with_search(make(evaluations=1), tmp_path, "found")
     assert added.searches["uniform"].evaluations == 2 * len(CHOICES)
     assert added.searches["found"].evaluations == 1
-    with pytest.raises(ConfigError, match=r"config\.searches\.found\.evaluations=0"):
+    with pytest.raises(ConfigError, match=r"config\.search\.evaluations=0"):
         experiment.with_search(make(evaluations=0), tmp_path, "found")

@@ -242,5 +242,6 @@ def test_one_compilation_serves_every_bit_width():
     first = len(CALLS)
     for bits in range(1, 8):
         calibrate(model, variables, uniform_rules(bits, bits, observer=observer), batches)
-    # The list of layers and the observation of three batches were traced once each.
-    assert len(CALLS) == first == 2
+    # The list of layers, the observation of three batches, and the float and the quantized model of
+    # the check were traced once each.
+    assert len(CALLS) == first == 4

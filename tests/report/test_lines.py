@@ -61,7 +61,7 @@ def test_a_line_where_an_arm_begins_and_one_where_it_ends(told):
     told.arm("teacher", [0], 400)
     told.wait(49)
     told.done(ok("teacher"))
-    # 500 of 1,600 steps, with 100 for all else of an arm, took 50 s.
+    # 500 steps, with 100 for all else of an arm, took 50 s; 1,100 are left.
     assert told.said() == [
         "3 arms and seeds to run",
         "teacher, seed 0: 400 steps",
@@ -76,9 +76,16 @@ def test_a_line_where_an_arm_begins_and_one_where_it_ends(told):
     told.wait(2)
     told.done(ok("ptq"))
     assert told.said() == [
-        "[2/3] kd, seed 0: FAILED after 3 s: NaN or infinity at step 3; about 4 s left",
+        "[2/3] kd, seed 0: FAILED after 3 s: NaN or infinity at step 3; about 10 s left",
         "[3/3] ptq, seed 0: 97.50% on validation after 2 s",
     ]
+
+
+def test_an_arm_that_was_copied_says_from_where(told):
+    told.start({("teacher", 0): 400})
+    told.done(ok("teacher", shared_from="../seeds=0/teacher/0"))
+    (_, line) = told.said()
+    assert line == "[1/1] teacher, seed 0: 97.50% on validation, copied from ../seeds=0/teacher/0"
 
 
 def test_what_compiled_is_not_expected_of_those_that_come(told):
@@ -87,6 +94,19 @@ def test_what_compiled_is_not_expected_of_those_that_come(told):
     told.wait(70)
     told.done(ok("a", compile_seconds=60.0))
     assert told.said()[-1].endswith("after 70 s; about 10 s left")
+
+
+def test_the_pace_of_most_counts_and_only_once_there_are_three(told):
+    told.start({("arm", seed): 100 for seed in range(10)})
+    for seed, seconds in enumerate((90, 2, 4)):
+        told.prepare("arm", seed)
+        told.wait(seconds)
+        told.done(ok("arm", seed))
+    assert [line.partition("after ")[2] for line in told.said()[1:]] == [
+        "90 s",
+        "2 s",
+        "4 s; about 28 s left",  # seven of 4 s, the median
+    ]
 
 
 def test_what_was_done_before_is_counted_and_not_said_again(told):
@@ -160,7 +180,7 @@ def test_several_processes_speak_each_of_their_own(told):
         "2 arms and seeds to run",
         "a, seed 0: 100 steps",
         "b, seed 1: 100 steps",
-        "[1/2] b, seed 1: 97.50% on validation after 10 s; about 15 s left",
+        "[1/2] b, seed 1: 97.50% on validation after 10 s; about 10 s left",
         "a, seed 0: step 40 of 100",
         "[2/2] a, seed 0: 97.50% on validation after 35 s",
     ]

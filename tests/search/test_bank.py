@@ -33,7 +33,7 @@ def by_rules(model, variables, chosen, calibration, observer="mse"):
     """Calibrated by the rules that an arm gets for a policy, and by no other."""
     entries = bank.to_rules(chosen, observer)
     rules = tuple(_rule(entry, AbsMax(), "rules") for entry in entries)
-    return quantize.calibrate(model, variables, rules, calibration, train=False)
+    return quantize.calibrate(model, variables, rules, calibration, train=False, check=False)
 
 
 def places(filled, choices, chosen):

@@ -36,7 +36,7 @@ def alone(case, path, bits):
     rules = quantize.uniform_rules(*parse_bits(bits), observer=MSE())
     calibration = [students.images(16, 0)]
     args = (evaluator.model, evaluator.variables)
-    qparams = quantize.calibrate(*args, rules, calibration, train=False)
+    qparams = quantize.calibrate(*args, rules, calibration, train=False, check=False)
     own = {path: qparams[path]} if bits else {}
     found = [quantize.predict(*args, own, batch["image"])[batch["mask"] > 0] for batch in batches]
     return np.concatenate(found).astype(np.float64)
@@ -98,7 +98,7 @@ def on_the_way(case, path, bits, share):
     evaluator, _, batches = case
     rules = quantize.uniform_rules(*parse_bits(bits), observer=MSE())
     args = (evaluator.model, evaluator.variables)
-    qparams = quantize.calibrate(*args, rules, [students.images(16, 0)], train=False)
+    qparams = quantize.calibrate(*args, rules, [students.images(16, 0)], train=False, check=False)
     move = lambda x, q: x + share * (quantize.fake_quantize(x, q) - x)
     found = [
         quantize.apply(*args, {path: qparams[path]}, b["image"], rounding=move, train=False)
@@ -207,7 +207,7 @@ def test_hessian_is_the_trace_times_the_squared_error():
             row, (("weights", (2, None)), ("activations", (None, 2))), strict=True
         ):
             rules = quantize.uniform_rules(*bits, observer=MSE())
-            quantizer = quantize.calibrate(model, variables, rules, [x])[path][operand]
+            quantizer = quantize.calibrate(model, variables, rules, [x], check=False)[path][operand]
             tensor = jnp.asarray(tensors[path, operand])
             error = float(jnp.square(quantize.fake_quantize(tensor, quantizer) - tensor).sum())
             own, variance = hessians[path, operand]
@@ -247,7 +247,7 @@ def test_hessian_that_is_diagonal_is_exact_by_one_probe():
     trace = (p * (1 - p)).mean()  # d²/dz² of the loss, over each token's examples
     for value, bits in zip(found[0], (2, 3), strict=True):
         rules = quantize.uniform_rules(bits, None, observer=MSE())
-        own = quantize.calibrate(model, variables, rules, [tokens])["score"]["weights"]
+        own = quantize.calibrate(model, variables, rules, [tokens], check=False)["score"]["weights"]
         error = np.square(quantize.fake_quantize(jnp.asarray(table), own) - table).sum()
         assert value == pytest.approx(0.5 * trace / 7 * float(error), rel=1e-4)
 

@@ -92,7 +92,7 @@ def test_runs_of_other_overrides_have_other_digests_and_labels(config):
     [
         ([{"data.nam": "x"}], "unknown key in config.data: 'nam' (did you mean 'name'?); valid: "),
         ([{"resources.cpu": 1}], "run base: unknown key in config.resources: 'cpu' (did you mean"),
-        ([{"resources.cpus": -1}], "config.resources.cpus=-1: want 0 (unstated) or more"),
+        ([{"resources.cpus": -1}], "config.resources.cpus=-1: want at least 0"),
         ([{}, {"evaluations": "many"}], "run evaluations=many: flag --config.evaluations=many: "),
         ([{"arms.student.label_smoothing": 1.5}], "config.arms.student.label_smoothing=1.5: want"),
         ([{"arms.student": {"epochs": 1.0}}], "want its fields one by one, as config.arms.student"),

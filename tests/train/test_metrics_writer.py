@@ -1,6 +1,8 @@
 """Training curves on disk, also after an interruption."""
 
+import contextlib
 import json
+import logging
 import struct
 import sys
 
@@ -51,6 +53,35 @@ def test_a_resume_drops_later_and_cut_off_lines(tmp_path, tail):
     written(path, [3, 4, 5], after_step=2)
     assert [entry["step"] for entry in lines(path)] == [1, 2, 2, 3, 4, 5]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+DAMAGED = (
+    b'{"step": 2, "lo', b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"5", b'{"loss": 1}',
+    b'{"step": "2"}', b'{"step": 2, "loss": "x"}', b'{"step": 2, "loss": NaN}',
+)  # fmt: skip
+
+
+def test_a_resume_leaves_out_damaged_lines_and_says_so(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    written(path, [1, 2, 3])
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\n".join(DAMAGED) + b"\n" + b"".join(others))
+    with caplog.at_level(logging.WARNING, logger="kdq"):
+        written(path, [3, 4], after_step=2)
+    assert [entry["step"] for entry in lines(path)] == [1, 2, 3, 4]
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert message == f"{path}: {len(DAMAGED)} damaged lines are left out"
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer._file.close()
+    writer._file = open("/dev/full", "w")  # noqa: SIM115 closed by the writer
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        writer.write(1, {"loss": 0.5})
+    with contextlib.suppress(OSError):  # what it could not write is written again
+        writer.close()
 
 
 def test_a_resume_without_a_file_starts_one(tmp_path):

@@ -80,8 +80,8 @@ def teacher_guided(
       ValueError: fewer than two batches, an option out of range, outputs that are no logits, that
         are not finite or differ in classes.
     """
-    given = list(batches)
-    batches = as_list(given, "teacher_guided", apply_kwargs)
+    raw = list(batches)
+    batches = as_list(raw, "teacher_guided", apply_kwargs)
     check_positive(
         "teacher_guided", learning_rate=learning_rate, checks=checks, temperature=temperature
     )
@@ -91,8 +91,8 @@ def teacher_guided(
     target = variables if target is None else unboxed(target)
     key, order_key = jax.random.split(jax.random.key(seed))
     order = [int(i) for i in jax.random.permutation(order_key, len(batches))]
-    batches, given = [batches[i] for i in order], [given[i] for i in order]
-    logits = None if teacher is None else [teacher(inputs) for inputs in given]
+    batches, raw = [batches[i] for i in order], [raw[i] for i in order]
+    logits = None if teacher is None else [teacher(inputs) for inputs in raw]
     wanted = _wanted(model, target, logits, batches)
     held = max(1, len(batches) // 4)
     unseen = list(zip(batches[:held], wanted[:held], strict=True))

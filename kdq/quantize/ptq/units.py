@@ -18,7 +18,8 @@ import numpy as np
 
 from kdq.quantize import kinds, simulate
 from kdq.quantize.inputs import Inputs
-from kdq.quantize.layers import at_path, path_of
+from kdq.quantize.layers import at_path, list_layers, path_of
+from kdq.quantize.ptq.order import prefixes
 from kdq.types import Array, QParams, Variables
 
 SEEN, NUDGES = "_seen", "_nudges"
@@ -96,12 +97,24 @@ def describe(
     layer every method of its kind is a call; of a block only `__call__`.
     """
     found: dict[str, tuple[nn.Module, Any, dict[str, Call]]] = {}
-    paths = tuple(paths)
+    layers = list_layers(model, variables, inputs)
+    in_loop = [path for path, layer in layers.items() if layer.in_loop]
+    around = {path for layer in in_loop for path in prefixes(layer)[1:-1]}
 
-    def run(variables: Variables, inputs: Inputs) -> None:
-        run_watched(model, variables, {}, inputs, paths, found)
+    def run(paths: tuple[str, ...], found: dict) -> bool:
+        forward = lambda variables, inputs: run_watched(model, variables, {}, inputs, paths, found)
+        jax.eval_shape(forward, variables, inputs)
+        return True
 
-    jax.eval_shape(run, variables, inputs)
+    def can_be_seen(path: str) -> bool:
+        """Returns true if a module around a layer in a loop is outside of the loop."""
+        try:
+            return run((path,), {})
+        except (ValueError, flax.errors.FlaxError):  # what is shared by turns can't change in them
+            return False
+
+    outside = lambda path: path not in in_loop and (path not in around or can_be_seen(path))
+    run(tuple(filter(outside, paths)), found)
     order = list(qparams)
     units = {}
     for path, (module, shapes, calls) in found.items():
@@ -139,8 +152,6 @@ def run_watched(
         kind = kinds.kind_of(module)
         watched = method in kind.methods if kind else method == "__call__"
         if path not in paths or not watched or path in active:
-            return next_fun(*args, **kwargs)
-        if not module.is_mutable_collection("params"):  # a loop over one set of weights: nn.RNN
             return next_fun(*args, **kwargs)
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), module.variables)
         active.append(path)

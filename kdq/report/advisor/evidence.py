@@ -10,11 +10,11 @@ from typing import Any
 from kdq import files
 from kdq.evaluate.statistics import summary
 from kdq.fields import ConfigError
+from kdq.record import check, has_arms
 from kdq.report import Record
 from kdq.report.advisor import lineage
 from kdq.report.advisor.lineage import Lineage
 from kdq.report.aggregate import mean_of_all, number
-from kdq.report.page.read import cleaned, is_config
 
 NEEDED = ("arm", "seed", "status", "kind", "bits", "data")
 MEASURED = ("params", "accuracy", "validation_accuracy", "size_bytes", "train_seconds")
@@ -124,14 +124,25 @@ def _workdir(path: str, name: str) -> Source:
     if not paths:
         raise ConfigError(f"--workdirs: {path} holds no ARM/SEED/result.json of a finished arm")
     config = Path(path, "config.json")
-    known = _json(config) if config.is_file() else None
-    if known is not None and not is_config(known):
-        raise ConfigError(f"{config} is no config of an experiment: it has no arms")
+    known = _config(config) if config.is_file() else None
     records = [_json(file) for file in paths]
     if known:  # in the order of the config, not of the alphabet
         order = {arm: place for place, arm in enumerate(known["arms"])}
-        records.sort(key=lambda record: order.get(record.get("arm"), len(order)))
+        records.sort(key=lambda record: _place(record, order))
     return _source(path, name, records, known)
+
+
+def _place(record: Any, order: Mapping[str, int]) -> int:
+    arm = record.get("arm") if isinstance(record, Mapping) else None
+    return order.get(arm, len(order)) if isinstance(arm, str) else len(order)
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """The config of a workdir, of which the arms count here."""
+    known = _json(path)
+    if not has_arms(known):
+        raise ConfigError(f"{path} is no config of an experiment: it has no arms")
+    return known
 
 
 def _file(path: str, name: str) -> Source:
@@ -160,11 +171,9 @@ def _source(path: str, name: str, records: list[Any], config: Mapping[str, Any] 
                 "want records that launch/compress.py wrote"
             )
         try:
-            _, wrong = cleaned(record)
+            check(record)
         except ConfigError as error:
-            raise ConfigError(f"{path}: record {i}: {error}") from error
-        if wrong:
-            raise ConfigError(f"{path}: record {i} ({record['arm']}): {': '.join(wrong[0])}")
+            raise ConfigError(f"{path}: record {i} ({record['arm']}): {error}") from error
         if (key := (record["arm"], record["seed"])) in seen:
             raise ConfigError(f"{path}: two records of arm {key[0]!r} seed {key[1]}")
         seen.add(key)

@@ -6,6 +6,7 @@ from typing import Any
 
 import vl_convert
 
+from kdq.report.page.labels import WIDE
 from kdq.report.page.specs import Spec
 from kdq.report.page.tradeoff import NARROW_LABELS
 
@@ -37,7 +38,7 @@ def pictures(specs: Sequence[Spec], title: str) -> tuple[bytes, bytes]:
         joined |= {"width": WIDTH, **_bare(specs[0])}
         subtitle = joined.pop("title", None)
     else:
-        joined["hconcat"] = [{"width": 420, **_bare(spec)} for spec in specs]
+        joined["hconcat"] = [{"width": WIDE, **_bare(spec)} for spec in specs]
         subtitle = None
     joined["title"] = {"text": title, "anchor": "start"}
     if subtitle:

@@ -9,6 +9,7 @@ from typing import Any
 
 from kdq import files
 from kdq.fields import ConfigError
+from kdq.record import has_arms
 from kdq.report import Record
 
 NUMBERS = (
@@ -116,16 +117,10 @@ def _config(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
     except ConfigError as error:
         problems.append(str(error))
         return None
-    if not is_config(config):
+    if not has_arms(config):
         problems.append(f"{path} is no config of an experiment: it has no arms")
         return None
     return config
-
-
-def is_config(config: Any) -> bool:
-    """Returns whether a JSON value has the arms of an experiment."""
-    arms = config.get("arms") if isinstance(config, Mapping) else None
-    return isinstance(arms, Mapping) and all(isinstance(arm, Mapping) for arm in arms.values())
 
 
 def json_of(path: Path) -> Any:
