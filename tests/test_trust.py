@@ -157,11 +157,10 @@ class Net(nn.Module):
         return nn.Dense(2, name="out")(nn.relu(nn.Dense(4, name="first")(x)))
 
 if __name__ == "__main__":
-    x = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
-    split = (x, (x[:, 0] > 0).astype(np.int32))
-    kdq.compress(
-        Net(), train=split, validation=split, test=split, workdir="run", epochs=2, bits="W8A8"
-    )
+    x = np.random.default_rng(0).normal(size=(192, 3)).astype(np.float32)
+    train, validation, test = ((x[i::3], (x[i::3, 0] > 0).astype(np.int32)) for i in range(3))
+    splits = {"train": train, "validation": validation, "test": test}
+    kdq.compress(Net(), **splits, workdir="run", epochs=2, bits="W8A8")
 """
 
 
