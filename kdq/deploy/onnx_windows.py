@@ -222,6 +222,8 @@ def _taps(
 ) -> Any:
     """Each element of the window as an array, reduced one after the other."""
     axes = windows.axes
+    if not axes:
+        return value
     if not all(isinstance(shape[axis], int) for axis in axes):
         raise NoForm("it has a window over the examples of a batch of any size")
     at = graph.constant(np.int64(axes))
