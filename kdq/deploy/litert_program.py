@@ -59,8 +59,8 @@ def _convolution(kernel: Conv, x: Array, w: Array) -> Array:
     if set(kernel.strides) != {1}:
         whole = list(kernel.padding)
     total = rounded.product(dataclasses.replace(kernel, padding=tuple(whole)), x, w)
-    for axis, given, made in zip(numbers.out_spec[2:], kernel.padding, whole, strict=True):
-        low, high = made[0] - given[0], made[1] - given[1]
+    for axis, wanted, made in zip(numbers.out_spec[2:], kernel.padding, whole, strict=True):
+        low, high = made[0] - wanted[0], made[1] - wanted[1]
         total = lax.slice_in_dim(total, low, total.shape[axis] - high, axis=axis)
     return total
 

@@ -5,9 +5,10 @@ of float32 and 8 bits, and means of float32. What fits is brought into that form
 the elements of the window, one after the other.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,9 +25,8 @@ POOLED = {"max": (np.float32, np.int8, np.uint8), "min": (np.float32, np.int8, n
 POOLED["add"] = (np.float32,)
 STEPS = {"max": "Max", "min": "Min", "add": "Add", "mul": "Mul"}
 # What ONNX Runtime's kernels compute other types in.
-WIDER = {"float16": np.float32, "bfloat16": np.float32, "bool": np.uint8}
+WIDER = {"float16": np.float32, "bfloat16": np.float32, "bool": np.uint8, "uint16": np.int32}
 WIDER |= dict.fromkeys(("int2", "int4", "int8", "int16", "uint2", "uint4", "uint8"), np.int32)
-WIDER |= dict.fromkeys(("uint16",), np.int32)
 
 
 def cast(graph: Graph, value: Any, shape: Sequence[Any], dtype: Any) -> Any:
@@ -103,7 +103,7 @@ def _window(graph: Graph, eqn: core.JaxprEqn) -> Any:
     if wide != dtype:
         value = cast(graph, value, shape, wide)
         pooled = wide.type in POOLED.get(reducer, ()) and _is_identity(reducer, init, dtype)
-    windows = _Windows.of(params)
+    windows = _Windows.from_params(params)
     axes = windows.axes
     # A pool pads by itself, if by less than a window: with what never is its result.
     inside = [
@@ -125,22 +125,25 @@ def _window(graph: Graph, eqn: core.JaxprEqn) -> Any:
     return value if wide == dtype else cast(graph, value, out.shape, dtype)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Windows:
-    """Windows over the axes of an array."""
+    """Windows over the axes of an array: a number, or what pads it, for each axis."""
 
-    def __init__(self, sizes: Any, strides: Any, dilation: Any, padding: Any):
-        self.sizes, self.strides, self.dilation, self.padding = sizes, strides, dilation, padding
+    sizes: Sequence[int]
+    strides: Sequence[int]
+    dilation: Sequence[int]
+    padding: Sequence[tuple[int, int, int]]  # low, high, between elements
 
     @classmethod
-    def of(cls, params: Any) -> "_Windows":
-        """Those of a primitive of JAX."""
+    def from_params(cls, params: Mapping[str, Any]) -> "_Windows":
+        """Returns those of a primitive of JAX."""
         padding = zip(params["padding"], params["base_dilation"], strict=True)
         padding = [(low, high, step - 1) for (low, high), step in padding]
         sizes, strides = params["window_dimensions"], params["window_strides"]
         return cls(tuple(sizes), tuple(strides), tuple(params["window_dilation"]), padding)
 
     def without_padding(self) -> "_Windows":
-        return _Windows(self.sizes, self.strides, self.dilation, [(0, 0, 0)] * len(self.sizes))
+        return dataclasses.replace(self, padding=[(0, 0, 0)] * len(self.sizes))
 
     @property
     def axes(self) -> list[int]:
@@ -219,6 +222,8 @@ def _taps(
 ) -> Any:
     """Each element of the window as an array, reduced one after the other."""
     axes = windows.axes
+    if not axes:
+        return value
     if not all(isinstance(shape[axis], int) for axis in axes):
         raise NoForm("it has a window over the examples of a batch of any size")
     at = graph.constant(np.int64(axes))
