@@ -267,6 +267,9 @@ def _check_arm(experiment: Experiment, name: str) -> None:
         raise ConfigError(
             f"{where}.epochs={one.epochs}: want more than 0, or an init or load to keep"
         )
+    for field in ("label_smoothing", "without_classes"):
+        if getattr(one, field) and not one.epochs:
+            raise ConfigError(f"{where}.{field}={getattr(one, field)}: wants epochs to train in")
     if one.stop > one.epochs:
         raise ConfigError(f"{where}.stop={one.stop}: want 0 to the {one.epochs} epochs")
     for seed in experiment.seeds:

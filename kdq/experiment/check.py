@@ -3,6 +3,8 @@
 import functools
 import itertools
 import logging
+import math
+import os
 import re
 
 import flax.linen as nn
@@ -52,6 +54,7 @@ def check(
                 f"config.models.{key}.num_classes={fields['num_classes']}, but "
                 f"{experiment.data.name} has {classes} classes"
             )
+        _check_size(models[key], inputs.image, f"config.models.{key}")
         _check_outputs(models[key], inputs.image, classes, f"config.models.{key}")
         _warn_of_script(fields["name"], f"config.models.{key}")
     _check_compute(experiment, models, inputs, layout)
@@ -170,6 +173,21 @@ def _check_loaded(
         packed.check(image)
     except PackedFileError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_size(model: nn.Module, image: jax.ShapeDtypeStruct, where: str) -> None:
+    """Raises ConfigError for a model whose parameters alone are larger than the memory."""
+    try:
+        shapes = _shapes(model, image)
+    except Exception:  # whatever a module of anybody's raises: `_check_outputs` says so
+        return
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise ConfigError(
+            f"{where} has parameters of {size / 2**30:,.0f} GiB; this machine has "
+            f"{memory / 2**30:,.0f} GiB of memory"
+        )
 
 
 def _check_outputs(model: nn.Module, image: jax.ShapeDtypeStruct, classes: int, where: str) -> None:

@@ -62,6 +62,9 @@ class Searches:
 
     def check(self, arms: Sequence[str]) -> None:
         """Raises ConfigError for what the searches of these arms say that can't be done."""
+        method = self._experiment.search.method  # of launch/search.py, whatever runs now
+        if method not in METHODS:
+            raise ConfigError(kdq_config.unknown("config.search.method:", method, METHODS))
         for name in dict.fromkeys(self._experiment.arms[arm].bits for arm in arms):
             if name in self._experiment.searches:
                 self._check(name, self._experiment.searches[name])

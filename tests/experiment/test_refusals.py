@@ -37,6 +37,10 @@ def replaced(base, path, value):
         (("quantize", "keep"), ("conv_9",), r"'conv_9'.*conv_0.*conv_1.*head"),
         (("arms", "ptq", "bits"), "W9", r"arms\.ptq\.bits='W9'.*1 to 8"),
         (("rules", "W4A4"), ({"path": ".*"},), r"rules\.W4A4: that name has a meaning"),
+        (("models", "student", "widths"), (10**9,), r"models\.student has parameters of .* GiB"),
+        (("arms", "ptq", "label_smoothing"), 0.1, r"ptq\.label_smoothing=0\.1: wants epochs"),
+        (("arms", "ptq", "without_classes"), (3,), r"ptq\.without_classes=\(3,\): wants epochs"),
+        (("search",), {"method": "knapsak"}, r"config\.search\.method.*'knapsak'.*'knapsack'"),
         (
             ("quantize", "fixed_scales"),
             ("conv_0",),
