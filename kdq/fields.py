@@ -58,7 +58,7 @@ def check_arguments(function: Callable, given: Iterable[str], where: str) -> Non
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a value may be beside its type; of a sequence each of its values.
+    """Limits of a value beside its type; of a sequence each of its values.
 
     Of a mapping only `some` and `folders` count.
     """

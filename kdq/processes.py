@@ -95,7 +95,7 @@ def agree(value: bool) -> bool:
 
 
 def any_of(value: bool) -> bool:
-    """Whether it is true in any of the processes, all of which have to ask."""
+    """Returns whether it is true in any of the processes, all of which have to ask."""
     if jax.process_count() == 1:
         return value
     return bool(np.any(multihost_utils.process_allgather(np.array(value))))

@@ -1,4 +1,4 @@
-"""What the record of an arm and seed must be, whoever reads it."""
+"""Checks of the record of an arm and seed, for whoever reads it."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a config may say: frozen dataclasses, a comment and the limits at each field."""
+"""The fields of a config: frozen dataclasses, a comment and the limits at each field."""
 
 import dataclasses
 from collections.abc import Mapping

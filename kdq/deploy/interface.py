@@ -1,4 +1,4 @@
-"""What a model takes and makes, for the manifest of what is exported."""
+"""The inputs and outputs of a model, for the manifest of what is exported."""
 
 from collections.abc import Mapping
 from typing import Any

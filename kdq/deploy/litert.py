@@ -122,7 +122,7 @@ def to_litert(lowered: IntegerModel, inputs: Array | tuple) -> bytes:
 
 
 def _in_short(error: Exception) -> str:
-    """What an error of LiteRT says, in one line."""
+    """Returns the message of an error of LiteRT, in one line."""
     operator = re.search(r"error: (.*)|builtin opcode '(\w+)'", str(error))
     if operator is None:
         return str(error).strip().splitlines()[0]

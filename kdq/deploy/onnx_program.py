@@ -205,7 +205,7 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
 
 
 def _is_plain(params: Mapping[str, Any]) -> bool:
-    """Whether jax2onnx has an operator for a convolution."""
+    """Returns whether jax2onnx has an operator for a convolution."""
     if params["batch_group_count"] != 1:
         raise NoForm("conv_general_dilated: ONNX has no groups of examples")
     numbers = params["dimension_numbers"]
@@ -216,7 +216,7 @@ def _is_plain(params: Mapping[str, Any]) -> bool:
 
 
 def _picks(eqn: core.JaxprEqn) -> bool:
-    """Whether a gather picks from several axes, of which one is of any size, and nothing else."""
+    """Returns whether a gather picks from several axes, of which one is of any size, and nothing else."""
     params, shape = eqn.params, eqn.invars[0].aval.shape
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     axes = numbers.start_index_map

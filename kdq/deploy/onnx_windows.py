@@ -153,7 +153,7 @@ class _Windows:
 
 
 def _is_identity(reducer: str, init: Any, dtype: np.dtype) -> bool:
-    """Whether a reduction that starts with it is that of the elements alone."""
+    """Returns whether a reduction that starts with it is that of the elements alone."""
     init = np.asarray(init)
     if reducer in ("add", "mul"):
         return bool(init == (0 if reducer == "add" else 1))

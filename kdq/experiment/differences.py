@@ -1,4 +1,4 @@
-"""What of a config is another now than when a workdir was last run."""
+"""Differences between a config and the one that a workdir was last run with."""
 
 import dataclasses
 from collections.abc import Mapping

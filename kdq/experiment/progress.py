@@ -19,7 +19,7 @@ class Progress:
         return self
 
     def prepare(self, name: str, seed: int) -> None:
-        """What an arm starts from is made: its bits are searched for, it is calibrated."""
+        """Called when an arm's start is being made: its bits are searched for, it is calibrated."""
 
     def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
         """An arm begins, with these seeds at once; it will take `steps` steps."""

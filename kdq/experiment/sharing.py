@@ -42,7 +42,7 @@ class Shared:
         self._folder, self._experiment, self._store = Path(folder).absolute(), experiment, store
 
     def covers(self, name: str) -> bool:
-        """Whether an arm can be copied: it is the same bits wherever it is trained.
+        """Returns whether an arm can be copied: it is the same bits wherever it is trained.
 
         Not with several seeds at once, which are one program with the others; nor where a search
         finds bits, which may go by what it has timed.

@@ -248,7 +248,7 @@ def _set_aside(path: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Expected:
-    """What was saved."""
+    """The digests that were saved with a checkpoint."""
 
     trees: Mapping[str, digests.Digests]
     record: str
@@ -343,7 +343,7 @@ class _DigestsHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(_DigestsHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _DigestsSave(ocp.args.CheckpointArgs):
-    """What a checkpoint holds; of no account where it is read."""
+    """The contents of a checkpoint, to be digested; of no account where it is read."""
 
     trees: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)

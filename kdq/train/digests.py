@@ -132,7 +132,7 @@ def _is_within(bounds: Bounds, place: Bounds) -> bool:
 
 
 def _covered(bounds: Bounds, parts: Iterable[Bounds]) -> bool:
-    """Whether parts, which do not overlap, make up the whole."""
+    """Returns whether parts, which do not overlap, make up the whole."""
     size = lambda one: int(np.prod([b - a for a, b in one]))
     return sum(map(size, parts)) == size(bounds)
 

@@ -34,7 +34,7 @@ class Experiment:
 
     @property
     def one_seed(self) -> bool:
-        """Whether no arm has more than one."""
+        """Returns whether no arm has more than one."""
         return one_seed(self.rows)
 
     @property

@@ -126,7 +126,7 @@ def _plainly(block: Block, plain: Callable[[str], str]) -> Block:
 
 
 def _seeds(experiment: Experiment) -> str:
-    """What is the same of all finished arms, said once; "" where they differ."""
+    """Returns the seeds that all finished arms share, in words; "" where they differ."""
     if said := seeds_note(experiment.rows):
         return said
     every = {row.seeds for row in experiment.rows if row.seeds}

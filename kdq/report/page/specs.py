@@ -13,7 +13,7 @@ MOST_CLASSES = 20  # of a map of confusions that can be read
 
 
 def tips(points: Sequence[Point]) -> list[dict[str, str]]:
-    """What the tooltip of a point shows: all that it has under "tip"."""
+    """Returns the tooltip of a point: all that it has under "tip"."""
     names = dict.fromkeys(key for p in points for key in p["tip"])
     return [{"field": _field(name), "title": name} for name in names]
 
