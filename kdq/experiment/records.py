@@ -46,7 +46,7 @@ def digests_of(selection: Selection) -> Record:
 
 
 def is_about(record: Record, networks: Mapping[str, Variables], step: int) -> bool:
-    """Returns whether a record is about networks ("weights", "peer") that were selected at a step."""
+    """Returns whether a record is about networks ("weights", "peer") selected at a step."""
     if "weights_sha256" not in record:  # it is from before there were digests
         return step == record.get("selected_step")
     return all(

@@ -432,7 +432,7 @@ class _Runner:
         return self.comparison(seed).measure(student)
 
     def _teacher_is_there(self, name: str, seed: int) -> bool:
-        """Returns whether the teacher, which what it is made of is not compared with, can be asked."""
+        """Returns whether arms are compared with the teacher; what it is made of is not."""
         teacher = self.experiment.teacher
         if name in kdq_config.ancestors(self.experiment, teacher):
             return False

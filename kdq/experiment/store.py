@@ -98,7 +98,7 @@ class Store:
         return self._selected(name, seed)["peer"]
 
     def _selected(self, name: str, seed: int) -> dict[str, Variables]:
-        """Returns what an arm selected, "weights" and "peer": that which its record is about, or nothing.
+        """Returns the networks that an arm's record is about: "weights", and "peer" if it has one.
 
         Raises CheckpointError if no checkpoint has it.
         """

@@ -37,7 +37,7 @@ def details(experiment: Experiment, arms: Sequence[str]) -> tuple[Details, list[
 
 
 def starts(study: Study) -> dict[str, str]:
-    """Returns what each arm starts from: the float arm whose weights they got, a file, or fresh weights."""
+    """Returns what each arm starts from: a float arm's weights, a file, or fresh weights."""
     found = {}
     for candidate in study.candidates:
         config = candidate.source.config
