@@ -216,7 +216,7 @@ def _is_plain(params: Mapping[str, Any]) -> bool:
 
 
 def _picks(eqn: core.JaxprEqn) -> bool:
-    """Returns whether a gather picks from several axes, one of them of any size, and nothing else."""
+    """Returns whether a gather picks from several axes, one of any size, and does nothing else."""
     params, shape = eqn.params, eqn.invars[0].aval.shape
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     axes = numbers.start_index_map
