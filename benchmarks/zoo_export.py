@@ -66,9 +66,9 @@ def _sources(
     qparams = {}
     if bits[0] is not None:
         qparams = quantize.calibrate(entry.model, variables, rules(bits, signed), [inputs])
-        variables = deploy.round_biases(entry.model, variables, qparams, inputs, train=False)
-    expected = parity.leaves(quantize.predict(entry.model, variables, qparams, inputs))
     integer = deploy.lower(entry.model, variables, qparams, inputs, train=False)
+    variables = integer.simulated(variables)
+    expected = parity.leaves(quantize.predict(entry.model, variables, qparams, inputs))
     return entry.model, integer, inputs, expected, (variables, qparams)
 
 

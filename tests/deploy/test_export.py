@@ -219,7 +219,7 @@ def test_several_inputs_and_outputs_in_every_format(tmp_path):
     inputs, model = (draw(6, 4, 4, 2), draw(6, 3)), Detector()
     variables = model.init(jax.random.key(0), *inputs)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [inputs])
-    variables = deploy.round_biases(model, variables, qparams, inputs)
+    variables = deploy.lower(model, variables, qparams, inputs).simulated(variables)
     path, folder = tmp_path / "detector", tmp_path / "out"
     data = {"mean": [1.0, 2.0], "std": [3.0, 4.0], "name": "shapes"}
     deploy.save_packed(path, variables, qparams, model={"name": "mine"}, metadata={"data": data})
