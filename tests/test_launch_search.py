@@ -165,10 +165,13 @@ def test_a_measured_table_is_taken_for_a_search(searched, launch, config, tmp_pa
 MISTAKES = {
     "method": (
         ("--config.search.method=knapsak",),
-        "error: unknown config.searches.knapsak.method: 'knapsak' (did you mean 'knapsack'?)",
+        "error: unknown config.search.method: 'knapsak' (did you mean 'knapsack'?)",
     ),
     "taken": (("--name=qad", "--config.search.finetune=nobody"), "error: unknown config.search.fi"),
-    "budget": (("--config.search.most.average_bits=-1.0",), "error: config.searches.knapsack.most"),
+    "budget": (
+        ("--config.search.most.average_bits=-1.0",),
+        "error: config.search.most.average_bits=-1.0: ",
+    ),
     "key": (("--config.search.most.bits=3.0",), "error: unknown key in config.search.most: 'bits'"),
 }
 

@@ -66,7 +66,7 @@ def to_onnx(
     function = lambda *arrays: onnx_program.evaluate(program, arrays)
     names = lambda base, count: [f"{base}_{i}" if i else base for i in range(count)]
     convert = functools.partial(jax2onnx.to_onnx, model_name="kdq", opset=opset(lowered))
-    with _quiet("onnx_ir.serde"), _unpatched():
+    with _quiet("onnx_ir.serde"), unpatched():
         try:
             proto = convert(
                 function,
@@ -130,7 +130,7 @@ def _compact(graph: Any) -> None:
 
 
 @contextlib.contextmanager
-def _unpatched() -> Iterator[None]:
+def unpatched() -> Iterator[None]:
     """Puts back what jax2onnx replaces in JAX: it forgets jnp.cumsum, and its own does less."""
     cumsum = jnp.cumsum
     try:

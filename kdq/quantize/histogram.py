@@ -88,7 +88,7 @@ class Samples(flax.struct.PyTreeNode):
         counts = jnp.take_along_axis(self.counts, order, -1)
         return Ranked(
             values=jnp.take_along_axis(self.values, order, -1),
-            up_to=jnp.cumsum(counts, -1),
+            up_to=jnp.cumsum(counts, axis=-1),
             down_to=jax.lax.cumsum(counts, axis=1, reverse=True),
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from networks import NETWORKS, network
 
-from kdq import deploy, quantize, schema
+from kdq import deploy, files, quantize, schema
 from kdq.deploy import ParityError, container, export, load_packed, load_stablehlo, parity
 
 
@@ -33,7 +33,7 @@ def test_the_manifest_is_true(packed, tmp_path):
     path, images = packed
     manifest = export(path, tmp_path / "new" / "out", ["packed", "stablehlo"], images)
     folder = tmp_path / "new" / "out"
-    assert json.loads((folder / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
+    assert files.read_json(folder / "manifest.json") == json.loads(json.dumps(manifest))
     assert {p.name for p in folder.iterdir()} == {
         "manifest.json", "model.safetensors", "model.stablehlo",
     }  # fmt: skip
@@ -148,7 +148,7 @@ def test_the_fastest_is_recommended_but_never_the_simulation(packed, tmp_path):
     path, images = packed
     formats, folder = ["packed", "onnx", "stablehlo"], tmp_path / "out"
     manifest = export(path, folder, formats, images, latency_batches=(2, 64), threads=1)
-    assert json.loads((folder / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
+    assert files.read_json(folder / "manifest.json") == json.loads(json.dumps(manifest))
     timed = {name: entry["latency"] for name, entry in manifest["files"].items()}
     assert set(timed) == set(formats)
     for latency in timed.values():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdq import deploy
-from kdq.deploy import network, onnx_program
+from kdq.deploy import network, onnx_model, onnx_program
 
 jax2onnx = pytest.importorskip("jax2onnx")
 pytest.importorskip("kdq.deploy.onnx_ops")
@@ -22,9 +22,10 @@ def _run(function, x):
     (batch,) = jax.export.symbolic_shape("batch")
     spec = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
     program = network.inlined(jax.make_jaxpr(function)(spec), [spec], unroll=True)
-    proto = jax2onnx.to_onnx(
-        lambda *arrays: onnx_program.evaluate(program, arrays), inputs=[spec], opset=21
-    )
+    with onnx_model.unpatched():
+        proto = jax2onnx.to_onnx(
+            lambda *arrays: onnx_program.evaluate(program, arrays), inputs=[spec], opset=21
+        )
     session = deploy.onnx_session(proto.SerializeToString())
     return [n.op_type for n in proto.graph.node], session.run(
         None, {session.get_inputs()[0].name: x}

@@ -528,7 +528,7 @@ MISTAKES = {
     ),
     "observer": ({"observer": "msee"}, r"four\.observer: 'msee'.*'mse'"),
     "no budget": ({"most": {}}, r"four: no budget; want `most` or `share`"),
-    "negative": ({"most": {"size": -1.0}}, r"four\.most\.size=-1\.0: want 0 \(none\) or more"),
+    "negative": ({"most": {"size": -1.0}}, r"four\.most\.size=-1\.0: want at least 0"),
     "both": (
         {"share": {"average_bits": 0.5}},
         r"four: want `most` or `share` of \['average_bits'\], not both",

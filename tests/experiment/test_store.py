@@ -191,7 +191,7 @@ def test_a_record_that_is_deleted_as_told_is_made_again(finished, copied):
         ({"nll": 10**400}, "nll=a number of more than 20 digits: want a finite number"),
         ({"size_bytes": -1}, "size_bytes=-1: want a number of at least 0"),
         ({"versions": [1]}, r"versions=\[1\]: want an object"),
-        ({"exports": {"onnx": 5}}, "exports=.*want an object for 'onnx'"),
+        ({"exports": {"onnx": 5}}, "exports=.*want the measurements of 'onnx'"),
         ({"arm_digest": 5}, "arm_digest=5: want text"),
     ],
     ids=str,

@@ -122,7 +122,12 @@ def fidelity(experiment: Experiment) -> Grid:
 
 
 def _measured(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    return [column for column in columns if any(column[2](row) is not None for row in rows)]
+    says_something = lambda text, sort, row: sort(row) is not None or text(row) != ABSENT
+    return [
+        (name, text, sort)
+        for name, text, sort in columns
+        if any(says_something(text, sort, row) for row in rows)
+    ]
 
 
 def _grid(columns: Sequence[Column], rows: Sequence[Row]) -> Grid:
