@@ -152,6 +152,19 @@ def tiny_experiment(tiny_config: Callable[..., dict[str, Any]]) -> config.Experi
 
 CACHE_DAYS = 14  # programs that no test asked for in this time are deleted
 is_worker = "PYTEST_XDIST_WORKER" in os.environ
+# Files of whole runs and of processes. A worker takes files one after another: these are begun
+# first, so that at the end the workers end together.
+LONGEST = (
+    *("tests/test_launch_compress.py", "tests/test_launch_sweep.py", "tests/test_launch_search.py"),
+    *("tests/notebooks/test_notebooks.py", "tests/docs/test_snippets.py"),
+    *("tests/experiment/test_searching.py", "tests/experiment/test_runner.py"),
+    *("tests/deploy/test_zoo.py", "tests/deploy/test_onnx.py", "tests/deploy/test_lowering.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
 
 
 def pytest_configure() -> None:
