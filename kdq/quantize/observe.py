@@ -86,6 +86,8 @@ def _observe(variables, qparams, states, inputs, *, model, watchers, in_loop):
                 x = tracing.see((path, name), x)
                 args, kwargs = kinds.replace_argument(args, kwargs, place, x)
             else:
+                if not module.has_variable("params", STATES):
+                    continue  # a layer that a watcher runs for itself, where the model is a layer
                 seen = dict(module.get_variable("params", STATES))
                 seen[name] = watchers[path, name](seen[name], x)
                 module.put_variable("params", STATES, seen)

@@ -1,13 +1,11 @@
 """Seeds as one program: the same records, in fewer steps of the device."""
 
-import json
-
 import numpy as np
 import pytest
 import same_but_for_rounding
 from safetensors.numpy import load_file
 
-from kdq import config, experiment
+from kdq import config, experiment, files
 from kdq.config import ConfigError
 from kdq.train import together
 
@@ -62,7 +60,7 @@ def test_a_seed_that_is_done_stays_as_it_is(make, tmp_path):
     records = experiment.run(make(3), tmp_path, arms=["kd"], progress=groups)
     assert groups.trained == [("teacher", (0, 2)), ("kd", (0, 2))]
     assert path.read_bytes() == before
-    assert json.loads(before) in records
+    assert files.read_json(path) in records
 
 
 @pytest.mark.parametrize("at_once", [0, -1])

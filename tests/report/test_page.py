@@ -330,6 +330,34 @@ def test_arms_without_a_cost_or_a_number_are_not_drawn_and_collapsed_ones_get_a_
     assert b"the best 6 of 7" in svg
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("confusion", 1, 0), "../../x"),
+        (("confusion", 0), [1, 2, 3]),
+        (("reliability", "confidence", 0), True),
+        (("attributions", "maps", 0, 0, 0), "1"),
+        (("attributions", "images", 0, 0, 0), 10**400),
+        (("attributions", "label"), []),
+        (("layers", 0, "bytes"), {}),
+        (("layers", 0, "range"), [1.0]),
+        (("layers", 0, "path"), 3),
+    ],
+    ids=lambda value: "/".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_details_of_other_types_are_named_and_not_used(tmp_path, place, value):
+    folder = workdirs.write(tmp_path / "run", workdirs.records((0,)))
+    path = folder / "qad_w4a4" / "0" / "details.json"
+    document = workdirs.details(4)
+    assert read.details(path.parent)[1] == ""
+    inner = document
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(document))
+    assert "is no file of details" in read.details(path.parent)[1]
+
+
 def test_a_run_without_a_config_or_details_says_what_is_missing(tmp_path):
     folder = workdirs.write(tmp_path / "run", workdirs.records((0,)), with_details=False)
     (folder / "config.json").unlink()

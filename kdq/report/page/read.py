@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdq import files
 from kdq.fields import ConfigError
 from kdq.record import has_arms
@@ -23,6 +25,7 @@ NAMED = ("kind", "bits", "reference", "selected_on", "config_digest", "arm_diges
 INNER = {"versions": str, "data": str, "exports": Mapping, "policy": str}  # of their values
 MAPPINGS = tuple(INNER)
 LARGEST = 2**1000
+LARGEST_FLOAT = float(np.finfo(np.float32).max)  # of what charts show
 
 # What `kdq.experiment.details` writes.
 BINS = ("confidence", "accuracy", "count")
@@ -191,16 +194,42 @@ def details(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _check_details(found: Any) -> None:
-    """Raises whatever comes first where something is missing or of another shape."""
+    """Raises whatever comes first where something is missing, or of another type or shape."""
     classes = len(found["confusion"])
-    if any(len(row) != classes for row in found["confusion"]):
+    if _array(found["confusion"]).shape != (classes, classes):
         raise ValueError("a confusion matrix that is not square")
     for part, keys in (("reliability", BINS), ("attributions", EXAMPLES)):
-        if found[part] is not None and len({len(found[part][key]) for key in keys}) != 1:
-            raise ValueError(f"lists of different lengths in {part}")
+        if found[part] is not None:
+            arrays = [_array(found[part][key], missing=part == "reliability") for key in keys]
+            if len({array.shape[0] for array in arrays}) != 1:
+                raise ValueError(f"lists of different lengths in {part}")
     for row in found["layers"]:
         if missing := [key for key in LAYER if key not in row]:
             raise ValueError(f"a layer without {', '.join(missing)}")
+        if not (isinstance(row["path"], str) and isinstance(row["kind"], str)):
+            raise ValueError("a layer whose path or kind is no text")
+        for key in LAYER[2:]:
+            shape = _array(row[key], missing=True).shape
+            if shape != () and (key, shape) != ("range", (2,)):
+                raise ValueError(f"a layer whose {key} has the shape {shape}")
+
+
+def _array(value: Any, *, missing: bool = False) -> np.ndarray:
+    """Returns a number, or nested lists of numbers, as floats; None as NaN if it may be `missing`.
+
+    Raises ValueError for anything else, and for lists of unequal lengths.
+    """
+
+    def number(entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [number(inner) for inner in entry]
+        if entry is None and missing:
+            return math.nan
+        if type(entry) not in (int, float) or not abs(entry) <= LARGEST_FLOAT:
+            raise ValueError(f"{entry!r:.40} where a number is expected")
+        return entry
+
+    return np.asarray(number(value), np.float64)
 
 
 def curve(folder: Path, *, every: bool = True) -> list[dict[str, Any]]:
