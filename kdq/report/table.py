@@ -131,10 +131,15 @@ def difference_cell(row: Row) -> str:
     if difference is None:
         return row.no_difference or ABSENT
     if difference.n == 1:
-        return f"{difference.mean:+.2f} (n=1)"
+        return f"{_signed(difference.mean)} (n=1)"
     marker = "*" if difference.excludes_zero else ""
     pairs = f" (n={difference.n})" if difference.n < len(row.seeds) else ""
-    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]{marker}{pairs}"
+    interval = f"[{_signed(difference.low)}, {_signed(difference.high)}]"
+    return f"{_signed(difference.mean)} {interval}{marker}{pairs}"
+
+
+def _signed(points: float) -> str:
+    return f"{round(points, 2) + 0.0:+.2f}"  # 0 has one sign
 
 
 def _plain(value: float, form: str) -> str:

@@ -139,6 +139,12 @@ def test_a_difference_that_there_is_not_says_why_in_every_table(others, qat, why
     assert (cell.text, cell.sort) == (why, None)
 
 
+def test_a_difference_of_nothing_has_one_sign():
+    records = [record("kd", seed, 90.0 + seed / 10, reference="student") for seed in (0, 1, 2)]
+    others = [record("student", seed, 90.0 + seed / 10 + 1e-9) for seed in (0, 1, 2)]
+    assert "| +0.00 [+0.00, +0.00]" in lines_of(rows([*records, *others]), [*records, *others])[2]
+
+
 def test_an_arm_that_is_compared_with_no_other_has_a_dash():
     line = lines_of(rows(STUDENT), STUDENT)[2]
     assert "| — | — |" in line
