@@ -18,8 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 CACHES = ("memory", "none", "dense", "top_k", "sampled")
-# Records say when, how long and from which commit, too.
-VARYING = ("seconds", "commit", "latency", "versions")
+# Records say when, how long and from which commit, too, and are sealed over that.
+VARYING = ("seconds", "commit", "latency", "versions", "seal")
 
 
 def main() -> None:
