@@ -29,7 +29,7 @@ FEATURES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the experiment; `arg` is "cache=" and one of kdq.schema.CACHES."""
+    """Returns the experiment; `arg` is "cache=" and one of the kinds of kdq.schema.Cache."""
     cache = parse_arg(arg, cache="memory").cache
     config = ConfigDict(sort_keys=False)
     config.seeds = (0,)

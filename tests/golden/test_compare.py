@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from kdq import config
-from kdq.schema import CACHES, TEACHERS
+from kdq.schema import TEACHERS
 
 HERE = Path(__file__).parent
 compare = runpy.run_path(str(HERE / "compare.py"))["compare"]
 get_config = runpy.run_path(str(HERE / "every_arm.py"))["get_config"]
+
+
+CACHES = ("none", "memory", "dense", "top_k", "sampled")
 
 
 @pytest.mark.parametrize("cache", CACHES)
