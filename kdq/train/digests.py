@@ -11,8 +11,10 @@ from kdq.train.sharding import whole
 
 Path = tuple[str, ...]
 Bounds = tuple[tuple[int, int], ...]  # of each axis: from, to
-# By the path of an array: its dtype and shape in words, and the SHA-256 of each of its parts.
+# By the path of an array: its dtype and shape in words, and the SHA-256 of each of its parts. Of an
+# empty dict: EMPTY, and no parts.
 Digests = dict[Path, tuple[str, dict[Bounds, str]]]
+EMPTY = "empty"
 
 
 def of_tree(tree: Any) -> Digests:
@@ -21,7 +23,8 @@ def of_tree(tree: Any) -> Digests:
     Of an array that is cut up over several processes each tells of its own parts; a part that
     several have, the first of them tells of.
     """
-    return {path: (_describe(x), dict(_parts(x))) for path, x in _leaves(tree)}
+    arrays = {path: (_describe(x), dict(_parts(x))) for path, x in _leaves(tree)}
+    return arrays | {path: (EMPTY, {}) for path in _empty(tree)}
 
 
 def difference(tree: Any, expected: Digests) -> str | None:
@@ -35,8 +38,12 @@ def difference(tree: Any, expected: Digests) -> str | None:
       expected: from `of_tree`, of all processes.
     """
     leaves = dict(_leaves(tree))
-    if leaves.keys() != expected.keys():
-        return f"the arrays are others: {_some(leaves.keys() ^ expected.keys())}"
+    empty = {path for path, (description, _) in expected.items() if description == EMPTY}
+    arrays = expected.keys() - empty
+    if leaves.keys() != arrays:
+        return f"the arrays are others: {_some(leaves.keys() ^ arrays)}"
+    if lost := empty - _empty(tree):
+        return f"an empty part is not there: {_some(lost)}"
     wrong = None
     for path, x in leaves.items():  # to the end: the other processes wait at the same arrays
         description, parts = expected[path]
@@ -80,6 +87,14 @@ def _leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
     """By names that are the same in a dataclass, a tuple and the nested dicts that they become."""
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
         yield tuple(jax.tree_util.keystr((key,), simple=True) for key in path), x
+
+
+def _empty(tree: Any) -> set[Path]:
+    """Returns the paths of empty dicts, which have no array that could tell of them."""
+    is_empty = lambda node: isinstance(node, Mapping) and not node
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)[0]
+    name = lambda key: jax.tree_util.keystr((key,), simple=True)
+    return {tuple(map(name, path)) for path, node in nodes if is_empty(node)}
 
 
 def _describe(x: Any) -> str:

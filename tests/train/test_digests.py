@@ -33,7 +33,8 @@ def tree():
 
 def test_a_digest_is_the_sha256_of_dtype_shape_path_and_bytes():
     found = digests.of_tree(tree())
-    assert set(found) == {("a", "w"), ("n",), ("half",)}
+    assert set(found) == {("a", "w"), ("n",), ("half",), ("none",)}
+    assert found["none",] == ("empty", {})
     assert found["a", "w"] == (
         "float32[3, 4]",
         {((0, 3), (0, 4)): hashlib.sha256(W.tobytes()).hexdigest()},
@@ -164,3 +165,13 @@ def test_a_part_that_nobody_told_of_is_noticed():
     assert digests.difference({"w": ARRAY}, first) == "w has parts without a digest"
     assert digests.difference({"w": ARRAY}, digests.merged([first, second])) is None
     assert digests.difference({"w": ARRAY}, expected) is None
+
+
+def test_a_part_without_arrays_is_told_of_too():
+    """A flipped bit renamed one, and a tree came back that is none of what was saved."""
+    tree = {"params": {"w": np.ones(2, np.float32)}, "adapters": {}}
+    expected = digests.from_json(digests.to_json(digests.of_tree(tree)))
+    assert digests.difference(tree, expected) is None
+    renamed = {"params": tree["params"], "adaptery": {}}
+    assert digests.difference(renamed, expected) == "an empty part is not there: adapters"
+    assert digests.difference({"params": tree["params"]}, expected) is not None
