@@ -144,12 +144,31 @@ def test_a_field_of_another_type_is_left_out_of_the_page_and_refused_by_advice(t
         evidence.read([path], [])
 
 
+def test_an_integer_that_a_chart_can_not_hold_is_left_out():
+    (record,) = workdirs.records((0,))[:1]
+    assert read.cleaned(record | {"bops": 2**63 - 1})[0]["bops"] == 2**63 - 1
+    kept, ((field, reason),) = read.cleaned(record | {"bops": 2**63})
+    assert "bops" not in kept
+    assert (field.partition("=")[0], reason) == ("bops", "it is no number")
+
+
 def test_a_config_whose_arms_are_no_objects_is_none(tmp_path):
     path = workdirs.write(tmp_path / "run", workdirs.records((0,)))
     (path / "config.json").write_text('{"arms": {"teacher": 5}}')
     assert read.folders([str(path)])[0].config is None
     with pytest.raises(ConfigError, match=r"config.json is no config of an experiment"):
         evidence.read([str(path)], [])
+
+
+def test_curves_keep_numbers_that_a_chart_can_hold(tmp_path):
+    lines = [
+        '{"step": 1, "loss": 0.5, "validation_accuracy": "../x", "seconds": 1e300}',
+        f'{{"step": 1{"0" * 400}, "loss": 0.5}}',
+        '{"step": true, "loss": 0.5}',
+        '{"step": 3, "loss": [0.5]}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read.curve(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 3}]
 
 
 def test_curves_that_are_devices_are_not_read(tmp_path):

@@ -24,7 +24,7 @@ NUMBERS = (
 NAMED = ("kind", "bits", "reference", "selected_on", "config_digest", "arm_digest", "device")
 INNER = {"versions": str, "data": str, "exports": Mapping, "policy": str}  # of their values
 MAPPINGS = tuple(INNER)
-LARGEST = 2**1000
+LARGEST = 2**63 - 1  # integers of charts
 LARGEST_FLOAT = float(np.finfo(np.float32).max)  # of what charts show
 
 # What `kdq.experiment.details` writes.
@@ -225,11 +225,17 @@ def _array(value: Any, *, missing: bool = False) -> np.ndarray:
             return [number(inner) for inner in entry]
         if entry is None and missing:
             return math.nan
-        if type(entry) not in (int, float) or not abs(entry) <= LARGEST_FLOAT:
+        if not _is_charted(entry):
             raise ValueError(f"{entry!r:.40} where a number is expected")
         return entry
 
     return np.asarray(number(value), np.float64)
+
+
+def _is_charted(value: Any) -> bool:
+    """Returns whether a value is a number that a chart can hold."""
+    most = LARGEST if type(value) is int else LARGEST_FLOAT
+    return type(value) in (int, float) and abs(value) <= most
 
 
 def curve(folder: Path, *, every: bool = True) -> list[dict[str, Any]]:
@@ -253,6 +259,6 @@ def curve(folder: Path, *, every: bool = True) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
+        if isinstance(entry, dict) and _is_charted(entry.get("step")):
+            found.append({key: value for key, value in entry.items() if _is_charted(value)})
     return found
