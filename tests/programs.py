@@ -3,6 +3,7 @@
 import contextlib
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 def refusal(script, *arguments):
     """Returns the line that a program of launch/ ends with, here and now, given these arguments."""
-    others = set(flags.FLAGS)
+    others, interrupt = set(flags.FLAGS), signal.getsignal(signal.SIGINT)
     command = [f"launch/{script}.py", *map(str, arguments)]
     try:
         with (
@@ -31,6 +32,7 @@ def refusal(script, *arguments):
     except SystemExit as end:
         return end.code
     finally:
+        signal.signal(signal.SIGINT, interrupt)  # a program's second Ctrl-C ends the process
         for name in set(flags.FLAGS) - others:
             delattr(flags.FLAGS, name)
     raise AssertionError(f"{' '.join(command)} ended without a word")
