@@ -11,7 +11,7 @@ import numpy as np
 from absl import app, flags
 
 from kdq import heap, provenance
-from kdq.deploy import latency
+from kdq.deploy.measure import latency
 
 Step = Callable[[], Any]  # does its work once and returns arrays to wait for
 

@@ -24,7 +24,9 @@ from flax import linen as nn
 from interleaved import publish, run, show
 
 from kdq import deploy, models, quantize
-from kdq.deploy import extras, latency, litert
+from kdq.deploy import extras
+from kdq.deploy.formats import litert
+from kdq.deploy.measure import latency
 
 MODELS = {
     "mlp": {"name": "mlp", "widths": (1024, 1024)},

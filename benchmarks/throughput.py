@@ -40,7 +40,7 @@ from interleaved import publish, run
 from kdq import config, data, models
 from kdq.config import Experiment
 from kdq.data import Source
-from kdq.deploy import latency
+from kdq.deploy.measure import latency
 from kdq.distill.teacher import Model, Stored
 from kdq.experiment import initial, training
 from kdq.experiment.inputs import Inputs

@@ -10,8 +10,8 @@ import zoo
 from flax.errors import FlaxError
 
 from kdq import deploy, quantize
-from kdq.deploy import parity
 from kdq.deploy.export import Source
+from kdq.deploy.measure import parity
 from kdq.quantize import QuantizationRule, TensorSpec
 
 WIDTHS = {"float": (None, None), "W8A8": (8, 8), "W4A8": (4, 8)}

@@ -219,7 +219,7 @@ class Budgets:
     # Bytes of the input and output of the layer where they are most.
     activation_memory: float = field(0.0, at_least=0)
     bops: float = field(0.0, at_least=0)  # bit operations for one example (arXiv:2005.07093)
-    energy: float = field(0.0, at_least=0)  # nJ for one example, modelled (see kdq.deploy.energy)
+    energy: float = field(0.0, at_least=0)  # nJ for one example, modelled (deploy.measure.energy)
     latency: float = field(0.0, at_least=0)  # ms for a batch in a runtime, measured
 
     @property

@@ -18,6 +18,13 @@ ROOT = Path(__file__).parents[1]
 
 def refusal(script, *arguments):
     """Returns the line that a program of launch/ ends with, here and now, given these arguments."""
+    line = run(script, *arguments)
+    assert line is not None, f"{script} {' '.join(map(str, arguments))} ended without a word"
+    return line
+
+
+def run(script, *arguments):
+    """Runs a program of launch/ in this process; returns the line of its mistake, else None."""
     others, interrupt = set(flags.FLAGS), signal.getsignal(signal.SIGINT)
     command = [f"launch/{script}.py", *map(str, arguments)]
     try:
@@ -35,7 +42,7 @@ def refusal(script, *arguments):
         signal.signal(signal.SIGINT, interrupt)  # a program's second Ctrl-C ends the process
         for name in set(flags.FLAGS) - others:
             delattr(flags.FLAGS, name)
-    raise AssertionError(f"{' '.join(command)} ended without a word")
+    return None
 
 
 def children(pid):

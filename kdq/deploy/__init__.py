@@ -1,16 +1,16 @@
 """Deployment: files that are really smaller, and the models loaded back from them."""
 
 from kdq.deploy.export import FORMATS, ExportError, ParityError, check_formats, export
-from kdq.deploy.lowering import IntegerModel, lower
-from kdq.deploy.onnx_model import layer_names, onnx_session, save_onnx, to_onnx
-from kdq.deploy.packed import (
+from kdq.deploy.formats.onnx.model import layer_names, onnx_session, save_onnx, to_onnx
+from kdq.deploy.formats.packed import (
     ModelNotImportedError,
     PackedFileError,
     PackedModel,
     load_packed,
     save_packed,
 )
-from kdq.deploy.stablehlo import load_stablehlo, save_stablehlo
+from kdq.deploy.formats.stablehlo import load_stablehlo, save_stablehlo
+from kdq.deploy.lower.lowering import IntegerModel, lower
 
 __all__ = [
     "FORMATS",

@@ -16,9 +16,12 @@ import jax
 import numpy as np
 
 from kdq import files, provenance
-from kdq.deploy import extras, interface, latency, litert, memory, onnx_model, parity, stablehlo
-from kdq.deploy.lowering import IntegerModel, lower
-from kdq.deploy.packed import PackedModel, load_packed
+from kdq.deploy import extras, interface
+from kdq.deploy.formats import litert, stablehlo
+from kdq.deploy.formats.onnx import model as onnx_model
+from kdq.deploy.formats.packed import PackedModel, load_packed
+from kdq.deploy.lower.lowering import IntegerModel, lower
+from kdq.deploy.measure import latency, memory, parity
 from kdq.fields import Mistake, unknown
 from kdq.quantize.layers import as_args
 

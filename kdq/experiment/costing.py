@@ -11,7 +11,7 @@ import jax
 from kdq import config as kdq_config
 from kdq import deploy, provenance
 from kdq.config import ConfigError, Experiment, Search
-from kdq.deploy import latency
+from kdq.deploy.measure import latency
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress
 from kdq.quantize.layers import LayerInfo

@@ -14,7 +14,8 @@ from flax import traverse_util
 from scipy.special import softmax
 
 from kdq import files, quantize
-from kdq.deploy import PackedModel, energy
+from kdq.deploy import PackedModel
+from kdq.deploy.measure import energy
 from kdq.evaluate import attribution, calibration, metrics
 from kdq.experiment.transfer import Network
 from kdq.quantize.layers import LayerInfo, at_path, layer_bits

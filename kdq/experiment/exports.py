@@ -9,7 +9,7 @@ import numpy as np
 from kdq import config as kdq_config
 from kdq import deploy, files, lock, models, trust
 from kdq.config import ConfigError, Experiment
-from kdq.deploy import latency
+from kdq.deploy.measure import latency
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.store import CONFIG, PACKED
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from kdq import deploy, models, quantize
-from kdq.deploy import energy
+from kdq.deploy.measure import energy
 from kdq.evaluate import fidelity, metrics, prior
 from kdq.experiment import details
 from kdq.search import cost

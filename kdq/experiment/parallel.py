@@ -24,7 +24,7 @@ from absl import logging
 from kdq import config as kdq_config
 from kdq import heap, interrupts
 from kdq.config import ConfigError, Experiment
-from kdq.deploy import latency
+from kdq.deploy.measure import latency
 from kdq.experiment import plan
 from kdq.experiment.progress import Progress, Record, Unit
 

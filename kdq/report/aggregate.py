@@ -50,7 +50,7 @@ class Row:
     size_bytes: float  # of the file on disk
     size_ratio: float  # bytes of the size baseline / size_bytes: how many times smaller
     bops: float
-    energy_modelled_nj: float  # for one example; see kdq.deploy.energy
+    energy_modelled_nj: float  # for one example; see kdq.deploy.measure.energy
     train_seconds: float
     # Of compiling, apart; nan where a record does not tell: then `train_seconds` contains it.
     compile_seconds: float

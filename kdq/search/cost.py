@@ -7,7 +7,7 @@ from typing import Any
 
 from kdq import files
 from kdq.config import to_json
-from kdq.deploy import energy
+from kdq.deploy.measure import energy
 from kdq.fields import ConfigError, build
 from kdq.quantize.layers import FLOAT_BITS, LayerInfo, layer_bits
 from kdq.search.bank import Choices, bits_of

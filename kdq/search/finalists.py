@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kdq.config import Search
-from kdq.deploy import latency
+from kdq.deploy.measure import latency
 from kdq.search.cost import CostTable
 from kdq.search.history import Evaluation
 from kdq.search.measured import Files

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from kdq import deploy, models, provenance
-from kdq.deploy import latency
 from kdq.deploy.export import Source
+from kdq.deploy.measure import latency
 from kdq.quantize import MSE
 from kdq.quantize.layers import FLOAT_BITS, list_layers
 from kdq.search import bank as banks

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from kdq import quantize
-from kdq.deploy import energy
+from kdq.deploy.measure import energy
 from kdq.quantize import QuantizationRule, TensorSpec
 
 

@@ -12,7 +12,9 @@ import pytest
 from networks import NETWORKS, network
 
 from kdq import deploy, files, quantize, schema
-from kdq.deploy import ParityError, container, export, load_packed, load_stablehlo, parity
+from kdq.deploy import ParityError, export, load_packed, load_stablehlo
+from kdq.deploy.formats import container
+from kdq.deploy.measure import parity
 
 
 @pytest.fixture(scope="module")

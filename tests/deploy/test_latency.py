@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from kdq.deploy import latency
+from kdq.deploy.measure import latency
 
 
 def sleeps(seconds):

@@ -8,7 +8,7 @@ import pytest
 from networks import lowered, network
 
 from kdq import deploy, quantize
-from kdq.deploy import litert
+from kdq.deploy.formats import litert
 
 pytest.importorskip("litert_converter")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter")

@@ -9,7 +9,7 @@ from networks import NETWORKS, network
 
 from kdq import quantize
 from kdq.deploy import lower
-from kdq.deploy import network as network_of_layers
+from kdq.deploy.flow import network as network_of_layers
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.quantize import QuantizationRule, TensorSpec, grid, kinds
 from kdq.quantize.layers import path_of

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from networks import lowered
 
 from kdq import quantize
-from kdq.deploy import lower, memory
+from kdq.deploy import lower
+from kdq.deploy.measure import memory
 
 
 class Two(nn.Module):

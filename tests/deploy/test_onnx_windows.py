@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from kdq import deploy
-from kdq.deploy import network, onnx_model, onnx_program
+from kdq.deploy.flow import network
+from kdq.deploy.formats.onnx import model as onnx_model
+from kdq.deploy.formats.onnx import program as onnx_program
 
 jax2onnx = pytest.importorskip("jax2onnx")
-pytest.importorskip("kdq.deploy.onnx_ops")
+pytest.importorskip("kdq.deploy.formats.onnx.ops")
 
 STEPS = {jax.lax.max: np.maximum, jax.lax.min: np.minimum, jax.lax.add: np.add}
 STEPS[jax.lax.mul] = np.multiply

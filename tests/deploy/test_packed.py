@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 
 from kdq import models, quantize
-from kdq.deploy import PackedFileError, container, load_packed, packing, save_packed
+from kdq.deploy import PackedFileError, load_packed, save_packed
+from kdq.deploy.formats import container, packing
 from kdq.quantize import MinMax, QuantizationRule, TensorSpec
 
 CNN = {"name": "cnn", "num_classes": 10, "widths": [4, 6], "batch_norm": True}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kdq import models, quantize
-from kdq.deploy import ModelNotImportedError, PackedFileError, container, load_packed, save_packed
+from kdq.deploy import ModelNotImportedError, PackedFileError, load_packed, save_packed
+from kdq.deploy.formats import container
 
 CNN = {"name": "cnn", "num_classes": 10, "widths": [4, 6], "batch_norm": True}
 X = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)

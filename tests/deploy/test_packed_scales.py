@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 
 from kdq import quantize
-from kdq.deploy import PackedFileError, container, load_packed, save_packed
+from kdq.deploy import PackedFileError, load_packed, save_packed
+from kdq.deploy.formats import container
 from kdq.quantize import FORMATS, QuantizationRule, TensorSpec, grid
 
 SLOW = ("nvfp4", "mxfp8_e4m3", "mxfp8_e5m2")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kdq import quantize
-from kdq.deploy import PackedFileError, load_packed, save_packed, trees
+from kdq.deploy import PackedFileError, load_packed, save_packed
+from kdq.deploy.formats import trees
 from kdq.quantize import uniform_rules
 
 FLOATS = ["float16", "bfloat16", "float32"]

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from compilations import count_compilations
 from scipy.special import log_softmax
 
 from kdq import config, data, deploy, experiment, files
@@ -17,7 +18,6 @@ from kdq.experiment.searching import Searches
 from kdq.quantize.layers import layer_bits
 from kdq.search import bank, finetune
 from kdq.search.cost import load
-from kdq.train.step import train_step
 
 EXAMPLES = 150  # of validation: a whole batch, and part of the next
 TAUGHT = {"teacher": "teacher", "distill": "kd"}
@@ -339,10 +339,10 @@ def scorer(fields, workdir):
 
 def test_policies_are_finetuned_by_one_compiled_step_and_always_alike(trained, folder):
     score, (student,) = scorer(trained(), folder)
-    before = train_step._cache_size()
     policies = [(0, 0, 1, 2, 1), (0, 2, 2, 2, 0), (0, 0, 0, 0, 0), (0, 0, 1, 2, 1)]
-    first = score(policies)
-    assert train_step._cache_size() == before + 1
+    with count_compilations("train_step") as compiled:
+        first = score(policies)
+    assert len(compiled) == 1
     assert first[0] == first[3]
     again, _ = scorer(trained(), folder)
     assert again(policies) == first

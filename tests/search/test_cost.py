@@ -12,7 +12,7 @@ import students
 
 from kdq import files, models, quantize
 from kdq.config import ConfigError, parse_bits
-from kdq.deploy import energy
+from kdq.deploy.measure import energy
 from kdq.quantize import QuantizationRule, TensorSpec, layers
 from kdq.search import cost
 from kdq.search.cost import CostTable

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import students
+from compilations import count_compilations
 from scipy.special import log_softmax
 
 from kdq import quantize
@@ -96,10 +97,10 @@ def test_one_compilation_for_all_policies(case, at_once):
     batches = students.batches((7, 7), 7, seed=9)  # of a shape that was not there before
     held = evaluate.hold(evaluator.model, evaluator.variables, batches, teacher)
     other = evaluate.Evaluator(**{**vars(evaluator), "held": held, "at_once": at_once})
-    before = evaluate._evaluate._cache_size()
-    for policies in ([(0, 0, 0)], POLICIES, [(-1, -1, -1)] * 9):
-        other(policies)
-    assert evaluate._evaluate._cache_size() == before + 1
+    with count_compilations("_evaluate") as compiled:
+        for policies in ([(0, 0, 0)], POLICIES, [(-1, -1, -1)] * 9):
+            other(policies)
+    assert len(compiled) == 1
 
 
 def test_what_is_not_finite_is_the_worst():

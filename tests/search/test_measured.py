@@ -6,7 +6,7 @@ import pytest
 import students
 
 from kdq import deploy, models, quantize
-from kdq.deploy import latency
+from kdq.deploy.measure import latency
 from kdq.quantize import MSE
 from kdq.search import bank, measured
 from kdq.search.cost import CostTable

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from kdq import files
-from kdq.deploy import extras, network, onnx_program, rounded
-from kdq.deploy.lowering import IntegerModel
+from kdq.deploy import extras
+from kdq.deploy.flow import network
+from kdq.deploy.formats import rounded
+from kdq.deploy.formats.onnx import program as onnx_program
+from kdq.deploy.lower.lowering import IntegerModel
 from kdq.quantize.layers import batch_specs
 from kdq.types import Array
 
@@ -57,7 +60,7 @@ def to_onnx(
         raise ValueError("ONNX has multipliers of sums in float32: lower without fixed_point")
     if symmetric and each_layer:
         raise ValueError("each_layer: a symmetric model has no integers between its layers")
-    jax2onnx, _ = extras.load("onnx", "jax2onnx", "kdq.deploy.onnx_ops")
+    jax2onnx, _ = extras.load("onnx", "jax2onnx", "kdq.deploy.formats.onnx.ops")
     if symmetric:
         specs = _specs(inputs)
         program = jax.make_jaxpr(rounded.forward(lowered, onnx_program.Symmetric()))(*specs)

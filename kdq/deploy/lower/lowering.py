@@ -13,11 +13,12 @@ import numpy as np
 from jax.extend import core
 
 from kdq import quantize
-from kdq.deploy import integer_layer, network, primitives, qtensor
-from kdq.deploy.folding import foldable, of_bias, rounded_biases, spread
+from kdq.deploy import integer_layer, primitives, qtensor
+from kdq.deploy.flow import network
+from kdq.deploy.flow.network import LayerCall
 from kdq.deploy.integer_layer import IntegerLayer, Rounded
-from kdq.deploy.layer_code import LayerCode, layer_code, list_code
-from kdq.deploy.network import LayerCall
+from kdq.deploy.lower.folding import foldable, of_bias, rounded_biases, spread
+from kdq.deploy.lower.layer_code import LayerCode, layer_code, list_code
 from kdq.deploy.qtensor import QTensor
 from kdq.quantize import kinds, simulate
 from kdq.quantize.grid import Quantizer

@@ -9,7 +9,7 @@ import onnx_ir
 from jax.extend import core
 from jax2onnx.plugins.plugin_system import PrimitiveLeafPlugin, register_primitive
 
-from kdq.deploy.onnx_program import NoForm
+from kdq.deploy.formats.onnx.program import NoForm
 
 
 class Graph:

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from kdq.deploy import contraction, onnx_program
-from kdq.deploy.onnx_graph import Graph, convert
-from kdq.deploy.onnx_windows import cast, pad
+from kdq.deploy import contraction
+from kdq.deploy.formats.onnx import program as onnx_program
+from kdq.deploy.formats.onnx.graph import Graph, convert
+from kdq.deploy.formats.onnx.windows import cast, pad
 
 
 @convert(onnx_program.conv_p, "Conv")

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq import files
-from kdq.deploy import extras, litert_program, rounded
+from kdq.deploy import extras
 from kdq.deploy.contraction import Conv
-from kdq.deploy.lowering import IntegerModel
+from kdq.deploy.formats import litert_program, rounded
+from kdq.deploy.lower.lowering import IntegerModel
 from kdq.deploy.qtensor import InputGrid
 from kdq.quantize.layers import as_args, batch_specs
 from kdq.types import Array

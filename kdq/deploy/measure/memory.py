@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from kdq.deploy.lowering import IntegerModel
+from kdq.deploy.lower.lowering import IntegerModel
 from kdq.quantize.layers import batch_specs
 from kdq.types import Array
 

@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir
 from jax.extend import core
 
-from kdq.deploy import onnx_program
-from kdq.deploy.onnx_graph import Graph, convert
-from kdq.deploy.onnx_program import NoForm
+from kdq.deploy.formats.onnx import program as onnx_program
+from kdq.deploy.formats.onnx.graph import Graph, convert
+from kdq.deploy.formats.onnx.program import NoForm
 
 MOST_AXES = 3  # that ONNX Runtime pools over
 POOLED = {"max": (np.float32, np.int8, np.uint8), "min": (np.float32, np.int8, np.uint8)}

@@ -11,8 +11,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from kdq.deploy import contraction, primitives, rounded
+from kdq.deploy import contraction, primitives
 from kdq.deploy.contraction import Conv, Dot, Kernel
+from kdq.deploy.formats import rounded
 from kdq.types import Array
 
 # The least normal number: to add it changes no number, and the converter, which lets a rounding

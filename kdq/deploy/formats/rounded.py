@@ -14,10 +14,11 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from kdq.deploy import contraction, network
+from kdq.deploy import contraction
 from kdq.deploy.contraction import Conv, Dot, Kernel
+from kdq.deploy.flow import network
 from kdq.deploy.integer_layer import IntegerLayer
-from kdq.deploy.lowering import IntegerModel
+from kdq.deploy.lower.lowering import IntegerModel
 from kdq.deploy.qtensor import InputGrid
 from kdq.types import Array
 

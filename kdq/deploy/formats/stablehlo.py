@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.deploy import container, packing
-from kdq.deploy.lowering import IntegerModel
+from kdq.deploy.formats import container, packing
+from kdq.deploy.lower.lowering import IntegerModel
 from kdq.quantize.layers import batch_specs
 from kdq.types import Array
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq import quantize
-from kdq.deploy.lowering import IntegerModel
-from kdq.deploy.packed import PackedModel
+from kdq.deploy.formats.packed import PackedModel
+from kdq.deploy.lower.lowering import IntegerModel
 from kdq.quantize import grid, kinds
 from kdq.quantize.layers import path_of
 from kdq.types import Array

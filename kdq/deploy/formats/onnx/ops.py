@@ -18,10 +18,12 @@ import numpy as np
 import onnx_ir
 from jax.extend import core
 
-from kdq.deploy import contraction, onnx_floats, onnx_program, onnx_windows, primitives  # noqa: F401  onnx_floats registers
+from kdq.deploy import contraction, primitives
 from kdq.deploy.contraction import Conv, Dot
-from kdq.deploy.onnx_graph import Graph, convert
-from kdq.deploy.onnx_program import NoForm
+from kdq.deploy.formats.onnx import program as onnx_program
+from kdq.deploy.formats.onnx import windows as onnx_windows
+from kdq.deploy.formats.onnx.graph import Graph, convert
+from kdq.deploy.formats.onnx.program import NoForm
 from kdq.deploy.qtensor import InputGrid
 
 

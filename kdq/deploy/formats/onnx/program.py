@@ -1,6 +1,6 @@
 """A program on its way to ONNX: equations in place of those that ONNX Runtime is slow at.
 
-`kdq.deploy.onnx_ops` has the operators that its primitives become.
+`kdq.deploy.formats.onnx.ops` has the operators that its primitives become.
 """
 
 import collections
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from kdq.deploy import arithmetic, network, primitives, rounded
+from kdq.deploy import arithmetic, primitives
 from kdq.deploy.contraction import Conv, Dot
+from kdq.deploy.flow import network
+from kdq.deploy.formats import rounded
 from kdq.deploy.qtensor import InputGrid
 from kdq.types import Array
 

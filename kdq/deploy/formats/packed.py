@@ -22,15 +22,15 @@ import jax
 import numpy as np
 
 from kdq import models, quantize, trust
-from kdq.deploy import container, fitting, trees
-from kdq.deploy.lowering import IntegerModel, lower
-from kdq.deploy.packed_layers import (
+from kdq.deploy.formats import container, fitting, trees
+from kdq.deploy.formats.packed_layers import (
     Layer,
     input_quantizer,
     pack_weight,
     quantizer_json,
     unpack_weight,
 )
+from kdq.deploy.lower.lowering import IntegerModel, lower
 from kdq.fields import ConfigError, Mistake, build
 from kdq.quantize import grid
 from kdq.quantize.inputs import Batch

@@ -1,0 +1,1 @@
+"""Codes that flow between layers without a float in between."""

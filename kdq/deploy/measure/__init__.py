@@ -1,0 +1,1 @@
+"""What an exported network costs, and whether it computes the same."""

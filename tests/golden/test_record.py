@@ -1,0 +1,82 @@
+"""The records of every kind of arm are those that are committed, within what processors differ by.
+
+    python tests/golden/test_record.py WORKDIR
+
+writes those of a finished run of every_arm.py to record.json: only for a change that is meant.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from programs import run
+
+HERE = Path(__file__).parent
+# What differs between two runs, machines or commits; digests of floats differ between processors.
+VARYING = ("seconds", "commit", "latency", "versions", "seal", "sha256", "device")
+# Two levels of XLA's optimization differ by 2e-6. A difference in the method is far above this.
+TOLERANCE = {"rtol": 0.02, "atol": 0.02}
+
+
+def measurements(workdir):
+    """Returns `{arm: its record}`, of one seed, without what varies."""
+    paths = sorted(Path(workdir).glob("*/0/result.json"))
+    records = {path.parts[-3]: lasting(json.loads(path.read_text())) for path in paths}
+    for record in records.values():
+        # StableHLO says of each operation which lines of Python it is from: its size varies.
+        record.get("exports", {}).get("stablehlo", {}).pop("size_bytes", None)
+    return records
+
+
+def lasting(value):
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if not any(word in k for word in VARYING)}
+        return {k: lasting(v) for k, v in kept.items()}
+    if isinstance(value, list):
+        return [lasting(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def check(actual, expected, where):
+    assert type(actual) is type(expected), f"{where}: {actual!r} for {expected!r}"
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), where
+        for key, value in expected.items():
+            check(actual[key], value, f"{where}/{key}")
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected), where
+        for i, value in enumerate(expected):
+            check(actual[i], value, f"{where}[{i}]")
+    elif isinstance(expected, float):
+        np.testing.assert_allclose(actual, expected, err_msg=where, **TOLERANCE)
+    else:
+        assert actual == expected, f"{where}: {actual!r} for {expected!r}"
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("golden") / "run"
+    flags = ["--config=tests/golden/every_arm.py", f"--workdir={workdir}", "--config.workers=1"]
+    assert run("compress", *flags) is None
+    return measurements(workdir)
+
+
+def test_records_are_those_that_are_committed(records):
+    expected = json.loads((HERE / "record.json").read_text())
+    assert records.keys() == expected.keys()
+    for arm, record in expected.items():
+        check(records[arm], record, arm)
+
+
+def test_another_number_or_field_is_noticed(records):
+    name = "qad"
+    for change in ({"nll": records[name]["nll"] * 1.05}, {"steps": 1}, {"new": None}):
+        with pytest.raises(AssertionError):
+            check({**records[name], **change}, records[name], name)
+
+
+if __name__ == "__main__":
+    text = json.dumps(measurements(sys.argv[1]), indent=0, separators=(",", ":"))
+    (HERE / "record.json").write_text(text + "\n")
