@@ -27,8 +27,8 @@ from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.sharding import make_layout
 from kdq.train.state import create_state
-from kdq.train.task import Task
 from kdq.train.together import program_of
+from kdq.train.training import Training
 
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
 ROUNDS = flags.DEFINE_integer("rounds", 30, "Timed rounds of each network.")
@@ -77,7 +77,7 @@ def _begin(experiment, model, bits, seed):
         variables, qparams = quantize.prepare(variables, qparams, "lsq")
     rates = {"seed": seed, "steps": 10_000, "learning_rate": 1e-3}
     state = create_state(variables, qparams, experiment.optimizer, **rates)
-    task = Task(
+    task = Training(
         model=model,
         optimizer=make_optimizer(experiment.optimizer),
         objective=Objective(),

@@ -47,12 +47,13 @@ from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress
 from kdq.experiment.quantized import quantized
 from kdq.experiment.teaching import Teaching
+from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.loop import LOG_EVERY
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.task import Task, Weights
+from kdq.train.training import Training
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Of the images where the data set is not there.
@@ -137,7 +138,7 @@ def random_source(shape: tuple[int, int, int], examples: int = 4096) -> Source:
     )
 
 
-def begin(setting: Setting, kind: str) -> tuple[Task, TrainState]:
+def begin(setting: Setting, kind: str) -> tuple[Training, TrainState]:
     """What the runner has for an arm, but for the teacher's weights, which are fresh."""
     experiment, inputs = setting.experiment, setting.inputs
     name, cached = KINDS[kind]
@@ -175,7 +176,7 @@ def begin(setting: Setting, kind: str) -> tuple[Task, TrainState]:
     )
 
 
-def kdq_take(task: Task, state: TrainState, batch: Callable[[], Any]) -> Take:
+def kdq_take(task: Training, state: TrainState, batch: Callable[[], Any]) -> Take:
     """Steps of the task as `fit` takes them, with the batches that it is given."""
     state = jax.tree.map(jnp.copy, state)  # the step donates it
     step = functools.partial(
@@ -292,7 +293,7 @@ def measure_pipeline(setting: Setting, steps: Mapping[str, Any]) -> dict[str, di
     return found
 
 
-def loop_seconds(task: Task, state: TrainState, logs: int) -> float:
+def loop_seconds(task: Training, state: TrainState, logs: int) -> float:
     """Seconds a step of `fit`, between two of its logs."""
     first, last = LOG_EVERY + 1, (logs + 1) * LOG_EVERY + 1
     marks = {}

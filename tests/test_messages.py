@@ -14,8 +14,8 @@ from kdq import messages
 from kdq.config import ConfigError
 from kdq.experiment.found import Found
 from kdq.quantize import grid
+from kdq.quantize.network import Weights
 from kdq.train.diagnose import NonFiniteError
-from kdq.train.task import Weights
 
 QUANTIZER = grid.Quantizer(
     scale=jnp.ones((1, 3)),
@@ -125,7 +125,7 @@ def crafted(document):
         {"class": ["os:system", {"dict": []}]},
         {"class": ["subprocess:Popen", {"dict": [["args", "true"]]}]},
         {"class": ["kdq.processes:os.system", {"dict": [["command", "true"]]}]},
-        {"class": ["kdq.train.task:Weights", {"dict": [["nope", 1]]}]},
+        {"class": ["kdq.quantize.network:Weights", {"dict": [["nope", 1]]}]},
         {"class": ["kdq.nowhere:X", {"dict": []}]},
         {"object": []},
         {"array": ["numpy", "object", [1], 0]},

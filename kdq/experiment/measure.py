@@ -12,9 +12,9 @@ from kdq import deploy, models, quantize
 from kdq.deploy.measure import energy
 from kdq.evaluate import fidelity, metrics, prior
 from kdq.experiment import details
+from kdq.quantize.network import Weights
 from kdq.search import cost
 from kdq.train.loop import Fit
-from kdq.train.task import Weights
 from kdq.types import Batch
 
 FIDELITY = (

@@ -14,10 +14,11 @@ from kdq import lock
 from kdq.config import ConfigError, Experiment, parents, unknown
 from kdq.experiment import runner
 from kdq.experiment.progress import Progress
+from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.task import Task, Weights
+from kdq.train.training import Training
 
 WARM_UP = 10  # steps before the trace: the first compiles
 STEP = "jit_train_step"  # what XLA calls the compiled step
@@ -131,7 +132,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _names(task: Task, state: TrainState) -> dict[str, str]:
+def _names(task: Training, state: TrainState) -> dict[str, str]:
     """What each operation of the compiled step is of: "backward conv_1 conv_general_dilated"."""
     compiled = train_step.lower(
         state,

@@ -14,13 +14,13 @@ from kdq.experiment.progress import Progress, Record
 from kdq.fields import check_arguments, unknown
 from kdq.quantize import QuantizationRule, TensorSpec, observers
 from kdq.quantize.inputs import as_inputs
+from kdq.quantize.network import Weights
 from kdq.quantize.observers import Observer
 from kdq.quantize.ptq import chain
 from kdq.quantize.ptq.errors import layer_errors
 from kdq.quantize.sqnr import warn_of_noise
 from kdq.schema import Qat
 from kdq.stopwatch import Stopwatch
-from kdq.train.task import Weights
 from kdq.types import Array, Variables
 
 log = logging.getLogger(__name__)

@@ -34,12 +34,13 @@ from kdq.experiment.searching import Searches
 from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
 from kdq.fields import expand_user
+from kdq.quantize.network import Weights
 from kdq.search.problem import InfeasibleError
 from kdq.train import loop, metrics_writer, optimizer, sharding, together
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
 from kdq.train.state import TrainState
-from kdq.train.task import Task, Weights
+from kdq.train.training import Training
 from kdq.types import Array, Batch
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _runs_units(
 
 def task(
     experiment: Experiment, workdir: str | Path, name: str, seed: int
-) -> tuple[Task, TrainState]:
+) -> tuple[Training, TrainState]:
     """What an arm's training would begin with, once what it needs has been run.
 
     Raises ConfigError for an arm that does not train.
@@ -293,7 +294,7 @@ class _Runner:
         arm = self.experiment.arms[name]
         if not self.inputs.steps(arm):
             return {one.seed: self._untrained(name, one) for one in begun}
-        groups: dict[Hashable, dict[int, tuple[Task, TrainState]]] = {}
+        groups: dict[Hashable, dict[int, tuple[Training, TrainState]]] = {}
         for one in begun:
             task, state = self._task(one.experiment, name, one.seed, one.start)
             groups.setdefault(together.signature(task, state), {})[one.seed] = task, state
@@ -319,7 +320,7 @@ class _Runner:
 
     def _task(
         self, experiment: Experiment, name: str, seed: int, start: Weights
-    ) -> tuple[Task, TrainState]:
+    ) -> tuple[Training, TrainState]:
         model = self.models[experiment.arms[name].model]
         return training.begin(
             experiment,

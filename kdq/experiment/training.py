@@ -12,11 +12,12 @@ from kdq.experiment import check
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.quantized import recipe
 from kdq.experiment.teaching import Teaching
+from kdq.quantize.network import Weights
 from kdq.train import objective, regime
 from kdq.train.objective import Objective
 from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.train.state import TrainState, create_state
-from kdq.train.task import Task, Weights
+from kdq.train.training import Training
 
 
 def begin(
@@ -32,7 +33,7 @@ def begin(
     validate: Callable[[Weights], dict[str, float]],
     steps: int | None = None,
     layout: Layout = ONE_DEVICE,
-) -> tuple[Task, TrainState]:
+) -> tuple[Training, TrainState]:
     """What there is to do, and the state before the first step.
 
     Args:
@@ -44,7 +45,7 @@ def begin(
       inputs: the data.
       teaching: who teaches.
       optimizer: see `make_optimizer`.
-      validate: see `Task`.
+      validate: see `Training`.
       steps: a schedule of so many; None: the arm's own.
       layout: the devices that train.
     """
@@ -68,7 +69,7 @@ def begin(
         peer=teaching.peer,
         track_oscillations=qat.track_oscillations or bool(qat.freeze),
     )
-    task = Task(
+    task = Training(
         model=model,
         optimizer=optimizer,
         objective=aim,

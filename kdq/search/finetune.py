@@ -9,12 +9,13 @@ import jax
 import numpy as np
 
 from kdq import quantize
+from kdq.quantize.network import Weights
 from kdq.search import bank as banks
 from kdq.search.evaluate import OBJECTIVES, WORST, Evaluator, Held, means, sums_of
 from kdq.train import loop
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.task import Task, Weights
+from kdq.train.training import Training
 from kdq.types import QParams, Variables
 
 
@@ -26,7 +27,7 @@ class Finetune:
     """
 
     evaluator: Evaluator  # of the student
-    begin: Callable[[Weights], tuple[Task, TrainState]]
+    begin: Callable[[Weights], tuple[Training, TrainState]]
     method: str  # of quantization-aware training
     distilled: tuple[str, ...]  # terms that a policy may leave out
 
@@ -50,7 +51,7 @@ class Finetune:
         return score(one.model, found.variables, found.qparams, one.held)
 
 
-def without_terms(task: Task, names: Sequence[str]) -> Task:
+def without_terms(task: Training, names: Sequence[str]) -> Training:
     """The task with the weight of some terms 0."""
     terms = tuple(
         term.replace(weight=term.weight.replace(values=0 * term.weight.values))
@@ -61,7 +62,7 @@ def without_terms(task: Task, names: Sequence[str]) -> Task:
     return dataclasses.replace(task, objective=task.objective.replace(terms=terms))
 
 
-def _train(task: Task, state: TrainState) -> TrainState:
+def _train(task: Training, state: TrainState) -> TrainState:
     for step in range(task.steps):
         state, _ = train_step(
             state,

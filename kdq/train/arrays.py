@@ -12,10 +12,11 @@ import numpy as np
 from kdq import data
 from kdq.config import Optimizer
 from kdq.distill.teacher import Stored
+from kdq.quantize.network import Weights
 from kdq.train import loop, objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
-from kdq.train.task import Task, Weights
+from kdq.train.training import Training
 
 
 def fit_arrays(
@@ -79,7 +80,7 @@ def fit_arrays(
         learning_rate=learning_rate,
         fixed_scales=fixed_scales,
     )
-    task = Task(
+    task = Training(
         model=model,
         optimizer=make_optimizer(config),
         objective=objective.of_recipe(recipe, steps, "recipe"),

@@ -12,6 +12,7 @@ import numpy as np
 
 from kdq import processes, quantize
 from kdq.data import iterate
+from kdq.quantize.network import Weights
 from kdq.stopwatch import Stopwatch
 from kdq.train import together
 from kdq.train.checkpoint import Checkpointer
@@ -19,8 +20,8 @@ from kdq.train.diagnose import NonFiniteError, first_nonfinite
 from kdq.train.metrics_writer import MetricsWriter
 from kdq.train.state import TrainState
 from kdq.train.step import ask_teacher
-from kdq.train.task import Task, Weights
 from kdq.train.together import Program
+from kdq.train.training import Training
 
 OF_THE_STEP = ("grad_norm", "oscillating", "frozen")  # metrics that are no sums over examples
 LOG_EVERY = 50  # steps between two reads of the metrics
@@ -56,7 +57,7 @@ def is_better(metrics: dict[str, float], than: dict[str, float]) -> bool:
 
 
 def fit(
-    task: Task,
+    task: Training,
     state: TrainState,
     workdir: Path,
     *,
@@ -94,7 +95,7 @@ def fit(
 
 
 def fit_together(
-    tasks: Sequence[Task],
+    tasks: Sequence[Training],
     states: Sequence[TrainState],
     workdirs: Sequence[Path],
     *,
@@ -122,7 +123,7 @@ def fit_together(
 class _Run:
     """What one seed has to itself: data, curve, selection and checkpoints."""
 
-    def __init__(self, task: Task, state: TrainState, workdir: Path):
+    def __init__(self, task: Training, state: TrainState, workdir: Path):
         self.task, self.layout, self.workdir = task, task.layout, workdir
         self.state = task.layout.place(state)
         self.step, self.seconds = 0, 0.0

@@ -20,7 +20,7 @@ from kdq.train.objective import Objective
 from kdq.train.regime import Regime
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.task import Task
+from kdq.train.training import Training
 from kdq.types import Batch, Metrics
 
 SEEDS = PartitionSpec("seeds")
@@ -43,7 +43,7 @@ class Program(Protocol):
 
 
 def program_of(
-    tasks: Sequence[Task],
+    tasks: Sequence[Training],
     states: Sequence[TrainState],
     devices: Sequence[jax.Device] | None = None,
 ) -> Program:
@@ -64,7 +64,7 @@ def program_of(
     return Together(tasks, jax.local_devices() if devices is None else devices)
 
 
-def signature(task: Task, state: TrainState) -> Hashable:
+def signature(task: Training, state: TrainState) -> Hashable:
     """Equal for tasks that can share a program."""
     leaves, structure = jax.tree.flatten((state, task.teacher_arguments))
     numbers, aim = jax.tree.flatten((task.objective, task.regime))
@@ -79,7 +79,7 @@ def signature(task: Task, state: TrainState) -> Hashable:
 class Alone:
     """One seed, on the mesh of its task."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Training):
         self._task, self._layout = task, task.layout
         self._objective, self._regime = task.layout.copy((task.objective, task.regime))
         self._arguments = task.layout.place(task.teacher_arguments)
@@ -115,7 +115,7 @@ class Alone:
 class Together:
     """Several seeds."""
 
-    def __init__(self, tasks: Sequence[Task], devices: Sequence[jax.Device]):
+    def __init__(self, tasks: Sequence[Training], devices: Sequence[jax.Device]):
         self._task, self._count = tasks[0], len(tasks)
         used = max(n for n in range(1, len(devices) + 1) if self._count % n == 0)
         self._mesh = None

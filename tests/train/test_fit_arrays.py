@@ -8,9 +8,9 @@ from kdq import models, quantize
 from kdq.arms import kl
 from kdq.evaluate.metrics import kl_divergence
 from kdq.fields import ConfigError
+from kdq.quantize.network import Weights
 from kdq.train.arrays import fit_arrays
 from kdq.train.diagnose import NonFiniteError
-from kdq.train.task import Weights
 
 MODEL = models.build("mlp", num_classes=3, widths=(8,))
 CENTRES = np.array([[2.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0]])

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import resume_task
-from resume_task import EVAL_EVERY, STEPS
+import resume_training
+from resume_training import EVAL_EVERY, STEPS
 
 from kdq.distill.teacher import Stored
+from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError
-from kdq.train.task import Weights
 
 
 class Interrupted(Exception):
@@ -37,7 +37,7 @@ def at(step):
 
 def fit(workdir, on_step=lambda step: None, checkpoint_seconds=0.0, **options):
     workdir.mkdir(exist_ok=True)
-    task, state = resume_task.make(**options)
+    task, state = resume_training.make(**options)
     return loop.fit(task, state, workdir, checkpoint_seconds=checkpoint_seconds, on_step=on_step)
 
 
@@ -96,7 +96,7 @@ def test_the_unbroken_run_learns_and_logs_each_step(unbroken):
     assert result.selected.step == best["step"]
     assert result.selected.metrics["nll"] == best["validation_nll"]
     assert result.last_step == STEPS
-    task, start = resume_task.make()
+    task, start = resume_training.make()
     before = task.validate(Weights(variables=start.variables, qparams=start.quantizers))
     assert result.selected.metrics["nll"] < before["nll"]
     # What was selected is what was measured.
@@ -122,7 +122,7 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(unbroken, tmp_path, step):
 @pytest.mark.slow
 def test_a_killed_process_ends_as_the_unbroken_one(unbroken, tmp_path):
     result, workdir = unbroken
-    command = [sys.executable, resume_task.__file__, str(tmp_path), "14"]
+    command = [sys.executable, resume_training.__file__, str(tmp_path), "14"]
     process = subprocess.run(command, capture_output=True, timeout=300, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert not list(Path(tmp_path).glob("checkpoints/24"))
@@ -176,7 +176,7 @@ def test_is_better():
 TRACING, EACH_STEP = 1.0, 0.02  # s
 
 
-class SlowToTrace(type(resume_task.MODEL)):
+class SlowToTrace(type(resume_training.MODEL)):
     """The same network, whose compilation takes so long at least."""
 
     def __call__(self, *inputs, **options):
@@ -185,7 +185,7 @@ class SlowToTrace(type(resume_task.MODEL)):
 
 
 def timed(workdir):
-    task, state = resume_task.make()
+    task, state = resume_training.make()
     fields = {"num_classes": 3, "widths": (3, 4), "batch_norm": True}
     task = dataclasses.replace(task, model=SlowToTrace(**fields))
     workdir.mkdir()
@@ -204,7 +204,7 @@ def test_compiling_is_no_part_of_the_seconds_of_training(tmp_path):
 def test_a_checkpoint_that_does_not_tell_compiling_apart_is_gone_on_from(tmp_path):
     with pytest.raises(Interrupted):
         fit(tmp_path / "new", at(10))
-    _, state = resume_task.make()
+    _, state = resume_training.make()
     like = {"state": state, "selected": loop._parts(state)}
     with Checkpointer(tmp_path / "new" / "checkpoints") as checkpointer:
         trees, record = checkpointer.read(8, like)
@@ -231,7 +231,7 @@ def poisoned(task, state, layer):
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [pytest.param("conv_1", marks=pytest.mark.slow), "head"])
 def test_infinity_in_a_weight_is_named(tmp_path, layer):
-    task, state = poisoned(*resume_task.make(), layer)
+    task, state = poisoned(*resume_training.make(), layer)
     with pytest.raises(NonFiniteError, match=rf"at step 1, first in the parameters of .*'{layer}'"):
         loop.fit(task, state, tmp_path)
 
@@ -271,14 +271,14 @@ def test_nan_from_a_cached_teacher_is_named(tmp_path):
 
         return dataset.map_with_index(add)
 
-    task, state = resume_task.make(wrap=wrap)
+    task, state = resume_training.make(wrap=wrap)
     task = dataclasses.replace(task, teacher=Stored(), teacher_arguments=None)
     with pytest.raises(NonFiniteError, match=r"at step 3, first in what the teacher says"):
         loop.fit(task, state, tmp_path)
 
 
 def test_nan_from_a_live_teacher_is_named(tmp_path):
-    task, state = resume_task.make()
+    task, state = resume_training.make()
     spoiled = jax.tree.map(lambda p: p * np.nan, task.teacher_arguments)
     task = dataclasses.replace(task, teacher_arguments=spoiled)
     with pytest.raises(NonFiniteError, match=r"at step 1, first in what the teacher says"):
@@ -292,7 +292,7 @@ def test_a_rate_that_explodes_is_named(tmp_path):
 
 def test_weights_that_explode_in_the_last_step_are_no_result(tmp_path):
     """The step's own loss is finite; what it leaves behind is not."""
-    task, state = resume_task.make(learning_rate=1e36)
+    task, state = resume_training.make(learning_rate=1e36)
     task = dataclasses.replace(task, steps=1)
     with pytest.raises(NonFiniteError, match="NaN or infinity on validation after step 1"):
         loop.fit(task, state, tmp_path)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import resume_task
+import resume_training
 from compilations import count_compilations
 
 from kdq import config, data, models, quantize
@@ -14,7 +14,7 @@ from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
 from kdq.train.step import train_step
-from kdq.train.task import Task
+from kdq.train.training import Training
 
 MODEL = models.build("mlp", num_classes=3, widths=(6,))
 OPTIMIZER = config.Optimizer()
@@ -32,7 +32,9 @@ class Interrupted(Exception):
 
 @pytest.fixture(scope="module")
 def dataset():
-    return data.train_dataset(resume_task.source(), batch_size=8, seed=3, **resume_task.NORMALIZE)
+    return data.train_dataset(
+        resume_training.source(), batch_size=8, seed=3, **resume_training.NORMALIZE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_each_step_and_seed_draws_its_own_without_a_compilation(start, dataset):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_as_the_unbroken_one(start, dataset, tmp_path):
-    task = Task(
+    task = Training(
         model=MODEL,
         optimizer=make_optimizer(OPTIMIZER),
         objective=Objective(),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import resume_task
+import resume_training
 
 from kdq.distill import capture, term
 from kdq.distill.teacher import Model, MovingAverage, Peer
@@ -92,7 +92,7 @@ def test_clipping_counts_the_adapters(net):
         {"loss": "hint", "weight": 1e6, "student": "conv_0", "teacher": "conv_0"}
     )
     adapters, _ = _beside(net, objective)
-    settings = resume_task.config.Optimizer(name="sgd", warmup=0.0, clip_norm=1e-3)
+    settings = resume_training.config.Optimizer(name="sgd", warmup=0.0, clip_norm=1e-3)
     state = net.state(optimizer=settings, steps=STEPS, learning_rate=1.0, adapters=adapters)
     before = jax.tree.map(np.array, state.trainable)
     state, metrics = net.step(state, net.batch(0), objective, teacher=True, optimizer=settings)
@@ -114,7 +114,7 @@ def test_peers_learn_from_each_other_as_two_plain_models_do(net):
         model=net.model,
         teacher=Peer(net.teacher),
         objective=objective,
-        optimizer=make_optimizer(resume_task.config.Optimizer()),
+        optimizer=make_optimizer(resume_training.config.Optimizer()),
     )
 
     def both(params):
@@ -154,7 +154,7 @@ def test_a_moving_average_teaches_from_the_state(net):
     teacher = MovingAverage(net.model, decay=0.9)
     state = net.state(steps=STEPS, learning_rate=0.1, average=True)
     expected = jax.tree.map(np.array, net.variables["params"])
-    optimizer = make_optimizer(resume_task.config.Optimizer())
+    optimizer = make_optimizer(resume_training.config.Optimizer())
     for i in range(3):
         batch = net.batch(i)
         variables = {"params": expected, **jax.tree.map(np.array, state.model_state)}
@@ -180,24 +180,24 @@ def test_a_moving_average_teaches_from_the_state(net):
 
 
 def _task(terms, teacher, arguments, **fields):
-    """Of `resume_task`, taught another way."""
-    task, _ = resume_task.make()
-    variables, teacher_variables, qparams, validation = resume_task.start()
+    """Of `resume_training`, taught another way."""
+    task, _ = resume_training.make()
+    variables, teacher_variables, qparams, validation = resume_training.start()
     image = validation[0]["image"][:1]
     objective = _objective(*terms)
     layers = lambda model, v: capture.list_outputs(model, v, image, train=False)
     adapters, memory = objective.init(
         jax.random.key(0),
-        layers(resume_task.MODEL, variables),
-        layers(resume_task.TEACHER, teacher_variables),
-        num_examples=resume_task.EXAMPLES,
+        layers(resume_training.MODEL, variables),
+        layers(resume_training.TEACHER, teacher_variables),
+        num_examples=resume_training.EXAMPLES,
     )
     state = create_state(
         variables,
         qparams,
-        resume_task.OPTIMIZER,
+        resume_training.OPTIMIZER,
         seed=0,
-        steps=resume_task.STEPS,
+        steps=resume_training.STEPS,
         learning_rate=0.01,
         adapters=adapters,
         memory=memory,
@@ -218,18 +218,18 @@ FEATURES = (
 )
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path, kind):
     """Adapters, a contrastive memory, a peer and an average are checkpointed, and restored."""
-    _, teacher_variables, _, _ = resume_task.start()
+    _, teacher_variables, _, _ = resume_training.start()
 
     def make():
         if kind == "features":
             arguments = {"variables": teacher_variables, "qparams": {}}
             terms = [f | {"teacher": "conv_0"} for f in FEATURES]
             terms[0] = terms[0] | {"student": "conv_0", "adapter": "conv"}
-            return _task(terms, Model(resume_task.TEACHER), arguments)
+            return _task(terms, Model(resume_training.TEACHER), arguments)
         kl = [{"loss": "kl", "weight": 0.5, "temperature": 2.0}]
         if kind == "peer":
-            return _task(kl, Peer(resume_task.TEACHER), None, peer=teacher_variables)
-        return _task(kl, MovingAverage(resume_task.MODEL, 0.9), None, average=True)
+            return _task(kl, Peer(resume_training.TEACHER), None, peer=teacher_variables)
+        return _task(kl, MovingAverage(resume_training.MODEL, 0.9), None, average=True)
 
     class Stop(Exception):
         pass

@@ -11,9 +11,9 @@ import time
 import jax
 import numpy as np
 import pytest
-import resume_task
+import resume_training
 from compilations import count_compilations
-from resume_task import EVAL_EVERY, STEPS
+from resume_training import EVAL_EVERY, STEPS
 
 from kdq import config
 from kdq.train import loop, together
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 # Not Adam, whose first steps are of one size however small the gradient: rounding would tell.
 SGD = config.Optimizer(name="sgd", scale_rule="sgd")
 SEEDS = (0, 1, 2)
-make = functools.partial(resume_task.make, learning_rate=0.05, optimizer=SGD)
+make = functools.partial(resume_training.make, learning_rate=0.05, optimizer=SGD)
 
 
 def folders(root, count=3):

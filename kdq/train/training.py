@@ -7,28 +7,18 @@ from typing import Any
 
 import flax.linen as nn
 import grain
-import jax
 import optax
 
 from kdq.distill.teacher import Peer, Teacher
+from kdq.quantize.network import Weights
 from kdq.schema import AT_ONCE, Compute
 from kdq.train.objective import Objective
 from kdq.train.regime import Regime
 from kdq.train.sharding import ONE_DEVICE, Layout
-from kdq.types import QParams, Variables
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Weights:
-    """What a model computes with: float variables, and the quantizers ({} for none)."""
-
-    variables: Variables
-    qparams: QParams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
+class Training:
     """What is trained, by whom, on what. `teacher` and the state's quantizers are optional."""
 
     model: nn.Module

@@ -1,6 +1,6 @@
 """A run of quantization-aware distillation that a test can interrupt, here or in a child process.
 
-python resume_task.py WORKDIR KILL_AFTER_STEP
+python resume_training.py WORKDIR KILL_AFTER_STEP
 """
 
 import functools
@@ -20,7 +20,7 @@ from kdq.train import loop
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
-from kdq.train.task import Task
+from kdq.train.training import Training
 
 STEPS, EVAL_EVERY, EXAMPLES, BATCH = 24, 4, 40, 8
 OPTIMIZER = config.Optimizer(weight_decay=1e-3)
@@ -88,7 +88,7 @@ def make(learning_rate=0.01, wrap=lambda dataset: dataset, seed=0, optimizer=OPT
     variables, teacher_variables = jax.tree.map(
         lambda x: x * (1 + 0.1 * seed), (variables, teacher_variables)
     )
-    task = Task(
+    task = Training(
         model=MODEL,
         optimizer=make_optimizer(optimizer),
         objective=OBJECTIVE,
