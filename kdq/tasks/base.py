@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from kdq.fields import ConfigError
 from kdq.types import Array, Batch
 
 Scalar = Array | float
@@ -169,6 +170,18 @@ class Metric:
         return abs(self.difference(value, reference)) <= self.tie
 
 
+# Energy of the difference of outputs over that of the outputs: the inverse of their SQNR.
+NOISE = Metric(
+    name="noise",
+    scores=("noise", "signal"),
+    of_mean=lambda noise, signal: noise / signal,
+    higher_is_better=False,
+    decimals=4,
+    relative=True,
+    tie=1.0,
+)
+
+
 class Task(Protocol):
     """The contract of a task: frozen, hashable, without data; a static argument of jit.
 
@@ -253,6 +266,8 @@ def count_all(batch: Batch, shape: tuple[int, ...]) -> Array:
 def improves(task: Task, values: Values, reference: Values) -> bool:
     """Returns whether values are better by the first of the task's metrics that differs."""
     for metric in task.metrics:
+        if metric.name not in values or metric.name not in reference:
+            continue  # top-5 accuracy of three classes
         a, b = values[metric.name], reference[metric.name]
         if metric.better(a, b) or metric.better(b, a):
             return metric.better(a, b)
@@ -279,6 +294,23 @@ def weighted_sum(values: Array, weights: Array) -> tuple[Array, Array]:
     weights = weights.astype(jnp.float32)
     counted = jnp.where(weights > 0, values, 0).astype(jnp.float32)
     return jnp.sum(weights * counted), jnp.sum(weights)
+
+
+def noise_and_signal(outputs: Array, reference: Array) -> dict[str, Array]:
+    """Returns "noise" and "signal" of outputs [..., outputs] for `NOISE`, each [...] float32.
+
+    An output that the reference rules out, by a logit of −inf, is no part of either.
+    """
+    possible = ~jnp.isneginf(reference)
+    signal = jnp.where(possible, reference, 0).astype(jnp.float32)
+    noise = jnp.where(possible, outputs, 0).astype(jnp.float32) - signal
+    return {"noise": jnp.sum(noise**2, -1), "signal": jnp.sum(signal**2, -1)}
+
+
+def require(condition: bool, task: Task, message: str) -> None:
+    """Raises ConfigError with the task's name in front unless a condition holds."""
+    if not condition:
+        raise ConfigError(f"task {task.name}: {message}")
 
 
 def _suffix(unit: str) -> str:
