@@ -152,7 +152,7 @@ def _quantizer(
 
 
 def _observer(spec: TensorSpec) -> Observer:
-    """What looks on: of a dynamic input only the sign is asked."""
+    """The observer of a tensor; for a dynamic input only the sign matters."""
     return MinMax() if spec.dynamic else spec.observer
 
 
@@ -174,14 +174,14 @@ def _observe_inputs(
     layers: dict[str, LayerInfo],
     batches: Iterable[Batch],
 ) -> dict[Key, State]:
-    """What each layer's observer saw of its inputs: [*stack, groups, ...]."""
+    """The states of the observers of layers' inputs: [*stack, groups, ...]."""
     watchers, states = {}, {}
     for (path, operand), spec in specs.items():
         layer = layers[path]
         shape = activation_scale_shape(spec, layer, operand)
         observer = _observer(spec)
         watchers[path, operand] = _Observe(observer, shape)
-        one = observer.init(math.prod(shape))
+        empty = observer.init(math.prod(shape))
         broadcast = lambda s, stack=layer.stack: jnp.broadcast_to(s, (*stack, *s.shape))
-        states[path, operand] = jax.tree.map(broadcast, one)
+        states[path, operand] = jax.tree.map(broadcast, empty)
     return observe(network, variables, {}, watchers, states, batches)

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdq import quantize
 from kdq.distill.losses import cross_entropy
-from kdq.quantize.ptq.divergence import kl
+from kdq.entropy import kl
 from kdq.search import bank as banks
 from kdq.search.bank import Bank, Choices
 from kdq.types import Array, Batch, QParams, Variables

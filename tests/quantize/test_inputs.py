@@ -181,13 +181,17 @@ def test_methods_give_boxes_back(method, name):
 
 def test_a_batch_without_examples_and_one_that_is_no_list_are_refused():
     model, variables = network("a tuple")[:2]
-    with pytest.raises(ValueError, match="calibrate: batch 1 is empty: want at least one example"):
+    with pytest.raises(
+        ValueError, match="calibrate: batch 1 is empty: expected at least one example"
+    ):
         quantize.calibrate(model, variables, RULES, [X, X[:0]])
-    with pytest.raises(ValueError, match="sqnr got no batches: want at least one"):
+    with pytest.raises(ValueError, match="sqnr got no batches: expected at least one"):
         quantize.sqnr(model, variables, {}, iter(()))
-    with pytest.raises(TypeError, match=r"calibrate wants batches, got one dict: give \[batch\]"):
+    with pytest.raises(
+        TypeError, match=r"calibrate expected batches, got one dict: give \[batch\]"
+    ):
         quantize.calibrate(model, variables, RULES, {"x": X})
-    with pytest.raises(ValueError, match="want inputs with at least one example"):
+    with pytest.raises(ValueError, match="expected inputs with at least one example"):
         quantize.list_layers(model, variables, X[:0])
     with pytest.raises(TypeError, match=r"the batch has \['mask'\] by keyword already"):
         quantize.apply(model, variables, {}, Inputs(X, mask=MASK), mask=MASK)

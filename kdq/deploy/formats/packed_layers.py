@@ -225,7 +225,7 @@ def _pack_scale(
     name = quantizer.scale_format
     if not name:
         return quantizer, {"scale": np.asarray(quantizer.scale)}
-    of_layer = lambda _, q: (grid.with_rounded_scale(q).scale, scale_formats.of_tensor(q.scale))
+    of_layer = lambda _, q: (grid.with_rounded_scale(q).scale, scale_formats.tensor_scale(q.scale))
     scale, shared = map(np.asarray, grid.over_stack(of_layer, quantizer)(weight, quantizer))
     quantizer = quantizer.replace(scale=scale, scale_format="")
     if name not in scale_formats.STORED:

@@ -44,7 +44,7 @@ def step(
     parameters, moments = state
     updates, moments = _MOMENTS.update(jax.grad(loss)(parameters, number), moments)
     moved = (
-        jax.tree.map(lambda p, u, rate=rate * (1 - number / until): p - rate * u, own, update)
-        for own, update, rate in zip(parameters, updates, rates, strict=True)
+        jax.tree.map(lambda p, u, rate=rate * (1 - number / until): p - rate * u, tree, update)
+        for tree, update, rate in zip(parameters, updates, rates, strict=True)
     )
     return tuple(moved), moments

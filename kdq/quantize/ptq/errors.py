@@ -1,4 +1,4 @@
-"""What quantization does to each layer's output and to the model's: a report, before and after."""
+"""Errors of quantization in each layer's output and in the model's: before and after."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.quantize.inputs import Batch, Inputs, unboxed
+from kdq.entropy import kl
+from kdq.quantize.inputs import Batch, Inputs, as_batches, unboxed
 from kdq.quantize.layers import LayerInfo, list_layers
 from kdq.quantize.network import Network, Weights, as_network
-from kdq.quantize.ptq.divergence import kl
-from kdq.quantize.ptq.options import Progress, as_list, quiet
+from kdq.quantize.ptq.options import Progress, quiet
 from kdq.quantize.ptq.watch import outputs_of
 from kdq.quantize.table import aligned
 from kdq.types import Array, QParams, Variables
@@ -81,7 +81,7 @@ def layer_errors(
     Raises:
       ValueError: no batches, or a float output that is not finite; names the layer.
     """
-    batches = as_list(batches, "layer_errors")
+    batches = list(as_batches(batches, "layer_errors"))
     plain = unboxed(variables)
     pairs = ((plain, before), (plain if target is None else unboxed(target), after))
     network = as_network(network)

@@ -43,8 +43,8 @@ def outputs_of(
             return tracing.see(path, outputs), taken
         return outputs, (*taken, takes[path](outputs))
 
-    beside = {path: () for path in takes if path not in depths}
-    outputs, left = walk(network, weights, inputs, watch, beside, collects=bool(depths))
+    extras = {path: () for path in takes if path not in depths}
+    outputs, left = walk(network, weights, inputs, watch, extras, collects=bool(depths))
     for path, depth in depths.items():
         take = takes[path]
         for _ in range(depth):
