@@ -10,7 +10,7 @@ import jax
 from kdq import config as kdq_config
 from kdq import quantize
 from kdq.config import Arm, ConfigError, Experiment
-from kdq.experiment.progress import Progress, Record
+from kdq.experiment.progress import Progress
 from kdq.fields import check_arguments, unknown
 from kdq.quantize import QuantizationRule, TensorSpec, observers
 from kdq.quantize.inputs import as_inputs
@@ -44,7 +44,7 @@ def quantized(
     *,
     guide: Callable[[Array], Array] | None,
     progress: Progress,
-) -> tuple[Weights, Record]:
+) -> tuple[Weights, dict[str, Any]]:
     """The weights that an arm with bits starts from, and what its record says of them.
 
     Args:
@@ -77,7 +77,7 @@ def quantized(
         apply_kwargs=kwargs,
     )
     jax.block_until_ready((found.variables, found.qparams))
-    told: Record = {
+    told: dict[str, Any] = {
         "calibration_seconds": watch.working,
         "compile_seconds": watch.compiling,
     }
