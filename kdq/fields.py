@@ -197,7 +197,8 @@ def convert(cls: type, name: str, value: Any, where: str) -> Any:
 @functools.cache
 def hints(cls: type) -> dict[str, Any]:
     """Returns the types of a dataclass's fields, by name."""
-    return typing.get_type_hints(cls)
+    types_of = typing.get_type_hints(cls)
+    return {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:

@@ -29,7 +29,7 @@ def _amount() -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ArmRecord:
-    """What one arm and seed is and what was measured of it.
+    """One arm and seed: what it is and what was measured of it.
 
     A field at its default was not measured, and is left out of the JSON form; a NaN was measured
     and has no value (the agreement with a teacher that there is not), and is null there. Records
