@@ -93,13 +93,13 @@ def measure(
     return {
         "params": models.count_parameters(variables),
         "accuracy": found["accuracy"],
-        "nll": _number(found["nll"]),
+        "nll": found["nll"],
         "accuracy_last": last["accuracy"],
-        "nll_last": _number(last["nll"]),
-        **{name: _number(found.get(name)) for name in FIDELITY},
+        "nll_last": last["nll"],
+        **{name: found.get(name, math.nan) for name in FIDELITY},
         "accuracy_by_class": _by_class(logits, labels),
         "validation_accuracy": selected.metrics["accuracy"],
-        "validation_nll": _number(selected.metrics["nll"]),
+        "validation_nll": selected.metrics["nll"],
         "macs": cost.macs(layers),
         "bops": cost.bops(layers, qparams),
         "energy_modelled_nj": sum(one.total for one in energy.modelled(layers, qparams).values()),
@@ -130,19 +130,13 @@ def corrected(
     }
 
 
-def _by_class(logits: np.ndarray, labels: np.ndarray) -> list[float | None]:
+def _by_class(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
     correct = metrics.correct(logits, labels)
-    shares = classification.accuracy_by_class(labels, correct, logits.shape[1])
-    return [_number(share) for share in shares]
+    return tuple(classification.accuracy_by_class(labels, correct, logits.shape[1]).tolist())
 
 
 def _labels(batches: Sequence[Batch]) -> np.ndarray:
     return np.concatenate([np.asarray(b["label"])[np.asarray(b["mask"]) > 0] for b in batches])
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has no NaN, and no infinity: the loss on a class that a model rules out."""
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def evaluate(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, float]:
