@@ -90,13 +90,8 @@ def calibrate(
 def weight_quantizer(weight: Array, spec: TensorSpec, layer: LayerInfo) -> grid.Quantizer:
     """The quantizer of one weight, or of a stack of them.
 
-    Args:
-      weight: [*stack, *layer.weight_shape] float.
-      spec: how.
-      layer: whose it is.
-
-    Raises:
-      ValueError: values that are not finite; names the layer.
+    `weight` is [*stack, *layer.weight_shape] float. Raises ValueError, with the layer, for values
+    that are not finite.
     """
     shape = weight_scale_shape(spec, layer)
     state = spec.observer.exact(grid.to_groups(weight, (*layer.stack, *shape)))

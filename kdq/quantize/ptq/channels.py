@@ -56,11 +56,7 @@ class Rescaling:
     consumers: tuple[Consumer, ...]
 
     def largest(self, values: Sequence[Array]) -> np.ndarray:
-        """By channel of the producer, the largest of the consumers' `values`, which are >= 0.
-
-        Args:
-          values: one array a consumer, of the shape of its `channel`.
-        """
+        """By channel of the producer, the largest of `values` >= 0, an array a consumer."""
         most = np.zeros(self.producer.factors, np.float32)
         for consumer, array in zip(self.consumers, values, strict=True):
             used = consumer.channel >= 0
@@ -71,13 +67,7 @@ class Rescaling:
 def rescale(variables: Variables, rescaling: Rescaling, factors: np.ndarray) -> Variables:
     """The producer's channels times `factors`, and the consumers' weights divided by them.
 
-    Args:
-      variables: of the model; unchanged.
-      rescaling: one of `find_rescalings`.
-      factors: [producer.factors] positive float.
-
-    Returns:
-      Variables of which those that changed are NumPy arrays.
+    `factors` are [producer.factors], positive. What changed is NumPy arrays.
     """
     factors = np.asarray(factors, np.float32)
     variables = _produce(variables, rescaling.producer, factors)

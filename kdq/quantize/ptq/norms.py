@@ -37,11 +37,6 @@ def list_norms(
 
     A norm and a layer belong together if the norm's input is the very array that the layer
     returned. Shared ones do too, where each call of the one goes with a call of the other.
-
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its variables, or their shapes.
-      inputs: of one batch, or their shapes.
     """
     # The arrays themselves: kept alive, so that none is mistaken for a later one at its address.
     outputs: list[tuple[Any, str]] = []

@@ -19,9 +19,7 @@ def in_order(
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Each piece at each place of its stack; under one root all of the first place come first.
 
-    Args:
-      stacks: {path: leading axes of its parameters}, in the order in which the model calls them.
-      roots: see `stack_roots`.
+    `stacks` are {path: leading axes of its parameters} in the order in which the model calls them.
     """
     groups: dict[Any, list[tuple[str, tuple[int, ...]]]] = {}
     for path, stack in stacks.items():
