@@ -16,7 +16,7 @@ from scipy.special import softmax
 from kdq import files, quantize
 from kdq.deploy import PackedModel
 from kdq.deploy.measure import energy
-from kdq.evaluate import attribution, calibration, metrics
+from kdq.evaluate import attribution, classification, metrics
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.transfer import Network
 from kdq.quantize.layers import LayerInfo, layer_bits
@@ -75,7 +75,9 @@ def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
 
 
 def _reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    bins = calibration.reliability(logits, labels, BINS)
+    bins = classification.reliability(
+        metrics.confidence(logits), metrics.correct(logits, labels), BINS
+    )
     return {name: getattr(bins, name).tolist() for name in ("confidence", "accuracy", "count")}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdq import deploy, models, quantize
 from kdq.deploy.measure import energy
-from kdq.evaluate import fidelity, metrics, prior
+from kdq.evaluate import classification, metrics
 from kdq.experiment import details
 from kdq.experiment.inputs import Inputs
 from kdq.quantize.network import Weights
@@ -85,7 +85,7 @@ def measure(
     packed_weights = Weights(variables=packed.variables, qparams=packed.qparams)
     logits = predict(packed.model, packed_weights, test)
     labels = _labels(test)
-    scores = fidelity.transfer_summary(logits, labels, teacher_logits)
+    scores = classification.summarize(metrics.score(logits, labels, teacher_logits))
     last = scores
     if fit.last_step != selected.step:
         last = evaluate(model, fit.last, test)
@@ -99,7 +99,7 @@ def measure(
         "accuracy_last": last["accuracy"],
         "nll_last": last["nll"],
         **{name: scores.get(name, math.nan) for name in FIDELITY},
-        "accuracy_by_class": tuple(fidelity.accuracy_by_class(logits, labels).tolist()),
+        "accuracy_by_class": _by_class(logits, labels),
         "validation_accuracy": selected.metrics["accuracy"],
         "validation_nll": selected.metrics["nll"],
         "macs": cost.macs(layers),
@@ -122,13 +122,19 @@ def corrected(
 ) -> dict[str, Any]:
     """Returns test accuracy once validation chose the bias of classes that the arm never saw."""
     logits, labels = predict(model, weights, test), _labels(test)
-    offset = prior.class_offset(predict(model, weights, validation), _labels(validation), classes)
+    before = predict(model, weights, validation)
+    offset = classification.class_offset(before, _labels(validation), classes)
     logits[:, list(classes)] += offset
     return {
         "class_offset": offset,
         "accuracy_corrected": float(metrics.correct(logits, labels).mean()),
-        "accuracy_by_class_corrected": tuple(fidelity.accuracy_by_class(logits, labels).tolist()),
+        "accuracy_by_class_corrected": _by_class(logits, labels),
     }
+
+
+def _by_class(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
+    correct = metrics.correct(logits, labels)
+    return tuple(classification.accuracy_by_class(labels, correct, logits.shape[1]).tolist())
 
 
 def _labels(batches: Sequence[Batch]) -> np.ndarray:
