@@ -21,13 +21,14 @@ from kdq.experiment.progress import Progress, Record
 from kdq.experiment.quantized import OBSERVERS, recipe
 from kdq.experiment.store import Store
 from kdq.experiment.teaching import Teachers
-from kdq.fields import check_arguments
-from kdq.search import bank, evaluate, run, sensitivity, spaces
+from kdq.fields import build
+from kdq.search import bank, evaluate, run, searchers, sensitivity, spaces
 from kdq.search.evaluate import Evaluator
 from kdq.search.finalists import choose
 from kdq.search.finetune import Finetune
 from kdq.search.history import History
 from kdq.search.measured import Files
+from kdq.search.objectives import OBJECTIVES
 from kdq.search.problem import Policy
 from kdq.search.searchers import METHODS
 from kdq.search.spaces import Student
@@ -36,7 +37,6 @@ from kdq.train.optimizer import make_optimizer
 
 FOLDER, COSTS = "searches", "costs"  # in the workdir
 RESULT = "result.json"  # of a search
-GIVEN = ("problem", "seed", "evaluations")  # to every searcher; the rest of its arguments: options
 
 
 class Searches:
@@ -74,12 +74,12 @@ class Searches:
         if search.method not in METHODS:
             raise ConfigError(kdq_config.unknown(f"{where}.method:", search.method, METHODS))
         try:
-            extras.load("search", *getattr(METHODS[search.method], "libraries", ()))
+            extras.load("search", *METHODS[search.method].libraries)
         except ImportError as error:
             raise ConfigError(f"{where}.method={search.method!r}: {error}") from error
-        check_arguments(METHODS[search.method], (*GIVEN, *search.options), f"{where}.options")
+        build(METHODS[search.method].Settings, search.options, f"{where}.options")
         for field, valid in (
-            ("objective", evaluate.OBJECTIVES),
+            ("objective", OBJECTIVES),
             ("sensitivity", sensitivity.MEASURES),
             ("observer", OBSERVERS),
         ):
@@ -88,7 +88,7 @@ class Searches:
                 raise ConfigError(kdq_config.unknown(f"{where}.{field}:", given, valid))
         if both := search.most.set.keys() & search.share.set.keys():
             raise ConfigError(f"{where}: want `most` or `share` of {sorted(both)}, not both")
-        measures = evaluate.OBJECTIVES if "pairs" in METHODS[search.method].needs else ()
+        measures = OBJECTIVES if "pairs" in METHODS[search.method].needs else ()
         if measures and search.sensitivity not in measures:
             what = f"{where}.sensitivity of pairs:"
             raise ConfigError(kdq_config.unknown(what, search.sensitivity, measures))
@@ -136,8 +136,8 @@ class Searches:
 
     def _search(self, name: str, search: Search, seed: int, log: Path) -> Record:
         watch = Stopwatch()
-        method = METHODS[search.method]
-        students = [self._student(search, one, seed, method.needs) for one in search.students]
+        needs = METHODS[search.method].needs
+        students = [self._student(search, one, seed, needs) for one in search.students]
         used = sum(one.evaluations for one in students)
         networks = [one.student for one in students]
         limits = spaces.limits_of(networks, search.most.set, search.share.set)
@@ -148,7 +148,9 @@ class Searches:
                 f"config.searches.{name}.evaluations={search.evaluations}: sensitivities alone "
                 f"take {used}"
             )
-        searcher = method(problem, seed=seed, evaluations=left, **search.options)
+        searcher = searchers.make(
+            search.method, problem, seed=seed, evaluations=left, **search.options
+        )
         self._progress.search(name, seed, left)
         prepared = watch.working
         with History(log) as history:
@@ -178,7 +180,7 @@ class Searches:
             "scores": dict(best.scores),
             "costs": {
                 metric: networks[best.policy[0]].costs.total(
-                    metric, students[best.policy[0]].files.of(best.policy)
+                    metric, students[best.policy[0]].files.choose(best.policy)
                 )
                 for metric in networks[best.policy[0]].costs.metrics
             },
@@ -248,7 +250,7 @@ class Searches:
             variables=variables,
             choices=choices,
             bank=quantizers,
-            held=evaluate.hold(model, variables, batches, teacher),
+            held=evaluate.hold_out(model, variables, batches, teacher),
             at_once=at_once,
         )
 

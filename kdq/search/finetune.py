@@ -11,7 +11,8 @@ import numpy as np
 from kdq import quantize
 from kdq.quantize.network import Weights
 from kdq.search import bank as banks
-from kdq.search.evaluate import OBJECTIVES, WORST, Evaluator, Held, means, sums_of
+from kdq.search.evaluate import Evaluator
+from kdq.search.objectives import OBJECTIVES, WORST, HeldOut, means, sums_of
 from kdq.train import loop
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
@@ -80,7 +81,7 @@ def _train(task: Training, state: TrainState) -> TrainState:
 
 
 def score(
-    model: nn.Module, variables: Variables, qparams: QParams, held: Sequence[Held]
+    model: nn.Module, variables: Variables, qparams: QParams, held: Sequence[HeldOut]
 ) -> dict[str, float]:
     """The scores of a quantized model by objective."""
     sums = [_sums(model, variables, qparams, one) for one in held]
@@ -88,5 +89,5 @@ def score(
 
 
 @partial(jax.jit, static_argnames=("model",))
-def _sums(model: nn.Module, variables: Variables, qparams: QParams, held: Held):
+def _sums(model: nn.Module, variables: Variables, qparams: QParams, held: HeldOut):
     return sums_of(quantize.apply(model, variables, qparams, held.images, train=False), held)

@@ -47,7 +47,7 @@ def evaluator(
         variables=variables,
         choices=choices,
         bank=bank.fill(model, variables, choices, calibration, MSE()),
-        held=evaluate.hold(model, variables, batches, teacher),
+        held=evaluate.hold_out(model, variables, batches, teacher),
         **options,
     ), teacher
 

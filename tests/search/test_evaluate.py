@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 
 from kdq import quantize
 from kdq.search import bank, evaluate
-from kdq.search.evaluate import OBJECTIVES, WORST, means
+from kdq.search.objectives import OBJECTIVES, WORST, means
 
 CHOICES = ("W2A8", "W3A8", "W8A8", "")
 
@@ -66,7 +66,7 @@ def test_padding_counts_for_nothing(case):
     padded = other[-1]["mask"] == 0
     other[-1]["image"] = np.where(padded[:, None, None, None], 100.0, other[-1]["image"])
     other[-1]["label"] = np.where(padded, 4, other[-1]["label"]).astype(np.int32)
-    held = evaluate.hold(evaluator.model, evaluator.variables, other, teacher)
+    held = evaluate.hold_out(evaluator.model, evaluator.variables, other, teacher)
     changed = evaluate.Evaluator(**{**vars(evaluator), "held": held})
     for name, scores in changed(POLICIES).items():
         np.testing.assert_allclose(scores, evaluator(POLICIES)[name], rtol=1e-6, err_msg=name)
@@ -95,7 +95,7 @@ def test_several_at_once_are_the_same(case):
 def test_one_compilation_for_all_policies(case, at_once):
     evaluator, teacher, _ = case
     batches = students.batches((7, 7), 7, seed=9)  # of a shape that was not there before
-    held = evaluate.hold(evaluator.model, evaluator.variables, batches, teacher)
+    held = evaluate.hold_out(evaluator.model, evaluator.variables, batches, teacher)
     other = evaluate.Evaluator(**{**vars(evaluator), "held": held, "at_once": at_once})
     with count_compilations("_evaluate") as compiled:
         for policies in ([(0, 0, 0)], POLICIES, [(-1, -1, -1)] * 9):

@@ -17,11 +17,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from kdq.config import did_you_mean
 from kdq.data.errors import DataError
 from kdq.data.progress import track
-from kdq.data.writing import default_data_dir, is_prepared, write_dataset
-from kdq.fields import expand_user
+from kdq.data.sources.writing import default_data_dir, is_prepared, write_dataset
+from kdq.fields import did_you_mean, expand_user
 
 # The official numbers of examples, (train, test): others are accepted, but said aloud.
 _OFFICIAL = {
@@ -204,14 +203,14 @@ def _find(dataset: str, split: str, source_dir: Path, kind: str) -> Path:
     _, _, config = dataset.partition("/")
     stem = f"emnist-{config}-{split}" if config else {"train": "train", "test": "t10k"}[split]
     candidates = [source_dir / f"{stem}-{kind}{suffix}" for suffix in (".gz", "")]
-    found = [path for path in candidates if path.is_file()]
-    if not found:
+    paths = [path for path in candidates if path.is_file()]
+    if not paths:
         raise DataError(f"{dataset}: no {candidates[0].name} (nor without .gz) in {source_dir}")
-    if len(found) > 1:
+    if len(paths) > 1:
         raise DataError(
-            f"{dataset}: both {found[0].name} and {found[1].name} in {source_dir}; keep one"
+            f"{dataset}: both {paths[0].name} and {paths[1].name} in {source_dir}; keep one"
         )
-    return found[0]
+    return paths[0]
 
 
 def _importer(builder_class: type, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> type:
