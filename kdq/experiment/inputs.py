@@ -21,6 +21,7 @@ class Inputs:
             self.augment = tuple(data.build_augmentations(self._config.augment))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config.data.augment: {error}") from error
+        self._normalize = data.Normalize(self._config.mean, self._config.std)
 
     @functools.cached_property
     def splits(self) -> dict[str, data.Source]:
@@ -39,7 +40,7 @@ class Inputs:
     @property
     def image(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch of one image."""
-        return jax.ShapeDtypeStruct((1, *self.splits["train"].image_shape), np.float32)
+        return jax.ShapeDtypeStruct((1, *self.splits["train"].spec["image"].shape), np.float32)
 
     def ids(self, arm: Arm) -> np.ndarray:
         """The examples that an arm trains on, by id in the training split."""
@@ -78,24 +79,23 @@ class Inputs:
             self.splits["train"],
             batch_size=self._config.batch_size,
             seed=seed,
-            mean=self._config.mean,
-            std=self._config.std,
-            augment=self.augment if arm.augment else (),
+            transforms={"image": (*(self.augment if arm.augment else ()), self._normalize)},
             ids=self.ids(arm),
-            extra=extra,
+            extra=extra or {},
             lookup=lookup,
             process_index=index,
             process_count=count,
         )
 
     def batches(
-        self, split: str, size: int | None = None, *, multiple: int = 1
+        self, split: str, size: int | None = None, *, multiple: int = 1, limit: int | None = None
     ) -> data.EvalBatches:
-        """A split in batches of at most `size`, rounded up to a multiple."""
+        """A split, or its first `limit` examples, in batches of at most `size`, a multiple."""
         size = min(size or self._config.eval_batch_size, len(self.splits[split]))
         size = -(-size // multiple) * multiple
+        transforms = {"image": (self._normalize,)}
         return data.eval_batches(
-            self.splits[split], batch_size=size, mean=self._config.mean, std=self._config.std
+            self.splits[split], batch_size=size, transforms=transforms, limit=limit
         )
 
     def calibration_images(self) -> list[np.ndarray]:

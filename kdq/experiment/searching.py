@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from kdq import config as kdq_config
 from kdq import files, quantize
@@ -17,7 +16,7 @@ from kdq.deploy import extras
 from kdq.experiment import costing, plan, training
 from kdq.experiment.found import Found
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.progress import Progress, Record
+from kdq.experiment.progress import Progress
 from kdq.experiment.quantized import OBSERVERS, recipe
 from kdq.experiment.store import Store
 from kdq.experiment.teaching import Teachers
@@ -87,7 +86,7 @@ class Searches:
                 given = getattr(search, field)
                 raise ConfigError(kdq_config.unknown(f"{where}.{field}:", given, valid))
         if both := search.most.set.keys() & search.share.set.keys():
-            raise ConfigError(f"{where}: want `most` or `share` of {sorted(both)}, not both")
+            raise ConfigError(f"{where}: expected `most` or `share` of {sorted(both)}, not both")
         measures = OBJECTIVES if "pairs" in METHODS[search.method].needs else ()
         if measures and search.sensitivity not in measures:
             what = f"{where}.sensitivity of pairs:"
@@ -95,7 +94,7 @@ class Searches:
         for student in search.students:
             model = self._models[self._experiment.arms[student].model]
             shapes = costing.shapes(model, self._inputs)
-            layers = quantize.list_layers(model, shapes, self._inputs.image, train=False)
+            layers = quantize.list_layers(model, shapes, self._inputs.image)
             costing.check(search, layers, where)
         if search.distilled:
             trained_as = self._experiment.arms[search.finetune].distill
@@ -122,7 +121,7 @@ class Searches:
         told = {"name": name, **found, **self._against_uniform(name, seed, found)}
         return Found(name=name, chosen=found["chosen"], observer=search.observer, told=told)
 
-    def _against_uniform(self, name: str, seed: int, found: Record) -> Record:
+    def _against_uniform(self, name: str, seed: int, found: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what the best uniform bits are beside what was found, if they are known."""
         baseline = plan.baseline_of(self._experiment, name)
         if not (baseline and (self._folder(baseline, seed) / RESULT).is_file()):
@@ -134,7 +133,7 @@ class Searches:
     def _folder(self, name: str, seed: int) -> Path:
         return self._store.workdir / FOLDER / name / str(seed)
 
-    def _search(self, name: str, search: Search, seed: int, log: Path) -> Record:
+    def _search(self, name: str, search: Search, seed: int, log: Path) -> dict[str, Any]:
         watch = Stopwatch()
         needs = METHODS[search.method].needs
         students = [self._student(search, one, seed, needs) for one in search.students]
@@ -215,7 +214,7 @@ class Searches:
             pairs, more = self._pairs(name, seed, _Held.of(search), guide)
             student, used = dataclasses.replace(student, pairs=pairs), used + more
         own = Files(
-            evaluator.model,
+            evaluator.network,
             evaluator.variables,
             evaluator.choices,
             evaluator.bank,
@@ -227,14 +226,15 @@ class Searches:
     def _layers(self, name: str, seed: int) -> dict[str, quantize.LayerInfo]:
         model = self._models[self._experiment.arms[name].model]
         variables = self._store.weights(name, seed)
-        return quantize.list_layers(model, variables, self._inputs.image, train=False)
+        return quantize.list_layers(model, variables, self._inputs.image)
 
     def _make_evaluator(self, name: str, seed: int, how: "_Held") -> Evaluator:
         """Of a student: calibrated at every choice, with the held-out examples."""
         model = self._models[self._experiment.arms[name].model]
         variables = self._store.weights(name, seed)
         choices = costing.choices_of(how, self._layers(name, seed), "config.search")
-        batches = self._held_out(how.examples)
+        size = min(how.examples, self._experiment.data.eval_batch_size)
+        batches = self._inputs.batches("validation", size=size, limit=how.examples)
         teacher = self._teachers.logits(how.teacher, seed, "validation")
         quantizers = bank.fill(
             model,
@@ -246,25 +246,13 @@ class Searches:
         )
         at_once = how.policies_at_once or (1 if jax.default_backend() == "cpu" else 16)
         return Evaluator(
-            model=model,
+            network=model,
             variables=variables,
             choices=choices,
             bank=quantizers,
             held=evaluate.hold_out(model, variables, batches, teacher),
             at_once=at_once,
         )
-
-    def _held_out(self, examples: int) -> list[Mapping[str, np.ndarray]]:
-        """The first examples of the validation split, in batches of one shape."""
-        most = self._experiment.data.eval_batch_size
-        batches = self._inputs.batches("validation", size=min(examples, most))
-        size = len(batches[0]["label"])
-        found = []
-        for i in range(min(len(batches), -(-examples // size))):
-            batch = dict(batches[i])
-            counts = np.arange(i * size, (i + 1) * size) < examples
-            found.append({**batch, "mask": batch["mask"] * counts})
-        return found
 
     def _measure_sensitivity(self, name: str, seed: int, how: "_Held", measure: str):
         evaluator = self._evaluator(name, seed, how)
@@ -311,7 +299,7 @@ class Searches:
                     experiment,
                     name,
                     seed,
-                    model=one.evaluator.model,
+                    model=one.evaluator.network.module,
                     inputs=self._inputs,
                     teaching=teaching,
                     optimizer=optimizer,
@@ -336,7 +324,7 @@ class Searches:
         return score
 
 
-def _checked(found: Any, path: Path) -> Record:
+def _checked(found: Any, path: Path) -> dict[str, Any]:
     """The result of a search as it was read. Raises ConfigError for what is none."""
     fields = found if isinstance(found, Mapping) else {}
     chosen = fields.get("chosen")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kdq import quantize
 from kdq.config import parse_bits
-from kdq.quantize import Observer, Quantizer
+from kdq.quantize import Network, Observer, Quantizer
 from kdq.quantize.layers import FLOAT_BITS
 from kdq.types import Array, QParams, Variables
 
@@ -20,7 +20,7 @@ Bank = QParams
 
 
 def fill(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     choices: Choices,
     images: Sequence[Array],
@@ -31,16 +31,14 @@ def fill(
     """Returns a model's quantizers, calibrated at every choice.
 
     Args:
-      model: any Linen module with a `train` keyword.
+      network: any Linen module, or a `Network`.
       variables: float.
       choices: of the layers that are searched.
       images: batches to calibrate on, of one shape.
       observer: of weights and inputs alike.
       progress: a bar.
     """
-    calibrate = lambda rules: quantize.calibrate(
-        model, variables, rules, images, check=False, train=False
-    )
+    calibrate = lambda rules: quantize.calibrate(network, variables, rules, images, check=False)
     calibrated: dict[str, QParams] = {"": {}}
     every = list(dict.fromkeys(bits for layer in choices.values() for bits in layer if bits))
     for bits in progress(every, "calibrating"):

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from kdq import deploy, models, provenance
 from kdq.deploy.export import Source
 from kdq.deploy.measure import latency
-from kdq.quantize import MSE
+from kdq.quantize import MSE, Network, as_network
 from kdq.quantize.layers import FLOAT_BITS, list_layers
 from kdq.search import bank as banks
 from kdq.search.bank import Bank, Choices
@@ -54,12 +53,12 @@ def build(
       threads: of the runtime.
       progress: a bar for each of the longer parts.
     """
-    model = models.build(**model_config)
-    variables = model.init(jax.random.key(0), images[:1], train=False)
-    layers = list_layers(model, variables, images[:1], train=False)
+    network = as_network(models.build(**model_config))
+    variables = network.init(jax.random.key(0), images[:1])
+    layers = list_layers(network, variables, images[:1])
     table = counted(layers, choices, models.count_parameters(variables))
-    bank = banks.fill(model, variables, choices, [images], MSE(), progress=progress)
-    files = Files(model, variables, choices, bank, images, model_config)
+    bank = banks.fill(network, variables, choices, [images], MSE(), progress=progress)
+    files = Files(network, variables, choices, bank, images, model_config)
     conditions: dict[str, Any] = {}
     if "size" in metrics:
         table["size"] = _sizes(choices, files)
@@ -146,14 +145,14 @@ class Files:
 
     def __init__(
         self,
-        model: nn.Module,
+        network: Network,
         variables: Variables,
         choices: Choices,
         bank: Bank,
         images: np.ndarray,
         model_config: Mapping[str, Any],
     ):
-        self._model, self._variables, self.choices = model, variables, choices
+        self._network, self._variables, self.choices = network, variables, choices
         self._bank, self._images, self._config = bank, images, dict(model_config)
 
     def choose(self, policy: Sequence[int]) -> dict[str, str]:
@@ -183,9 +182,9 @@ class Files:
             for i, chosen in enumerate(progress(policies, "exporting")):
                 path, packed = Path(folder) / str(i), Path(folder) / "packed"
                 self._pack(chosen, packed)
-                integer = deploy.load_packed(packed, self._model).lower(self._images[:1])
+                integer = deploy.load_packed(packed, self._network.module).lower(self._images[:1])
                 form.save(path, Source(packed, integer, self._images[:1], {}, {}))
-                run = form.load(path, len(cores), self._model)
+                run = form.load(path, len(cores), self._network.module)
                 calls[str(i)] = lambda run=run: run(images)
             measured = latency.seconds(calls, rounds=rounds, warmup=2, least_seconds=0.005)
         return [measured[str(i)] for i in range(len(policies))]

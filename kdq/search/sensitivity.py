@@ -9,19 +9,20 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kdq import quantize
 from kdq.fields import ConfigError, unknown
+from kdq.quantize import Network, Weights
 from kdq.quantize.kinds import weight_name
-from kdq.quantize.layers import at_path, list_layers
+from kdq.quantize.layers import list_layers
 from kdq.quantize.observe import observe
+from kdq.quantize.paths import at_path
 from kdq.search import bank as banks
 from kdq.search.bank import Bank
-from kdq.search.evaluate import Evaluator
+from kdq.search.evaluate import Evaluator, predict
 from kdq.search.objectives import OBJECTIVES, HeldOut, fisher_variance, mean_loss
 from kdq.types import Array, Variables
 
@@ -116,30 +117,28 @@ def _fisher(evaluator: Evaluator) -> Table:
     """
     values = []
     for policy in _single_layers(evaluator):
-        args = evaluator.model, evaluator.variables, evaluator.bank, evaluator.chosen(policy)
+        args = evaluator.network, evaluator.variables, evaluator.bank, evaluator.chosen(policy)
         sums = [_variance(*args, held) for held in evaluator.held]
         total, count = np.sum(np.asarray(sums, np.float64), 0)
         values.append(0.5 * total / count)
     return _split(evaluator, np.array(values))
 
 
-@partial(jax.jit, static_argnames=("model",))
+@partial(jax.jit, static_argnames=("network",))
 def _variance(
-    model: nn.Module, variables: Variables, bank: Bank, chosen: Mapping[str, Array], held: HeldOut
+    network: Network, variables: Variables, bank: Bank, chosen: Mapping[str, Array], held: HeldOut
 ) -> Array:
     """Returns the sum of the variance over a batch, and how many examples count, [2]."""
-    qparams = banks.choose(bank, chosen)
+    weights = Weights(variables=variables, qparams=banks.choose(bank, chosen))
 
     def logits(share: Array) -> Array:
-        """The model's, with its tensors so far on the way from float to quantized."""
+        """Those with tensors so far on the way from float to quantized."""
 
         def rounding(x: Array, quantizer: quantize.Quantizer) -> Array:
             fixed = jax.lax.stop_gradient(x)
             return x + share * (quantize.fake_quantize(fixed, quantizer) - fixed)
 
-        return quantize.apply(
-            model, variables, qparams, held.images, rounding=rounding, train=False
-        )
+        return predict(network, weights, held.images, rounding=rounding)
 
     at, change = jax.jvp(logits, (jnp.float32(0),), (jnp.float32(1),))
     return jnp.stack([jnp.sum(held.mask * fisher_variance(at, change)), jnp.sum(held.mask)])
@@ -184,9 +183,7 @@ def _input_errors(evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
             states[path, operand] = {"quantizers": last, "energy": jnp.zeros(last.qmin.shape)}
     watchers = dict.fromkeys(states, _add_energy)
     batches = [held.images[np.asarray(held.mask) > 0] for held in evaluator.held]
-    states = observe(
-        evaluator.model, evaluator.variables, {}, watchers, states, batches, train=False
-    )
+    states = observe(evaluator.network, evaluator.variables, {}, watchers, states, batches)
     examples = sum(len(images) for images in batches)
     choices = lambda energy: np.asarray(energy).reshape(-1, energy.shape[-1]).sum(0)
     return {key: choices(state["energy"]) / examples for key, state in states.items()}
@@ -205,7 +202,7 @@ def _squared_errors(x: Array, quantizers: quantize.Quantizer) -> Array:
 def _curvatures(evaluator: Evaluator, probes: int, seed: int) -> dict[str, dict[str, float]]:
     """Returns {path: {operand: Tr(H) / n}}, by Hutchinson's estimate on the first batch."""
     held = evaluator.held[0]
-    layers = list_layers(evaluator.model, evaluator.variables, held.images, train=False)
+    layers = list_layers(evaluator.network, evaluator.variables, held.images)
     zeros = {}
     for path, quantizers in evaluator.bank.items():
         layer = layers[path]
@@ -215,7 +212,7 @@ def _curvatures(evaluator: Evaluator, probes: int, seed: int) -> dict[str, dict[
     totals = None
     for probe in range(probes):
         key = jax.random.fold_in(jax.random.key(seed), probe)
-        products = _probe(evaluator.model, evaluator.variables, zeros, held, key)
+        products = _probe(evaluator.network, evaluator.variables, zeros, held, key)
         totals = products if totals is None else jax.tree.map(jnp.add, totals, products)
     # An input is each example's own: the Hessian of the mean loss has a block for each, all of
     # which together are the loss's own, 1 / examples in size.
@@ -229,18 +226,16 @@ def _curvatures(evaluator: Evaluator, probes: int, seed: int) -> dict[str, dict[
     }
 
 
-@partial(jax.jit, static_argnames=("model",))
+@partial(jax.jit, static_argnames=("network",))
 def _probe(
-    model: nn.Module, variables: Variables, zeros: dict[str, Any], held: HeldOut, key: Array
+    network: Network, variables: Variables, zeros: dict[str, Any], held: HeldOut, key: Array
 ) -> dict[str, dict[str, Array]]:
     """Returns vᵀHv of each tensor, v of random signs; between tensors it is 0 in the mean."""
 
     def loss(moves: dict[str, Any]) -> Array:
         """With each tensor moved; the moves are in the place of its quantizers."""
-        return mean_loss(
-            quantize.apply(model, variables, moves, held.images, rounding=jnp.add, train=False),
-            held,
-        )
+        weights = Weights(variables=variables, qparams=moves)
+        return mean_loss(predict(network, weights, held.images, rounding=jnp.add), held)
 
     names = [(path, operand) for path, tensors in zeros.items() for operand in tensors]
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))

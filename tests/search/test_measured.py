@@ -7,7 +7,7 @@ import students
 
 from kdq import deploy, models, quantize
 from kdq.deploy.measure import latency
-from kdq.quantize import MSE
+from kdq.quantize import MSE, as_network
 from kdq.search import bank, measured
 from kdq.search.cost import CostTable
 from kdq.search.measured import METADATA, Files, fit_additive
@@ -31,7 +31,7 @@ def trained():
     model, variables = students.student()
     calibration = students.images(16, 5)
     filled = bank.fill(model, variables, CHOICES, [calibration], MSE())
-    files = Files(model, variables, CHOICES, filled, calibration, CONFIG)
+    files = Files(as_network(model), variables, CHOICES, filled, calibration, CONFIG)
     return model, variables, calibration, files
 
 
@@ -52,7 +52,7 @@ def packed_bytes(trained, chosen, path, metadata=METADATA):
         weights = spec(w, "per_channel") if w < 32 else None
         inputs = spec(a, "per_tensor") if a < 32 else None
         rules.append(quantize.QuantizationRule(path=layer, weights=weights, activations=inputs))
-    qparams = quantize.calibrate(model, variables, rules, [calibration], train=False, check=False)
+    qparams = quantize.calibrate(model, variables, rules, [calibration], check=False)
     image = calibration[:1]  # as the files of arms state it
     deploy.save_packed(path, variables, qparams, model=CONFIG, inputs=image, metadata=metadata)
     return path.stat().st_size
