@@ -41,6 +41,8 @@ def open_prepared(
                 f"{name} in {builder.data_dir} is stored as {builder.info.file_format.value}, "
                 "which has no random access; remove it and prepare it again as array_record"
             ) from error
+    if in_memory is None:
+        in_memory = num_examples * int(np.prod(spec["image"].shape)) < _IN_MEMORY_BYTES
     source = Source(
         name=name,
         version=str(builder.version),
@@ -49,7 +51,7 @@ def open_prepared(
         facts={"class_names": class_names},
         num_examples=num_examples,
         in_memory=False,
-        digest=_shard_digest(builder.info, split),
+        digest="" if in_memory else _shard_digest(builder.info, split),
         reader=_record_reader(
             f"{name} {split}", builder.data_dir, records, spec["image"].shape, len(class_names)
         ),
@@ -58,8 +60,6 @@ def open_prepared(
             for part in builder.info.splits[split].file_instructions
         ),
     )
-    if in_memory is None:
-        in_memory = num_examples * int(np.prod(spec["image"].shape)) < _IN_MEMORY_BYTES
     return _load(source) if in_memory else source
 
 

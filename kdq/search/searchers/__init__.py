@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kdq.fields import build, unknown
+from kdq.fields import ConfigError, build, unknown
 from kdq.search.problem import Problem
 from kdq.search.searcher import Searcher
 from kdq.search.searchers.ddpg import DDPG
@@ -27,20 +27,12 @@ METHODS: dict[str, type[Searcher]] = {
 
 
 def make(name: str, problem: Problem, *, seed: int, evaluations: int, **options: Any) -> Searcher:
-    """Returns a new searcher.
-
-    Args:
-      name: a key of `METHODS`.
-      problem: with what the searcher `needs`.
-      seed: of all that is random.
-      evaluations: how many policies it may propose in all.
-      **options: fields of its `Settings`.
+    """Returns a new searcher: `name` is a key of `METHODS`, `options` are fields of its `Settings`.
 
     Raises:
-      ValueError: an unknown name.
-      ConfigError: an unknown option, or a value of another type.
+      ConfigError: an unknown name or option, or a value of another type.
     """
     if name not in METHODS:
-        raise ValueError(unknown("searcher", name, METHODS))
+        raise ConfigError(unknown("searcher", name, METHODS))
     settings = build(METHODS[name].Settings, options, f"options of {name}")
     return METHODS[name](problem, seed=seed, evaluations=evaluations, settings=settings)

@@ -42,16 +42,10 @@ def init(actor: MLP, critic: MLP, env: Environment, key: Array, actions: int = 0
 def episode(
     env: Environment, decide: Callable[[Array, State, Array], tuple[Array, Any]], key: Array
 ) -> tuple[Array, Array, Array, Any]:
-    """Builds one policy, decision by decision.
+    """Builds a policy; `decide` maps key, state and observation to an option and what to keep.
 
-    Args:
-      env: of the problem.
-      decide: from key, state and observation to an allowed option, and anything to keep.
-      key: of all decisions.
-
-    Returns:
-      Options [decisions] int32, observations [decisions, observation], projected actions
-      [decisions, 2], and what `decide` keeps, [decisions, ...].
+    Returns options [decisions] int32, observations [decisions, observation], projected actions
+    [decisions, 2], and what `decide` keeps, [decisions, ...].
     """
 
     def step(state: State, key: Array) -> tuple[State, tuple]:
@@ -72,18 +66,11 @@ def descend(
 
 
 def rewards(scores: Sequence[float], size: int) -> np.ndarray:
-    """Returns scores by their ranks, as quantiles of a normal distribution; zeros up to `size`.
+    """Returns scores by ranks, as quantiles of a normal distribution; zeros up to `size` [size].
 
     The best so far has the most. Scores of any unit and spread give the same, and rewards do not
-    fade as policies come to differ less. Equal scores get the mean of what they share; one that is
-    not finite counts as the worst.
-
-    Args:
-      scores: less is better.
-      size: of the result, at least the number of scores.
-
-    Returns:
-      [size] float32.
+    fade as policies come to differ less. Equal scores share their mean; one that is not finite
+    counts as the worst.
     """
     values = np.nan_to_num(np.asarray(scores, float), nan=np.inf, posinf=np.inf)
     worse = (values[:, None] < values).sum(1) + (values[:, None] == values).sum(1) / 2

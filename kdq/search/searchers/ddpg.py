@@ -95,19 +95,11 @@ def create(settings: Settings, env: Environment, key: Array) -> Agent:
 def episodes(
     settings: Settings, actor: Any, env: Environment, key: Array, noise: Array
 ) -> tuple[Array, Array, Array]:
-    """Builds policies, each with its own noise.
+    """Builds policies, each with its own `noise` [episodes] around the actor's actions.
 
-    Args:
-      settings: static.
-      actor: its params.
-      env: of the problem.
-      key: of the noise.
-      noise: [episodes], standard deviations of normal distributions around the actor's actions,
-        truncated to where actions are; infinite for uniform ones, 0 for none.
-
-    Returns:
-      Policies [episodes, decisions] int32, observations [episodes, decisions, observation], and
-      projected actions [episodes, decisions, 2].
+    The standard deviation of a normal distribution, truncated to where actions are; infinite for a
+    uniform one, 0 for none. Returns policies [episodes, decisions] int32, observations [episodes,
+    decisions, observation], and projected actions [episodes, decisions, 2].
     """
 
     def build(key: Array, noise: Array) -> tuple[Array, Array, Array, Any]:
@@ -128,15 +120,7 @@ def episodes(
 def learn(
     settings: Settings, agent: Agent, episode: tuple[Array, Array], feedback: Feedback, key: Array
 ) -> Agent:
-    """Stores an episode, and trains actor and critic on transitions of the buffer.
-
-    Args:
-      settings: static.
-      agent: donated.
-      episode: observations [decisions, observation] and actions [decisions, 2].
-      feedback: on all episodes in the buffer, this one included.
-      key: of the batches.
-    """
+    """Stores an episode (observations, actions), and trains on transitions of the buffer."""
     replay, decisions = agent.actions.shape[:2]
     slot = (feedback.count - 1) % replay
     agent = agent.replace(
@@ -170,17 +154,10 @@ def learn(
 def _update(
     settings: Settings,
     agent: Agent,
-    batch: tuple[Array, Array, Array],
-    best: tuple[Array, Array],
+    batch: tuple[Array, Array, Array],  # observations, actions, and the critic's targets
+    best: tuple[Array, Array],  # observations and actions that the actor imitates
 ) -> Agent:
-    """Takes a step of the critic, then one of the actor; the targets follow.
-
-    Args:
-      settings: static.
-      agent: before.
-      batch: observations, actions, and the critic's targets.
-      best: observations and actions of the best episodes, which the actor imitates.
-    """
+    """Takes a step of the critic, then one of the actor; the targets follow."""
     observation, action, target = batch
 
     def critic_loss(critic: Any) -> Array:

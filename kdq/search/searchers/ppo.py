@@ -96,22 +96,12 @@ def learn(
     settings: Settings,
     agent: Agent,
     episodes: Episodes,
-    rewards: Array,
-    mask: Array,
-    best: Episodes,
-    entropy: Array,
+    rewards: Array,  # [episodes], at the end of each; with γ of 1 the return of each decision
+    mask: Array,  # [episodes], 0 of those without a reward
+    best: Episodes,  # which the policy imitates
+    entropy: Array,  # weight of the policy's entropy
 ) -> Agent:
-    """Trains for a few epochs over the last episodes.
-
-    Args:
-      settings: static.
-      agent: donated.
-      episodes: as sampled.
-      rewards: [episodes], at the end of each; with γ of 1 the return of each of its decisions.
-      mask: [episodes], 0 of those without a reward.
-      best: the best episodes so far, which the policy imitates.
-      entropy: the weight of the policy's entropy.
-    """
+    """Trains for a few epochs over the last episodes."""
 
     def value(params: Any) -> Array:
         """The reward to come, [episodes, decisions]."""
