@@ -16,7 +16,7 @@ from scipy.special import softmax
 from kdq import files, quantize
 from kdq.deploy import PackedModel
 from kdq.deploy.measure import energy
-from kdq.evaluate import attribution, calibration, metrics
+from kdq.evaluate import attribution, classification, metrics
 from kdq.experiment.transfer import Network
 from kdq.quantize.layers import LayerInfo, layer_bits
 from kdq.quantize.paths import at_path
@@ -76,7 +76,9 @@ def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
 
 
 def _reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    found = calibration.reliability(logits, labels, BINS)
+    found = classification.reliability(
+        metrics.confidence(logits), metrics.correct(logits, labels), BINS
+    )
     return {name: getattr(found, name).tolist() for name in ("confidence", "accuracy", "count")}
 
 
