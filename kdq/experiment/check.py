@@ -23,19 +23,18 @@ from kdq.experiment.context import Context
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.quantized import OBSERVERS, rules_of, rules_of_entries
 from kdq.experiment.store import load
-from kdq.fields import check_arguments
+from kdq.fields import build
 from kdq.quantize import qat
 from kdq.quantize.ptq import chain
 from kdq.quantize.rules import match
-from kdq.search import evaluate, sensitivity
+from kdq.search import sensitivity
+from kdq.search.objectives import OBJECTIVES
 from kdq.search.searchers import METHODS
 from kdq.train import objective, regime
 from kdq.types import Variables
 
 log = logging.getLogger(__name__)
 
-# That every searcher gets; the rest of its arguments are options.
-SEARCHER_ARGUMENTS = ("problem", "seed", "evaluations")
 MOST_STEPS = 2**31 - 1  # which counters on the device hold
 
 
@@ -45,14 +44,14 @@ def check(context: Context, arms: Sequence[str]) -> None:
     Searches are checked as far as these arms need them.
     """
     experiment, models, inputs = context.experiment, context.models, context.inputs
-    if inputs.augment and not inputs.splits["train"].is_images:
-        name, shape = experiment.data.name, inputs.splits["train"].image_shape
+    spec = inputs.splits["train"].spec["image"]
+    if inputs.augment and (spec.dtype != np.uint8 or len(spec.shape) != 3):
         raise ConfigError(
-            f"config.data.augment changes images, uint8 [height, width, channels]; {name} has "
-            f"{inputs.splits['train'].dtype} {shape}"
+            "config.data.augment changes images, uint8 [height, width, channels]; "
+            f"{experiment.data.name} has {spec.dtype} {spec.shape}"
         )
     _check_data(experiment.data, inputs)
-    classes = inputs.splits["train"].num_classes
+    classes = len(inputs.splits["train"].facts["class_names"])
     for key, fields in experiment.models.items():
         if fields.get("num_classes", classes) != classes:
             raise ConfigError(
@@ -138,13 +137,13 @@ def _check_data(config: Data, inputs: Inputs) -> None:
                 "could be trusted"
             )
     train = inputs.splits["train"]
-    if train.num_classes < 2:
+    if (classes := len(train.facts["class_names"])) < 2:
         raise ConfigError(
-            f"config.data.name={config.name!r} has {train.num_classes} class: expected two or "
+            f"config.data.name={config.name!r} has {classes} class: expected two or "
             "more, since every loss of one class is 0"
         )
     for field in ("mean", "std"):
-        values, channels = np.shape(getattr(config, field)), train.image_shape[-1:]
+        values, channels = np.shape(getattr(config, field)), train.spec["image"].shape[-1:]
         if values not in ((), (1,), channels):
             raise ConfigError(
                 f"config.data.{field}={getattr(config, field)}: expected a number, or one for each "
@@ -292,21 +291,21 @@ def _check_search(context: Context, search: Search, where: str) -> None:
         raise ConfigError(unknown(f"{where}.method:", search.method, METHODS))
     method = METHODS[search.method]
     try:
-        extras.load("search", *getattr(method, "libraries", ()))
+        extras.load("search", *method.libraries)
     except ImportError as error:
         raise ConfigError(f"{where}.method={search.method!r}: {error}") from error
-    check_arguments(method, (*SEARCHER_ARGUMENTS, *search.options), f"{where}.options")
+    build(method.Settings, search.options, f"{where}.options")
     for field, valid in (
-        ("objective", evaluate.OBJECTIVES),
+        ("objective", OBJECTIVES),
         ("sensitivity", sensitivity.MEASURES),
         ("observer", OBSERVERS),
         ("runtime", deploy.FORMATS),
     ):
         if (value := getattr(search, field)) not in valid:
             raise ConfigError(unknown(f"{where}.{field}:", value, valid))
-    if "pairs" in method.needs and search.sensitivity not in evaluate.OBJECTIVES:
+    if "pairs" in method.needs and search.sensitivity not in OBJECTIVES:
         of_pairs = f"{where}.sensitivity of pairs:"
-        raise ConfigError(unknown(of_pairs, search.sensitivity, evaluate.OBJECTIVES))
+        raise ConfigError(unknown(of_pairs, search.sensitivity, OBJECTIVES))
     for student in search.students:
         model = context.model(student)
         layers = quantize.list_layers(

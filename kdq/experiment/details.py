@@ -173,8 +173,8 @@ def _sensitivities(
 
 @jax.jit
 def _idle(qparams: QParams) -> QParams:
-    is_one = lambda node: isinstance(node, quantize.Quantizer)
-    return jax.tree.map(bank.transparent, qparams, is_leaf=is_one)
+    is_quantizer = lambda node: isinstance(node, quantize.Quantizer)
+    return jax.tree.map(bank.identity_quantizer, qparams, is_leaf=is_quantizer)
 
 
 def _attributions(

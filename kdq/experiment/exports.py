@@ -27,7 +27,7 @@ def export(
     Returns:
       The files, and why those of other formats are not there.
     """
-    images = inputs.split("validation", limit=config.examples).examples("image")
+    images = inputs.examples("validation", "image", config.examples)
     with lock.hold(folder, alone=True):
         try:
             manifest = deploy.export(
@@ -43,7 +43,7 @@ def export(
             if error.manifest is None:
                 raise
             manifest = error.manifest
-    test, labels = (inputs.split("test").examples(key) for key in ("image", "label"))
+    test, labels = (inputs.examples("test", key) for key in ("image", "label"))
     found = {name: dict(entry) for name, entry in manifest["files"].items()}
     if config.latency_batches:
         for name, entry in found.items():

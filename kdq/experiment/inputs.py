@@ -1,8 +1,6 @@
 """The data of an experiment: its splits, as training streams and as batches in order."""
 
 import functools
-import math
-from collections.abc import Sequence
 
 import grain
 import jax
@@ -23,6 +21,7 @@ class Inputs:
             self.augment = tuple(data.build_augmentations(self._config.augment))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config.data.augment: {error}") from error
+        self._normalize = data.Normalize(self._config.mean, self._config.std)
 
     @functools.cached_property
     def splits(self) -> dict[str, data.Source]:
@@ -41,7 +40,7 @@ class Inputs:
     @property
     def image(self) -> jax.ShapeDtypeStruct:
         """The shape and dtype of a batch of one image."""
-        return jax.ShapeDtypeStruct((1, *self.splits["train"].image_shape), np.float32)
+        return jax.ShapeDtypeStruct((1, *self.splits["train"].spec["image"].shape), np.float32)
 
     def ids(self, arm: Arm) -> np.ndarray:
         """Returns the examples that an arm trains on, by id in the training split."""
@@ -81,11 +80,9 @@ class Inputs:
             self.splits["train"],
             batch_size=self._config.batch_size,
             seed=seed,
-            mean=self._config.mean,
-            std=self._config.std,
-            augment=self.augment if arm.augment else (),
+            transforms={"image": (*(self.augment if arm.augment else ()), self._normalize)},
             ids=self.ids(arm),
-            extra=extra,
+            extra=extra or {},
             lookup=lookup,
             process_index=index,
             process_count=count,
@@ -93,7 +90,7 @@ class Inputs:
 
     def split(
         self, name: str, size: int | None = None, *, limit: int | None = None, multiple: int = 1
-    ) -> "Batches":
+    ) -> data.EvalBatches:
         """Returns a split's examples in order, in batches of one size.
 
         Args:
@@ -102,11 +99,16 @@ class Inputs:
           limit: only so many examples, the first; None is all.
           multiple: the size is rounded up to a multiple of it.
         """
-        source, config = self.splits[name], self._config
-        size = min(size or config.eval_batch_size, len(source))
+        source = self.splits[name]
+        size = min(size or self._config.eval_batch_size, len(source))
         size = -(-size // multiple) * multiple
-        batches = data.eval_batches(source, batch_size=size, mean=config.mean, std=config.std)
-        return Batches(batches, size, len(source) if limit is None else min(limit, len(source)))
+        transforms = {"image": (self._normalize,)}
+        return data.eval_batches(source, batch_size=size, transforms=transforms, limit=limit)
+
+    def examples(self, name: str, key: str, limit: int | None = None) -> np.ndarray:
+        """Returns an array of the first examples of a split, [examples, ...], as models take it."""
+        batches = self.split(name, limit=limit)
+        return np.concatenate([batch[key][batch["mask"] > 0] for batch in batches])
 
     def calibration_images(self) -> list[np.ndarray]:
         """Returns the first examples of the training split, in four batches of one shape, or more.
@@ -133,27 +135,3 @@ class Inputs:
     def test(self) -> list[Batch]:
         """The test split, on the device."""
         return [jax.device_put(batch) for batch in self.split("test")]
-
-
-class Batches(Sequence[Batch]):
-    """The first examples of a split in batches of one size, each made when it is asked for.
-
-    "mask" [size] is 0 where the last batch has an example that is not among them.
-    """
-
-    def __init__(self, batches: Sequence[Batch], size: int, limit: int):
-        self._batches, self._size, self._limit = batches, size, limit
-
-    def __len__(self) -> int:
-        return math.ceil(self._limit / self._size)
-
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(f"batch {index} of {len(self)}")
-        batch, first = self._batches[index], index * self._size
-        counts = np.arange(first, first + self._size) < self._limit
-        return {**batch, "mask": batch["mask"] * counts}
-
-    def examples(self, key: str) -> np.ndarray:
-        """Returns an array of all examples, [examples, ...], without padding."""
-        return np.concatenate([batch[key][batch["mask"] > 0] for batch in self])

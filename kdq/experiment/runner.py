@@ -96,9 +96,14 @@ def _run(
     missing = [unit for unit, record in records.items() if record is None]
     elsewhere = set(missing) if workers > 1 else set()
     if elsewhere:
-        make = functools.partial(make_runner, tensorboard=context.tensorboard, shared=shared)
-        where = experiment, context.store.workdir, order, elsewhere, workers
-        parallel.run(*where, make=make, progress=context.progress)
+        make = functools.partial(
+            make_runner,
+            experiment,
+            context.store.workdir,
+            tensorboard=context.tensorboard,
+            shared=shared,
+        )
+        parallel.run(experiment, order, elsewhere, workers, make=make, progress=context.progress)
         records = _finished(context, order)
     seeds, count = experiment.seeds, experiment.seeds_at_once
     for group in (seeds[i : i + count] for i in range(0, len(seeds), count)):

@@ -14,7 +14,7 @@ from kdq.config import ConfigError, Experiment, Search
 from kdq.experiment import costing, plan, training
 from kdq.experiment.context import Context
 from kdq.experiment.quantized import OBSERVERS, recipe
-from kdq.search import bank, evaluate, run, sensitivity, spaces
+from kdq.search import bank, evaluate, run, searchers, sensitivity, spaces
 from kdq.search.evaluate import Evaluator
 from kdq.search.finalists import choose
 from kdq.search.finetune import Finetune
@@ -112,7 +112,6 @@ def _folder(context: Context, name: str, seed: int) -> Path:
 def _search(context: Context, name: str, seed: int, log: Path) -> dict[str, Any]:
     """Searches; returns the fields of the result."""
     watch, search = Stopwatch(), context.experiment.searches[name]
-    method = METHODS[search.method]
     students = [prepare_student(context, search, arm, seed) for arm in search.students]
     used = sum(student.evaluations for student in students)
     networks = [student.network for student in students]
@@ -124,7 +123,7 @@ def _search(context: Context, name: str, seed: int, log: Path) -> dict[str, Any]
             f"config.searches.{name}.evaluations={search.evaluations}: sensitivities alone "
             f"take {used}"
         )
-    searcher = method(problem, seed=seed, evaluations=left, **search.options)
+    searcher = searchers.make(search.method, problem, seed=seed, evaluations=left, **search.options)
     context.progress.search(name, seed, left)
     prepared = watch.working
     with History(log) as history:
@@ -143,7 +142,7 @@ def _search(context: Context, name: str, seed: int, log: Path) -> dict[str, Any]
     costs = [network.costs for network in networks]
     best, measured = choose(problem, evaluated, search, [s.files for s in students], costs)
     chosen = best.policy[0]
-    choices = students[chosen].files.of(best.policy)
+    choices = students[chosen].files.choose(best.policy)
     return {
         "method": search.method,
         "chosen": dict(best.chosen),
@@ -208,7 +207,7 @@ def prepare_student(context: Context, search: Search, name: str, seed: int) -> P
         )
         student, used = dataclasses.replace(student, pairs=pairs), used + count
     model_files = Files(
-        evaluator.model,
+        evaluator.network,
         evaluator.variables,
         evaluator.choices,
         evaluator.bank,
@@ -242,11 +241,11 @@ def _make_evaluator(context: Context, search: Search, name: str, seed: int) -> E
     )
     at_once = search.policies_at_once or (1 if jax.default_backend() == "cpu" else 16)
     return Evaluator(
-        model=model,
+        network=model,
         variables=variables,
         choices=choices,
         bank=quantizers,
-        held=evaluate.hold(model, variables, list(batches), teacher),
+        held=evaluate.hold_out(model, variables, batches, teacher),
         at_once=at_once,
     )
 
@@ -284,7 +283,7 @@ def _finetuning_scorer(
                 experiment,
                 name,
                 seed,
-                model=student.evaluator.model,
+                model=student.evaluator.network.module,
                 inputs=context.inputs,
                 teaching=teaching,
                 optimizer=context.optimizer,

@@ -188,7 +188,7 @@ class Teachers:
             std=self._experiment.data.std,
             augment=self._experiment.data.augment if augmented else (),
             stream_seed=own_seed if augmented else None,
-            num_classes=source.num_classes,
+            num_classes=len(source.facts["class_names"]),
             target=_target(config, own_seed),
         )
         length = inputs.num_examples

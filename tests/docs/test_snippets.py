@@ -30,7 +30,7 @@ from kdq import config, deploy, experiment, quantize
 from kdq.experiment import check
 from kdq.experiment.context import Context
 from kdq.report import write
-from kdq.search import problem
+from kdq.search import problem, searchers
 
 QUICKSTART = "docs/quickstart.md"
 ARMS = ("teacher", "student", "kd", "ptq_w4a4_student_mse", "qat_w4a4", "qad_w4a4_kd")
@@ -123,7 +123,6 @@ def tables_of_names():
     from kdq.experiment.quantized import OBSERVERS  # noqa: PLC0415
     from kdq.quantize import qat  # noqa: PLC0415
     from kdq.quantize.ptq import chain  # noqa: PLC0415
-    from kdq.search import searchers  # noqa: PLC0415
 
     tables = (
         methods.METHODS,
@@ -180,7 +179,7 @@ def test_python_runs(page, folder, name):
             page.config.update_from_flattened_dict(overrides)
             config.freeze(page.config)
     if hasattr(page, "HillClimb"):
-        climb(page.HillClimb)
+        climb()
     if hasattr(page, "session"):
         check_session(page)
 
@@ -195,7 +194,7 @@ def check_session(page: types.ModuleType) -> None:
     assert page.taken["layout"] == "NHWC"
 
 
-def climb(searcher_class) -> None:
+def climb() -> None:
     """A searcher keeps the budget, ends, and finds better policies than its first."""
     rng = np.random.default_rng(0)
     layers = [
@@ -218,7 +217,7 @@ def climb(searcher_class) -> None:
         limits={"bits": 20.0},
         features=np.zeros((1, 6, 1), np.float32),
     )
-    searcher, scores = searcher_class(posed, seed=0, evaluations=60), []
+    searcher, scores = searchers.make("hill_climb", posed, seed=0, evaluations=60), []
     while policies := searcher.propose():
         assert all(posed.feasible(policy) for policy in policies)
         new = [sum(harm[i, option] for i, option in enumerate(policy)) for policy in policies]

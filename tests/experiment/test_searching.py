@@ -18,7 +18,7 @@ from kdq.experiment.context import Context
 from kdq.experiment.searching import SearchResult
 from kdq.quantize.layers import layer_bits
 from kdq.quantize.network import Weights
-from kdq.search import bank, finetune
+from kdq.search import bank, evaluate, finetune
 from kdq.search.cost import load
 from kdq.train import loop
 
@@ -378,7 +378,7 @@ def test_two_steps_by_hand(trained, folder):
         "qad",
         0,
         start,
-        model=evaluator.model,
+        model=evaluator.network.module,
         inputs=context.inputs,
         teaching=context.teachers.of("qad", 0),
         optimizer=context.optimizer,
@@ -389,7 +389,9 @@ def test_two_steps_by_hand(trained, folder):
     state = finetune._train(task, state)
     variables = {**evaluator.variables, "params": state.params}
     quantizers = loop.weights(state).qparams
-    by_hand = finetune.score(evaluator.model, variables, quantizers, evaluator.held)
+    by_hand = evaluate.score(
+        evaluator.network, Weights(variables=variables, qparams=quantizers), evaluator.held
+    )
     for objective, value in by_hand.items():
         assert found[objective] == pytest.approx(value, rel=1e-4)
 
