@@ -18,7 +18,7 @@ from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Plan
 
 WARM_UP = 10  # steps before the trace: the first compiles
 STEP = "jit_train_step"  # what XLA calls the compiled step
@@ -68,13 +68,13 @@ def _profile(
 ) -> Profile:
     if needs := parents(experiment, arm):
         runner.run(experiment, workdir, arms=needs, progress=progress)
-    task, state = runner.task(experiment, workdir, arm, seed)
+    plan, state = runner.task(experiment, workdir, arm, seed)
     last = WARM_UP + steps
-    if task.steps < last:
+    if plan.steps < last:
         raise ConfigError(
-            f"arm {arm!r} trains for {task.steps} steps: want {last}, {WARM_UP} of them to warm up"
+            f"arm {arm!r} trains for {plan.steps} steps: expected {last}, {WARM_UP} for warm-up"
         )
-    names = _names(task, state)
+    names = _names(plan, state)
     folder = workdir / "profile" / arm
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -89,9 +89,9 @@ def _profile(
         jax.profiler.stop_trace()  # here the loop has waited for the last step
         return {"accuracy": 0.0, "nll": 0.0}
 
-    task = dataclasses.replace(task, steps=last, eval_every=last, validate=stop)
+    plan = dataclasses.replace(plan, steps=last, eval_every=last, validate=stop)
     with tempfile.TemporaryDirectory() as scratch:
-        loop.fit(task, state, Path(scratch), on_step=on_step)
+        loop.fit(plan, state, Path(scratch), on_step=on_step)
     trace = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     return read(trace, names)
 
@@ -132,19 +132,9 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _names(task: Training, state: TrainState) -> dict[str, str]:
-    """What each operation of the compiled step is of: "backward conv_1 conv_general_dilated"."""
-    compiled = train_step.lower(
-        state,
-        task.teacher_arguments,
-        task.dataset[0],
-        model=task.model,
-        teacher=task.teacher,
-        objective=task.objective,
-        optimizer=task.optimizer,
-        regime=task.regime,
-        compute=task.compute,
-    ).compile()
+def _names(plan: Plan, state: TrainState) -> dict[str, str]:
+    """Returns readable names of the compiled step's operations: "backward conv_1 dot"."""
+    compiled = train_step.lower(plan.training, state, plan.dataset[0]).compile()
     return names_of(compiled.as_text())
 
 

@@ -40,7 +40,7 @@ from kdq.train import loop, metrics_writer, optimizer, sharding, together
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
 from kdq.train.state import TrainState
-from kdq.train.training import Training
+from kdq.train.training import Plan
 from kdq.types import Array, Batch
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _runs_units(
 
 def task(
     experiment: Experiment, workdir: str | Path, name: str, seed: int
-) -> tuple[Training, TrainState]:
+) -> tuple[Plan, TrainState]:
     """What an arm's training would begin with, once what it needs has been run.
 
     Raises ConfigError for an arm that does not train.
@@ -294,7 +294,7 @@ class _Runner:
         arm = self.experiment.arms[name]
         if not self.inputs.steps(arm):
             return {one.seed: self._untrained(name, one) for one in begun}
-        groups: dict[Hashable, dict[int, tuple[Training, TrainState]]] = {}
+        groups: dict[Hashable, dict[int, tuple[Plan, TrainState]]] = {}
         for one in begun:
             task, state = self._task(one.experiment, name, one.seed, one.start)
             groups.setdefault(together.signature(task, state), {})[one.seed] = task, state
@@ -320,9 +320,9 @@ class _Runner:
 
     def _task(
         self, experiment: Experiment, name: str, seed: int, start: Weights
-    ) -> tuple[Training, TrainState]:
+    ) -> tuple[Plan, TrainState]:
         model = self.models[experiment.arms[name].model]
-        return training.begin(
+        return training.make_plan(
             experiment,
             name,
             seed,

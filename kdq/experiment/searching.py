@@ -305,7 +305,7 @@ class Searches:
             Finetune(
                 evaluator=one.evaluator,
                 begin=functools.partial(
-                    training.begin,
+                    training.make_plan,
                     experiment,
                     name,
                     seed,
