@@ -18,7 +18,7 @@ from kdq import config, models
 from kdq.distill import capture, sparse, term
 from kdq.distill.methods import METHODS
 from kdq.distill.teacher import NO_TEACHER, Model, Stored, Teacher
-from kdq.quantize.network import Weights
+from kdq.quantize.network import Weights, as_network
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
@@ -68,12 +68,12 @@ def variants() -> dict[str, Step]:
     student, teacher = (models.build(**f, num_classes=CLASSES) for f in (STUDENT, TEACHER))
     batch = make_batch()
     image = batch["image"][:1]
-    init = lambda model, seed: model.init(jax.random.key(seed), image, train=False)
+    init = lambda model, seed: as_network(model).init(jax.random.key(seed), image)
     weights, teacher_weights = (
         Weights(variables=init(model, i), qparams={}) for i, model in enumerate((student, teacher))
     )
     shapes = [
-        capture.list_outputs(model, arrays.variables, image, train=False)
+        capture.list_outputs(model, arrays.variables, image)
         for model, arrays in ((student, weights), (teacher, teacher_weights))
     ]
 

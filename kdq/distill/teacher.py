@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kdq.distill import capture
 from kdq.distill.capture import Outputs
 from kdq.distill.streams import with_streams
-from kdq.quantize.network import Weights
+from kdq.quantize.network import Network, Weights
 from kdq.types import Array, Batch, Variables
 
 
@@ -83,26 +83,26 @@ NO_TEACHER = NoTeacher()
 class Model(Frozen):
     """One network that does not change: a trained one, or one loaded from a packed file."""
 
-    module: nn.Module = flax.struct.field(pytree_node=False)
+    network: Network | nn.Module = flax.struct.field(pytree_node=False)
     weights: Weights
 
     def ask(self, state, batch, inputs=(), layers=(), key=None):
-        return _evaluate(self.module, self.weights, inputs, layers), state
+        return _evaluate(self.network, self.weights, inputs, layers), state
 
 
 class Ensemble(Frozen):
     """The weighted average of several networks' probabilities or logits."""
 
-    modules: tuple[nn.Module, ...] = flax.struct.field(pytree_node=False)
-    members: tuple[Weights, ...]  # of `modules`
+    networks: tuple[Network | nn.Module, ...] = flax.struct.field(pytree_node=False)
+    members: tuple[Weights, ...]  # of `networks`
     shares: Array  # [members], in any unit
     average: str = flax.struct.field(pytree_node=False)  # a key of AVERAGES
 
     def ask(self, state, batch, inputs=(), layers=(), key=None):
         _refuse_layers("an ensemble has no layers of its own", layers)
         logits = [
-            _evaluate(module, weights, inputs).logits.astype(jnp.float32)
-            for module, weights in zip(self.modules, self.members, strict=True)
+            _evaluate(network, weights, inputs).logits.astype(jnp.float32)
+            for network, weights in zip(self.networks, self.members, strict=True)
         ]
         shares = self.shares / jnp.sum(self.shares)
         return Outputs(logits=AVERAGES[self.average](jnp.stack(logits), shares)), state
@@ -136,7 +136,7 @@ class MovingAverage(flax.struct.PyTreeNode):
     Batch statistics are the student's own.
     """
 
-    module: nn.Module = flax.struct.field(pytree_node=False)
+    network: Network | nn.Module = flax.struct.field(pytree_node=False)
     decay: float = flax.struct.field(pytree_node=False)
 
     def init(self, params: Any, model_state: Any) -> TeacherState:
@@ -144,7 +144,7 @@ class MovingAverage(flax.struct.PyTreeNode):
 
     def ask(self, state, batch, inputs=(), layers=(), key=None):
         weights = Weights(variables=state.variables, qparams={})
-        return _evaluate(self.module, weights, inputs, layers), state
+        return _evaluate(self.network, weights, inputs, layers), state
 
     def update(self, state: TeacherState, params: Any, model_state: Any) -> TeacherState:
         mix = lambda mean, new: self.decay * mean + (1 - self.decay) * new
@@ -158,7 +158,7 @@ class Peer(Frozen):
     (Deep mutual learning, arXiv:1706.00384.) It runs in training mode.
     """
 
-    module: nn.Module = flax.struct.field(pytree_node=False)
+    network: Network | nn.Module = flax.struct.field(pytree_node=False)
     start: Variables  # before the first step
 
     def init(self, params: Any, model_state: Any) -> TeacherState:
@@ -168,7 +168,7 @@ class Peer(Frozen):
     def ask(self, state, batch, inputs=(), layers=(), key=None):
         _refuse_layers("a peer is compared by its logits", layers)
         run = lambda rngs: capture.run(
-            self.module,
+            self.network,
             state.variables,
             {},
             inputs,
@@ -181,9 +181,12 @@ class Peer(Frozen):
 
 
 def _evaluate(
-    module: nn.Module, weights: Weights, inputs: tuple[Array, ...], layers: Collection[str] = ()
+    network: Network | nn.Module,
+    weights: Weights,
+    inputs: tuple[Array, ...],
+    layers: Collection[str] = (),
 ) -> Outputs:
-    return capture.run(module, weights.variables, weights.qparams, inputs, layers, train=False)[0]
+    return capture.run(network, weights.variables, weights.qparams, inputs, layers)[0]
 
 
 def _refuse_layers(why: str, layers: Collection[str]) -> None:

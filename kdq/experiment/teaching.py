@@ -112,7 +112,7 @@ class Teachers:
         members = [self._experiment.arms[name].model for name in config.arms]
         return Teaching(
             teacher=Ensemble(
-                modules=tuple(self._models[model] for model in members),
+                networks=tuple(self._models[model] for model in members),
                 members=tuple(self._weights(name, seed) for name in config.arms),
                 shares=jnp.asarray(config.weights or [1.0] * len(members), jnp.float32),
                 average=config.average,

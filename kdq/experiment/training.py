@@ -99,6 +99,6 @@ def _init_terms(
     if objective.teacher_layers:
         # A moving average has the student's variables.
         weights = getattr(teacher, "weights", start)
-        taught_by = check.layers(teacher.module, weights.variables, inputs.image)
+        taught_by = check.layers(teacher.network, weights.variables, inputs.image)
     key = jax.random.fold_in(jax.random.key(seed), 2)
     return objective.init(key, student, taught_by, inputs.num_examples)

@@ -15,6 +15,7 @@ from kdq import processes, quantize
 from kdq.data import iterate
 from kdq.quantize.network import Weights
 from kdq.stopwatch import Stopwatch
+from kdq.tasks.base import Metric
 from kdq.train import together
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError, first_nonfinite
@@ -229,6 +230,7 @@ class Trainer:
 
     def _log(self, keep: int = 0) -> None:
         """Writes the metrics of the steps that are over, all but the newest `keep`."""
+        primary = self._plan.training.objective.task.primary
         ready = self._pending[: len(self._pending) - keep]
         self._pending = self._pending[len(ready) :]
         for step, metrics in jax.device_get(ready):
@@ -236,7 +238,7 @@ class Trainer:
             for seed, own_metrics in zip(self._seeds, of_seeds, strict=True):
                 if seed.error:
                     continue
-                values = _divide(own_metrics)
+                values = _divide(own_metrics, primary)
                 if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
                     seed.writer.write(step, values)
                 else:
@@ -324,9 +326,12 @@ def _weights(state: TrainState, parts: dict[str, Any]) -> Weights:
     return Weights(variables={"params": parts["params"], **parts["model_state"]}, qparams=qparams)
 
 
-def _divide(metrics: Metrics) -> dict[str, float]:
-    """Returns the metrics of a step as numbers."""
-    return {
-        name: float(x.total) / float(x.count) if isinstance(x, Mean) else float(x)
+def _divide(metrics: Metrics, primary: Metric) -> dict[str, float]:
+    """Returns the metrics of a step as numbers, with the primary metric in place of its scores."""
+    double = lambda x: np.asarray(x, np.float64)
+    values = {
+        name: double(x.total) / double(x.count) if isinstance(x, Mean) else double(x)
         for name, x in metrics.items()
     }
+    score = primary.from_means(*(values.pop(name) for name in primary.scores))
+    return {name: float(value) for name, value in values.items()} | {primary.name: score}

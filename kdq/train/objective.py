@@ -15,7 +15,8 @@ from kdq.distill.capture import Outputs
 from kdq.distill.schedule import Schedule
 from kdq.distill.term import Term
 from kdq.fields import limits_of
-from kdq.train.task import Classification
+from kdq.tasks.base import Task
+from kdq.tasks.classification import Classification
 from kdq.types import Array, Batch
 
 LABELS = schedule.constant(1.0)
@@ -28,10 +29,10 @@ class Objective(flax.struct.PyTreeNode):
     the like are data, not constants: one compiled step serves them all.
     """
 
-    task: Classification = flax.struct.field(default=Classification(), pytree_node=False)
+    task: Task = flax.struct.field(default=Classification(), pytree_node=False)
     task_weight: Schedule = LABELS
     terms: tuple[Term, ...] = ()
-    # Keywords of the task's loss: "label_smoothing".
+    # Keywords of the task's loss, such as "label_smoothing".
     options: Mapping[str, Array | float] = flax.struct.field(default_factory=dict)
     steps: Array | float = 1.0  # of the whole training, for the schedules
 
@@ -92,8 +93,8 @@ class Objective(flax.struct.PyTreeNode):
           key: random, of this step.
 
         Returns:
-          The loss; masked sums, not weighted: "task_loss", each score of the task and "NAME_loss"
-          of each term; and the memory after this step.
+          The loss; masked sums, not weighted: "task_loss", the scores that the task's primary
+          metric is of, and "NAME_loss" of each term; and the memory after this step.
         """
         if self.terms and teacher is None:
             raise ValueError(f"terms {[t.name for t in self.terms]} need a teacher, got None")
@@ -103,11 +104,12 @@ class Objective(flax.struct.PyTreeNode):
         # the mean over the batch of weighted sums.
         mean = lambda weight, name: weight * totals[name] / jnp.maximum(counts[name], 1)
         weights = self.task.weights(batch)
+        scores = self.task.scores(student.logits, batch)
         values = {
             "task_loss": self.task.loss(student.logits, batch, **self.options),
-            **self.task.scores(student.logits, batch),
+            **{name: scores[name] for name in self.task.primary.scores},
         }
-        totals = {name: jnp.sum(weights * value) for name, value in values.items()}
+        totals = {name: _sum(value, weights) for name, value in values.items()}
         loss = mean(self.task_weight(progress), "task_loss")
         memory = dict(memory)
         for i, term in enumerate(self.terms):
@@ -123,6 +125,12 @@ class Objective(flax.struct.PyTreeNode):
                 memory[term.name] = remembered
             loss += mean(term.weight(progress), name)
         return loss, jax.lax.stop_gradient(totals), jax.lax.stop_gradient(memory)
+
+
+def _sum(values: Array, weights: Array) -> Array:
+    """Returns the weighted sum over predictions, of each output where those are scored apart."""
+    outputs = (1,) * (values.ndim - weights.ndim)
+    return jnp.sum(weights.reshape(weights.shape + outputs) * values, range(weights.ndim))
 
 
 def arm_objective(experiment: Experiment, name: str, steps: int) -> Objective:

@@ -10,7 +10,7 @@ import grain
 import optax
 
 from kdq.distill.teacher import NO_TEACHER, Teacher
-from kdq.quantize.network import Weights
+from kdq.quantize.network import Network, Weights
 from kdq.schema import AT_ONCE, Compute
 from kdq.train.objective import Objective
 from kdq.train.regime import Regime
@@ -25,7 +25,7 @@ class Training(flax.struct.PyTreeNode):
     Nothing in it changes from step to step; what does is in `TrainState`.
     """
 
-    network: nn.Module = flax.struct.field(pytree_node=False)  # the student
+    network: Network | nn.Module = flax.struct.field(pytree_node=False)  # the student
     optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
     objective: Objective
     teacher: Teacher = NO_TEACHER

@@ -56,7 +56,7 @@ def test_an_ensemble_averages_probabilities_or_logits(shares):
 def test_a_quantized_teacher_is_quantized():
     variables = _weights(SMALL, 1).variables
     rules = quantize.uniform_rules(2, 2)
-    qparams = quantize.calibrate(SMALL, variables, rules, [IMAGES], train=False)
+    qparams = quantize.calibrate(SMALL, variables, rules, [IMAGES])
     said = _ask(teacher.Model(SMALL, Weights(variables=variables, qparams=qparams)))
     expected = quantize.predict(SMALL, variables, qparams, IMAGES)
     np.testing.assert_allclose(said, expected, rtol=1e-6)

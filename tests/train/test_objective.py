@@ -71,7 +71,7 @@ def test_value_gradient_and_sums(alpha, temperature, masked):
     for name, value in expected[2].items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-5)
     assert Objective().counts(batch)["task_loss"] == mask.sum()
-    assert sums["accuracy"] == (mask * (logits.argmax(-1) == labels)).sum()
+    assert sums["correct"] == (mask * (logits.argmax(-1) == labels)).sum()
 
 
 def test_without_a_teacher_there_are_only_labels():
@@ -80,7 +80,7 @@ def test_without_a_teacher_there_are_only_labels():
     loss, sums, memory = Objective()(outputs, None, {"label": labels})
     expected = -log_softmax(logits)[np.arange(len(labels)), labels]
     np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)
-    assert set(sums) == {"task_loss", "accuracy"}
+    assert set(sums) == {"task_loss", "correct"}
     np.testing.assert_allclose(loss * len(labels), sums["task_loss"], rtol=1e-6)
     assert memory == {}
 
@@ -140,7 +140,7 @@ def test_masked_rows_do_not_matter_even_if_huge_and_an_empty_batch_is_zero():
         jnp.asarray(teacher),
     )
     assert float(nothing) == 0
-    assert float(sums["accuracy"]) == 0
+    assert float(sums["correct"]) == 0
 
 
 def test_bfloat16_logits_are_summed_in_float32():

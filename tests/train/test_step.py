@@ -77,7 +77,7 @@ def test_equals_plain_flax_and_optax(net, teacher):
         params, stats, opt_state, loss, grads = plain_step(params, stats, opt_state, batch)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
         np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
-        assert metrics["accuracy"].count == len(batch["label"])
+        assert metrics["correct"].count == len(batch["label"])
     assert int(state.step) == 4
     assert not state.halted
     assert state.scales == {}
@@ -100,7 +100,7 @@ def test_gradients_through_quantizers_in_closed_form():
         weights=TensorSpec(bits=3, granularity="per_channel"),
         activations=TensorSpec(bits=4),
     )
-    qparams = quantize.calibrate(model, variables, (rule,), [images[:6]], train=False)
+    qparams = quantize.calibrate(model, variables, (rule,), [images[:6]])
     # Scales smaller than calibration chose them: some weights and inputs are clipped.
     qparams = jax.tree.map(jnp.asarray, qparams)
     for half in ("weights", "activations"):
