@@ -108,7 +108,7 @@ class Cache:
         return _columns(self.records)
 
     def _check_unchanged(self) -> None:
-        """Raises CacheError for a changed file: to read pages that were cut off ends the process."""
+        """Raises CacheError for a changed file: to read pages that are gone ends the process."""
         path = self.directory / _RECORDS
         with contextlib.suppress(OSError):
             if _version(path) == self.version:

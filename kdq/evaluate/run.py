@@ -41,7 +41,6 @@ class Scores:
     # Score -> [predictions] or [predictions, outputs] float32.
     arrays: Mapping[str, np.ndarray]
     # [predictions] int64, the example of each: its id, or its place where batches have no ids.
-    # Positions of one document are one example.
     examples: np.ndarray
 
     def __len__(self) -> int:
@@ -110,7 +109,8 @@ def evaluate(
         scored = None
         if batch is not None:
             outputs = None if reference is None else reference(batch)
-            scored = _score(network, weights, batch, outputs, task=task), batch, first
+            examples = task.examples(batch)
+            scored = _score(network, weights, batch, outputs, task=task), examples, first
             first += len(scored[0][1])
         # While the device is at this batch, the scores of the one before come to the host.
         if previous is not None:
@@ -185,14 +185,14 @@ def _score(
 
 
 def _counted(
-    scored: tuple[dict[str, Array], Array], batch: Batch, first: int
+    scored: tuple[dict[str, Array], Array], examples: Array | None, first: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Returns the scores of the predictions that count, and their examples, on the host."""
     scores, weights = jax.tree.map(whole, scored)
     counted = np.nonzero(weights)
-    ids = np.asarray(whole(batch["id"])) if "id" in batch else first + np.arange(len(weights))
     kept = {name: value[counted].astype(np.float32) for name, value in scores.items()}
-    return kept, ids[counted[0]].astype(np.int64)
+    ids = first + np.arange(len(weights)) if examples is None else whole(examples)
+    return kept, ids[counted[: ids.ndim]].astype(np.int64)
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdq import deploy, models, quantize
 from kdq.deploy.measure import energy
-from kdq.evaluate import fidelity, metrics, prior
+from kdq.evaluate import classification, metrics
 from kdq.experiment import details
 from kdq.quantize.network import Weights
 from kdq.search import cost
@@ -73,7 +73,8 @@ def measure(
     of_file = Weights(variables=packed.variables, qparams=packed.qparams)
     logits = predict(packed.model, of_file, test)
     labels = _labels(test)
-    found = fidelity.transfer_summary(logits, labels, teacher_logits)
+    scores = metrics.score(logits, labels, teacher_logits)
+    found = classification.summarize(scores)
     last = found
     if fit.last_step != selected.step:
         last = evaluate(model, fit.last, test)
@@ -92,13 +93,13 @@ def measure(
     return {
         "params": models.count_parameters(variables),
         "accuracy": found["accuracy"],
-        "nll": _number(found["nll"]),
+        "nll": found["nll"],
         "accuracy_last": last["accuracy"],
-        "nll_last": _number(last["nll"]),
-        **{name: _number(found.get(name)) for name in FIDELITY},
-        "accuracy_by_class": [_number(x) for x in fidelity.accuracy_by_class(logits, labels)],
+        "nll_last": last["nll"],
+        **{name: found.get(name, math.nan) for name in FIDELITY},
+        "accuracy_by_class": _by_class(logits, labels),
         "validation_accuracy": selected.metrics["accuracy"],
-        "validation_nll": _number(selected.metrics["nll"]),
+        "validation_nll": selected.metrics["nll"],
         "macs": cost.macs(layers),
         "bops": cost.bops(layers, qparams),
         "energy_modelled_nj": sum(one.total for one in energy.modelled(layers, qparams).values()),
@@ -119,24 +120,23 @@ def corrected(
 ) -> dict[str, Any]:
     """Test accuracy once the bias of classes that the arm never saw is chosen on validation."""
     logits, labels = predict(model, weights, test), _labels(test)
-    offset = prior.class_offset(predict(model, weights, validation), _labels(validation), classes)
+    before = predict(model, weights, validation)
+    offset = classification.class_offset(before, _labels(validation), classes)
     logits[:, list(classes)] += offset
     return {
         "class_offset": offset,
         "accuracy_corrected": float(metrics.correct(logits, labels).mean()),
-        "accuracy_by_class_corrected": [
-            _number(x) for x in fidelity.accuracy_by_class(logits, labels)
-        ],
+        "accuracy_by_class_corrected": _by_class(logits, labels),
     }
+
+
+def _by_class(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
+    correct = metrics.correct(logits, labels)
+    return tuple(classification.accuracy_by_class(labels, correct, logits.shape[1]).tolist())
 
 
 def _labels(batches: Sequence[Batch]) -> np.ndarray:
     return np.concatenate([np.asarray(b["label"])[np.asarray(b["mask"]) > 0] for b in batches])
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has no NaN, and no infinity: the loss on a class that a model rules out."""
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def evaluate(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, float]:

@@ -72,7 +72,8 @@ def _profile(
     last = WARM_UP + steps
     if plan.steps < last:
         raise ConfigError(
-            f"arm {arm!r} trains for {plan.steps} steps: expected {last}, {WARM_UP} for warm-up"
+            f"arm {arm!r} trains for {plan.steps} steps: expected {last}, {WARM_UP} of them to "
+            "warm up"
         )
     names = _names(plan, state)
     folder = workdir / "profile" / arm
