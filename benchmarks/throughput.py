@@ -50,7 +50,6 @@ from kdq.experiment.teaching import Teaching
 from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.loop import LOG_EVERY
-from kdq.train.optimizer import make_optimizer
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
 from kdq.train.training import Plan
@@ -170,7 +169,6 @@ def begin(setting: Setting, kind: str) -> tuple[Plan, TrainState]:
         model=model,
         inputs=inputs,
         teaching=teaching,
-        optimizer=make_optimizer(experiment.optimizer),
         validate=lambda weights: {"accuracy": 0.0, "nll": 0.0},
         steps=STEPS,
     )

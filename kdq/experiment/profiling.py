@@ -98,7 +98,7 @@ def _profile(
 
 
 def read(trace: Path, names: Mapping[str, str]) -> Profile:
-    """What a trace says; `names` tells of operations what they are of."""
+    """Reads a profile from a trace; `names` are of operations."""
     spans: dict[Any, tuple[float, float]] = {}  # of runs of the step
     costs: dict[str, float] = defaultdict(float)
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
@@ -140,26 +140,26 @@ def _names(plan: Plan, state: TrainState) -> dict[str, str]:
 
 
 def names_of(program: str) -> dict[str, str]:
-    """Names of the operations of a program in XLA's text form; of a fusion, its dearest part's."""
-    found, within, computation = {}, {}, ""
+    """Returns the names of a program's operations, from XLA's text; a fusion has its dearest's."""
+    names, within, computation = {}, {}, ""
     for line in program.splitlines():
         if opened := re.match(r"\s*(?:ENTRY )?%(\S+) \(.*\{$", line):
             computation = opened[1]
-        if not (one := re.match(r"\s*(?:ROOT )?%(\S+) = ", line)):
+        if not (operation := re.match(r"\s*(?:ROOT )?%(\S+) = ", line)):
             continue
         name = re.search(r'op_name="([^"]+)"', line)
         called = re.search(r"calls=%([\w.-]+)", line)
         if called and called[1] in within:
-            found[one[1]] = within[called[1]]
+            names[operation[1]] = within[called[1]]
         elif name:
-            found[one[1]] = _readable(name[1])
+            names[operation[1]] = _readable(name[1])
         if name and (computation not in within or re.search(r" (convolution|dot)\(", line)):
             within[computation] = _readable(name[1])
-    return found
+    return names
 
 
 def _readable(name: str) -> str:
-    """Of "jit(train_step)/transpose(jvp(CNN))/conv_1/dot": "backward conv_1/dot"."""
+    """Makes "backward conv_1/dot" of "jit(train_step)/transpose(jvp(CNN))/conv_1/dot"."""
     name = name.removeprefix("jit(train_step)/")
     way = "backward" if "transpose(" in name else "forward" if "jvp(" in name else "other"
     parts = [part for part in name.split("/") if "(" not in part]

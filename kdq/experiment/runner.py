@@ -37,7 +37,7 @@ from kdq.fields import expand_user
 from kdq.quantize.network import Weights
 from kdq.record import ArmRecord
 from kdq.search.problem import InfeasibleError
-from kdq.train import loop, metrics_writer, optimizer, sharding, together
+from kdq.train import loop, metrics_writer, sharding, together
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
 from kdq.train.state import TrainState
@@ -131,7 +131,6 @@ class _Runner:
             if arm.observer not in OBSERVERS:
                 where = f"config.arms.{name}.observer:"
                 raise ConfigError(kdq_config.unknown(where, arm.observer, OBSERVERS))
-        self.optimizer = optimizer.make_optimizer(experiment.optimizer)
         self.layout = sharding.make_layout(experiment.mesh)
         if experiment.seeds_at_once > 1 and self.layout.mesh:
             raise ConfigError(
@@ -330,8 +329,7 @@ class _Runner:
             start,
             model=model,
             inputs=self.inputs,
-            teaching=processes.in_turn(lambda: self.teachers.of(name, seed)),
-            optimizer=self.optimizer,
+            teaching=processes.in_turn(lambda: self.teachers.teaching(name, seed)),
             validate=lambda weights: measure.evaluate(model, weights, self.validation),
             layout=self.layout,
         )

@@ -32,7 +32,6 @@ from kdq.search.problem import Policy
 from kdq.search.searchers import METHODS
 from kdq.search.spaces import Student
 from kdq.stopwatch import Stopwatch
-from kdq.train.optimizer import make_optimizer
 
 FOLDER, COSTS = "searches", "costs"  # in the workdir
 RESULT = "result.json"  # of a search
@@ -298,8 +297,7 @@ class Searches:
 
     def _finetunes(self, search: Search, students: Sequence["_Prepared"], seed: int) -> run.Score:
         experiment, name = self._experiment, search.finetune
-        teaching = self._teachers.of(name, seed)
-        optimizer = make_optimizer(experiment.optimizer)
+        teaching = self._teachers.teaching(name, seed)
         method = recipe(experiment, experiment.arms[name]).method
         finetunes = [
             Finetune(
@@ -312,8 +310,6 @@ class Searches:
                     model=one.evaluator.model,
                     inputs=self._inputs,
                     teaching=teaching,
-                    optimizer=optimizer,
-                    validate=lambda weights: {},
                     steps=search.steps,
                 ),
                 method=method,

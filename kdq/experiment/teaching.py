@@ -1,4 +1,4 @@
-"""Who teaches an arm, and from what: a network at every step, or outputs computed before."""
+"""Teachers of arms: a network at every step, or outputs computed before."""
 
 import dataclasses
 import functools
@@ -51,8 +51,8 @@ class Teachers:
             "shuffled": self._shuffled,
         }
 
-    def of(self, name: str, seed: int) -> Teaching:
-        """What teaches the arm `name` in the run of `seed`."""
+    def teaching(self, name: str, seed: int) -> Teaching:
+        """Returns the teaching of the arm `name` in the run of `seed`."""
         arm = self._experiment.arms[name]
         if not arm.teacher:
             return Teaching()
@@ -74,13 +74,13 @@ class Teachers:
         return load(config.path).model if config.kind == "packed" else None
 
     def offers(self, name: str) -> tuple[str, ...]:
-        """What the terms of the arm `name` may read of its teacher, layers apart."""
+        """Returns what terms of the arm `name` may read of its teacher, layers apart."""
         kind = self._stored_as(name)
         names = {"top_k": ("indices", "log_probs"), "sampled": ("indices", "weights")}
         return tuple(f"teacher_{array}" for array in names.get(kind, ("logits",)))
 
     def by_example(self, name: str) -> bool:
-        """Whether what teaches the arm is stored by example, whatever became of its image."""
+        """Returns whether the outputs are stored by example, whatever became of its image."""
         return self._stored_as(name) in ("memory", "shuffled")
 
     def _stored_as(self, name: str) -> str:
@@ -210,7 +210,7 @@ class Teachers:
 
 
 def _describe_split(split: str, arm: Arm | None) -> str:
-    """What a stream is made of: of a whole split, unless the arm leaves classes out."""
+    """Names the split of a stream, and the classes that the arm leaves out."""
     if arm is None or not arm.without_classes:
         return split
     return f"{split} without classes {sorted(set(arm.without_classes))}"

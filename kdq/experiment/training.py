@@ -5,7 +5,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import optax
 
 from kdq.config import Experiment
 from kdq.experiment import check
@@ -14,6 +13,7 @@ from kdq.experiment.quantized import recipe
 from kdq.experiment.teaching import Teaching
 from kdq.quantize.network import Weights
 from kdq.train import objective, regime
+from kdq.train.optimizer import make_optimizer
 from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.train.state import TrainState, create_state
 from kdq.train.training import Plan, Training
@@ -28,8 +28,7 @@ def make_plan(
     model: nn.Module,
     inputs: Inputs,
     teaching: Teaching,
-    optimizer: optax.GradientTransformation,
-    validate: Callable[[Weights], dict[str, float]],
+    validate: Callable[[Weights], dict[str, float]] = lambda weights: {},
     steps: int | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[Plan, TrainState]:
@@ -43,8 +42,7 @@ def make_plan(
       model: of these.
       inputs: the data.
       teaching: who teaches.
-      optimizer: see `make_optimizer`.
-      validate: see `Plan`.
+      validate: see `Plan`; by default there is nothing to score.
       steps: a schedule of so many; None: the arm's own.
       layout: the devices that train.
     """
@@ -54,7 +52,7 @@ def make_plan(
     qat = recipe(experiment, arm)
     training = Training(
         network=model,
-        optimizer=optimizer,
+        optimizer=make_optimizer(experiment.optimizer),
         objective=objective.arm_objective(experiment, name, steps),
         teacher=teaching.teacher,
         regime=regime.build(qat, steps, f"config.qat.{arm.qat}"),

@@ -18,7 +18,7 @@ from kdq.train.sharding import ONE_DEVICE, Layout
 
 
 class Training(flax.struct.PyTreeNode):
-    """What `train_step` is compiled for, and the numbers that it takes as data.
+    """The structure that `train_step` is compiled for, and the numbers that it takes as data.
 
     A pytree: the structure is static, so that another model, term or teacher compiles a step of its
     own. The leaves are data: temperatures, weights, schedules and a frozen teacher's arrays.

@@ -377,9 +377,7 @@ def test_two_steps_by_hand(trained, folder):
         start,
         model=evaluator.model,
         inputs=run.inputs,
-        teaching=run.teachers.of("qad", 0),
-        optimizer=run.optimizer,
-        validate=lambda weights: {},
+        teaching=run.teachers.teaching("qad", 0),
         steps=2,
     )
     assert plan.steps == 2

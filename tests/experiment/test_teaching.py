@@ -129,7 +129,7 @@ def test_shuffled_logits_are_those_of_other_examples_of_the_class(tiny_config, m
     base = tiny(tiny_config, {"by_moved": {"teacher": "moved"}}, teachers=teachers)
     runner = _Runner(config.freeze(base), workdir, experiment.Progress())
     logits = runner.teachers.logits("teacher", 0, "train")
-    moved = runner.teachers.of("by_moved", 0).extra["teacher_logits"]
+    moved = runner.teachers.teaching("by_moved", 0).extra["teacher_logits"]
     labels = Inputs(config.freeze(base)).splits["train"].read(np.arange(len(logits)))["label"]
     assert (np.abs(moved - logits).max(1) > 0).mean() > 0.9
     for label in range(10):
