@@ -69,7 +69,7 @@ def _openvino(integer: deploy.IntegerModel, images: np.ndarray, threads: int) ->
 
 
 def _litert(integer: deploy.IntegerModel, images: np.ndarray, threads: int) -> Call:
-    return litert.litert_model(litert.to_litert(integer, images[:1]), threads=threads)
+    return litert.load_litert(litert.to_litert(integer, images[:1]), threads=threads)
 
 
 def _jax(integer: deploy.IntegerModel) -> Call:

@@ -10,7 +10,7 @@ import zoo
 from flax.errors import FlaxError
 
 from kdq import deploy, quantize
-from kdq.deploy.export import Source
+from kdq.deploy.formats.catalog import Source
 from kdq.deploy.measure import parity
 from kdq.quantize import QuantizationRule, TensorSpec
 
@@ -89,7 +89,7 @@ def cell(
     except Exception as error:  # of any runtime
         return {"failed": f"{type(error).__name__}: {_line(error)}"}
     scale = max(float(np.abs(array).max()) for array in expected)
-    measured = parity.of_all(outputs, expected)
+    measured = parity.compare_all(outputs, expected)
     return {
         "difference": float(f"{measured['max_logit_difference'] / scale:.2g}"),
         "agreement": measured["argmax_agreement"],

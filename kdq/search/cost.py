@@ -137,4 +137,4 @@ def _energy(layers: Mapping[str, LayerInfo], choices: Choices):
         for path, own in choices.items()
     }
     memories = energy.memories(layers, most)
-    return lambda layer, w, a: energy.of_layer(layer, w, a, memories).total
+    return lambda layer, w, a: energy.layer_energy(layer, w, a, memories).total

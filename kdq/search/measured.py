@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from kdq import deploy, models, provenance
-from kdq.deploy.export import Source
+from kdq.deploy.formats.catalog import Source
 from kdq.deploy.measure import latency
 from kdq.quantize import MSE
 from kdq.quantize.layers import FLOAT_BITS, list_layers

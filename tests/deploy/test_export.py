@@ -14,6 +14,7 @@ from networks import NETWORKS, network
 from kdq import deploy, files, quantize, schema
 from kdq.deploy import ParityError, export, load_packed, load_stablehlo
 from kdq.deploy.formats import container
+from kdq.deploy.formats.runtime import Runtime
 from kdq.deploy.measure import parity
 
 
@@ -89,14 +90,14 @@ def test_another_class_is_an_error_and_leaves_no_file(packed, tmp_path, monkeypa
     export(path, tmp_path / "out", ["packed", "stablehlo"], images)
 
     def load(file, threads, model):
-        run = deploy.FORMATS["stablehlo"].load(file, threads, model)
-        return lambda images: np.roll(run(images), 1, axis=-1)
+        runtime = deploy.FORMATS["stablehlo"].load(file, threads, model)
+        return Runtime(lambda images: np.roll(runtime(images), 1, axis=-1))
 
     wrong = dataclasses.replace(deploy.FORMATS["stablehlo"], load=load)
     with monkeypatch.context() as patch:
         patch.setitem(deploy.FORMATS, "wrong", dataclasses.replace(wrong, file="wrong.bin"))
         with pytest.raises(
-            ParityError, match=r"wrong\.bin: .* 0\.00% of 64 examples, want 99\.00%"
+            ParityError, match=r"wrong\.bin: .* 0\.00% of 64 examples, expected 99\.00%"
         ):
             export(path, tmp_path / "out", ["wrong"], images)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -262,7 +263,7 @@ def test_several_inputs_and_outputs_in_every_format(tmp_path):
 def test_codes_that_differ_are_counted():
     ours = {"a": np.uint8([[0, 1], [2, 255]]), "b": np.int32([5, 5, 5, 5]), "c": np.uint8([9])}
     theirs = {"a": np.int32([[0, 1], [4, 254]]), "b": np.int32([5, 5, 5, 9]), "d": np.uint8([1])}
-    assert parity.of_integers(ours, theirs) == {
+    assert parity.compare_integers(ours, theirs) == {
         "max_code_difference": 2,
         "max_sum_difference": 4,
         "codes_that_differ": 2 / 4,
@@ -281,14 +282,14 @@ def test_codes_of_the_simulation_by_hand(tmp_path):
     packed = load_packed(path)
     integer = packed.lower(images)
     codes = parity.simulated_codes(packed, integer, images)
-    assert set(codes) == {name for name in parity.made(integer, images) if "/" in name}
+    assert set(codes) == {name for name in parity.layer_integers(integer, images) if "/" in name}
     name = next(name for name in codes if codes[name].shape[-1] == 64)  # of the pixels
     scale = np.float32(qparams[name.split("/")[0]]["activations"].scale)
     steps = np.round(np.asarray(images).reshape(len(images), -1) / scale)
     np.testing.assert_array_equal(codes[name], np.clip(steps, -128, 127) + 128)
     # Codes that are off by one are found.
     off = {**codes, name: np.asarray(codes[name]) ^ 1}
-    found = parity.of_integers(off, parity.made(integer, images))
+    found = parity.compare_integers(off, parity.layer_integers(integer, images))
     assert found["max_code_difference"] == 1
     assert found["max_sum_difference"] == 0
     assert found["codes_that_differ"] > 0.1

@@ -28,7 +28,7 @@ def test_does_as_the_integer_model(name, bits):
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
     integer = deploy.lower(model, variables, qparams, images)
     data = litert.to_litert(integer, images)
-    outputs = litert.litert_model(data)(np.asarray(images))
+    outputs = litert.load_litert(data)(np.asarray(images))
     expected = np.asarray(integer(images))
     # Multipliers are fixed-point numbers there: some codes are the next one.
     assert np.abs(outputs - expected).max() < 0.05 * np.abs(expected).max()
@@ -75,7 +75,7 @@ def test_roundings_stay_where_they_are():
     integer = deploy.lower(model, variables, qparams, images)
     variables = integer.simulated(variables)
     simulated = np.asarray(quantize.predict(model, variables, qparams, images))
-    outputs = litert.litert_model(litert.to_litert(integer, images))(np.asarray(images))
+    outputs = litert.load_litert(litert.to_litert(integer, images))(np.asarray(images))
     assert np.abs(outputs - simulated).max() < 2e-3 * np.abs(simulated).max()
 
 
@@ -84,7 +84,7 @@ def _runs(model, x):
     variables = jax.jit(model.init)(jax.random.key(0), x)
     expected = np.asarray(model.apply(variables, x))
     integer = deploy.lower(model, variables, {}, x)
-    outputs = litert.litert_model(litert.to_litert(integer, x))(np.asarray(x))
+    outputs = litert.load_litert(litert.to_litert(integer, x))(np.asarray(x))
     assert outputs.shape == expected.shape
     return np.abs(outputs - expected).max()
 

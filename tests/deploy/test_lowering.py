@@ -9,7 +9,7 @@ from networks import NETWORKS, network
 
 from kdq import quantize
 from kdq.deploy import lower
-from kdq.deploy.flow import network as network_of_layers
+from kdq.deploy.flow import run as flow
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.quantize import QuantizationRule, TensorSpec, grid, kinds
 from kdq.quantize.layers import path_of
@@ -81,7 +81,7 @@ def test_codes_are_those_of_the_simulation_with_its_biases(name, bits):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), rounded, again
     )
     made = {}
-    integer.apply(images, made=made)
+    integer.apply(images, integers=made)
     expected = _codes_of_inputs(model, rounded, qparams, images)
     assert set(expected) < set(made)
     for key, codes in expected.items():
@@ -267,7 +267,7 @@ def _codes(lowered, images):
     @jax.jit
     def run(lowered, images):
         made = {}
-        lowered.apply(images, unroll=True, made=made)
+        lowered.apply(images, unroll=True, integers=made)
         return {name: array for name, array in made.items() if array.dtype == jnp.uint8}
 
     return jax.tree.map(np.asarray, run(lowered, images))
@@ -276,8 +276,8 @@ def _codes(lowered, images):
 def test_many_sums_are_shortened_before_they_are_added():
     rng = np.random.default_rng(0)
     total = rng.integers(-(2**29), 2**29, (4, 7, 7, 3)).astype(np.int32)
-    sums = network_of_layers.Sums(jnp.asarray(total), jnp.float32(1e-6), 2**29)
-    short, scale, largest = network_of_layers._shortened(sums, 49)
+    sums = flow.Accumulator(jnp.asarray(total), jnp.float32(1e-6), 2**29)
+    short, scale, largest = flow.shorten(sums, 49)
     assert 49 * largest < 2**31
     assert np.abs(short).max() <= largest
     found = np.asarray(short).sum((1, 2), dtype=np.int32) * np.float64(scale)
@@ -293,8 +293,8 @@ def test_a_mean_has_the_same_scale_compiled_or_not(operation):
 
     @jax.jit
     def compiled(scales):
-        sums = network_of_layers.Sums(total, scales, 1)
-        return network_of_layers._on_sums(eqn, [sums, eqn.invars[1].val], False).scale
+        sums = flow.Accumulator(total, scales, 1)
+        return flow._run_on_sums(eqn, [sums, eqn.invars[1].val], False).scale
 
     np.testing.assert_array_equal(compiled(scales), operation(scales))
 

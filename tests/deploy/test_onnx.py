@@ -28,7 +28,7 @@ CASES = [
 @jax.jit
 def _made(integer, inputs):
     made = {}
-    return {"output": integer.apply(inputs, unroll=True, made=made)} | made
+    return {"output": integer.apply(inputs, unroll=True, integers=made)} | made
 
 
 def _both(integer, inputs):
@@ -245,7 +245,10 @@ def test_symmetric_models_have_pairs_of_int8_around_0(name, bits):
         if node.op_type in ("Conv", "MatMul"):
             # Nothing is between a weight and what multiplies it.
             pairs += makers[node.input[1]].op_type == "DequantizeLinear"
-    layers = sum(1 for path in integer.static.largest if not path[0].endswith(("/qk", "/av")))
+    layers = sum(
+        bool(layer.grids) and not path.endswith(("/qk", "/av"))
+        for path, layer in integer.static.layers
+    )
     assert pairs >= layers
     session = deploy.onnx_session(proto.SerializeToString(), integer=False)
     (outputs,) = session.run(None, {"input": np.asarray(images)})

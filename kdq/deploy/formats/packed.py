@@ -30,7 +30,8 @@ from kdq.deploy.formats.packed_layers import (
     quantizer_json,
     unpack_weight,
 )
-from kdq.deploy.lower.lowering import IntegerModel, lower
+from kdq.deploy.lower.lower import lower
+from kdq.deploy.lower.model import IntegerModel
 from kdq.fields import ConfigError, Mistake, build
 from kdq.quantize import grid
 from kdq.quantize.inputs import Batch

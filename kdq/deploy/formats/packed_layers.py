@@ -1,4 +1,4 @@
-"""How a packed file holds quantized layers: codes and scales of weights, quantizers of inputs."""
+"""Quantized layers in a packed file: codes and scales of weights, quantizers of inputs."""
 
 import dataclasses
 import math

@@ -1,18 +1,22 @@
-"""The code of a layer alone, in floats, from which its integer layer is made."""
+"""The layers of a model, as tracing shows them: their code in floats, and the norms behind them."""
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from kdq.deploy.contraction import BIAS, INPUT, OTHER, WEIGHT
+from kdq.deploy.lower.folding import list_foldable
 from kdq.quantize import kinds
 from kdq.quantize.inputs import Inputs, run
-from kdq.quantize.layers import path_of
+from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized, path_of
+from kdq.quantize.ptq.norms import Norm
 from kdq.types import Variables
 
 
@@ -25,22 +29,47 @@ class LayerCode:
     operands: tuple[str, ...]  # names of its inputs
 
 
-def layer_code(
+class Structure(NamedTuple):
+    """A model's layers, by path."""
+
+    layers: dict[str, LayerInfo]
+    unquantized: dict[str, str]  # what no rule reaches, and why
+    code: dict[str, list[LayerCode | str]]  # of the layers' calls
+    norms: dict[str, Norm]  # that can be folded into the layer
+
+
+def trace_structure(model: nn.Module, variables: Variables, inputs: Inputs) -> Structure:
+    """Traces a model, once for its fields and these shapes."""
+    shaped = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), getattr(x, "dtype", jnp.result_type(x)))
+    leaves, structure = jax.tree.flatten((variables, inputs))
+    arguments = (model, structure, tuple(map(shaped, leaves)))
+    try:
+        hash((model, structure))
+    except TypeError:  # it has a field that is a list
+        return _trace_structure.__wrapped__(*arguments)
+    return _trace_structure(*arguments)
+
+
+@functools.lru_cache(maxsize=16)
+def _trace_structure(model: nn.Module, structure: Any, leaves: tuple) -> Structure:
+    variables, inputs = jax.tree.unflatten(structure, leaves)
+    layers = list_layers(model, variables, inputs)
+    return Structure(
+        layers,
+        list_unquantized(model, variables, inputs),
+        list_code(model, variables, inputs),
+        list_foldable(model, variables, inputs, layers),
+    )
+
+
+def trace_layer(
     module: nn.Module,
     method: str,
     args: tuple,
     kwargs: Mapping[str, Any],
     params: Mapping[str, Any],
 ) -> LayerCode:
-    """The code of a call of a layer.
-
-    Args:
-      module: bound.
-      method: its method.
-      args: of the call.
-      kwargs: of the call.
-      params: its weight and bias by name, or their shapes.
-    """
+    """Traces a call of a bound layer; `params` are its weight and bias by name, or their shapes."""
     kind, where = kinds.kind_of(module), kinds.operands(module, method)
     free = module.clone(parent=None, name=None)
 
@@ -61,7 +90,7 @@ def layer_code(
 def list_code(
     model: nn.Module, variables: Variables, inputs: Inputs
 ) -> dict[str, list[LayerCode | str]]:
-    """The code of every call of every layer that multiplies, or why it can't be taken out."""
+    """Returns the code of every call of the layers that multiply, or why it can't be taken out."""
     calls: dict[str, list[LayerCode | str]] = collections.defaultdict(list)
     inside = []
 
@@ -81,7 +110,7 @@ def list_code(
             code.append(f"it also computes with {sorted(more)}")
             return outputs
         inside.append(module)  # its code is a model of its own, which is intercepted too
-        code.append(layer_code(module, method, args, kw, taken))
+        code.append(trace_layer(module, method, args, kw, taken))
         inside.clear()
         return outputs
 
