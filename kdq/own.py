@@ -19,6 +19,7 @@ from kdq import config, data, deploy, experiment, lock, models, quantize
 from kdq.arms import kl
 from kdq.data.arrays import Split
 from kdq.fields import expand_user
+from kdq.quantize.network import Weights
 from kdq.report import progress, write
 from kdq.report.page import read
 from kdq.types import Variables
@@ -41,7 +42,7 @@ def compress(
     seeds: Sequence[int] = (0,),
     alpha: float = 0.9,
     temperature: float = 4.0,
-) -> list[experiment.Record]:
+) -> list[experiment.ArmRecord]:
     """Trains, distills and quantizes; prints the table of what each gave, on `test`.
 
     The arms: `teacher`; `student` (by labels) and `kd` (by the teacher); `ptq`, which is `kd`
@@ -72,8 +73,8 @@ def compress(
       temperature: at which these are compared.
 
     Returns:
-      A record an arm and seed that `workdir` has, of earlier calls too: "arm", "accuracy" (of the
-      file, loaded back), "size_bytes", ....
+      The record of each arm and seed that `workdir` has, of earlier calls too, with `arm`,
+      `accuracy` (of the file, loaded back), `size_bytes`, ....
 
     Raises:
       DataError: arrays that don't fit, or others than the workdir's.
@@ -84,7 +85,7 @@ def compress(
     workdir = Path(expand_user(workdir, "workdir"))
     widths = (bits,) if isinstance(bits, str) else tuple(dict.fromkeys(bits))
     if not widths or not all(widths):
-        raise config.ConfigError(f"bits={bits!r}: want 'W4A8', or several such")
+        raise config.ConfigError(f"bits={bits!r}: expected 'W4A8', or several such")
     data.save_arrays(workdir / "data.npz", train=train, validation=validation, test=test)
     inputs = np.asarray(train[0])
     described = {"teacher": models.describe(teacher)}
@@ -126,7 +127,7 @@ def compress(
     with progress.reporter() as reporter:
         experiment.run(checked, workdir, arms=wanted, progress=reporter)
     records = experiment.finished(whole, workdir)
-    write.write_report(records, workdir)
+    write.write_report([record.to_json() for record in records], workdir)
     return records
 
 
@@ -139,11 +140,15 @@ def _save_teacher(
     """
     model = models.describe(teacher)
     if not path.exists():
-        deploy.save_packed(path, variables, {}, model=model, inputs=example)
+        deploy.save_packed(
+            path, Weights(variables=variables, qparams={}), model=model, inputs=example
+        )
         return str(path)
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / path.name
-        deploy.save_packed(again, variables, {}, model=model, inputs=example)
+        deploy.save_packed(
+            again, Weights(variables=variables, qparams={}), model=model, inputs=example
+        )
         there, here = (deploy.load_packed(file, teacher).variables for file in (path, again))
     same = jax.tree.structure(there) == jax.tree.structure(here)
     if not (same and jax.tree.all(jax.tree.map(np.array_equal, there, here))):
@@ -201,14 +206,12 @@ def _quantize(model: nn.Module, inputs: np.ndarray) -> dict[str, Any]:
     """The first and the last layer keep 8 bits where there are others, the inputs their scale."""
     one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32)
     try:
-        shapes = jax.eval_shape(
-            lambda key, x: model.init(key, x, train=False), jax.random.key(0), one
-        )
+        shapes = jax.eval_shape(quantize.as_network(model).init, jax.random.key(0), one)
     except Exception as error:  # whatever a module of anybody's raises
         raise config.ConfigError(
             f"{type(model).__name__} can't take inputs {one.shape}: {type(error).__name__}: {error}"
         ) from error
-    layers = [re.escape(path) for path in quantize.list_layers(model, shapes, one, train=False)]
+    layers = [re.escape(path) for path in quantize.list_layers(model, shapes, one)]
     if not layers:
         raise config.ConfigError(f"{type(model).__name__} has no layer that can be quantized")
     return {

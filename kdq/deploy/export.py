@@ -23,6 +23,7 @@ from kdq.deploy.lower.lower import lower
 from kdq.deploy.measure import latency, memory, parity
 from kdq.fields import Mistake
 from kdq.quantize.inputs import Batch
+from kdq.quantize.network import Network, Weights
 
 MANIFEST = "manifest.json"
 
@@ -46,7 +47,7 @@ def export(
     formats: Sequence[str],
     inputs: Batch,
     *,
-    model: nn.Module | None = None,
+    network: Network | nn.Module | None = None,
     fixed_point: bool = False,
     agreement: float = 0.99,
     latency_batches: Sequence[int] = (),
@@ -72,7 +73,7 @@ def export(
       folder: made if need be.
       formats: keys of `FORMATS`.
       inputs: held-out examples as the model takes them: arrays with a leading axis of examples.
-      model: the module; None builds it from the packed file.
+      network: the module, or a `Network`; None builds it from the packed file.
       fixed_point: no float multiplies sums; see `lower`. ONNX has no form for that, LiteRT does
         so in any case.
       agreement: least share of the examples on which a file has the simulation's class.
@@ -89,7 +90,7 @@ def export(
     check_formats([*formats, *(["onnx"] if latency_batches else [])])
     cores = latency.cores(threads)
     path, folder = Path(path), Path(folder)
-    packed = load_packed(path, model)
+    packed = load_packed(path, network)
     first = jax.tree.map(lambda array: array[:1], inputs)
     integer = packed.lower(first, fixed_point=fixed_point)
     outputs = parity.simulated_outputs(packed, integer, inputs)
@@ -110,7 +111,7 @@ def export(
         "failed": {},
     }
     about = {"packed_sha256": digest, "metadata": json.dumps(packed.metadata)}
-    source = Source(path, integer, inputs, integers, about, model)
+    source = Source(path, integer, inputs, integers, about, network)
     folder.mkdir(parents=True, exist_ok=True)
     errors: list[ExportError] = []
     for name in formats:
@@ -146,12 +147,13 @@ def _add_latencies(
 ) -> None:
     """Adds to the entry of each file how it compares with the float model in ONNX Runtime."""
     first = jax.tree.map(lambda array: array[:1], inputs)
-    in_float = lower(packed.model, packed.variables, {}, first, train=False)
+    weights = Weights(variables=packed.variables, qparams={})
+    in_float = lower(packed.network, weights, first)
     proto = to_onnx(in_float, first).SerializeToString()
     with latency.pinned(cores):
         runtimes = {FLOAT: load_onnx(proto, threads=len(cores))}
         for name, entry in entries.items():
-            runtimes[name] = FORMATS[name].load(folder / entry["file"], len(cores), packed.model)
+            runtimes[name] = FORMATS[name].load(folder / entry["file"], len(cores), packed.network)
         timed = latency.measure(runtimes, inputs, base=FLOAT, batches=batches)
         conditions = latency.conditions(cores)
     for name, entry in entries.items():
@@ -187,7 +189,7 @@ def _export_format(
     with _new_file(target) as temporary:
         try:
             details = form.save(temporary, source)
-            runtime = form.load(temporary, None, source.model)
+            runtime = form.load(temporary, None, source.network)
         except ValueError as error:
             raise ExportError(f"format {name!r}: {error}") from error
         outputs = parity.leaves(runtime(source.inputs))

@@ -69,7 +69,7 @@ def check(
         if inputs.steps(arm) > MOST_STEPS:
             raise ConfigError(
                 f"config.arms.{name}.epochs={arm.epochs} are {inputs.steps(arm):.3g} steps of "
-                f"{experiment.data.batch_size} examples; want at most {MOST_STEPS}"
+                f"{experiment.data.batch_size} examples; expected at most {MOST_STEPS}"
             )
         if arm.epochs and not inputs.last_step(arm):
             raise ConfigError(
@@ -123,21 +123,21 @@ def _check_data(config: Data, inputs: Inputs) -> None:
         if shared:
             raise ConfigError(
                 f"config.data.{split}={names[split]!r} and config.data.{other}={names[other]!r} "
-                f"have {shared} examples in common: want splits that have none, or no number could "
-                "be trusted"
+                f"have {shared} examples in common: expected splits that have none, or no number "
+                "could be trusted"
             )
     train = inputs.splits["train"]
     if train.num_classes < 2:
         raise ConfigError(
-            f"config.data.name={config.name!r} has {train.num_classes} class: want two or more, "
-            "since every loss of one class is 0"
+            f"config.data.name={config.name!r} has {train.num_classes} class: expected two or "
+            "more, since every loss of one class is 0"
         )
     for field in ("mean", "std"):
         values, channels = np.shape(getattr(config, field)), train.image_shape[-1:]
         if values not in ((), (1,), channels):
             raise ConfigError(
-                f"config.data.{field}={getattr(config, field)}: want a number, or one for each of "
-                f"the {channels[0]} channels of {config.name}"
+                f"config.data.{field}={getattr(config, field)}: expected a number, or one for each "
+                f"of the {channels[0]} channels of {config.name}"
             )
 
 
@@ -166,8 +166,8 @@ def _check_compute(
 def _check_loaded(
     packed: PackedModel, model: nn.Module, image: jax.ShapeDtypeStruct, where: str
 ) -> None:
-    if packed.model != model:
-        given, wanted = (" ".join(str(one).split()) for one in (packed.model, model))
+    if packed.network.module != model:
+        given, wanted = (" ".join(str(one).split()) for one in (packed.network.module, model))
         raise ConfigError(f"{where} is {given}, but the arm's model is {wanted}")
     try:
         packed.check(image)
@@ -193,31 +193,30 @@ def _check_size(model: nn.Module, image: jax.ShapeDtypeStruct, where: str) -> No
 def _check_outputs(model: nn.Module, image: jax.ShapeDtypeStruct, classes: int, where: str) -> None:
     """That a model takes the data, and has a logit for each class."""
     try:
-        apply = functools.partial(model.apply, train=False)
-        logits = jax.eval_shape(apply, _shapes(model, image), image)
+        apply = functools.partial(quantize.apply, model)
+        logits = jax.eval_shape(apply, _shapes(model, image), {}, image)
     except Exception as error:  # whatever a module of anybody's raises
         raise ConfigError(
             f"{where} can't take inputs {image.shape}: {type(error).__name__}: {error}"
         ) from error
     if getattr(logits, "shape", None) != (1, classes):
         given = getattr(logits, "shape", type(logits).__name__)
-        raise ConfigError(f"{where} has outputs {given} for one input; want {(1, classes)}")
+        raise ConfigError(f"{where} has outputs {given} for one input; expected {(1, classes)}")
 
 
 def layers(model: nn.Module, variables: Variables, image: jax.ShapeDtypeStruct) -> Shapes:
     """The layers of a model that can be captured, in evaluation mode."""
-    return capture.list_outputs(model, variables, image, train=False)
+    return capture.list_outputs(model, variables, image)
 
 
 def _shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Variables:
-    init = functools.partial(model.init, train=False)
-    return jax.eval_shape(init, jax.random.key(0), image)
+    return jax.eval_shape(quantize.as_network(model).init, jax.random.key(0), image)
 
 
 def _check_quantize(
     experiment: Experiment, key: str, model: nn.Module, image: jax.ShapeDtypeStruct
 ) -> None:
-    found = quantize.list_layers(model, _shapes(model, image), image, train=False)
+    found = quantize.list_layers(model, _shapes(model, image), image)
     try:
         match(quantize.uniform_rules(8, 8, keep=experiment.quantize.keep), found)
     except ValueError as error:
@@ -234,7 +233,7 @@ def _check_rules(
     experiment: Experiment, name: str, model: nn.Module, image: jax.ShapeDtypeStruct
 ) -> None:
     arm = experiment.arms[name]
-    found = quantize.list_layers(model, _shapes(model, image), image, train=False)
+    found = quantize.list_layers(model, _shapes(model, image), image)
     try:
         match(rules_of(experiment, arm), found)
     except ConfigError:

@@ -18,7 +18,8 @@ from kdq.deploy import PackedModel
 from kdq.deploy.measure import energy
 from kdq.evaluate import attribution, calibration, metrics
 from kdq.experiment.transfer import Network
-from kdq.quantize.layers import LayerInfo, at_path, layer_bits
+from kdq.quantize.layers import LayerInfo, layer_bits
+from kdq.quantize.paths import at_path
 from kdq.search import bank, cost
 from kdq.types import Array, Batch, QParams, Variables
 
@@ -54,7 +55,9 @@ def write(
       images: the first of that split; other inputs than [n, height, width, channels] have no maps.
       validation: a batch of another.
     """
-    network = Network(variables=packed.variables, qparams=packed.qparams, model=packed.model)
+    network = Network(
+        variables=packed.variables, qparams=packed.qparams, model=packed.network.module
+    )
     found = {
         "confusion": confusion(logits, labels),
         "reliability": _reliability(logits, labels),
@@ -63,7 +66,7 @@ def write(
         if images.ndim == 4
         else None,
     }
-    files.write_json(folder / FILE, _strict(found), indent=None)
+    files.write_json(folder / FILE, _shortened(found), indent=None)
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
@@ -161,7 +164,7 @@ def _sensitivities(
         mixed = {name: rounded[name] if own(name) else plain[name] for name in rounded}
         qparams = {**idle, **({path: packed.qparams[path]} if path in idle else {})}
         tree = traverse_util.unflatten_dict(mixed, sep="/")
-        return quantize.predict(packed.model, tree, qparams, images)
+        return quantize.predict(packed.network.module, tree, qparams, images)
 
     # All are dispatched before the first is waited for.
     base, *alone = [outputs(path) for path in (None, *quantized)]
@@ -202,12 +205,10 @@ def _small(maps: np.ndarray) -> list[Any]:
     return cut.mean((2, 4)).tolist()
 
 
-def _strict(value: Any) -> Any:
-    """Numbers with four digits, and none of what is not finite."""
+def _shortened(value: Any) -> Any:
+    """Returns a value with numbers of four digits."""
     if isinstance(value, Mapping):
-        return {key: _strict(v) for key, v in value.items()}
+        return {key: _shortened(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_strict(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
-    return value
+        return [_shortened(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

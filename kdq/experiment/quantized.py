@@ -10,10 +10,9 @@ import jax
 from kdq import config as kdq_config
 from kdq import quantize
 from kdq.config import Arm, ConfigError, Experiment
-from kdq.experiment.progress import Progress, Record
+from kdq.experiment.progress import Progress
 from kdq.fields import check_arguments, unknown
 from kdq.quantize import QuantizationRule, TensorSpec, observers
-from kdq.quantize.inputs import as_inputs
 from kdq.quantize.network import Weights
 from kdq.quantize.observers import Observer
 from kdq.quantize.ptq import chain
@@ -44,7 +43,7 @@ def quantized(
     *,
     guide: Callable[[Array], Array] | None,
     progress: Progress,
-) -> tuple[Weights, Record]:
+) -> tuple[Weights, dict[str, Any]]:
     """The weights that an arm with bits starts from, and what its record says of them.
 
     Args:
@@ -64,7 +63,6 @@ def quantized(
     """
     rules = rules_of(experiment, arm)
     steps = experiment.ptq[arm.ptq] if arm.ptq else ()
-    kwargs = {"train": False}
     watch = Stopwatch()
     found = chain.run(
         steps,
@@ -74,15 +72,14 @@ def quantized(
         images,
         teacher=guide,
         progress=progress.method,
-        apply_kwargs=kwargs,
     )
     jax.block_until_ready((found.variables, found.qparams))
-    told: Record = {
+    told: dict[str, Any] = {
         "calibration_seconds": watch.working,
         "compile_seconds": watch.compiling,
     }
     if steps:
-        plain = quantize.calibrate(model, variables, rules, images, check=False, **kwargs)
+        plain = quantize.calibrate(model, variables, rules, images, check=False)
         errors = layer_errors(
             model,
             variables,
@@ -91,7 +88,6 @@ def quantized(
             images,
             target=found.target,
             progress=progress.method,
-            apply_kwargs=kwargs,
         )
         log.info("%s, before and after:\n%s", arm.ptq, errors)
         told["ptq_errors"] = errors.to_json()
@@ -101,7 +97,7 @@ def quantized(
             model,
             variables,
             qparams,
-            as_inputs(images[0], kwargs),
+            images[0],
             target=found.target,
             where=f"{arm.bits} by calibration",
         )

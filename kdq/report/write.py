@@ -1,16 +1,13 @@
 """Writes everything that a finished experiment reports."""
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from kdq.files import write_atomic, write_json
+from kdq.files import plain, write_atomic, write_json
 from kdq.report import Record, pivot, searches, table
 from kdq.report.cells import standard_output
 
@@ -43,13 +40,13 @@ def write_report(
 
     workdir = Path(workdir)
     summary = table.rows(records)
-    plain = strict(list(records))
-    write_json(workdir / "results.json", plain)
+    documents = plain(list(records))
+    write_json(workdir / "results.json", documents)
     if by_width := pivot.markdown(summary):
         write_atomic(workdir / "pivot.md", by_width.encode())
     if study := searches.markdown(records, summary):
         write_atomic(workdir / "searches.md", study.encode())
-    write.write([read.of_records(plain, workdir)], workdir)
+    write.write([read.of_records(documents, workdir)], workdir)
     console = console or standard_output()
     table.print_table(summary, console)
     print_places(workdir, console)
@@ -66,16 +63,3 @@ def print_places(folder: str | os.PathLike[str], console: Console | None = None)
     page, *tables = (Path(folder, name) for name in (PAGE, *TABLES))
     text = f"Report: {page}; tables: {', '.join(map(str, tables))}"
     console.print(Text(text), soft_wrap=True)
-
-
-def strict(value: Any) -> Any:
-    """Python's values as strict JSON has them: a number that is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(key): strict(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(v) for v in value]
-    if isinstance(value, np.generic):
-        return strict(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -20,6 +20,7 @@ from kdq.deploy.formats.catalog import Source
 from kdq.deploy.measure import latency
 from kdq.quantize import MSE
 from kdq.quantize.layers import FLOAT_BITS, list_layers
+from kdq.quantize.network import Weights, as_network
 from kdq.search import bank as banks
 from kdq.search.bank import Bank, Choices
 from kdq.search.cost import CostTable, Metric, counted
@@ -55,8 +56,8 @@ def build(
       progress: a bar for each of the longer parts.
     """
     model = models.build(**model_config)
-    variables = model.init(jax.random.key(0), images[:1], train=False)
-    layers = list_layers(model, variables, images[:1], train=False)
+    variables = as_network(model).init(jax.random.key(0), images[:1])
+    layers = list_layers(model, variables, images[:1])
     found = counted(layers, choices, models.count_parameters(variables))
     bank = banks.fill(model, variables, choices, [images], MSE(), progress=progress)
     files = Files(model, variables, choices, bank, images, model_config)
@@ -192,8 +193,7 @@ class Files:
     def _pack(self, chosen: Mapping[str, str], path: Path) -> int:
         return deploy.save_packed(
             path,
-            self._variables,
-            self._qparams(chosen),
+            Weights(variables=self._variables, qparams=self._qparams(chosen)),
             model=self._config,
             inputs=self._images[:1],
             metadata=METADATA,

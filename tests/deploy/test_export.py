@@ -16,6 +16,7 @@ from kdq.deploy import ParityError, export, load_packed, load_stablehlo
 from kdq.deploy.formats import container
 from kdq.deploy.formats.runtime import Runtime
 from kdq.deploy.measure import parity
+from kdq.quantize.network import Weights
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,17 @@ def packed(tmp_path_factory):
     qparams = quantize.calibrate(
         model, variables, quantize.uniform_rules(2, 8), [images], check=False
     )
-    variables = deploy.lower(model, variables, qparams, images).simulated(variables)
+    variables = deploy.lower(
+        model, Weights(variables=variables, qparams=qparams), images
+    ).simulated(variables)
     path = tmp_path_factory.mktemp("packed") / "model.safetensors"
     description = {**NETWORKS["pooled"], "num_classes": 10}
-    deploy.save_packed(path, variables, qparams, model=description, metadata={"arm": "qat"})
+    deploy.save_packed(
+        path,
+        Weights(variables=variables, qparams=qparams),
+        model=description,
+        metadata={"arm": "qat"},
+    )
     return path, np.asarray(images)
 
 
@@ -65,7 +73,11 @@ def test_files_of_other_formats_stay_until_the_model_changes(packed, tmp_path):
     assert both["packed"] == first["packed"]
     other = tmp_path / "other.safetensors"
     loaded = load_packed(path)
-    deploy.save_packed(other, loaded.variables, {}, model={**NETWORKS["pooled"], "num_classes": 10})
+    deploy.save_packed(
+        other,
+        Weights(variables=loaded.variables, qparams={}),
+        model={**NETWORKS["pooled"], "num_classes": 10},
+    )
     assert set(export(other, tmp_path / "out", ["stablehlo"], images)["files"]) == {"stablehlo"}
 
 
@@ -76,7 +88,7 @@ def test_a_file_is_compared_with_its_simulation_whoever_wrote_it(tmp_path):
         model, variables, quantize.uniform_rules(2, 8), [images], check=False
     )
     path, description = tmp_path / "packed", {**NETWORKS["pooled"], "num_classes": 10}
-    deploy.save_packed(path, variables, qparams, model=description)
+    deploy.save_packed(path, Weights(variables=variables, qparams=qparams), model=description)
     images = np.asarray(images)
     files = export(path, tmp_path / "out", ["stablehlo"], images)["files"]
     plain = np.asarray(load_packed(path)(images))
@@ -160,7 +172,7 @@ def test_the_fastest_is_recommended_but_never_the_simulation(packed, tmp_path):
         assert low <= latency["2"]["ratio"] <= high
         assert len(latency["conditions"]["cores"]) == 1
     loaded = load_packed(path)
-    in_float = deploy.lower(loaded.model, loaded.variables, {}, images, train=False)
+    in_float = deploy.lower(loaded.network, Weights(variables=loaded.variables, qparams={}), images)
     size = deploy.save_onnx(tmp_path / "float.onnx", in_float, images)
     for entry in manifest["files"].values():
         assert entry["smaller_than_float"] == pytest.approx(size / entry["size_bytes"])
@@ -222,12 +234,19 @@ def test_several_inputs_and_outputs_in_every_format(tmp_path):
     inputs, model = (draw(6, 4, 4, 2), draw(6, 3)), Detector()
     variables = model.init(jax.random.key(0), *inputs)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [inputs])
-    variables = deploy.lower(model, variables, qparams, inputs).simulated(variables)
+    variables = deploy.lower(
+        model, Weights(variables=variables, qparams=qparams), inputs
+    ).simulated(variables)
     path, folder = tmp_path / "detector", tmp_path / "out"
     data = {"mean": [1.0, 2.0], "std": [3.0, 4.0], "name": "shapes"}
-    deploy.save_packed(path, variables, qparams, model={"name": "mine"}, metadata={"data": data})
+    deploy.save_packed(
+        path,
+        Weights(variables=variables, qparams=qparams),
+        model={"name": "mine"},
+        metadata={"data": data},
+    )
     formats = ["packed", "onnx", "litert", "stablehlo"]
-    manifest = export(path, folder, formats, inputs, model=model, agreement=1.0)
+    manifest = export(path, folder, formats, inputs, network=model, agreement=1.0)
     assert set(manifest["files"]) == {*formats}
     assert manifest["inputs"] == [
         {
@@ -278,7 +297,11 @@ def test_codes_of_the_simulation_by_hand(tmp_path):
         model, variables, quantize.uniform_rules(8, 8), [images], check=False
     )
     path = tmp_path / "model.safetensors"
-    deploy.save_packed(path, variables, qparams, model={**NETWORKS["mlp"], "num_classes": 10})
+    deploy.save_packed(
+        path,
+        Weights(variables=variables, qparams=qparams),
+        model={**NETWORKS["mlp"], "num_classes": 10},
+    )
     packed = load_packed(path)
     integer = packed.lower(images)
     codes = parity.simulated_codes(packed, integer, images)

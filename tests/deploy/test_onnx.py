@@ -12,6 +12,7 @@ from networks import lowered, network
 
 from kdq import deploy, quantize
 from kdq.quantize import QuantizationRule, TensorSpec
+from kdq.quantize.network import Weights
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("jax2onnx")
@@ -265,7 +266,9 @@ def test_inputs_that_are_not_symmetric_are_an_error():
 def test_fixed_point_multipliers_are_an_error():
     model, variables, images = network("mlp")
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
-    integer = deploy.lower(model, variables, qparams, images, fixed_point=True)
+    integer = deploy.lower(
+        model, Weights(variables=variables, qparams=qparams), images, fixed_point=True
+    )
     with pytest.raises(ValueError, match="lower without fixed_point"):
         deploy.to_onnx(integer, images)
 
@@ -294,7 +297,9 @@ def test_an_operation_that_there_is_no_form_for_is_named():
 
     x = np.ones((2, 4), np.float32)
     model = Called()
-    integer = deploy.lower(model, model.init(jax.random.key(0), x), {}, x)
+    integer = deploy.lower(
+        model, Weights(variables=model.init(jax.random.key(0), x), qparams={}), x
+    )
     with pytest.raises(ValueError, match=r"^jax2onnx has no form for 'pure_callback': .*$"):
         deploy.to_onnx(integer, x)
 

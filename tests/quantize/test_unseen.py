@@ -10,6 +10,7 @@ import safetensors.numpy
 from kdq import config, quantize
 from kdq.deploy import load_packed, save_packed
 from kdq.quantize import QuantizationRule, TensorSpec
+from kdq.quantize.network import Weights
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
@@ -182,7 +183,11 @@ def test_trains_with_quantizers_and_packs(case, tmp_path):
         before, after = (jax.tree.leaves(q[path]) for q in (qparams, state.quantizers))
         assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True)), path
     simulated = quantize.apply(model, state.variables, state.quantizers, inputs)
-    save_packed(tmp_path / "m", state.variables, state.quantizers, model={"name": "Unseen"})
+    save_packed(
+        tmp_path / "m",
+        Weights(variables=state.variables, qparams=state.quantizers),
+        model={"name": "Unseen"},
+    )
     packed = load_packed(tmp_path / "m", model)
     np.testing.assert_allclose(packed(inputs), simulated, rtol=1e-4, atol=1e-5)
     arrays = safetensors.numpy.load_file(tmp_path / "m")

@@ -8,6 +8,7 @@ import students
 from kdq import deploy, models, quantize
 from kdq.deploy.measure import latency
 from kdq.quantize import MSE
+from kdq.quantize.network import Weights
 from kdq.search import bank, measured
 from kdq.search.cost import CostTable
 from kdq.search.measured import METADATA, Files, fit_additive
@@ -52,9 +53,15 @@ def packed_bytes(trained, chosen, path, metadata=METADATA):
         weights = spec(w, "per_channel") if w < 32 else None
         inputs = spec(a, "per_tensor") if a < 32 else None
         rules.append(quantize.QuantizationRule(path=layer, weights=weights, activations=inputs))
-    qparams = quantize.calibrate(model, variables, rules, [calibration], train=False, check=False)
+    qparams = quantize.calibrate(model, variables, rules, [calibration], check=False)
     image = calibration[:1]  # as the files of arms state it
-    deploy.save_packed(path, variables, qparams, model=CONFIG, inputs=image, metadata=metadata)
+    deploy.save_packed(
+        path,
+        Weights(variables=variables, qparams=qparams),
+        model=CONFIG,
+        inputs=image,
+        metadata=metadata,
+    )
     return path.stat().st_size
 
 

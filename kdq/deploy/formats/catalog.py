@@ -18,6 +18,7 @@ from kdq.deploy.formats.runtime import Runtime
 from kdq.deploy.lower.model import IntegerModel
 from kdq.fields import unknown
 from kdq.quantize.inputs import Batch
+from kdq.quantize.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Source:
     inputs: Batch  # to compare on
     integers: Mapping[str, Any]  # of them, what each integer layer takes and makes in JAX
     about: Mapping[str, str]  # texts to keep in a file
-    model: nn.Module | None = None  # to load the packed file into
+    network: Network | nn.Module | None = None  # to load the packed file into
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class Format:
     extra: str = ""  # of kdq, that installs what it needs; "" is none
     packages: tuple[str, ...]  # whose versions decide what is in it and what it does
     save: Callable[[Path, Source], dict[str, Any]]  # returns what the manifest shall say of it
-    # With as many threads, or one a core; into this module, if the format needs one.
-    load: Callable[[Path, int | None, nn.Module | None], Runtime]
+    # With as many threads, or one a core; into this network, if the format needs one.
+    load: Callable[[Path, int | None, Network | nn.Module | None], Runtime]
     # What each integer layer makes, by name, in the order of `Source.integers`; None: it can't say.
     layer_integers: Callable[[Source], dict[str, np.ndarray]] | None = None
     simulates: bool = False  # its runtime is the simulation
@@ -67,8 +68,8 @@ def _save_packed(path: Path, source: Source) -> dict[str, Any]:
     return {}
 
 
-def _load_packed(path: Path, threads: int | None, model: nn.Module | None) -> Runtime:
-    return Runtime(load_packed(path, model))
+def _load_packed(path: Path, threads: int | None, network: Network | nn.Module | None) -> Runtime:
+    return Runtime(load_packed(path, network))
 
 
 def _save_onnx(path: Path, source: Source, *, symmetric: bool = False) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _save_onnx(path: Path, source: Source, *, symmetric: bool = False) -> dict[s
 
 
 def _load_onnx(
-    path: Path, threads: int | None, model: nn.Module | None, *, integer: bool = True
+    path: Path, threads: int | None, network: Network | nn.Module | None, *, integer: bool = True
 ) -> Runtime:
     return onnx_model.load_onnx(path, threads=threads, integer=integer)
 
@@ -99,7 +100,9 @@ def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:
     return {"platforms": platforms}
 
 
-def _load_stablehlo(path: Path, threads: int | None, model: nn.Module | None) -> Runtime:
+def _load_stablehlo(
+    path: Path, threads: int | None, network: Network | nn.Module | None
+) -> Runtime:
     return stablehlo.load_stablehlo(path).runtime()
 
 
@@ -108,7 +111,7 @@ def _save_litert(path: Path, source: Source) -> dict[str, Any]:
     return {}
 
 
-def _load_litert(path: Path, threads: int | None, model: nn.Module | None) -> Runtime:
+def _load_litert(path: Path, threads: int | None, network: Network | nn.Module | None) -> Runtime:
     return litert.load_litert(path, threads=threads)
 
 

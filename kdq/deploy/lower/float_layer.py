@@ -1,14 +1,12 @@
 """Layers that compute in float, with the weight that their codes stand for."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 
 from kdq.deploy import primitives
 from kdq.deploy.qtensor import QTensor
-from kdq.quantize import kinds
+from kdq.quantize.calls import ModuleCall
 from kdq.quantize.grid import Quantizer
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array
@@ -24,24 +22,23 @@ class FloatLayer(flax.struct.PyTreeNode):
     inputs: dict[str, Quantizer]  # what its inputs are rounded by
 
 
-def call_in_float(
-    lowered: FloatLayer, module: nn.Module, method: str, args: tuple, kw: Mapping[str, Any]
-) -> Any:
-    """Calls a bound layer with its rounded inputs and weight."""
-    kind = kinds.kind_of(module)
-    for name, place in kinds.operands(module, method).items():
-        if name in lowered.inputs:
-            value = fake_quantize(kinds.argument(args, kw, place), lowered.inputs[name])
-            args, kw = kinds.replace_argument(args, kw, place, value)
-    variables = dict(module.variables)
+def call_in_float(lowered: FloatLayer, call: ModuleCall) -> Any:
+    """Calls a layer with its rounded inputs and weight."""
+    values = {
+        name: fake_quantize(value, lowered.inputs[name])
+        for name, value in call.operands.items()
+        if name in lowered.inputs
+    }
+    call, variables = call.with_operands(**values), dict(call.module.variables)
     params = {k: v for k, v in variables.get("params", {}).items() if k != LOWERED}
     if lowered.weight is not None:
-        params[kind.weight] = primitives.weight(lowered.weight)
-    free = module.clone(parent=None, name=None)
-    return free.apply({**variables, "params": params}, *args, method=method, **kw)
+        params[call.kind.weight] = primitives.weight(lowered.weight)
+    free = call.module.clone(parent=None, name=None)
+    variables |= {"params": params}
+    return free.apply(variables, *call.args, method=call.method, **call.kwargs)
 
 
-def look_up(table: QTensor, module: nn.Embed, args: tuple, kw: Mapping[str, Any]) -> Array:
+def look_up(table: QTensor, call: ModuleCall) -> Array:
     """Returns the rows of a table, of which only those asked for become floats."""
-    rows = primitives.rows(table, kinds.argument(args, kw, (0, "inputs")))
-    return rows if module.dtype is None else rows.astype(module.dtype)
+    rows, dtype = primitives.rows(table, call.argument(0, "inputs")), call.module.dtype
+    return rows if dtype is None else rows.astype(dtype)

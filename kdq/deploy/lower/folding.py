@@ -1,10 +1,9 @@
 """Batch norms that become part of the layer before them, and biases rounded to int32."""
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from kdq.deploy.integer_layer import Rounded
-from kdq.quantize import kinds
-from kdq.quantize.inputs import Inputs, run
-from kdq.quantize.layers import LayerInfo, at_path, path_of
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.inputs import Inputs
+from kdq.quantize.layers import LayerInfo
+from kdq.quantize.network import Network, Weights
+from kdq.quantize.paths import at_path
 from kdq.quantize.ptq import norms as norms_lib
 from kdq.quantize.ptq.norms import Norm, list_norms
 from kdq.quantize.ptq.watch import output_channels
@@ -22,29 +23,29 @@ from kdq.types import Array, Variables
 
 
 def list_foldable(
-    model: nn.Module, variables: Variables, inputs: Inputs, layers: Mapping[str, LayerInfo]
+    network: Network, variables: Variables, inputs: Inputs, layers: Mapping[str, LayerInfo]
 ) -> dict[str, Norm]:
     """Returns the batch norm of each layer whose output goes to that norm alone."""
     if "batch_stats" not in variables:
         return {}
     norms = {
         norm.source: norm
-        for norm in list_norms(model, variables, inputs).values()
+        for norm in list_norms(network, variables, inputs).values()
         if norm.source in layers and norm.stack == layers[norm.source].stack
     }
     behind = {norm.path for norm in norms.values()}
 
-    def tag(next_fun: Callable, args: tuple, kw: dict, context: Any) -> Any:
-        path = path_of(context.module)
-        if context.method_name == "__call__" and path in behind:
-            return kinds.argument(args, kw, (0, "x")) * 1.0  # one use, whatever a norm does
-        outputs = next_fun(*args, **kw)
-        if context.method_name == "__call__" and path in norms:
+    def tag(call: ModuleCall) -> Any:
+        path = call.path
+        if call.method == "__call__" and path in behind:
+            return call.argument(0, "x") * 1.0  # one use, whatever a norm does
+        outputs = call.run()
+        if call.method == "__call__" and path in norms:
             return checkpoint_name(outputs, path)
         return outputs
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
-        return run(model, variables, inputs, tag)[0]
+        return network.run(Weights(variables=variables, qparams={}), inputs, tag)[0]
 
     uses: collections.Counter[str] = collections.Counter()
     _count_uses(jax.make_jaxpr(forward)(variables, inputs).jaxpr, uses)

@@ -18,7 +18,9 @@ from kdq.deploy.lower.trace import LayerCode, Structure, trace_structure
 from kdq.quantize.grid import Quantizer
 from kdq.quantize.inputs import Batch, Inputs, as_inputs, unboxed
 from kdq.quantize.kinds import Unsupported
-from kdq.quantize.layers import LayerInfo, at_path, copied, unknown_layer
+from kdq.quantize.layers import LayerInfo
+from kdq.quantize.network import Network, Weights, as_network
+from kdq.quantize.paths import at_path, copied, unknown_layer
 from kdq.quantize.ptq import norms as norms_lib
 from kdq.quantize.ptq.norms import Norm
 from kdq.quantize.ptq.watch import output_channels
@@ -26,13 +28,12 @@ from kdq.types import QParams, Variables
 
 
 def lower(
-    model: nn.Module,
-    variables: Variables,
-    qparams: QParams,
+    network: Network | nn.Module,
+    weights: Weights,
     inputs: Batch,
     *,
     fixed_point: bool = False,
-    **apply_kwargs: Any,
+    **kwargs: Any,
 ) -> IntegerModel:
     """Returns the integer model of a simulated one.
 
@@ -40,14 +41,14 @@ def lower(
     the simulation of `integer.simulated(variables)`, which have these biases.
 
     Args:
-      model: any Linen module.
-      variables: its float variables.
-      qparams: its quantizers.
-      inputs: of one batch, as of `quantize.apply`; only the shapes matter.
+      network: any Linen module, or a `Network`.
+      weights: its float variables and its quantizers.
+      inputs: of one batch, see `Network.arguments`; only the shapes matter.
       fixed_point: multiply sums by a fixed-point number and shift, as microcontrollers do, rather
         than by a float32; and add sums as integers, as those of a residual block. A code may be
         the next one then.
-      **apply_kwargs: passed to the model, in evaluation mode, e.g. `train=False`, and kept.
+      **kwargs: further arguments of the module by keyword, arrays or not, kept with the model: a
+        call may replace them by its own.
 
     Returns:
       The model. Its layers multiply codes where weight and input both have integers with fixed
@@ -58,8 +59,10 @@ def lower(
       KeyError: `qparams` name an unknown layer.
       ValueError: they name one that must stay in float; says why.
     """
-    variables, qparams = unboxed(variables), quantize.plain(qparams)
-    structure = trace_structure(model, variables, as_inputs(inputs, apply_kwargs))
+    network, batch = as_network(network), as_inputs(inputs)
+    variables, qparams = unboxed(weights.variables), quantize.plain(weights.qparams)
+    call = Inputs(*batch.args, **kwargs | batch.kwargs)
+    structure = trace_structure(network, variables, call)
     in_float = {path: "no rule quantizes it" for path in structure.layers if path not in qparams}
     in_float |= structure.unquantized
     lowered = _lower_layers(structure, variables, qparams)
@@ -75,7 +78,7 @@ def lower(
     for path in folded:
         in_float.pop(path, None)
     static = Static(
-        model=model,
+        network=network,
         layers=tuple(layers.items()),
         folded=frozenset(folded),
         in_float=tuple(in_float.items()),
@@ -83,7 +86,7 @@ def lower(
     )
     return IntegerModel(
         variables={**variables, "params": params},
-        keywords=Inputs(**apply_kwargs),
+        keywords=Inputs(**kwargs),
         biases=biases,
         static=static,
     )

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,10 @@ from kdq.deploy.flow.layer import LayerCall, call_layer
 from kdq.deploy.flow.run import run as run_flow
 from kdq.deploy.lower.float_layer import LOWERED, FloatLayer, call_in_float, look_up
 from kdq.deploy.lower.trace import trace_layer
-from kdq.quantize import kinds
-from kdq.quantize.inputs import Batch, Inputs, as_inputs, reboxed, run, unboxed
-from kdq.quantize.layers import copied, path_of
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.inputs import Batch, Inputs, as_inputs, reboxed, unboxed
+from kdq.quantize.network import Network, Weights
+from kdq.quantize.paths import copied
 from kdq.types import Array, Variables
 
 
@@ -37,7 +37,7 @@ class StaticLayer:
 class Static:
     """The static part of an integer model."""
 
-    model: nn.Module
+    network: Network
     layers: tuple[tuple[str, StaticLayer], ...]  # those that are quantized, by path
     folded: frozenset[str]  # batch norms that are part of the layer before them
     in_float: tuple[tuple[str, str], ...]  # {path: why}
@@ -131,39 +131,38 @@ def _predict(lowered: IntegerModel, inputs: Batch) -> Array:
     return lowered.apply(inputs)
 
 
-def _forward(static: Static, variables: Variables, call: Inputs) -> Any:
+def _forward(static: Static, variables: Variables, inputs: Inputs) -> Any:
     # Modules with a `setup` ask for their weight when they are made. Nothing uses it.
     params = dict(variables["params"])
     for path, layer in static.layers:
         if layer.weight is not None:
             name, array = layer.weight
             copied(params, path, "weights")[name] = jnp.zeros(array.shape, array.dtype)
-    interceptor = functools.partial(_call_lowered, static)
-    return run(static.model, {**variables, "params": params}, call, interceptor)[0]
+    weights = Weights(variables={**variables, "params": params}, qparams={})
+    return static.network.run(weights, inputs, functools.partial(_call_lowered, static))[0]
 
 
-def _call_lowered(static: Static, next_fun: Callable, args: tuple, kw: dict, context: Any) -> Any:
-    """Intercepts a call of a layer: it computes with what it was lowered to."""
-    module, method, path = context.module, context.method_name, path_of(context.module)
-    if method == "__call__" and path in static.folded:
-        return kinds.argument(args, kw, (0, "x"))
-    kind = kinds.kind_of(module)
-    if kind is None or method not in kind.methods or not module.has_variable("params", LOWERED):
-        return next_fun(*args, **kw)
-    lowered = module.get_variable("params", LOWERED)
-    if not kind.methods[method]:
-        return look_up(lowered.weight, module, args, kw)
+def _call_lowered(static: Static, call: ModuleCall) -> Any:
+    """Handles a call of a module: a layer computes with what it was lowered to."""
+    if call.method == "__call__" and call.path in static.folded:
+        return call.argument(0, "x")
+    kind = call.kind
+    if kind is None or not call.module.has_variable("params", LOWERED):
+        return call.run()
+    lowered = call.module.get_variable("params", LOWERED)
+    if not kind.methods[call.method]:
+        return look_up(lowered.weight, call)
     if isinstance(lowered, FloatLayer):
-        return call_in_float(lowered, module, method, args, kw)
-    layer = dict(static.layers)[path]
+        return call_in_float(lowered, call)
+    layer = dict(static.layers)[call.path]
     params = {}
     if lowered.weight is not None:  # in a loop the layer is one of a stack
         params[kind.weight] = jax.ShapeDtypeStruct(lowered.weight.shape, layer.weight[1].dtype)
     if layer.bias is not None:
         params["bias"] = layer.bias
-    code, numbers = trace_layer(module, method, args, kw, params), dict(layer.grids)
-    call = LayerCall(
-        path=path,
+    code, numbers = trace_layer(call, params), dict(layer.grids)
+    layer_call = LayerCall(
+        path=call.path,
         traced=code.code,
         roles=code.roles,
         operands=code.operands,
@@ -171,5 +170,4 @@ def _call_lowered(static: Static, next_fun: Callable, args: tuple, kw: dict, con
         structure=jax.tree.structure(lowered),
         largest=layer.largest,
     )
-    inputs = [kinds.argument(args, kw, place) for place in kinds.operands(module, method).values()]
-    return call_layer(call, lowered, inputs)
+    return call_layer(layer_call, lowered, list(call.operands.values()))

@@ -3,19 +3,19 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
 from kdq.deploy.contraction import BIAS, INPUT, OTHER, WEIGHT
 from kdq.deploy.lower.folding import list_foldable
-from kdq.quantize import kinds
-from kdq.quantize.inputs import Inputs, run
-from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized, path_of
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.inputs import Inputs
+from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
+from kdq.quantize.network import Network, Weights
 from kdq.quantize.ptq.norms import Norm
 from kdq.types import Variables
 
@@ -38,69 +38,59 @@ class Structure(NamedTuple):
     norms: dict[str, Norm]  # that can be folded into the layer
 
 
-def trace_structure(model: nn.Module, variables: Variables, inputs: Inputs) -> Structure:
+def trace_structure(network: Network, variables: Variables, inputs: Inputs) -> Structure:
     """Traces a model, once for its fields and these shapes."""
     shaped = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), getattr(x, "dtype", jnp.result_type(x)))
     leaves, structure = jax.tree.flatten((variables, inputs))
-    arguments = (model, structure, tuple(map(shaped, leaves)))
+    arguments = (network, structure, tuple(map(shaped, leaves)))
     try:
-        hash((model, structure))
+        hash((network, structure))
     except TypeError:  # it has a field that is a list
         return _trace_structure.__wrapped__(*arguments)
     return _trace_structure(*arguments)
 
 
 @functools.lru_cache(maxsize=16)
-def _trace_structure(model: nn.Module, structure: Any, leaves: tuple) -> Structure:
+def _trace_structure(network: Network, structure: Any, leaves: tuple) -> Structure:
     variables, inputs = jax.tree.unflatten(structure, leaves)
-    layers = list_layers(model, variables, inputs)
+    layers = list_layers(network, variables, inputs)
     return Structure(
         layers,
-        list_unquantized(model, variables, inputs),
-        list_code(model, variables, inputs),
-        list_foldable(model, variables, inputs, layers),
+        list_unquantized(network, variables, inputs),
+        list_code(network, variables, inputs),
+        list_foldable(network, variables, inputs, layers),
     )
 
 
-def trace_layer(
-    module: nn.Module,
-    method: str,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    params: Mapping[str, Any],
-) -> LayerCode:
-    """Traces a call of a bound layer; `params` are its weight and bias by name, or their shapes."""
-    kind, where = kinds.kind_of(module), kinds.operands(module, method)
-    free = module.clone(parent=None, name=None)
+def trace_layer(call: ModuleCall, params: Mapping[str, Any]) -> LayerCode:
+    """Traces a call of a layer; `params` are its weight and bias by name, or their shapes."""
+    kind, operands = call.kind, call.operands
+    free = call.module.clone(parent=None, name=None)
 
     def forward(*values: Any) -> Any:
-        call_args, call_kwargs = args, dict(kwargs)
-        for place, value in zip(where.values(), values, strict=False):
-            call_args, call_kwargs = kinds.replace_argument(call_args, call_kwargs, place, value)
-        arrays = dict(zip(params, values[len(where) :], strict=True))
-        return free.apply({"params": arrays}, *call_args, method=method, **call_kwargs)
+        new = call.with_operands(**dict(zip(operands, values, strict=False)))
+        arrays = dict(zip(params, values[len(operands) :], strict=True))
+        return free.apply({"params": arrays}, *new.args, method=call.method, **new.kwargs)
 
     shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    inputs = [kinds.argument(args, kwargs, place) for place in where.values()]
-    code = jax.make_jaxpr(forward)(*map(shaped, inputs), *map(shaped, params.values()))
-    roles = (*(INPUT, OTHER)[: len(where)], *(WEIGHT if n == kind.weight else BIAS for n in params))
-    return LayerCode(code, roles, tuple(where))
+    code = jax.make_jaxpr(forward)(*map(shaped, operands.values()), *map(shaped, params.values()))
+    roles = [WEIGHT if name == kind.weight else BIAS for name in params]
+    return LayerCode(code, (*(INPUT, OTHER)[: len(operands)], *roles), tuple(operands))
 
 
 def list_code(
-    model: nn.Module, variables: Variables, inputs: Inputs
+    network: Network, variables: Variables, inputs: Inputs
 ) -> dict[str, list[LayerCode | str]]:
     """Returns the code of every call of the layers that multiply, or why it can't be taken out."""
     calls: dict[str, list[LayerCode | str]] = collections.defaultdict(list)
     inside = []
 
-    def record(next_fun: Callable, args: tuple, kw: dict, context: Any) -> Any:
-        outputs = next_fun(*args, **kw)
-        module, method = context.module, context.method_name
-        kind = kinds.kind_of(module)
-        if kind is None or method not in kind.methods or inside:
+    def record(call: ModuleCall) -> Any:
+        outputs = call.run()
+        module, method, kind = call.module, call.method, call.kind
+        if kind is None or inside:
             return outputs
-        code = calls[path_of(module)]
+        code = calls[call.path]
         if not kind.methods[method]:  # a lookup
             return outputs
         variables_of = {name: dict(held) for name, held in module.variables.items()}
@@ -110,12 +100,12 @@ def list_code(
             code.append(f"it also computes with {sorted(more)}")
             return outputs
         inside.append(module)  # its code is a model of its own, which is intercepted too
-        code.append(trace_layer(module, method, args, kw, taken))
+        code.append(trace_layer(call, taken))
         inside.clear()
         return outputs
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
-        return run(model, variables, inputs, record)[0]
+        return network.run(Weights(variables=variables, qparams={}), inputs, record)[0]
 
     jax.eval_shape(forward, variables, inputs)
     return calls

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +10,10 @@ import numpy as np
 from kdq import quantize
 from kdq.deploy.formats.packed import PackedModel
 from kdq.deploy.lower.model import IntegerModel
-from kdq.quantize import grid, kinds
+from kdq.quantize import grid
+from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Batch
-from kdq.quantize.layers import path_of
+from kdq.quantize.network import Weights
 from kdq.types import Array, QParams, Variables
 
 
@@ -78,7 +78,7 @@ def simulated_outputs(packed: PackedModel, integer: IntegerModel, inputs: Batch)
     Its biases are those of the integer model, whatever the file's are.
     """
     variables = integer.simulated(packed.variables)
-    return quantize.predict(packed.model, variables, packed.qparams, inputs)
+    return quantize.predict(packed.network, variables, packed.qparams, inputs)
 
 
 def simulated_codes(packed: PackedModel, integer: IntegerModel, inputs: Batch) -> dict[str, Array]:
@@ -92,22 +92,19 @@ def simulated_codes(packed: PackedModel, integer: IntegerModel, inputs: Batch) -
     def simulate(variables: Variables, qparams: QParams, inputs: Batch) -> dict[str, Array]:
         codes: dict[str, Array] = {}
 
-        def record(next_fun: Any, args: tuple, kwargs: dict, context: Any) -> Any:
-            path, method = path_of(context.module), context.method_name
-            quantizers = qparams.get(path, {})
-            name, calls = path, 1
+        def record(call: ModuleCall) -> Any:
+            quantizers = qparams.get(call.path, {})
+            name, calls = call.path, 1
             while any(f"{name}/{operand}" in codes for operand in quantizers):
                 calls += 1
-                name = f"{path}#{calls}"
-            for operand, place in kinds.operands(context.module, method).items():
+                name = f"{call.path}#{calls}"
+            for operand, x in call.operands.items():
                 if f"{name}/{operand}" in names and operand in quantizers:
-                    x, quantizer = kinds.argument(args, kwargs, place), quantizers[operand]
-                    rounded = grid.to_codes(x, quantizer) - quantizer.qmin
+                    rounded = grid.to_codes(x, quantizers[operand]) - quantizers[operand].qmin
                     codes[f"{name}/{operand}"] = rounded.astype(jnp.uint8)
-            return next_fun(*args, **kwargs)
+            return call.run()
 
-        with nn.intercept_methods(kinds.name_products), nn.intercept_methods(record):
-            quantize.apply(packed.model, variables, qparams, inputs, train=False)
+        packed.network.run(Weights(variables=variables, qparams=qparams), inputs, record)
         return codes
 
     return jax.jit(simulate)(integer.simulated(packed.variables), packed.qparams, inputs)

@@ -10,7 +10,7 @@ from typing import Any
 from kdq import files
 from kdq.evaluate.statistics import summary
 from kdq.fields import ConfigError
-from kdq.record import check, has_arms
+from kdq.record import ArmRecord, has_arms
 from kdq.report import Record
 from kdq.report.advisor import lineage
 from kdq.report.advisor.lineage import Lineage
@@ -171,7 +171,7 @@ def _source(path: str, name: str, records: list[Any], config: Mapping[str, Any] 
                 "want records that launch/compress.py wrote"
             )
         try:
-            check(record)
+            ArmRecord.from_json(record)
         except ConfigError as error:
             raise ConfigError(f"{path}: record {i} ({record['arm']}): {error}") from error
         if (key := (record["arm"], record["seed"])) in seen:

@@ -11,10 +11,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from kdq.files import plain
 from kdq.report.page import draw
 from kdq.report.page.methods import ABOUT
 from kdq.report.page.section import Section
-from kdq.report.write import strict
 
 RECORDS_BYTES = 1_200_000  # of compressed records on the page
 LARGE = ("cka", "ptq_errors", "exports")  # of a record, left out of the page where all are too many
@@ -77,7 +77,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 def _json(value: Any) -> Markup:
     """JSON that can't end the script element that it stands in."""
-    text = json.dumps(strict(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return Markup(text)
@@ -88,7 +88,7 @@ def _records(sections: Sequence[Section]) -> tuple[str, tuple[str, ...]]:
     every = [list(section.experiment.records) for section in sections]
     for left_out in ((), LARGE):
         kept = [[{k: v for k, v in r.items() if k not in left_out} for r in own] for own in every]
-        packed = base64.b64encode(gzip.compress(json.dumps(strict(kept)).encode(), mtime=0))
+        packed = base64.b64encode(gzip.compress(json.dumps(plain(kept)).encode(), mtime=0))
         if len(packed) <= RECORDS_BYTES:
             return packed.decode(), left_out
     return "", ("all of it",)
