@@ -99,7 +99,8 @@ def export(
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = {
         "packed_sha256": digest,
-        "files": _files_of(folder, digest),
+        "files": _files_of(folder, digest, fixed_point),
+        "fixed_point": fixed_point,
         "metadata": packed.metadata,
         "in_float": integer.in_float,
         "weight_bytes": memory.weight_bytes(integer),
@@ -170,11 +171,12 @@ def _fastest(entries: Mapping[str, Any], size: str) -> str | None:
     return max(ratios, key=ratios.__getitem__, default=None)
 
 
-def _files_of(folder: Path, digest: str) -> dict[str, Any]:
-    """Returns the manifest's entries of files that are there, of the same packed file."""
+def _files_of(folder: Path, digest: str, fixed_point: bool) -> dict[str, Any]:
+    """Returns the manifest's entries of files that are there, of the same integer model."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         manifest = files.read_json(folder / MANIFEST)
-        if manifest["packed_sha256"] == digest:
+        arithmetic = manifest.get("fixed_point", False)
+        if manifest["packed_sha256"] == digest and arithmetic == fixed_point:
             entries = manifest["files"].items()
             return {name: entry for name, entry in entries if (folder / entry["file"]).is_file()}
     return {}
@@ -208,6 +210,7 @@ def _export_format(
         "file": form.file,
         "size_bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
+        **({"fixed_point": True} if source.integer.static.fixed_point else {}),
         **details,
         **(runtime.signature or {}),
         **measures,

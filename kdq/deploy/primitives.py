@@ -37,6 +37,40 @@ def primitive(name: str, function: Callable[..., Array]) -> core.Primitive:
     return new
 
 
+class Operation:
+    """A function of pytrees of arrays, and of static keywords, as one equation.
+
+    Args:
+      name: of its primitive.
+      function: that it computes.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Array]):
+        self.primitive = primitive(
+            name,
+            lambda *leaves, structure, **params: function(
+                *jax.tree.unflatten(structure, leaves), **params
+            ),
+        )
+
+    def __call__(self, *arguments: Any, **params: Any) -> Array:
+        """Computes it."""
+        leaves, structure = jax.tree.flatten(arguments)
+        return self.primitive.bind(*leaves, structure=structure, **params)
+
+
+def arguments(eqn: core.JaxprEqn) -> tuple[Any, ...]:
+    """Returns the inputs of an operation's equation as the pytrees that it was called with."""
+    return jax.tree.unflatten(eqn.params["structure"], eqn.invars)
+
+
+quantize = Operation("kdq_quantize", arithmetic.quantize)
+dequantize = Operation("kdq_dequantize", arithmetic.dequantize)
+to_float = Operation("kdq_to_float", arithmetic.to_float)
+weight = Operation("kdq_weight", QTensor.dequantize)
+rows = Operation("kdq_rows", lambda indices, table: table.rows(indices))
+
+
 class ProductParts(NamedTuple):
     """All that a product of codes is computed with beside the two arrays of codes.
 
@@ -53,10 +87,7 @@ class ProductParts(NamedTuple):
     grid: InputGrid | None  # of the codes to make; None: int32 sums
 
 
-def _multiply(
-    x: Array, w: Array, *leaves: Array, kernel: Kernel, structure: Any, fixed_point: bool
-) -> Array:
-    parts: ProductParts = jax.tree.unflatten(structure, leaves)
+def _multiply(x: Array, w: Array, parts: ProductParts, *, kernel: Kernel, fixed_point: bool):
     total = arithmetic.product(kernel, x, parts.x.zero_point, w, parts.w_sum, parts.w_zero)
     total = total if parts.bias is None else total + parts.bias
     if parts.grid is None:
@@ -64,36 +95,7 @@ def _multiply(
     return arithmetic.requantize(total, parts.scale, parts.grid, fixed_point=fixed_point)
 
 
-quantize_p = primitive(
-    "kdq_quantize", lambda x, *leaves: arithmetic.quantize(x, InputGrid(*leaves))
-)
-dequantize_p = primitive(
-    "kdq_dequantize", lambda codes, *leaves: arithmetic.dequantize(codes, InputGrid(*leaves))
-)
-to_float_p = primitive("kdq_to_float", arithmetic.to_float)
-multiply_p = primitive("kdq_multiply", _multiply)
-weight_p = primitive(
-    "kdq_weight", lambda *leaves, structure: jax.tree.unflatten(structure, leaves).dequantize()
-)
-rows_p = primitive(
-    "kdq_rows",
-    lambda indices, *leaves, structure: jax.tree.unflatten(structure, leaves).rows(indices),
-)
-
-
-def quantize(x: Array, grid: InputGrid) -> Array:
-    """See `arithmetic.quantize`."""
-    return quantize_p.bind(x, *jax.tree.leaves(grid))
-
-
-def dequantize(codes: Array, grid: InputGrid) -> Array:
-    """See `arithmetic.dequantize`."""
-    return dequantize_p.bind(codes, *jax.tree.leaves(grid))
-
-
-def to_float(total: Array, scale: Array) -> Array:
-    """See `arithmetic.to_float`."""
-    return to_float_p.bind(total, scale)
+product = Operation("kdq_multiply", _multiply)
 
 
 def multiply(
@@ -133,19 +135,4 @@ def multiply(
         scale=None if grid is None else layer.scale,
         grid=grid,
     )
-    leaves, structure = jax.tree.flatten(parts)
-    return multiply_p.bind(
-        x, w, *leaves, kernel=kernel, structure=structure, fixed_point=fixed_point
-    )
-
-
-def weight(codes: QTensor) -> Array:
-    """See `QTensor.dequantize`."""
-    leaves, structure = jax.tree.flatten(codes)
-    return weight_p.bind(*leaves, structure=structure)
-
-
-def rows(codes: QTensor, indices: Array) -> Array:
-    """See `QTensor.rows`."""
-    leaves, structure = jax.tree.flatten(codes)
-    return rows_p.bind(indices, *leaves, structure=structure)
+    return product(x, w, parts, kernel=kernel, fixed_point=fixed_point)

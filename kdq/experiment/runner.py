@@ -273,7 +273,12 @@ class _Runner:
 
     def _export(self, record: ArmRecord) -> ArmRecord:
         """The record with what the config asks for and it does not have yet."""
-        wanted, done = self.experiment.export, record.exports
+        wanted = self.experiment.export
+        done = {
+            name: entry
+            for name, entry in record.exports.items()
+            if entry.get("fixed_point", False) == wanted.fixed_point
+        }
         formats = [name for name in wanted.formats if name not in done]
         if not formats or (wanted.arms and record.arm not in wanted.arms):
             return record

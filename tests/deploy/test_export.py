@@ -279,6 +279,35 @@ def test_several_inputs_and_outputs_in_every_format(tmp_path):
     assert {taken["dtype"] for taken in interpreter["inputs"]} == {"float32"}
 
 
+class Scored(nn.Module):
+    """Two inputs, one of them by keyword, and a mode that has no default."""
+
+    @nn.compact
+    def __call__(self, x, deterministic, *, scale):
+        x = nn.Dropout(0.5)(nn.relu(nn.Dense(6)(x)), deterministic=deterministic)
+        return nn.Dense(3)(x) * scale
+
+
+def test_a_network_of_two_inputs_that_takes_deterministic_needs_no_flags(tmp_path):
+    pytest.importorskip("jax2onnx")
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    network, inputs = quantize.Network(Scored()), quantize.Inputs(draw(6, 4), scale=draw(6, 3))
+    variables = network.init(jax.random.key(0), inputs)
+    qparams = quantize.calibrate(network, variables, quantize.uniform_rules(8, 8), [inputs])
+    path, folder = tmp_path / "scored", tmp_path / "out"
+    weights = Weights(variables=variables, qparams=qparams)
+    deploy.save_packed(path, weights, model={"name": "mine"})
+    formats = ["packed", "onnx", "stablehlo"]
+    manifest = export(path, folder, formats, inputs, network=Scored(), agreement=1.0)
+    assert set(manifest["files"]) == {*formats}
+    assert [entry["shape"] for entry in manifest["inputs"]] == [["batch", 4], ["batch", 3]]
+    assert manifest["files"]["onnx"]["max_code_difference"] == 0
+    simulated = quantize.predict(network, variables, qparams, inputs)
+    outputs = load_stablehlo(folder / "model.stablehlo")(*jax.tree.leaves(inputs))
+    np.testing.assert_allclose(outputs, simulated, atol=0.02 * np.abs(simulated).max())
+
+
 def test_codes_that_differ_are_counted():
     ours = {"a": np.uint8([[0, 1], [2, 255]]), "b": np.int32([5, 5, 5, 5]), "c": np.uint8([9])}
     theirs = {"a": np.int32([[0, 1], [4, 254]]), "b": np.int32([5, 5, 5, 9]), "d": np.uint8([1])}

@@ -64,6 +64,6 @@ def _unroll(params: Mapping[str, Any], values: Sequence[Any], turn: str) -> list
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Returns the outputs of an equation; what is stored as codes stays codes, even if known."""
-    if eqn.primitive is primitives.weight_p:
+    if eqn.primitive is primitives.weight.primitive:
         return [eqn.primitive.bind(*values, **eqn.params)]
     return jaxprs.bind(eqn, values)

@@ -14,6 +14,7 @@ from jax.extend import core
 from kdq.deploy import contraction, jaxprs, primitives
 from kdq.deploy.contraction import Conv, Dot, Kernel
 from kdq.deploy.formats import rounded
+from kdq.deploy.qtensor import QTensor
 from kdq.types import Array
 
 # The least normal number: to add it changes no number, and the converter, which lets a rounding
@@ -75,14 +76,13 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
         elif eqn.primitive.name == "dot_general":
             kernel = Dot(eqn.params["dimension_numbers"], eqn.invars[0].aval.ndim)
             return [product(kernel, *values)]
-        elif eqn.primitive is primitives.rows_p:
-            return [_rows(*values, structure=eqn.params["structure"])]
+        elif eqn.primitive is primitives.rows.primitive:
+            return [_rows(*jax.tree.unflatten(eqn.params["structure"], values))]
     return jaxprs.bind(eqn, values)
 
 
-def _rows(indices: Array, *leaves: Any, structure: Any) -> Array:
+def _rows(indices: Array, table: QTensor) -> Array:
     """Returns rows of a table of 8 bits: LiteRT looks up no fewer."""
-    table = jax.tree.unflatten(structure, leaves)
     with jax.ensure_compile_time_eval():
         table = table.replace(codes=table.codes.astype(jnp.int8))
     return table.rows(indices)

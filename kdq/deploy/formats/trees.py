@@ -46,9 +46,8 @@ class Structure:
     # names of its axes: {"partitioned": [null, "model"]}
     nodes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of arrays kept as bytes
-    weak: tuple[
-        str, ...
-    ] = ()  # arrays that are weakly typed: they take the dtype of what they meet
+    # Arrays that are weakly typed: they take the dtype of what they meet.
+    weak: tuple[str, ...] = ()
 
 
 def name_of(path: Sequence[str]) -> str:

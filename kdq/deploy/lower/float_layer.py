@@ -40,5 +40,5 @@ def call_in_float(lowered: FloatLayer, call: ModuleCall) -> Any:
 
 def look_up(table: QTensor, call: ModuleCall) -> Array:
     """Returns the rows of a table, of which only those asked for become floats."""
-    rows, dtype = primitives.rows(table, call.argument(0, "inputs")), call.module.dtype
+    rows, dtype = primitives.rows(call.argument(0, "inputs"), table), call.module.dtype
     return rows if dtype is None else rows.astype(dtype)

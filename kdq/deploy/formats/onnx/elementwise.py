@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from jax.extend import core
@@ -13,14 +12,13 @@ from kdq.deploy.contraction import align
 from kdq.deploy.formats.onnx import program as onnx_program
 from kdq.deploy.formats.onnx.graph import Graph, register
 from kdq.deploy.formats.onnx.program import NoForm
-from kdq.deploy.qtensor import InputGrid
 
 
-@register(primitives.quantize_p, "QuantizeLinear")
+@register(primitives.quantize.primitive, "QuantizeLinear")
 def _quantize(graph: Graph, eqn: core.JaxprEqn) -> Any:
-    grid = graph.known(InputGrid(*eqn.invars[1:]))
-    shape = eqn.outvars[0].aval.shape
-    return graph.to_codes(graph.value(eqn.invars[0]), grid.scale, grid, shape)
+    x, grid = primitives.arguments(eqn)
+    grid = graph.known(grid)
+    return graph.to_codes(graph.value(x), grid.scale, grid, eqn.outvars[0].aval.shape)
 
 
 @register(onnx_program.round_int8_p, "QuantizeLinear")
@@ -38,16 +36,14 @@ def _int8_weight_codes(graph: Graph, eqn: core.JaxprEqn) -> Any:
     return graph.from_codes(graph.constant(codes), scale, zeros, codes.shape, axis=axis)
 
 
-@register(primitives.dequantize_p, "DequantizeLinear")
+@register(primitives.dequantize.primitive, "DequantizeLinear")
 def _dequantize(graph: Graph, eqn: core.JaxprEqn) -> Any:
-    grid = graph.known(InputGrid(*eqn.invars[1:]))
-    shape = eqn.outvars[0].aval.shape
-    return graph.from_codes(
-        graph.value(eqn.invars[0]), grid.scale, np.uint8(grid.zero_point), shape
-    )
+    codes, grid = primitives.arguments(eqn)
+    grid, shape = graph.known(grid), eqn.outvars[0].aval.shape
+    return graph.from_codes(graph.value(codes), grid.scale, np.uint8(grid.zero_point), shape)
 
 
-@register(primitives.to_float_p, "Cast")
+@register(primitives.to_float.primitive, "Cast")
 def _to_float(graph: Graph, eqn: core.JaxprEqn) -> Any:
     total, scale = eqn.invars
     return graph.scaled(graph.value(total), graph.value(scale), eqn.outvars[0].aval.shape)
@@ -85,9 +81,9 @@ def _slice(graph: Graph, eqn: core.JaxprEqn) -> Any:
     return graph.node("Slice", [graph.value(eqn.invars[0]), *bounds], out.dtype, out.shape)
 
 
-@register(primitives.weight_p, "DequantizeLinear")
+@register(primitives.weight.primitive, "DequantizeLinear")
 def _weight(graph: Graph, eqn: core.JaxprEqn) -> Any:
-    weight = graph.known(jax.tree.unflatten(eqn.params["structure"], eqn.invars))
+    weight = graph.known(primitives.arguments(eqn)[0])
     codes, shape = weight.codes, weight.codes.shape
     scale, zero = align(weight.scale, len(shape)), weight.zero_point
     along = [axis for axis, size in enumerate(scale.shape) if size > 1]
@@ -133,11 +129,10 @@ def _levels(graph: Graph, codes: np.ndarray, levels: np.ndarray, scale: np.ndarr
     return graph.reshape(scaled, shape, np.float32)
 
 
-@register(primitives.rows_p, "Gather")
+@register(primitives.rows.primitive, "Gather")
 def _rows(graph: Graph, eqn: core.JaxprEqn) -> Any:
-    indices, *leaves = eqn.invars
-    table = graph.known(jax.tree.unflatten(eqn.params["structure"], leaves))
-    indices, shape = graph.value(indices), eqn.outvars[0].aval.shape
+    indices, table = primitives.arguments(eqn)
+    indices, table, shape = graph.value(indices), graph.known(table), eqn.outvars[0].aval.shape
 
     def pick(value: Any, array: np.ndarray) -> Any:
         """Writes the rows of what has one for each row of the table."""

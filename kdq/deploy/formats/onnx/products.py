@@ -1,4 +1,4 @@
-"""Products in ONNX: converters that jax2onnx calls for `kdq.deploy.primitives.multiply_p`.
+"""Products in ONNX: converters that jax2onnx calls for `kdq.deploy.primitives.product`.
 
 Where ONNX Runtime has an integer kernel for a whole layer, the layer is written as
 DequantizeLinear, Conv or Gemm, QuantizeLinear, which it fuses into one; anything else as
@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
@@ -60,18 +59,11 @@ def _attributes(
     }
 
 
-@register(onnx_program.multiply_to_float_p, "Gemm")
-def _multiply_to_float(graph: Graph, eqn: core.JaxprEqn) -> Any:
-    x, w, *leaves, _ = eqn.invars
-    parts = graph.known(jax.tree.unflatten(eqn.params["structure"], leaves))
-    return _dot(graph, eqn.params["kernel"], x, w, parts, eqn.outvars[0].aval)
-
-
-@register(primitives.multiply_p, "QLinearConv")
-def _multiply(graph: Graph, eqn: core.JaxprEqn) -> Any:
-    x, w, *leaves = eqn.invars
-    parts = graph.known(jax.tree.unflatten(eqn.params["structure"], leaves))
-    kernel, out = eqn.params["kernel"], eqn.outvars[0].aval
+@register(onnx_program.product_to_float.primitive, "Gemm")
+@register(primitives.product.primitive, "QLinearConv")
+def _product(graph: Graph, eqn: core.JaxprEqn) -> Any:
+    x, w, parts, *_ = primitives.arguments(eqn)
+    parts, kernel, out = graph.known(parts), eqn.params["kernel"], eqn.outvars[0].aval
     if isinstance(kernel, Conv):
         return _conv(graph, kernel, graph.value(x), graph.known(w), parts, out)
     return _dot(graph, kernel, x, w, parts, out)

@@ -56,9 +56,8 @@ def _window(x: Array, init: Array, *, reducer: str, **window: Any) -> Array:
 window_p = primitive("kdq_window", _window)
 
 
-def _multiply_to_float(x: Array, w: Array, *leaves: Array, **params: Any) -> Array:
-    *leaves, scale = leaves
-    return arithmetic.to_float(primitives.multiply_p.bind(x, w, *leaves, **params), scale)
+def _product_to_float(x: Array, w: Array, parts: ProductParts, scale: Array, **params: Any):
+    return arithmetic.to_float(primitives.product(x, w, parts, **params), scale)
 
 
 def _round_int8(x: Array, scale: Array) -> Array:
@@ -70,7 +69,7 @@ def _int8_weight(codes: Array, scale: Array, *, axis: int) -> Array:
     return codes.astype(jnp.float32) * scale.reshape(shape)
 
 
-multiply_to_float_p = primitive("kdq_multiply_to_float", _multiply_to_float)
+product_to_float = primitives.Operation("kdq_product_to_float", _product_to_float)
 round_int8_p = primitive("kdq_round_int8", _round_int8)
 int8_weight_p = primitive("kdq_int8_weight", _int8_weight)
 
@@ -118,7 +117,7 @@ def evaluate(program: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
     # Products whose sums become floats at once, and nothing else: one operation makes the floats.
     products = {}  # by the floats
     for eqn in program.jaxpr.eqns:
-        if eqn.primitive is primitives.to_float_p and uses[eqn.invars[0]] == 1:
+        if eqn.primitive is primitives.to_float.primitive and uses[eqn.invars[0]] == 1:
             maker = makers.get(eqn.invars[0])
             if maker is not None and _is_gemm_to_float(maker, known.get(eqn.invars[1]), known):
                 products[eqn.outvars[0]] = maker
@@ -129,8 +128,9 @@ def evaluate(program: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
             return [values]  # for the equation that makes floats of it
         if eqn.outvars[0] in products:
             operands, scale = values
-            params = products[eqn.outvars[0]].params
-            return [multiply_to_float_p.bind(*operands, scale, **params)]
+            params = dict(products[eqn.outvars[0]].params)
+            operands = jax.tree.unflatten(params.pop("structure"), operands)
+            return [product_to_float(*operands, scale, **params)]
         outputs = bind(eqn, values)
         return outputs if eqn.primitive.multiple_results else [outputs]
 
@@ -139,9 +139,9 @@ def evaluate(program: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
 
 def _is_gemm_to_float(eqn: core.JaxprEqn, scale: Any, known: Mapping[core.Var, Any]) -> bool:
     """Returns whether an equation multiplies rows and a matrix, whose sums have this scale."""
-    if eqn.primitive is not primitives.multiply_p or scale is None:
+    if eqn.primitive is not primitives.product.primitive or scale is None:
         return False
-    parts: ProductParts = jax.tree.unflatten(eqn.params["structure"], eqn.invars[2:])
+    _, _, parts = primitives.arguments(eqn)
     kernel = eqn.params["kernel"]
     if not isinstance(kernel, Dot) or kernel.dimension_numbers[1][0]:
         return False
