@@ -7,8 +7,7 @@ import students
 
 from kdq import deploy, models, quantize
 from kdq.deploy.measure import latency
-from kdq.quantize import MSE
-from kdq.quantize.network import Weights
+from kdq.quantize import MSE, Weights, as_network
 from kdq.search import bank, measured
 from kdq.search.cost import CostTable
 from kdq.search.measured import METADATA, Files, fit_additive
@@ -32,7 +31,7 @@ def trained():
     model, variables = students.student()
     calibration = students.images(16, 5)
     filled = bank.fill(model, variables, CHOICES, [calibration], MSE())
-    files = Files(model, variables, CHOICES, filled, calibration, CONFIG)
+    files = Files(as_network(model), variables, CHOICES, filled, calibration, CONFIG)
     return model, variables, calibration, files
 
 
@@ -55,13 +54,8 @@ def packed_bytes(trained, chosen, path, metadata=METADATA):
         rules.append(quantize.QuantizationRule(path=layer, weights=weights, activations=inputs))
     qparams = quantize.calibrate(model, variables, rules, [calibration], check=False)
     image = calibration[:1]  # as the files of arms state it
-    deploy.save_packed(
-        path,
-        Weights(variables=variables, qparams=qparams),
-        model=CONFIG,
-        inputs=image,
-        metadata=metadata,
-    )
+    weights = Weights(variables=variables, qparams=qparams)
+    deploy.save_packed(path, weights, model=CONFIG, inputs=image, metadata=metadata)
     return path.stat().st_size
 
 
