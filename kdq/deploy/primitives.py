@@ -114,10 +114,10 @@ def multiply(
       w: the codes of its weight, arranged as the product sees them; or of its second input.
       layer: what else it computes with.
       grid: of the codes to make; None for sums.
-      fixed_point: how to make codes; see `arithmetic.requantize`.
+      fixed_point: see `arithmetic.requantize`.
 
     Raises:
-      ValueError: inputs of which sums of products may not fit int32.
+      ValueError: sums of products may not fit int32.
     """
     other = None if layer.weight is not None else layer.inputs["other"]
     if other is not None:  # its sums are as long as what it is called with

@@ -92,10 +92,7 @@ def _split_at_layers(jaxpr: core.Jaxpr) -> tuple[list[core.JaxprEqn], list[core.
 class _Interpreter:
     """Runs equations of arrays, some of which are quantized values or accumulators.
 
-    Args:
-      grids: of the arrays that are made as codes.
-      integers: see `run`.
-      fixed_point: see `run`.
+    `grids` are of the arrays that are made as codes; see `run` for the rest.
     """
 
     def __init__(

@@ -23,13 +23,7 @@ class ContainerError(ValueError):
 def write(
     path: str | os.PathLike[str], document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> int:
-    """Writes a file, atomically; returns its size in bytes.
-
-    Args:
-      path: where; its folder is made if need be.
-      document: JSON-able, without NaN.
-      arrays: by name.
-    """
+    """Writes a document (JSON-able, no NaN) and arrays, atomically; returns the file's size."""
     text = _text({**document, "sha256": _checksum(document, arrays)})
     data = safetensors.numpy.save(dict(arrays), metadata={KEY: text})
     files.write_atomic(path, data)

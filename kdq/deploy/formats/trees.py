@@ -90,13 +90,8 @@ def unflatten(
 ) -> dict[str, Any]:
     """Returns the tree that was flattened, with JAX arrays.
 
-    Args:
-      arrays: by name.
-      structure: of the same tree.
-      encoded: whether names are percent-encoded, as they were not always.
-
-    Raises:
-      ValueError: names or a structure that are no tree's.
+    Names are percent-encoded (`encoded`), as they were not always. Raises ValueError for names or a
+    structure that are no tree's.
     """
     for name in {*structure.dtypes, *structure.weak} - arrays.keys():
         raise ValueError(f"dtypes, weak: there is no array {name!r}")

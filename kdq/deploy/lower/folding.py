@@ -90,13 +90,9 @@ def rounded_biases(
     norm: Norm | None,
     rounded: Sequence[Rounded | None],
 ) -> dict[str, Array]:
-    """Returns the bias, by path, that an integer layer adds: its own, or that of its norm.
+    """Returns the bias, by path, that an integer layer adds: its own, or else that of its norm.
 
-    Args:
-      variables: float.
-      layer: the integer one.
-      norm: the batch norm that is part of it. Where the layer has no bias, the norm's changes.
-      rounded: the change by rounding, of each layer of a stack; None of one without a bias.
+    `rounded` has the change by rounding for each layer of a stack; None for one without a bias.
     """
     biases: dict[str, Array] = {}
     factor = None if norm is None else norms_lib.affine(norm, variables)[0]

@@ -103,15 +103,8 @@ def _fuse(
 ) -> Any:
     """Writes a layer from codes to codes, or floats, that ONNX Runtime has one kernel for.
 
-    Args:
-      graph: where.
-      op: Conv or Gemm.
-      x: codes.
-      w: codes, [channels, ...] for Conv, [terms, channels] for Gemm.
-      parts: of the product.
-      by_channel: makes a list of what broadcasts with the result.
-      shape: of the result.
-      **attributes: of `op`.
+    `w` is [channels, ...] for Conv, [terms, channels] for Gemm; `by_channel` makes a list of what
+    broadcasts with the result.
     """
     scale, axis = by_channel(parts.w_scale), {"Conv": 0, "Gemm": 1}[op]
     zeros = np.zeros(len(scale), np.int8)

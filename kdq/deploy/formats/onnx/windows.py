@@ -38,13 +38,8 @@ def pad(
 ) -> tuple[Any, list[Any]]:
     """Writes an array with more around and between its elements, or less around; and its shape.
 
-    Args:
-      graph: where.
-      value: the array.
-      shape: its shape.
-      config: `(low, high, interior)` for each axis, as `jax.lax.pad` takes them.
-      fill: the value of a scalar.
-      dtype: of both; one that ONNX Runtime pads.
+    `config` has `(low, high, interior)` for each axis, as `jax.lax.pad` takes them; ONNX Runtime
+    must pad the type.
     """
     shape = list(shape)
     ends = np.int64([(low, high) for low, high, _ in config]).T
