@@ -280,19 +280,21 @@ def test_several_inputs_and_outputs_in_every_format(tmp_path):
 
 
 class Scored(nn.Module):
-    """Two inputs, one of them by keyword, and a mode that has no default."""
+    """A dict of inputs, another one by keyword, and a mode that has no default."""
 
     @nn.compact
-    def __call__(self, x, deterministic, *, scale):
+    def __call__(self, parts, deterministic, *, scale):
+        x = jnp.concatenate([parts["a"], parts["b"]], -1)
         x = nn.Dropout(0.5)(nn.relu(nn.Dense(6)(x)), deterministic=deterministic)
         return nn.Dense(3)(x) * scale
 
 
-def test_a_network_of_two_inputs_that_takes_deterministic_needs_no_flags(tmp_path):
+def test_a_network_of_several_inputs_that_takes_deterministic_needs_no_flags(tmp_path):
     pytest.importorskip("jax2onnx")
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    network, inputs = quantize.Network(Scored()), quantize.Inputs(draw(6, 4), scale=draw(6, 3))
+    network = quantize.Network(Scored())
+    inputs = quantize.Inputs({"a": draw(6, 4), "b": draw(6, 1)}, scale=draw(6, 3))
     variables = network.init(jax.random.key(0), inputs)
     qparams = quantize.calibrate(network, variables, quantize.uniform_rules(8, 8), [inputs])
     path, folder = tmp_path / "scored", tmp_path / "out"
@@ -301,7 +303,7 @@ def test_a_network_of_two_inputs_that_takes_deterministic_needs_no_flags(tmp_pat
     formats = ["packed", "onnx", "stablehlo"]
     manifest = export(path, folder, formats, inputs, network=Scored(), agreement=1.0)
     assert set(manifest["files"]) == {*formats}
-    assert [entry["shape"] for entry in manifest["inputs"]] == [["batch", 4], ["batch", 3]]
+    assert [entry["shape"][1] for entry in manifest["inputs"]] == [4, 1, 3]
     assert manifest["files"]["onnx"]["max_code_difference"] == 0
     simulated = quantize.predict(network, variables, qparams, inputs)
     outputs = load_stablehlo(folder / "model.stablehlo")(*jax.tree.leaves(inputs))
