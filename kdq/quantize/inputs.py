@@ -10,7 +10,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdq.types import Variables
@@ -81,13 +80,6 @@ class Inputs:
         leaves = jax.tree.leaves(self.args) or jax.tree.leaves(self.kwargs)
         sizes = [leaf.shape[0] for leaf in leaves if _is_array(leaf) and leaf.shape]
         return max(sizes, key=sizes.count, default=None)
-
-    def shapes(self, rows: Any) -> list[jax.ShapeDtypeStruct]:
-        """The positional arrays with another batch size, which may be a symbolic dimension."""
-        return [
-            jax.ShapeDtypeStruct((rows, *jnp.shape(array)[1:]), jnp.result_type(array))
-            for array in self.args
-        ]
 
     def __repr__(self) -> str:
         args, kwargs = self.unpack()
