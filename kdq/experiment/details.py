@@ -175,7 +175,7 @@ def _sensitivities(
 @jax.jit
 def _idle(qparams: QParams) -> QParams:
     is_one = lambda node: isinstance(node, quantize.Quantizer)
-    return jax.tree.map(bank.transparent, qparams, is_leaf=is_one)
+    return jax.tree.map(bank.identity_quantizer, qparams, is_leaf=is_one)
 
 
 def _attributions(

@@ -38,8 +38,8 @@ def test_prepared_data_reads_alike_in_tfds_and_kdq(
         np.testing.assert_array_equal([example["image"] for example in plain], batch["image"])
         written = sort_pairs(zip(images, labels, strict=True))
         assert sort_pairs(zip(batch["image"], batch["label"], strict=True)) == written
-        assert ours.num_classes == num_classes
-        assert ours.image_shape == (28, 28, 1)
+        assert len(ours.facts["class_names"]) == num_classes
+        assert ours.spec["image"].shape == (28, 28, 1)
     assert not list(data_dir.glob(".kdq-incomplete-*"))
 
 
