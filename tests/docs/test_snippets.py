@@ -27,8 +27,8 @@ from blocks import ALL, INLINE_COMMANDS, ROOT
 from sklearn.datasets import load_digits
 
 from kdq import config, deploy, experiment, quantize
-from kdq.experiment import check, runner
-from kdq.experiment.progress import Progress
+from kdq.experiment import check
+from kdq.experiment.context import Context
 from kdq.report import write
 from kdq.search import problem, searchers
 
@@ -159,8 +159,7 @@ def check_config(made: ml_collections.ConfigDict, folder, deep: bool) -> None:
         made.arms[f"bits_{key}"] = config.arm(**{**quantized, "bits": key})
     frozen = config.freeze(made)
     if deep:
-        run = runner._Runner(frozen, folder / "nothing", Progress())
-        check.check(frozen, run.models, run.inputs, run.teachers, run.layout)
+        check.check(Context(frozen, folder / "nothing"), list(frozen.arms))
 
 
 @pytest.mark.parametrize("name", list(dict.fromkeys(block.page for block in PYTHON)))

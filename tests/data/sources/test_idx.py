@@ -167,7 +167,8 @@ def test_prepare_does_not_replace_what_is_in_the_way(tmp_path, write_idx):
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "emnist", "cifar10"])
 def test_prepare_unknown_dataset_lists_the_valid_ones(tmp_path, name):
-    with pytest.raises(DataError, match=rf"'{name}'.*; valid: mnist, fashion_mnist, .*emnist/mnist"):
+    valid = rf"'{name}'.*; valid: mnist, fashion_mnist, .*emnist/mnist"
+    with pytest.raises(DataError, match=valid):
         prepare(name, tmp_path, tmp_path)
 
 
