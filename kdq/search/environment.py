@@ -208,8 +208,8 @@ def _sensitivity(problem: Problem, places: np.ndarray) -> np.ndarray:
     harms = np.zeros((students, decisions, 2))
     if problem.sensitivity is None:
         return harms
-    for s in range(students):
-        for d in range(1, decisions):
+    for s, d in np.ndindex(students, decisions):
+        if d:
             options = np.flatnonzero(problem.valid[s, d])
             options = options[places[d, options].sum(-1).argsort(kind="stable")]
             harm = problem.sensitivity[s, d, options]

@@ -5,6 +5,7 @@ policies: there a runtime fuses the layer with its neighbours. Alone in a file i
 the way in and out of integers.
 """
 
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -140,20 +141,16 @@ def fit_additive(
     return Metric(layers=layers, constant=float(constant))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Files:
     """The files that policies of a network become."""
 
-    def __init__(
-        self,
-        network: Network,
-        variables: Variables,
-        choices: Choices,
-        bank: Bank,
-        images: np.ndarray,
-        model_config: Mapping[str, Any],
-    ):
-        self._network, self._variables, self.choices = network, variables, choices
-        self._bank, self._images, self._config = bank, images, dict(model_config)
+    network: Network
+    variables: Variables
+    choices: Choices
+    bank: Bank
+    images: np.ndarray
+    model_config: Mapping[str, Any]
 
     def choose(self, policy: Sequence[int]) -> dict[str, str]:
         """Returns {layer path: "W4A8"} of a policy for a student and its layers."""
@@ -176,15 +173,15 @@ class Files:
         progress: Bar = lambda items, description: items,
     ) -> list[np.ndarray]:
         """Returns the times of a batch in each policy's exported file, [rounds]; in turns."""
-        images = np.resize(self._images, (batch, *self._images.shape[1:]))
+        images = np.resize(self.images, (batch, *self.images.shape[1:]))
         form, calls = deploy.FORMATS[runtime], {}
         with tempfile.TemporaryDirectory() as folder, latency.pinned(cores):
             for i, chosen in enumerate(progress(policies, "exporting")):
                 path, packed = Path(folder) / str(i), Path(folder) / "packed"
                 self._pack(chosen, packed)
-                integer = deploy.load_packed(packed, self._network).lower(self._images[:1])
-                form.save(path, Source(packed, integer, self._images[:1], {}, {}))
-                run = form.load(path, len(cores), self._network)
+                integer = deploy.load_packed(packed, self.network).lower(self.images[:1])
+                form.save(path, Source(packed, integer, self.images[:1], {}, {}))
+                run = form.load(path, len(cores), self.network)
                 calls[str(i)] = lambda run=run: run(images)
             measured = latency.seconds(calls, rounds=rounds, warmup=2, least_seconds=0.005)
         return [measured[str(i)] for i in range(len(policies))]
@@ -192,9 +189,9 @@ class Files:
     def _pack(self, chosen: Mapping[str, str], path: Path) -> int:
         return deploy.save_packed(
             path,
-            Weights(variables=self._variables, qparams=self._qparams(chosen)),
-            model=self._config,
-            inputs=self._images[:1],
+            Weights(variables=self.variables, qparams=self._qparams(chosen)),
+            model=dict(self.model_config),
+            inputs=self.images[:1],
             metadata=METADATA,
         )
 
@@ -206,7 +203,7 @@ class Files:
             weights, activations = (width < FLOAT_BITS for width in banks.bits_of(bits))
             layer = {
                 name: jax.tree.map(lambda a, i=place: a[i], quantizers)
-                for name, quantizers in self._bank[path].items()
+                for name, quantizers in self.bank[path].items()
                 if (weights if name == "weights" else activations)
             }
             if layer:

@@ -7,6 +7,7 @@ the file, and everything else goes as with a data set of TFDS.
 import hashlib
 import math
 import os
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,14 +60,10 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
             "that file"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")  # a reader never sees part of a file
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+    with tempfile.TemporaryDirectory(prefix=".kdq-incomplete-", dir=path.parent) as scratch:
+        temporary = Path(scratch, path.name)  # a reader never sees part of a file
+        np.savez(temporary, **arrays)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return path
 
 

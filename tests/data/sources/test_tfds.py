@@ -91,7 +91,7 @@ SHARD = "digits-train.array_record-00000-of-00001"
         *(("dataset_info.json", damage) for damage in ("cut off", "empty", "zeros")),
     ],
 )
-def test_damaged_data_are_named_in_one_line(digits_dir, tmp_path, file, damage):
+def test_damaged_data_are_named_in_one_line(digits, digits_dir, tmp_path, file, damage):
     shutil.copytree(digits_dir / "digits", tmp_path / "digits")
     (place,) = tmp_path.rglob(file)
     DAMAGES[damage](place, place.read_bytes())

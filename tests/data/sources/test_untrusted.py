@@ -102,7 +102,8 @@ def test_a_class_that_is_imported_already_is_built(folder):
         "image": {"dtype": "uint8", "shape": {"dimensions": ["2", "2", "3"]}},
     }
     path.write_text(json.dumps(document))
-    assert open_split("mine", "train", data_dir=folder, in_memory=False).image_shape == (2, 2, 3)
+    source = open_split("mine", "train", data_dir=folder, in_memory=False)
+    assert source.spec["image"].shape == (2, 2, 3)
     del sys.modules[MODULE]
 
 
