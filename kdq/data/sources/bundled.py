@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from sklearn import datasets
 
-from kdq.data.digits import split_ids
 from kdq.data.errors import DataError
+from kdq.data.sources.digits import split_ids
 from kdq.fields import unknown
 
 SPLITS = ("train", "validation", "test")
