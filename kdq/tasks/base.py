@@ -190,7 +190,8 @@ class Task(Protocol):
 
     name: str  # of its module in kdq.tasks
     # The first is the primary one: it selects checkpoints, ranks arms and heads the report. The
-    # next ones decide between equals.
+    # next ones decide between equals. The first is a function of means: a step of training, which
+    # has only sums over its batch, logs it too.
     metrics: tuple[Metric, ...]
     fidelity: tuple[Metric, ...]  # metrics of `divergence`: how a model follows its teacher
     keys: tuple[str, ...]  # of the batch: the model's positional arguments

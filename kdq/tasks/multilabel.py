@@ -39,6 +39,10 @@ class AveragePrecision(Metric):
     no bins, so that the value is exact and each example's influence is known.
     """
 
+    def from_means(self, *means: ArrayLike) -> float:
+        """Raises TypeError: the ranks of the examples are not in their means."""
+        raise TypeError(f"{self.name} is no function of means: compute it from the scores")
+
     def compute(self, scores: ScoreArrays) -> float:
         """Returns the value over all examples; nan of none, or where a logit is NaN."""
         contributions = self.contributions(scores)
@@ -127,7 +131,7 @@ class Multilabel(base.Task):
     target: str = "label"  # of the batch
 
     name = "multilabel"
-    metrics = (MEAN_AVERAGE_PRECISION, classification.NLL, MICRO_F1, MACRO_F1)
+    metrics = (MICRO_F1, classification.NLL, MACRO_F1, MEAN_AVERAGE_PRECISION)
     fidelity = (classification.AGREEMENT, classification.KL, base.NOISE)
     distillation = {"bernoulli_kl": bernoulli_kl}  # noqa: RUF012 (of the contract, read only)
     loss_options = ("label_smoothing",)

@@ -116,6 +116,11 @@ def test_labels_that_never_occur():
     assert np.isnan(multilabel.MEAN_AVERAGE_PRECISION.compute(nobody))
 
 
+def test_ranks_are_not_in_means():
+    with pytest.raises(TypeError, match="mean_average_precision is no function of means"):
+        multilabel.MEAN_AVERAGE_PRECISION.from_means(0.0, 0.0, 0.0)
+
+
 def test_a_nan_is_no_prediction():
     logits = LOGITS.copy()
     logits[3, 2] = np.nan

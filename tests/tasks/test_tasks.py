@@ -47,6 +47,9 @@ def test_losses_and_scores_have_the_shape_of_the_weights(case):
         assert set(metric.scores) <= scores.keys() or metric.name == "top5_accuracy"
     assert task.primary is not None
     assert task.primary == task.metrics[0]
+    # Training knows the sums of a batch only.
+    means = [np.mean(scores[name], tuple(range(weights.ndim))) for name in task.primary.scores]
+    assert isinstance(task.primary.from_means(*means), float)
     assert task.inputs(batch) == (batch["image"],)
     task.check(batch, {}, jax.ShapeDtypeStruct(outputs.shape, outputs.dtype))
 

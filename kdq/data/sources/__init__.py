@@ -6,6 +6,8 @@ from kdq.data.source import Source
 from kdq.data.sources import arrays, tfds
 from kdq.fields import expand_user
 
+BUNDLED = ("diabetes", "linnerud", "digit_pairs")
+
 
 def open_split(
     name: str, split: str, *, data_dir: str | Path | None = None, in_memory: bool | None = None
@@ -14,7 +16,7 @@ def open_split(
 
     Args:
       name: TFDS name, with config and version where needed: `mnist`, `emnist/balanced`, `cifar10`;
-        or an `.npz` file, see `kdq.data.save_arrays`.
+        or an `.npz` file, see `kdq.data.save_arrays`; or one of `BUNDLED`.
       split: TFDS split syntax: `train`, `train[:90%]`, `train[54000:]`; of an `.npz` file a name.
       data_dir: TFDS data directory, TFDS's default when None; of an `.npz` file its folder.
       in_memory: read everything once and serve it from memory; when None, if the pixels take less
@@ -26,4 +28,9 @@ def open_split(
     """
     if name.endswith(".npz"):
         return arrays.open_file(Path(expand_user(Path(data_dir or "", name), "data")), split)
+    if name in BUNDLED:
+        # Imported here, as only these need scikit-learn (seconds).
+        from kdq.data.sources.bundled import open_bundled  # noqa: PLC0415
+
+        return open_bundled(name, split)
     return tfds.open_prepared(name, split, data_dir, in_memory)
