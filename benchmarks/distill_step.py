@@ -19,6 +19,7 @@ from kdq import config, models
 from kdq.distill import capture, sparse, term
 from kdq.distill.methods import METHODS
 from kdq.distill.teacher import Model, Stored
+from kdq.quantize.network import as_network
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
@@ -67,10 +68,10 @@ def variants() -> dict[str, Step]:
     student, teacher = (models.build(**f, num_classes=CLASSES) for f in (STUDENT, TEACHER))
     batch = make_batch()
     image = batch["image"][:1]
-    init = lambda model, seed: model.init(jax.random.key(seed), image, train=False)
+    init = lambda model, seed: as_network(model).init(jax.random.key(seed), image)
     variables, arguments = init(student, 0), {"variables": init(teacher, 1), "qparams": {}}
     shapes = [
-        capture.list_outputs(model, own, image, train=False)
+        capture.list_outputs(model, own, image)
         for model, own in ((student, variables), (teacher, arguments["variables"]))
     ]
 

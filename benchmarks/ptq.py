@@ -78,9 +78,9 @@ def make_subject(side: int, fields: dict[str, Any]) -> Subject:
     rng = np.random.default_rng(0)
     images = rng.standard_normal((EXAMPLES.value // BATCH, BATCH, side, side, 3), np.float32)
     batches = [jax.device_put(batch) for batch in images]
-    variables = model.init(jax.random.key(0), batches[0], **EVALUATE)
-    variables, _ = reestimate(model, variables, {}, batches, apply_kwargs=EVALUATE)
-    folded, _ = fold_batch_norm(model, variables, {}, batches, apply_kwargs=EVALUATE)
+    variables = model.init(jax.random.key(0), batches[0])
+    variables, _ = reestimate(model, variables, {}, batches)
+    folded, _ = fold_batch_norm(model, variables, {}, batches)
     return Subject(model, variables, folded, batches)
 
 
@@ -102,13 +102,13 @@ def make_run(line: str, subject: Subject) -> Callable[[], Any]:
     model, variables, folded, batches = subject
     rules = make_rules(CALIBRATIONS.get(line, "min_max"))
     if line in CALIBRATIONS:
-        return lambda: quantize.calibrate(model, folded, rules, batches, **EVALUATE)
+        return lambda: quantize.calibrate(model, folded, rules, batches)
     # These are about norms that have something to do.
     start = variables if line in ("fold_batch_norm", "reestimate") else folded
     qparams = {}
     if line in AFTER:
-        qparams = quantize.calibrate(model, start, rules, batches, **EVALUATE)
-    run = functools.partial(METHODS[line], model, start, qparams, batches, apply_kwargs=EVALUATE)
+        qparams = quantize.calibrate(model, start, rules, batches)
+    run = functools.partial(METHODS[line], model, start, qparams, batches)
     return functools.partial(run, rules=rules) if line == "awq" else run
 
 

@@ -81,7 +81,7 @@ def kdq_step(
     qparams = {}
     if method:
         rules = quantize.uniform_rules(*config.parse_bits(bits))
-        qparams = quantize.calibrate(model, variables, rules, [batch["image"]], train=False)
+        qparams = quantize.calibrate(model, variables, rules, [batch["image"]])
         variables, qparams = quantize.prepare(variables, qparams, method)
     state = create_state(
         variables,
@@ -147,7 +147,7 @@ def qwix_step(model: nn.Module, variables, batch, bits: str) -> Step:
 
 def variants(model: nn.Module, variables, batch) -> dict[str, Step | str]:
     """Named steps; a string in place of a step says why it can't run."""
-    layers = quantize.list_layers(model, variables, batch["image"], train=False)
+    layers = quantize.list_layers(model, variables, batch["image"])
     # As is advised (`quantize.scales`): pixels do not move, so their scale stays as calibrated.
     of_pixels = (f"{next(iter(layers))}/activations",)
     ours = functools.partial(kdq_step, model, variables, batch)
@@ -189,7 +189,7 @@ def main(_: list[str]) -> None:
             "image": jax.device_put(rng.standard_normal(shape, np.float32)),
             "label": jax.device_put(rng.integers(0, 10, shape[0]).astype(np.int32)),
         }
-        variables = model.init(jax.random.key(0), batch["image"], train=False)
+        variables = quantize.as_network(model).init(jax.random.key(0), batch["image"])
         figures[title] = measure(variants(model, variables, batch), ROUNDS.value)
         show(title, figures[title])
     publish(figures, OUT.value, optimizer=OPTIMIZER.value, rounds=ROUNDS.value)

@@ -132,7 +132,7 @@ def _forms(name: str, bits: list[str]) -> tuple[dict[str, deploy.IntegerModel], 
     for one in bits:
         weights, activations = (int(n) for n in one.removeprefix("W").split("A"))
         rules = quantize.uniform_rules(weights, activations)
-        qparams = quantize.calibrate(model, variables, rules, [images], train=False)
+        qparams = quantize.calibrate(model, variables, rules, [images])
         forms[one] = deploy.lower(model, variables, qparams, images[:1], train=False)
     return forms, images
 

@@ -55,8 +55,8 @@ def _evaluator(config, shape):
     rng = np.random.default_rng(0)
     images = rng.normal(size=shape).astype(np.float32)
     model = models.build(**config)
-    variables = model.init(jax.random.key(0), images[:1], train=False)
-    layers = quantize.list_layers(model, variables, images[:1], train=False)
+    variables = quantize.as_network(model).init(jax.random.key(0), images[:1])
+    layers = quantize.list_layers(model, variables, images[:1])
     choices = dict.fromkeys(layers, CHOICES)
     teacher = np.asarray(quantize.predict(model, variables, {}, images))
     batch = {"image": images, "label": teacher.argmax(-1), "mask": np.ones(len(images))}

@@ -70,10 +70,10 @@ def _begin(experiment, model, bits, seed):
     rng = np.random.default_rng(seed)
     size = experiment.data.batch_size
     images = rng.normal(size=(size, 8, 8, 1)).astype(np.float32)
-    variables, qparams = model.init(jax.random.key(seed), images[:1], train=False), {}
+    variables, qparams = quantize.as_network(model).init(jax.random.key(seed), images[:1]), {}
     if bits:
         rules = quantize.uniform_rules(bits, bits)
-        qparams = quantize.calibrate(model, variables, rules, [images], train=False)
+        qparams = quantize.calibrate(model, variables, rules, [images])
         variables, qparams = quantize.prepare(variables, qparams, "lsq")
     rates = {"seed": seed, "steps": 10_000, "learning_rate": 1e-3}
     state = create_state(variables, qparams, experiment.optimizer, **rates)

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import zoo_blocks
 from flax.linen import pooling
+
+from kdq.quantize.network import as_network
 
 EXAMPLES = 16
 VOCABULARY = 11
@@ -39,9 +40,8 @@ class Entry:
     def variables(self) -> Any:
         """Drawn, norms too, so that none is the identity."""
         inputs = self.inputs(1)
-        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
         keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        variables = jax.jit(functools.partial(self.model.init, train=False))(keys, *arguments)
+        variables = jax.jit(as_network(self.model).init)(keys, inputs)
         rng = np.random.default_rng(1)
 
         def drawn(path: Any, array: Any) -> Any:

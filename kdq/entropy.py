@@ -1,6 +1,8 @@
-"""Relative entropy in log space, by the convention 0 log 0 = 0: every KL of kdq's losses."""
+"""Entropies in log space, by the convention 0 log 0 = 0: every KL and cross-entropy of kdq."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdq.types import Array
 
@@ -34,3 +36,44 @@ def times_log(weight: Array, log_b: Array) -> Array:
     Where weight > 0 and b = 0 it is −inf, with the gradient `weight` with respect to log b.
     """
     return weight * jnp.where((weight == 0) & jnp.isneginf(log_b), 0, log_b)
+
+
+def cross_entropy(logits: Array, labels: Array, label_smoothing: Array | float = 0.0) -> Array:
+    """Returns −Σ y log q with y = (1 − ε) onehot(label) + ε / classes, in nats.
+
+    Args:
+      logits: [..., classes] float32 of q.
+      labels: [...] int in [0, classes); one outside makes its value NaN.
+      label_smoothing: ε in [0, 1] (arXiv:1512.00567).
+
+    Returns:
+      [...] float32.
+
+    Raises:
+      ValueError: labels of another shape, or that are no integers.
+    """
+    log_q = jax.nn.log_softmax(logits)
+    is_label = one_hot(labels, logits.shape)
+    of_label = jnp.sum(jnp.where(is_label, log_q, 0), axis=-1)
+    value = -times_log(1 - label_smoothing, of_label)
+    value -= times_log(label_smoothing, jnp.mean(log_q, axis=-1))
+    return nan_if_no_class(value, is_label)
+
+
+def one_hot(labels: Array, shape: tuple[int, ...]) -> Array:
+    """Returns [..., classes] bool; all False where the label is no class.
+
+    Raises ValueError for labels of another shape than that of the logits, or no integers.
+    """
+    if labels.shape != shape[:-1]:
+        raise ValueError(f"labels must have the batch's shape {shape[:-1]}, given {labels.shape}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, given {labels.dtype}")
+    if isinstance(labels, np.ndarray):  # of 64 bits perhaps, of which JAX would keep 32
+        labels = np.where((labels >= 0) & (labels < shape[-1]), labels, -1).astype(np.int32)
+    return labels[..., None] == jnp.arange(shape[-1])
+
+
+def nan_if_no_class(value: Array, is_label: Array) -> Array:
+    """Returns values, NaN where `one_hot` is all False: traced code cannot raise."""
+    return jnp.where(jnp.any(is_label, axis=-1), value, jnp.nan)

@@ -176,6 +176,7 @@ def build(cls: type, fields: Any, where: str) -> Any:
     if not isinstance(fields, Mapping):
         raise ConfigError(f"{where}={_short(fields)}: want a mapping")
     hints = typing.get_type_hints(cls)
+    hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     for key in fields:
         if key not in hints:
             raise ConfigError(unknown(f"key in {where}:", key, hints))

@@ -201,14 +201,12 @@ def _quantize(model: nn.Module, inputs: np.ndarray) -> dict[str, Any]:
     """The first and the last layer keep 8 bits where there are others, the inputs their scale."""
     one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32)
     try:
-        shapes = jax.eval_shape(
-            lambda key, x: model.init(key, x, train=False), jax.random.key(0), one
-        )
+        shapes = jax.eval_shape(quantize.as_network(model).init, jax.random.key(0), one)
     except Exception as error:  # whatever a module of anybody's raises
         raise config.ConfigError(
             f"{type(model).__name__} can't take inputs {one.shape}: {type(error).__name__}: {error}"
         ) from error
-    layers = [re.escape(path) for path in quantize.list_layers(model, shapes, one, train=False)]
+    layers = [re.escape(path) for path in quantize.list_layers(model, shapes, one)]
     if not layers:
         raise config.ConfigError(f"{type(model).__name__} has no layer that can be quantized")
     return {

@@ -74,9 +74,7 @@ def test_every_arm_is_measured_on_its_file(distilled):
     assert by_arm["qad"]["size_bytes"] < by_arm["teacher"]["size_bytes"] / 4
     assert (workdir / "table.md").is_file()
     packed = deploy.load_packed(workdir / "qad" / "0" / "model.safetensors")
-    summary = quantize.summary(
-        packed.model, packed.variables, packed.weight_quantizers, inputs[:1], train=False
-    )
+    summary = quantize.summary(packed.model, packed.variables, packed.weight_quantizers, inputs[:1])
     assert "middle" in str(summary)
     bits = {path: q["weights"].qmax.max() for path, q in packed.weight_quantizers.items()}
     assert {path: float(top) for path, top in bits.items()} == {

@@ -23,7 +23,7 @@ from kdq.deploy.formats.packed import PackedModel, load_packed
 from kdq.deploy.lower.lowering import IntegerModel, lower
 from kdq.deploy.measure import latency, memory, parity
 from kdq.fields import Mistake, unknown
-from kdq.quantize.layers import as_args
+from kdq.quantize.inputs import as_inputs
 
 MANIFEST = "manifest.json"
 # Of an array of images, or a tuple of arrays if the model takes several, an array or a tuple.
@@ -308,7 +308,7 @@ def _onnx_runtime(path: Path | bytes, threads: int | None, integer: bool = True)
     names = [taken.name for taken in session.get_inputs()]
 
     def run(images: Any) -> Any:
-        arrays = map(np.asarray, as_args(images))
+        arrays = map(np.asarray, as_inputs(images).args)
         return _plain(session.run(None, dict(zip(names, arrays, strict=True))))
 
     return run
@@ -334,7 +334,7 @@ def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:
 
 def _load_stablehlo(path: Path, threads: int | None, model: nn.Module | None) -> Runtime:
     program = stablehlo.load_stablehlo(path)
-    return lambda images: _plain(program(*as_args(images)))
+    return lambda images: _plain(program(*as_inputs(images).args))
 
 
 def _save_litert(path: Path, source: Source) -> dict[str, Any]:

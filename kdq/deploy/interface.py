@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdq.quantize.layers import as_args
+from kdq.quantize.inputs import as_inputs
 
 # How Flax's layers read an array of so many axes.
 LAYOUTS = {4: "NHWC", 5: "NDHWC"}
@@ -24,7 +24,7 @@ def describe(inputs: Any, outputs: Any, metadata: Mapping[str, Any]) -> dict[str
       outputs: arrays in any pytree.
       metadata: of a packed file.
     """
-    taken = [_array(array) for array in as_args(inputs)]
+    taken = [_array(array) for array in as_inputs(inputs).args]
     data = metadata.get("data")
     normalization = isinstance(data, Mapping) and {k: data[k] for k in ("mean", "std") if k in data}
     for entry in taken:

@@ -9,6 +9,8 @@ import jax
 from flax import traverse_util
 
 from kdq import quantize
+from kdq.quantize.inputs import Batch
+from kdq.quantize.network import Network, as_network
 from kdq.types import Array, QParams, Variables
 
 
@@ -20,10 +22,10 @@ class Outputs(flax.struct.PyTreeNode):
 
 
 def run(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
-    inputs: Array | tuple,
+    inputs: Batch,
     layers: Collection[str] = (),
     *,
     mutable: Collection[str] = (),
@@ -32,7 +34,7 @@ def run(
     """`quantize.apply`, with the outputs of the modules whose paths are `layers`.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       qparams: its quantizers; {} for none.
       inputs: as for `quantize.apply`.
@@ -49,8 +51,9 @@ def run(
     """
     wanted = frozenset(layers)
     capture = lambda module, method: method == "__call__" and "/".join(module.path) in wanted
-    logits, state = quantize.apply(
-        model,
+    network = as_network(network)
+    outputs, state = quantize.apply(
+        network,
         variables,
         qparams,
         inputs,
@@ -63,11 +66,12 @@ def run(
         calls = len(captured.get(path, ()))
         if calls != 1:
             raise ValueError(f"layer {path!r} was called {calls} times in one forward pass: want 1")
+    logits = network.select_prediction(outputs)
     return Outputs(logits=logits, features={path: captured[path][0] for path in wanted}), state
 
 
 def list_outputs(
-    model: nn.Module, variables: Variables, inputs: Any, **kwargs: Any
+    network: Network | nn.Module, variables: Variables, inputs: Batch
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Every path that `run` can capture and what is found there; nothing is computed.
 
@@ -76,15 +80,8 @@ def list_outputs(
     """
 
     def everything(variables, inputs):
-        return quantize.apply(
-            model,
-            variables,
-            {},
-            inputs,
-            mutable=["intermediates"],
-            capture_intermediates=True,
-            **kwargs,
-        )[1]
+        options = {"mutable": ["intermediates"], "capture_intermediates": True}
+        return quantize.apply(network, variables, {}, inputs, **options)[1]
 
     captured = _by_path(jax.eval_shape(everything, variables, inputs).get("intermediates", {}))
     return {

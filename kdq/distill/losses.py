@@ -23,11 +23,11 @@ What all of them share:
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from kdq import entropy
 from kdq.distill.options import Scalar, Share, Temperature, Weight
 from kdq.distill.reduction import check_mask, hide, reduce
-from kdq.entropy import relative_entropy, times_log
+from kdq.entropy import nan_if_no_class, one_hot, relative_entropy
 from kdq.types import Array
 
 # Deviations below this part of a vector's own size are float32 rounding: the vector is constant.
@@ -134,12 +134,12 @@ def dkd(
     labels of another shape or no integer dtype. (Zhao et al., arXiv:2203.08679.)
     """
     student, teacher = _pair(student_logits, teacher_logits, mask)
-    is_label = _one_hot(labels, student.shape)
+    is_label = one_hot(labels, student.shape)
     binary_q, others_q = _decouple(student / temperature, is_label)
     binary_p, others_p = _decouple(teacher / temperature, is_label)
     others = jnp.where(jnp.isneginf(others_p).all(-1), 0, relative_entropy(others_p, others_q))
     value = alpha * relative_entropy(binary_p, binary_q) + beta * others
-    return reduce(_squared(temperature) * _nan_if_no_class(value, is_label), mask, reduction)
+    return reduce(_squared(temperature) * nan_if_no_class(value, is_label), mask, reduction)
 
 
 def dist(
@@ -249,12 +249,8 @@ def cross_entropy(
     dtype.
     """
     check_classes(logits)
-    log_q = jax.nn.log_softmax(_float32(logits, mask))
-    is_label = _one_hot(labels, logits.shape)
-    of_label = jnp.sum(jnp.where(is_label, log_q, 0), axis=-1)
-    value = -times_log(1 - label_smoothing, of_label)
-    value -= times_log(label_smoothing, jnp.mean(log_q, axis=-1))
-    return reduce(_nan_if_no_class(value, is_label), mask, reduction)
+    value = entropy.cross_entropy(_float32(logits, mask), labels, label_smoothing)
+    return reduce(value, mask, reduction)
 
 
 def check_classes(logits: Array, least: int = 2) -> None:
@@ -305,22 +301,6 @@ def _log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:
     mixed = jnp.logaddexp(jnp.log(inside) + log_p, jnp.log1p(-inside) + log_q)
     mixed = jnp.where(weight == 0, log_q, jnp.where(weight == 1, log_p, mixed))
     return jnp.where(neither, -jnp.inf, mixed)
-
-
-def _one_hot(labels: Array, shape: tuple[int, ...]) -> Array:
-    """[batch..., classes] bool; no class at all where the label is none."""
-    if labels.shape != shape[:-1]:
-        raise ValueError(f"labels must have the batch's shape {shape[:-1]}, given {labels.shape}")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be integers, given {labels.dtype}")
-    if isinstance(labels, np.ndarray):  # of 64 bits perhaps, of which JAX would keep 32
-        labels = np.where((labels >= 0) & (labels < shape[-1]), labels, -1).astype(np.int32)
-    return labels[..., None] == jnp.arange(shape[-1])
-
-
-def _nan_if_no_class(value: Array, is_label: Array) -> Array:
-    # Traced code cannot raise, and a number would hide the mistake.
-    return jnp.where(jnp.any(is_label, axis=-1), value, jnp.nan)
 
 
 def _decouple(scaled: Array, is_label: Array) -> tuple[Array, Array]:

@@ -37,7 +37,6 @@ class Model:
             arguments["qparams"],
             batch["image"],
             layers,
-            train=False,
         )
         return outputs
 

@@ -166,6 +166,6 @@ def cost_table(
             raise ConfigError(kdq_config.unknown("metric", metric, ("size", "latency")))
     inputs, search = Inputs(experiment), experiment.search
     model: Any = models.build(**experiment.models[key])
-    layers = list_layers(model, costing.shapes(model, inputs), inputs.image, train=False)
+    layers = list_layers(model, costing.shapes(model, inputs), inputs.image)
     choices = costing.choices_of(search, layers, "config.search")
     return costing.build(experiment, key, search, choices, inputs, metrics, progress or Progress())

@@ -193,8 +193,8 @@ def _check_size(model: nn.Module, image: jax.ShapeDtypeStruct, where: str) -> No
 def _check_outputs(model: nn.Module, image: jax.ShapeDtypeStruct, classes: int, where: str) -> None:
     """That a model takes the data, and has a logit for each class."""
     try:
-        apply = functools.partial(model.apply, train=False)
-        logits = jax.eval_shape(apply, _shapes(model, image), image)
+        apply = functools.partial(quantize.apply, model)
+        logits = jax.eval_shape(apply, _shapes(model, image), {}, image)
     except Exception as error:  # whatever a module of anybody's raises
         raise ConfigError(
             f"{where} can't take inputs {image.shape}: {type(error).__name__}: {error}"
@@ -206,18 +206,17 @@ def _check_outputs(model: nn.Module, image: jax.ShapeDtypeStruct, classes: int, 
 
 def layers(model: nn.Module, variables: Variables, image: jax.ShapeDtypeStruct) -> Shapes:
     """The layers of a model that can be captured, in evaluation mode."""
-    return capture.list_outputs(model, variables, image, train=False)
+    return capture.list_outputs(model, variables, image)
 
 
 def _shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Variables:
-    init = functools.partial(model.init, train=False)
-    return jax.eval_shape(init, jax.random.key(0), image)
+    return jax.eval_shape(quantize.as_network(model).init, jax.random.key(0), image)
 
 
 def _check_quantize(
     experiment: Experiment, key: str, model: nn.Module, image: jax.ShapeDtypeStruct
 ) -> None:
-    found = quantize.list_layers(model, _shapes(model, image), image, train=False)
+    found = quantize.list_layers(model, _shapes(model, image), image)
     try:
         match(quantize.uniform_rules(8, 8, keep=experiment.quantize.keep), found)
     except ValueError as error:
@@ -234,7 +233,7 @@ def _check_rules(
     experiment: Experiment, name: str, model: nn.Module, image: jax.ShapeDtypeStruct
 ) -> None:
     arm = experiment.arms[name]
-    found = quantize.list_layers(model, _shapes(model, image), image, train=False)
+    found = quantize.list_layers(model, _shapes(model, image), image)
     try:
         match(rules_of(experiment, arm), found)
     except ConfigError:

@@ -1,6 +1,5 @@
 """Cost tables of an experiment's models: read where there are some, else made and kept."""
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from kdq.deploy.measure import latency
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress
 from kdq.quantize.layers import LayerInfo
+from kdq.quantize.network import as_network
 from kdq.search import cost, measured
 from kdq.search.bank import Choices
 from kdq.search.cost import CostTable
@@ -97,8 +97,7 @@ def table(
 
 def shapes(model: nn.Module, inputs: Inputs) -> Variables:
     """Of a model's variables; nothing is computed."""
-    init = functools.partial(model.init, train=False)
-    return jax.eval_shape(init, jax.random.key(0), inputs.image)
+    return jax.eval_shape(as_network(model).init, jax.random.key(0), inputs.image)
 
 
 def _covers(table: CostTable, choices: Choices, wanted: Sequence[str]) -> bool:

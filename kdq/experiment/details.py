@@ -18,7 +18,8 @@ from kdq.deploy import PackedModel
 from kdq.deploy.measure import energy
 from kdq.evaluate import attribution, calibration, metrics
 from kdq.experiment.transfer import Network
-from kdq.quantize.layers import LayerInfo, at_path, layer_bits
+from kdq.quantize.layers import LayerInfo, layer_bits
+from kdq.quantize.paths import at_path
 from kdq.search import bank, cost
 from kdq.types import Array, Batch, QParams, Variables
 

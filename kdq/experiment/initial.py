@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from kdq.quantize.inputs import unboxed
+from kdq.quantize.network import as_network
 from kdq.types import Array, Variables
 
 
@@ -18,4 +19,4 @@ from kdq.types import Array, Variables
 )
 def variables(model: nn.Module, key: Array, images: np.ndarray) -> Variables:
     """The model's variables at the start of training, drawn from `key`, without boxes of Flax."""
-    return unboxed(model.init(key, images, train=False))
+    return unboxed(as_network(model).init(key, images))

@@ -77,7 +77,7 @@ def measure(
     last = found
     if fit.last_step != selected.step:
         last = evaluate(model, fit.last, test)
-    layers = quantize.list_layers(model, variables, test[0]["image"], train=False)
+    layers = quantize.list_layers(model, variables, test[0]["image"])
     details.write(
         path.parent,
         packed,

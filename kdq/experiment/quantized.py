@@ -13,7 +13,6 @@ from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment.progress import Progress, Record
 from kdq.fields import check_arguments, unknown
 from kdq.quantize import QuantizationRule, TensorSpec, observers
-from kdq.quantize.inputs import as_inputs
 from kdq.quantize.network import Weights
 from kdq.quantize.observers import Observer
 from kdq.quantize.ptq import chain
@@ -64,7 +63,6 @@ def quantized(
     """
     rules = rules_of(experiment, arm)
     steps = experiment.ptq[arm.ptq] if arm.ptq else ()
-    kwargs = {"train": False}
     watch = Stopwatch()
     found = chain.run(
         steps,
@@ -74,7 +72,6 @@ def quantized(
         images,
         teacher=guide,
         progress=progress.method,
-        apply_kwargs=kwargs,
     )
     jax.block_until_ready((found.variables, found.qparams))
     told: Record = {
@@ -82,7 +79,7 @@ def quantized(
         "compile_seconds": watch.compiling,
     }
     if steps:
-        plain = quantize.calibrate(model, variables, rules, images, check=False, **kwargs)
+        plain = quantize.calibrate(model, variables, rules, images, check=False)
         errors = layer_errors(
             model,
             variables,
@@ -91,7 +88,6 @@ def quantized(
             images,
             target=found.target,
             progress=progress.method,
-            apply_kwargs=kwargs,
         )
         log.info("%s, before and after:\n%s", arm.ptq, errors)
         told["ptq_errors"] = errors.to_json()
@@ -101,7 +97,7 @@ def quantized(
             model,
             variables,
             qparams,
-            as_inputs(images[0], kwargs),
+            images[0],
             target=found.target,
             where=f"{arm.bits} by calibration",
         )

@@ -95,7 +95,7 @@ class Searches:
         for student in search.students:
             model = self._models[self._experiment.arms[student].model]
             shapes = costing.shapes(model, self._inputs)
-            layers = quantize.list_layers(model, shapes, self._inputs.image, train=False)
+            layers = quantize.list_layers(model, shapes, self._inputs.image)
             costing.check(search, layers, where)
         if search.distilled:
             trained_as = self._experiment.arms[search.finetune].distill
@@ -225,7 +225,7 @@ class Searches:
     def _layers(self, name: str, seed: int) -> dict[str, quantize.LayerInfo]:
         model = self._models[self._experiment.arms[name].model]
         variables = self._store.weights(name, seed)
-        return quantize.list_layers(model, variables, self._inputs.image, train=False)
+        return quantize.list_layers(model, variables, self._inputs.image)
 
     def _make_evaluator(self, name: str, seed: int, how: "_Held") -> Evaluator:
         """Of a student: calibrated at every choice, with the held-out examples."""

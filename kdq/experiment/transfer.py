@@ -22,7 +22,7 @@ class Network(flax.struct.PyTreeNode):
     model: nn.Module = flax.struct.field(pytree_node=False)
 
     def __call__(self, images: Array) -> Array:
-        return quantize.apply(self.model, self.variables, self.qparams, images, train=False)
+        return quantize.apply(self.model, self.variables, self.qparams, images)
 
 
 class Comparison:
@@ -75,8 +75,8 @@ def _averaged(network: Network, images: np.ndarray) -> dict[str, np.ndarray]:
 @jax.jit
 def _features(network: Network, images: Array) -> dict[str, Array]:
     model, variables, qparams = network.model, network.variables, network.qparams
-    layers = capture.list_outputs(model, variables, images, train=False)
-    return capture.run(model, variables, qparams, images, layers, train=False)[0].features
+    layers = capture.list_outputs(model, variables, images)
+    return capture.run(model, variables, qparams, images, layers)[0].features
 
 
 def _number(value: float) -> float | None:

@@ -11,6 +11,7 @@ from kdq.quantize.formats import FORMATS
 from kdq.quantize.grid import Dynamic, Quantizer, Training
 from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
+from kdq.quantize.network import Network, Weights, apply, as_network, predict
 from kdq.quantize.observers import (
     MSE,
     AbsMax,
@@ -23,7 +24,6 @@ from kdq.quantize.observers import (
 from kdq.quantize.qat import finish, plain, prepare, widened, with_keys
 from kdq.quantize.rules import QuantizationRule, TensorSpec, uniform_rules
 from kdq.quantize.scales import Scales, replace_scales, scales
-from kdq.quantize.simulate import apply, predict
 from kdq.quantize.sqnr import Sqnr, sqnr
 from kdq.quantize.ste import fake_quantize
 from kdq.quantize.summary import Summary, summary
@@ -38,6 +38,7 @@ __all__ = [
     "LayerInfo",
     "MinMax",
     "MovingAverage",
+    "Network",
     "Observer",
     "Percentile",
     "QuantizationRule",
@@ -47,7 +48,9 @@ __all__ = [
     "Summary",
     "TensorSpec",
     "Training",
+    "Weights",
     "apply",
+    "as_network",
     "calibrate",
     "fake_quantize",
     "finish",

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,9 +12,11 @@ import numpy as np
 
 from kdq.quantize import grid
 from kdq.quantize.inputs import Batch, as_batches, unboxed
-from kdq.quantize.layers import LayerInfo, at_path, list_layers, list_unquantized
+from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
+from kdq.quantize.network import Network, as_network
 from kdq.quantize.observe import Key, observe
 from kdq.quantize.observers import MinMax, Observer, State
+from kdq.quantize.paths import at_path
 from kdq.quantize.rules import (
     QuantizationRule,
     TensorSpec,
@@ -28,27 +29,25 @@ from kdq.types import Array, QParams, Variables
 
 
 def calibrate(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     rules: Sequence[QuantizationRule],
     batches: Iterable[Batch],
     *,
     check: bool = True,
-    **apply_kwargs: Any,
 ) -> QParams:
     """The quantizers of every layer that a rule matches, from the float model's own ranges.
 
     A log line warns if the quantized model's output, or a layer's, is mostly noise (`sqnr`).
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       rules: first match wins; see `kdq.quantize.rules`.
       batches: inputs of the model, all of one shape: another shape compiles anew. Each is an array,
         a tuple of positional arguments, a dict or another pytree that is one argument, or `Inputs`,
         with keyword arguments of its own.
       check: runs the float and the quantized model on the first batch once more, to warn of noise.
-      **apply_kwargs: passed to the model with every batch, e.g. `train=False`, a mask, `rngs`.
 
     Returns:
       `{path: {"weights": quantizer, "activations": quantizer}}` in layer order; a part that a rule
@@ -58,18 +57,18 @@ def calibrate(
       ValueError: no batches, an empty one, a rule that fits no layer, or values that are not
         finite; names the layer.
     """
-    variables = unboxed(variables)
-    batches = as_batches(batches, "calibrate", apply_kwargs)
+    network, variables = as_network(network), unboxed(variables)
+    batches = as_batches(batches, "calibrate")
     first = next(batches)
-    layers = list_layers(model, variables, first)
-    matched = match(rules, layers, list_unquantized(model, variables, first))
+    layers = list_layers(network, variables, first)
+    matched = match(rules, layers, list_unquantized(network, variables, first))
     specs = {
         (path, operand): rule.activations
         for path, rule in matched.items()
         if rule.activations is not None
         for operand in layers[path].operands
     }
-    states = _observe_inputs(model, variables, specs, layers, itertools.chain([first], batches))
+    states = _observe_inputs(network, variables, specs, layers, itertools.chain([first], batches))
     qparams = {}
     for path, rule in matched.items():
         quantizers = {}
@@ -84,7 +83,7 @@ def calibrate(
         if quantizers:
             qparams[path] = quantizers
     if check:
-        warn_of_noise(model, variables, qparams, first)
+        warn_of_noise(network, variables, qparams, first)
     return qparams
 
 
@@ -169,7 +168,7 @@ class _Observe:
 
 
 def _observe_inputs(
-    model: nn.Module,
+    network: Network,
     variables: Variables,
     specs: dict[Key, TensorSpec],
     layers: dict[str, LayerInfo],
@@ -185,4 +184,4 @@ def _observe_inputs(
         one = observer.init(math.prod(shape))
         broadcast = lambda s, stack=layer.stack: jnp.broadcast_to(s, (*stack, *s.shape))
         states[path, operand] = jax.tree.map(broadcast, one)
-    return observe(model, variables, {}, watchers, states, batches)
+    return observe(network, variables, {}, watchers, states, batches)

@@ -5,16 +5,14 @@ first. It is a pytree of the arrays; the rest (flags, names, `mutable`) belongs 
 that a `jit` compiles anew for another flag and not for another mask or key.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax.core.scope import union_filters
 
-from kdq.quantize import kinds
 from kdq.types import Variables
 
 # One batch: an array; a tuple of positional arguments; a dict, a list or another pytree, which is
@@ -41,14 +39,15 @@ class Inputs:
     @property
     def args(self) -> tuple:
         """The positional arguments."""
-        return self._call()[0]
+        return self.unpack()[0]
 
     @property
     def kwargs(self) -> dict[str, Any]:
         """The arguments by keyword."""
-        return self._call()[1]
+        return self.unpack()[1]
 
-    def _call(self) -> tuple[tuple, dict[str, Any]]:
+    def unpack(self) -> tuple[tuple, dict[str, Any]]:
+        """`(args, kwargs)`."""
         structure, template = self._static
         arrays = iter(self._arrays)
         leaves = [next(arrays) if leaf is _Leaf else leaf for leaf in template]
@@ -75,8 +74,15 @@ class Inputs:
         sizes = [leaf.shape[0] for leaf in leaves if _is_array(leaf) and leaf.shape]
         return max(sizes, key=sizes.count, default=None)
 
+    def shapes(self, rows: Any) -> list[jax.ShapeDtypeStruct]:
+        """The positional arrays with another batch size, which may be a symbolic dimension."""
+        return [
+            jax.ShapeDtypeStruct((rows, *jnp.shape(array)[1:]), jnp.result_type(array))
+            for array in self.args
+        ]
+
     def __repr__(self) -> str:
-        args, kwargs = self._call()
+        args, kwargs = self.unpack()
         parts = [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
         return f"Inputs({', '.join(parts)})"
 
@@ -85,28 +91,16 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def as_inputs(batch: Batch, apply_kwargs: Mapping[str, Any] | None = None) -> Inputs:
-    """A batch and the keywords of `model.apply` as one value.
-
-    Raises:
-      TypeError: a keyword that the batch has too.
-    """
+def as_inputs(batch: Batch) -> Inputs:
+    """A batch as the arguments of a call."""
     if isinstance(batch, Inputs):
-        args, kwargs = batch._call()
-    elif isinstance(batch, tuple) and not hasattr(batch, "_fields"):
-        args, kwargs = batch, {}
-    else:  # a named tuple, a dict, a list: one argument
-        args, kwargs = (batch,), {}
-    if not apply_kwargs:
-        return batch if isinstance(batch, Inputs) else Inputs(*args)
-    if twice := sorted(kwargs.keys() & apply_kwargs.keys()):
-        raise TypeError(f"the batch has {twice} by keyword already: give them once")
-    return Inputs(*args, **kwargs, **apply_kwargs)
+        return batch
+    if isinstance(batch, tuple) and not hasattr(batch, "_fields"):
+        return Inputs(*batch)
+    return Inputs(batch)  # a named tuple, a dict, a list: one argument
 
 
-def as_batches(
-    batches: Iterable[Batch], function: str, apply_kwargs: Mapping[str, Any] | None = None
-) -> Iterator[Inputs]:
+def as_batches(batches: Iterable[Batch], function: str) -> Iterator[Inputs]:
     """Each batch as `Inputs`, one at a time.
 
     Raises:
@@ -117,7 +111,7 @@ def as_batches(
         raise TypeError(f"{function} wants batches, got one {type(batches).__name__}: give [batch]")
     number = -1
     for number, batch in enumerate(batches):
-        inputs = as_inputs(batch, apply_kwargs)
+        inputs = as_inputs(batch)
         if inputs.rows == 0:
             raise ValueError(f"{function}: batch {number} is empty: want at least one example")
         yield inputs
@@ -141,27 +135,3 @@ def reboxed(variables: Variables, like: Variables) -> Variables:
 def _has_boxes(variables: Variables) -> bool:
     boxed = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
     return any(map(boxed, jax.tree.leaves(variables, is_leaf=boxed)))
-
-
-def run(
-    model: nn.Module,
-    variables: Variables,
-    inputs: Inputs,
-    *interceptors: Callable,
-    mutable: Iterable[str] = (),
-) -> tuple[Any, dict[str, Any]]:
-    """`(outputs, collections)` of a call of the model, with interceptors of its layers' calls.
-
-    Args:
-      model: any Linen module.
-      variables: its variables, unboxed.
-      inputs: of the call. Their own `mutable` only lets the model run.
-      *interceptors: for `nn.intercept_methods`; the last is asked first.
-      mutable: collections to return as the model left them.
-    """
-    args, kwargs = inputs._call()
-    wanted = union_filters(kwargs.pop("mutable", False), list(mutable))
-    with contextlib.ExitStack() as stack:
-        for interceptor in (kinds.name_products, *interceptors):
-            stack.enter_context(nn.intercept_methods(interceptor))
-        return model.apply(variables, *args, mutable=wanted, **kwargs)

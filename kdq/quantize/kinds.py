@@ -5,10 +5,8 @@ and how many multiplications it makes.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -214,12 +212,6 @@ def replace_argument(
     return args, {**kwargs, keyword: value}
 
 
-def bind(module: nn.Module, method: str, args: tuple, kwargs: Mapping[str, Any]) -> list[Any]:
-    """The inputs of a call: those that can be quantized, or the first if none can."""
-    found = operands(module, method).values() or [(0, "inputs")]
-    return [argument(args, kwargs, where) for where in found]
-
-
 def why_not(module: nn.Module) -> str:
     """Why a module that is no layer can't be quantized; "" if there is nothing to quantize."""
     if isinstance(module, nn.MultiHeadDotProductAttention):
@@ -245,32 +237,6 @@ def _why_not_attention(module: nn.MultiHeadDotProductAttention) -> str:
 def _is_named(module: nn.MultiHeadDotProductAttention) -> bool:
     factory = module.qk_attn_weights_einsum_cls
     return getattr(factory, "func", factory) is Product
-
-
-def name_products(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    """An interceptor: gives products that Flax makes without a layer a layer, and so a path.
-
-    Those of attention are "qk" and "av": Flax lets the module be told how to multiply
-    (`qk_attn_weights_einsum_cls`); a bound module belongs to this one call, so nothing outlives it.
-    `OptimizedLSTMCell` joins the kernels of `LSTMCell`, which has the same parameters, to multiply
-    once: it is run as that.
-    """
-    module = context.module
-    if context.method_name == "__call__" and type(module) is nn.OptimizedLSTMCell:
-        # Unwrapped: this is a call of the module already, which would be intercepted again.
-        return inspect.unwrap(nn.LSTMCell.__call__)(module, *args, **kwargs)
-    if (
-        context.method_name == "__call__"
-        and isinstance(module, nn.MultiHeadDotProductAttention)
-        and module.qk_attn_weights_einsum_cls is None
-        and not _why_not_attention(module)
-    ):
-        for field, name in (
-            ("qk_attn_weights_einsum_cls", "qk"),
-            ("attn_weights_value_einsum_cls", "av"),
-        ):
-            object.__setattr__(module, field, partial(Product, name=name))
-    return next_fun(*args, **kwargs)
 
 
 def _tuple(x: int | Sequence[int]) -> tuple[int, ...]:

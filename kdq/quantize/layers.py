@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,11 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from kdq.quantize import grid, kinds, tracing
-from kdq.quantize.inputs import Batch, Inputs, as_inputs, run, unboxed
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.inputs import Batch, Inputs, as_inputs, unboxed
 from kdq.quantize.kinds import Kind, kind_of
+from kdq.quantize.network import Network, Weights, as_network
 from kdq.quantize.parametrized import leaf_names, why_changed, why_made
+from kdq.quantize.paths import at_path
 from kdq.quantize.tracing import Marked
-from kdq.types import Array, QParams, Variables
+from kdq.quantize.walk import walk
+from kdq.types import QParams, Variables
 
 FLOAT_BITS = 32
 
@@ -64,123 +68,44 @@ def layer_bits(qparams: QParams, path: str) -> tuple[int, int]:
     )
 
 
-def path_of(module: nn.Module) -> str:
-    """A bound module's path, joined by "/"."""
-    return "/".join(module.path)
-
-
-def keys_of_layer(tree: Any, path: str) -> tuple[str, ...] | None:
-    """Returns the keys that lead to a "/"-joined path in nested dicts, or None.
-
-    A key may hold "/" itself, as of `nn.Dense(name="a/b")`.
-    """
-    if not path:
-        return ()
-    for key in tree if isinstance(tree, Mapping) else ():
-        if key == path:
-            return (key,)
-        if path.startswith(f"{key}/"):
-            rest = keys_of_layer(tree[key], path.removeprefix(f"{key}/"))
-            if rest is not None:
-                return (key, *rest)
-    return None
-
-
-def at_path(tree: Any, path: str) -> Any:
-    """The subtree of a nested dict at a "/"-joined path. Raises KeyError."""
-    keys = keys_of_layer(tree, path)
-    if keys is None:
-        raise KeyError(path)
-    for key in keys:
-        tree = tree[key]
-    return tree
-
-
-def copied(params: dict[str, Any], path: str, whose: str) -> dict[str, Any]:
-    """The dict of a layer in `params`, itself and every dict on the way replaced by a copy.
-
-    The last may be new, and empty: a product of activations has no parameters of its own.
-    """
-    keys = keys_of_layer(params, path)
-    if keys is None:
-        parent, _, last = path.rpartition("/")
-        parents = keys_of_layer(params, parent)
-        if parents is None:
-            raise unknown_layer(whose, path, params)
-        keys = (*parents, last)
-    layer = params
-    for name in keys:  # none of them: the model is the layer
-        layer[name] = dict(layer.get(name, {}))
-        layer = layer[name]
-    return layer
-
-
-def unknown_layer(whose: str, path: str, params: Any) -> KeyError:
-    """The error for a path that is no layer: it says how far the path goes, and what is there."""
-    parents, layer = [], params
-    for name in path.split("/"):
-        if name not in layer:
-            break
-        parents.append(name)
-        layer = layer[name]
-    return KeyError(
-        f"{whose} name layer {path!r}, which the params do not have: "
-        f"at {'/'.join(parents) or 'the top'} there is {sorted(layer)}"
-    )
-
-
-def as_args(inputs: Array | tuple) -> tuple:
-    """A model's positional arguments: one array, or a tuple of them."""
-    return inputs if isinstance(inputs, tuple) else (inputs,)
-
-
-def batch_specs(inputs: Array | tuple, batch: Any) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of inputs with another batch size, which may be a symbolic dimension."""
-    return [
-        jax.ShapeDtypeStruct((batch, *jnp.shape(array)[1:]), jnp.result_type(array))
-        for array in as_args(inputs)
-    ]
-
-
 def list_layers(
-    model: nn.Module, variables: Variables, inputs: Batch, **apply_kwargs: Any
+    network: Network | nn.Module, variables: Variables, inputs: Batch
 ) -> dict[str, LayerInfo]:
     """The quantizable layers in the order in which they first run; nothing is computed.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its variables, or their shapes.
       inputs: an array (or shape) with a leading batch axis, a tuple of positional arguments,
         another pytree of arrays, which is one argument, or `Inputs`.
-      **apply_kwargs: passed to the model, e.g. `train=False`, a mask, `rngs`.
     """
-    return _walk(model, variables, inputs, apply_kwargs)[0]
+    return _list(network, variables, inputs)[0]
 
 
 def list_unquantized(
-    model: nn.Module, variables: Variables, inputs: Batch, **apply_kwargs: Any
+    network: Network | nn.Module, variables: Variables, inputs: Batch
 ) -> dict[str, str]:
-    """What no rule can reach, with the reason: modules with parameters, attention as it is set up.
+    """Returns what no rule can reach, and why: modules with parameters, attention as it is set up.
 
     Layers that multiply by something else than their parameter (`nn.WeightNorm`, standardized
     weights) are among them. Arithmetic outside of modules can't be seen: a model that multiplies
     activations by `jnp` does so in float. Arguments as of `list_layers`.
     """
-    return _walk(model, variables, inputs, apply_kwargs)[1]
+    return _list(network, variables, inputs)[1]
 
 
-def _walk(
-    model: nn.Module, variables: Variables, inputs: Batch, apply_kwargs: Mapping[str, Any]
+def _list(
+    network: Network | nn.Module, variables: Variables, inputs: Batch
 ) -> tuple[dict[str, LayerInfo], dict[str, str]]:
     """Traces a model unless it has been: every arm asks about the few models there are."""
-    leaves, structure = jax.tree.flatten((unboxed(variables), as_inputs(inputs, apply_kwargs)))
-    asked = (model, structure, tuple(map(_shape, leaves)))
+    leaves, structure = jax.tree.flatten((unboxed(variables), as_inputs(inputs)))
+    key = (as_network(network), structure, tuple(map(_shape, leaves)))
     try:
-        hash(asked)
+        hash(key)
     except TypeError:  # a field of the model is a list, or the like
-        listed = _traced.__wrapped__(*asked)
+        listed = _traced.__wrapped__(*key)
     else:
-        listed = _traced(*asked)
+        listed = _traced(*key)
     return tuple(map(dict, listed))
 
 
@@ -190,7 +115,7 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 @functools.lru_cache(maxsize=64)
 def _traced(
-    model: nn.Module, structure: Any, shapes: tuple
+    network: Network, structure: Any, shapes: tuple
 ) -> tuple[dict[str, LayerInfo], dict[str, str]]:
     variables, inputs = jax.tree.unflatten(structure, shapes)
     if not inputs.rows:
@@ -198,7 +123,7 @@ def _traced(
     listing = _Listing(variables)
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
-        return run(model, variables, inputs, listing.record)[0]
+        return walk(network, Weights(variables=variables, qparams={}), inputs, listing.record)[0]
 
     calls: dict[str, list[tuple[Marked, int]]] = collections.defaultdict(list)
     for marked in tracing.marks(forward, variables, inputs):
@@ -218,7 +143,7 @@ def _traced(
         else:
             layers[path] = layer
     if len(layers) < len(listing.layers) and layers:
-        for path in _unreached(model, variables, inputs, layers):
+        for path in _unreached(network, variables, inputs, layers):
             del layers[path]
             others[path] = "its variables are made by a transform that takes none but the model's"
     counted = {
@@ -237,27 +162,31 @@ class _Listing:
         self.others: dict[str, str] = {}
         self.alone = False  # a layer is being traced alone
 
-    def record(self, next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        """An interceptor."""
-        outputs = next_fun(*args, **kwargs)
-        module, method, path = context.module, context.method_name, path_of(context.module)
-        kind = kind_of(module)
-        if self.alone:
-            return outputs
-        if kind is None or method not in kind.methods:
+    def record(self, layer_call: ModuleCall, beside: Any) -> tuple[Any, Any]:
+        """A handler of `walk`."""
+        outputs = layer_call.run()
+        if not self.alone:
+            self._record(layer_call, outputs)
+        return outputs, beside
+
+    def _record(self, layer_call: ModuleCall, outputs: Any) -> None:
+        module, method, path = layer_call.module, layer_call.method, layer_call.path
+        kind = layer_call.kind
+        if kind is None:
             if method == "__call__" and (reason := kinds.why_not(module)):
                 self.others.setdefault(path, reason)
-            return outputs
-        arrays = kinds.bind(module, method, args, kwargs)
+            return
+        # The inputs that can be quantized, or the first if none can.
+        arrays = list(layer_call.operands.values()) or [layer_call.argument(0, "inputs")]
         shapes = [getattr(array, "shape", ()) for array in arrays]
-        call = kinds.Call(method, args, kwargs, shapes, outputs.shape)
+        call = kinds.Call(method, layer_call.args, layer_call.kwargs, shapes, outputs.shape)
         try:
             layer = _describe(kind, module, path, self.variables, call)
             self._check(module, call)
         except kinds.Unsupported as error:
             self.others[path] = str(error)
             self.layers.pop(path, None)
-            return outputs
+            return
         if path in self.layers:
             operands = (*self.layers[path].operands, *layer.operands)
             layer = dataclasses.replace(self.layers[path], operands=tuple(dict.fromkeys(operands)))
@@ -265,7 +194,6 @@ class _Listing:
             self.layers[path] = layer
         weight = module.get_variable("params", kind.weight) if kind.weight else None
         tracing.mark((path, kind.macs(module, call, layer.weight_shape)), weight, arrays[0])
-        return outputs
 
     def _check(self, module: nn.Module, call: kinds.Call) -> None:
         """Raises `kinds.Unsupported` for a layer that changes its weight itself."""
@@ -290,27 +218,22 @@ def _why_no_loop(layer: LayerInfo, marks: Sequence[Marked]) -> str:
 
 
 def _unreached(
-    model: nn.Module, variables: Variables, inputs: Inputs, layers: Mapping[str, LayerInfo]
+    network: Network, variables: Variables, inputs: Inputs, layers: Mapping[str, LayerInfo]
 ) -> list[str]:
     """The layers that do not see what is put beside their parameters, as quantizers are.
 
     A transform of variables, as of `nn.WeightNorm`, may change it, lose it, or fail for it.
     """
-    name = "_probe"
+
+    def record(call: ModuleCall, probe: Any) -> tuple[Any, Any]:
+        if kind_of(call.module) is not None and probe is not None:
+            tracing.mark(call.path, probe.scale, probe.qmin)
+        return call.run(), probe
 
     def reached(paths: Sequence[str]) -> set[str]:
-        def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-            module = context.module
-            if kind_of(module) is not None and module.has_variable("params", name):
-                probe = module.get_variable("params", name)
-                tracing.mark(path_of(module), probe.scale, probe.qmin)
-            return next_fun(*args, **kwargs)
-
         def forward(probes: Mapping[str, Any], variables: Variables, inputs: Inputs) -> Any:
-            params = dict(variables["params"])
-            for path, probe in probes.items():
-                copied(params, path, "layers")[name] = probe
-            return run(model, {**variables, "params": params}, inputs, record)[0]
+            weights = Weights(variables=variables, qparams={})
+            return walk(network, weights, inputs, record, probes, read_only=True)[0]
 
         probes = {}
         for path in paths:

@@ -14,12 +14,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from kdq.quantize import kinds, simulate, tracing
-from kdq.quantize.inputs import Batch, Inputs, as_batches, unboxed
-from kdq.quantize.layers import at_path, list_layers, path_of
+from kdq.quantize import tracing
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.inputs import Batch, as_batches, unboxed
+from kdq.quantize.layers import list_layers
+from kdq.quantize.network import Network, Weights, as_network
+from kdq.quantize.walk import walk
 from kdq.types import Array, QParams, Variables
-
-STATES = "_observed"
 
 # (state, input of the layer) -> state; hashable, and equal if it does the same: it is static.
 Watcher = Callable[[Any, Array], Any]
@@ -27,89 +28,70 @@ Key = tuple[str, str]  # layer path, operand
 
 
 def observe(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     watchers: Mapping[Key, Watcher],
     states: Mapping[Key, Any],
     batches: Iterable[Batch],
-    **apply_kwargs: Any,
 ) -> dict[Key, Any]:
-    """The states after every layer's watcher saw all of its inputs.
+    """Returns the states after every layer's watcher saw all of its inputs.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       qparams: quantizers that are at work while it runs; {} for the float model.
       watchers: what to do with an input, by layer and operand.
       states: where each starts: pytrees of arrays, with the axes of its layer's stack in front.
       batches: inputs of the model, all of one shape: another compiles anew.
-      **apply_kwargs: passed to the model, e.g. `train=False`.
     """
-    states = dict(states)
+    states, network = dict(states), as_network(network)
     if not states:
         return states
-    variables = unboxed(variables)
-    for inputs in as_batches(batches, "observe", apply_kwargs):
-        layers = list_layers(model, variables, inputs)  # traced once for a shape
+    weights = Weights(variables=unboxed(variables), qparams=qparams)
+    for inputs in as_batches(batches, "observe"):
+        layers = list_layers(network, weights.variables, inputs)  # traced once for a shape
         in_loop = {path: len(layers[path].stack) for path, _ in states if layers[path].in_loop}
         states = _observe(
-            variables,
-            qparams,
+            weights,
             states,
             inputs,
-            model=model,
+            network=network,
             watchers=tuple(watchers.items()),
             in_loop=tuple(in_loop.items()),
         )
     return states
 
 
-@partial(jax.jit, static_argnames=("model", "watchers", "in_loop"))
-def _observe(variables, qparams, states, inputs, *, model, watchers, in_loop):
+@partial(jax.jit, static_argnames=("network", "watchers", "in_loop"))
+def _observe(weights, states, inputs, *, network, watchers, in_loop):
     """One batch; compiled once for all bit-widths, which watchers do not know."""
     by_layer, depths, watchers = {}, dict(in_loop), dict(watchers)
     for (path, operand), state in states.items():
-        by_layer.setdefault(path, {})[operand] = state
-    params = dict(variables["params"])
-    for path, layer_states in by_layer.items():
         if path not in depths:
-            simulate.copied(params, path, "watchers")[STATES] = layer_states
+            by_layer.setdefault(path, {})[operand] = state
 
-    def watch(next_fun, args, kwargs, context):
-        module, path = context.module, path_of(context.module)
-        for name, place in kinds.operands(module, context.method_name).items():
+    def watch(call: ModuleCall, seen: Any) -> tuple[Any, Any]:
+        path = call.path
+        for name, x in call.operands.items():
             if (path, name) not in watchers:
                 continue
-            x = kinds.argument(args, kwargs, place)
             if path in depths:
-                x = tracing.see((path, name), x)
-                args, kwargs = kinds.replace_argument(args, kwargs, place, x)
-            else:
-                if not module.has_variable("params", STATES):
-                    continue  # a layer that a watcher runs for itself, where the model is a layer
-                seen = dict(module.get_variable("params", STATES))
-                seen[name] = watchers[path, name](seen[name], x)
-                module.put_variable("params", STATES, seen)
-        return next_fun(*args, **kwargs)
+                call = call.with_operands(**{name: tracing.see((path, name), x)})
+            elif seen is not None:  # else a watcher runs the layer, where the model is a layer
+                seen = seen | {name: watchers[path, name](seen[name], x)}
+        return call.run(), seen
 
-    def forward(variables: Variables, inputs: Inputs) -> Any:
-        return simulate.run(model, variables, qparams, inputs, watch, mutable=["params"])
-
-    variables = {**variables, "params": params}
-    if depths:
-        (_, changed), collected = tracing.collect(forward, variables, inputs)
-    else:
-        (_, changed), collected = forward(variables, inputs), {}
+    _, left = walk(network, weights, inputs, watch, by_layer, collects=bool(depths))
     after = {}
     for (path, name), state in states.items():
         if path not in depths:
-            after[path, name] = at_path(changed["params"], path)[STATES][name]
+            after[path, name] = left[path][name]
             continue
         update = watchers[path, name]
         for _ in range(depths[path]):
             update = jax.vmap(update)
-        for x in collected[path, name]:
+        for x in left[path, name]:
             state = update(state, x)
         after[path, name] = state
     return after

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kdq.quantize.grid import Quantizer, from_codes, over_stack, to_codes
 from kdq.quantize.kinds import weight_name
-from kdq.quantize.simulate import copied
+from kdq.quantize.paths import copied
 from kdq.quantize.ste import transformed
 from kdq.types import Array, QParams
 

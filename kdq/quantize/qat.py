@@ -13,7 +13,7 @@ from kdq.fields import unknown
 from kdq.quantize.grid import Quantizer, Training, expand, over_stack, to_groups
 from kdq.quantize.inputs import reboxed, unboxed
 from kdq.quantize.kinds import weight_name
-from kdq.quantize.simulate import copied
+from kdq.quantize.paths import copied
 from kdq.quantize.ste import transformed
 from kdq.types import QParams, Variables
 

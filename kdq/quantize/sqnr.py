@@ -10,8 +10,10 @@ import numpy as np
 from absl import logging
 
 from kdq.quantize.inputs import Batch, Inputs, as_batches, unboxed
-from kdq.quantize.layers import LayerInfo, at_path, layer_bits
+from kdq.quantize.layers import LayerInfo, layer_bits
+from kdq.quantize.network import Network, as_network
 from kdq.quantize.observe import Key, observe
+from kdq.quantize.paths import at_path
 from kdq.quantize.ptq.errors import decibel, measure_energies
 from kdq.quantize.ste import fake_quantize
 from kdq.quantize.table import aligned
@@ -62,13 +64,12 @@ class Sqnr:
 
 
 def sqnr(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
     *,
     target: Variables | None = None,
-    **apply_kwargs: Any,
 ) -> Sqnr:
     """The ratios 10 log10(Σ y² / Σ (y - ŷ)²), over all batches, of a quantized model.
 
@@ -77,25 +78,24 @@ def sqnr(
     reference throughout.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: those that are quantized.
       qparams: the quantizers.
       batches: inputs of the model, as of `calibrate`.
       target: the float model's, where methods have changed `variables` since (rounded weights);
         None: `variables`.
-      **apply_kwargs: passed to the model, e.g. `train=False`.
 
     Raises:
       ValueError: no batches, or an empty one.
     """
-    batches = list(as_batches(batches, "sqnr", apply_kwargs))
-    variables = unboxed(variables)
+    batches = list(as_batches(batches, "sqnr"))
+    network, variables = as_network(network), unboxed(variables)
     clean = variables if target is None else unboxed(target)
     layers, (energies, (outputs,), _) = measure_energies(
-        model, [(clean, (variables, qparams))], batches
+        network, [(clean, (variables, qparams))], batches
     )
     weights, inputs = _weights(clean, variables, qparams, layers), {}
-    for (path, operand), energy in _inputs(model, clean, qparams, layers, batches).items():
+    for (path, operand), energy in _inputs(network, clean, qparams, layers, batches).items():
         inputs.setdefault(path, {})[operand] = energy
     rows = {}
     for name, path, index in _places(layers):
@@ -140,7 +140,7 @@ def _weights(
 
 
 def _inputs(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     layers: Mapping[str, LayerInfo],
@@ -151,7 +151,7 @@ def _inputs(
         for operand in quantizers.keys() - {"weights"}:
             zeros = jnp.zeros(layers[path].stack)
             states[path, operand] = (zeros, zeros, quantizers[operand])
-    seen = observe(model, variables, {}, dict.fromkeys(states, _add_energy), states, batches)
+    seen = observe(network, variables, {}, dict.fromkeys(states, _add_energy), states, batches)
     return {
         key: tuple(np.asarray(part, np.float64) for part in seen[key][:2]) for key in sorted(seen)
     }
@@ -166,7 +166,7 @@ def _add_energy(state: Any, x: Array) -> Any:
 
 
 def warn_of_noise(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     inputs: Inputs,
@@ -177,7 +177,7 @@ def warn_of_noise(
     """Warns if the model's output, or a layer's, is under `LOW` dB on a batch; says what to try.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: those that are quantized.
       qparams: the quantizers.
       inputs: one batch.
@@ -188,7 +188,7 @@ def warn_of_noise(
         return
     clean = variables if target is None else target
     layers, (energies, (outputs,), _) = measure_energies(
-        model, [(clean, (variables, qparams))], [inputs]
+        as_network(network), [(clean, (variables, qparams))], [inputs]
     )
     ratios = {}
     for name, path, index in _places(layers):

@@ -12,7 +12,9 @@ import numpy as np
 from kdq.quantize import grid
 from kdq.quantize.formats import FORMATS
 from kdq.quantize.inputs import Batch, unboxed
-from kdq.quantize.layers import LayerInfo, at_path, list_layers, list_unquantized
+from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
+from kdq.quantize.network import Network, as_network
+from kdq.quantize.paths import at_path
 from kdq.quantize.rules import QuantizationRule, TensorSpec, match, weight_scale_shape
 from kdq.quantize.scale_formats import stored_bytes
 from kdq.quantize.table import aligned
@@ -91,27 +93,25 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def summary(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams_or_rules: QParams | Sequence[QuantizationRule],
     inputs: Batch,
-    **apply_kwargs: Any,
 ) -> Summary:
     """What is quantized in `model` and how, and what is not and why; nothing is computed.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its variables, or their shapes.
       qparams_or_rules: calibrated quantizers, or the rules to calibrate by: these show observers.
       inputs: of one batch, as of `list_layers`.
-      **apply_kwargs: passed to the model, e.g. `train=False`.
 
     Raises:
       ValueError: rules or quantizers that fit no layer.
     """
-    variables = unboxed(variables)
-    layers = list_layers(model, variables, inputs, **apply_kwargs)
-    unquantized = list_unquantized(model, variables, inputs, **apply_kwargs)
+    network, variables = as_network(network), unboxed(variables)
+    layers = list_layers(network, variables, inputs)
+    unquantized = list_unquantized(network, variables, inputs)
     if isinstance(qparams_or_rules, Mapping):
         found, unreached = _from_qparams(qparams_or_rules, layers)
     else:

@@ -42,9 +42,9 @@ def fill(
     all_bits = list(dict.fromkeys(bits for own in choices.values() for bits in own if bits))
     for bits in progress(all_bits, "calibrating"):
         rules = quantize.uniform_rules(*parse_bits(bits), observer=observer)
-        found[bits] = quantize.calibrate(model, variables, rules, images, check=False, train=False)
+        found[bits] = quantize.calibrate(model, variables, rules, images, check=False)
     ranges = quantize.uniform_rules(8, 8)  # by the largest
-    float_ones = quantize.calibrate(model, variables, ranges, images, check=False, train=False)
+    float_ones = quantize.calibrate(model, variables, ranges, images, check=False)
     bank = {}
     for path, own in choices.items():
         bank[path] = {}

@@ -112,7 +112,7 @@ def _evaluate(
 ) -> dict[str, Array]:
     def one(chosen: Mapping[str, Array]) -> dict[str, Array]:
         qparams: QParams = banks.choose(bank, chosen)
-        return sums_of(quantize.apply(model, variables, qparams, held.images, train=False), held)
+        return sums_of(quantize.apply(model, variables, qparams, held.images), held)
 
     (count,) = {len(places) for places in chosen.values()}
     if count == 1:  # without the axis that makes other convolutions of them

@@ -89,4 +89,4 @@ def score(
 
 @partial(jax.jit, static_argnames=("model",))
 def _sums(model: nn.Module, variables: Variables, qparams: QParams, held: Held):
-    return sums_of(quantize.apply(model, variables, qparams, held.images, train=False), held)
+    return sums_of(quantize.apply(model, variables, qparams, held.images), held)

@@ -20,6 +20,7 @@ from kdq.deploy.export import Source
 from kdq.deploy.measure import latency
 from kdq.quantize import MSE
 from kdq.quantize.layers import FLOAT_BITS, list_layers
+from kdq.quantize.network import as_network
 from kdq.search import bank as banks
 from kdq.search.bank import Bank, Choices
 from kdq.search.cost import CostTable, Metric, counted
@@ -55,8 +56,8 @@ def build(
       progress: a bar for each of the longer parts.
     """
     model = models.build(**model_config)
-    variables = model.init(jax.random.key(0), images[:1], train=False)
-    layers = list_layers(model, variables, images[:1], train=False)
+    variables = as_network(model).init(jax.random.key(0), images[:1])
+    layers = list_layers(model, variables, images[:1])
     found = counted(layers, choices, models.count_parameters(variables))
     bank = banks.fill(model, variables, choices, [images], MSE(), progress=progress)
     files = Files(model, variables, choices, bank, images, model_config)

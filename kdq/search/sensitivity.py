@@ -16,8 +16,9 @@ from kdq import quantize
 from kdq.distill.losses import cross_entropy
 from kdq.fields import ConfigError, unknown
 from kdq.quantize.kinds import weight_name
-from kdq.quantize.layers import at_path, list_layers
+from kdq.quantize.layers import list_layers
 from kdq.quantize.observe import observe
+from kdq.quantize.paths import at_path
 from kdq.search import bank as banks
 from kdq.search.bank import Bank
 from kdq.search.evaluate import OBJECTIVES, Evaluator, Held
@@ -125,9 +126,7 @@ def _variance(model: nn.Module, variables: Variables, bank: Bank, chosen, held: 
             fixed = jax.lax.stop_gradient(x)
             return x + share * (quantize.fake_quantize(fixed, quantizer) - fixed)
 
-        return quantize.apply(
-            model, variables, qparams, held.images, rounding=rounding, train=False
-        )
+        return quantize.apply(model, variables, qparams, held.images, rounding=rounding)
 
     at, change = jax.jvp(logits, (jnp.float32(0),), (jnp.float32(1),))
     p = jax.nn.softmax(at)
@@ -180,9 +179,7 @@ def _input_errors(evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
             states[path, operand] = {"quantizers": one, "energy": energy}
     watchers = dict.fromkeys(states, _add_energy)
     batches = [held.images[np.asarray(held.mask) > 0] for held in evaluator.held]
-    found = observe(
-        evaluator.model, evaluator.variables, {}, watchers, states, batches, train=False
-    )
+    found = observe(evaluator.model, evaluator.variables, {}, watchers, states, batches)
     examples = sum(len(images) for images in batches)
     choices = lambda energy: np.asarray(energy).reshape(-1, energy.shape[-1]).sum(0)
     return {key: choices(state["energy"]) / examples for key, state in found.items()}
@@ -196,7 +193,7 @@ def _add_energy(state, x: Array):
 def _curvatures(evaluator: Evaluator, probes: int, seed: int) -> dict[str, dict[str, float]]:
     """{path: {operand: Tr(H) / n}}, by Hutchinson's estimate on the first batch."""
     held = evaluator.held[0]
-    layers = list_layers(evaluator.model, evaluator.variables, held.images, train=False)
+    layers = list_layers(evaluator.model, evaluator.variables, held.images)
     zeros = {}
     for path, quantizers in evaluator.bank.items():
         layer = layers[path]
@@ -227,7 +224,7 @@ def _probe(model: nn.Module, variables: Variables, bank: Bank, zeros, held: Held
 
     def loss(moves):
         """With each tensor moved; the moves are in the place of its quantizers."""
-        logits = quantize.apply(model, variables, moves, held.images, rounding=jnp.add, train=False)
+        logits = quantize.apply(model, variables, moves, held.images, rounding=jnp.add)
         each = cross_entropy(logits, held.labels)
         return jnp.sum(held.mask * each) / jnp.sum(held.mask)
 

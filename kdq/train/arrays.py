@@ -12,7 +12,7 @@ import numpy as np
 from kdq import data
 from kdq.config import Optimizer
 from kdq.distill.teacher import Stored
-from kdq.quantize.network import Weights
+from kdq.quantize.network import Weights, as_network
 from kdq.train import loop, objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
@@ -64,8 +64,7 @@ def fit_arrays(
     if len(set(lengths.values())) > 1 or len(inputs) < batch_size:
         raise ValueError(f"fit_arrays: want {batch_size} examples or more, as many each: {lengths}")
     if start is None:
-        init = jax.jit(model.init, static_argnames="train")
-        variables = init(jax.random.key(seed), inputs[:1], train=False)
+        variables = jax.jit(as_network(model).init)(jax.random.key(seed), inputs[:1])
         start = Weights(variables=variables, qparams={})
     steps = round(epochs * len(inputs) / batch_size)
     if not steps:

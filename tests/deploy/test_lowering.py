@@ -11,8 +11,7 @@ from kdq import quantize
 from kdq.deploy import lower
 from kdq.deploy.flow import network as network_of_layers
 from kdq.deploy.integer_layer import IntegerLayer
-from kdq.quantize import QuantizationRule, TensorSpec, grid, kinds
-from kdq.quantize.layers import path_of
+from kdq.quantize import QuantizationRule, TensorSpec, grid
 
 DEFAULT = [("pooled", (2, 8))]  # the others are slow
 CASES = [
@@ -46,17 +45,15 @@ def _codes_of_inputs(model, variables, qparams, images):
     """What the simulation rounds the inputs of layers to: `{PATH/OPERAND: codes}`."""
     found = {}
 
-    def record(next_fun, args, kwargs, context):
-        module, path = context.module, path_of(context.module)
-        if path in qparams and context.method_name == "__call__":
-            for operand, place in kinds.operands(module, "__call__").items():
-                quantizer = qparams[path][operand]
-                codes = grid.to_codes(kinds.argument(args, kwargs, place), quantizer)
-                found[f"{path}/{operand}"] = codes - quantizer.qmin
-        return next_fun(*args, **kwargs)
+    def record(call):
+        if call.path in qparams and call.method == "__call__":
+            for operand, x in call.operands.items():
+                quantizer = qparams[call.path][operand]
+                found[f"{call.path}/{operand}"] = grid.to_codes(x, quantizer) - quantizer.qmin
+        return call.run()
 
-    with nn.intercept_methods(kinds.name_products), nn.intercept_methods(record):
-        quantize.apply(model, variables, qparams, images)
+    weights = quantize.Weights(variables=variables, qparams=qparams)
+    quantize.Network(model).run(weights, images, record)
     return found
 
 

@@ -48,7 +48,7 @@ def network():
 def calibrated(network, weights, activations=None, path=".*"):
     model, variables, images = network
     rules = (QuantizationRule(path=path, weights=weights, activations=activations),)
-    return quantize.calibrate(model, variables, rules, [images], train=False)
+    return quantize.calibrate(model, variables, rules, [images])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_large_layer_takes_its_bits_on_disk(tmp_path, bits, most):
     variables = model.init(jax.random.key(1), inputs)
     spec = TensorSpec(bits=bits, granularity="per_channel")
     rules = (QuantizationRule(path="dense", weights=spec),)
-    qparams = quantize.calibrate(model, variables, rules, [inputs], train=False)
+    qparams = quantize.calibrate(model, variables, rules, [inputs])
     file = tmp_path / "dense.safetensors"
     save_packed(file, variables, qparams, model={"name": "mine"})
     bits_a_weight = 8 * os.stat(file).st_size / 1024**2
@@ -142,7 +142,7 @@ def test_a_model_that_is_one_layer(tmp_path):
     variables = model.init(jax.random.key(1), inputs)
     spec = TensorSpec(bits=4)
     rules = (QuantizationRule(path="", weights=spec, activations=spec),)
-    qparams = quantize.calibrate(model, variables, rules, [inputs], train=False)
+    qparams = quantize.calibrate(model, variables, rules, [inputs])
     save_packed(tmp_path / "bare", variables, qparams, model={"name": "mine"})
     expected = quantize.predict(model, variables, qparams, inputs)
     loaded = load_packed(tmp_path / "bare", model=model)

@@ -26,7 +26,7 @@ def files(tmp_path_factory):
     model = models.build(**CNN)
     variables = jax.jit(model.init)(jax.random.key(0), X)
     rules = quantize.uniform_rules(4, 8)
-    qparams = quantize.calibrate(model, variables, rules, [X], train=False)
+    qparams = quantize.calibrate(model, variables, rules, [X])
     path = tmp_path_factory.mktemp("packed") / "m"
     contents = {}
     for states, inputs in ((True, X[:1]), (False, None)):

@@ -212,7 +212,7 @@ def test_quantized_outputs_are_the_simulated_ones_in_every_dtype(tmp_path, dtype
     model = Net(jnp.dtype(dtype))
     variables = model.init(jax.random.key(0), X)
     plain = nn.meta.unbox(variables)
-    qparams = quantize.calibrate(model, plain, uniform_rules(4, 8), [X], train=False)
+    qparams = quantize.calibrate(model, plain, uniform_rules(4, 8), [X])
     assert set(qparams) == {"a/b", "Dense_0"}
     expected = quantize.predict(model, plain, qparams, X)
     for inputs in (None, X[:1]):
@@ -229,7 +229,7 @@ def test_quantized_outputs_are_the_simulated_ones_in_every_dtype(tmp_path, dtype
 def test_a_weight_that_can_not_be_packed_is_named(tmp_path):
     model = Net()
     variables = nn.meta.unbox(model.init(jax.random.key(0), X))
-    qparams = quantize.calibrate(model, variables, uniform_rules(4, 8), [X], train=False)
+    qparams = quantize.calibrate(model, variables, uniform_rules(4, 8), [X])
     kernel = variables["params"]["a/b"]["kernel"].astype(jnp.float8_e4m3fn)
     variables["params"]["a/b"]["kernel"] = kernel
     with pytest.raises(ValueError, match=r"layer 'a/b': its weight is float8_e4m3fn: expected one"):

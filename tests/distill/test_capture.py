@@ -27,7 +27,7 @@ def _convolve(x, kernel):
 def test_features_are_the_layers_outputs(cnn):
     model, variables = cnn
     layers = ("conv_0", "norm_0", "conv_1")
-    outputs, state = capture.run(model, variables, {}, IMAGES, layers, train=False)
+    outputs, state = capture.run(model, variables, {}, IMAGES, layers)
     assert set(outputs.features) == set(layers)
     assert state == {}
     params = variables["params"]
@@ -44,8 +44,8 @@ def test_features_are_the_layers_outputs(cnn):
 def test_a_quantized_model_is_captured_as_it_computes(cnn):
     model, variables = cnn
     rules = quantize.uniform_rules(2, None)
-    qparams = quantize.calibrate(model, variables, rules, [IMAGES], train=False)
-    outputs, _ = capture.run(model, variables, qparams, IMAGES, ("conv_0",), train=False)
+    qparams = quantize.calibrate(model, variables, rules, [IMAGES])
+    outputs, _ = capture.run(model, variables, qparams, IMAGES, ("conv_0",))
     kernel = quantize.fake_quantize(
         variables["params"]["conv_0"]["kernel"], qparams["conv_0"]["weights"]
     )
@@ -83,9 +83,9 @@ def test_a_shared_module_is_named_and_not_listed():
 
 def test_what_is_listed_can_be_captured_and_has_that_shape(cnn):
     model, variables = cnn
-    shapes = capture.list_outputs(model, variables, IMAGES, train=False)
+    shapes = capture.list_outputs(model, variables, IMAGES)
     assert sorted(shapes) == ["conv_0", "conv_1", "head", "norm_0", "norm_1"]
-    outputs, _ = capture.run(model, variables, {}, IMAGES, shapes, train=False)
+    outputs, _ = capture.run(model, variables, {}, IMAGES, shapes)
     assert {k: v.shape for k, v in outputs.features.items()} == {
         k: v.shape for k, v in shapes.items()
     }

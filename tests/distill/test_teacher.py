@@ -50,7 +50,6 @@ def test_a_quantized_teacher_is_quantized():
         arguments["variables"],
         quantize.uniform_rules(2, 2),
         [BATCH["image"]],
-        train=False,
     )
     said = teacher.Model(SMALL)({**arguments, "qparams": qparams}, BATCH).logits
     expected = quantize.predict(SMALL, arguments["variables"], qparams, BATCH["image"])

@@ -38,21 +38,19 @@ def make(width: int, seed: int, bits: bool = False) -> Network:
     qparams = {}
     if bits:
         rules = quantize.uniform_rules(4, 8)
-        qparams = quantize.calibrate(model, variables, rules, [IMAGES], train=False)
+        qparams = quantize.calibrate(model, variables, rules, [IMAGES])
     return Network(variables=variables, qparams=qparams, model=model)
 
 
 def plain(network: Network):
     """With the weights closed over."""
-    return lambda images: quantize.apply(
-        network.model, network.variables, network.qparams, images, train=False
-    )
+    return lambda images: quantize.apply(network.model, network.variables, network.qparams, images)
 
 
 def means(network: Network) -> dict[str, np.ndarray]:
     """The layers' outputs, averaged over positions, without jit."""
     outputs, _ = capture.run(
-        network.model, network.variables, network.qparams, IMAGES, ("conv", "head"), train=False
+        network.model, network.variables, network.qparams, IMAGES, ("conv", "head")
     )
     conv, head = (np.asarray(outputs.features[name], np.float64) for name in ("conv", "head"))
     return {"conv": conv.mean((1, 2)), "head": head}

@@ -68,13 +68,15 @@ CASES = {
 
 @functools.cache
 def network(name):
-    """`(model, variables, inputs, keywords, float outputs)`."""
+    """`(model, variables, inputs, keywords, inputs with the keywords, float outputs)`."""
     model, inputs, kwargs = CASES[name]
-    call = as_inputs(inputs, {k: v for k, v in kwargs.items() if k != "mutable"})
+    call = as_inputs(inputs)
+    call = Inputs(*call.args, **call.kwargs, **kwargs)
+    floats = {k: v for k, v in call.kwargs.items() if k != "mutable"}
     variables = model.init(jax.random.key(0), *call.args, **{
-        k: v for k, v in call.kwargs.items() if k != "rngs"
+        k: v for k, v in floats.items() if k != "rngs"
     })  # fmt: skip
-    return model, variables, inputs, kwargs, model.apply(variables, *call.args, **call.kwargs)
+    return model, variables, inputs, kwargs, call, model.apply(variables, *call.args, **floats)
 
 
 def close(outputs, expected, part=0.03):
@@ -83,22 +85,22 @@ def close(outputs, expected, part=0.03):
 
 @pytest.mark.parametrize("name", CASES)
 def test_listing_calibrating_simulating_lowering_and_tables(name, tmp_path):
-    model, variables, inputs, kwargs, expected = network(name)
-    layers = quantize.list_layers(model, variables, inputs, **kwargs)
+    model, variables, inputs, kwargs, call, expected = network(name)
+    layers = quantize.list_layers(model, variables, call)
     assert len(layers) == (1 if isinstance(model, Boxed) else 2)
     assert all(layer.macs == 5 * 3 for path, layer in layers.items() if path in ("a", "b"))
-    qparams = quantize.calibrate(model, variables, RULES, [inputs], **kwargs)
+    qparams = quantize.calibrate(model, variables, RULES, [call])
     outputs = quantize.apply(model, variables, qparams, inputs, **kwargs)
     if "mutable" in kwargs:
         outputs, changed = outputs
         assert changed == {}
     assert close(outputs, expected)
-    table = quantize.sqnr(model, variables, qparams, [inputs], **kwargs)
+    table = quantize.sqnr(model, variables, qparams, [call])
     error = np.square(np.asarray(outputs) - expected).sum()
     np.testing.assert_allclose(
         table.output, 10 * np.log10(np.square(expected).sum() / error), rtol=1e-3
     )
-    summary = quantize.summary(model, variables, qparams, inputs, **kwargs)
+    summary = quantize.summary(model, variables, qparams, call)
     assert [row.path for row in summary.rows] == list(layers)
     integer = deploy.lower(model, variables, qparams, inputs, **kwargs)
     if name != "keywords of the batch":
@@ -111,12 +113,12 @@ def test_listing_calibrating_simulating_lowering_and_tables(name, tmp_path):
 
 def test_scales_are_those_of_what_the_layers_get():
     """With the mask, with the noise, and of the dict's own entries: by hand."""
-    model, variables, inputs, kwargs, _ = network("mask by keyword")
-    qparams = quantize.calibrate(model, variables, RULES, [inputs], check=False, **kwargs)
+    model, variables, _, _, call, _ = network("mask by keyword")
+    qparams = quantize.calibrate(model, variables, RULES, [call], check=False)
     scale = lambda path: float(qparams[path]["activations"].scale)
     np.testing.assert_allclose(scale("first"), np.abs(X * MASK).max() / 127, rtol=1e-5)
-    model, variables, inputs, kwargs, _ = network("a dict of a list")
-    qparams = quantize.calibrate(model, variables, RULES, [inputs], check=False, **kwargs)
+    model, variables, _, _, call, _ = network("a dict of a list")
+    qparams = quantize.calibrate(model, variables, RULES, [call], check=False)
     np.testing.assert_allclose(scale("a"), np.abs(X).max() / 127, rtol=1e-5)
     np.testing.assert_allclose(scale("b"), 2 * np.abs(X).max() / 127, rtol=1e-5)
 
@@ -130,7 +132,7 @@ def test_each_batch_may_have_a_mask_of_its_own():
 
 
 def test_an_integer_model_takes_another_mask_with_its_inputs():
-    model, variables, inputs, kwargs, _ = network("mask by keyword")
+    model, variables, inputs, kwargs, _, _ = network("mask by keyword")
     qparams = quantize.calibrate(model, variables, RULES, [X], check=False)
     integer = deploy.lower(model, variables, qparams, inputs, **kwargs)
     for mask in (MASK, 1 - MASK):
@@ -157,20 +159,20 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["mask by keyword", "rngs", "a dict of a list"])
 def test_every_method_takes_them(method, name):
-    model, variables, inputs, kwargs, expected = network(name)
+    model, variables, inputs, kwargs, call, expected = network(name)
     steps = [{"method": method, **METHODS[method]}]
-    outcome = chain.run(steps, model, variables, RULES, [inputs] * 2, apply_kwargs=kwargs)
+    outcome = chain.run(steps, model, variables, RULES, [call] * 2)
     outputs = quantize.apply(model, outcome.variables, outcome.qparams, inputs, **kwargs)
     assert close(outputs, expected, 0.05)
     pair = (outcome.variables, outcome.qparams)
-    errors = layer_errors(model, variables, pair, pair, [inputs], apply_kwargs=kwargs)
+    errors = layer_errors(model, variables, pair, pair, [call])
     assert np.isfinite(errors.kl).all()
 
 
 @pytest.mark.parametrize("name", ["nn.with_partitioning", "nn.with_logical_partitioning"])
 @pytest.mark.parametrize("method", ["gptq", "equalize"])
 def test_methods_give_boxes_back(method, name):
-    model, variables, inputs, _, expected = network(name)
+    model, variables, inputs, _, _, expected = network(name)
     outcome = chain.run([{"method": method}], model, variables, RULES, [inputs])
     box = outcome.variables["params"]["head"]["kernel"]
     assert box.names == (None, "model")
@@ -201,5 +203,5 @@ def test_inputs_are_a_pytree_of_arrays_and_flags_are_its_structure():
     np.testing.assert_array_equal(double.args[0], 2 * X)
     assert (double.args[1], double.kwargs["train"]) == ([1, "name"], False)
     assert Inputs({"a": jnp.ones((3, 2)), "b": jnp.ones((1, 2)), "c": jnp.ones(3)}).rows == 3
-    (batch,) = as_batches([(X, 0.5)], "test", {"train": True})
-    assert (batch.args[1], batch.kwargs) == (0.5, {"train": True})
+    (batch,) = as_batches([(X, 0.5)], "test")
+    assert (batch.args[1], batch.kwargs) == (0.5, {})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from kdq.quantize import LayerInfo, list_layers
+from kdq.quantize import Inputs, LayerInfo, list_layers
 
 
 class Inner(nn.Module):
@@ -54,7 +54,7 @@ def _shapes(batch, side=9):
 
 def test_layers_in_order_with_shapes_and_macs_counted_by_hand():
     variables, image = _shapes(2)
-    layers = list_layers(Mixed(), variables, image, train=False)
+    layers = list_layers(Mixed(), variables, image)
     assert list(layers) == list(EXPECTED)
     for path, (kind, weight_shape, input_shape, output_shape, macs) in EXPECTED.items():
         assert layers[path] == LayerInfo(
@@ -72,15 +72,15 @@ def test_layers_in_order_with_shapes_and_macs_counted_by_hand():
 def test_arrays_and_shapes_tell_the_same():
     variables, image = _shapes(2)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (variables, image))
-    expected = list_layers(Mixed(), variables, image, train=False)
-    assert list_layers(Mixed(), *zeros, train=False) == expected
+    expected = list_layers(Mixed(), variables, image)
+    assert list_layers(Mixed(), *zeros) == expected
 
 
 @pytest.mark.parametrize("batch", [1, 3, 10**9])
 def test_macs_are_those_of_one_example_and_nothing_is_computed(batch):
     """A billion examples would not fit, let alone be convolved."""
     variables, image = _shapes(batch)
-    layers = list_layers(Mixed(), variables, image, train=False)
+    layers = list_layers(Mixed(), variables, image)
     assert [v.macs for v in layers.values()] == [v[-1] for v in EXPECTED.values()]
 
 
@@ -139,5 +139,5 @@ def test_a_model_is_traced_once_for_each_shape_and_argument(scale, traces):
     found = list_layers(model, narrow, inputs)
     assert found["dense"].weight_shape == (4, 3)
     assert len(TRACES) == traces
-    assert list_layers(model, wide, inputs, wide=True)["dense"].weight_shape == (4, 6)
+    assert list_layers(model, wide, Inputs(inputs, wide=True))["dense"].weight_shape == (4, 6)
     assert list_layers(model, narrow, jnp.ones((1, 7, 4)))["dense"].macs == 7 * 12

@@ -169,15 +169,13 @@ def test_every_method_ends_in_a_file_that_says_what_was_trained(method, tmp_path
     images = jnp.asarray(RNG.normal(size=(32, 3, 3, 1)), jnp.float32)
     labels = jnp.argmax(images.reshape(32, -1)[:, :3], -1)
     variables = model.init(jax.random.key(0), images, train=False)
-    calibrated = quantize.calibrate(
-        model, variables, quantize.uniform_rules(3, 4), [images], train=False
-    )
+    calibrated = quantize.calibrate(model, variables, quantize.uniform_rules(3, 4), [images])
     variables, qparams = quantize.prepare(variables, calibrated, method)
 
     def loss(trained, qparams):
         params, scales = trained
         out = quantize.apply(
-            model, {"params": params}, quantize.replace_scales(qparams, scales), images, train=False
+            model, {"params": params}, quantize.replace_scales(qparams, scales), images
         )
         return -jax.nn.log_softmax(out)[jnp.arange(32), labels].mean()
 
@@ -193,7 +191,7 @@ def test_every_method_ends_in_a_file_that_says_what_was_trained(method, tmp_path
         )
     assert np.mean(values[-3:]) < 0.9 * values[0]
     qparams = quantize.replace_scales(qparams, trained[1])
-    expected = quantize.apply(model, {"params": trained[0]}, qparams, images, train=False)
+    expected = quantize.apply(model, {"params": trained[0]}, qparams, images)
     finished = quantize.finish({"params": trained[0]}, qparams)
     np.testing.assert_allclose(
         quantize.predict(model, *finished, images), expected, rtol=1e-4, atol=1e-4
@@ -243,7 +241,7 @@ def test_batch_norm_keeps_its_statistics_when_frozen():
     model = build("cnn", num_classes=3, widths=(4, 4), batch_norm=True)
     images = jnp.asarray(RNG.normal(size=(8, 6, 6, 1)), jnp.float32)
     variables = model.init(jax.random.key(0), images, train=False)
-    assert list_layers(model, variables, images, train=False)
+    assert list_layers(model, variables, images)
     run = lambda **kw: quantize.apply(
         model, variables, {}, images, train=True, mutable=["batch_stats"], **kw
     )

@@ -111,7 +111,7 @@ def test_every_quantized_parameter_gets_its_closed_form_gradient():
     def gradients(params, trained):
         def loss(params, trained):
             quantized = replace_scales(qparams, trained)
-            return _cross_entropy(apply(model, {"params": params}, quantized, images, train=False))
+            return _cross_entropy(apply(model, {"params": params}, quantized, images))
 
         return jax.value_and_grad(loss, argnums=(0, 1))(params, trained)
 
@@ -162,8 +162,8 @@ def test_teacher_and_students_share_one_jit_in_any_order():
     }
     calls = {
         "teacher": lambda x: teacher.apply(teacher_variables, x, train=False),
-        "w4": lambda x: apply(student, variables, quantized[4], x, train=False),
-        "w8": lambda x: apply(student, variables, quantized[8], x, train=False),
+        "w4": lambda x: apply(student, variables, quantized[4], x),
+        "w8": lambda x: apply(student, variables, quantized[8], x),
         "float": lambda x: student.apply(variables, x, train=False),
     }
     alone = {name: np.asarray(jax.jit(call)(images)) for name, call in calls.items()}
@@ -195,7 +195,7 @@ def test_one_compilation_for_fifty_bit_policies():
     rng = np.random.default_rng(0)
     model, images = Counted(), jax.random.normal(jax.random.key(0), (4, 6, 6, 2))
     variables = _draw(model, images, train=False)
-    paths = list(list_layers(model, variables, images, train=False))
+    paths = list(list_layers(model, variables, images))
     assert paths == ["Conv_0", "Conv_1", "Dense_0"]
     policies = []
     for bits in rng.integers(1, 9, size=(50, 3, 2)).tolist():
@@ -207,7 +207,7 @@ def test_one_compilation_for_fifty_bit_policies():
             )
             for path, (w, a) in zip(paths, bits, strict=True)
         ]
-        policies.append(calibrate(model, variables, rules, [images], train=False))
+        policies.append(calibrate(model, variables, rules, [images]))
     chosen = {float(p[path][k].qmax) for p in policies for path in p for k in p[path]}
     assert chosen == {1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0, 255.0}  # every width did occur
 
@@ -226,12 +226,12 @@ def test_one_compilation_for_fifty_bit_policies():
     assert (len(CALLS), len(compiled)) == (3, 1)
     assert len({v.tobytes() for v in logits}) > 45  # one bit may saturate two alike
     for value, qparams in list(zip(logits, policies, strict=True))[:3]:
-        expected = apply(model, variables, qparams, images, train=False)
+        expected = apply(model, variables, qparams, images)
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
 
 
 def _sum_of(model, variables, x):
-    return lambda qparams: apply(model, variables, qparams, x, train=False).sum()
+    return lambda qparams: apply(model, variables, qparams, x).sum()
 
 
 class Heads(nn.Module):
@@ -304,7 +304,7 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are(path):
     model, variables, images = _cnn()
     there = "bias" if path == "head/inner" else "conv_0"
     with pytest.raises(KeyError, match=f"{path}.*{there}"):
-        apply(model, variables, {path: {}}, images, train=False)
+        apply(model, variables, {path: {}}, images)
 
 
 class Block(nn.Module):
@@ -328,7 +328,7 @@ def test_other_collections_pass_through_a_nested_model():
     model, x = Nested(), jax.random.normal(jax.random.key(0), (4, 5, 5, 4))
     variables = _draw(model, x, train=False)
     snapshot = jax.tree.map(np.array, variables)
-    qparams = calibrate(model, variables, uniform_rules(4, 8), [x], train=False)
+    qparams = calibrate(model, variables, uniform_rules(4, 8), [x])
     assert list(qparams) == ["block/Conv_0", "shared"]
 
     def run(train):

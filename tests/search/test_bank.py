@@ -16,7 +16,7 @@ def case():
     """`(model, variables, layers, calibration batches)` of a CNN."""
     model, variables = students.student()
     calibration = [students.images(16, seed) for seed in (0, 1)]
-    layers = quantize.list_layers(model, variables, calibration[0], train=False)
+    layers = quantize.list_layers(model, variables, calibration[0])
     return model, variables, layers, calibration
 
 
@@ -25,7 +25,7 @@ def unseen():
     """Likewise of a model with a stack, attention and tables."""
     model, calibration = students.Unseen(), [students.tokens(6, 0)]
     variables = jax.jit(model.init)(jax.random.key(0), calibration[0])
-    layers = quantize.list_layers(model, variables, calibration[0], train=False)
+    layers = quantize.list_layers(model, variables, calibration[0])
     return model, variables, layers, calibration
 
 
@@ -33,7 +33,7 @@ def by_rules(model, variables, chosen, calibration, observer="mse"):
     """Calibrated by the rules that an arm gets for a policy, and by no other."""
     entries = bank.to_rules(chosen, observer)
     rules = tuple(_rule(entry, AbsMax(), "rules") for entry in entries)
-    return quantize.calibrate(model, variables, rules, calibration, train=False, check=False)
+    return quantize.calibrate(model, variables, rules, calibration, check=False)
 
 
 def places(filled, choices, chosen):

@@ -28,12 +28,12 @@ def student():
     model = models.build("cnn", num_classes=10, widths=(4, 6))
     images = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
     variables = jax.jit(model.init)(jax.random.key(1), images)
-    return model, variables, images, quantize.list_layers(model, variables, images, train=False)
+    return model, variables, images, quantize.list_layers(model, variables, images)
 
 
 def calibrated(student, rules):
     model, variables, images, _ = student
-    return quantize.calibrate(model, variables, rules, [images], train=False, check=False)
+    return quantize.calibrate(model, variables, rules, [images], check=False)
 
 
 def test_macs(student):

@@ -19,7 +19,7 @@ def case():
     """`(evaluator, teacher, batches)`; the last batch is padded."""
     model, variables = students.student()
     calibration = [students.images(16, 0)]
-    layers = quantize.list_layers(model, variables, calibration[0], train=False)
+    layers = quantize.list_layers(model, variables, calibration[0])
     batches = students.batches((6, 6, 4), 6)
     choices = dict.fromkeys(layers, CHOICES)
     return (*students.evaluator(model, variables, choices, batches, calibration), batches)
@@ -115,7 +115,7 @@ def test_a_stack_with_attention_and_tables():
     """Of what was not made for this: scores are those of its own logits."""
     model, calibration = students.Unseen(), [students.tokens(6, 0)]
     variables = jax.jit(model.init)(jax.random.key(0), calibration[0])
-    layers = quantize.list_layers(model, variables, calibration[0], train=False)
+    layers = quantize.list_layers(model, variables, calibration[0])
     batch = {
         "image": students.tokens(5, 1),
         "label": np.arange(5, dtype=np.int32),

@@ -52,7 +52,7 @@ def packed_bytes(trained, chosen, path, metadata=METADATA):
         weights = spec(w, "per_channel") if w < 32 else None
         inputs = spec(a, "per_tensor") if a < 32 else None
         rules.append(quantize.QuantizationRule(path=layer, weights=weights, activations=inputs))
-    qparams = quantize.calibrate(model, variables, rules, [calibration], train=False, check=False)
+    qparams = quantize.calibrate(model, variables, rules, [calibration], check=False)
     image = calibration[:1]  # as the files of arms state it
     deploy.save_packed(path, variables, qparams, model=CONFIG, inputs=image, metadata=metadata)
     return path.stat().st_size

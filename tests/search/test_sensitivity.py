@@ -36,7 +36,7 @@ def alone(case, path, bits):
     rules = quantize.uniform_rules(*parse_bits(bits), observer=MSE())
     calibration = [students.images(16, 0)]
     args = (evaluator.model, evaluator.variables)
-    qparams = quantize.calibrate(*args, rules, calibration, train=False, check=False)
+    qparams = quantize.calibrate(*args, rules, calibration, check=False)
     own = {path: qparams[path]} if bits else {}
     found = [quantize.predict(*args, own, batch["image"])[batch["mask"] > 0] for batch in batches]
     return np.concatenate(found).astype(np.float64)
@@ -98,11 +98,10 @@ def on_the_way(case, path, bits, share):
     evaluator, _, batches = case
     rules = quantize.uniform_rules(*parse_bits(bits), observer=MSE())
     args = (evaluator.model, evaluator.variables)
-    qparams = quantize.calibrate(*args, rules, [students.images(16, 0)], train=False, check=False)
+    qparams = quantize.calibrate(*args, rules, [students.images(16, 0)], check=False)
     move = lambda x, q: x + share * (quantize.fake_quantize(x, q) - x)
     found = [
-        quantize.apply(*args, {path: qparams[path]}, b["image"], rounding=move, train=False)
-        for b in batches
+        quantize.apply(*args, {path: qparams[path]}, b["image"], rounding=move) for b in batches
     ]
     whole = [x[b["mask"] > 0] for x, b in zip(found, batches, strict=True)]
     return np.concatenate(whole).astype(np.float64)

@@ -24,7 +24,7 @@ def make_student(name, widths, choices=BITS, seed=0):
     model = models.build("cnn", num_classes=10, widths=widths)
     image = jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    layers = quantize.list_layers(model, variables, image, train=False)
+    layers = quantize.list_layers(model, variables, image)
     own = dict.fromkeys(layers, choices)
     parameters = models.count_parameters(variables)
     rng = np.random.default_rng(seed)

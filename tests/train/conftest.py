@@ -39,9 +39,7 @@ class Net:
     def qparams(self, bits=4):
         rules = quantize.uniform_rules(bits, bits)
         images = [self.batch(0)["image"]]
-        return quantize.calibrate(
-            self.model, self.variables, rules, images, train=False, check=False
-        )
+        return quantize.calibrate(self.model, self.variables, rules, images, check=False)
 
     def state(self, qparams=None, optimizer=OPTIMIZER, **fields):
         fields = {"seed": 0, "steps": 20, "learning_rate": 0.01, **fields}

@@ -64,7 +64,7 @@ def start():
         jax.jit(model.init)(jax.random.key(i), images) for i, model in enumerate((MODEL, TEACHER))
     )
     rules = quantize.uniform_rules(4, 4)
-    qparams = quantize.calibrate(MODEL, variables, rules, [images], train=False)
+    qparams = quantize.calibrate(MODEL, variables, rules, [images])
     return variables, teacher_variables, qparams, validation
 
 

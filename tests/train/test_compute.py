@@ -31,7 +31,7 @@ def step(model, compute, *, bits=0, steps=3, **task):
     qparams = {}
     if bits:
         rules = quantize.uniform_rules(bits, bits)
-        qparams = quantize.calibrate(model, variables, rules, [given["image"]], train=False)
+        qparams = quantize.calibrate(model, variables, rules, [given["image"]])
     state = create_state(variables, qparams, SGD, seed=3, steps=10, learning_rate=0.1)
     for _ in range(steps):
         state, metrics = train_step(

@@ -51,7 +51,7 @@ def test_the_teacher_teaches_what_labels_do_not(trained):
 @pytest.mark.slow
 def test_quantizers_go_on_from_where_they_are_and_fixed_scales_stay(trained):
     rules = quantize.uniform_rules(2, 8)
-    qparams = quantize.calibrate(MODEL, trained.variables, rules, [INPUTS], train=False)
+    qparams = quantize.calibrate(MODEL, trained.variables, rules, [INPUTS])
     start = Weights(variables=trained.variables, qparams=qparams)
     found = fit(start=start, epochs=2, fixed_scales=("dense_0/activations",))
     scale = lambda of, path, name: np.asarray(of[path][name].scale)

@@ -98,7 +98,7 @@ def test_gradients_through_quantizers_in_closed_form():
         weights=TensorSpec(bits=3, granularity="per_channel"),
         activations=TensorSpec(bits=4),
     )
-    qparams = quantize.calibrate(model, variables, (rule,), [images[:6]], train=False)
+    qparams = quantize.calibrate(model, variables, (rule,), [images[:6]])
     # Scales smaller than calibration chose them: some weights and inputs are clipped.
     qparams = jax.tree.map(jnp.asarray, qparams)
     for half in ("weights", "activations"):

@@ -42,7 +42,7 @@ def start(dataset):
     """Variables, and quantizers that round by chance."""
     images = dataset[0]["image"]
     variables = MODEL.init(jax.random.key(0), images)
-    calibrated = quantize.calibrate(MODEL, variables, RULES, [images], train=False)
+    calibrated = quantize.calibrate(MODEL, variables, RULES, [images])
     return quantize.prepare(variables, calibrated, "stochastic")
 
 

@@ -32,7 +32,7 @@ def _objective(*entries):
 
 def _beside(net, objective, teacher=None):
     images = net.batch(0)["image"]
-    layers = lambda model, variables: capture.list_outputs(model, variables, images, train=False)
+    layers = lambda model, variables: capture.list_outputs(model, variables, images)
     student = layers(net.model, net.variables)
     taught_by = layers(net.teacher, net.teacher_variables)
     return objective.init(jax.random.key(5), student, taught_by, num_examples=64)
@@ -185,7 +185,7 @@ def _task(terms, teacher, arguments, **fields):
     variables, teacher_variables, qparams, validation = resume_training.start()
     image = validation[0]["image"][:1]
     objective = _objective(*terms)
-    layers = lambda model, v: capture.list_outputs(model, v, image, train=False)
+    layers = lambda model, v: capture.list_outputs(model, v, image)
     adapters, memory = objective.init(
         jax.random.key(0),
         layers(resume_training.MODEL, variables),

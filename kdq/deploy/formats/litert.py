@@ -21,7 +21,7 @@ from kdq.deploy.contraction import Conv
 from kdq.deploy.formats import litert_program, rounded
 from kdq.deploy.lower.lowering import IntegerModel
 from kdq.deploy.qtensor import InputGrid
-from kdq.quantize.layers import as_args, batch_specs
+from kdq.quantize.inputs import as_inputs
 from kdq.types import Array
 
 MARK = "kdq_rounded_"
@@ -98,7 +98,7 @@ def to_litert(lowered: IntegerModel, inputs: Array | tuple) -> bytes:
         "litert_converter.mlir.passmanager",
         "litert_converter.mlir._mlir_libs.converter_api_ext",
     )
-    specs = batch_specs(inputs, 1)
+    specs = as_inputs(inputs).shapes(1)
     types = _Types()
 
     forward = jax.jit(rounded.forward(lowered, types), keep_unused=True)
@@ -177,7 +177,7 @@ def litert_model(
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
 
     def run(batch: Any) -> Any:
-        arrays = [np.asarray(array) for array in as_args(batch)]
+        arrays = [np.asarray(array) for array in as_inputs(batch).args]
         made: list[list[np.ndarray]] = [[] for _ in outputs]
         for i in range(len(arrays[0])):
             for detail, array in zip(inputs, arrays, strict=True):

@@ -33,9 +33,9 @@ from kdq.deploy.formats.packed_layers import (
 from kdq.deploy.lower.lowering import IntegerModel, lower
 from kdq.fields import ConfigError, Mistake, build
 from kdq.quantize import grid
-from kdq.quantize.inputs import Batch
+from kdq.quantize.inputs import Batch, as_inputs
 from kdq.quantize.kinds import WEIGHT_NAMES
-from kdq.quantize.layers import as_args, keys_of_layer
+from kdq.quantize.paths import keys_of_layer
 from kdq.types import Array, QParams, Variables
 
 FORMAT_VERSION = 4
@@ -194,7 +194,7 @@ def save_packed(
     if structure:
         document["tree"] = structure
     if inputs is not None:
-        document["inputs"] = fitting.describe(as_args(inputs))
+        document["inputs"] = fitting.describe(as_inputs(inputs).args)
     return container.write(path, document, arrays)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from kdq.deploy.formats import container, packing
 from kdq.deploy.lower.lowering import IntegerModel
-from kdq.quantize.layers import batch_specs
+from kdq.quantize.inputs import as_inputs
 from kdq.types import Array
 
 FORMAT_VERSION = 1
@@ -65,7 +65,7 @@ def save_stablehlo(
         return jax.tree.unflatten(structure, leaves).apply(arrays)
 
     (batch,) = jax.export.symbolic_shape("batch")
-    specs = batch_specs(inputs, batch)
+    specs = as_inputs(inputs).shapes(batch)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in given)
     exported = jax.export.export(jax.jit(function), platforms=platforms)(shapes, *specs)
     document = {

@@ -1,7 +1,7 @@
 """Batch norms that become part of the layer before them, and biases rounded to int32."""
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,9 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from kdq.deploy.integer_layer import Rounded
-from kdq.quantize import kinds
-from kdq.quantize.inputs import Inputs, run
-from kdq.quantize.layers import LayerInfo, at_path, path_of
+from kdq.quantize.calls import ModuleCall, run
+from kdq.quantize.inputs import Inputs
+from kdq.quantize.layers import LayerInfo
+from kdq.quantize.paths import at_path
 from kdq.quantize.ptq import norms as norms_lib
 from kdq.quantize.ptq.norms import Norm, list_norms
 from kdq.quantize.ptq.watch import output_channels
@@ -37,12 +38,12 @@ def foldable(
     }
     behind = {norm.path for norm in norms.values()}
 
-    def tag(next_fun: Callable, args: tuple, kw: dict, context: Any) -> Any:
-        path = path_of(context.module)
-        if context.method_name == "__call__" and path in behind:
-            return kinds.argument(args, kw, (0, "x")) * 1.0  # one use, whatever a norm does
-        outputs = next_fun(*args, **kw)
-        if context.method_name == "__call__" and path in norms:
+    def tag(call: ModuleCall) -> Any:
+        path = call.path
+        if call.method == "__call__" and path in behind:
+            return call.argument(0, "x") * 1.0  # one use, whatever a norm does
+        outputs = call.run()
+        if call.method == "__call__" and path in norms:
             return checkpoint_name(outputs, path)
         return outputs
 

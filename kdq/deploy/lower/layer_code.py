@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +11,8 @@ from jax.extend import core
 
 from kdq.deploy.contraction import BIAS, INPUT, OTHER, WEIGHT
 from kdq.quantize import kinds
-from kdq.quantize.inputs import Inputs, run
-from kdq.quantize.layers import path_of
+from kdq.quantize.calls import ModuleCall, run
+from kdq.quantize.inputs import Inputs
 from kdq.types import Variables
 
 
@@ -65,13 +65,12 @@ def list_code(
     calls: dict[str, list[LayerCode | str]] = collections.defaultdict(list)
     inside = []
 
-    def record(next_fun: Callable, args: tuple, kw: dict, context: Any) -> Any:
-        outputs = next_fun(*args, **kw)
-        module, method = context.module, context.method_name
-        kind = kinds.kind_of(module)
-        if kind is None or method not in kind.methods or inside:
+    def record(call: ModuleCall) -> Any:
+        outputs = call.run()
+        module, method, kind = call.module, call.method, call.kind
+        if kind is None or inside:
             return outputs
-        code = calls[path_of(module)]
+        code = calls[call.path]
         if not kind.methods[method]:  # a lookup
             return outputs
         variables_of = {name: dict(held) for name, held in module.variables.items()}
@@ -81,7 +80,7 @@ def list_code(
             code.append(f"it also computes with {sorted(more)}")
             return outputs
         inside.append(module)  # its code is a model of its own, which is intercepted too
-        code.append(layer_code(module, method, args, kw, taken))
+        code.append(layer_code(module, method, call.args, call.kwargs, taken))
         inside.clear()
         return outputs
 

@@ -20,11 +20,14 @@ from kdq.deploy.integer_layer import IntegerLayer, Rounded
 from kdq.deploy.lower.folding import foldable, of_bias, rounded_biases, spread
 from kdq.deploy.lower.layer_code import LayerCode, layer_code, list_code
 from kdq.deploy.qtensor import QTensor
-from kdq.quantize import kinds, simulate
+from kdq.quantize import kinds
+from kdq.quantize.calls import ModuleCall, run
 from kdq.quantize.grid import Quantizer
-from kdq.quantize.inputs import Batch, Inputs, as_inputs, reboxed, run, unboxed
+from kdq.quantize.inputs import Batch, Inputs, as_inputs, reboxed, unboxed
 from kdq.quantize.kinds import Unsupported
-from kdq.quantize.layers import LayerInfo, copied, list_layers, list_unquantized, path_of
+from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
+from kdq.quantize.network import Network
+from kdq.quantize.paths import copied, unknown_layer
 from kdq.quantize.ptq import norms as norms_lib
 from kdq.quantize.ptq.norms import Norm
 from kdq.quantize.ptq.watch import output_channels
@@ -149,7 +152,7 @@ def _trace(lowered: IntegerModel, call: Inputs) -> tuple[core.ClosedJaxpr, Any]:
         # Modules with a `setup` ask for their weight when they are made. Nothing uses it.
         params = dict(variables["params"])
         for path, name, shape, dtype in static.weights:
-            simulate.copied(params, path, "weights")[name] = jnp.zeros(shape, dtype)
+            copied(params, path, "weights")[name] = jnp.zeros(shape, dtype)
         integers = functools.partial(_integer_call, static)
         return run(static.model, {**variables, "params": params}, call, integers)[0]
 
@@ -191,7 +194,7 @@ def lower(
       ValueError: they name one that must stay in float; says why.
     """
     variables, qparams = unboxed(variables), quantize.plain(qparams)
-    call = as_inputs(inputs, apply_kwargs)
+    call = Network(model).arguments(inputs, **apply_kwargs)
     layers, unquantized, _, _ = _structure(model, variables, call)
     in_float = {path: "no rule quantizes it" for path in layers if path not in qparams}
     in_float |= unquantized
@@ -200,7 +203,7 @@ def lower(
     for path, made in _make_layers(model, variables, qparams, call).items():
         layer, quantizers = layers[path], qparams[path]
         rounded |= rounded_biases(variables, layer, made.norm, made.rounded)
-        own = simulate.copied(params, path, "qparams")
+        own = copied(params, path, "qparams")
         weight = own.get(layer.weight_name) if layer.weight_name else None
         in_float |= made.reasons
         if made.layer is None:
@@ -289,10 +292,10 @@ def _make_layers(
                 "calibrate anew"
             )
         if path not in layers:
-            raise simulate.unknown_layer("qparams", path, variables.get("params", {}))
+            raise unknown_layer("qparams", path, variables.get("params", {}))
     layered = {}
     for path, quantizers in qparams.items():
-        params = simulate.copied(dict(variables.get("params", {})), path, "qparams")
+        params = copied(dict(variables.get("params", {})), path, "qparams")
         norm, reasons, made = norms.get(path), {}, None
         arguments = (layers[path], params, quantizers, calls[path])
         if norm is not None:
@@ -379,14 +382,14 @@ def _integer_one(layer, calls, inputs, weight, bias, factor, offset, norm):
     return made[0]
 
 
-def _integer_call(static: _Static, next_fun: Callable, args: tuple, kw: dict, context: Any) -> Any:
-    """An interceptor: layers compute with what they were lowered to."""
-    module, method, path = context.module, context.method_name, path_of(context.module)
+def _integer_call(static: _Static, module_call: ModuleCall) -> Any:
+    """A handler: layers compute with what they were lowered to."""
+    module, method, path = module_call.module, module_call.method, module_call.path
+    args, kw, kind = module_call.args, module_call.kwargs, module_call.kind
     if method == "__call__" and path in static.folded:
-        return kinds.argument(args, kw, (0, "x"))
-    kind = kinds.kind_of(module)
-    if kind is None or method not in kind.methods or not module.has_variable("params", LOWERED):
-        return next_fun(*args, **kw)
+        return module_call.argument(0, "x")
+    if kind is None or not module.has_variable("params", LOWERED):
+        return module_call.run()
     lowered = module.get_variable("params", LOWERED)
     if not kind.methods[method]:
         return _look_up(lowered, module, args, kw)

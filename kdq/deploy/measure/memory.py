@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from kdq.deploy.lower.lowering import IntegerModel
-from kdq.quantize.layers import batch_specs
+from kdq.quantize.inputs import as_inputs
 from kdq.types import Array
 
 
@@ -27,7 +27,7 @@ def activation_bytes(lowered: IntegerModel, inputs: Array | tuple) -> int:
       lowered: see `lower`.
       inputs: an array with a leading batch axis, or a tuple of these; only the shapes matter.
     """
-    specs = batch_specs(inputs, 1)
+    specs = as_inputs(inputs).shapes(1)
     program = jax.make_jaxpr(lambda *arrays: lowered.apply(arrays, unroll=True))(*specs).jaxpr
     needed = _needed(program)
     last = {atom: i for i, eqn in enumerate(needed) for atom in _variables(eqn.invars)}

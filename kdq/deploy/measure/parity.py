@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +10,9 @@ import numpy as np
 from kdq import quantize
 from kdq.deploy.formats.packed import PackedModel
 from kdq.deploy.lower.lowering import IntegerModel
-from kdq.quantize import grid, kinds
-from kdq.quantize.layers import path_of
+from kdq.quantize import grid
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.network import Network, Weights
 from kdq.types import Array
 
 
@@ -91,22 +91,19 @@ def simulated_codes(packed: PackedModel, integer: IntegerModel, images: Array) -
     def simulate(variables: Any, qparams: Any, images: Array) -> dict[str, Array]:
         found: dict[str, Array] = {}
 
-        def record(next_fun: Any, args: tuple, kwargs: dict, context: Any) -> Any:
-            path, method = path_of(context.module), context.method_name
-            quantizers = qparams.get(path, {})
-            name, calls = path, 1
+        def record(call: ModuleCall) -> Any:
+            quantizers = qparams.get(call.path, {})
+            name, calls = call.path, 1
             while any(f"{name}/{operand}" in found for operand in quantizers):
                 calls += 1
-                name = f"{path}#{calls}"
-            for operand, place in kinds.operands(context.module, method).items():
+                name = f"{call.path}#{calls}"
+            for operand, x in call.operands.items():
                 if f"{name}/{operand}" in wanted and operand in quantizers:
-                    x = kinds.argument(args, kwargs, place)
                     codes = grid.to_codes(x, quantizers[operand]) - quantizers[operand].qmin
                     found[f"{name}/{operand}"] = codes.astype(jnp.uint8)
-            return next_fun(*args, **kwargs)
+            return call.run()
 
-        with nn.intercept_methods(kinds.name_products), nn.intercept_methods(record):
-            quantize.apply(packed.model, variables, qparams, images, train=False)
+        Network(packed.model).run(Weights(variables=variables, qparams=qparams), images, record)
         return found
 
     variables = integer.simulated(packed.variables)

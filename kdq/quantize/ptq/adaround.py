@@ -1,12 +1,12 @@
 """AdaRound: each layer's rounding, learned so that its output moves least (arXiv:2004.10568)."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import flax.linen as nn
 from absl import logging
 
 from kdq.quantize.inputs import Batch, reboxed, unboxed
+from kdq.quantize.network import Network, as_network
 from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
 from kdq.quantize.ptq.order import prefixes, stack_roots
 from kdq.quantize.ptq.reconstruct import Settings, reconstruct
@@ -15,7 +15,7 @@ from kdq.types import QParams, Variables
 
 
 def adaround(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
@@ -27,7 +27,6 @@ def adaround(
     regularization: float = 10.0,
     seed: int = 0,
     progress: Progress = quiet,
-    apply_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Variables, QParams]:
     """Weights rounded up or down, layer by layer, whichever serves the layer's output.
 
@@ -45,7 +44,7 @@ def adaround(
     The activation function after a layer, which the paper includes, is not seen here; `brecq` does.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its variables, with float weights.
       qparams: from `calibrate`; layers without quantized weights stay as they are.
       batches: unlabelled inputs of the model, of one shape; arrays or tuples of arguments.
@@ -56,7 +55,6 @@ def adaround(
       regularization: how strongly V is made to decide.
       seed: of the choice of rows.
       progress: (items, description) -> items.
-      apply_kwargs: passed to the model, e.g. {"train": False}.
 
     Returns:
       variables whose quantized weights are on their grids, and `qparams`. Embeddings that are only
@@ -65,8 +63,8 @@ def adaround(
     Raises:
       ValueError: no batches, an option out of range, values that are not finite (names the layer).
     """
-    batches = as_list(batches, "adaround", apply_kwargs)
-    boxed, variables = variables, unboxed(variables)
+    batches = as_list(batches, "adaround")
+    network, boxed, variables = as_network(network), variables, unboxed(variables)
     check_positive("adaround", steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     settings = Settings(
         steps=steps,
@@ -78,15 +76,15 @@ def adaround(
     target = variables if target is None else unboxed(target)
     weighted = [path for path, own in qparams.items() if "weights" in own]
     paths = dict.fromkeys(p for path in weighted for p in prefixes(path))
-    units = describe(model, variables, batches[0], paths, qparams)
+    units = describe(network, variables, batches[0], paths, qparams)
     chosen = alone("adaround", weighted, units)
     variables, qparams = reconstruct(
-        Watch(model, tuple(u.path for u in chosen), batches),
+        Watch(network, tuple(u.path for u in chosen), batches),
         variables,
         qparams,
         target,
         chosen,
-        stack_roots(model, variables, batches[0]),
+        stack_roots(network, variables, batches[0]),
         settings,
         name="adaround",
         progress=progress,

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +13,7 @@ from absl import logging
 from kdq.quantize.calibrate import weight_quantizer
 from kdq.quantize.inputs import Batch, reboxed, unboxed
 from kdq.quantize.layers import LayerInfo, list_layers
+from kdq.quantize.network import Network, as_network
 from kdq.quantize.observe import observe
 from kdq.quantize.ptq import matrices
 from kdq.quantize.ptq.channels import Consumer, Rescaling, rescale
@@ -27,7 +27,7 @@ FOUR_BITS = uniform_rules(4, None)
 
 
 def awq(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
@@ -36,7 +36,6 @@ def awq(
     candidates: int = 20,
     seed: int = 0,
     progress: Progress = quiet,
-    apply_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Variables, QParams]:
     """The same function with weights that quantize better where it matters (arXiv:2306.00978).
 
@@ -51,7 +50,7 @@ def awq(
     The layers' Gram matrices are kept all at once: 4 · inputs² bytes for each group of each.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       qparams: {}; calibrate afterwards.
       batches: inputs of the model, all of one shape.
@@ -59,7 +58,6 @@ def awq(
       candidates: values of `a`.
       seed: of the search for channels; see `find_rescalings`.
       progress: `progress(layer paths, description)` yields the paths.
-      apply_kwargs: passed to the model, e.g. `{"train": False}`.
 
     Returns:
       `(variables, qparams)`.
@@ -70,18 +68,18 @@ def awq(
     """
     refuse_quantizers(qparams, "awq")
     check_positive("awq", candidates=candidates)
-    batches = as_list(batches, "awq", apply_kwargs)
-    boxed, variables = variables, unboxed(variables)
-    all_layers = list_layers(model, variables, batches[0])
+    batches = as_list(batches, "awq")
+    network, boxed, variables = as_network(network), variables, unboxed(variables)
+    all_layers = list_layers(network, variables, batches[0])
     specs = {path: rule.weights for path, rule in match(rules, all_layers).items() if rule.weights}
-    found = find_rescalings(model, variables, batches[0], seed=seed, progress=progress)
+    found = find_rescalings(network, variables, batches[0], seed=seed, progress=progress)
     takes = lambda pair: any(c.layer.path in specs for c in pair.consumers)
     pairs = {pair.producer.path: pair for pair in found if takes(pair)}
     layers = {c.layer.path: c.layer for pair in pairs.values() for c in pair.consumers}
     for path in specs:
         if all_layers[path].weight_name and path not in layers:
             logging.info("awq leaves layer %r: no producer can hold the factors", path)
-    seen = _observe(model, variables, layers, batches)
+    seen = _observe(network, variables, layers, batches)
     for path in progress(list(pairs), "awq"):
         pair = pairs[path]
         power, factors = _best(variables, pair, seen, specs, candidates)
@@ -92,7 +90,7 @@ def awq(
     return reboxed(jax.tree.map(jnp.asarray, variables), boxed), qparams
 
 
-def _observe(model, variables, layers, batches) -> dict[str, tuple[Array, Array]]:
+def _observe(network, variables, layers, batches) -> dict[str, tuple[Array, Array]]:
     """Of each layer's inputs: Σ|x| and number by channel, and their Gram matrices."""
     watchers, states = {}, {}
     for path, layer in layers.items():
@@ -101,7 +99,7 @@ def _observe(model, variables, layers, batches) -> dict[str, tuple[Array, Array]
         sums = jnp.zeros((*layer.stack, form.size(form.channels)))
         count = jnp.zeros(layer.stack)
         states[path, "activations"] = (sums, count, matrices.empty_gram(layer))
-    seen = observe(model, variables, {}, watchers, states, batches)
+    seen = observe(network, variables, {}, watchers, states, batches)
     means = {p: (sums / count[..., None], gram) for (p, _), (sums, count, gram) in seen.items()}
     matrices.check_finite({path: mean for path, (mean, _) in means.items()}, "awq")
     return means

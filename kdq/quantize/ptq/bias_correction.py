@@ -1,7 +1,7 @@
 """The mean error that quantization adds to each output channel, taken out of the bias."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from kdq.quantize import simulate
 from kdq.quantize.inputs import Batch, reboxed, unboxed
-from kdq.quantize.layers import LayerInfo, at_path, list_layers
+from kdq.quantize.layers import LayerInfo, list_layers
+from kdq.quantize.network import Network, Weights, as_network
+from kdq.quantize.paths import at_path, copied
 from kdq.quantize.ptq.norms import Norm, list_norms
 from kdq.quantize.ptq.options import Progress, as_list, quiet
 from kdq.quantize.ptq.order import in_order, stack_roots
@@ -22,13 +23,12 @@ from kdq.types import Array, QParams, Variables
 
 
 def bias_correction(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
     *,
     target: Variables | None = None,
-    apply_kwargs: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> tuple[Variables, QParams]:
     """Makes the mean output of every quantized layer that of the float model.
@@ -45,12 +45,11 @@ def bias_correction(
     is, with a log line.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       qparams: the quantizers.
       batches: inputs of the model, all of one shape.
       target: the float model's, where `variables` have been changed since; None: `variables`.
-      apply_kwargs: passed to the model; in evaluation mode.
       progress: see `options`.
 
     Returns:
@@ -59,13 +58,13 @@ def bias_correction(
     Raises:
       ValueError: no batches, or outputs that are not finite; names the layer.
     """
-    batches = as_list(batches, "bias_correction", apply_kwargs)
-    boxed, variables = variables, unboxed(variables)
+    batches = as_list(batches, "bias_correction")
+    network, boxed, variables = as_network(network), variables, unboxed(variables)
     inputs = batches[0]
-    layers = list_layers(model, variables, inputs)
+    layers = list_layers(network, variables, inputs)
     norms = {}
     if "batch_stats" in variables:
-        listed = list_norms(model, variables, inputs)
+        listed = list_norms(network, variables, inputs)
         norms = {norm.source: norm for norm in listed.values() if norm.source}
     biases = {}
     for path in (path for path in layers if qparams.get(path)):
@@ -78,11 +77,11 @@ def bias_correction(
         logging.warning("bias_correction: no quantized layer has a bias to correct")
         return boxed, qparams
     kept = tuple((path, tuple(output_channels(layers[path]))) for path in biases)
-    run = partial(_mean_outputs, model, batches=batches, kept=kept)
+    run = partial(_mean_outputs, network, batches=batches, kept=kept)
     wanted = run(variables if target is None else unboxed(target), {})
     order = in_order(
         {path: layers[path].stack for path in biases},
-        stack_roots(model, variables, inputs),
+        stack_roots(network, variables, inputs),
     )
     for path, index in progress(list(order), "bias_correction"):
         error = np.zeros_like(wanted[path])
@@ -102,7 +101,7 @@ class _Bias:
 
     def shifted(self, variables: Variables, error: np.ndarray) -> Variables:
         changed = dict(variables[self.collection])
-        own = simulate.copied(changed, self.path, "biases")
+        own = copied(changed, self.path, "biases")
         old = own[self.name]
         own[self.name] = jnp.asarray(np.float64(old) + self.sign * error, old.dtype)
         return {**variables, self.collection: changed}
@@ -122,11 +121,11 @@ def _shifted(layer: LayerInfo, norm: Norm | None, variables: Variables) -> _Bias
     return _Bias("batch_stats", norm.path, "mean", -1)
 
 
-def _mean_outputs(model, variables, qparams, *, batches, kept) -> dict[str, np.ndarray]:
+def _mean_outputs(network, variables, qparams, *, batches, kept) -> dict[str, np.ndarray]:
     """{path: [*stack, *channels] float64}: the mean output of each channel over all batches."""
     sums: dict[str, Any] = {}
     for inputs in batches:
-        found = _batch_sums(variables, qparams, inputs, model=model, kept=kept)
+        found = _batch_sums(variables, qparams, inputs, network=network, kept=kept)
         for path, calls in found.items():
             for call in calls:
                 call = [np.asarray(v, np.float64) for v in call]
@@ -140,8 +139,8 @@ def _mean_outputs(model, variables, qparams, *, batches, kept) -> dict[str, np.n
     return means
 
 
-@partial(jax.jit, static_argnames=("model", "kept"))
-def _batch_sums(variables, qparams, inputs, *, model, kept):
+@partial(jax.jit, static_argnames=("network", "kept"))
+def _batch_sums(variables, qparams, inputs, *, network, kept):
     """{path: ((sum of the outputs of each channel, how many each is of), ...)}, an entry a call."""
 
     def sums(output: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -152,4 +151,4 @@ def _batch_sums(variables, qparams, inputs, *, model, kept):
         return mean * elements, elements
 
     takes = {path: partial(sums, axes=axes) for path, axes in kept}
-    return outputs_of(model, variables, qparams, inputs, takes)[1]
+    return outputs_of(network, Weights(variables=variables, qparams=qparams), inputs, takes)[1]

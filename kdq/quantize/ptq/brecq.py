@@ -1,7 +1,7 @@
 """BRECQ: rounding learned block by block (arXiv:2102.05426), with QDrop (arXiv:2203.05740)."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,32 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from kdq.quantize import kinds, simulate
-from kdq.quantize.inputs import Batch, as_inputs, reboxed, run, unboxed
-from kdq.quantize.layers import at_path
+from kdq.quantize import calls
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.inputs import Batch, Inputs, reboxed, unboxed
+from kdq.quantize.network import Network, Weights, as_network
 from kdq.quantize.ptq.adaround import alone
 from kdq.quantize.ptq.divergence import check_logits, kl
 from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
 from kdq.quantize.ptq.order import prefixes, stack_roots
 from kdq.quantize.ptq.reconstruct import Settings, plain, reconstruct
-from kdq.quantize.ptq.units import (
-    NUDGES,
-    SEEN,
-    Unit,
-    Watch,
-    describe,
-    run_watched,
-    why_not,
-)
+from kdq.quantize.ptq.units import UNSEEN, Unit, Watch, describe, run_watched, why_not
 from kdq.quantize.ptq.weights import put_weights, weights_of
 from kdq.quantize.ste import fake_quantize
+from kdq.quantize.walk import BESIDE, place
 from kdq.types import Array, QParams, Variables
-
-KEYS = "_drop_keys"
 
 
 def brecq(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
@@ -52,7 +44,6 @@ def brecq(
     regularization: float = 10.0,
     seed: int = 0,
     progress: Progress = quiet,
-    apply_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Variables, QParams]:
     """Weights rounded, and scales of activations moved, so that whole blocks return what they did.
 
@@ -60,7 +51,7 @@ def brecq(
     from the block's output. The logarithms of its activations' scales are learned along.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its variables, with float weights.
       qparams: from `calibrate`.
       batches: unlabelled inputs of the model, of one shape; arrays or tuples of arguments.
@@ -80,7 +71,6 @@ def brecq(
       regularization: how strongly the rounding is made to decide.
       seed: of the choice of rows and of what is dropped.
       progress: (items, description) -> items.
-      apply_kwargs: passed to the model, e.g. {"train": False}.
 
     Returns:
       variables whose quantized weights are on their grids, and qparams.
@@ -89,17 +79,17 @@ def brecq(
       ValueError: no batches, an option out of range, a pattern that matches no module, blocks
         inside of blocks, values that are not finite (names the module).
     """
-    batches = as_list(batches, "brecq", apply_kwargs)
-    boxed, variables = variables, unboxed(variables)
+    batches = as_list(batches, "brecq")
+    network, boxed, variables = as_network(network), variables, unboxed(variables)
     check_positive("brecq", steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     if not 0 <= drop < 1:
         raise ValueError(f"brecq: drop={drop!r}: want at least 0 and less than 1")
     target = variables if target is None else unboxed(target)
     paths = dict.fromkeys(p for path in qparams for p in prefixes(path))
-    units = describe(model, variables, batches[0], paths, qparams)
+    units = describe(network, variables, batches[0], paths, qparams)
     wanted = smallest(list(qparams)) if blocks is None else matching(blocks, list(paths))
     chosen = _choose(wanted, units, qparams)
-    watch = Watch(model, tuple(unit.path for unit in chosen), batches)
+    watch = Watch(network, tuple(unit.path for unit in chosen), batches)
     settings = Settings(
         steps=steps,
         learning_rate=learning_rate,
@@ -115,7 +105,7 @@ def brecq(
         qparams,
         target,
         chosen,
-        stack_roots(model, variables, batches[0]),
+        stack_roots(network, variables, batches[0]),
         settings,
         name="brecq",
         runner=dropping if drop else plain,
@@ -177,30 +167,29 @@ def dropping(
     /,
     **kwargs: Any,
 ) -> Any:
-    """`simulate.apply` where each element of an input stays float with probability `drop`.
+    """The runner in which each element of an input stays float with probability `drop`.
 
     The keys travel as the quantizers do: each layer of a stack has its own.
     """
-    params = simulate.quantize_params(variables["params"], qparams)
-    for i, (path, own) in enumerate(qparams.items()):
-        stack = jnp.shape(next(iter(own.values())).qmin)
+    beside = {}
+    for i, (path, quantizers) in enumerate(qparams.items()):
+        stack = jnp.shape(next(iter(quantizers.values())).qmin)
         keys = jax.random.split(jax.random.fold_in(key, i), stack)
-        simulate.copied(params, path, "qparams")[KEYS] = jax.random.key_data(keys)
+        beside[path] = quantizers, jax.random.key_data(keys)
 
-    def interceptor(next_fun, args, kwargs, context):
-        module = context.module
-        operands = kinds.operands(module, context.method_name)
-        if operands and module.has_variable("params", KEYS):
-            own = module.get_variable("params", simulate.QUANTIZERS)
-            key = jax.random.wrap_key_data(module.get_variable("params", KEYS))
-            for i, name in enumerate(operands.keys() & own.keys()):
-                x = kinds.argument(args, kwargs, operands[name])
-                kept = jax.random.bernoulli(jax.random.fold_in(key, i), drop, x.shape)
-                value = jnp.where(kept, x, fake_quantize(x, own[name]))
-                args, kwargs = kinds.replace_argument(args, kwargs, operands[name], value)
-        return next_fun(*args, **kwargs)
+    def drop_some(call: ModuleCall) -> Any:
+        operands = call.operands
+        if not operands or not call.module.has_variable("params", BESIDE):
+            return call.run()
+        quantizers, key_data = call.module.get_variable("params", BESIDE)
+        key, values = jax.random.wrap_key_data(key_data), {}
+        for i, name in enumerate(name for name in operands if name in quantizers):
+            x = operands[name]
+            kept = jax.random.bernoulli(jax.random.fold_in(key, i), drop, x.shape)
+            values[name] = jnp.where(kept, x, fake_quantize(x, quantizers[name]))
+        return call.with_operands(**values).run()
 
-    return run(module, {**variables, "params": params}, as_inputs(args, kwargs), interceptor)[0]
+    return calls.run(module, place(variables, beside), Inputs(*args, **kwargs), drop_some)[0]
 
 
 def _fisher(watch: Watch, target: Variables, units: Sequence[Unit]) -> Callable:
@@ -221,7 +210,7 @@ def _fisher(watch: Watch, target: Variables, units: Sequence[Unit]) -> Callable:
                 now,
                 {p: own for p, own in inputs.items() if own},
                 batch,
-                model=watch.model,
+                network=watch.network,
                 units=tuple((u.path, u.calls) for u in units),
             )[unit.path]
             parts.append(jax.tree.map(lambda g: g[index].astype(jnp.float32) ** 2, gradients))
@@ -238,33 +227,30 @@ def _mean_1(weights: list[Array]) -> list[Array]:
     return [jnp.where(mean > 0, w / mean, 1.0) for w in weights]
 
 
-@partial(jax.jit, static_argnames=("model", "units"))
-def _gradients(target, variables, qparams, inputs, *, model, units):
+@partial(jax.jit, static_argnames=("network", "units"))
+def _gradients(target, variables, qparams, inputs, *, network, units):
     """By unit and call: the gradient of Σ KL(float ‖ quantized) at its float outputs."""
-    wanted = simulate.run(model, target, {}, inputs)[0]
-    check_logits("brecq: fisher=True", "the model's outputs", wanted)
-    calls = dict(units)
-    go = partial(run_watched, model, paths=tuple(calls))
-    shapes, _ = jax.eval_shape(lambda: go(variables, qparams, inputs))
+    reference = network.select_prediction(
+        network.run(Weights(variables=target, qparams={}), inputs)[0]
+    )
+    check_logits("brecq: fisher=True", "the model's outputs", reference)
+    weights, calls_of = Weights(variables=variables, qparams=qparams), dict(units)
+    go = partial(run_watched, network, weights, inputs)
+    _, shapes = jax.eval_shape(lambda: go(dict.fromkeys(calls_of, UNSEEN)))
     zeros = {
         path: {
             str(i): [
                 jnp.zeros(a.shape, a.dtype)
-                for a, kept in zip(
-                    at_path(shapes, path)[SEEN][str(i)][1], call.outputs, strict=True
-                )
+                for a, kept in zip(shapes[path].seen[str(i)][1], call.outputs, strict=True)
                 if kept
             ]
-            for i, call in enumerate(own)
+            for i, call in enumerate(unit_calls)
         }
-        for path, own in calls.items()
+        for path, unit_calls in calls_of.items()
     }
 
     def divergence(nudges: Any) -> Array:
-        params = dict(variables["params"])
-        for path, own in nudges.items():
-            simulate.copied(params, path, "nudges")[NUDGES] = own
-        _, logits = go({**variables, "params": params}, qparams, inputs)
-        return kl(wanted, logits).sum()
+        outputs, _ = go({path: UNSEEN._replace(nudges=n) for path, n in nudges.items()})
+        return kl(reference, network.select_prediction(outputs)).sum()
 
     return jax.grad(divergence)(zeros)

@@ -10,6 +10,7 @@ import flax.linen as nn
 from kdq.fields import ConfigError, check_arguments, unknown
 from kdq.quantize.calibrate import calibrate
 from kdq.quantize.inputs import Batch
+from kdq.quantize.network import Network, as_network
 from kdq.quantize.ptq.adaround import adaround
 from kdq.quantize.ptq.awq import awq
 from kdq.quantize.ptq.bias_correction import bias_correction
@@ -34,7 +35,7 @@ METHODS = {**BEFORE, **AFTER}
 
 # What the chain itself gives to a method; the rest of its keywords are options.
 GIVEN = {
-    *("model", "variables", "qparams", "batches", "apply_kwargs", "progress"),
+    *("network", "variables", "qparams", "batches", "progress"),
     *("rules", "target", "teacher"),
 }
 
@@ -75,45 +76,43 @@ def check(steps: Sequence[Mapping[str, Any]], where: str) -> None:
 
 def run(
     steps: Sequence[Mapping[str, Any]],
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     rules: Sequence[QuantizationRule],
     batches: Sequence[Batch],
     *,
     teacher: Callable[[Batch], Array] | None = None,
     progress: Progress = quiet,
-    apply_kwargs: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Calibrated and improved: what comes before calibration, calibration, what comes after.
 
     Args:
       steps: see `check`; () only calibrates.
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       rules: see `kdq.quantize.rules`.
       batches: a few hundred unlabelled examples as inputs of the model, all of one shape.
       teacher: inputs -> logits, for methods that ask one; None is the float model itself.
       progress: a bar for each method.
-      apply_kwargs: passed to the model, e.g. {"train": False}.
 
     Returns:
       Variables whose quantized weights lie on their grids where a method chose the rounding, the
       quantizers, and the float model that both are to be compared with.
     """
     check(steps, "steps")
-    shared = {"apply_kwargs": dict(apply_kwargs or {}), "progress": progress}
+    network, shared = as_network(network), {"progress": progress}
 
     def go(step: Mapping[str, Any], variables: Variables, qparams: QParams, **more: Any):
         options = dict(step)
         method = METHODS[options.pop("method")]
         takes = inspect.signature(method).parameters
         given = {k: v for k, v in (shared | more).items() if k in takes}
-        return method(model, variables, qparams, batches, **given, **options)
+        return method(network, variables, qparams, batches, **given, **options)
 
     for step in _of(steps, BEFORE):
         variables, _ = go(step, variables, {}, rules=rules)
     target = variables
-    qparams = calibrate(model, variables, rules, batches, check=False, **shared["apply_kwargs"])
+    qparams = calibrate(network, variables, rules, batches, check=False)
     for step in _of(steps, AFTER):
         variables, qparams = go(step, variables, qparams, target=target, teacher=teacher)
     return Outcome(target=target, variables=variables, qparams=qparams)

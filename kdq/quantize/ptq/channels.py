@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kdq.quantize import simulate
-from kdq.quantize.layers import LayerInfo, at_path
+from kdq.quantize.layers import LayerInfo
+from kdq.quantize.paths import at_path, copied, has_path
 from kdq.quantize.ptq import matrices
 from kdq.types import Array, Variables
 
@@ -134,8 +134,8 @@ def _shift(variables: Variables, path: str, factors: np.ndarray) -> Variables:
     shifted = dict(variables)
     for collection, name in (("batch_stats", "mean"), ("params", "bias")):
         changed = dict(variables[collection])
-        if simulate.has_path(changed, path):
-            own = simulate.copied(changed, path, "the norm")
+        if has_path(changed, path):
+            own = copied(changed, path, "the norm")
             if name in own:
                 old = np.asarray(own[name])
                 own[name] = (old * factors.reshape(old.shape)).astype(old.dtype)

@@ -5,7 +5,6 @@ runs.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from kdq.quantize.inputs import Batch, reboxed, unboxed
+from kdq.quantize.network import Network, as_network
 from kdq.quantize.ptq.channels import Rescaling, input_reach, output_reach, rescale
 from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet, refuse_quantizers
 from kdq.quantize.ptq.rescale import find_rescalings
@@ -21,7 +21,7 @@ from kdq.types import QParams, Variables
 
 
 def equalize(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
@@ -30,7 +30,6 @@ def equalize(
     tolerance: float = 1e-3,
     seed: int = 0,
     progress: Progress = quiet,
-    apply_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Variables, QParams]:
     """The same function with weights of even ranges (arXiv:1906.04721).
 
@@ -41,7 +40,7 @@ def equalize(
     stays. Normalizations are no layers here: fold batch norm before.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       qparams: {}; calibrate afterwards.
       batches: inputs of the model; the first is enough.
@@ -49,7 +48,6 @@ def equalize(
       tolerance: stop when no factor is further from 1.
       seed: of the search for channels; see `find_rescalings`.
       progress: `progress(layer paths, description)` yields the paths.
-      apply_kwargs: passed to the model, e.g. `{"train": False}`.
 
     Returns:
       `(variables, qparams)`.
@@ -59,9 +57,9 @@ def equalize(
     """
     refuse_quantizers(qparams, "equalize")
     check_positive("equalize", iterations=iterations)
-    boxed, variables = variables, unboxed(variables)
-    inputs = as_list(batches, "equalize", apply_kwargs)[0]
-    found = find_rescalings(model, variables, inputs, seed=seed, progress=progress)
+    network, boxed, variables = as_network(network), variables, unboxed(variables)
+    inputs = as_list(batches, "equalize")[0]
+    found = find_rescalings(network, variables, inputs, seed=seed, progress=progress)
     pairs = [rescaling for rescaling in found if rescaling.producer.layer is not None]
     for rescaling in found:
         if rescaling.producer.layer is None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from kdq.quantize.inputs import Batch, Inputs, unboxed
 from kdq.quantize.layers import LayerInfo, list_layers
+from kdq.quantize.network import Network, Weights, as_network
 from kdq.quantize.ptq.divergence import kl
 from kdq.quantize.ptq.options import Progress, as_list, quiet
 from kdq.quantize.ptq.watch import outputs_of
@@ -52,14 +53,13 @@ class LayerErrors:
 
 
 def layer_errors(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     before: tuple[Variables, QParams],
     after: tuple[Variables, QParams],
     batches: Iterable[Batch],
     *,
     target: Variables | None = None,
-    apply_kwargs: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> LayerErrors:
     """Compares two quantized models with the float one, layer by layer and at the output.
@@ -69,23 +69,23 @@ def layer_errors(
     is Σ p log(p / p̂) of the softmax over the last axis of the model's output, the mean of all else.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: the float model's.
       before: `(variables, qparams)` of a quantized model.
       after: of another; of one that fits as well, e.g. after a method.
       batches: inputs of the model, all of one shape.
       target: the float model's that `after` is compared with, where methods changed its layers but
         not its function (folding, rescaling); None: `variables`.
-      apply_kwargs: passed to the model; in evaluation mode.
       progress: see `options`.
 
     Raises:
       ValueError: no batches, or a float output that is not finite; names the layer.
     """
-    batches = as_list(batches, "layer_errors", apply_kwargs)
+    batches = as_list(batches, "layer_errors")
     plain = unboxed(variables)
     pairs = ((plain, before), (plain if target is None else unboxed(target), after))
-    layers, total = measure_energies(model, pairs, progress(batches, "measuring errors"))
+    network = as_network(network)
+    layers, total = measure_energies(network, pairs, progress(batches, "measuring errors"))
     energies, _, divergence = total
     sqnr = {}
     for path in layers:  # a `jit` sorts its dicts
@@ -112,12 +112,12 @@ Pair = tuple[Variables, tuple[Variables, QParams]]  # float, and a quantized mod
 
 
 def measure_energies(
-    model: nn.Module, pairs: Sequence[Pair], batches: Iterable[Inputs]
+    network: Network, pairs: Sequence[Pair], batches: Iterable[Inputs]
 ) -> tuple[Mapping[str, LayerInfo], tuple[Any, Any, Any]]:
     """Sums over all batches of squared outputs, and of squared errors.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       pairs: each quantized model with the float one that it is compared with.
       batches: of one shape.
 
@@ -129,19 +129,22 @@ def measure_energies(
     pairs = [(unboxed(clean), (unboxed(noisy), qparams)) for clean, (noisy, qparams) in pairs]
     layers, total = {}, None
     for inputs in batches:
-        layers = list_layers(model, pairs[0][0], inputs)  # traced once for a shape
+        layers = list_layers(network, pairs[0][0], inputs)  # traced once for a shape
         depths = tuple((path, len(layer.stack)) for path, layer in layers.items())
-        sums = _energies(pairs, inputs, model=model, depths=depths)
+        sums = _energies(pairs, inputs, network=network, depths=depths)
         sums = jax.tree.map(lambda v: np.asarray(v, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     return layers, total
 
 
-@partial(jax.jit, static_argnames=("model", "depths"))
-def _energies(pairs, inputs, *, model, depths):
+@partial(jax.jit, static_argnames=("network", "depths"))
+def _energies(pairs, inputs, *, network, depths):
     """See `measure_energies`; of one batch."""
     takes = {path: lambda output: output.astype(jnp.float32) for path, _ in depths}
-    run = lambda variables, qparams: outputs_of(model, variables, qparams, inputs, takes)
+
+    def run(variables, qparams):
+        return outputs_of(network, Weights(variables=variables, qparams=qparams), inputs, takes)
+
     runs = [(run(target, {}), run(*quantized)) for target, quantized in pairs]
     energies = {}
     for path, depth in depths:
@@ -150,7 +153,7 @@ def _energies(pairs, inputs, *, model, depths):
         )
     whole = [(clean, noisy) for (clean, _), (noisy, _) in runs]
     outputs = tuple(_signal_and_noise(*map(_floats, pair), 0) for pair in whole)
-    return energies, outputs, _divergences(whole)
+    return energies, outputs, _divergences(network, whole)
 
 
 def _signal_and_noise(
@@ -170,7 +173,11 @@ def _floats(outputs: Any) -> list[Array]:
     return [jnp.float32(leaf) for leaf in jax.tree.leaves(outputs) if is_float(leaf)]
 
 
-def _divergences(pairs: Sequence[tuple[Any, Any]]) -> tuple[Array, ...] | None:
+def _divergences(network: Network, pairs: Sequence[tuple[Any, Any]]) -> tuple[Array, ...] | None:
+    try:
+        pairs = [tuple(map(network.select_prediction, pair)) for pair in pairs]
+    except ValueError:
+        return None
     logits = pairs[0][0]
     if not isinstance(logits, jax.Array) or not logits.ndim:
         return None

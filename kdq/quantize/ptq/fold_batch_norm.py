@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from kdq.quantize import simulate
-from kdq.quantize.inputs import Batch, reboxed, run, unboxed
+from kdq.quantize.inputs import Batch, reboxed, unboxed
 from kdq.quantize.layers import LayerInfo, list_layers
+from kdq.quantize.network import Network, Weights, as_network
+from kdq.quantize.paths import copied
 from kdq.quantize.ptq import norms as norms_lib
 from kdq.quantize.ptq.norms import Norm, list_norms
 from kdq.quantize.ptq.options import Progress, as_list, quiet, refuse_quantizers
@@ -19,13 +20,12 @@ from kdq.types import Array, QParams, Variables
 
 
 def fold_batch_norm(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
     *,
     tolerance: float = 1e-5,
-    apply_kwargs: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> tuple[Variables, QParams]:
     """Moves each batch norm's factor into the layer whose output it normalizes.
@@ -40,13 +40,12 @@ def fold_batch_norm(
     that is how one finds a layer whose output is also used elsewhere.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       qparams: {}; the weights are to be calibrated afterwards.
       batches: inputs of the model; the first is what the output is compared on.
       tolerance: allowed change of the output, relative to its largest magnitude. A model that
         computes in bfloat16 needs more.
-      apply_kwargs: passed to the model; in evaluation mode.
       progress: see `options`.
 
     Returns:
@@ -56,14 +55,16 @@ def fold_batch_norm(
       ValueError: qparams that are not empty, no batches, or an output that is not finite.
     """
     refuse_quantizers(qparams, "fold_batch_norm")
-    inputs = as_list(batches, "fold_batch_norm", apply_kwargs)[0]
-    boxed, variables = variables, unboxed(variables)
-    layers = list_layers(model, variables, inputs)
-    norms = list_norms(model, variables, inputs)
+    inputs = as_list(batches, "fold_batch_norm")[0]
+    network, boxed, variables = as_network(network), variables, unboxed(variables)
+    layers = list_layers(network, variables, inputs)
+    norms = list_norms(network, variables, inputs)
     if not norms:
         logging.warning("fold_batch_norm: the model has no batch norm")
         return boxed, {}
-    forward = jax.jit(lambda variables: run(model, variables, inputs)[0])
+    forward = jax.jit(
+        lambda variables: network.run(Weights(variables=variables, qparams={}), inputs)[0]
+    )
     reference = forward(variables)
     pairs = []
     for norm in norms.values():
@@ -106,8 +107,8 @@ def _why_not(norm: Norm, layers: Mapping[str, LayerInfo]) -> str:
 
 def _fold(variables: Variables, norm: Norm, layer: LayerInfo) -> Variables:
     params, stats = dict(variables["params"]), dict(variables["batch_stats"])
-    own_layer = simulate.copied(params, layer.path, "batch norms")
-    own_stats = simulate.copied(stats, norm.path, "batch norms")
+    own_layer = copied(params, layer.path, "batch norms")
+    own_stats = copied(stats, norm.path, "batch norms")
     own = norms_lib.params_of(norm, variables)
     factor, offset = norms_lib.affine(norm, variables)
 
@@ -127,7 +128,7 @@ def _fold(variables: Variables, norm: Norm, layer: LayerInfo) -> Variables:
     own_stats["var"] = _like(own_stats["var"], variance)
     own_stats["mean"] = _like(own_stats["mean"], 0 * offset if "bias" in own else -offset)
     if own:
-        own_norm = simulate.copied(params, norm.path, "batch norms")
+        own_norm = copied(params, norm.path, "batch norms")
         for name, value in (("scale", np.ones_like(offset)), ("bias", offset)):
             if name in own:
                 own_norm[name] = _like(own_norm[name], value)

@@ -15,6 +15,7 @@ from kdq.quantize.grid import Quantizer
 from kdq.quantize.inputs import Batch, reboxed, unboxed
 from kdq.quantize.kinds import Unsupported
 from kdq.quantize.layers import LayerInfo, list_layers
+from kdq.quantize.network import Network, as_network
 from kdq.quantize.observe import observe
 from kdq.quantize.ptq import matrices
 from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
@@ -23,7 +24,7 @@ from kdq.types import Array, QParams, Variables
 
 
 def gptq(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
@@ -32,7 +33,6 @@ def gptq(
     act_order: bool = True,
     block_size: int = 128,
     progress: Progress = quiet,
-    apply_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Variables, QParams]:
     """Weights rounded so that each layer's output moves little (arXiv:2210.17323).
 
@@ -44,7 +44,7 @@ def gptq(
     see the stack's other layers in float. An input that is always 0 is rounded to nearest.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       qparams: from `calibrate`.
       batches: inputs of the model, all of one shape.
@@ -52,7 +52,6 @@ def gptq(
       act_order: inputs of large energy first, instead of in their order.
       block_size: inputs between two updates of the rest; changes the time, not the result.
       progress: `progress(layer paths, description)` yields the paths.
-      apply_kwargs: passed to the model, e.g. `{"train": False}`.
 
     Returns:
       `(variables, qparams)`: weights on their grids, and the same quantizers.
@@ -64,9 +63,9 @@ def gptq(
     if not damping >= 0:
         raise ValueError(f"damping={damping!r}: want 0 or more")
     check_positive("gptq", block_size=block_size)
-    batches = as_list(batches, "gptq", apply_kwargs)
-    boxed, variables = variables, unboxed(variables)
-    layers = list_layers(model, variables, batches[0])
+    batches = as_list(batches, "gptq")
+    network, boxed, variables = as_network(network), variables, unboxed(variables)
+    layers = list_layers(network, variables, batches[0])
     if unknown := [path for path in qparams if path not in layers]:
         raise ValueError(f"qparams have {unknown}; the layers are {list(layers)}")
     paths = [path for path in layers if "weights" in qparams.get(path, {})]
@@ -81,7 +80,7 @@ def gptq(
             state = (matrices.empty_gram(layer), own.get("activations"))
             key = (path, "activations")
             seen = observe(
-                model,
+                network,
                 variables,
                 before,
                 {key: _Hessian(layer)},

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq.quantize.kinds import Unsupported
-from kdq.quantize.layers import LayerInfo, at_path
-from kdq.quantize.simulate import copied
+from kdq.quantize.layers import LayerInfo
+from kdq.quantize.paths import at_path, copied
 from kdq.types import Array, Variables
 
 Axes = tuple[int, ...]

@@ -2,16 +2,19 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq.quantize import kinds
-from kdq.quantize.inputs import Batch, Inputs, as_inputs, run
-from kdq.quantize.layers import at_path, path_of
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.inputs import Batch, Inputs, as_inputs
+from kdq.quantize.kinds import kind_of
+from kdq.quantize.network import Network, Weights, as_network
+from kdq.quantize.paths import at_path
+from kdq.quantize.walk import walk
 from kdq.types import Array, Variables
 
 
@@ -28,7 +31,7 @@ class Norm:
 
 
 def list_norms(
-    model: nn.Module, variables: Variables, inputs: Batch, **apply_kwargs: Any
+    network: Network | nn.Module, variables: Variables, inputs: Batch
 ) -> dict[str, Norm]:
     """The batch norms in the order in which they first run; nothing is computed.
 
@@ -36,34 +39,33 @@ def list_norms(
     returned. Shared ones do too, where each call of the one goes with a call of the other.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its variables, or their shapes.
       inputs: of one batch, or their shapes.
-      **apply_kwargs: passed to the model, e.g. `train=False`.
     """
     # The arrays themselves: kept alive, so that none is mistaken for a later one at its address.
     outputs: list[tuple[Any, str]] = []
     calls: dict[str, list[str | None]] = {}
     norms: dict[str, Norm] = {}
 
-    def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        result = next_fun(*args, **kwargs)
-        module, path = context.module, path_of(context.module)
-        if context.method_name != "__call__":
-            return result
-        if kinds.kind_of(module) is not None:
-            outputs.append((result, path))
-        elif isinstance(module, nn.BatchNorm):
-            x = kinds.argument(args, kwargs, (0, "x"))
-            source = next((own for output, own in outputs if output is x), None)
-            calls.setdefault(path, []).append(source)
-            norms[path] = _describe(module, path, x.ndim, variables)
-        return result
+    def record(call: ModuleCall, beside: Any) -> tuple[Any, Any]:
+        result = call.run()
+        if call.method != "__call__":
+            return result, beside
+        if kind_of(call.module) is not None:
+            outputs.append((result, call.path))
+        elif isinstance(call.module, nn.BatchNorm):
+            x = call.argument(0, "x")
+            source = next((path for output, path in outputs if output is x), None)
+            calls.setdefault(call.path, []).append(source)
+            norms[call.path] = _describe(call.module, call.path, x.ndim, variables)
+        return result, beside
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
-        return run(model, variables, inputs, record)[0]
+        weights = Weights(variables=variables, qparams={})
+        return walk(as_network(network), weights, inputs, record)[0]
 
-    jax.eval_shape(forward, variables, as_inputs(inputs, apply_kwargs))
+    jax.eval_shape(forward, variables, as_inputs(inputs))
     runs = collections.Counter(path for _, path in outputs)
     return {path: _pair(norm, calls, runs) for path, norm in norms.items()}
 

@@ -1,7 +1,7 @@
 """What methods take in common, and what they refuse."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from kdq.quantize.inputs import Batch, Inputs, as_batches
 from kdq.types import QParams
@@ -16,11 +16,9 @@ def quiet(items: Iterable[T], description: str) -> Iterable[T]:
     return items
 
 
-def as_list(
-    batches: Iterable[Batch], method: str, apply_kwargs: Mapping[str, Any] | None = None
-) -> Sequence[Inputs]:
+def as_list(batches: Iterable[Batch], method: str) -> Sequence[Inputs]:
     """The batches, to be read several times. Raises what `as_batches` does."""
-    return list(as_batches(batches, method, apply_kwargs))
+    return list(as_batches(batches, method))
 
 
 def check_positive(method: str, **options: float) -> None:

@@ -1,15 +1,16 @@
 """In which order the pieces of a network run."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq.quantize import simulate
-from kdq.quantize.inputs import Inputs, run
-from kdq.quantize.layers import at_path, path_of
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.inputs import Inputs
+from kdq.quantize.network import Network, Weights
+from kdq.quantize.paths import at_path, has_path
+from kdq.quantize.walk import walk
 from kdq.types import Variables
 
 
@@ -30,23 +31,22 @@ def in_order(
         yield from sorted(group, key=lambda place: place[1][:1])
 
 
-def stack_roots(model: nn.Module, variables: Variables, inputs: Inputs) -> list[str]:
+def stack_roots(network: Network, variables: Variables, inputs: Inputs) -> list[str]:
     """Paths of the outermost modules whose parameters a lifted transform slices."""
     sliced: list[str] = []
 
-    def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        path = path_of(context.module)
-        own = context.module.variables.get("params", {})
-        if simulate.has_path(variables["params"], path):
-            shapes = [a.shape for a in jax.tree.leaves(own)]
+    def record(call: ModuleCall, beside: Any) -> tuple[Any, Any]:
+        path = call.path
+        if has_path(variables["params"], path):
+            shapes = [a.shape for a in jax.tree.leaves(call.module.variables.get("params", {}))]
             whole = [a.shape for a in jax.tree.leaves(at_path(variables["params"], path))]
             # Some calls of lifted transforms are made on a module that has nothing yet.
             if shapes and shapes != whole and not any(_inside(path, root) for root in sliced):
                 sliced.append(path)
-        return next_fun(*args, **kwargs)
+        return call.run(), beside
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
-        return run(model, variables, inputs, record)[0]
+        return walk(network, Weights(variables=variables, qparams={}), inputs, record)[0]
 
     jax.eval_shape(forward, variables, inputs)
     return sliced

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from absl import logging
 
 from kdq.quantize import simulate
+from kdq.quantize.inputs import Inputs
 from kdq.quantize.kinds import weight_name
-from kdq.quantize.layers import at_path
+from kdq.quantize.paths import at_path
 from kdq.quantize.ptq import adam, rounding
 from kdq.quantize.ptq.options import Progress
 from kdq.quantize.ptq.order import in_order
@@ -50,7 +51,7 @@ class Settings:
 
 def plain(module, variables, qparams, args, key, drop, /, **kwargs) -> Any:
     """The runner that quantizes inputs as they will be."""
-    return simulate.apply(module, variables, qparams, args, **kwargs)
+    return simulate.run(module, variables, qparams, Inputs(*args, **kwargs))[0]
 
 
 def reconstruct(

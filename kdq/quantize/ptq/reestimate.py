@@ -1,6 +1,7 @@
 """Batch-norm statistics of the quantized model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,23 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from kdq.quantize import kinds, simulate
+from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Batch, reboxed, unboxed
-from kdq.quantize.layers import at_path, path_of
+from kdq.quantize.network import Network, Weights, as_network
+from kdq.quantize.paths import copied
 from kdq.quantize.ptq.norms import is_folded, list_norms
 from kdq.quantize.ptq.options import Progress, as_list, quiet
+from kdq.quantize.walk import walk
 from kdq.types import QParams, Variables
-
-MOMENTS = "_moments"
 
 
 def reestimate(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
     *,
-    apply_kwargs: Mapping[str, Any] | None = None,
     progress: Progress = quiet,
 ) -> tuple[Variables, QParams]:
     """Replaces the statistics of every batch norm by those of `batches`, quantizers at work.
@@ -34,16 +34,15 @@ def reestimate(
     The mean and the (biased) variance over all examples and positions of all batches, each counted
     once: no momentum (arXiv:2105.07576, §3). While a batch runs, each norm normalizes by that
     batch's own statistics, so that later norms see what the new statistics make of it: exactly
-    for one batch, nearly for several. All else (dropout) runs as `apply_kwargs` say.
+    for one batch, nearly for several. All else (dropout) runs as the network says.
 
     A norm that was folded stays folded, with a log line.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       qparams: the quantizers; {} for the float model.
       batches: inputs of the model, all of one shape.
-      apply_kwargs: passed to the model; in evaluation mode: the norms are told otherwise.
       progress: see `options`.
 
     Returns:
@@ -52,9 +51,9 @@ def reestimate(
     Raises:
       ValueError: no batches, or a norm whose inputs are not finite.
     """
-    batches = as_list(batches, "reestimate", apply_kwargs)
-    boxed, variables = variables, unboxed(variables)
-    norms = list_norms(model, variables, batches[0])
+    batches = as_list(batches, "reestimate")
+    network, boxed, variables = as_network(network), variables, unboxed(variables)
+    norms = list_norms(network, variables, batches[0])
     folded = tuple(path for path, norm in norms.items() if is_folded(norm, variables))
     for path in folded:
         logging.info("reestimate: %r has been folded into a layer, and stays as it is", path)
@@ -64,12 +63,13 @@ def reestimate(
         return boxed, qparams
     seen: dict[str, list] = {path: [] for path in paths}
     for inputs in progress(batches, "re-estimating batch norms"):
-        found = _moments(variables, qparams, inputs, model=model, paths=paths)
+        weights = Weights(variables=variables, qparams=qparams)
+        found = _moments(weights, inputs, network=network, paths=paths)
         for path in paths:
             seen[path] += [[np.asarray(v, np.float64) for v in call] for call in found[path]]
     stats = dict(variables["batch_stats"])
     for path, calls in seen.items():
-        own = simulate.copied(stats, path, "batch norms")
+        own = copied(stats, path, "batch norms")
         for name, value in zip(("mean", "var"), _pooled(calls), strict=True):
             if not np.isfinite(value).all():
                 raise ValueError(f"reestimate met NaN or infinity in the input of norm {path!r}")
@@ -86,14 +86,14 @@ def _pooled(calls: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarr
     return mean, (weights * (variances + np.square(means - mean))).sum(0)
 
 
-@partial(jax.jit, static_argnames=("model", "paths"))
-def _moments(variables, qparams, inputs, *, model, paths):
+@partial(jax.jit, static_argnames=("network", "paths"))
+def _moments(weights, inputs, *, network, paths):
     """{path: a tuple of `(elements, mean, variance)`, one a call} for one batch."""
 
-    def watch(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module = context.module
-        if path_of(module) not in paths or context.method_name != "__call__":
-            return next_fun(*args, **kwargs)
+    def watch(call: ModuleCall, moments: Any) -> tuple[Any, Any]:
+        module = call.module
+        if call.path not in paths or call.method != "__call__":
+            return call.run(), moments
         # A bound module belongs to this one call of the model: nothing outlives it. Momentum 0
         # leaves the batch's own statistics in place of the running ones.
         for field, value in (
@@ -103,18 +103,12 @@ def _moments(variables, qparams, inputs, *, model, paths):
             ("use_fast_variance", False),
         ):
             object.__setattr__(module, field, value)
-        kwargs = {k: v for k, v in kwargs.items() if k != "use_running_average"}
-        outputs = next_fun(*args[:1], **kwargs)
+        x, mask = call.argument(0, "x"), call.kwargs.get("mask")
+        kwargs = {k: v for k, v in call.kwargs.items() if k != "use_running_average"}
+        outputs = dataclasses.replace(call, args=call.args[:1], kwargs=kwargs).run()
         mean, var = (module.get_variable("batch_stats", name) for name in ("mean", "var"))
-        x = kinds.argument(args, kwargs, (0, "x"))
-        mask = kwargs.get("mask")
         elements = x.size if mask is None else jnp.broadcast_to(mask, x.shape).sum()
-        before = ()
-        if module.has_variable("batch_stats", MOMENTS):
-            before = module.get_variable("batch_stats", MOMENTS)
-        moments = (jnp.asarray(elements / mean.size, jnp.float32), mean, var)
-        module.put_variable("batch_stats", MOMENTS, (*before, moments))
-        return outputs
+        return outputs, (*moments, (jnp.asarray(elements / mean.size, jnp.float32), mean, var))
 
-    _, changed = simulate.run(model, variables, qparams, inputs, watch, mutable=["batch_stats"])
-    return {path: at_path(changed["batch_stats"], path)[MOMENTS] for path in paths}
+    beside = dict.fromkeys(paths, ())
+    return walk(network, weights, inputs, watch, beside, collection="batch_stats")[1]

@@ -7,7 +7,7 @@ weights. No graph is read: the factor is put in, and what arrives is looked at.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,14 +18,18 @@ import numpy as np
 from absl import logging
 
 from kdq.quantize import kinds
-from kdq.quantize.inputs import Batch, Inputs, as_inputs, run, unboxed
-from kdq.quantize.layers import LayerInfo, at_path, list_layers, path_of
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.inputs import Batch, Inputs, as_inputs, unboxed
+from kdq.quantize.layers import LayerInfo, list_layers
+from kdq.quantize.network import Network, Weights, as_network
 from kdq.quantize.observe import observe
+from kdq.quantize.paths import at_path
 from kdq.quantize.ptq import matrices
 from kdq.quantize.ptq.channels import Consumer, Producer, Rescaling, output_axes, rescale
 from kdq.quantize.ptq.norms import Norm, is_folded, list_norms
 from kdq.quantize.ptq.options import Progress, quiet
 from kdq.quantize.ptq.watch import output_channels
+from kdq.quantize.walk import walk
 from kdq.types import Array, Variables
 
 BASE = 64  # values of a trial factor
@@ -33,14 +37,13 @@ TOLERANCE = 1e-3  # of its logarithm, base 2; two values are 2 / BASE apart
 
 
 def find_rescalings(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     inputs: Batch,
     *,
     seed: int = 0,
     tolerance: float = 1e-4,
     progress: Progress = quiet,
-    apply_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Rescaling, ...]:
     """Every producer whose channels can be rescaled, in the order in which they first run.
 
@@ -52,21 +55,20 @@ def find_rescalings(
     must stay. What can't be rescaled is logged with the reason. The factors must stay positive.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       inputs: one batch.
       seed: of the trial factors.
       tolerance: largest change of an output in the verification, as a part of the largest output.
       progress: `progress(producer paths, description)` yields the paths.
-      apply_kwargs: passed to the model, e.g. `{"train": False}`.
 
     Raises:
       ValueError: NaN or infinity in a layer's input; names the layer.
     """
-    variables, inputs = unboxed(variables), as_inputs(inputs, apply_kwargs)
-    trial = _Trial(model, variables, inputs, np.random.default_rng(seed))
+    network, variables, inputs = as_network(network), unboxed(variables), as_inputs(inputs)
+    trial = _Trial(network, variables, inputs, np.random.default_rng(seed))
     matrices.check_finite(trial.energies(variables), "the search for channels")
-    producers = _producers(model, variables, inputs, trial.layers)
+    producers = _producers(network, variables, inputs, trial.layers)
     found = []
     for path in progress(list(producers), "channels to rescale"):
         consumers, reason = trial.consumers(producers[path])
@@ -82,7 +84,7 @@ def find_rescalings(
 
 
 def _producers(
-    model: nn.Module,
+    network: Network,
     variables: Variables,
     inputs: Inputs,
     layers: Mapping[str, LayerInfo],
@@ -93,24 +95,22 @@ def _producers(
     """
     producers: dict[str, Producer | None] = {}
 
-    def record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        outputs = next_fun(*args, **kwargs)
-        module, path = context.module, path_of(context.module)
-        if path in producers or context.method_name != "__call__":
-            return outputs
-        if path in layers and layers[path].weight_name:
-            producers[path] = _layer_producer(layers[path])
-        elif isinstance(module, kinds.NORMS):
-            producers[path] = _norm_producer(module, path, variables)
-        return outputs
+    def record(call: ModuleCall, beside: Any) -> tuple[Any, Any]:
+        outputs, path = call.run(), call.path
+        if path not in producers and call.method == "__call__":
+            if path in layers and layers[path].weight_name:
+                producers[path] = _layer_producer(layers[path])
+            elif isinstance(call.module, kinds.NORMS):
+                producers[path] = _norm_producer(call.module, path, variables)
+        return outputs, beside
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
-        return run(model, variables, inputs, record)[0]
+        return walk(network, Weights(variables=variables, qparams={}), inputs, record)[0]
 
     jax.eval_shape(forward, variables, inputs)
     found = {path: producer for path, producer in producers.items() if producer is not None}
     if "batch_stats" in variables:
-        for norm in list_norms(model, variables, inputs).values():
+        for norm in list_norms(network, variables, inputs).values():
             if norm.source in found and _only_adds(norm, layers[norm.source], variables):
                 found[norm.source] = dataclasses.replace(found[norm.source], norm=norm.path)
                 found.pop(norm.path, None)
@@ -149,9 +149,9 @@ def _energy(state: Array, x: Array) -> Array:
 class _Trial:
     """Runs the model with changed parameters on one batch; compiled once."""
 
-    def __init__(self, model: nn.Module, variables: Variables, inputs: Inputs, rng: Any):
-        self.model, self.variables, self.inputs, self.rng = model, variables, inputs, rng
-        self.layers = list_layers(model, variables, inputs)
+    def __init__(self, network: Network, variables: Variables, inputs: Inputs, rng: Any):
+        self.network, self.variables, self.inputs, self.rng = network, variables, inputs, rng
+        self.layers = list_layers(network, variables, inputs)
         self.watched, self.watchers, self.states = {}, {}, {}
         for path, layer in self.layers.items():
             if not layer.weight_name or "activations" not in layer.operands:
@@ -167,7 +167,7 @@ class _Trial:
 
     def energies(self, variables: Variables) -> dict[str, np.ndarray]:
         """Sum of squares of each channel of each layer's input: [layers of the stack, channels]."""
-        seen = observe(self.model, variables, {}, self.watchers, self.states, [self.inputs])
+        seen = observe(self.network, variables, {}, self.watchers, self.states, [self.inputs])
         return {
             path: np.asarray(state, np.float64).reshape(-1, state.shape[-1])
             for (path, _), state in seen.items()
@@ -176,7 +176,7 @@ class _Trial:
     def error(self, rescaling: Rescaling) -> float:
         """Change of the model's own output with random factors, as a part of its largest."""
         factors = 4.0 ** self.rng.uniform(-1, 1, rescaling.producer.factors)
-        outputs = partial(_outputs, inputs=self.inputs, model=self.model)
+        outputs = partial(_outputs, inputs=self.inputs, network=self.network)
         before = outputs(self.variables)
         after = outputs(rescale(self.variables, rescaling, factors))
         worst = 0.0
@@ -294,6 +294,6 @@ def _read(logs: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return np.where(still.all(0), -1, found)
 
 
-@partial(jax.jit, static_argnames=("model",))
-def _outputs(variables, inputs, *, model):
-    return run(model, variables, inputs)[0]
+@partial(jax.jit, static_argnames=("network",))
+def _outputs(variables, inputs, *, network):
+    return network.run(Weights(variables=variables, qparams={}), inputs)[0]

@@ -1,7 +1,6 @@
 """SmoothQuant: what is hard to quantize in the activations moves into the weights."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,6 +10,7 @@ from absl import logging
 
 from kdq.quantize.inputs import Batch, reboxed, unboxed
 from kdq.quantize.layers import list_layers
+from kdq.quantize.network import Network, as_network
 from kdq.quantize.observe import observe
 from kdq.quantize.ptq import matrices
 from kdq.quantize.ptq.channels import Rescaling, input_reach, rescale
@@ -20,7 +20,7 @@ from kdq.types import Array, QParams, Variables
 
 
 def smooth(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
@@ -28,7 +28,6 @@ def smooth(
     alpha: float = 0.5,
     seed: int = 0,
     progress: Progress = quiet,
-    apply_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Variables, QParams]:
     """The same function with activations of even channels (SmoothQuant, arXiv:2211.10438).
 
@@ -38,14 +37,13 @@ def smooth(
     channel with a maximum of 0 stays. Inputs that nothing can be divided for are logged and stay.
 
     Args:
-      model: any Linen module.
+      network: any Linen module, or a `Network`.
       variables: its float variables.
       qparams: {}; calibrate afterwards.
       batches: inputs of the model, all of one shape.
       alpha: 0 to 1; how much of the range moves into the weights.
       seed: of the search for channels; see `find_rescalings`.
       progress: `progress(layer paths, description)` yields the paths.
-      apply_kwargs: passed to the model, e.g. `{"train": False}`.
 
     Returns:
       `(variables, qparams)`.
@@ -56,11 +54,11 @@ def smooth(
     refuse_quantizers(qparams, "smooth")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha!r}: want 0 to 1")
-    batches = as_list(batches, "smooth", apply_kwargs)
-    boxed, variables = variables, unboxed(variables)
-    pairs = find_rescalings(model, variables, batches[0], seed=seed, progress=progress)
+    batches = as_list(batches, "smooth")
+    network, boxed, variables = as_network(network), variables, unboxed(variables)
+    pairs = find_rescalings(network, variables, batches[0], seed=seed, progress=progress)
     layers = {c.layer.path: c.layer for pair in pairs for c in pair.consumers}
-    for path, layer in list_layers(model, variables, batches[0]).items():
+    for path, layer in list_layers(network, variables, batches[0]).items():
         if layer.weight_name and path not in layers:
             logging.info("smooth leaves the input of %r: no producer can hold the factors", path)
     watchers, states = {}, {}
@@ -68,7 +66,7 @@ def smooth(
         form = matrices.form(layer)
         watchers[path, "activations"] = matrices.ByChannel(layer, _largest)
         states[path, "activations"] = jnp.zeros((*layer.stack, form.size(form.channels)))
-    seen = observe(model, variables, {}, watchers, states, batches)
+    seen = observe(network, variables, {}, watchers, states, batches)
     inputs = {path: state for (path, _), state in seen.items()}
     matrices.check_finite(inputs, "smooth")
     for pair in pairs:

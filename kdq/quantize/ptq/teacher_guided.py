@@ -1,6 +1,6 @@
 """Teacher-guided calibration: scales and rounding chosen for the outputs, not for the layers."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from kdq.quantize import simulate
 from kdq.quantize.inputs import Batch, Inputs, reboxed, unboxed
+from kdq.quantize.network import Network, Weights, as_network
 from kdq.quantize.ptq import adam, rounding
 from kdq.quantize.ptq.divergence import check_logits, kl
 from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
@@ -23,7 +23,7 @@ Teacher = Callable[[Any], Array]
 
 
 def teacher_guided(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     qparams: QParams,
     batches: Iterable[Batch],
@@ -39,7 +39,6 @@ def teacher_guided(
     checks: int = 10,
     seed: int = 0,
     progress: Progress = quiet,
-    apply_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Variables, QParams]:
     """The scales and the rounding of all layers at once, by the KL of the outputs to a teacher's.
 
@@ -54,7 +53,7 @@ def teacher_guided(
     rounded) is returned; so it is never worse there than what came in, rounded to nearest.
 
     Args:
-      model: any Linen module whose output is an array of logits [..., classes].
+      network: any Linen module, or a `Network`, whose output is an array of logits [..., classes].
       variables: its float variables.
       qparams: from `calibrate`.
       batches: two or more unlabelled inputs of the model, of one shape.
@@ -71,7 +70,6 @@ def teacher_guided(
       checks: in each phase, evenly spaced.
       seed: of the choice of batches, held out and in each step.
       progress: (items, description) -> items.
-      apply_kwargs: passed to the model, e.g. {"train": False}.
 
     Returns:
       variables whose quantized weights are on their grids, and qparams with the scales found.
@@ -81,23 +79,23 @@ def teacher_guided(
         are not finite or differ in classes.
     """
     raw = list(batches)
-    batches = as_list(raw, "teacher_guided", apply_kwargs)
+    batches = as_list(raw, "teacher_guided")
     check_positive(
         "teacher_guided", learning_rate=learning_rate, checks=checks, temperature=temperature
     )
     if len(batches) < 2:
         raise ValueError("teacher_guided got 1 batch: want 2 or more, a quarter is held out")
-    boxed, variables = variables, unboxed(variables)
+    network, boxed, variables = as_network(network), variables, unboxed(variables)
     target = variables if target is None else unboxed(target)
     key, order_key = jax.random.split(jax.random.key(seed))
     order = [int(i) for i in jax.random.permutation(order_key, len(batches))]
     batches, raw = [batches[i] for i in order], [raw[i] for i in order]
     logits = None if teacher is None else [teacher(inputs) for inputs in raw]
-    wanted = _wanted(model, target, logits, batches)
+    wanted = _reference(network, target, logits, batches)
     held = max(1, len(batches) // 4)
     unseen = list(zip(batches[:held], wanted[:held], strict=True))
     fitted = jax.tree.map(lambda *a: jnp.stack(a), *batches[held:]), wanted[held:]
-    search = _Search(model, variables, qparams, fitted, unseen, jnp.float32(temperature))
+    search = _Search(network, variables, qparams, fitted, unseen, jnp.float32(temperature))
     options = {
         "rates": (jnp.float32(learning_rate), jnp.float32(scale_learning_rate)),
         "regularization": jnp.float32(regularization),
@@ -109,15 +107,15 @@ def teacher_guided(
     return reboxed(search.variables, boxed), search.qparams
 
 
-def _wanted(
-    model: nn.Module, variables: Variables, logits: list[Array] | None, batches: Sequence[Inputs]
+def _reference(
+    network: Network, variables: Variables, logits: list[Array] | None, batches: Sequence[Inputs]
 ) -> Array:
     """[batches, ..., classes]: the logits of the teacher; None: of the model. Raises ValueError."""
-    shape = jax.eval_shape(partial(_float, model), variables, batches[0])
+    shape = jax.eval_shape(partial(_logits, network), variables, {}, batches[0])
     check_logits("teacher_guided", "the model's outputs", shape)
     if logits is None:
-        forward = jax.jit(partial(_float, model))
-        logits = [forward(variables, inputs) for inputs in batches]
+        forward = jax.jit(partial(_logits, network))
+        logits = [forward(variables, {}, inputs) for inputs in batches]
     for array in logits:
         check_logits("teacher_guided", "the teacher's outputs", array, shape.shape)
     logits = jnp.stack(logits)
@@ -126,15 +124,16 @@ def _wanted(
     return logits
 
 
-def _float(model, variables, inputs):
-    return simulate.run(model, variables, {}, inputs)[0]
+def _logits(network: Network, variables: Variables, qparams: QParams, inputs: Inputs) -> Array:
+    weights = Weights(variables=variables, qparams=qparams)
+    return network.select_prediction(network.run(weights, inputs)[0])
 
 
 class _Search:
     """What was found best so far, and the phases that look for better."""
 
-    def __init__(self, model, variables, qparams, fitted, unseen, temperature):
-        self._static = {"model": model}
+    def __init__(self, network, variables, qparams, fitted, unseen, temperature):
+        self._static = {"network": network}
         self._float = variables
         self._fitted, self._unseen, self._temperature = fitted, unseen, temperature
         self.qparams = qparams
@@ -192,9 +191,9 @@ class _Search:
             self.best, self.variables, self.qparams = found, variables, qparams
 
 
-@partial(jax.jit, static_argnames=("model",))
-def _held_out(variables, qparams, inputs, wanted, temperature, *, model):
-    logits = simulate.run(model, variables, qparams, inputs)[0]
+@partial(jax.jit, static_argnames=("network",))
+def _held_out(variables, qparams, inputs, wanted, temperature, *, network):
+    logits = _logits(network, variables, qparams, inputs)
     return _softened(wanted, logits, temperature)
 
 
@@ -203,7 +202,7 @@ def _softened(wanted: Array, logits: Array, temperature: Array) -> Array:
     return temperature**2 * kl(wanted / temperature, logits / temperature).mean()
 
 
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("network",), donate_argnames=("state",))
 def _step(
     state,
     variables,
@@ -214,7 +213,7 @@ def _step(
     key,
     number,
     *,
-    model,
+    network,
 ):
     """One of Adam; rounding is soft where `below` has codes."""
     count = sum(codes.size for codes in below.values())
@@ -230,7 +229,7 @@ def _step(
         }
         pick = jax.random.randint(jax.random.fold_in(key, step), (), 0, len(data[1]))
         inputs, wanted = jax.tree.map(lambda a: a[pick], data)
-        logits = simulate.run(model, {**variables, "params": params}, rest, inputs)[0]
+        logits = _logits(network, {**variables, "params": params}, rest, inputs)
         total = _softened(wanted, logits, options["temperature"]) / options["start"]
         if not soft:
             return total

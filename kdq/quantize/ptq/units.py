@@ -6,9 +6,9 @@ and aims at the outputs of the float model: asymmetric reconstruction (AdaRound,
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.errors
 import flax.linen as nn
@@ -16,13 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.quantize import kinds, simulate
+from kdq.quantize import simulate
+from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs
-from kdq.quantize.layers import at_path, list_layers, path_of
+from kdq.quantize.kinds import kind_of
+from kdq.quantize.layers import list_layers
+from kdq.quantize.network import Network, Weights
+from kdq.quantize.paths import at_path
 from kdq.quantize.ptq.order import prefixes
+from kdq.quantize.walk import walk, without_beside
 from kdq.types import Array, QParams, Variables
-
-SEEN, NUDGES = "_seen", "_nudges"
 
 
 class _Array:
@@ -85,7 +88,7 @@ class Unit:
 
 
 def describe(
-    model: nn.Module,
+    network: Network,
     variables: Variables,
     inputs: Inputs,
     paths: Iterable[str],
@@ -97,12 +100,15 @@ def describe(
     layer every method of its kind is a call; of a block only `__call__`.
     """
     found: dict[str, tuple[nn.Module, Any, dict[str, Call]]] = {}
-    layers = list_layers(model, variables, inputs)
+    layers = list_layers(network, variables, inputs)
     in_loop = [path for path, layer in layers.items() if layer.in_loop]
     around = {path for layer in in_loop for path in prefixes(layer)[1:-1]}
 
     def run(paths: tuple[str, ...], found: dict) -> bool:
-        forward = lambda variables, inputs: run_watched(model, variables, {}, inputs, paths, found)
+        def forward(variables: Variables, inputs: Inputs) -> Any:
+            weights = Weights(variables=variables, qparams={})
+            return run_watched(network, weights, inputs, dict.fromkeys(paths, UNSEEN), found)
+
         jax.eval_shape(forward, variables, inputs)
         return True
 
@@ -132,51 +138,59 @@ def describe(
     return {unit.path: unit for unit in sorted(units.values(), key=first)}
 
 
-def run_watched(
-    model: nn.Module,
-    variables: Variables,
-    qparams: QParams,
-    inputs: Inputs,
-    paths: Sequence[str],
-    found: dict[str, tuple[nn.Module, Any, dict[str, Call]]] | None = None,
-) -> tuple[Any, Any]:
-    """(params, outputs) of a run in which each module of `paths` leaves its calls under `SEEN`.
+class Beside(NamedTuple):
+    """What lies beside the parameters of a watched module."""
 
-    A call is (arrays in, leaves out). What a module has under `NUDGES`, {call: arrays}, is added to
-    the outputs that `Call.outputs` tells; `found` gets (module, shapes of its variables, calls).
+    seen: dict[str, Any]  # by number of the call: (arrays in, leaves out)
+    nudges: dict[str, Any]  # by number of the call: arrays that are added to its float outputs
+
+
+UNSEEN = Beside({}, {})
+
+
+def run_watched(
+    network: Network,
+    weights: Weights,
+    inputs: Inputs,
+    beside: Mapping[str, Beside],
+    found: dict[str, tuple[nn.Module, Any, dict[str, Call]]] | None = None,
+) -> tuple[Any, dict[str, Beside]]:
+    """(outputs, what lies beside) after a run in which modules leave their calls beside them.
+
+    Of a layer every method of its kind is a call; of a block only `__call__`. `found` gets (module,
+    shapes of its variables, calls) by path.
     """
     active: list[str] = []
 
-    def watch(next_fun, args, kwargs, context):
-        module, path, method = context.module, path_of(context.module), context.method_name
-        kind = kinds.kind_of(module)
-        watched = method in kind.methods if kind else method == "__call__"
-        if path not in paths or not watched or path in active:
-            return next_fun(*args, **kwargs)
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), module.variables)
+    def watch(layer_call: ModuleCall, before: Beside | None) -> tuple[Any, Beside | None]:
+        module, path, method = layer_call.module, layer_call.path, layer_call.method
+        watched = layer_call.kind if kind_of(module) else method == "__call__"
+        if path not in beside or not watched or path in active:
+            return layer_call.run(), before
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), without_beside(module.variables)
+        )
         active.append(path)
-        outputs = next_fun(*args, **kwargs)
+        outputs = layer_call.run()
         active.pop()
-        # Counted in the scope, because lifted transforms trace a module more than once.
-        seen = dict(module.get_variable("params", SEEN, {}))
-        leaves, structure = jax.tree.flatten((args, kwargs))
+        leaves, structure = jax.tree.flatten((layer_call.args, layer_call.kwargs))
         arrays = tuple(leaf for leaf in leaves if _is_array(leaf))
         returned, out_structure = jax.tree.flatten(outputs)
         call = _call(method, structure, leaves, arrays, returned)
-        if module.has_variable("params", NUDGES):
-            nudges = iter(module.get_variable("params", NUDGES)[str(len(seen))])
+        # Counted in the scope, because lifted transforms trace a module more than once.
+        number = str(len(before.seen))
+        if before.nudges:
+            nudges = iter(before.nudges[number])
             pairs = zip(returned, call.outputs, strict=True)
             returned = [a + next(nudges) if kept else a for a, kept in pairs]
             outputs = jax.tree.unflatten(out_structure, returned)
         if found is not None:
             clone = module.clone(parent=None, name=None)
-            calls = found.setdefault(path, (clone, shapes, {}))[2]
-            calls[str(len(seen))] = call
-        module.put_variable("params", SEEN, seen | {str(len(seen)): (arrays, tuple(returned))})
-        return outputs
+            found.setdefault(path, (clone, shapes, {}))[2][number] = call
+        seen = before.seen | {number: (arrays, tuple(returned))}
+        return outputs, before._replace(seen=seen)
 
-    outputs, changed = simulate.run(model, variables, qparams, inputs, watch, mutable=["params"])
-    return changed["params"], outputs
+    return walk(network, weights, inputs, watch, beside)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -198,18 +212,18 @@ def _call(method, structure, leaves, arrays, returned) -> Call:
     )
 
 
-@partial(jax.jit, static_argnames=("model", "paths"))
-def _capture(variables, qparams, inputs, *, model, paths):
+@partial(jax.jit, static_argnames=("network", "paths"))
+def _capture(weights, inputs, *, network, paths):
     """The arrays in and out of every call of the modules: one compilation serves all units."""
-    params, _ = run_watched(model, variables, qparams, inputs, paths)
-    return {path: at_path(params, path)[SEEN] for path in paths}
+    _, left = run_watched(network, weights, inputs, dict.fromkeys(paths, UNSEEN))
+    return {path: left[path].seen for path in paths}
 
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
     """A model, and what is to be seen of it while it runs."""
 
-    model: nn.Module
+    network: Network
     paths: tuple[str, ...]
     batches: Sequence[Inputs]
 
@@ -224,13 +238,8 @@ class Watch:
         """
         parts = []
         for inputs in self.batches:
-            seen = _capture(
-                variables,
-                qparams,
-                inputs,
-                model=self.model,
-                paths=self.paths,
-            )[unit.path]
+            weights = Weights(variables=variables, qparams=qparams)
+            seen = _capture(weights, inputs, network=self.network, paths=self.paths)[unit.path]
             parts.append(jax.tree.map(lambda a: a[index], seen))
         joined = []
         for i, call in enumerate(unit.calls):
@@ -275,7 +284,8 @@ def why_not(unit: Unit) -> str:
 
         def run(variables: Variables, arrays: Sequence[Array], call: Call = call) -> Any:
             args, kwargs = call.arguments(arrays)
-            return simulate.apply(unit.module, variables, {}, args, method=call.method, **kwargs)
+            call_inputs = Inputs(*args, method=call.method, **kwargs)
+            return simulate.run(unit.module, variables, {}, call_inputs)[0]
 
         try:
             jax.eval_shape(run, unit.shapes, call.shapes)

@@ -1,35 +1,30 @@
-"""Seeing what modules return."""
+"""Seeing what layers return."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 
-from kdq.quantize import kinds, simulate, tracing
+from kdq.quantize import tracing
+from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs
-from kdq.quantize.layers import LayerInfo, at_path, list_layers, path_of
-from kdq.types import Array, QParams, Variables
+from kdq.quantize.layers import LayerInfo, list_layers
+from kdq.quantize.network import Network, Weights
+from kdq.quantize.walk import walk
+from kdq.types import Array
 
-# What to keep of an output of a module.
+# What to keep of an output of a layer.
 Take = Callable[[Array], Any]
-
-TAKEN = "_taken"
 
 
 def outputs_of(
-    model: nn.Module,
-    variables: Variables,
-    qparams: QParams,
-    inputs: Inputs,
-    takes: Mapping[str, Take],
+    network: Network, weights: Weights, inputs: Inputs, takes: Mapping[str, Take]
 ) -> tuple[Any, dict[str, tuple[Any, ...]]]:
     """The model's output, and what `takes` keep of the outputs of layers; to be called in a `jit`.
 
     Args:
-      model: any Linen module.
-      variables: its float variables.
-      qparams: quantizers that are at work; {} for the float model.
+      network: that runs.
+      weights: its unboxed variables, and the quantizers that are at work.
       inputs: one batch.
       takes: what to keep, by layer path.
 
@@ -37,42 +32,25 @@ def outputs_of(
       `(output, {path: (what was kept of the first call, of the second, ...)})`; of a stack of
       layers with its axes in front, and of a loop over one set of weights with all turns in one.
     """
-    layers = list_layers(model, variables, inputs)  # traced once for a shape
+    layers = list_layers(network, weights.variables, inputs)  # traced once for a shape
     depths = {path: len(layers[path].stack) for path in takes if layers[path].in_loop}
 
-    def watch(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        outputs = next_fun(*args, **kwargs)
-        module, path = context.module, path_of(context.module)
-        kind = kinds.kind_of(module)
-        if path not in takes or kind is None or context.method_name not in kind.methods:
-            return outputs
+    def watch(call: ModuleCall, taken: Any) -> tuple[Any, Any]:
+        outputs, path = call.run(), call.path
+        if path not in takes or call.kind is None:
+            return outputs, taken
         if path in depths:  # see `observe`
-            return tracing.see(path, outputs)
-        before = module.get_variable("params", TAKEN) if _has(module, TAKEN) else ()
-        module.put_variable("params", TAKEN, (*before, takes[path](outputs)))
-        return outputs
+            return tracing.see(path, outputs), taken
+        return outputs, (*taken, takes[path](outputs))
 
-    # Under "params", the collection that lifted transforms slice and stack: see `observe`.
-    forward = lambda variables, inputs: simulate.run(
-        model, variables, qparams, inputs, watch, mutable=["params"]
-    )
-    if depths:
-        (outputs, changed), collected = tracing.collect(forward, variables, inputs)
-    else:
-        (outputs, changed), collected = forward(variables, inputs), {}
-    taken = {}
-    for path, take in takes.items():
-        if path not in depths:
-            taken[path] = at_path(changed["params"], path)[TAKEN]
-            continue
-        for _ in range(depths[path]):
+    beside = {path: () for path in takes if path not in depths}
+    outputs, left = walk(network, weights, inputs, watch, beside, collects=bool(depths))
+    for path, depth in depths.items():
+        take = takes[path]
+        for _ in range(depth):
             take = jax.vmap(take)
-        taken[path] = tuple(map(take, collected.get(path, ())))
-    return outputs, taken
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    return module.has_variable("params", name)
+        left[path] = tuple(map(take, left.get(path, ())))
+    return outputs, left
 
 
 def output_channels(layer: LayerInfo) -> dict[int, int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from kdq.quantize import simulate
 from kdq.quantize.kinds import weight_name
-from kdq.quantize.layers import at_path
+from kdq.quantize.paths import at_path, copied
 from kdq.types import Array, QParams, Variables
 
 
@@ -25,7 +25,7 @@ def put_weights(params: Any, weights: Mapping[str, Array]) -> dict[str, Any]:
     """A copy of `params` with these weights, each in the dtype that it has."""
     params = dict(params)
     for path, weight in weights.items():
-        layer = simulate.copied(params, path, "weights")
+        layer = copied(params, path, "weights")
         name = weight_name(layer)
         layer[name] = weight.astype(layer[name].dtype)
     return params

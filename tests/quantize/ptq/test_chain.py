@@ -31,12 +31,11 @@ def case():
 def test_a_chain_is_its_methods_by_hand(case):
     """What comes later aims at the float model, folded, though the weights have been rounded."""
     model, variables, images = case
-    apply_kwargs = {"train": False}
-    options = {"apply_kwargs": apply_kwargs}
+    options = {}
     steps = ({"method": "fold_batch_norm"}, {"method": "gptq"}, {"method": "bias_correction"})
-    found = chain.run(steps, model, variables, RULES, images, apply_kwargs=apply_kwargs)
+    found = chain.run(steps, model, variables, RULES, images)
     folded, _ = chain.METHODS["fold_batch_norm"](model, variables, {}, images, **options)
-    qparams = quantize.calibrate(model, folded, RULES, images, train=False)
+    qparams = quantize.calibrate(model, folded, RULES, images)
     rounded, _ = chain.METHODS["gptq"](model, folded, qparams, images, **options)
     corrected, _ = chain.METHODS["bias_correction"](
         model, rounded, qparams, images, target=folded, **options
@@ -52,8 +51,8 @@ def test_a_chain_is_its_methods_by_hand(case):
 
 def test_no_steps_only_calibrate(case):
     model, variables, images = case
-    plain = chain.run((), model, variables, RULES, images, apply_kwargs={"train": False})
-    same = quantize.calibrate(model, variables, RULES, images, train=False)
+    plain = chain.run((), model, variables, RULES, images)
+    same = quantize.calibrate(model, variables, RULES, images)
     equal(plain, (variables, variables, same))
 
 
@@ -62,10 +61,8 @@ def test_methods_get_the_rules_and_the_teacher(case):
     """AWQ searches for the bits of the rules; a teacher of constant logits flattens the model's."""
     model, variables, images = case
     flat = lambda inputs: jnp.zeros((len(inputs), 3))
-    run = lambda steps, **more: chain.run(
-        steps, model, variables, RULES, images, apply_kwargs={"train": False}, **more
-    )
-    scaled = awq(model, variables, {}, images, rules=RULES, apply_kwargs={"train": False})[0]
+    run = lambda steps, **more: chain.run(steps, model, variables, RULES, images, **more)
+    scaled = awq(model, variables, {}, images, rules=RULES)[0]
     jax.tree.map(np.testing.assert_array_equal, run([{"method": "awq"}]).target, scaled)
     guided = [
         {

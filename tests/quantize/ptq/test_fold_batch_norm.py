@@ -144,7 +144,7 @@ def test_a_residual_network_keeps_its_output(caplog):
     model, x = models.build("resnet", num_classes=10, depth=8, widths=(4, 4, 6, 8)), None
     x = _image(4, 8, 8, 3)
     variables = _draw(model, x)
-    folded, _ = fold_batch_norm(model, variables, {}, [x], apply_kwargs={"train": False})
+    folded, _ = fold_batch_norm(model, variables, {}, [x])
     assert _change(model, variables, folded, x) < 1e-5
     norms = list_norms(model, folded, x)
     assert len(norms) == 9

@@ -90,9 +90,9 @@ def test_after_one_batch_the_quantized_convolutions_are_normalized():
     x = _batches(1, (8, 6, 6, 2))[0]
     variables = _draw(model, x)
     qparams = calibrate(model, variables, uniform_rules(2, 4), [x], check=False)
-    found, _ = reestimate(model, variables, qparams, [x], apply_kwargs={"train": False})
+    found, _ = reestimate(model, variables, qparams, [x])
     capture = {"capture_intermediates": True, "mutable": ["intermediates"]}
-    _, seen = jax.jit(lambda v, q: apply(model, v, q, x, train=False, **capture))(found, qparams)
+    _, seen = jax.jit(lambda v, q: apply(model, v, q, x, **capture))(found, qparams)
     for name in ("norm_0", "norm_1"):
         y = np.asarray(seen["intermediates"][name]["__call__"][0], np.float64)
         own = variables["params"][name]

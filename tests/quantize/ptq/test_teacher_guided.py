@@ -134,9 +134,7 @@ def test_a_stack_with_quantized_activations():
         scale=jnp.full((2, 1, 3), 0.8), zero_point=jnp.zeros((2, 1, 3))
     )
     qparams = {"layers/layer": {"weights": weights, "activations": two(0.9, 0, -4, 3)}}
-    found, trained = teacher_guided(
-        Stack(), variables, qparams, batches, apply_kwargs={"train": False}
-    )
+    found, trained = teacher_guided(Stack(), variables, qparams, batches)
     own = trained["layers/layer"]
     scales = np.asarray(own["activations"].scale)
     assert scales[0] != scales[1]

@@ -18,7 +18,7 @@ from kdq.deploy.flow import network
 from kdq.deploy.formats import rounded
 from kdq.deploy.formats.onnx import program as onnx_program
 from kdq.deploy.lower.lowering import IntegerModel
-from kdq.quantize.layers import batch_specs
+from kdq.quantize.inputs import as_inputs
 from kdq.types import Array
 
 INPUT, OUTPUT = "input", "output"
@@ -162,7 +162,7 @@ def layer_names(lowered: IntegerModel, inputs: Array | tuple) -> list[str]:
 def _specs(inputs: Array | tuple) -> list[jax.ShapeDtypeStruct]:
     """Of inputs with a batch of any size."""
     (batch,) = jax.export.symbolic_shape("batch")
-    return batch_specs(inputs, batch)
+    return as_inputs(inputs).shapes(batch)
 
 
 def _program(lowered: IntegerModel, inputs: Array | tuple, each_layer: bool) -> tuple:
