@@ -50,7 +50,7 @@ class _PathParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> str:
         if not argument:
-            raise ValueError("want a path")
+            raise ValueError("expected a path")
         try:
             return expand_user(argument, "path")
         except ConfigError as error:

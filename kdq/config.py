@@ -75,13 +75,15 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
         kind = type(defaults[name])
         if kind is bool:
             if text.lower() not in ("", "true", "false", "1", "0"):
-                raise ConfigError(f"config argument {name}={text!r}: want true or false")
+                raise ConfigError(f"config argument {name}={text!r}: expected true or false")
             values[name] = text.lower() in ("", "true", "1")
             continue
         try:
             values[name] = kind(text)
         except ValueError as error:
-            raise ConfigError(f"config argument {name}={text!r}: want {kind.__name__}") from error
+            raise ConfigError(
+                f"config argument {name}={text!r}: expected {kind.__name__}"
+            ) from error
     return ml_collections.ConfigDict(values)
 
 
@@ -177,14 +179,14 @@ def _check(experiment: Experiment) -> None:
 
 def _check_search(experiment: Experiment, one: Search, where: str) -> None:
     if not one.students:
-        raise ConfigError(f"{where}.students is empty: want a float arm or more")
+        raise ConfigError(f"{where}.students is empty: expected a float arm or more")
     for field in ("students", "teacher", "finetune"):
         value = getattr(one, field)
         for arm in value if field == "students" else filter(None, (value,)):
             if arm not in experiment.arms:
                 raise ConfigError(unknown(f"{where}.{field}: arm", arm, experiment.arms))
             if field != "finetune" and experiment.arms[arm].bits:
-                raise ConfigError(f"{where}.{field}: {arm!r} is quantized; want a float arm")
+                raise ConfigError(f"{where}.{field}: {arm!r} is quantized; expected a float arm")
     if not one.teacher:
         raise ConfigError(f"{where}.teacher is missing: the arm that policies are compared with")
     for i, bits in enumerate(one.choices):
@@ -192,18 +194,22 @@ def _check_search(experiment: Experiment, one: Search, where: str) -> None:
     for pattern, bits in one.fixed.items():
         parse_bits(bits, f"{where}.fixed[{pattern!r}]")
     if not one.most.set and not one.share.set:
-        raise ConfigError(f"{where}: no budget; want `most` or `share`, e.g. most.average_bits=3")
+        raise ConfigError(
+            f"{where}: no budget; expected `most` or `share`, e.g. most.average_bits=3"
+        )
     if one.steps and not one.finetune:
-        raise ConfigError(f"{where}.steps={one.steps}: wants `finetune`, the arm to train as")
+        raise ConfigError(f"{where}.steps={one.steps}: needs `finetune`, the arm to train as")
     if one.distilled and not one.steps:
-        raise ConfigError(f"{where}.distilled={one.distilled}: only a finetune tells, want steps")
+        raise ConfigError(
+            f"{where}.distilled={one.distilled}: only a finetune tells, expected steps"
+        )
 
 
 def _check_cache(cache: Cache) -> None:
     sparse = cache.kind in ("top_k", "sampled")
     if sparse != (cache.size > 0):
         raise ConfigError(
-            f"config.cache: size={cache.size} with kind={cache.kind!r}; want at least 1 with "
+            f"config.cache: size={cache.size} with kind={cache.kind!r}; expected at least 1 with "
             "'top_k' and 'sampled', 0 with the others"
         )
 
@@ -218,15 +224,17 @@ def _check_teacher(experiment: Experiment, name: str) -> None:
         if arm not in experiment.arms:
             raise ConfigError(unknown(f"{where}: arm", arm, experiment.arms))
     if one.kind == "ensemble" and one.weights and len(one.weights) != len(one.arms):
-        raise ConfigError(f"{where}.weights={one.weights}: want {len(one.arms)} numbers, or none")
+        raise ConfigError(
+            f"{where}.weights={one.weights}: expected {len(one.arms)} numbers, or none"
+        )
     if one.kind == "peer" and one.model not in experiment.models:
         raise ConfigError(unknown(f"{where}.model:", one.model, experiment.models))
     if one.kind == "peer" and one.init:
         start = experiment.arms[one.init]
         if start.model != one.model or start.bits:
             raise ConfigError(
-                f"{where}.init={one.init!r} is a {start.bits or 'float'} {start.model!r}: want a "
-                f"float {one.model!r}"
+                f"{where}.init={one.init!r} is a {start.bits or 'float'} {start.model!r}: expected "
+                f"a float {one.model!r}"
             )
     if one.kind == "former_peer" and not peer_of(experiment, one.arm):
         raise ConfigError(f"{where}.arm={one.arm!r}: it is not taught by a peer")
@@ -247,36 +255,38 @@ def _check_arm(experiment: Experiment, name: str) -> None:
         if other and other not in experiment.arms:
             raise ConfigError(unknown(f"{where}.{field}: arm", other, experiment.arms))
     if one.reference == name:
-        raise ConfigError(f"{where}.reference={name!r}: want another arm, or none")
+        raise ConfigError(f"{where}.reference={name!r}: expected another arm, or none")
     if one.init and experiment.arms[one.init].model != one.model:
         raise ConfigError(
             f"{where}.init={one.init!r} is a {experiment.arms[one.init].model!r}, "
-            f"but the arm is a {one.model!r}: want an arm of the same model"
+            f"but the arm is a {one.model!r}: expected an arm of the same model"
         )
     if one.init and experiment.arms[one.init].bits and not one.bits:
         raise ConfigError(f"{where}.init={one.init!r} is quantized, but the arm is float")
     if one.bits in experiment.searches and one.init not in experiment.searches[one.bits].students:
         students = experiment.searches[one.bits].students
-        raise ConfigError(f"{where}.init={one.init!r}: want a student of its search, of {students}")
+        raise ConfigError(
+            f"{where}.init={one.init!r}: expected a student of its search, of {students}"
+        )
     if one.bits not in (*experiment.rules, *experiment.searches):
         valid = (*experiment.rules, *experiment.searches)
         parse_bits(one.bits, where=f"{where}.bits", rules=valid)
     if one.init and one.load:
-        raise ConfigError(f"{where}: init={one.init!r} and load={one.load!r}; want one of them")
+        raise ConfigError(f"{where}: init={one.init!r} and load={one.load!r}; expected one of them")
     if not (one.epochs or one.init or one.load):
         raise ConfigError(
-            f"{where}.epochs={one.epochs}: want more than 0, or an init or load to keep"
+            f"{where}.epochs={one.epochs}: expected more than 0, or an init or load to keep"
         )
     for field in ("label_smoothing", "without_classes"):
         if getattr(one, field) and not one.epochs:
-            raise ConfigError(f"{where}.{field}={getattr(one, field)}: wants epochs to train in")
+            raise ConfigError(f"{where}.{field}={getattr(one, field)}: needs epochs to train in")
     if one.stop > one.epochs:
-        raise ConfigError(f"{where}.stop={one.stop}: want 0 to the {one.epochs} epochs")
+        raise ConfigError(f"{where}.stop={one.stop}: expected 0 to the {one.epochs} epochs")
     for seed in experiment.seeds:
         if not 0 <= seed + one.seed_offset < SEEDS:
             raise ConfigError(
                 f"{where}.seed_offset={one.seed_offset}: with the seed {seed} that is "
-                f"{seed + one.seed_offset}; want 0 to below {SEEDS}"
+                f"{seed + one.seed_offset}; expected 0 to below {SEEDS}"
             )
 
 
@@ -288,16 +298,17 @@ def _check_taught(experiment: Experiment, name: str) -> None:
     guided = one.ptq and not one.epochs and one.teacher in experiment.arms
     if bool(one.teacher) != bool(one.distill) and not guided:
         raise ConfigError(
-            f"{where}: teacher={one.teacher!r} with distill={one.distill!r}; want both or neither"
+            f"{where}: teacher={one.teacher!r} with distill={one.distill!r}; expected both or "
+            "neither"
         )
     if one.ptq and not one.bits:
-        raise ConfigError(f"{where}.ptq={one.ptq!r}: wants bits")
+        raise ConfigError(f"{where}.ptq={one.ptq!r}: needs bits")
     if one.ptq and one.ptq not in experiment.ptq:
         raise ConfigError(unknown(f"{where}.ptq:", one.ptq, experiment.ptq))
     if one.distill and not one.epochs:
-        raise ConfigError(f"{where}.distill={one.distill!r}: wants epochs, in which it is taught")
+        raise ConfigError(f"{where}.distill={one.distill!r}: needs epochs, in which it is taught")
     if one.qat and not (one.bits and one.epochs):
-        raise ConfigError(f"{where}.qat={one.qat!r}: wants bits and epochs")
+        raise ConfigError(f"{where}.qat={one.qat!r}: needs bits and epochs")
     if one.qat and one.qat not in experiment.qat:
         raise ConfigError(unknown(f"{where}.qat:", one.qat, experiment.qat))
     if one.distill and one.distill not in experiment.distill:
@@ -362,7 +373,7 @@ def parse_bits(
     if not found:
         names = "".join(f", {name!r}" for name in rules)
         raise ConfigError(
-            f"{where}={bits!r}: want 'W4A4', 'W4', 'A8' or '' with bits from 1 to 8{names}"
+            f"{where}={bits!r}: expected 'W4A4', 'W4', 'A8' or '' with bits from 1 to 8{names}"
         )
     weights, activations = found.groups()
     return (int(weights) if weights else None, int(activations) if activations else None)

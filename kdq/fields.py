@@ -5,6 +5,7 @@ A constraint stands at the field: `temperature: float = field(4.0, above=0)`. `b
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -86,13 +87,13 @@ class Limits:
     def check(self, value: Any, where: str) -> None:
         """Raises ConfigError for a value beyond the limits."""
         if self.some and isinstance(value, str | tuple | Mapping) and not value:
-            raise ConfigError(f"{where} is empty: want one or more")
+            raise ConfigError(f"{where} is empty: expected one or more")
         if isinstance(value, Mapping):
             for name in value if self.folders is not None else ():
                 self._check_folder(name, f"{where}.{name}")
             return
         if self.distinct and len(set(value)) < len(value):
-            raise ConfigError(f"{where}={value}: want them all different")
+            raise ConfigError(f"{where}={value}: expected them all different")
         if isinstance(value, tuple):
             for i, each in enumerate(value):
                 self._check_each(each, f"{where}[{i}]")
@@ -114,17 +115,17 @@ class Limits:
             (self.at_most, lambda limit: not value <= limit),
         ):
             if limit is not None and breaks(limit):
-                raise ConfigError(f"{where}={value!r}: want {self}")
+                raise ConfigError(f"{where}={value!r}: expected {self}")
 
     def _check_folder(self, name: str, where: str) -> None:
         if not _FOLDER.fullmatch(name):
             raise ConfigError(
-                f"{where}: that name is a folder; want up to 100 letters, digits, _ and -"
+                f"{where}: that name is a folder; expected up to 100 letters, digits, _ and -"
             )
         taken = [other for other in self.folders or () if other == name.lower()]
         if taken or _DEVICES.fullmatch(name):
             whose = "kdq's own" if taken else "a device's on Windows"
-            raise ConfigError(f"{where}: the folder {name!r} would be {whose}; want another name")
+            raise ConfigError(f"{where}: the folder {name!r} would be {whose}; choose another name")
 
     def __str__(self) -> str:
         """ "0 to below 1", "more than 0", "at least 1"."""
@@ -174,20 +175,30 @@ def limits_of_parameter(annotation: Any) -> tuple[Any, Limits]:
 def build(cls: type, fields: Any, where: str) -> Any:
     """A dataclass from a mapping; nested dataclasses by their annotations."""
     if not isinstance(fields, Mapping):
-        raise ConfigError(f"{where}={_short(fields)}: want a mapping")
-    hints = typing.get_type_hints(cls)
-    hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+        raise ConfigError(f"{where}={shortened(fields)}: expected a mapping")
     for key in fields:
-        if key not in hints:
-            raise ConfigError(unknown(f"key in {where}:", key, hints))
+        if key not in hints(cls):
+            raise ConfigError(unknown(f"key in {where}:", key, hints(cls)))
     for field in dataclasses.fields(cls):
         required = dataclasses.MISSING is field.default is field.default_factory
         if required and field.name not in fields:
             raise ConfigError(f"{where}.{field.name} is missing")
-    values = {k: _coerce(hints[k], v, f"{where}.{k}") for k, v in fields.items()}
-    for name, value in values.items():
-        values[name] = limits_of(cls, name).converted(value, f"{where}.{name}")
-    return cls(**values)
+    return cls(**{name: convert(cls, name, v, f"{where}.{name}") for name, v in fields.items()})
+
+
+def convert(cls: type, name: str, value: Any, where: str) -> Any:
+    """Returns the value of a field of a dataclass, of its type and within its limits.
+
+    Raises ConfigError for any other.
+    """
+    return limits_of(cls, name).converted(_coerce(hints(cls)[name], value, where), where)
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """Returns the types of a dataclass's fields, by name."""
+    types_of = typing.get_type_hints(cls)
+    return {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
@@ -196,8 +207,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     if origin is types.UnionType:
+        if value is None and types.NoneType in args:
+            return None
         errors = []
-        for option in args:
+        for option in (arg for arg in args if arg is not types.NoneType):
             try:
                 return _coerce(option, value, where)
             except ConfigError as error:
@@ -205,30 +218,32 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         raise ConfigError("; or ".join(errors))
     if origin is tuple:
         if not isinstance(value, tuple | list):
-            raise ConfigError(f"{where}={_short(value)}: want a list or tuple")
+            raise ConfigError(f"{where}={shortened(value)}: expected a list or tuple")
         return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}={_short(value)}: want a mapping")
+            raise ConfigError(f"{where}={shortened(value)}: expected a mapping")
         return {_key(k, where): _coerce(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is Any:
         return _anything(value, where)
     if hint is float:
         return _number(value, where)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{where}={_short(value)}: want {hint.__name__}")
+        raise ConfigError(f"{where}={shortened(value)}: expected {hint.__name__}")
     if hint is str:
         check_text(value, where)
     if hint is int and not -LARGEST_INT <= value <= LARGEST_INT:
-        raise ConfigError(f"{where}={_short(value)}: want a number of 64 bits")
+        raise ConfigError(f"{where}={shortened(value)}: expected a number of 64 bits")
     return value
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{where}={_short(value)}: want float")
+        raise ConfigError(f"{where}={shortened(value)}: expected float")
     if not abs(value) <= LARGEST:  # a NaN is not
-        raise ConfigError(f"{where}={_short(value)}: want a finite number, at most {LARGEST}")
+        raise ConfigError(
+            f"{where}={shortened(value)}: expected a finite number, at most {LARGEST}"
+        )
     return float(value)
 
 
@@ -246,12 +261,12 @@ def _anything(value: Any, where: str) -> Any:
     if isinstance(value, str):
         check_text(value, where)
         return value
-    raise ConfigError(f"{where}={_short(value)}: want a number, a text, a list or a mapping")
+    raise ConfigError(f"{where}={shortened(value)}: expected a number, a text, a list or a mapping")
 
 
 def _key(key: Any, where: str) -> str:
     if not isinstance(key, str):
-        raise ConfigError(f"{where} has the key {_short(key)}: want text")
+        raise ConfigError(f"{where} has the key {shortened(key)}: expected text")
     check_text(key, f"a key of {where}")
     return key
 
@@ -261,7 +276,7 @@ def expand_user(path: str | os.PathLike[str], where: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ConfigError(
-            f"{where}={expanded!a}: there is no user of that name; want a path, or "
+            f"{where}={expanded!a}: there is no user of that name; expected a path, or "
             f"./{expanded} for a folder that is called so"
         )
     return expanded
@@ -272,11 +287,11 @@ def check_text(value: str, where: str) -> None:
     for char in value:
         if unicodedata.category(char) in _UNPRINTABLE or char in _TURNS_TEXT:
             raise ConfigError(
-                f"{where}={value!a}: holds the character {char!a}; want one line of text"
+                f"{where}={value!a}: holds the character {char!a}; expected one line of text"
             )
 
 
-def _short(value: Any) -> str:
-    """How an error shows a value, which may be of any kind and length."""
+def shortened(value: Any) -> str:
+    """Returns how an error shows a value, which may be of any kind and length."""
     text = ascii(value) if isinstance(value, str) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

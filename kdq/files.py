@@ -7,6 +7,7 @@ One without is from before there were seals, or somebody else's, and is read as 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -14,6 +15,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kdq.fields import ConfigError
 
@@ -57,13 +60,28 @@ def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def json_text(document: Any, *, indent: int | None = 1) -> str:
-    """Returns an object, or a list of objects, as strict JSON with seals, ending in a newline.
+    """Returns an object, or a list of objects, as JSON with seals, ending in a newline.
 
-    Raises ValueError for NaN and infinity, which JSON lacks.
+    NaN and infinity, which JSON lacks, become null, see `plain`.
     """
+    document = plain(document)
     sealed = [seal(entry) for entry in document] if isinstance(document, list) else seal(document)
     separators = (",", ":") if indent is None else None
     return json.dumps(sealed, indent=indent, separators=separators, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as JSON has it: NumPy's numbers as Python's, tuples as lists, and null for a
+    number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def write_json(path: str | os.PathLike[str], document: Any, *, indent: int | None = 1) -> None:

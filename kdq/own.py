@@ -41,7 +41,7 @@ def compress(
     seeds: Sequence[int] = (0,),
     alpha: float = 0.9,
     temperature: float = 4.0,
-) -> list[experiment.Record]:
+) -> list[experiment.ArmRecord]:
     """Trains, distills and quantizes; prints the table of what each gave, on `test`.
 
     The arms: `teacher`; `student` (by labels) and `kd` (by the teacher); `ptq`, which is `kd`
@@ -72,8 +72,8 @@ def compress(
       temperature: at which these are compared.
 
     Returns:
-      A record an arm and seed that `workdir` has, of earlier calls too: "arm", "accuracy" (of the
-      file, loaded back), "size_bytes", ....
+      The record of each arm and seed that `workdir` has, of earlier calls too, with `arm`,
+      `accuracy` (of the file, loaded back), `size_bytes`, ....
 
     Raises:
       DataError: arrays that don't fit, or others than the workdir's.
@@ -84,7 +84,7 @@ def compress(
     workdir = Path(expand_user(workdir, "workdir"))
     widths = (bits,) if isinstance(bits, str) else tuple(dict.fromkeys(bits))
     if not widths or not all(widths):
-        raise config.ConfigError(f"bits={bits!r}: want 'W4A8', or several such")
+        raise config.ConfigError(f"bits={bits!r}: expected 'W4A8', or several such")
     data.save_arrays(workdir / "data.npz", train=train, validation=validation, test=test)
     inputs = np.asarray(train[0])
     described = {"teacher": models.describe(teacher)}
@@ -126,7 +126,7 @@ def compress(
     with progress.reporter() as reporter:
         experiment.run(checked, workdir, arms=wanted, progress=reporter)
     records = experiment.finished(whole, workdir)
-    write.write_report(records, workdir)
+    write.write_report([record.to_json() for record in records], workdir)
     return records
 
 

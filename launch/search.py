@@ -31,7 +31,8 @@ def main(_: list[str]) -> None:
         arms = experiment.arms_of_search(checked, name)
         experiment.run(checked, WORKDIR.value, arms=arms, progress=reporter, in_processes=True)
     if processes.is_first():
-        records = experiment.finished(checked, WORKDIR.value)
+        finished = experiment.finished(checked, WORKDIR.value)
+        records = [record.to_json() for record in finished]
         searches.print_policies([r for r in records if r["arm"] in arms])
         write.write_report(records, WORKDIR.value)
 

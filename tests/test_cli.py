@@ -59,8 +59,8 @@ def test_several_paths(monkeypatch, given, kept):
     [
         ("report", ["--workdirs=a\nb", "--out=x"], r"error: argument='--workdirs=a\nb': holds"),
         ("report", ["--workdirs=a\udcff", "--out=x"], r"error: argument='--workdirs=a\udcff': "),
-        ("report", ["--workdirs=a,,b", "--out=x"], "error: flag --workdirs=a,,b: want a path"),
-        ("report", ["--workdirs=a", "--out="], "error: flag --out=: want a path"),
+        ("report", ["--workdirs=a,,b", "--out=x"], "error: flag --workdirs=a,,b: expected a path"),
+        ("report", ["--workdirs=a", "--out="], "error: flag --out=: expected a path"),
         ("report", ['--workdirs="a,b', "--out=x"], "error: flag --workdirs="),
         (
             "report",

@@ -117,7 +117,7 @@ def test_arm_spells_out_every_field_so_that_a_flag_can_override_it():
         ({"teachers__two": {"kind": "peer", "model": "smal"}}, ["teachers.two.model", "'small'?"]),
         (
             {"teachers__two": {"kind": "peer", "model": "small", "init": "teacher"}},
-            ["teachers.two.init='teacher'", "a float 'large'", "want a float 'small'"],
+            ["teachers.two.init='teacher'", "a float 'large'", "expected a float 'small'"],
         ),
         (
             {"teachers__two": {"kind": "former_peer", "arm": "kd"}},
@@ -148,19 +148,19 @@ def test_a_missing_key_is_named(key):
     ("changes", "words"),
     [
         ({"seeds": 3}, ["config.seeds=3", "list or tuple"]),
-        ({"seeds": (0, "1")}, ["config.seeds[1]='1'", "want int"]),
-        ({"seeds": (True,)}, ["config.seeds[0]=True", "want int"]),
-        ({"data__batch_size": 32.0}, ["config.data.batch_size=32.0", "want int"]),
-        ({"data__mean": "0.5"}, ["config.data.mean='0.5'", "want float", "list or tuple"]),
-        ({"arms__kd__epochs": "3"}, ["config.arms.kd.epochs='3'", "want float"]),
-        ({"arms__kd__epochs": True}, ["config.arms.kd.epochs=True", "want float"]),
+        ({"seeds": (0, "1")}, ["config.seeds[1]='1'", "expected int"]),
+        ({"seeds": (True,)}, ["config.seeds[0]=True", "expected int"]),
+        ({"data__batch_size": 32.0}, ["config.data.batch_size=32.0", "expected int"]),
+        ({"data__mean": "0.5"}, ["config.data.mean='0.5'", "expected float", "list or tuple"]),
+        ({"arms__kd__epochs": "3"}, ["config.arms.kd.epochs='3'", "expected float"]),
+        ({"arms__kd__epochs": True}, ["config.arms.kd.epochs=True", "expected float"]),
         ({"arms__kd__epochs": float("nan")}, ["config.arms.kd.epochs=nan", "finite"]),
         ({"arms__kd__learning_rate": float("inf")}, ["arms.kd.learning_rate=inf", "finite"]),
-        ({"arms__kd": "small"}, ["config.arms.kd='small'", "want a mapping"]),
-        ({"arms": ["kd"]}, ["config.arms=['kd']", "want a mapping"]),
-        ({"arms__kd__augment": 1}, ["config.arms.kd.augment=1", "want bool"]),
+        ({"arms__kd": "small"}, ["config.arms.kd='small'", "expected a mapping"]),
+        ({"arms": ["kd"]}, ["config.arms=['kd']", "expected a mapping"]),
+        ({"arms__kd__augment": 1}, ["config.arms.kd.augment=1", "expected bool"]),
         ({"quantize": {"keep": "head"}}, ["config.quantize.keep='head'", "list or tuple"]),
-        ({"teacher": None}, ["config.teacher=None", "want str"]),
+        ({"teacher": None}, ["config.teacher=None", "expected str"]),
     ],
     ids=str,
 )
@@ -209,7 +209,7 @@ def test_a_wrong_type_names_the_key_the_value_and_the_type(changes, words):
         ({"arms__labels__init": "ptq"}, ["arms.labels.init='ptq' is quantized", "float"]),
         (
             {"arms__ptq__distill": "soft", "arms__ptq__teacher": "kd"},
-            ["ptq.distill", "wants epochs"],
+            ["ptq.distill", "needs epochs"],
         ),
         ({"compute__dtype": "float64"}, ["config.compute.dtype", "'float64'", "bfloat16"]),
         ({"arms__kd__reference": "kd"}, ["config.arms.kd.reference='kd'", "another arm"]),
@@ -305,10 +305,10 @@ def test_parse_arg_takes_the_types_of_the_defaults():
     ("arg", "message"),
     [
         ("quik", r"unknown config argument 'quik' \(did you mean 'quick'\?\); valid: quick, seeds"),
-        ("seeds=three", "config argument seeds='three': want int"),
-        ("seeds=1.5", "config argument seeds='1.5': want int"),
-        ("seeds", "config argument seeds='': want int"),
-        ("quick=yes", "config argument quick='yes': want true or false"),
+        ("seeds=three", "config argument seeds='three': expected int"),
+        ("seeds=1.5", "config argument seeds='1.5': expected int"),
+        ("seeds", "config argument seeds='': expected int"),
+        ("quick=yes", "config argument quick='yes': expected true or false"),
     ],
 )
 def test_parse_arg_refuses(arg, message):
@@ -325,7 +325,7 @@ def test_parse_bits():
     "text", ["W9", "W0A4", "A4W4", "w4a4", "W4A", "4", "W4A4 ", "W10", "W4A44"]
 )
 def test_parse_bits_refuses_and_says_where(text):
-    with pytest.raises(ConfigError, match=re.escape(f"here={text!r}: want 'W4A4'")):
+    with pytest.raises(ConfigError, match=re.escape(f"here={text!r}: expected 'W4A4'")):
         parse_bits(text, where="here")
 
 

@@ -292,7 +292,7 @@ MISTAKES = {
     ),
     "value": (
         [QUICK, "--config.arms.kd.label_smoothing=1.5"],
-        "error: config.arms.kd.label_smoothing=1.5: want 0 to below 1",
+        "error: config.arms.kd.label_smoothing=1.5: expected 0 to below 1",
     ),
     "type": ([QUICK, "--config.data.batch_size=ten"], "error: flag --config.data.batch_size=ten: "),
     "flag": ([QUICK, "--confg.data.name=x"], "error: Unknown command line flag 'confg.data.name'"),

@@ -78,7 +78,7 @@ def test_weights_come_back_with_their_quantizers():
 @pytest.mark.parametrize(
     "error",
     [
-        ConfigError("config.x=1: want 2"),
+        ConfigError("config.x=1: expected 2"),
         NonFiniteError("loss"),
         ValueError("a", 3),
         KeyError("x"),

@@ -60,18 +60,18 @@ def distilled(tmp_path_factory):
 
 def test_every_arm_is_measured_on_its_file(distilled):
     records, workdir = distilled
-    assert [r["arm"] for r in records] == ["teacher", "student", "kd", "ptq", "qad"]
+    assert [r.arm for r in records] == ["teacher", "student", "kd", "ptq", "qad"]
     inputs, labels = DATA["test"]
     for record in records:
-        path = workdir / record["arm"] / "0" / "model.safetensors"
+        path = workdir / record.arm / "0" / "model.safetensors"
         packed = deploy.load_packed(path)
         assert isinstance(packed.model, Net)
         accuracy = np.mean(np.argmax(packed(inputs.astype(np.float32)), -1) == labels)
-        assert accuracy == pytest.approx(record["accuracy"])
-        assert path.stat().st_size == record["size_bytes"]
-    by_arm = {r["arm"]: r for r in records}
-    assert by_arm["qad"]["accuracy"] > 0.9
-    assert by_arm["qad"]["size_bytes"] < by_arm["teacher"]["size_bytes"] / 4
+        assert accuracy == pytest.approx(record.accuracy)
+        assert path.stat().st_size == record.size_bytes
+    by_arm = {r.arm: r for r in records}
+    assert by_arm["qad"].accuracy > 0.9
+    assert by_arm["qad"].size_bytes < by_arm["teacher"].size_bytes / 4
     assert (workdir / "table.md").is_file()
     packed = deploy.load_packed(workdir / "qad" / "0" / "model.safetensors")
     summary = quantize.summary(packed.model, packed.variables, packed.weight_quantizers, inputs[:1])
@@ -126,30 +126,30 @@ def contents(workdir):
 def test_a_workdir_takes_other_widths_and_seeds_and_keeps_what_is_done(tmp_path, capsys):
     call = functools.partial(kdq.compress, Net(8), **DATA, workdir=tmp_path / "run", **QUICK)
     first = call(bits="W4A8")
-    assert [r["arm"] for r in first] == ["teacher", "ptq", "qad"]
+    assert [r.arm for r in first] == ["teacher", "ptq", "qad"]
     before = contents(tmp_path / "run")
     capsys.readouterr()
     both = call(bits=("W8A8", "W4A8"))
     widths = {"ptq": "W4A8", "qad": "W4A8", "ptq_w8a8": "W8A8", "qad_w8a8": "W8A8"}
-    assert {r["arm"]: r["bits"] for r in both} == {"teacher": "fp32", **widths}
+    assert {r.arm: r.bits for r in both} == {"teacher": "fp32", **widths}
     assert both[:3] == first
     printed = capsys.readouterr().out
     assert all(any(name in line.split() for line in printed.splitlines()) for name in widths)
     # A seed more, of one width: nothing else is run.
     more = call(bits="W8A8", seeds=(1,))
-    assert [r for r in more if r["seed"] == 0] == both
-    assert [r["arm"] for r in more if r["seed"] == 1] == ["teacher", "ptq_w8a8", "qad_w8a8"]
+    assert [r for r in more if r.seed == 0] == both
+    assert [r.arm for r in more if r.seed == 1] == ["teacher", "ptq_w8a8", "qad_w8a8"]
     after = contents(tmp_path / "run")
     assert {path: after[path] for path in before} == before
     # The same bits as in a workdir where all was asked for at once.
     at_once = kdq.compress(
         Net(8), **DATA, workdir=tmp_path / "new", **QUICK, bits=("W8A8", "W4A8"), seeds=(0, 1)
     )
-    assert [r["arm"] for r in at_once[::2]] == [
+    assert [r.arm for r in at_once[::2]] == [
         *("teacher", "ptq_w8a8", "qad_w8a8", "ptq_w4a8", "qad_w4a8")
     ]
     named = {"ptq_w4a8": "ptq", "qad_w4a8": "qad"}
-    same = [(r["arm"], r["seed"]) for r in at_once if r["seed"] == 0 or "4" not in r["arm"]]
+    same = [(r.arm, r.seed) for r in at_once if r.seed == 0 or "4" not in r.arm]
     for arm, seed in same:
         files = [
             deploy.load_packed(tmp_path / folder / name / str(seed) / "model.safetensors")
@@ -181,11 +181,11 @@ def test_a_teacher_of_ones_own_is_kept_as_it_is_and_quantized(tmp_path):
     records = kdq.compress(
         teacher, teacher_variables=variables, **DATA, workdir=tmp_path, bits="W8A8", **QUICK
     )
-    assert [r["arm"] for r in records] == ["teacher", "ptq", "qad"]
+    assert [r.arm for r in records] == ["teacher", "ptq", "qad"]
     own = np.mean(teacher.apply(variables, inputs).argmax(-1) == labels)
-    assert records[0]["accuracy"] == pytest.approx(own)
-    assert records[0]["steps"] == 0
-    assert records[2]["steps"] == round(2 * 240 / 32)
+    assert records[0].accuracy == pytest.approx(own)
+    assert records[0].steps == 0
+    assert records[2].steps == round(2 * 240 / 32)
     # Two layers: none is spared, and both have what was asked for.
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["quantize"]["keep"] == []
@@ -229,12 +229,12 @@ def test_pixels_are_seen_over_255(tmp_path):
             (Net(8, classes=4),),
             {},
             ConfigError,
-            r"models.teacher has outputs \(1, 4\).*want \(1, 3",
+            r"models.teacher has outputs \(1, 4\).*expected \(1, 3",
         ),
         ((Net(8), Empty()), {}, ConfigError, "Empty has no layer that can be quantized"),
         ((Net(8),), {"bits": "W9"}, ConfigError, r"config.arms.ptq.bits.*'W9'"),
         ((Net(8),), {"bits": ("W8", "W9")}, ConfigError, r"config.arms.ptq_w9.bits.*'W9'"),
-        ((Net(8),), {"bits": ()}, ConfigError, r"bits=\(\): want 'W4A8', or several"),
+        ((Net(8),), {"bits": ()}, ConfigError, r"bits=\(\): expected 'W4A8', or several"),
         ((Net(8),), {"epochs": 0}, ConfigError, "config.arms.teacher.epochs=0.0"),
         ((Net(8),), {"test": DATA["test"][0]}, DataError, "test: want a pair"),
         ((nn.Conv(3, (3, 3)),), {}, ConfigError, "__call__ takes .*want `train: bool`"),

@@ -10,9 +10,10 @@ from kdq import files, models
 from kdq.config import Arm, ConfigError, Experiment, Search
 from kdq.experiment import costing, plan
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.progress import Progress, Record
+from kdq.experiment.progress import Progress
 from kdq.experiment.store import CONFIG, Store
 from kdq.quantize import list_layers
+from kdq.record import ArmRecord
 from kdq.search.cost import CostTable
 
 
@@ -44,7 +45,7 @@ def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Exper
     """
     search = experiment.search
     if name in experiment.searches:
-        raise ConfigError(f"config.searches has a search {name!r} already: want another --name")
+        raise ConfigError(f"config.searches has a search {name!r} already: choose another --name")
     if search.finetune not in experiment.arms:
         where = "config.search.finetune: arm"
         raise ConfigError(kdq_config.unknown(where, search.finetune, experiment.arms))
@@ -55,7 +56,7 @@ def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Exper
     for own in (*before, *uniform, name):
         arms |= _arms(experiment, own, searches[own], _baseline(searches, searches[own]))
     if taken := arms.keys() & experiment.arms.keys():
-        raise ConfigError(f"config.arms has {sorted(taken)} already: want another --name")
+        raise ConfigError(f"config.arms has {sorted(taken)} already: choose another --name")
     export = experiment.export
     if not export.formats:
         trained = _names(name)[1]
@@ -134,7 +135,7 @@ def _before(experiment: Experiment, workdir: Path, name: str) -> dict[str, Searc
     }
 
 
-def finished(experiment: Experiment, workdir: str | Path) -> list[Record]:
+def finished(experiment: Experiment, workdir: str | Path) -> list[ArmRecord]:
     """The records of all arms and seeds of an experiment that a workdir has."""
     store = Store(experiment, Path(workdir))
     found = [store.finished(name, seed) for name in experiment.arms for seed in experiment.seeds]

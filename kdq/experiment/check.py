@@ -69,7 +69,7 @@ def check(
         if inputs.steps(arm) > MOST_STEPS:
             raise ConfigError(
                 f"config.arms.{name}.epochs={arm.epochs} are {inputs.steps(arm):.3g} steps of "
-                f"{experiment.data.batch_size} examples; want at most {MOST_STEPS}"
+                f"{experiment.data.batch_size} examples; expected at most {MOST_STEPS}"
             )
         if arm.epochs and not inputs.last_step(arm):
             raise ConfigError(
@@ -123,21 +123,21 @@ def _check_data(config: Data, inputs: Inputs) -> None:
         if shared:
             raise ConfigError(
                 f"config.data.{split}={names[split]!r} and config.data.{other}={names[other]!r} "
-                f"have {shared} examples in common: want splits that have none, or no number could "
-                "be trusted"
+                f"have {shared} examples in common: expected splits that have none, or no number "
+                "could be trusted"
             )
     train = inputs.splits["train"]
     if train.num_classes < 2:
         raise ConfigError(
-            f"config.data.name={config.name!r} has {train.num_classes} class: want two or more, "
-            "since every loss of one class is 0"
+            f"config.data.name={config.name!r} has {train.num_classes} class: expected two or "
+            "more, since every loss of one class is 0"
         )
     for field in ("mean", "std"):
         values, channels = np.shape(getattr(config, field)), train.image_shape[-1:]
         if values not in ((), (1,), channels):
             raise ConfigError(
-                f"config.data.{field}={getattr(config, field)}: want a number, or one for each of "
-                f"the {channels[0]} channels of {config.name}"
+                f"config.data.{field}={getattr(config, field)}: expected a number, or one for each "
+                f"of the {channels[0]} channels of {config.name}"
             )
 
 
@@ -201,7 +201,7 @@ def _check_outputs(model: nn.Module, image: jax.ShapeDtypeStruct, classes: int, 
         ) from error
     if getattr(logits, "shape", None) != (1, classes):
         given = getattr(logits, "shape", type(logits).__name__)
-        raise ConfigError(f"{where} has outputs {given} for one input; want {(1, classes)}")
+        raise ConfigError(f"{where} has outputs {given} for one input; expected {(1, classes)}")
 
 
 def layers(model: nn.Module, variables: Variables, image: jax.ShapeDtypeStruct) -> Shapes:

@@ -64,7 +64,7 @@ def write(
         if images.ndim == 4
         else None,
     }
-    files.write_json(folder / FILE, _strict(found), indent=None)
+    files.write_json(folder / FILE, _shortened(found), indent=None)
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
@@ -203,12 +203,10 @@ def _small(maps: np.ndarray) -> list[Any]:
     return cut.mean((2, 4)).tolist()
 
 
-def _strict(value: Any) -> Any:
-    """Numbers with four digits, and none of what is not finite."""
+def _shortened(value: Any) -> Any:
+    """Returns a value with numbers of four digits."""
     if isinstance(value, Mapping):
-        return {key: _strict(v) for key, v in value.items()}
+        return {key: _shortened(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_strict(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
-    return value
+        return [_shortened(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from kdq.config import Experiment
-from kdq.experiment.progress import Record
 from kdq.search import bank
 from kdq.search.spaces import DISTILLED
 
@@ -16,7 +16,7 @@ class Found:
     name: str
     chosen: Mapping[str, str]  # {"student": arm, layer path: "W4A8", "distill/TERM": "on"}
     observer: str
-    told: Record  # of the search
+    told: Mapping[str, Any]  # the search, for records
 
     @property
     def layers(self) -> dict[str, str]:
@@ -26,8 +26,8 @@ class Found:
         }
 
     @property
-    def record(self) -> Record:
-        """For the record of an arm."""
+    def record(self) -> dict[str, Any]:
+        """Fields of the record of an arm."""
         return {"policy": self.layers, "search": self.told}
 
     def applied(self, experiment: Experiment, name: str) -> Experiment:

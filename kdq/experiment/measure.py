@@ -92,13 +92,13 @@ def measure(
     return {
         "params": models.count_parameters(variables),
         "accuracy": found["accuracy"],
-        "nll": _number(found["nll"]),
+        "nll": found["nll"],
         "accuracy_last": last["accuracy"],
-        "nll_last": _number(last["nll"]),
-        **{name: _number(found.get(name)) for name in FIDELITY},
-        "accuracy_by_class": [_number(x) for x in fidelity.accuracy_by_class(logits, labels)],
+        "nll_last": last["nll"],
+        **{name: found.get(name, math.nan) for name in FIDELITY},
+        "accuracy_by_class": tuple(fidelity.accuracy_by_class(logits, labels).tolist()),
         "validation_accuracy": selected.metrics["accuracy"],
-        "validation_nll": _number(selected.metrics["nll"]),
+        "validation_nll": selected.metrics["nll"],
         "macs": cost.macs(layers),
         "bops": cost.bops(layers, qparams),
         "energy_modelled_nj": sum(one.total for one in energy.modelled(layers, qparams).values()),
@@ -124,19 +124,12 @@ def corrected(
     return {
         "class_offset": offset,
         "accuracy_corrected": float(metrics.correct(logits, labels).mean()),
-        "accuracy_by_class_corrected": [
-            _number(x) for x in fidelity.accuracy_by_class(logits, labels)
-        ],
+        "accuracy_by_class_corrected": tuple(fidelity.accuracy_by_class(logits, labels).tolist()),
     }
 
 
 def _labels(batches: Sequence[Batch]) -> np.ndarray:
     return np.concatenate([np.asarray(b["label"])[np.asarray(b["mask"]) > 0] for b in batches])
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has no NaN, and no infinity: the loss on a class that a model rules out."""
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def evaluate(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, float]:

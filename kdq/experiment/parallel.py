@@ -26,9 +26,10 @@ from kdq import heap, interrupts
 from kdq.config import ConfigError, Experiment
 from kdq.deploy.measure import latency
 from kdq.experiment import plan
-from kdq.experiment.progress import Progress, Record, Unit
+from kdq.experiment.progress import Progress, Unit
+from kdq.record import ArmRecord
 
-Run = Callable[[str, int], Record]
+Run = Callable[[str, int], ArmRecord]
 
 # Of JAX's settings, those that a launcher may have changed.
 SETTINGS = (
@@ -55,14 +56,14 @@ def workers(experiment: Experiment) -> int:
     alone = alone or _is_meshed(experiment)
     if experiment.workers > 1 and alone:
         raise ConfigError(
-            f"config.workers={experiment.workers}: want at most 1 with a mesh, several hosts, "
+            f"config.workers={experiment.workers}: expected at most 1 with a mesh, several hosts, "
             "seeds_at_once or export.latency_batches"
         )
     cores = len(latency.cores(None))
     if experiment.workers > cores:
         raise ConfigError(
             f"config.workers={experiment.workers}: this process has {cores} cores, of which each "
-            f"worker gets its own; want at most {cores}, or 0 (by itself)"
+            f"worker gets its own; expected at most {cores}, or 0 (by itself)"
         )
     if experiment.workers:
         return experiment.workers
@@ -135,7 +136,7 @@ def run(
     ready: list[Unit] = []
     with _processes(experiment, workdir, min(count, len(units)), count, make) as (pools, told):
         last: dict[int, int] = {}  # the seed of each process
-        under_way: dict[futures.Future[Record], tuple[int, Unit]] = {}
+        under_way: dict[futures.Future[ArmRecord], tuple[int, Unit]] = {}
         while sorter.is_active():
             ready += sorter.get_ready()
             for i in set(range(len(pools))) - {i for i, _ in under_way.values()}:
@@ -236,7 +237,7 @@ def _begin(
     _run_here = make(experiment, workdir, _Told(process, told))
 
 
-def _run(name: str, seed: int) -> Record:
+def _run(name: str, seed: int) -> ArmRecord:
     assert _run_here is not None
     return _run_here(name, seed)
 

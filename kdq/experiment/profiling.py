@@ -72,7 +72,8 @@ def _profile(
     last = WARM_UP + steps
     if task.steps < last:
         raise ConfigError(
-            f"arm {arm!r} trains for {task.steps} steps: want {last}, {WARM_UP} of them to warm up"
+            f"arm {arm!r} trains for {task.steps} steps: expected {last}, {WARM_UP} of them to "
+            "warm up"
         )
     names = _names(task, state)
     folder = workdir / "profile" / arm

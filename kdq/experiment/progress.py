@@ -1,9 +1,10 @@
 """What a run tells about itself as it goes."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-Record = dict[str, Any]
+from kdq.record import ArmRecord
+
 Unit = tuple[str, int]  # an arm and a seed
 T = TypeVar("T")
 
@@ -44,5 +45,5 @@ class Progress:
     def evaluated(self, count: int, best: str) -> None:
         """So many policies are evaluated; what is to be said of the best."""
 
-    def done(self, record: Record) -> None:
+    def done(self, record: ArmRecord) -> None:
         """An arm ended, or had been run before."""

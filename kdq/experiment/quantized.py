@@ -10,7 +10,7 @@ import jax
 from kdq import config as kdq_config
 from kdq import quantize
 from kdq.config import Arm, ConfigError, Experiment
-from kdq.experiment.progress import Progress, Record
+from kdq.experiment.progress import Progress
 from kdq.fields import check_arguments, unknown
 from kdq.quantize import QuantizationRule, TensorSpec, observers
 from kdq.quantize.network import Weights
@@ -43,7 +43,7 @@ def quantized(
     *,
     guide: Callable[[Array], Array] | None,
     progress: Progress,
-) -> tuple[Weights, Record]:
+) -> tuple[Weights, dict[str, Any]]:
     """The weights that an arm with bits starts from, and what its record says of them.
 
     Args:
@@ -74,7 +74,7 @@ def quantized(
         progress=progress.method,
     )
     jax.block_until_ready((found.variables, found.qparams))
-    told: Record = {
+    told: dict[str, Any] = {
         "calibration_seconds": watch.working,
         "compile_seconds": watch.compiling,
     }

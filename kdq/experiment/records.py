@@ -8,23 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kdq import record as kdq_record
 from kdq.config import ConfigError
 from kdq.distill.cache_key import digest_variables
-from kdq.experiment.progress import Record
+from kdq.record import ArmRecord
 from kdq.train.loop import Selection
 from kdq.types import Variables
-
-
-def check(record: Any, name: str, seed: int) -> None:
-    """Raises ConfigError for what is no record of an arm and seed."""
-    kdq_record.check(record)
-    kdq_record.want(record, "arm", record["arm"] == name, repr(name))
-    kdq_record.want(record, "seed", record["seed"] == seed, str(seed))
-    for key in ("kind", "bits", "arm_digest"):
-        kdq_record.want(record, key, record.get(key) is not None, "text")
-    if record["status"] == "ok":
-        kdq_record.want(record, "accuracy", record.get("accuracy") is not None, "a number")
 
 
 def variables_of(parts: Mapping[str, Any]) -> Variables:
@@ -32,7 +20,7 @@ def variables_of(parts: Mapping[str, Any]) -> Variables:
     return jax.tree.map(jnp.asarray, {"params": parts["params"], **parts["model_state"]})
 
 
-def digests_of(selection: Selection) -> Record:
+def digests_of(selection: Selection) -> dict[str, str]:
     """Returns the part of a record that names the weights that training selected, and its peer's.
 
     Nothing for an arm that was not trained, which has none of its own to hand on.
@@ -45,19 +33,19 @@ def digests_of(selection: Selection) -> Record:
     return record
 
 
-def is_about(record: Record, networks: Mapping[str, Variables], step: int) -> bool:
+def is_about(record: ArmRecord, networks: Mapping[str, Variables], step: int) -> bool:
     """Returns whether a record is about networks ("weights", "peer") selected at a step."""
-    if "weights_sha256" not in record:  # it is from before there were digests
-        return step == record.get("selected_step")
+    if not record.weights_sha256:  # it is from before there were digests
+        return step == record.selected_step
     return all(
-        digest_variables(variables) == record.get(f"{name}_sha256")
+        digest_variables(variables) == getattr(record, f"{name}_sha256")
         for name, variables in networks.items()
     )
 
 
-def check_packed(record: Record, path: Path) -> None:
+def check_packed(record: ArmRecord, path: Path) -> None:
     """Raises ConfigError if the packed file, where it is there, is another than the record's."""
-    expected = record.get("packed_sha256")
+    expected = record.packed_sha256
     if expected and path.exists() and file_digest(path) != expected:
         raise ConfigError(
             f"{path} is damaged, or not the file that its result.json is about: delete both, and "

@@ -27,7 +27,7 @@ from kdq.experiment import (
 )
 from kdq.experiment.found import Found
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.progress import Progress, Record
+from kdq.experiment.progress import Progress
 from kdq.experiment.quantized import OBSERVERS, quantized
 from kdq.experiment.records import digests_of, file_digest
 from kdq.experiment.searching import Searches
@@ -35,6 +35,7 @@ from kdq.experiment.store import PACKED, Store, load
 from kdq.experiment.teaching import Teachers
 from kdq.fields import expand_user
 from kdq.quantize.network import Weights
+from kdq.record import ArmRecord
 from kdq.search.problem import InfeasibleError
 from kdq.train import loop, metrics_writer, optimizer, sharding, together
 from kdq.train.diagnose import NonFiniteError
@@ -55,7 +56,7 @@ def run(
     tensorboard: bool = False,
     in_processes: bool = False,
     shared: str | Path | None = None,
-) -> list[Record]:
+) -> list[ArmRecord]:
     """Runs every arm and seed that `workdir` does not have yet; returns all their records.
 
     Args:
@@ -135,7 +136,7 @@ class _Runner:
         if experiment.seeds_at_once > 1 and self.layout.mesh:
             raise ConfigError(
                 f"config.seeds_at_once={experiment.seeds_at_once} with a mesh of "
-                f"{self.layout.size} devices: want a mesh of 1 with more than one seed at once"
+                f"{self.layout.size} devices: expected a mesh of 1 with more than one seed at once"
             )
         self.inputs = Inputs(experiment)
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
@@ -150,7 +151,7 @@ class _Runner:
         """Where training is."""
         return self.inputs.validation_on(self.layout)
 
-    def run(self, arms: Sequence[str] | None, workers: int = 1) -> list[Record]:
+    def run(self, arms: Sequence[str] | None, workers: int = 1) -> list[ArmRecord]:
         """The records of these arms, run here or by so many processes."""
         experiment = self.experiment
         names = list(experiment.arms) if arms is None else list(arms)
@@ -184,39 +185,39 @@ class _Runner:
             for name in order:
                 missing = [seed for seed in group if records[name, seed] is None]
                 for record in self._run_arm(name, missing):
-                    records[name, record["seed"]] = record
+                    records[name, record.seed] = record
                 for seed in group:
                     if (name, seed) not in elsewhere:
-                        self._finish(records[name, seed])
+                        records[name, seed] = self._finish(records[name, seed])
         shown = [name for name in experiment.arms if name in order]
         made = [records[name, seed] for name in shown for seed in experiment.seeds]
         exports.raise_failures(
             {
-                f"{record['arm']}, seed {record['seed']}, {form}": why
+                f"{record.arm}, seed {record.seed}, {form}": why
                 for record in made
-                for form, why in record.get("failed_exports", {}).items()
+                for form, why in record.failed_exports.items()
                 if form in experiment.export.formats
             }
         )
         return made
 
-    def unit(self, name: str, seed: int) -> Record:
+    def unit(self, name: str, seed: int) -> ArmRecord:
         """Runs an arm and seed, of which all that it needs is there."""
         (record,) = self._run_arm(name, [seed])
-        self._finish(record)
-        return record
+        return self._finish(record)
 
-    def _finished(self, order: Sequence[str]) -> dict[parallel.Unit, Record | None]:
+    def _finished(self, order: Sequence[str]) -> dict[parallel.Unit, ArmRecord | None]:
         seeds = self.experiment.seeds
         units = [(name, seed) for seed in seeds for name in order]
         return processes.first(lambda: {unit: self.store.finished(*unit) for unit in units})
 
-    def _finish(self, record: Record) -> None:
-        if record["status"] == "ok":
-            record |= processes.first(lambda: self._export(record))
+    def _finish(self, record: ArmRecord) -> ArmRecord:
+        if record.status == "ok":
+            record = processes.first(lambda: self._export(record))
         self.progress.done(record)
+        return record
 
-    def _run_arm(self, name: str, seeds: Sequence[int]) -> list[Record]:
+    def _run_arm(self, name: str, seeds: Sequence[int]) -> list[ArmRecord]:
         """The records of an arm, of which so many seeds go together."""
         if not (self.shared and self.shared.covers(name)):
             return self._run_here(name, seeds)
@@ -227,17 +228,17 @@ class _Runner:
             for seed in seeds
         ]
 
-    def _run_here(self, name: str, seeds: Sequence[int]) -> list[Record]:
+    def _run_here(self, name: str, seeds: Sequence[int]) -> list[ArmRecord]:
         equal = functools.partial(sharing.of_equal_bits, self.experiment, self.store, self.searches)
         records = {
             seed: processes.first(lambda seed=seed: equal(self._identity(name, seed)))
             for seed in seeds
         }
         trained = self._train_here(name, [seed for seed in seeds if records[seed] is None])
-        records |= {record["seed"]: record for record in trained}
+        records |= {record.seed: record for record in trained}
         return list(records.values())
 
-    def _train_here(self, name: str, seeds: Sequence[int]) -> list[Record]:
+    def _train_here(self, name: str, seeds: Sequence[int]) -> list[ArmRecord]:
         begun = [self._prepare(name, seed) for seed in seeds]
         fits = self._train(name, [one for one in begun if one.start])
         for one in begun:
@@ -252,40 +253,40 @@ class _Runner:
         self.progress.prepare(name, seed)
         record = processes.first(lambda: self._identity(name, seed))
         begun = _Begun(seed=seed, record=record, experiment=self.experiment)
-        with _failing(record):
+        with _failing(begun):
             begun.start, found, begun.told = processes.first(lambda: self._begin(name, seed))
             if found:
                 begun.experiment = found.applied(self.experiment, name)
-                record |= found.record
+                begun.record = dataclasses.replace(begun.record, **found.record)
         return begun
 
     def _conclude(self, name: str, begun: "_Begun", fit: Fit | NonFiniteError) -> None:
-        with _failing(begun.record):
+        with _failing(begun):
             if isinstance(fit, NonFiniteError):
                 raise fit
             measured = lambda: self._measure(begun.experiment, name, begun.seed, fit)
-            begun.record |= begun.told | processes.first(measured)
+            fields = begun.told | processes.first(measured)
             if fit.compile_seconds is not None:
                 of_calibration = begun.told.get("compile_seconds", 0.0)
-                begun.record["compile_seconds"] = fit.compile_seconds + of_calibration
+                fields["compile_seconds"] = fit.compile_seconds + of_calibration
+            begun.record = dataclasses.replace(begun.record, **fields)
 
-    def _export(self, record: Record) -> Record:
+    def _export(self, record: ArmRecord) -> ArmRecord:
         """The record with what the config asks for and it does not have yet."""
-        wanted, done = self.experiment.export, record.get("exports", {})
+        wanted, done = self.experiment.export, record.exports
         formats = [name for name in wanted.formats if name not in done]
-        if not formats or (wanted.arms and record["arm"] not in wanted.arms):
+        if not formats or (wanted.arms and record.arm not in wanted.arms):
             return record
-        folder = self.store.folder(record["arm"], record["seed"])
+        folder = self.store.folder(record.arm, record.seed)
         path = folder / PACKED
         found, failed = exports.export(path, folder / exports.FOLDER, formats, self.inputs, wanted)
         # Those that were there have been timed again beside the new ones.
-        record["exports"] = {
+        exported = {
             name: {**done.get(name, {}), **found.get(name, {})}
             for name in (*done, *formats)
             if name not in failed
         }
-        record.pop("failed_exports", None)
-        record |= {"failed_exports": failed} if failed else {}
+        record = dataclasses.replace(record, exports=exported, failed_exports=failed)
         self.store.save(record)
         return record
 
@@ -335,11 +336,11 @@ class _Runner:
             layout=self.layout,
         )
 
-    def _begin(self, name: str, seed: int) -> tuple[Weights, Found | None, Record]:
+    def _begin(self, name: str, seed: int) -> tuple[Weights, Found | None, dict[str, Any]]:
         """The weights an arm starts from, its bits by search, what is to be told of calibration."""
         self.store.folder(name, seed).mkdir(parents=True, exist_ok=True)
         for parent in kdq_config.parents(self.experiment, name):
-            if self.store.record(parent, seed)["status"] == "failed":
+            if self.store.record(parent, seed).status == "failed":
                 raise NonFiniteError(f"it needs arm {parent!r}, which failed")
         experiment, found = self.experiment, None
         if experiment.arms[name].bits in experiment.searches:
@@ -348,7 +349,7 @@ class _Runner:
         start, told = self._start(experiment, experiment.arms[name], seed)
         return start, found, told
 
-    def _start(self, experiment: Experiment, arm: Arm, seed: int) -> tuple[Weights, Record]:
+    def _start(self, experiment: Experiment, arm: Arm, seed: int) -> tuple[Weights, dict[str, Any]]:
         """The weights an arm starts from, and what is to be told of their quantization."""
         model = self.models[arm.model]
         if arm.init:
@@ -378,11 +379,12 @@ class _Runner:
         variables = self.store.weights(arm.teacher, seed)
         return lambda images: quantize.predict(model, variables, {}, images)
 
-    def _measure(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> Record:
-        """The part of a record that is measured."""
+    def _measure(self, experiment: Experiment, name: str, seed: int, fit: Fit) -> dict[str, Any]:
+        """Returns the fields of a record that are measured."""
         arm = experiment.arms[name]
         digests = digests_of(fit.selected)
-        self.store.expect(name, seed, digests)
+        if digests:
+            self.store.expect(dataclasses.replace(self._identity(name, seed), **digests))
         record = {"status": "ok", **self._of_file(experiment, name, seed, fit), **digests}
         record["packed_sha256"] = file_digest(self.store.folder(name, seed) / PACKED)
         record |= self._compare(experiment, name, seed, fit)
@@ -408,7 +410,7 @@ class _Runner:
             validation=self.inputs.validation[0],
             model_config=kdq_config.to_json(experiment.models[arm.model]),
             metadata={
-                **{key: identity[key] for key in ("arm", "seed", "bits", "arm_digest")},
+                **{key: getattr(identity, key) for key in ("arm", "seed", "bits", "arm_digest")},
                 "data": {
                     "name": experiment.data.name,
                     "mean": experiment.data.mean,
@@ -437,7 +439,7 @@ class _Runner:
         teacher = self.experiment.teacher
         if name in kdq_config.ancestors(self.experiment, teacher):
             return False
-        return self.store.record(teacher, seed)["status"] == "ok"
+        return self.store.record(teacher, seed).status == "ok"
 
     def _comparison(self, seed: int) -> transfer.Comparison:
         """With the teacher of a seed."""
@@ -450,24 +452,24 @@ class _Runner:
         images = self.inputs.batches("test", size=config.examples)[0]["image"]
         return transfer.Comparison(network, images, config)
 
-    def _identity(self, name: str, seed: int) -> Record:
-        """The part of a record that is known before anything runs."""
+    def _identity(self, name: str, seed: int) -> ArmRecord:
+        """Returns a record of what is known before anything runs."""
         arm = self.experiment.arms[name]
-        return {
-            "arm": name,
-            "seed": seed,
-            "kind": "teacher" if name == self.experiment.teacher else arm.kind,
-            "bits": arm.bits or "fp32",
-            "observer": arm.observer if arm.bits else None,
-            "reference": arm.reference or None,
-            **({"quick": True} if self.experiment.quick else {}),
-            "config_digest": plan.experiment_digest(self.experiment),
-            "arm_digest": self.store.digests[name],
-            "commit": provenance.commit(),
-            "versions": provenance.versions(),
-            "device": provenance.device(),
-            "data": {split: source.digest for split, source in self.inputs.splits.items()},
-        }
+        return ArmRecord(
+            arm=name,
+            seed=seed,
+            kind="teacher" if name == self.experiment.teacher else arm.kind,
+            bits=arm.bits or "fp32",
+            observer=arm.observer if arm.bits else "",
+            reference=arm.reference,
+            quick=self.experiment.quick,
+            config_digest=plan.experiment_digest(self.experiment),
+            arm_digest=self.store.digests[name],
+            commit=provenance.commit(),
+            versions=provenance.versions(),
+            device=provenance.device(),
+            data={split: source.digest for split, source in self.inputs.splits.items()},
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -475,21 +477,22 @@ class _Begun:
     """An arm and seed that is under way."""
 
     seed: int
-    record: Record
+    record: ArmRecord
     experiment: Experiment  # with what a search found
     start: Weights | None = None  # None: it failed before it had any
-    told: Record = dataclasses.field(default_factory=dict)  # of calibration
+    told: dict[str, Any] = dataclasses.field(default_factory=dict)  # of calibration
 
 
 @contextlib.contextmanager
-def _failing(record: Record) -> Iterator[None]:
+def _failing(begun: _Begun) -> Iterator[None]:
     """Failures that belong into a table: they end a run, and the next one begins."""
     try:
         yield
     except (NonFiniteError, InfeasibleError) as error:
-        log.error("arm %s, seed %d failed: %s", record["arm"], record["seed"], error)
-        reason = f"arm {record['arm']}, seed {record['seed']}: {error}"
-        record |= {"status": "failed", "error": reason}
+        arm, seed = begun.record.arm, begun.record.seed
+        log.error("arm %s, seed %d failed: %s", arm, seed, error)
+        reason = f"arm {arm}, seed {seed}: {error}"
+        begun.record = dataclasses.replace(begun.record, status="failed", error=reason)
 
 
 def _build_models(experiment: Experiment) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from kdq.deploy import extras
 from kdq.experiment import costing, plan, training
 from kdq.experiment.found import Found
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.progress import Progress, Record
+from kdq.experiment.progress import Progress
 from kdq.experiment.quantized import OBSERVERS, recipe
 from kdq.experiment.store import Store
 from kdq.experiment.teaching import Teachers
@@ -87,7 +87,7 @@ class Searches:
                 given = getattr(search, field)
                 raise ConfigError(kdq_config.unknown(f"{where}.{field}:", given, valid))
         if both := search.most.set.keys() & search.share.set.keys():
-            raise ConfigError(f"{where}: want `most` or `share` of {sorted(both)}, not both")
+            raise ConfigError(f"{where}: expected `most` or `share` of {sorted(both)}, not both")
         measures = evaluate.OBJECTIVES if "pairs" in METHODS[search.method].needs else ()
         if measures and search.sensitivity not in measures:
             what = f"{where}.sensitivity of pairs:"
@@ -122,7 +122,7 @@ class Searches:
         told = {"name": name, **found, **self._against_uniform(name, seed, found)}
         return Found(name=name, chosen=found["chosen"], observer=search.observer, told=told)
 
-    def _against_uniform(self, name: str, seed: int, found: Record) -> Record:
+    def _against_uniform(self, name: str, seed: int, found: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what the best uniform bits are beside what was found, if they are known."""
         baseline = plan.baseline_of(self._experiment, name)
         if not (baseline and (self._folder(baseline, seed) / RESULT).is_file()):
@@ -134,7 +134,7 @@ class Searches:
     def _folder(self, name: str, seed: int) -> Path:
         return self._store.workdir / FOLDER / name / str(seed)
 
-    def _search(self, name: str, search: Search, seed: int, log: Path) -> Record:
+    def _search(self, name: str, search: Search, seed: int, log: Path) -> dict[str, Any]:
         watch = Stopwatch()
         method = METHODS[search.method]
         students = [self._student(search, one, seed, method.needs) for one in search.students]
@@ -334,7 +334,7 @@ class Searches:
         return score
 
 
-def _checked(found: Any, path: Path) -> Record:
+def _checked(found: Any, path: Path) -> dict[str, Any]:
     """The result of a search as it was read. Raises ConfigError for what is none."""
     fields = found if isinstance(found, Mapping) else {}
     chosen = fields.get("chosen")

@@ -13,16 +13,17 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from kdq import config as kdq_config
 from kdq import files
 from kdq.config import Experiment
 from kdq.experiment import exports
-from kdq.experiment.progress import Record
 from kdq.experiment.searching import Searches
 from kdq.experiment.store import PACKED, RESULT, Store
+from kdq.record import ArmRecord
 from kdq.search.problem import InfeasibleError
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Shared:
         ]
         return alone and not searched
 
-    def once(self, identity: Record, train: Callable[[], Record]) -> Record:
+    def once(self, identity: ArmRecord, train: Callable[[], ArmRecord]) -> ArmRecord:
         """Returns the record of an arm and seed: copied, or else trained while others wait.
 
         Args:
@@ -70,49 +71,53 @@ class Shared:
             self.offer(record)
         return record
 
-    def offer(self, record: Record) -> None:
+    def offer(self, record: ArmRecord) -> None:
         """Lets other runs copy an arm that this run has trained, unless they have one to copy."""
-        if record["status"] != "ok" or "shared_from" in record or not self.covers(record["arm"]):
+        if record.status != "ok" or record.shared_from or not self.covers(record.arm):
             return
         if self._trained(record) is None:
-            folder = self._store.folder(record["arm"], record["seed"]).absolute()
+            folder = self._store.folder(record.arm, record.seed).absolute()
             pointer = {"folder": os.path.relpath(folder, self._folder)}
             files.write_json(self._path(record, "json"), pointer)
 
-    def _path(self, record: Record, kind: str) -> Path:
-        deciding = {key: record.get(key) for key in DECIDING}
+    def _path(self, record: ArmRecord, kind: str) -> Path:
+        document = record.to_json()
+        deciding = {key: document.get(key) for key in DECIDING}
         digest = kdq_config.digest({**deciding, "mesh": self._experiment.mesh})
-        return self._folder / f"{record['arm']}-{record['seed']}-{digest}.{kind}"
+        return self._folder / f"{record.arm}-{record.seed}-{digest}.{kind}"
 
     @contextlib.contextmanager
-    def _locked(self, identity: Record) -> Iterator[None]:
+    def _locked(self, identity: ArmRecord) -> Iterator[None]:
         path = self._path(identity, "lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                arm, seed = identity["arm"], identity["seed"]
-                log.warning("arm %s, seed %d: another run trains it, this one waits", arm, seed)
+                log.warning(
+                    "arm %s, seed %d: another run trains it, this one waits",
+                    identity.arm,
+                    identity.seed,
+                )
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:  # then two may train it, each in its own workdir
                 log.warning("%s can't be locked: %s", path, error.strerror)
             yield
 
-    def _trained(self, identity: Record) -> Path | None:
+    def _trained(self, identity: ArmRecord) -> Path | None:
         """Returns the folder of the run that has trained the same arm and seed, if it is there."""
         try:
             pointer = files.read_json(self._path(identity, "json"))
             folder = Path(os.path.normpath(self._folder / pointer["folder"]))
-            record = files.read_json(folder / RESULT)
+            record = ArmRecord.from_json(files.read_json(folder / RESULT))
             same = self._path(record, "json") == self._path(identity, "json")
-            return folder if same and record["status"] == "ok" else None
+            return folder if same and record.status == "ok" else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # deleted, or damaged
             return None
 
-    def _source(self, identity: Record) -> Path | None:
+    def _source(self, identity: ArmRecord) -> Path | None:
         """Returns what can be copied: arms that it needs are in both runs the same bits."""
-        name, seed = identity["arm"], identity["seed"]
+        name, seed = identity.arm, identity.seed
         folder = self._trained(identity)
         if folder is None or folder == self._store.folder(name, seed).absolute():
             return None
@@ -126,15 +131,15 @@ class Shared:
                 return None
         return folder
 
-    def _copy(self, source: Path, identity: Record) -> Record:
-        of_this_run = {key: identity[key] for key in ("config_digest", "reference")}
-        target = self._store.folder(identity["arm"], identity["seed"])
+    def _copy(self, source: Path, identity: ArmRecord) -> ArmRecord:
+        of_this_run = {key: getattr(identity, key) for key in ("config_digest", "reference")}
+        target = self._store.folder(identity.arm, identity.seed)
         return copy(self._store, source, target, of_this_run)
 
 
 def of_equal_bits(
-    experiment: Experiment, store: Store, searches: Searches, identity: Record
-) -> Record | None:
+    experiment: Experiment, store: Store, searches: Searches, identity: ArmRecord
+) -> ArmRecord | None:
     """Returns the record of an arm whose search finds the bits of the arm that it is compared with.
 
     If the arms are else alike, that one has been trained as this one would be, and is copied. None
@@ -146,7 +151,7 @@ def of_equal_bits(
       searches: of the experiment.
       identity: the part of its record that is known before it is trained.
     """
-    name, seed = identity["arm"], identity["seed"]
+    name, seed = identity.arm, identity.seed
     arm, reference = experiment.arms[name], experiment.arms.get(experiment.arms[name].reference)
     if reference is None or {arm.bits, reference.bits} - experiment.searches.keys():
         return None
@@ -157,7 +162,7 @@ def of_equal_bits(
     ):
         return None
     record = store.record(arm.reference, seed)
-    if (record["status"], record["arm_digest"]) != ("ok", store.digests[arm.reference]):
+    if (record.status, record.arm_digest) != ("ok", store.digests[arm.reference]):
         return None
     try:
         here, there = (searches.of(bits, seed) for bits in (arm.bits, reference.bits))
@@ -165,11 +170,11 @@ def of_equal_bits(
         return None  # which is told when the arm is run
     if (here.chosen, here.observer) != (there.chosen, there.observer):
         return None
-    changed = {key: identity[key] for key in OF_THE_ARM} | here.record
+    changed = {key: getattr(identity, key) for key in OF_THE_ARM} | here.record
     return copy(store, source, store.folder(name, seed), changed)
 
 
-def copy(store: Store, source: Path, target: Path, changed: Record) -> Record:
+def copy(store: Store, source: Path, target: Path, changed: Mapping[str, Any]) -> ArmRecord:
     """Copies an arm and seed into a workdir, whole or not at all, and returns its record.
 
     Args:
@@ -178,7 +183,7 @@ def copy(store: Store, source: Path, target: Path, changed: Record) -> Record:
       target: its folder there.
       changed: of its record.
     """
-    record = files.read_json(source / RESULT)
+    record = ArmRecord.from_json(files.read_json(source / RESULT))
     partial = target.with_name(f".{target.name}.copy")
     shutil.rmtree(partial, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -188,9 +193,8 @@ def copy(store: Store, source: Path, target: Path, changed: Record) -> Record:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    record.pop("exports", None)
     shared_from = os.path.relpath(source.absolute(), store.workdir.absolute())
-    record |= {**changed, "shared_from": shared_from}
+    record = dataclasses.replace(record, **{**changed, "exports": {}, "shared_from": shared_from})
     store.save(record)  # last: with it the arm is finished
     return record
 

@@ -1,5 +1,6 @@
 """What finished arms left in the workdir: records and weights."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from kdq import config as kdq_config
 from kdq import deploy, files
 from kdq.config import ConfigError, Experiment
 from kdq.experiment import differences, plan, records
-from kdq.experiment.progress import Record
+from kdq.record import ArmRecord
 from kdq.train.checkpoint import Checkpointer, CheckpointError
 from kdq.types import Variables
 
@@ -31,14 +32,14 @@ class Store:
     def __init__(self, experiment: Experiment, workdir: Path):
         self._experiment, self.workdir = experiment, workdir
         self.digests = plan.digests(experiment)
-        self._expected: dict[tuple[str, int], Record] = {}
+        self._expected: dict[tuple[str, int], ArmRecord] = {}
         # Arms of one seed run one after another, so few of these are in use at once.
         self.weights = functools.lru_cache(maxsize=8)(self._load_weights)
 
     def folder(self, name: str, seed: int) -> Path:
         return self.workdir / name / str(seed)
 
-    def finished(self, name: str, seed: int) -> Record | None:
+    def finished(self, name: str, seed: int) -> ArmRecord | None:
         """The record of an arm that has been run before.
 
         Raises ConfigError if it was run with another config.
@@ -47,15 +48,15 @@ class Store:
             return None
         record = self.record(name, seed)
         path = self.folder(name, seed) / RESULT
-        if record["arm_digest"] != self.digests[name]:
+        if record.arm_digest != self.digests[name]:
             told = differences.between(self.workdir / CONFIG, self._experiment)
-            told = told or f"digest {record['arm_digest']}, now {self.digests[name]}"
+            told = told or f"digest {record.arm_digest}, now {self.digests[name]}"
             raise ConfigError(
                 f"{path} was made with another config ({told}): choose another workdir, or delete "
                 f"{path.parent}"
             )
         records.check_packed(record, path.parent / PACKED)
-        return {**record, "reference": self._experiment.arms[name].reference or None}
+        return dataclasses.replace(record, reference=self._experiment.arms[name].reference)
 
     def save_config(self) -> None:
         """What is run here, for those who look at it later."""
@@ -64,24 +65,28 @@ class Store:
         if not path.is_file() or path.read_bytes() != text.encode():
             files.write_atomic(path, text.encode())
 
-    def record(self, name: str, seed: int) -> Record:
-        """The record of an arm and seed. Raises ConfigError for a file that is none of it."""
+    def record(self, name: str, seed: int) -> ArmRecord:
+        """Returns the record of an arm and seed. Raises ConfigError for a file that is none."""
         path = self.folder(name, seed) / RESULT
         try:
-            record = files.read_json(path)
-            records.check(record, name, seed)
+            record = ArmRecord.from_json(files.read_json(path))
+            if (record.arm, record.seed) != (name, seed):
+                raise ConfigError(f"it is of arm {record.arm!r}, seed {record.seed}")
+            record.require("kind", "bits", "arm_digest")
+            if record.status == "ok":
+                record.require("accuracy")
         except ConfigError as error:
             where = "" if str(path) in str(error) else f"{path} is no record of this arm: "
             again = "delete it, and the same command makes it again from the arm's checkpoint"
             raise ConfigError(f"{where}{error} ({again})") from error
         return record
 
-    def save(self, record: Record) -> None:
-        files.write_json(self.folder(record["arm"], record["seed"]) / RESULT, record)
+    def save(self, record: ArmRecord) -> None:
+        files.write_json(self.folder(record.arm, record.seed) / RESULT, record.to_json())
 
-    def expect(self, name: str, seed: int, record: Record) -> None:
-        """Says what an arm that has no record yet has selected, see `records.digests_of`."""
-        self._expected[name, seed] = record
+    def expect(self, record: ArmRecord) -> None:
+        """Takes the digests of what an arm has selected whose record is not saved yet."""
+        self._expected[record.arm, record.seed] = record
 
     def _load_weights(self, name: str, seed: int) -> Variables:
         """The selected variables of an arm: what was trained, before any rounding."""

@@ -1,5 +1,6 @@
 """What of its teacher a student has become: layers, attributions and decision boundaries."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -51,18 +52,18 @@ class Comparison:
           "cka": {layer of the student: {layer of the teacher: value}}, with maps averaged over
           positions; "attribution_cosine" and "attribution_rank" (integrated gradients towards the
           teacher's class); "path_agreement"; "adversarial_agreement" after a step of
-          `config.epsilon` against the teacher. None for what can't be said of these two.
+          `config.epsilon` against the teacher. NaN for what can't be said of these two.
         """
-        matrix: dict[str, dict[str, float | None]] = {}
+        matrix: dict[str, dict[str, float]] = {}
         layers = cka.layer_cka(_averaged(student, self._images), self._features)
         for (own, other), value in layers.items():
-            matrix.setdefault(own, {})[other] = _number(value)
+            matrix.setdefault(own, {})[other] = value
         attributions = self._explanation.similarity(student)
         return {
             "cka": matrix,
-            "attribution_cosine": _number(attributions["cosine"]),
-            "attribution_rank": _number(attributions["rank_correlation"]),
-            "path_agreement": self._paths.agreement(student) if self._paths else None,
+            "attribution_cosine": attributions["cosine"],
+            "attribution_rank": attributions["rank_correlation"],
+            "path_agreement": self._paths.agreement(student) if self._paths else math.nan,
             "adversarial_agreement": self._adversarial.agreement(student),
         }
 
@@ -77,8 +78,3 @@ def _features(network: Network, images: Array) -> dict[str, Array]:
     model, variables, qparams = network.model, network.variables, network.qparams
     layers = capture.list_outputs(model, variables, images)
     return capture.run(model, variables, qparams, images, layers)[0].features
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if np.isfinite(value) else None

@@ -99,22 +99,22 @@ class Lines(_Line):
             self._others[process] = _Line(self._print, self._begun)
         return self._others[process]
 
-    def done(self, record: experiment.Record) -> None:
-        unit = record["arm"], record["seed"]
+    def done(self, record: experiment.ArmRecord) -> None:
+        unit = record.arm, record.seed
         weight = self._left.pop(unit, None)
         if weight is None:
             return  # it had been run before
         now = time.monotonic()
         took = now - self._begun.pop(unit, now)
-        if record["status"] == "ok":
-            copied = record.get("shared_from")
+        if record.status == "ok":
+            copied = record.shared_from
             if not copied:
-                compiled = record.get("compile_seconds") or 0.0
+                compiled = record.compile_seconds or 0.0
                 self._paces.append(max(0.0, took - compiled) / weight)
             how = f", copied from {copied}" if copied else f" after {span(took)}"
-            said = f"{100 * record['validation_accuracy']:.2f}% on validation{how}"
+            said = f"{100 * record.validation_accuracy:.2f}% on validation{how}"
         else:
-            reason = str(record.get("error")).removeprefix(f"arm {unit[0]}, seed {unit[1]}: ")
+            reason = str(record.error).removeprefix(f"arm {unit[0]}, seed {unit[1]}: ")
             said = f"FAILED after {span(took)}: {' '.join(reason.split())}"
         place = self._all - len(self._left)
         self._say(f"[{place}/{self._all}] {named(unit[0], [unit[1]])}: {said}{self._time_left()}")

@@ -95,5 +95,5 @@ class _Bars(_Bar):
             self._others[process] = _Bar(self._bars)
         return self._others[process]
 
-    def done(self, record: experiment.Record) -> None:
+    def done(self, record: experiment.ArmRecord) -> None:
         self._bars.advance(self._arms)

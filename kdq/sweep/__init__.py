@@ -28,7 +28,7 @@ def executor(name: str, **options: Any) -> Executor:
         if not extra or (error.name or "").startswith("kdq"):
             raise
         raise ConfigError(
-            f"--executor={name} wants {error.name}, which is not installed: "
+            f"--executor={name} needs {error.name}, which is not installed: "
             f"pip install -e '.[{extra}]'"
         ) from error
     return module.make(**options)

@@ -12,7 +12,7 @@ def make(*, workers: int | None = None) -> Executor:
     """At most `workers` runs at a time (1 if not given); each may use every core."""
     workers = 1 if workers is None else workers
     if workers < 1:
-        raise ConfigError(f"--workers={workers}: want at least 1")
+        raise ConfigError(f"--workers={workers}: expected at least 1")
 
     def run(jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         stop = threading.Event()

@@ -23,7 +23,7 @@ def label(overrides: Mapping[str, Any], name: str = "") -> str:
     """
     if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_+=,.\-]*", name):
         raise ConfigError(
-            f"run name {name!r} is a folder: want letters, digits, _ + = , . - and a letter or "
+            f"run name {name!r} is a folder: expected letters, digits, _ + = , . - and a letter or "
             "digit first"
         )
     said = [_said(path, value) for path, value in overrides.items() if path != "seeds"]
@@ -44,5 +44,5 @@ def _said(path: str, value: Any) -> str:
 
 def _checked(name: str) -> str:
     if len(name) > LONGEST:
-        raise ConfigError(f'run name {name!r} is too long: want a "name" beside the overrides')
+        raise ConfigError(f'run name {name!r} is too long: expected a "name" beside the overrides')
     return name

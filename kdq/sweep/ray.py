@@ -36,7 +36,7 @@ def make(*, workers: int | None = None, address: str | None = None) -> Executor:
         )
     workers = 1 if workers is None else workers
     if workers < 1:
-        raise ConfigError(f"--workers={workers}: want at least 1")
+        raise ConfigError(f"--workers={workers}: expected at least 1")
 
     def run(jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         # Of this process and not of Ray's workers, which have OMP_NUM_THREADS=1 for one.

@@ -9,24 +9,22 @@ from typing import Any
 from rich.text import Text
 
 from kdq import experiment
-from kdq.config import to_json
+from kdq.config import ConfigError, to_json
 from kdq.experiment.sharing import Shared
 from kdq.experiment.store import Store
-from kdq.files import DamagedError, read_json, write_atomic, write_json
+from kdq.files import read_json, write_atomic, write_json
+from kdq.record import ArmRecord
 from kdq.report import table
 from kdq.report.cells import escape, standard_output
-from kdq.report.write import strict
 from kdq.sweep.runs import SHARED, Run
 
-Record = dict[str, Any]
 
-
-def records_of(run: Run) -> list[Record]:
+def records_of(run: Run) -> list[ArmRecord]:
     """Those that the run's folder has, in the order of the table.
 
     Raises ConfigError if one was made with another config.
     """
-    return [r for r in experiment.finished(run.experiment, run.folder) if r["arm"] in run.arms]
+    return [r for r in experiment.finished(run.experiment, run.folder) if r.arm in run.arms]
 
 
 def offer_arms(runs: Sequence[Run], workdir: Path) -> None:
@@ -47,15 +45,15 @@ def is_finished(run: Run) -> bool:
     if len(found) < len(run.arms) * len(run.experiment.seeds):
         return False
     for record in found:
-        exported = record["status"] == "ok" and record["arm"] in (wanted.arms or run.arms)
-        if exported and not set(wanted.formats) <= set(record.get("exports", {})):
+        exported = record.status == "ok" and record.arm in (wanted.arms or run.arms)
+        if exported and not set(wanted.formats) <= set(record.exports):
             return False
     report = run.folder / "results.json"  # of launch/compress.py
     if run.arm or not report.is_file():
         return bool(run.arm)
     try:
-        return read_json(report) == found
-    except DamagedError:
+        return [ArmRecord.from_json(document) for document in read_json(report)] == found
+    except (ConfigError, TypeError):  # damaged
         return False  # the run writes it again
 
 
@@ -70,21 +68,21 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
       failed: what went wrong, by the name of the run.
       workdir: of the sweep; each file is replaced atomically.
     """
-    records: list[Record] = []
-    groups: dict[str, list[Record]] = {}
+    documents: list[dict[str, Any]] = []
+    groups: dict[str, list[dict[str, Any]]] = {}
     labels = {run.digest: run.label for run in reversed(runs)}
     for run in runs:
-        found = records_of(run)
+        found = [record.to_json() for record in records_of(run)]
         told = {"run": run.name, "overrides": to_json(run.overrides)}
-        records += [{**told, **record} for record in found]
+        documents += [{**told, **record} for record in found]
         groups.setdefault(run.digest, []).extend(found)
-    write_json(workdir / "results.json", strict(records))
+    write_json(workdir / "results.json", documents)
     rows, shown = [], []
     for digest, found in groups.items():
         prefix = f"{labels[digest]}/" if len(groups) > 1 else ""
         rows += [_named(row, prefix) for row in (table.rows(found) if found else [])]
         shown += [{**record, "arm": prefix + record["arm"]} for record in found]
-    copied = _copied(records)
+    copied = _copied(documents)
     lines = [f"- {escape(copied)}"] if copied else []
     lines += [f"- Run {escape(name)} failed: {escape(why)}." for name, why in failed.items()]
     markdown = table.markdown(rows, shown) if rows else "No arm of any run is finished.\n"
@@ -98,7 +96,7 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
         standard_output().print(Text(where), soft_wrap=True)
 
 
-def _copied(records: Sequence[Record]) -> str:
+def _copied(records: Sequence[Mapping[str, Any]]) -> str:
     """Returns what is to be said of arms that runs have copied; "" if there are none."""
     counts = collections.Counter(r["arm"] for r in records if "shared_from" in r)
     said = [f"{arm} ({count} of {_times(records, arm)})" for arm, count in counts.items()]
@@ -106,7 +104,7 @@ def _copied(records: Sequence[Record]) -> str:
     return f"Arms that are {same}: {', '.join(said)}." if said else ""
 
 
-def _times(records: Sequence[Record], arm: str) -> int:
+def _times(records: Sequence[Mapping[str, Any]], arm: str) -> int:
     return sum(record["arm"] == arm for record in records)
 
 

@@ -61,7 +61,7 @@ def read(path: str) -> list[Mapping[str, Any]]:
     yielded = list(found["get_sweep"](*argument))
     for i, one in enumerate(yielded):
         if not isinstance(one, Mapping):
-            raise ConfigError(f"{file}: run {i} is {one!r}: want a dict of overrides")
+            raise ConfigError(f"{file}: run {i} is {one!r}: expected a dict of overrides")
     if not yielded:
         raise ConfigError(f"{file}: get_sweep yields nothing")
     return yielded
@@ -103,8 +103,8 @@ def plan_runs(
             raise ConfigError(f"run {folder}: {error}") from error
         if folder in runs:
             raise ConfigError(
-                f"two runs are called {folder!r}, {dict(runs[folder].overrides)} and {own}: want "
-                'different ones, or a "name" in each'
+                f"two runs are called {folder!r}, {dict(runs[folder].overrides)} and {own}: "
+                'expected different ones, or a "name" in each'
             )
         runs[folder] = dataclasses.replace(run, label=names.label(decides, name), overrides=own)
     _check_seeds(runs.values())
@@ -184,7 +184,7 @@ def _check_path(config: ConfigDict, path: str, value: Any) -> None:
             raise ConfigError(kdq_config.unknown(f"key in {seen}:", key, there))
         place, seen = place[key], f"{seen}.{key}"
     if isinstance(value, Mapping) or isinstance(place, ConfigDict):
-        raise ConfigError(f"{seen}={value!r}: want its fields one by one, as {seen}.FIELD")
+        raise ConfigError(f"{seen}={value!r}: expected its fields one by one, as {seen}.FIELD")
 
 
 def _plain(value: Any) -> Any:

@@ -49,7 +49,7 @@ def make(
     if cluster not in CLUSTERS:
         raise ConfigError(unknown("--cluster", cluster, CLUSTERS))
     if workers is not None and workers < 1:
-        raise ConfigError(f"--workers={workers}: want at least 1")
+        raise ConfigError(f"--workers={workers}: expected at least 1")
     try:
         submitit.AutoExecutor(folder, cluster=cluster)
     except RuntimeError as error:
@@ -60,7 +60,7 @@ def make(
         for job in jobs:
             if not job.resources.minutes:
                 raise ConfigError(
-                    f"run {job.name}: config.resources.minutes=0 is unstated, and Slurm wants it"
+                    f"run {job.name}: config.resources.minutes=0 is unstated, and Slurm needs it"
                 )
         try:
             for resources, same in _by_resources(jobs).items():

@@ -29,7 +29,7 @@ def main(config_file, workdir, devices, stop_at="0", port="", count="1", index="
     with open(config_file) as file:
         frozen = config.freeze(json.load(file))
     records = experiment.run(frozen, workdir, arms=["qad"], progress=Dies())
-    assert all(record["status"] == "ok" for record in records), records
+    assert all(record.status == "ok" for record in records), records
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def run(tiny_config, tmp_path_factory):
     made["arms"]["teacher"]["epochs"] = made["arms"]["student"]["epochs"] = 0.3
     workdir = tmp_path_factory.mktemp("details")
     records = experiment.run(config.freeze(made), workdir)
-    return workdir, {record["arm"]: record for record in records}
+    return workdir, {record.arm: record for record in records}
 
 
 def of(workdir, arm):
@@ -32,13 +32,13 @@ def test_confusions_and_bins_have_the_accuracy_and_the_ece_of_the_record(run, ar
     workdir, records = run
     found, record = of(workdir, arm), records[arm]
     confusion = np.asarray(found["confusion"])
-    assert np.trace(confusion) / confusion.sum() == pytest.approx(record["accuracy"])
+    assert np.trace(confusion) / confusion.sum() == pytest.approx(record.accuracy)
     recall = np.diag(confusion) / confusion.sum(1)
-    np.testing.assert_allclose(recall, record["accuracy_by_class"])
+    np.testing.assert_allclose(recall, record.accuracy_by_class)
     bins = {k: np.asarray(v, float) for k, v in found["reliability"].items()}
     assert bins["count"].sum() == confusion.sum()
     gap = np.nansum(bins["count"] * abs(bins["accuracy"] - bins["confidence"]))
-    assert gap / confusion.sum() == pytest.approx(record["ece"], abs=1e-3)
+    assert gap / confusion.sum() == pytest.approx(record.ece, abs=1e-3)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -46,10 +46,10 @@ def test_layers_add_up_to_the_costs_of_the_record(run, arm):
     workdir, records = run
     layers, record = of(workdir, arm)["layers"], records[arm]
     for key in ("macs", "bops"):
-        assert sum(layer[key] for layer in layers) == record[key]
+        assert sum(layer[key] for layer in layers) == getattr(record, key)
     energy = sum(layer["energy_modelled_nj"] for layer in layers)
-    assert energy == pytest.approx(record["energy_modelled_nj"], rel=1e-3)
-    assert sum(layer["weights"] for layer in layers) <= record["params"]
+    assert energy == pytest.approx(record.energy_modelled_nj, rel=1e-3)
+    assert sum(layer["weights"] for layer in layers) <= record.params
     for layer in layers:
         quantized = layer["weight_bits"] < 32
         assert (layer["sqnr_db"] is not None) == quantized

@@ -15,6 +15,7 @@ import same_but_for_rounding
 from kdq import config, experiment
 from kdq.config import ConfigError
 from kdq.experiment import parallel
+from kdq.record import ArmRecord
 
 ORDER = ("teacher", "student", "kd", "ptq", "qat", "qad")
 # What an arm of `tiny_config` is made of, and the teacher that it is compared with.
@@ -39,7 +40,7 @@ class Heard(experiment.Progress):
         return self.others.setdefault(process, Heard.Arms())
 
     def done(self, record):
-        self.done_.append((record["arm"], record["seed"]))
+        self.done_.append((record.arm, record.seed))
 
     class Arms(experiment.Progress):
         def __init__(self):
@@ -74,7 +75,7 @@ def noting(_, workdir, progress, *, wrong=None, seconds=0.05):
         if wrong and (name, seed) == ("kd", 1):
             wrong()
         note("ends", name, seed)
-        return {"arm": name, "seed": seed}
+        return ArmRecord(arm=name, seed=seed)
 
     return one
 
@@ -211,7 +212,7 @@ def test_how_many_processes(tiny_config, changed, expected):
 )
 def test_processes_that_can_not_be(tiny_config, changed):
     one = config.freeze({**tiny_config(), **changed})
-    with pytest.raises(ConfigError, match=r"config.workers=2: want at most 1 with a mesh"):
+    with pytest.raises(ConfigError, match=r"config.workers=2: expected at most 1 with a mesh"):
         parallel.workers(one)
 
 

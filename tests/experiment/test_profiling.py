@@ -53,7 +53,7 @@ def test_a_trace_names_the_layers_and_leaves_no_result(tiny_config, tmp_path):
     ("arm", "message"),
     [
         ("ptq", "ptq.epochs=0: it is not trained"),
-        ("qat", "trains for 8 steps: want 15"),
+        ("qat", "trains for 8 steps: expected 15"),
         ("nil", "unknown arm 'nil'"),
     ],
 )

@@ -103,5 +103,5 @@ def test_what_a_rule_may_not_say(tiny_config, entry, words):
 
 
 def test_bits_that_are_neither_a_width_nor_rules(tiny_config):
-    with pytest.raises(ConfigError, match=r"bits='mix': want 'W4A4'.*'mixed', 'observed'"):
+    with pytest.raises(ConfigError, match=r"bits='mix': expected 'W4A4'.*'mixed', 'observed'"):
         frozen(tiny_config, bits="mix")

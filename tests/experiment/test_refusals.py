@@ -38,8 +38,8 @@ def replaced(base, path, value):
         (("arms", "ptq", "bits"), "W9", r"arms\.ptq\.bits='W9'.*1 to 8"),
         (("rules", "W4A4"), ({"path": ".*"},), r"rules\.W4A4: that name has a meaning"),
         (("models", "student", "widths"), (10**9,), r"models\.student has parameters of .* GiB"),
-        (("arms", "ptq", "label_smoothing"), 0.1, r"ptq\.label_smoothing=0\.1: wants epochs"),
-        (("arms", "ptq", "without_classes"), (3,), r"ptq\.without_classes=\(3,\): wants epochs"),
+        (("arms", "ptq", "label_smoothing"), 0.1, r"ptq\.label_smoothing=0\.1: needs epochs"),
+        (("arms", "ptq", "without_classes"), (3,), r"ptq\.without_classes=\(3,\): needs epochs"),
         (("search",), {"method": "knapsak"}, r"config\.search\.method.*'knapsak'.*'knapsack'"),
         (
             ("quantize", "fixed_scales"),
@@ -71,7 +71,11 @@ def test_an_unknown_name_lists_the_valid_ones(tiny_config, tmp_path, path, value
         ),
         (("data", "test"), "validation[300:]", r"validation='validation' and .*test=.* have 60 ex"),
         (("data", "std"), (6.0, 6.0), r"config\.data\.std=\(6\.0, 6\.0\).* each of the 1 channels"),
-        (("data", "mean"), (1.0, 2.0, 3.0), r"config\.data\.mean=.*want a number, or one for each"),
+        (
+            ("data", "mean"),
+            (1.0, 2.0, 3.0),
+            r"data\.mean=.*expected a number, or one for each",
+        ),
         (
             ("arms", "kd", "epochs"),
             1e18,
@@ -86,16 +90,24 @@ def test_an_unknown_name_lists_the_valid_ones(tiny_config, tmp_path, path, value
         (
             ("distill", "kd", "terms", "kl", "temperature"),
             0.0,
-            r"temperature=0\.0: want 0\.001 to 1000",
+            r"temperature=0\.0: expected 0\.001 to 1000",
         ),
-        (("distill", "kd", "terms", "kl", "temperature"), 1e30, r"temperature=1e\+30: want 0\.001"),
-        (("distill", "kd", "terms", "kl", "weight"), -1.0, r"kl\.weight=-1\.0: want 0 to 1000000"),
+        (
+            ("distill", "kd", "terms", "kl", "temperature"),
+            1e30,
+            r"re=1e\+30: expected 0\.001",
+        ),
+        (
+            ("distill", "kd", "terms", "kl", "weight"),
+            -1.0,
+            r"kl\.weight=-1\.0: expected 0 to 1000000",
+        ),
         (
             ("distill", "kd", "terms", "kl", "weight"),
             {"kind": "linear", "start": 1.0, "end": -1.0},
-            r"kl\.weight=-1\.0: want 0 to 1000000",
+            r"kl\.weight=-1\.0: expected 0 to 1000000",
         ),
-        (("qat", "damped", "dampen"), -1.0, r"qat\.damped\.dampen=-1\.0: want 0 to"),
+        (("qat", "damped", "dampen"), -1.0, r"qat\.damped\.dampen=-1\.0: expected 0 to"),
         (("qat", "damped", "least_bits"), {"kind": "constant", "value": 99.0}, r"least_bits=99\.0"),
         (("compute", "remat"), "(", r"config\.compute\.remat='\(' is no regular expression"),
         (("workers"), 10**6, r"config\.workers=1000000: this process has \d+ cores"),
@@ -115,7 +127,7 @@ def test_one_class_is_nothing_to_learn(tiny_config, tmp_path):
     splits = {name: (rows, np.zeros(len(rows), int)) for name, rows in splits.items()}
     data.save_arrays(tmp_path / "mine.npz", **splits)
     changed = replaced(tiny_config(), ("data",), {"name": "mine.npz", "data_dir": str(tmp_path)})
-    with pytest.raises(config.ConfigError, match=r"data\.name='mine\.npz' has 1 class: want two"):
+    with pytest.raises(config.ConfigError, match=r"name='mine\.npz' has 1 class: expected two"):
         experiment.run(config.freeze(changed), tmp_path / "run")
 
 

@@ -34,7 +34,7 @@ def copied(finished, tmp_path):
 
 
 def by_arm(records):
-    return {record["arm"]: record for record in records}
+    return {record.arm: record for record in records}
 
 
 def every_file(workdir):
@@ -59,7 +59,7 @@ class Watcher(experiment.Progress):
         self.steps[name] = steps
 
     def done(self, record):
-        self.finished.append((record["arm"], record["seed"]))
+        self.finished.append((record.arm, record.seed))
 
 
 # The records.
@@ -67,34 +67,34 @@ class Watcher(experiment.Progress):
 
 def test_records_have_every_field(finished):
     _, workdir, records = finished
-    assert [r["arm"] for r in records] == ARMS
+    assert [r.arm for r in records] == ARMS
     numbers = [
         *("accuracy", "nll", "accuracy_last", "nll_last", "agreement", "kl_to_teacher"),
         *("validation_accuracy", "validation_nll", "macs", "bops", "params", "size_bytes"),
         *("train_seconds", "compile_seconds", "steps", "selected_step"),
     ]
     for record in records:
-        assert record["status"] == "ok"
-        assert record["seed"] == 0
+        assert record.status == "ok"
+        assert record.seed == 0
         for key in numbers:
-            assert isinstance(record[key], int | float), key
-            assert math.isfinite(record[key]), key
+            assert isinstance(getattr(record, key), int | float), key
+            assert math.isfinite(getattr(record, key)), key
         for key in ("config_digest", "arm_digest", "commit", "device"):
-            assert record[key], key
-        assert record["versions"]["jax"]
-        assert set(record["data"]) == {"train", "validation", "test"}
-        on_disk = files.read_json(workdir / record["arm"] / "0" / "result.json")
-        assert on_disk == record
+            assert getattr(record, key), key
+        assert record.versions["jax"]
+        assert set(record.data) == {"train", "validation", "test"}
+        on_disk = files.read_json(workdir / record.arm / "0" / "result.json")
+        assert on_disk == record.to_json()
     records = by_arm(records)
-    assert [records[a]["bits"] for a in ARMS] == ["fp32", "fp32", "fp32", "W4A4", "W4A4", "W2"]
+    assert [records[a].bits for a in ARMS] == ["fp32", "fp32", "fp32", "W4A4", "W4A4", "W2"]
     kinds = ["teacher", "labels", "KD", "PTQ", "QAT", "QAD"]
-    assert [records[a]["kind"] for a in ARMS] == kinds
-    assert records["kd"]["reference"] == "student"
-    assert records["teacher"]["reference"] is None
-    assert len({r["config_digest"] for r in records.values()}) == 1
-    assert len({r["arm_digest"] for r in records.values()}) == len(ARMS)
-    assert records["ptq"]["observer"] == "mse"
-    assert records["kd"]["observer"] is None
+    assert [records[a].kind for a in ARMS] == kinds
+    assert records["kd"].reference == "student"
+    assert records["teacher"].reference == ""
+    assert len({r.config_digest for r in records.values()}) == 1
+    assert len({r.arm_digest for r in records.values()}) == len(ARMS)
+    assert records["ptq"].observer == "mse"
+    assert records["kd"].observer == ""
 
 
 def test_costs_and_sizes(finished):
@@ -102,19 +102,19 @@ def test_costs_and_sizes(finished):
     records = by_arm(records)
     # Student: conv_0 3·3·1·4 at 8×8, conv_1 3·3·4·6 at 4×4, head 6·10; with biases.
     conv_0, conv_1, head = 36 * 64, 216 * 16, 60
-    assert records["student"]["params"] == 36 + 4 + 216 + 6 + 60 + 10
+    assert records["student"].params == 36 + 4 + 216 + 6 + 60 + 10
     for arm in ARMS[1:]:
-        assert records[arm]["macs"] == conv_0 + conv_1 + head
-    assert records["student"]["bops"] == (conv_0 + conv_1 + head) * 1024
-    assert records["qat"]["bops"] == conv_0 * 8 * 8 + (conv_1 + head) * 4 * 4  # conv_0 is kept
-    assert records["qad"]["bops"] == conv_0 * 8 * 32 + (conv_1 + head) * 2 * 32
+        assert records[arm].macs == conv_0 + conv_1 + head
+    assert records["student"].bops == (conv_0 + conv_1 + head) * 1024
+    assert records["qat"].bops == conv_0 * 8 * 8 + (conv_1 + head) * 4 * 4  # conv_0 is kept
+    assert records["qad"].bops == conv_0 * 8 * 32 + (conv_1 + head) * 2 * 32
     # Teacher: 3·3·1·8 at 8×8, 3·3·8·8 at 4×4, head 8·10; scale and bias of two norms.
-    assert records["teacher"]["macs"] == 72 * 64 + 576 * 16 + 80
-    assert records["teacher"]["params"] == 72 + 576 + 4 * 8 + 80 + 10
+    assert records["teacher"].macs == 72 * 64 + 576 * 16 + 80
+    assert records["teacher"].params == 72 + 576 + 4 * 8 + 80 + 10
     for arm in ARMS:
         file = workdir / arm / "0" / "model.safetensors"
-        assert records[arm]["size_bytes"] == os.stat(file).st_size
-    assert records["qad"]["size_bytes"] < records["qat"]["size_bytes"]
+        assert records[arm].size_bytes == os.stat(file).st_size
+    assert records["qad"].size_bytes < records["qat"].size_bytes
 
 
 def test_numbers_are_those_of_the_file_on_the_test_split(finished):
@@ -127,18 +127,18 @@ def test_numbers_are_those_of_the_file_on_the_test_split(finished):
     log_p = {arm: log_softmax(np.asarray(load(arm)(images), np.float64), -1) for arm in ARMS}
     teacher = log_p["teacher"]
     for record in records:
-        mine = log_p[record["arm"]]
+        mine = log_p[record.arm]
         nll = -mine[np.arange(len(labels)), labels].mean()
         kl = (np.exp(teacher) * (teacher - mine)).sum(-1).mean()
-        assert record["accuracy"] == pytest.approx((mine.argmax(-1) == labels).mean(), abs=1e-12)
-        assert record["nll"] == pytest.approx(nll, rel=1e-5)
-        assert record["kl_to_teacher"] == pytest.approx(kl, rel=1e-4, abs=1e-6)
+        assert record.accuracy == pytest.approx((mine.argmax(-1) == labels).mean(), abs=1e-12)
+        assert record.nll == pytest.approx(nll, rel=1e-5)
+        assert record.kl_to_teacher == pytest.approx(kl, rel=1e-4, abs=1e-6)
         agreement = (mine.argmax(-1) == teacher.argmax(-1)).mean()
-        assert record["agreement"] == pytest.approx(agreement, abs=1e-12)
+        assert record.agreement == pytest.approx(agreement, abs=1e-12)
     records = by_arm(records)
-    assert records["teacher"]["agreement"] == 1
-    assert records["student"]["agreement"] < 1
-    assert records["teacher"]["accuracy"] > 0.2  # it learned something
+    assert records["teacher"].agreement == 1
+    assert records["student"].agreement < 1
+    assert records["teacher"].accuracy > 0.2  # it learned something
 
 
 def test_steps_and_selection(finished):
@@ -147,20 +147,20 @@ def test_steps_and_selection(finished):
     per_epoch = len(split_ids()["train"]) / 64
     for arm, epochs in (("teacher", 1), ("kd", 1), ("qat", 0.5), ("qad", 0.5)):
         record = records[arm]
-        assert record["steps"] == round(epochs * per_epoch)
-        assert record["selected_on"] == "validation"
+        assert record.steps == round(epochs * per_epoch)
+        assert record.selected_on == "validation"
         lines = (workdir / arm / "0" / "metrics.jsonl").read_text().splitlines()
         validations = [e for e in map(json.loads, lines) if "validation_nll" in e]
         assert len(validations) == 3
         best = max(validations, key=lambda e: (e["validation_accuracy"], -e["validation_nll"]))
-        assert record["selected_step"] == best["step"]
-        assert record["validation_accuracy"] == best["validation_accuracy"]
-        assert record["validation_nll"] == best["validation_nll"]
-        if best["step"] == record["steps"]:
-            assert record["accuracy_last"] == record["accuracy"]
-    assert records["ptq"]["steps"] == 0
-    assert records["ptq"]["train_seconds"] == 0
-    assert records["ptq"]["selected_on"] == "calibration only"
+        assert record.selected_step == best["step"]
+        assert record.validation_accuracy == best["validation_accuracy"]
+        assert record.validation_nll == best["validation_nll"]
+        if best["step"] == record.steps:
+            assert record.accuracy_last == record.accuracy
+    assert records["ptq"].steps == 0
+    assert records["ptq"].train_seconds == 0
+    assert records["ptq"].selected_on == "calibration only"
 
 
 def test_ptq_is_the_selected_student_rounded(finished):
@@ -187,7 +187,7 @@ def test_the_file_says_what_it_is(finished):
     packed = deploy.load_packed(workdir / "qad" / "0" / "model.safetensors")
     record = by_arm(records)["qad"]
     for key in ("arm", "seed", "bits", "arm_digest"):
-        assert packed.metadata[key] == record[key]
+        assert packed.metadata[key] == getattr(record, key)
     assert packed.metadata["data"] == {"name": "digits", "mean": 4.9, "std": 6.0}
 
 
@@ -208,9 +208,9 @@ def test_records_of_a_quick_run_say_so_and_those_that_are_there_stay(copied, tin
     changed, _, records = {**tiny_config(), "quick": True}, *finished[1:]
     (copied / "ptq" / "0" / "result.json").unlink()
     again = by_arm(experiment.run(config.freeze(changed), copied))
-    assert again.pop("ptq")["quick"] is True
+    assert again.pop("ptq").quick is True
     assert again == {arm: record for arm, record in by_arm(records).items() if arm != "ptq"}
-    assert not any("quick" in record for record in records)
+    assert not any(record.quick for record in records)
 
 
 def test_only_what_is_new_runs(copied, tiny_config, finished):
@@ -220,7 +220,7 @@ def test_only_what_is_new_runs(copied, tiny_config, finished):
     watcher = Watcher()
     records = experiment.run(config.freeze(changed), copied, progress=watcher)
     assert watcher.ran == [("ptq8", 0)]
-    assert [r["arm"] for r in records] == [*ARMS, "ptq8"]
+    assert [r.arm for r in records] == [*ARMS, "ptq8"]
     after = every_file(copied)
     assert {path: after[path] for path in before} == before
     assert records[:-1] == finished[2]
@@ -229,11 +229,11 @@ def test_only_what_is_new_runs(copied, tiny_config, finished):
     watcher = Watcher()
     records = experiment.run(config.freeze(changed), copied, arms=["ptq"], progress=watcher)
     assert watcher.ran == [("teacher", 1), ("student", 1), ("ptq", 1)]
-    assert [(r["arm"], r["seed"]) for r in records] == [
+    assert [(r.arm, r.seed) for r in records] == [
         (arm, seed) for arm in ("teacher", "student", "ptq") for seed in (0, 1)
     ]
-    teacher = [r for r in records if r["arm"] == "teacher"]
-    assert teacher[0]["nll"] != teacher[1]["nll"]
+    teacher = [r for r in records if r.arm == "teacher"]
+    assert teacher[0].nll != teacher[1].nll
     after = every_file(copied)
     assert {path: after[path] for path in before} == before
 
@@ -245,7 +245,7 @@ def test_an_arm_whose_result_is_lost_is_finished_from_its_checkpoint(copied, fin
     again = by_arm(experiment.run(frozen, copied))["qat"]
     expected = by_arm(records)["qat"]
     times = dict.fromkeys(("train_seconds", "calibration_seconds", "compile_seconds"))
-    assert {**again, **times} == {**expected, **times}
+    assert dataclasses.replace(again, **times) == dataclasses.replace(expected, **times)
     file = "qat/0/model.safetensors"
     assert (copied / file).read_bytes() == (original / file).read_bytes()
 
@@ -268,13 +268,14 @@ class Interrupting(experiment.Progress):
 def test_an_interrupted_experiment_ends_as_the_unbroken_one(finished, tmp_path):
     """Interrupted twice: between two checkpoints of an arm, and in the last step of another."""
     frozen, workdir, records = finished
-    for arm, step in (("kd", 9), ("qad", by_arm(records)["qad"]["steps"])):
+    for arm, step in (("kd", 9), ("qad", by_arm(records)["qad"].steps)):
         with pytest.raises(KeyboardInterrupt):
             experiment.run(frozen, tmp_path, progress=Interrupting(arm, step))
         assert not (tmp_path / arm / "0" / "result.json").exists()
     again = experiment.run(frozen, tmp_path)
     times = dict.fromkeys(("train_seconds", "calibration_seconds", "compile_seconds", "commit"))
-    assert [r | times for r in again] == [r | times for r in records]
+    for one, other in zip(again, records, strict=True):
+        assert dataclasses.replace(one, **times) == dataclasses.replace(other, **times)
     for arm in ARMS:
         file = f"{arm}/0/model.safetensors"
         assert (tmp_path / file).read_bytes() == (workdir / file).read_bytes()
@@ -300,7 +301,7 @@ def test_a_new_reference_needs_no_run(finished, tiny_config):
     watcher = Watcher()
     records = experiment.run(config.freeze(changed), finished[1], progress=watcher)
     assert watcher.ran == []
-    assert by_arm(records)["qad"]["reference"] == "qat"
+    assert by_arm(records)["qad"].reference == "qat"
 
 
 # The test split decides nothing, and one seed gives one result.
@@ -324,13 +325,13 @@ def test_test_labels_change_no_weight_and_a_seed_decides_them_all(finished, tmp_
     monkeypatch.setattr(data, "open_split", with_spoiled_test)
     spoiled = by_arm(experiment.run(frozen, tmp_path))
     for record in records:
-        other, file = spoiled[record["arm"]], f"{record['arm']}/0/model.safetensors"
+        other, file = spoiled[record.arm], f"{record.arm}/0/model.safetensors"
         assert (workdir / file).read_bytes() == (tmp_path / file).read_bytes()
         for key in ("selected_step", "validation_accuracy", "validation_nll", "size_bytes"):
-            assert other[key] == record[key]
-        assert other["nll"] != record["nll"]
-        curves = [w / record["arm"] / "0" / "metrics.jsonl" for w in (workdir, tmp_path)]
-        if record["steps"]:
+            assert getattr(other, key) == getattr(record, key)
+        assert other.nll != record.nll
+        curves = [w / record.arm / "0" / "metrics.jsonl" for w in (workdir, tmp_path)]
+        if record.steps:
             assert curves[0].read_text() == curves[1].read_text()
 
 
@@ -349,21 +350,24 @@ def test_an_arm_that_diverges_fails_alone(copied, tiny_config, finished):
     frozen, watcher = config.freeze(changed), Watcher()
     all_records = experiment.run(frozen, copied, progress=watcher)
     records = by_arm(all_records)
-    assert {arm: r["status"] for arm, r in records.items()} == {
+    assert {arm: r.status for arm, r in records.items()} == {
         **dict.fromkeys([*ARMS, "tame"], "ok"),
         "wild": "failed",
         "wild_ptq": "failed",
     }
-    error = records["wild"]["error"]
+    error = records["wild"].error
     assert error.startswith("arm wild, seed 0: NaN or infinity at step ")
     assert "layer" in error
-    assert "arm wild_ptq, seed 0: it needs arm 'wild', which failed" in records["wild_ptq"]["error"]
-    assert "accuracy" not in records["wild"]
+    assert "arm wild_ptq, seed 0: it needs arm 'wild', which failed" in records["wild_ptq"].error
+    assert records["wild"].accuracy is None
     assert not (copied / "wild" / "0" / "model.safetensors").exists()
-    rows = {row.arm: row for row in table.rows(all_records)}
+    documents = [record.to_json() for record in all_records]
+    rows = {row.arm: row for row in table.rows(documents)}
     assert list(rows) == [*ARMS, "wild", "wild_ptq", "tame"]
     assert rows["wild"].failures == ((0, error),)
-    assert "failed" in table.markdown(list(rows.values()), all_records)
+    assert "failed" in table.markdown(
+        list(rows.values()), [record.to_json() for record in all_records]
+    )
     # A failure is a result too: it is not repeated.
     watcher = Watcher()
     assert experiment.run(frozen, copied, progress=watcher) == all_records
@@ -376,10 +380,10 @@ def test_a_teacher_that_diverges_leaves_labels_and_no_fidelity(tiny_config, tmp_
     changed["arms"]["teacher"]["learning_rate"] = 1e36
     changed["arms"] = {k: changed["arms"][k] for k in ("teacher", "student", "kd")}
     records = by_arm(experiment.run(config.freeze(changed), tmp_path))
-    assert [records[a]["status"] for a in records] == ["failed", "ok", "failed"]
-    assert records["student"]["agreement"] is None
-    assert records["student"]["kl_to_teacher"] is None
-    assert "needs arm 'teacher'" in records["kd"]["error"]
+    assert [records[a].status for a in records] == ["failed", "ok", "failed"]
+    assert np.isnan(records["student"].agreement)
+    assert np.isnan(records["student"].kl_to_teacher)
+    assert "needs arm 'teacher'" in records["kd"].error
 
 
 # A live teacher, augmentation.
@@ -393,7 +397,7 @@ def test_a_live_teacher_on_augmented_images(tiny_config, tmp_path):
     changed["arms"] = {k: changed["arms"][k] for k in ("teacher", "kd")}
     changed["arms"]["kd"]["reference"] = ""
     records = by_arm(experiment.run(config.freeze(changed), tmp_path))
-    assert [r["status"] for r in records.values()] == ["ok", "ok"]
+    assert [r.status for r in records.values()] == ["ok", "ok"]
     line = json.loads((tmp_path / "kd" / "0" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["loss"] == pytest.approx(0.3 * line["task_loss"] + 0.7 * line["kl_loss"])
 
@@ -404,7 +408,7 @@ def test_files_that_are_there_are_timed_again_beside_new_ones(tiny_config, copie
 
     def run(**export):
         frozen = config.freeze({**tiny_config(), "export": export})
-        return by_arm(experiment.run(frozen, copied, arms=["student"]))["student"]["exports"]
+        return by_arm(experiment.run(frozen, copied, arms=["student"]))["student"].exports
 
     first = run(formats=("packed",), examples=100)
     assert set(first["packed"]) > {"accuracy", "sha256"}
@@ -450,6 +454,6 @@ def test_an_export_that_fails_keeps_no_other_from_being_made(tiny_config, copied
     monkeypatch.setitem(
         deploy.FORMATS, "broken", dataclasses.replace(deploy.FORMATS["packed"], file="broken")
     )
-    assert all(set(record["exports"]) == {"packed", "broken"} for record in run("packed", "broken"))
+    assert all(set(record.exports) == {"packed", "broken"} for record in run("packed", "broken"))
     record = json.loads((copied / "student" / "0" / "result.json").read_text())
     assert "failed_exports" not in record

@@ -91,7 +91,7 @@ def found(make, floats, tmp_path_factory):
     shutil.copytree(floats, workdir)
     frozen, watcher = config.freeze(make({"four": searched()})), Watcher()
     records = experiment.run(frozen, workdir, progress=watcher)
-    return frozen, workdir, {r["arm"]: r for r in records}, watcher
+    return frozen, workdir, {r.arm: r for r in records}, watcher
 
 
 @pytest.fixture
@@ -131,20 +131,20 @@ def bits_of_file(workdir, arm):
 
 def test_both_arms_have_the_bits_that_were_found(found):
     _, workdir, records, _ = found
-    assert {record["status"] for record in records.values()} == {"ok"}
-    policy = records["four_ptq"]["policy"]
+    assert {record.status for record in records.values()} == {"ok"}
+    policy = records["four_ptq"].policy
     assert set(policy) == {"conv_0", "conv_1", "head"}
-    assert records["four_qad"]["policy"] == policy
+    assert records["four_qad"].policy == policy
     wanted = {path: bank.bits_of(bits) for path, bits in policy.items()}
     for arm in ("four_ptq", "four_qad"):
         assert bits_of_file(workdir, arm) == wanted
-    assert records["four_qad"]["kind"] == "QAD"
+    assert records["four_qad"].kind == "QAD"
     counts = {"conv_0": 36, "conv_1": 216, "head": 60}
     average = sum(counts[path] * wanted[path][0] for path in counts) / sum(counts.values())
     assert average <= 4
-    told = records["four_ptq"]["search"]
+    told = records["four_ptq"].search
     assert told["costs"]["average_bits"] == pytest.approx(average)
-    assert told["costs"]["bops"] == records["four_ptq"]["bops"] == records["four_qad"]["bops"]
+    assert told["costs"]["bops"] == records["four_ptq"].bops == records["four_qad"].bops
     size = (workdir / "four_ptq" / "0" / "model.safetensors").stat().st_size
     assert told["costs"]["size"] == pytest.approx(size, abs=128)
 
@@ -153,7 +153,7 @@ def test_two_arms_share_one_search(found):
     _, workdir, records, watcher = found
     assert watcher.searches == [("four", 0, 8)]
     assert watcher.counts == list(range(1, 9))
-    assert records["four_ptq"]["search"] == records["four_qad"]["search"]
+    assert records["four_ptq"].search == records["four_qad"].search
     log = evaluations(workdir)
     best = min(log, key=lambda line: line["scores"]["kl"])
     assert result(workdir)["chosen"] == best["chosen"]
@@ -172,7 +172,7 @@ def test_the_score_is_that_of_the_arms_file_on_validation(found):
         a: np.asarray(open_file(a)(images), np.float64) for a in ("teacher", "four_ptq", "wide")
     }
     log_p, log_q = log_softmax(logits["teacher"], -1), log_softmax(logits["four_ptq"], -1)
-    scores = records["four_ptq"]["search"]["scores"]
+    scores = records["four_ptq"].search["scores"]
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
     # A number at the edge of two codes may go to either.
     assert scores["kl"] == pytest.approx(kl, rel=2e-2)
@@ -189,10 +189,10 @@ def test_what_was_found_is_read_again(found):
     shutil.copytree(workdir, copied)
     shutil.rmtree(copied / "four_ptq")
     watcher = Watcher()
-    again = {r["arm"]: r for r in experiment.run(frozen, copied, progress=watcher)}
+    again = {r.arm: r for r in experiment.run(frozen, copied, progress=watcher)}
     assert watcher.searches == []
-    assert again["four_ptq"]["search"] == records["four_ptq"]["search"]
-    assert again["four_ptq"]["accuracy"] == records["four_ptq"]["accuracy"]
+    assert again["four_ptq"].search == records["four_ptq"].search
+    assert again["four_ptq"].accuracy == records["four_ptq"].accuracy
 
 
 def test_another_config_in_the_same_folder_is_refused(found, make):
@@ -219,10 +219,10 @@ def test_a_search_that_was_cut_off_comes_to_the_same(found, folder, cut_at):
         experiment.run(frozen, folder, arms=["four_ptq"], progress=Watcher(cut_at))
     assert len(evaluations(folder)) == cut_at
     assert not (folder / "searches" / "four" / "0" / "result.json").exists()
-    again = {r["arm"]: r for r in experiment.run(frozen, folder, arms=["four_ptq"])}
+    again = {r.arm: r for r in experiment.run(frozen, folder, arms=["four_ptq"])}
     assert evaluations(folder) == evaluations(workdir)
     assert result(folder) == result(workdir)
-    assert again["four_ptq"]["accuracy"] == records["four_ptq"]["accuracy"]
+    assert again["four_ptq"].accuracy == records["four_ptq"].accuracy
 
 
 # What a search may see.
@@ -281,7 +281,7 @@ def test_a_search_never_sees_test_data(make, folder, trap, steps):
     if steps:
         fields["searches"]["four"] |= {"finetune": "trained"}
     records = experiment.run(config.freeze(fields), folder, arms=["four_ptq"])
-    assert [r["status"] for r in records] == ["ok"] * len(records)
+    assert [r.status for r in records] == ["ok"] * len(records)
     assert trap["read"]  # the arm was measured on it, afterwards
 
 
@@ -429,8 +429,8 @@ def test_bits_and_width_share_a_budget(make, folder, limit, tried):
     )
     fields = make({"four": search}, qad=False)
     record = experiment.run(config.freeze(fields), folder, arms=["four_ptq"])[-1]
-    assert record["status"] == "ok"
-    told = record["search"]
+    assert record.status == "ok"
+    told = record.search
     log = evaluations(folder)
     assert (
         told["chosen"]["student"]
@@ -441,9 +441,9 @@ def test_bits_and_width_share_a_budget(make, folder, limit, tried):
     kernels = [packed.variables["params"][f"conv_{i}"]["kernel"].shape[-1] for i in (0, 1)]
     assert tuple(kernels) == widths
     params = {"wide": 36 + 4 + 216 + 6 + 60 + 10, "narrow": 27 + 3 + 108 + 4 + 40 + 10}
-    assert record["params"] == params[told["chosen"]["student"]]
+    assert record.params == params[told["chosen"]["student"]]
     assert {line["chosen"]["student"] for line in log} == tried
-    wanted = {path: bank.bits_of(bits) for path, bits in record["policy"].items()}
+    wanted = {path: bank.bits_of(bits) for path, bits in record.policy.items()}
     assert bits_of_file(folder, "four_ptq") == wanted
 
 
@@ -457,27 +457,27 @@ def test_an_infeasible_budget_fails_its_arms_alone(make, folder):
         "four": searched(method="uniform", most={"activation_memory": 400.0}),
     }
     records = experiment.run(config.freeze(make(searches, qad=False)), folder)
-    records = {r["arm"]: r for r in records}
-    assert {arm: r["status"] for arm, r in records.items() if arm.endswith("ptq")} == {
+    records = {r.arm: r for r in records}
+    assert {arm: r.status for arm, r in records.items() if arm.endswith("ptq")} == {
         "none_ptq": "failed",
         "size_ptq": "failed",
         "four_ptq": "ok",
     }
     message = "arm none_ptq, seed 0: no policy keeps the budgets average_bits <= 1.5; the nearest"
-    assert records["none_ptq"]["error"].startswith(message)
-    assert "average_bits <= 2 (" in records["none_ptq"]["error"]
-    assert records["four_ptq"]["search"]["costs"]["activation_memory"] == 4 * 64 + 6 * 16
+    assert records["none_ptq"].error.startswith(message)
+    assert "average_bits <= 2 (" in records["none_ptq"].error
+    assert records["four_ptq"].search["costs"]["activation_memory"] == 4 * 64 + 6 * 16
     # And the size that it names is one that there is.
-    named = float(records["size_ptq"]["error"].split("keeps: size <= ")[1].split(" ")[0])
+    named = float(records["size_ptq"].error.split("keeps: size <= ")[1].split(" ")[0])
     enough = {"size": searched(most={"size": named}, method="uniform", evaluations=3)}
     shutil.rmtree(folder / "size_ptq")
     for name in ("none", "four"):
         shutil.rmtree(folder / f"{name}_ptq")
     again = experiment.run(config.freeze(make(enough, qad=False)), folder, arms=["size_ptq"])[-1]
-    assert again["status"] == "ok"
-    assert again["search"]["measured"]["size"] <= named
-    assert again["size_bytes"] <= named
-    assert set(again["policy"].values()) == {"W2A8"}
+    assert again.status == "ok"
+    assert again.search["measured"]["size"] <= named
+    assert again.size_bytes <= named
+    assert set(again.policy.values()) == {"W2A8"}
 
 
 @pytest.mark.slow
@@ -494,7 +494,7 @@ def test_a_cost_table_is_used_if_it_fits(make, folder, found, tmp_path):
     shutil.rmtree(folder / "costs")
     fields = make({"four": search}, qad=False)
     record = experiment.run(config.freeze(fields), folder, arms=["four_ptq"])[-1]
-    assert record["search"]["costs"]["size"] < 0
+    assert record.search["costs"]["size"] < 0
     assert not (folder / "costs").exists()
     # Of another network it is not: one is made here.
     search = searched(
@@ -502,7 +502,7 @@ def test_a_cost_table_is_used_if_it_fits(make, folder, found, tmp_path):
     )
     fields = make({"other": search}, qad=False)
     record = experiment.run(config.freeze(fields), folder, arms=["other_ptq"])[-1]
-    assert record["search"]["costs"]["size"] > 0
+    assert record.search["costs"]["size"] > 0
     assert len(list((folder / "costs").glob("narrow-*.json"))) == 1
 
 
@@ -527,11 +527,11 @@ MISTAKES = {
         r"four\.sensitivity of pairs: 'fisher'; valid: kl, loss, error, noise",
     ),
     "observer": ({"observer": "msee"}, r"four\.observer: 'msee'.*'mse'"),
-    "no budget": ({"most": {}}, r"four: no budget; want `most` or `share`"),
-    "negative": ({"most": {"size": -1.0}}, r"four\.most\.size=-1\.0: want at least 0"),
+    "no budget": ({"most": {}}, r"four: no budget; expected `most` or `share`"),
+    "negative": ({"most": {"size": -1.0}}, r"four\.most\.size=-1\.0: expected at least 0"),
     "both": (
         {"share": {"average_bits": 0.5}},
-        r"four: want `most` or `share` of \['average_bits'\], not both",
+        r"four: expected `most` or `share` of \['average_bits'\], not both",
     ),
     "metric": ({"most": {"sizes": 1.0}}, r"four\.most: 'sizes' \(did you mean 'size'"),
     "student": ({"students": ("wid",)}, r"four\.students: arm 'wid' \(did you mean 'wide'"),
@@ -541,13 +541,13 @@ MISTAKES = {
     "twice": ({"choices": ("W4", "W4")}, r"four\.choices=.*all different"),
     "fixed": ({"fixed": {"conv_9": "W8A8"}}, r"four\.fixed: 'conv_9' matches none of \['conv_0'"),
     "runtime": ({"runtime": "onix"}, r"four\.runtime: 'onix' \(did you mean 'onnx'"),
-    "steps": ({"steps": 2}, r"four\.steps=2: wants `finetune`"),
-    "distilled": ({"distilled": ("kl",)}, r"four\.distilled=.*want steps"),
+    "steps": ({"steps": 2}, r"four\.steps=2: needs `finetune`"),
+    "distilled": ({"distilled": ("kl",)}, r"four\.distilled=.*expected steps"),
     "term": (
         {"steps": 1, "finetune": "trained", "distilled": ("kll",)},
         r"four\.distilled: term 'kll' \(did you mean 'kl'",
     ),
-    "evaluations": ({"evaluations": 0}, r"four\.evaluations=0: want at least 1"),
+    "evaluations": ({"evaluations": 0}, r"four\.evaluations=0: expected at least 1"),
     "table": (
         {"cost_tables": ("nowhere.json",)},
         r"four\.cost_tables='nowhere\.json' can't be read",
@@ -571,11 +571,11 @@ def test_a_mistake_is_told_before_anything_runs(make, tmp_path, mistake):
     [
         (
             lambda f: f["arms"]["four_ptq"].update(init="narrow", model="narrow"),
-            "'narrow': want a st",
+            "'narrow': expected a st",
         ),
         (
             lambda f: f["searches"]["four"].update(students=("wide", "four_ptq")),
-            "is quantized; want",
+            "is quantized; expected",
         ),
         (
             lambda f: f["searches"].update(W4A8=searched()),

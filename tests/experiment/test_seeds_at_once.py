@@ -31,7 +31,7 @@ class Groups(experiment.Progress):
             self.trained.append((name, tuple(seeds)))
 
     def done(self, record):
-        self.done_.append((record["arm"], record["seed"]))
+        self.done_.append((record.arm, record.seed))
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_records_are_those_of_one_seed_at_a_time(make, tmp_path):
         both = experiment.run(make(2), tmp_path / "both", progress=groups)
     trained = ["teacher", "student", "kd", "qat", "qad"]
     assert groups.trained == [(arm, seeds) for seeds in ((0, 1), (2,)) for arm in trained]
-    assert sorted(groups.done_) == sorted((r["arm"], r["seed"]) for r in both)
+    assert sorted(groups.done_) == sorted((r.arm, r.seed) for r in both)
     # Teacher and student, labels and distilled, float and quantized; batch norm that is frozen.
     assert 0 < len(compiled) <= 6
     same_but_for_rounding.check(both, single)
@@ -66,5 +66,5 @@ def test_a_seed_that_is_done_stays_as_it_is(make, tmp_path):
 
 @pytest.mark.parametrize("at_once", [0, -1])
 def test_too_few_at_once(make, tmp_path, at_once):
-    with pytest.raises(ConfigError, match=rf"seeds_at_once={at_once}: want at least 1"):
+    with pytest.raises(ConfigError, match=rf"seeds_at_once={at_once}: expected at least 1"):
         experiment.run(make(at_once), tmp_path)

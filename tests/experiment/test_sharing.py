@@ -1,6 +1,7 @@
 """Arms that runs have in common: trained once, the same bits as trained in each, whoever dies."""
 
 import copy
+import dataclasses
 import errno
 import os
 import signal
@@ -15,6 +16,7 @@ from kdq import config, experiment, files
 from kdq.experiment import sharing
 from kdq.experiment.sharing import Shared
 from kdq.experiment.store import Store
+from kdq.record import ArmRecord
 
 slow = pytest.mark.slow
 SECONDS = ("train_seconds", "calibration_seconds", "compile_seconds")
@@ -37,7 +39,7 @@ def files_of(workdir):
 
 
 def comparable(records):
-    return [{k: v for k, v in r.items() if k not in VARYING} for r in records]
+    return [{k: v for k, v in r.to_json().items() if k not in VARYING} for r in records]
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +58,20 @@ def runs(tiny_config, tmp_path_factory):
 @slow
 def test_what_an_override_does_not_touch_is_trained_once(runs):
     _, records = runs
-    assert all("shared_from" not in r for name in ("hot", "alone") for r in records[name])
-    assert {r["arm"]: r.get("shared_from") for r in records["cold"]} == {
+    assert all(not r.shared_from for name in ("hot", "alone") for r in records[name])
+    assert {r.arm: r.shared_from for r in records["cold"]} == {
         "teacher": "../hot/teacher/0",
         "student": "../hot/student/0",
-        "kd": None,
+        "kd": "",
     }
-    assert records["cold"][0]["train_seconds"] == records["hot"][0]["train_seconds"]
+    assert records["cold"][0].train_seconds == records["hot"][0].train_seconds
 
 
 @slow
 def test_a_copy_is_what_training_in_the_run_itself_gives(runs):
     sweep, records = runs
     assert comparable(records["cold"]) == comparable(records["alone"])
-    digests = [[r["config_digest"] for r in records[name]] for name in ("cold", "alone", "hot")]
+    digests = [[r.config_digest for r in records[name]] for name in ("cold", "alone", "hot")]
     assert digests[0] == digests[1] != digests[2]
     assert files_of(sweep / "cold") == files_of(sweep / "alone")  # of what was taught by it, too
     assert len(files_of(sweep / "cold")) == 6
@@ -98,10 +100,10 @@ class Trained:
         self.times = 0
 
     def identity(self, arm="teacher", **changed):
-        known = {"arm": arm, "seed": 0, "kind": "", "bits": "fp32", "observer": None}
+        known = {"arm": arm, "seed": 0, "kind": "", "bits": "fp32", "observer": ""}
         known |= {"versions": {"jax": "1"}, "device": "a", "data": {"train": "b"}}
         known |= {"arm_digest": self.store.digests[arm], "config_digest": self.store.workdir.name}
-        return {**known, "reference": None, **changed}
+        return ArmRecord(**{**known, **changed})
 
     def once(self, arm="teacher", weights=b"weights", status="ok", wait=lambda: None, **changed):
         identity = self.identity(arm, **changed)
@@ -113,7 +115,7 @@ class Trained:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "model.safetensors").write_bytes(weights)
             (folder / "caches").mkdir(exist_ok=True)
-            record = {**identity, "status": status, "exports": {}}
+            record = dataclasses.replace(identity, status=status)
             self.store.save(record)
             return record
 
@@ -143,12 +145,12 @@ def test_two_at_once_train_once(trained):
     for thread in threads:
         thread.join(30)
     assert (first.times, second.times) == (1, 0)
-    assert records[0]["shared_from"] == "../first/teacher/0"
-    assert records[0]["config_digest"] == "second"
-    assert "exports" not in records[0]
+    assert records[0].shared_from == "../first/teacher/0"
+    assert records[0].config_digest == "second"
+    assert records[0].exports == {}
     copied = second.store.folder("teacher", 0)
     assert {path.name for path in copied.iterdir()} == {"model.safetensors", "result.json"}
-    assert files.read_json(copied / "result.json") == records[0]
+    assert files.read_json(copied / "result.json") == records[0].to_json()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_two_at_once_train_once(trained):
 def test_what_decides_the_bits_must_be_equal(trained, changed):
     trained("first").once()
     other = trained("second")
-    assert "shared_from" not in other.once(**changed)
+    assert other.once(**changed).shared_from == ""
     assert other.times == 1
 
 
@@ -171,7 +173,7 @@ def test_what_decides_the_bits_must_be_equal(trained, changed):
 def test_another_config_is_trained_again(trained, changed):
     trained("first").once()
     other = trained("second", **changed)
-    assert "shared_from" not in other.once()
+    assert other.once().shared_from == ""
 
 
 def test_an_arm_is_not_taken_over_whose_ancestors_are_other_bits(trained):
@@ -179,21 +181,21 @@ def test_an_arm_is_not_taken_over_whose_ancestors_are_other_bits(trained):
     first.once()
     first.once("kd")
     same.once()
-    assert same.once("kd")["shared_from"] == "../first/kd/0"
+    assert same.once("kd").shared_from == "../first/kd/0"
     # A teacher that was trained elsewhere, on a device that does not repeat its sums.
     other.once(weights=b"nearly", device="elsewhere")
-    assert "shared_from" not in other.once("kd")
+    assert other.once("kd").shared_from == ""
     assert (same.times, other.times) == (0, 2)
 
 
 def test_a_failed_or_deleted_arm_is_trained_again(trained):
     first, second, third = trained("first"), trained("second"), trained("third")
     first.once(status="failed")
-    assert "shared_from" not in second.once()
+    assert second.once().shared_from == ""
     for path in second.store.folder("teacher", 0).iterdir():
         path.rename(path.with_name(f"gone_{path.name}"))
-    assert "shared_from" not in third.once()
-    assert trained("fourth").once()["shared_from"] == "../third/teacher/0"
+    assert third.once().shared_from == ""
+    assert trained("fourth").once().shared_from == "../third/teacher/0"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"folder": 3}', '{"folder": "../none"}', "{"])
@@ -201,9 +203,9 @@ def test_where_a_trained_arm_is_may_be_damaged(trained, text):
     first, second = trained("first"), trained("second")
     first.once()
     first.shared._path(first.identity(), "json").write_text(text)
-    assert "shared_from" not in second.once()
+    assert second.once().shared_from == ""
     first.store.folder("teacher", 0).joinpath("result.json").write_text("[1]")
-    assert trained("third").once()["shared_from"] == "../second/teacher/0"
+    assert trained("third").once().shared_from == "../second/teacher/0"
 
 
 def test_a_copy_that_was_cut_off_is_made_again(trained, monkeypatch):
@@ -221,7 +223,7 @@ def test_a_copy_that_was_cut_off_is_made_again(trained, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             second.once()
     assert second.store.finished("teacher", 0) is None
-    assert second.once()["shared_from"] == "../first/teacher/0"
+    assert second.once().shared_from == "../first/teacher/0"
     assert not (folder / "checkpoints").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["0"]
 
@@ -254,8 +256,8 @@ def test_a_disk_without_locks_keeps_nobody_from_training(trained, monkeypatch, c
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(sharing.fcntl, "flock", refuse)
-    assert "shared_from" not in trained("first").once()
-    assert trained("second").once()["shared_from"] == "../first/teacher/0"
+    assert trained("first").once().shared_from == ""
+    assert trained("second").once().shared_from == "../first/teacher/0"
     assert "can't be locked: No locks available" in caplog.text
 
 

@@ -32,8 +32,8 @@ def tiny(tiny_config, arms, **sections):
 def run(tiny_config, workdir, arms, **sections):
     frozen = config.freeze(tiny(tiny_config, arms, **sections))
     records = experiment.run(frozen, workdir)
-    assert [r["status"] for r in records] == ["ok"] * len(records)
-    return {r["arm"]: r for r in records}
+    assert [r.status for r in records] == ["ok"] * len(records)
+    return {r.arm: r for r in records}
 
 
 def curve(workdir, arm, seed=0):
@@ -82,7 +82,7 @@ def test_an_offset_seed_is_another_repetition(many):
         for arm in ("teacher", "second")
     )
     assert np.abs(own["head"]["kernel"] - other["head"]["kernel"]).max() > 0.01
-    assert records["second"]["agreement"] < 1
+    assert records["second"].agreement < 1
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_nobody_but_the_student_is_packed(many):
         with safe_open(workdir / arm / "0" / "model.safetensors", "np") as file:
             names[arm] = set(file.keys())
     assert names["hinted"] == names["by_peer"] == names["by_itself"] == names["kd"]
-    assert len({records[arm]["params"] for arm in names}) == 1
+    assert len({records[arm].params for arm in names}) == 1
     assert curve(workdir, "hinted")[-1]["mine_loss"] < curve(workdir, "hinted")[0]["mine_loss"]
 
 
@@ -141,17 +141,17 @@ def test_shuffled_logits_are_those_of_other_examples_of_the_class(tiny_config, m
 def test_records_say_what_was_transferred(tiny_config, tmp_path):
     sections = {"distill": HINTED, "transfer": {"examples": 64, "pairs": 16}}
     records = run(tiny_config, tmp_path, {"hinted": {"distill": "hint"}}, **sections)
-    assert "cka" not in records["teacher"]
+    assert records["teacher"].cka == {}
     found = records["hinted"]
-    assert set(found["cka"]) == {"conv_0", "conv_1", "head"}
-    assert set(found["cka"]["conv_1"]) == {"conv_0", "norm_0", "conv_1", "norm_1", "head"}
-    assert all(0 <= v <= 1.000001 for row in found["cka"].values() for v in row.values())
-    assert -1 <= found["attribution_cosine"] <= 1
-    assert 0 <= found["path_agreement"] <= 1
-    assert 0 <= found["adversarial_agreement"] <= 1
-    assert len(found["accuracy_by_class"]) == 10
-    assert found["top5_accuracy"] >= found["accuracy"]
-    assert found["ece"] > 0
+    assert set(found.cka) == {"conv_0", "conv_1", "head"}
+    assert set(found.cka["conv_1"]) == {"conv_0", "norm_0", "conv_1", "norm_1", "head"}
+    assert all(0 <= v <= 1.000001 for row in found.cka.values() for v in row.values())
+    assert -1 <= found.attribution_cosine <= 1
+    assert 0 <= found.path_agreement <= 1
+    assert 0 <= found.adversarial_agreement <= 1
+    assert len(found.accuracy_by_class) == 10
+    assert found.top5_accuracy >= found.accuracy
+    assert found.ece > 0
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_every_seed_is_compared_with_its_own_teacher_asked_once(tiny_config, tmp
     arms = {name: {"distill": "", "teacher": ""} for name in ("one", "two")}
     arms["two"]["learning_rate"] = 1e-3
     frozen = config.freeze({**tiny(tiny_config, arms, **sections), "seeds": (0, 1)})
-    records = {(r["arm"], r["seed"]): r for r in experiment.run(frozen, tmp_path)}
+    records = {(r.arm, r.seed): r for r in experiment.run(frozen, tmp_path)}
     assert len(made) == 2
     images = Inputs(frozen).batches("test", size=64)[0]["image"]
     for seed in (0, 1):
@@ -185,7 +185,7 @@ def test_every_seed_is_compared_with_its_own_teacher_asked_once(tiny_config, tmp
                 if key != "cka":
                     assert found[key] == pytest.approx(value, abs=1e-6), (arm, seed, key)
     taught = [record for (arm, _), record in records.items() if arm != "teacher"]
-    assert len({record["attribution_cosine"] for record in taught}) == 4
+    assert len({record.attribution_cosine for record in taught}) == 4
 
 
 @pytest.mark.slow
@@ -211,11 +211,11 @@ def test_a_loaded_arm_is_the_one_that_was_packed(tiny_config, many, tmp_path):
     base["arms"]["teacher"] = {"model": "teacher", "load": path}
     base["arms"]["ptq"] = {"model": "teacher", "init": "teacher", "bits": "W8"}
     base["arms"]["more"] = {"model": "teacher", "load": path, "epochs": 0.2}
-    found = {r["arm"]: r for r in experiment.run(config.freeze(base), tmp_path)}
-    assert found["teacher"]["nll"] == pytest.approx(records["teacher"]["nll"], rel=1e-6)
-    assert found["kd"]["nll"] == pytest.approx(records["kd"]["nll"], rel=1e-4)
-    assert 0.9 < found["ptq"]["agreement"] < 1.0 or found["ptq"]["kl_to_teacher"] > 0
-    assert found["more"]["nll"] != found["teacher"]["nll"]
+    found = {r.arm: r for r in experiment.run(config.freeze(base), tmp_path)}
+    assert found["teacher"].nll == pytest.approx(records["teacher"].nll, rel=1e-6)
+    assert found["kd"].nll == pytest.approx(records["kd"].nll, rel=1e-4)
+    assert 0.9 < found["ptq"].agreement < 1.0 or found["ptq"].kl_to_teacher > 0
+    assert found["more"].nll != found["teacher"].nll
     base["arms"]["wrong"] = {"model": "student", "load": path}
     with pytest.raises(ConfigError, match=r"arms\.wrong\.load=.*but the arm's model is"):
         experiment.run(config.freeze(base), tmp_path)

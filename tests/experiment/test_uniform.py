@@ -37,14 +37,14 @@ def run(made, workdir, name):
     added = experiment.with_search(made, workdir, name)
     arms = experiment.arms_of_search(added, name)
     records = experiment.run(added, workdir, arms=arms)
-    return added, arms, {r["arm"]: r for r in records}
+    return added, arms, {r.arm: r for r in records}
 
 
 @pytest.mark.slow
 def test_the_best_uniform_bits_under_the_same_budget_are_trained_alike(make, tmp_path):
     added, arms, records = run(make(), tmp_path, "found")
     assert arms == ["uniform_ptq", "found_ptq", "uniform_qad", "found_qad"]
-    assert {name: records[name]["reference"] for name in arms} == {
+    assert {name: records[name].reference for name in arms} == {
         "uniform_ptq": "kd",
         "uniform_qad": "qad",
         "found_ptq": "uniform_ptq",
@@ -53,7 +53,7 @@ def test_the_best_uniform_bits_under_the_same_budget_are_trained_alike(make, tmp
     alike = {key: getattr(added.arms["found_qad"], key) for key in vars(added.arms["found_qad"])}
     other = {key: getattr(added.arms["uniform_qad"], key) for key in alike}
     assert {key for key in alike if alike[key] != other[key]} == {"bits", "reference"}
-    assert records["found_qad"]["steps"] == records["uniform_qad"]["steps"] > 0
+    assert records["found_qad"].steps == records["uniform_qad"].steps > 0
 
     # By hand: every uniform policy, and those with the most bits at both ends; weights of layers.
     layers = deploy.load_packed(tmp_path / "kd" / "0" / "model.safetensors").variables["params"]
@@ -67,12 +67,12 @@ def test_the_best_uniform_bits_under_the_same_budget_are_trained_alike(make, tmp
     tried = [json.loads(line) for line in log.read_text().splitlines()]
     assert {tuple(one["chosen"][path] for path in sizes) for one in tried} == kept
     best = min(tried, key=lambda one: one["scores"]["kl"])
-    told = records["found_ptq"]["search"]
+    told = records["found_ptq"].search
     assert told["uniform"]["chosen"] == best["chosen"]
     assert told["uniform"]["scores"] == best["scores"]
     assert told["uniform"]["same"] == (told["chosen"] == best["chosen"])
-    assert records["uniform_qad"]["policy"] == {path: best["chosen"][path] for path in sizes}
-    assert "uniform" not in records["uniform_ptq"]["search"]
+    assert records["uniform_qad"].policy == {path: best["chosen"][path] for path in sizes}
+    assert "uniform" not in records["uniform_ptq"].search
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +87,19 @@ def test_the_same_policy_is_said_and_trained_once(equal, make, tmp_path):
     workdir, records = equal
     for stage in ("ptq", "qad"):
         record, other = records[f"found_{stage}"], records[f"uniform_{stage}"]
-        assert record["search"]["uniform"]["same"] is True
-        assert record["shared_from"] == f"uniform_{stage}/0"
-        assert "shared_from" not in other
+        assert record.search["uniform"]["same"] is True
+        assert record.shared_from == f"uniform_{stage}/0"
+        assert other.shared_from == ""
         for key in ("accuracy", "nll", "size_bytes", "policy", "train_seconds", "steps"):
-            assert record[key] == other[key]
+            assert getattr(record, key) == getattr(other, key)
         for key in ("arm", "bits", "arm_digest", "reference"):
-            assert record[key] != other[key]
+            assert getattr(record, key) != getattr(other, key)
     # The same as where there is nothing to copy from.
     added = experiment.with_search(make(choices=("W2A8",)), tmp_path, "found")
     alone = experiment.run(added, tmp_path, arms=["found_qad"])[-1]
-    assert (alone["arm"], alone.get("shared_from")) == ("found_qad", None)
-    assert alone["search"].get("uniform") is None
-    assert alone["accuracy"] == records["found_qad"]["accuracy"]
+    assert (alone.arm, alone.shared_from) == ("found_qad", "")
+    assert alone.search.get("uniform") is None
+    assert alone.accuracy == records["found_qad"].accuracy
     files = [
         deploy.load_packed(folder / "found_qad" / "0" / "model.safetensors")
         for folder in (workdir, tmp_path)
@@ -115,7 +115,7 @@ def test_another_method_under_the_same_budget_has_the_same_baseline(equal, make)
     assert arms == ["uniform_ptq", "second_ptq", "uniform_qad", "second_qad"]
     assert set(added.searches) == {"found", "uniform", "second"}
     assert more["uniform_qad"] == records["uniform_qad"]
-    assert more["second_qad"]["search"]["uniform"]["same"] is True
+    assert more["second_qad"].search["uniform"]["same"] is True
 
 
 def test_names_of_baselines(make, tmp_path):

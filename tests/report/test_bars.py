@@ -4,6 +4,7 @@ import io
 
 from rich.console import Console
 
+from kdq.record import ArmRecord
 from kdq.report import progress
 
 STEPS = {(name, seed): 10 for name in ("teacher", "student", "kd") for seed in (0, 1)}
@@ -25,7 +26,7 @@ def last(text):
 def test_a_bar_for_all_and_one_for_the_arm():
     def tell(reporter):
         reporter.start(STEPS)
-        reporter.done({"arm": "teacher", "seed": 0})
+        reporter.done(ArmRecord(arm="teacher", seed=0))
         reporter.arm("kd", [0, 1], 10)
         reporter.step(7)
 

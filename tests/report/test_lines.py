@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from kdq.record import ArmRecord
 from kdq.report import lines, progress
 
 
@@ -51,7 +52,7 @@ class Told(lines.Lines):
 
 
 def ok(arm, seed=0, **fields):
-    return {"arm": arm, "seed": seed, "status": "ok", "validation_accuracy": 0.975} | fields
+    return ArmRecord(**{"arm": arm, "seed": seed, "validation_accuracy": 0.975} | fields)
 
 
 def test_a_line_where_an_arm_begins_and_one_where_it_ends(told):
@@ -70,7 +71,7 @@ def test_a_line_where_an_arm_begins_and_one_where_it_ends(told):
     told.prepare("kd", 0)
     told.wait(3)
     error = "arm kd, seed 0: NaN or infinity\nat step 3"
-    told.done({"arm": "kd", "seed": 0, "status": "failed", "error": error})
+    told.done(ArmRecord(arm="kd", seed=0, status="failed", error=error))
     told.prepare("ptq", 0)
     told.arm("ptq", [0], 0)  # nothing to wait for
     told.wait(2)

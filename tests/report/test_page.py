@@ -140,7 +140,7 @@ def test_a_field_of_another_type_is_left_out_of_the_page_and_refused_by_advice(t
     (problem,) = [text for text in folder.problems if f"{field}=" in text]
     assert "is left out, as" in problem
     write.write(read.folders([path]), tmp_path / "out")
-    with pytest.raises(ConfigError, match=rf"record \d+ .*{field}=.*: want "):
+    with pytest.raises(ConfigError, match=rf"record \d+ .*{field}=.*: expected "):
         evidence.read([path], [])
 
 

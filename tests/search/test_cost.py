@@ -220,7 +220,7 @@ def test_what_was_only_counted_is_of_any_device(table, tmp_path):
     ("spoil", "message"),
     [
         (lambda text: text[: len(text) // 2], "is no cost table: "),
-        (lambda text: "[]", r"costs\.json=\[\]: want a mapping"),
+        (lambda text: "[]", r"costs\.json=\[\]: expected a mapping"),
         (lambda text: text.replace('"worst"', '"wurst"', 1), "'wurst'.*'worst'"),
         (lambda text: text.replace("image_shape", "shape"), "'shape'"),
         (lambda text: None, r"costs\.json can't be read: No such file"),

@@ -39,7 +39,7 @@ def test_closing_stops_what_runs_and_drops_what_waits(python):
 
 
 def test_no_workers_is_an_error():
-    with pytest.raises(ConfigError, match="--workers=0: want at least 1"):
+    with pytest.raises(ConfigError, match="--workers=0: expected at least 1"):
         sweep.executor("local", workers=0)
 
 
@@ -52,5 +52,5 @@ def test_an_unknown_executor_is_an_error():
 def test_an_executor_that_is_not_installed_names_its_extra(monkeypatch, name, module):
     monkeypatch.delitem(sys.modules, f"kdq.sweep.{name}", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"wants {module}.*pip install -e '\.\[{name}\]'"):
+    with pytest.raises(ConfigError, match=rf"needs {module}.*pip install -e '\.\[{name}\]'"):
         sweep.executor(name)

@@ -26,10 +26,10 @@ def test_a_name_says_the_overrides(overrides, name, label, folder):
 
 @pytest.mark.parametrize("name", ["../x", ".", "a b", "-x", "a/b"])
 def test_a_name_that_is_no_folder_is_an_error(name):
-    with pytest.raises(ConfigError, match="is a folder: want letters"):
+    with pytest.raises(ConfigError, match="is a folder: expected letters"):
         names.folder({}, name)
 
 
 def test_a_name_too_long_for_a_folder_is_an_error():
-    with pytest.raises(ConfigError, match='too long: want a "name"'):
+    with pytest.raises(ConfigError, match='too long: expected a "name"'):
         names.folder({"data.name": "x" * 300})

@@ -1,5 +1,6 @@
 """Which runs are done, and what the table makes of all of them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from kdq.config import ConfigError
 from kdq.experiment import plan
 from kdq.experiment.sharing import Shared
 from kdq.experiment.store import Store
+from kdq.record import ArmRecord
 from kdq.sweep import results, runs
 
 ROOT = Path(__file__).parents[2]
@@ -123,12 +125,13 @@ def test_arms_of_runs_that_were_there_before_are_offered(config, tmp_path, capsy
 
     def once(run, arm):
         shared = Shared(tmp_path / "shared", run.experiment, Store(run.experiment, run.folder))
-        return shared.once(record(run, arm, 0, 0.5), lambda: {"status": "failed"})
+        identity = ArmRecord.from_json(record(run, arm, 0, 0.5))
+        return shared.once(identity, lambda: dataclasses.replace(identity, status="failed"))
 
     # Another teacher is another arm, and another student of the same teacher.
-    assert [once(second, arm)["status"] for arm in ("teacher", "student")] == ["failed", "failed"]
-    assert once(fourth, "teacher")["shared_from"] == f"../{third.name}/teacher/0"
-    assert once(fourth, "student")["status"] == "failed"
+    assert [once(second, arm).status for arm in ("teacher", "student")] == ["failed", "failed"]
+    assert once(fourth, "teacher").shared_from == f"../{third.name}/teacher/0"
+    assert once(fourth, "student").status == "failed"
     results.write([third, fourth], {}, tmp_path)
     said = "trained in one of them and copied by the others: teacher (1 of 2)."
     assert said in (tmp_path / "table.md").read_text()

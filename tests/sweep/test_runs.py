@@ -92,10 +92,16 @@ def test_runs_of_other_overrides_have_other_digests_and_labels(config):
     [
         ([{"data.nam": "x"}], "unknown key in config.data: 'nam' (did you mean 'name'?); valid: "),
         ([{"resources.cpu": 1}], "run base: unknown key in config.resources: 'cpu' (did you mean"),
-        ([{"resources.cpus": -1}], "config.resources.cpus=-1: want at least 0"),
+        ([{"resources.cpus": -1}], "config.resources.cpus=-1: expected at least 0"),
         ([{}, {"evaluations": "many"}], "run evaluations=many: flag --config.evaluations=many: "),
-        ([{"arms.student.label_smoothing": 1.5}], "config.arms.student.label_smoothing=1.5: want"),
-        ([{"arms.student": {"epochs": 1.0}}], "want its fields one by one, as config.arms.student"),
+        (
+            [{"arms.student.label_smoothing": 1.5}],
+            "student.label_smoothing=1.5: expected",
+        ),
+        (
+            [{"arms.student": {"epochs": 1.0}}],
+            "its fields one by one, as config.arms.student",
+        ),
         (
             [{"arms.teacher.epochs": 1.0}, {"arms.student.epochs": 1.0}],
             "two runs are called 'epochs=1.0'",
@@ -127,7 +133,7 @@ def test_a_sweep_file_is_read_with_its_argument(tmp_path):
     ("text", "message"),
     [
         ("def sweep(): ...", "it has no function get_sweep"),
-        ("def get_sweep(): yield 3", "run 0 is 3: want a dict of overrides"),
+        ("def get_sweep(): yield 3", "run 0 is 3: expected a dict of overrides"),
         ("def get_sweep(): return []", "get_sweep yields nothing"),
     ],
 )

@@ -164,7 +164,7 @@ def test_time_has_to_be_stated(tmp_path, python):
     ("options", "message"),
     [
         ({"cluster": "slrm"}, "unknown --cluster 'slrm' .*valid: slurm, local, debug"),
-        ({"workers": 0}, "--workers=0: want at least 1"),
+        ({"workers": 0}, "--workers=0: expected at least 1"),
         ({}, '--executor=slurm: Could not detect "srun"'),
     ],
 )
