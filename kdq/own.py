@@ -20,7 +20,7 @@ from kdq.arms import kl
 from kdq.data.arrays import Split
 from kdq.fields import expand_user
 from kdq.report import progress, write
-from kdq.report.page import read
+from kdq.report.workdirs import read_json
 from kdq.types import Variables
 
 
@@ -126,7 +126,7 @@ def compress(
     with progress.reporter() as reporter:
         experiment.run(checked, workdir, arms=wanted, progress=reporter)
     records = experiment.finished(whole, workdir)
-    write.write_report([record.to_json() for record in records], workdir)
+    write.write_report(records, workdir)
     return records
 
 
@@ -159,7 +159,7 @@ def _arms_of(workdir: Path) -> Mapping[str, config.Arm]:
     if not path.is_file():
         return {}
     try:
-        return config.freeze(read.json_of(path)).arms
+        return config.freeze(read_json(path)).arms
     except config.ConfigError as error:
         raise config.ConfigError(f"{path}: {error}") from error
 

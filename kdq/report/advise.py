@@ -12,8 +12,8 @@ from kdq.report.advisor.document import Document
 from kdq.report.advisor.gaps import MOST_SEEDS
 from kdq.report.advisor.rules import QUESTIONS, SEEDS
 from kdq.report.advisor.study import studies
-from kdq.report.metric import ACCURACY
 from kdq.report.workdirs import Workdir
+from kdq.tasks.classification import ACCURACY
 
 
 def advise(sources: Sequence[Workdir], constraints: Constraints) -> Document:

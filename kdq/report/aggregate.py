@@ -9,8 +9,9 @@ from typing import Any
 from kdq import files
 from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
 from kdq.record import ArmRecord
-from kdq.report.metric import ACCURACY, AGREEMENT, KL, TRANSFER, metric_of_records
+from kdq.report.metric import TRANSFER, metric_of_records
 from kdq.tasks.base import Metric
+from kdq.tasks.classification import ACCURACY, AGREEMENT, KL
 
 Records = Sequence[ArmRecord | Mapping[str, Any]]
 

@@ -19,6 +19,7 @@ from kdq.report.cells import (
 )
 from kdq.report.metric import TRANSFER
 from kdq.tasks.base import Metric
+from kdq.tasks.classification import KL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +53,9 @@ def main_columns(metric: Metric) -> dict[str, Column]:
         ),
         "reference": _text("Δ against", lambda r: r.reference),
         "selected_on": _text("Selected on", lambda r: r.selected_on),
-        "last": _mean(
-            f"Last step {metric.unit}".rstrip(), lambda r: r.score_last, metric.decimals
-        ),
+        "last": _mean(f"Last step {metric.unit}".rstrip(), lambda r: r.score_last, metric.decimals),
         "agreement": _mean("Agreement %", lambda r: r.agreement),
-        "kl": _mean("KL", lambda r: r.kl_to_teacher, metrics.KL.decimals),
+        "kl": _mean("KL", lambda r: r.kl_to_teacher, KL.decimals),
         "bops": _number("BOPs", lambda r: r.bops, format_bops),
         "energy": _number("Energy, modelled", lambda r: r.energy_modelled_nj, format_energy),
         "train": _number("Train s", lambda r: r.train_seconds, lambda v: number_cell(v, ".1f")),

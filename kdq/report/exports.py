@@ -18,13 +18,14 @@ from kdq.report.cells import (
     standard_output,
     terminal_grid,
 )
+from kdq.tasks.classification import ACCURACY, AGREEMENT
 
 Entry = Mapping[str, Any]
 
 
 def print_table(exports: Mapping[int, Mapping[str, Entry]], console: Console | None = None) -> None:
     """Prints a row for each seed and format of what `kdq.experiment.export` returns."""
-    metric = metrics.ACCURACY
+    metric = ACCURACY
     head = ("Seed", "Format", "Size", metrics.title(metric), "Agreement %", "Δ outputs", "Δ codes")
     grid = terminal_grid(head, ("Format",))
     for seed, formats in exports.items():
@@ -38,7 +39,7 @@ def print_table(exports: Mapping[int, Mapping[str, Entry]], console: Console | N
                 name,
                 format_bytes(entry["size_bytes"]),
                 metric.number(entry[metric.name]),
-                metrics.AGREEMENT.number(entry["argmax_agreement"]),
+                AGREEMENT.number(entry["argmax_agreement"]),
                 f"{entry['max_logit_difference']:.2g}",
                 ABSENT if codes is None else str(codes),
             )
@@ -55,7 +56,7 @@ def markdown(records: Records) -> str:
             entries.setdefault((record.arm, name), []).append(entry)
     if not entries:
         return ""
-    metric = metrics.ACCURACY
+    metric = ACCURACY
     sizes = sorted({int(size) for runs in entries.values() for e in runs for size in _batches(e)})
     times = [name for s in sizes for name in (f"Batch {s}, ms", f"Batch {s}, times faster")]
     head = ["Arm", "Format", metrics.title(metric), "Agreement %", "Δ codes", "Size"]
@@ -81,7 +82,7 @@ def markdown(records: Records) -> str:
 
 def _cells(arm: str, name: str, runs: list[Entry], sizes: list[int]) -> list[str]:
     """Returns the cells of an arm and format, over seeds."""
-    metric = metrics.ACCURACY
+    metric = ACCURACY
     values = lambda field: [entry[field] for entry in runs if field in entry]
     mean = lambda numbers, digits=2: mean_cell(Mean.over(numbers), digits)
     codes, recommended = values("max_code_difference"), values("recommended")
@@ -89,7 +90,7 @@ def _cells(arm: str, name: str, runs: list[Entry], sizes: list[int]) -> list[str
         escape(arm),
         f"**{name}**" if recommended and all(recommended) else name,
         mean(map(metric.shown, values(metric.name)), metric.decimals),
-        mean(map(metrics.AGREEMENT.shown, values("argmax_agreement"))),
+        mean(map(AGREEMENT.shown, values("argmax_agreement"))),
         str(max(codes)) if codes else ABSENT,
         format_bytes(summary(values("size_bytes"))[0]),
     ]

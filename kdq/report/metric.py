@@ -4,10 +4,8 @@ from collections.abc import Iterable
 
 from kdq.record import ArmRecord
 from kdq.tasks.base import Metric
+from kdq.tasks.classification import ACCURACY
 
-ACCURACY = Metric(name="accuracy", scores=("correct",), unit="%")
-AGREEMENT = Metric(name="agreement", scores=("agreement",), unit="%")
-KL = Metric(name="kl_to_teacher", scores=("kl",), unit="nats", higher_is_better=False, decimals=4)
 # Measured by some experiments only: name of the field -> (metric, heading of its column).
 TRANSFER = {
     metric.name: (metric, heading)
@@ -31,7 +29,7 @@ ACRONYMS = ("rmse", "mae", "r2", "nll", "kl", "ece")
 
 
 def metric_of_records(records: Iterable[ArmRecord]) -> Metric:
-    """Returns the metric that ranks the arms of records."""
+    """Returns the metric that ranks the arms of records, all of which are classifiers'."""
     return ACCURACY
 
 

@@ -155,9 +155,7 @@ def markdown(records: Records, table: Sequence[Row]) -> str:
     return "\n".join([intro, *lines, *tail, ""])
 
 
-def _intro(
-    row: Row, baselines: Iterable[str], searches: Mapping[str, Mapping[int, Result]]
-) -> str:
+def _intro(row: Row, baselines: Iterable[str], searches: Mapping[str, Mapping[int, Result]]) -> str:
     results = [result for by_seed in searches.values() for result in by_seed.values()]
     apart = all("compile_seconds" in result for result in results)
     compiling = "without compiling" if apart else "compiling included where records are old"

@@ -266,5 +266,3 @@ class Advice:
     def gaps(self) -> Sequence[gaps.Gap]:
         """What is missing in the study."""
         return gaps.find_gaps(self.study, self.fits, self.findings, self.constraints)
-
-

@@ -51,9 +51,7 @@ def findings(study: Study, source: Workdir) -> list[Finding]:
     return result
 
 
-def _partner(
-    rule: Rule, a: Candidate, arms: Sequence[Candidate], study: Study
-) -> Candidate | None:
+def _partner(rule: Rule, a: Candidate, arms: Sequence[Candidate], study: Study) -> Candidate | None:
     """Returns the arm that a rule compares with, where there is one."""
     if rule.b == "teacher":
         teacher = study.teacher(a.source)

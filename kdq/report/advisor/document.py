@@ -174,5 +174,3 @@ def find_section(blocks: Sequence[Block], title: str) -> list[Block]:
     starts = [i for i, b in enumerate(blocks, 1) if (b.kind, b.text) == ("heading", title)]
     after = blocks[starts[0] :] if starts else ()
     return list(itertools.takewhile(lambda block: block.kind != "heading", after))
-
-

@@ -108,9 +108,7 @@ def _undecided(source: Workdir, findings: Sequence[Finding]) -> Iterable[Gap]:
         have = sorted({seed for finding, _ in needed for seed in finding.a.seeds})
         few = max((n for _, n in needed if n <= MOST_SEEDS), default=0)
         line = f"{command(source)} --config.seeds={_add_seeds(have, few)}"
-        yield Gap(
-            kind="undecided", source=source, needed=needed, commands=(line,) if few else ()
-        )
+        yield Gap(kind="undecided", source=source, needed=needed, commands=(line,) if few else ())
 
 
 def _count_needed(finding: Finding) -> int:

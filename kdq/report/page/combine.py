@@ -49,7 +49,7 @@ class Experiment(Workdir):
         return [run.folder for run in runs if run.record.status == "ok"]
 
     def evidence(self) -> tuple["Experiment", list[str]]:
-        """Returns what the advisor judges, and why it leaves out records that lack what it needs."""
+        """Returns what the advisor judges, and why it leaves out the other records."""
         usable, problems = [], []
         for run in self.runs:
             record, missing = run.record, lacking(run.record)
@@ -136,7 +136,8 @@ def _explain_difference(a: Experiment, b: Experiment) -> str | None:
     common = digests[0].keys() & digests[1].keys()
     others = [arm for arm in digests[0] if arm in common and digests[0][arm] != digests[1][arm]]
     if others:
-        return f"kept apart from {a.name}: its arms {name_a_few(others)} were run with another config"
+        names = name_a_few(others)
+        return f"kept apart from {a.name}: its arms {names} were run with another config"
     return None if common else f"kept apart from {a.name}: they have no arm in common"
 
 

@@ -54,7 +54,7 @@ def place_labels(
 
 
 def _around(lines: int) -> Iterator[tuple[int, int, str]]:
-    """Yields shifts and alignments, the best first: close by, then further away by so many lines."""
+    """Yields shifts and alignments, the best first: close by, then so many lines away."""
     for away in range(1, lines + 1):
         up = round(GAP + (away - 0.5) * LINE)
         yield from ((0, -up, "center"), (0, up, "center"))

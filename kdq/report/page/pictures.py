@@ -18,7 +18,7 @@ def gray(image: Sequence[Sequence[float]]) -> str:
 
 
 def signed(values: Sequence[Sequence[float]]) -> str:
-    """Returns a map: red speaks for the class, blue against it, each map to its own largest value."""
+    """Returns a map: red speaks for the class, blue against it, to its own largest value."""
     array = np.asarray(values, np.float64)
     share = (array / (np.abs(array).max() or 1.0))[..., None]
     ends = np.where(share > 0, np.asarray(POSITIVE), np.asarray(NEGATIVE))

@@ -57,7 +57,7 @@ def kind_colors(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def start_shapes(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the shape of what each point's arm starts from; those beyond the shapes share the last one."""
+    """Returns shapes of what arms start from; those beyond the shapes share the last one."""
     starts = list(dict.fromkeys(p["start"] for p in points))
     shapes = [SHAPES[min(i, len(SHAPES) - 1)] for i in range(len(starts))]
     shape = {"field": "start", "type": "nominal", "title": "starts from"}
@@ -103,7 +103,7 @@ def _shade(color: str, place: int, count: int) -> str:
 
 
 def names_axis(names: Sequence[str]) -> dict[str, Any]:
-    """Returns an axis whose long names are broken in two at the separator nearest to their middle."""
+    """Returns an axis whose long names are broken in two at a separator near their middle."""
     broken = {name: [first, name[len(first) :]] for name in names if (first := _half(name))}
     if not broken:
         return {"labelLimit": LABEL}
@@ -118,7 +118,7 @@ def names_axis(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _half(name: str) -> str:
-    """Returns the first half of a long name; "" of a short one, and of one that has no separator."""
+    """Returns the first half of a long name; "" of a short one or one without separator."""
     if len(name) <= LONG:
         return ""
     ends = [i + 1 for i, char in enumerate(name[:-1]) if char in "_-/."]

@@ -144,9 +144,7 @@ def bits_by_layer(cells: Sequence[Point]) -> Spec:
     angle = 0 if across == "layer" else -60
     axes = {across: {**names_axis(order[across]), "labelAngle": angle}}
     axes[down] = names_axis(order[down])
-    place = lambda field: encode(
-        field, "ordinal", sort=order[field], title=None, axis=axes[field]
-    )
+    place = lambda field: encode(field, "ordinal", sort=order[field], title=None, axis=axes[field])
     scale = {"domain": [1, 8], "range": SEQUENTIAL, "clamp": True}
     color = encode("weight_bits", title="bits of weights", scale=scale)
     return chart(

@@ -7,7 +7,6 @@ from typing import Any
 
 from kdq.report import metric as metrics
 from kdq.report.front import pareto_front, side_by_side, zoom_floor
-from kdq.report.metric import ACCURACY
 from kdq.report.page.labels import LAST, NARROW, WIDE, place_labels
 from kdq.report.page.marks import (
     DASHED,
@@ -24,13 +23,12 @@ from kdq.report.page.marks import (
 )
 from kdq.report.page.scales import GRAY, kind_colors, start_shapes
 from kdq.tasks.base import Metric
+from kdq.tasks.classification import ACCURACY
 
 FAR = 4  # times the cost of any other: a teacher that a second chart leaves out
 
 
-def pareto(
-    points: Sequence[Point], cost: str, title: str, metric: Metric = ACCURACY
-) -> list[Spec]:
+def pareto(points: Sequence[Point], cost: str, title: str, metric: Metric = ACCURACY) -> list[Spec]:
     """Returns the metric against a cost, and a second chart of the best where others collapsed.
 
     Args:
@@ -94,9 +92,7 @@ def _longest_step(points: Sequence[Point]) -> tuple[float, float] | None:
     return math.sqrt(start["x"] * end["x"]), start["score"]
 
 
-def _pareto(
-    points: Sequence[Point], title: str, subtitle: str, base: int, metric: Metric
-) -> Spec:
+def _pareto(points: Sequence[Point], title: str, subtitle: str, base: int, metric: Metric) -> Spec:
     one_seed = all(p["low"] is None for p in points)
     y_title = metrics.axis(metric, "test") + ("" if one_seed else ", with 95% intervals")
     scale = tight(18, zero=False)

@@ -115,7 +115,7 @@ def _finite(value: float) -> float | None:
 
 
 def training_curves(experiment: Experiment, most: int = 3000) -> tuple[list[dict], list[dict]]:
-    """Returns (the metric on validation of all seeds, loss of the first seed in windows) by step."""
+    """Returns (metric on validation of all seeds, loss of the first seed in windows) by step."""
     metric, trained = experiment.metric, [r for r in experiment.rows if r.seeds]
     windows = max(10, min(60, most // max(1, len(trained))))
     validation, losses = [], []
