@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from kdq.quantize import Quantizer, apply, fake_quantize
 from kdq.quantize.inputs import Inputs
+from kdq.quantize.network import Network
 from kdq.quantize.ptq import brecq as module
 from kdq.quantize.ptq.brecq import brecq, dropping, matching, smallest
 from kdq.quantize.ptq.units import Watch, describe
@@ -197,9 +198,9 @@ def test_each_element_stays_float_with_the_probability_of_drop():
 def test_fisher_weights_are_the_squared_gradient_of_kl_at_the_blocks_output():
     x, variables, qparams = _net()
     paths = ("", "block", *PATHS)
-    units = describe(Net(), variables, Inputs(x), paths, qparams)
+    units = describe(Network(Net()), variables, Inputs(x), paths, qparams)
     block = units["block"]
-    watch = Watch(Net(), ("block",), [Inputs(x[:32]), Inputs(x[32:])])
+    watch = Watch(Network(Net()), ("block",), [Inputs(x[:32]), Inputs(x[32:])])
     (found,) = module._fisher(watch, variables, [block])(variables, qparams, block, ())[0]
 
     # The block is rounded to nearest and the head float: dKL/dz = (softmax(z W + b) - p) Wᵀ.
