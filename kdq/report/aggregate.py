@@ -9,9 +9,9 @@ from typing import Any
 from kdq import files
 from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
 from kdq.record import ArmRecord
-from kdq.report.metric import TRANSFER, metric_of_records
+from kdq.report.metric import metric_of_records
 from kdq.tasks.base import Metric
-from kdq.tasks.classification import ACCURACY, AGREEMENT, KL
+from kdq.tasks.classification import ACCURACY
 
 Records = Sequence[ArmRecord | Mapping[str, Any]]
 
@@ -67,7 +67,7 @@ class Row:
 
     @property
     def selected_on(self) -> str:
-        """What chose the step."""
+        """The split that chose the step."""
         return _agreed(self.runs, "selected_on")
 
     @property
@@ -109,34 +109,9 @@ class Row:
         return self.mean_of(self.metric, f"{self.metric.name}_last")
 
     @property
-    def agreement(self) -> Mean:
-        """Share of test examples on which arm and teacher predict the same class, percent."""
-        return self.mean_of(AGREEMENT)
-
-    @property
-    def kl_to_teacher(self) -> Mean:
-        """KL(teacher ‖ arm), nats."""
-        return self.mean_of(KL)
-
-    @property
-    def measures(self) -> dict[str, Mean]:
-        """By the names of `kdq.report.metric.TRANSFER`."""
-        return {name: self.mean_of(metric) for name, (metric, _) in TRANSFER.items()}
-
-    @property
-    def params(self) -> float:
-        """Parameters; a mean, as a search may choose other widths for other seeds."""
-        return self.mean("params")
-
-    @property
     def size_bytes(self) -> float:
         """Bytes of kdq's packed file."""
         return self.mean("size_bytes")
-
-    @property
-    def bops(self) -> float:
-        """Bit operations of one example."""
-        return self.mean("bops")
 
     @property
     def energy_modelled_nj(self) -> float:
@@ -293,6 +268,7 @@ def distinct_text(records: Iterable[ArmRecord], field: str) -> str:
 
 
 Condition = tuple[str, int]  # device, batch size
+Latencies = dict[Condition, dict[str, tuple[Mean, str]]]
 
 
 def timings(record: ArmRecord) -> Iterator[tuple[str, Condition, Mapping[str, Any]]]:
@@ -305,7 +281,7 @@ def timings(record: ArmRecord) -> Iterator[tuple[str, Condition, Mapping[str, An
                 yield form, (device, int(batch)), times
 
 
-def latencies(records: Iterable[ArmRecord]) -> dict[Condition, dict[str, tuple[Mean, str]]]:
+def latencies(records: Iterable[ArmRecord]) -> Latencies:
     """Returns {(device, batch): {arm: (milliseconds over seeds, the fastest format)}}."""
     times: dict[Condition, dict[str, dict[str, list[float]]]] = {}
     for record in records:

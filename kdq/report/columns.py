@@ -19,7 +19,7 @@ from kdq.report.cells import (
 )
 from kdq.report.metric import TRANSFER
 from kdq.tasks.base import Metric
-from kdq.tasks.classification import KL
+from kdq.tasks.classification import AGREEMENT, KL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def main_columns(metric: Metric) -> dict[str, Column]:
         "arm": _text("Arm", lambda r: r.arm),
         "kind": _text("Kind", lambda r: r.kind),
         "bits": _text("Bits", lambda r: r.bits),
-        "params": _number("Params", lambda r: r.params, lambda v: number_cell(v, ",.0f")),
+        "params": _number("Params", lambda r: r.mean("params"), lambda v: number_cell(v, ",.0f")),
         "size": _number("Size", lambda r: r.size_bytes, format_bytes),
         "smaller": _number("Smaller", lambda r: r.size_ratio, _times),
         "size_smaller": Column(
@@ -54,9 +54,9 @@ def main_columns(metric: Metric) -> dict[str, Column]:
         "reference": _text("Δ against", lambda r: r.reference),
         "selected_on": _text("Selected on", lambda r: r.selected_on),
         "last": _mean(f"Last step {metric.unit}".rstrip(), lambda r: r.score_last, metric.decimals),
-        "agreement": _mean("Agreement %", lambda r: r.agreement),
-        "kl": _mean("KL", lambda r: r.kl_to_teacher, KL.decimals),
-        "bops": _number("BOPs", lambda r: r.bops, format_bops),
+        "agreement": _mean("Agreement %", lambda r: r.mean_of(AGREEMENT)),
+        "kl": _mean("KL", lambda r: r.mean_of(KL), KL.decimals),
+        "bops": _number("BOPs", lambda r: r.mean("bops"), format_bops),
         "energy": _number("Energy, modelled", lambda r: r.energy_modelled_nj, format_energy),
         "train": _number("Train s", lambda r: r.train_seconds, lambda v: number_cell(v, ".1f")),
         "compile": _number(

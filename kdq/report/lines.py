@@ -18,7 +18,7 @@ def named(name: str, seeds: Sequence[int]) -> str:
 
 
 class _Line(experiment.Progress):
-    """What is under way in one process."""
+    """Lines about what is under way in one process."""
 
     def __init__(self, say: Callable[[str], None], begun: dict[experiment.Unit, float]):
         self._say, self._begun = say, begun

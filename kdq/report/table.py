@@ -42,7 +42,7 @@ def markdown(table: Sequence[Row], records: Records) -> str:
     records, columns = as_records(records), main_columns(table[0].metric)
     lines = [f"**{note}**", ""] if (note := quick_note(table)) else []
     lines += _grid([columns[key] for key in SHOWN], table)
-    measured = [name for name in TRANSFER if any(row.measures[name].n for row in table)]
+    measured = [name for name in TRANSFER if any(row.values(name) for row in table)]
     if not set(measured) <= EVERYWHERE:
         shown = [TRANSFER[name][1] for name in measured]
         transferred = [column for column in transfer_columns() if column.name in shown]

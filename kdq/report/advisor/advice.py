@@ -1,8 +1,7 @@
-"""What follows from a study under constraints, as data: the template says it in words."""
+"""Findings of a study under constraints, as data: the template says them in words."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 from kdq.evaluate.statistics import PairedInterval
 from kdq.report import metric as metrics
@@ -10,7 +9,6 @@ from kdq.report.advisor import gaps, words
 from kdq.report.advisor.compare import Finding, findings
 from kdq.report.advisor.constraints import (
     Constraints,
-    Fit,
     best,
     by_validation,
     closest,
@@ -20,7 +18,7 @@ from kdq.report.advisor.constraints import (
     rank,
     shown_mean,
 )
-from kdq.report.advisor.rules import METHODS, RULES, SEEDS, Method, Rule
+from kdq.report.advisor.rules import METHODS, RULES, SEEDS, Rule
 from kdq.report.advisor.study import Candidate, Study, Values
 from kdq.report.advisor.tables import relax
 from kdq.report.aggregate import interval_of
@@ -37,7 +35,7 @@ class Width:
 
     @property
     def lead(self) -> PairedInterval | None:
-        """Of the chosen over the other, on test."""
+        """The difference of the chosen to the other on test."""
         if self.other is None:
             return None
         return interval_of(self.chosen.test, self.other.test, self.chosen.metric)
@@ -81,7 +79,18 @@ class Statement:
 
 
 class Advice:
-    """Findings of one study."""
+    """Findings of one study.
+
+    Attributes:
+      fits, controls: how arms stand to the constraints; those with a spoiled teacher, apart.
+      groups: the arms that satisfy, the best first, in groups that tie.
+      answer, method, tied: the arm to use and its method, and those that tie with it.
+      drop_on_test, holds_on_test: the answer's metric on test less its teacher's, and whether what
+        was asked of the metric holds there; None if nothing was.
+      unjudged: arms that nothing rules out, but that can't be judged.
+      closest: the arm that misses least.
+      findings: of the rules, by experiment.
+    """
 
     def __init__(self, study: Study, constraints: Constraints):
         self.study, self.constraints, self.metric = study, constraints, study.metric
@@ -90,11 +99,29 @@ class Advice:
         every = [fit(candidate, constraints, study) for candidate in study.candidates]
         self.fits = [f for f in every if not f.candidate.lineage.control]
         self.controls = [f.candidate for f in every if f.candidate.lineage.control]
-        self.satisfying = [f for f in self.fits if f.satisfies]
-        self.groups = rank(self.satisfying)
+        self.groups = rank([f for f in self.fits if f.satisfies])
+        self.satisfying = [f for group in self.groups for f in group]
+        self.answer = self.satisfying[0] if self.groups else None
+        if self.answer:
+            self._judge_answer(self.answer.candidate)
+        self.unjudged = [f for f in self.fits if f.named("?") and not f.named("no")]
+        self.closest = closest(self.fits)
         self.findings = {source: findings(study, source) for source in study.sources}
+        self.gaps = gaps.find_gaps(study, self.fits, self.findings, constraints)
 
-    # How the metric is worded.
+    def _judge_answer(self, arm: Candidate) -> None:
+        self.method = METHODS[arm.method]
+        self.tied = [f.candidate for f in self.groups[0][1:]]
+        teacher, self.drop_on_test = self.study.teacher(arm.source), None
+        if teacher is not None:
+            self.drop_on_test = interval_of(arm.test, teacher.test, self.metric)
+        limits, sign = self.constraints, 1 if self.metric.higher_is_better else -1
+        holds = []
+        if limits.min_accuracy is not None:
+            holds.append(sign * shown_mean(arm.test, self.metric) >= sign * limits.min_accuracy)
+        if limits.max_drop is not None and self.drop_on_test is not None:
+            holds.append(sign * self.drop_on_test.mean >= -limits.max_drop)
+        self.holds_on_test = all(holds) if holds else None
 
     def value(self, values: Values) -> str:
         """Returns a metric over seeds within a sentence."""
@@ -108,41 +135,6 @@ class Advice:
         """Returns a difference with its interval."""
         return words.interval(difference, self.metric)
 
-    @property
-    def level_unit(self) -> str:
-        """The unit of "level", in words."""
-        unit = self.metric.difference_unit
-        return unit[:-1] if unit == "points" and self.metric.level == 1 else unit
-
-    # Of the study.
-
-    @property
-    def digests(self) -> str:
-        """Digests of the data."""
-        return ", ".join(f"{split} {digest[:8]}" for split, digest in self.study.data.items())
-
-    @property
-    def quick(self) -> list[str]:
-        """Arms of quick runs."""
-        return list(dict.fromkeys(r.arm for s in self.study.sources for r in s.records if r.quick))
-
-    # The answer.
-
-    @property
-    def answer(self) -> Fit | None:
-        """The arm to use; None where nothing satisfies the constraints."""
-        return self.groups[0][0] if self.groups else None
-
-    @property
-    def method(self) -> Method:
-        """The answer's method."""
-        return METHODS[self.answer.candidate.method]
-
-    @property
-    def tied(self) -> list[Candidate]:
-        """Arms that can't be told apart from the answer."""
-        return [f.candidate for f in self.groups[0][1:]]
-
     def drop(self, arm: Candidate) -> PairedInterval | None:
         """Returns an arm's metric on validation less that of its teacher."""
         return drop(arm, self.study)
@@ -152,63 +144,31 @@ class Advice:
         teacher = self.study.teacher(arm.source)
         return [] if teacher in (None, arm) else [teacher]
 
-    @functools.cached_property
-    def drop_on_test(self) -> PairedInterval | None:
-        """The answer's metric on test less that of its teacher."""
-        arm = self.answer.candidate
-        teacher = self.study.teacher(arm.source)
-        return None if teacher is None else interval_of(arm.test, teacher.test, self.metric)
-
     @property
-    def holds_on_test(self) -> bool | None:
-        """Returns whether what was asked of the metric holds on test; None if nothing was."""
-        limits, sign = self.constraints, 1 if self.metric.higher_is_better else -1
-        holds = []
-        if limits.min_accuracy is not None:
-            mean = shown_mean(self.answer.candidate.test, self.metric)
-            holds.append(sign * mean >= sign * limits.min_accuracy)
-        if limits.max_drop is not None and self.drop_on_test is not None:
-            holds.append(sign * self.drop_on_test.mean >= -limits.max_drop)
-        return all(holds) if holds else None
-
-    @property
-    def unjudged(self) -> list[Fit]:
-        """Arms that nothing rules out, but that can't be judged."""
-        return [f for f in self.fits if f.named("?") and not f.named("no")]
-
-    @property
-    def unjudged_names(self) -> list[str]:
-        """Constraints that these can't be judged by."""
-        return sorted({name for f in self.unjudged for name in f.named("?")})
+    def quick(self) -> list[str]:
+        """Arms of quick runs."""
+        return list(dict.fromkeys(r.arm for s in self.study.sources for r in s.records if r.quick))
 
     @property
     def unjudged_best(self) -> Candidate:
-        """The best of these on validation."""
+        """The best on validation of those that can't be judged."""
         return best([f.candidate for f in self.unjudged])
-
-    @functools.cached_property
-    def closest(self) -> Fit | None:
-        """The arm that misses least."""
-        return closest(self.fits)
 
     @property
     def closest_misses(self) -> list[str]:
-        """How to relax what it misses."""
+        """Words that say how to relax what the closest arm misses."""
         return [relax(c, self.metric) for c in self.closest.checks if c.state == "no"]
 
     @property
     def compiled_within(self) -> str:
         """Arms whose seconds of training contain compiling."""
-        ranked = (f.candidate for group in self.groups for f in group)
-        mixed = [candidate.arm for candidate in ranked if candidate.compiling_is_within]
+        mixed = [f.candidate.arm for f in self.satisfying if f.candidate.compiling_is_within]
         every = len(mixed) == len(self.satisfying)
         return ("all that trained" if every else ", ".join(mixed)) if mixed else ""
 
-    # What the rules say.
-
     @functools.cached_property
     def widths(self) -> list[Width]:
-        """Of each experiment, network and width the simplest of the best arms."""
+        """The simplest of the best arms, of each experiment, network and width."""
         groups: dict[tuple[Workdir, int, str], list[Candidate]] = {}
         for arm in self.study.candidates:
             if arm.kind != "teacher" and not arm.lineage.control:
@@ -261,8 +221,3 @@ class Advice:
             "seen": f"Seen, but in too few seeds for a claim, {rule.name}",
         }
         return others.get(verdict) or getattr(rule, verdict).format(**self.words)
-
-    @property
-    def gaps(self) -> Sequence[gaps.Gap]:
-        """What is missing in the study."""
-        return gaps.find_gaps(self.study, self.fits, self.findings, self.constraints)

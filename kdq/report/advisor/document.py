@@ -15,6 +15,7 @@ from rich.text import Text
 
 from kdq.report.advisor.study import Candidate
 from kdq.report.advisor.words import ranges
+from kdq.report.aggregate import distinct, distinct_text
 from kdq.report.cells import ABSENT, escape, markdown_grid, terminal_grid
 
 # The first word of a line in the template -> kind of a block.
@@ -116,9 +117,9 @@ class Document:
                     arm.arm,
                     arm.source.path,
                     ranges(arm.seeds),
-                    arm.digest,
-                    " and ".join(commit[:12] for commit in arm.commit.split(" and ")),
-                    arm.device,
+                    distinct_text(arm.runs, "config_digest"),
+                    " and ".join(c[:12] for c in distinct(arm.runs, "commit")) or "not recorded",
+                    distinct_text(arm.runs, "device"),
                 )
                 for i, arm in enumerate(self._cited.values(), 1)
             ],

@@ -1,6 +1,7 @@
 """Studies: arms of experiments that may be compared, with what they build on and were timed at."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,7 +12,6 @@ from kdq.report.advisor import lineage
 from kdq.report.advisor.lineage import Lineage
 from kdq.report.aggregate import (
     Row,
-    distinct_text,
     mean_of_all,
     numbers_by_seed,
     timings,
@@ -56,11 +56,6 @@ class Candidate(Row):
         return self.values(f"validation_{self.metric.name}")
 
     @property
-    def validation_nll(self) -> float:
-        """Negative log-likelihood on validation, nats."""
-        return self.mean("validation_nll")
-
-    @property
     def params(self) -> int:
         """Parameters, rounded where a search chose other widths for other seeds."""
         return round(self.mean("params"))
@@ -73,22 +68,7 @@ class Candidate(Row):
     @property
     def compiling_is_within(self) -> bool:
         """Returns whether the seconds of training contain those of compiling."""
-        return self.seconds > 0 and self.seconds_of_compiling != self.seconds_of_compiling
-
-    @property
-    def digest(self) -> str:
-        """Digests of its configs."""
-        return distinct_text(self.runs, "config_digest")
-
-    @property
-    def commit(self) -> str:
-        """Commits that it was run at."""
-        return distinct_text(self.runs, "commit")
-
-    @property
-    def device(self) -> str:
-        """Devices that it was trained on."""
-        return distinct_text(self.runs, "device")
+        return self.seconds > 0 and math.isnan(self.seconds_of_compiling)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

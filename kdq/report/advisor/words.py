@@ -54,6 +54,17 @@ def latency(fit: Fit, batch: int) -> str:
     return f"{number_cell(milliseconds, '.3f')} {form}".strip()
 
 
+def level_unit(metric: Metric) -> str:
+    """Returns the unit of the metric's `level`, after the number."""
+    unit = metric.difference_unit
+    return unit.removesuffix("s") if unit == "points" and metric.level == 1 else unit
+
+
+def unjudged_names(fits: Sequence[Fit]) -> str:
+    """Returns the constraints that arms can't be judged by."""
+    return ", ".join(sorted({name for fit in fits for name in fit.named("?")}))
+
+
 def name_a_few(names: Sequence[str], most: int = 3) -> str:
     """Returns the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -28,8 +28,8 @@ def on_page(spec: Spec, legend: bool = True) -> Spec:
     return {**spec, "width": "container", "config": _config("currentColor")}
 
 
-def pictures(specs: Sequence[Spec], title: str) -> tuple[bytes, bytes]:
-    """Returns (PNG, SVG) of charts side by side, on white."""
+def pictures(specs: Sequence[Spec], title: str, columns: int = 0) -> tuple[bytes, bytes]:
+    """Returns (PNG, SVG) of charts on white, side by side or in so many columns."""
     joined: Spec = {
         "$schema": SCHEMA,
         "config": {**_config("#222222"), "background": "white", "padding": 12},
@@ -38,7 +38,8 @@ def pictures(specs: Sequence[Spec], title: str) -> tuple[bytes, bytes]:
         joined |= {"width": WIDTH, **_bare(specs[0])}
         subtitle = joined.pop("title", None)
     else:
-        joined["hconcat"] = [{"width": WIDE, **_bare(spec)} for spec in specs]
+        joined["concat" if columns else "hconcat"] = [{"width": WIDE, **_bare(s)} for s in specs]
+        joined |= {"columns": columns} if columns else {}
         subtitle = None
     joined["title"] = {"text": title, "anchor": "start"}
     if subtitle:
@@ -49,13 +50,14 @@ def pictures(specs: Sequence[Spec], title: str) -> tuple[bytes, bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Charts side by side, as a notebook shows them."""
+    """Charts in columns, as a notebook shows them."""
 
     specs: Sequence[Spec]
     title: str = ""
+    columns: int = 4
 
     def _repr_png_(self) -> bytes:
-        return pictures(self.specs, self.title)[0]
+        return pictures(self.specs, self.title, self.columns)[0]
 
     def __repr__(self) -> str:
         return f"Picture of {len(self.specs)} charts"

@@ -1,4 +1,4 @@
-"""What all charts are made of: encodings, marks and charts of Vega-Lite."""
+"""Parts that all charts are made of: encodings, marks and charts of Vega-Lite."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

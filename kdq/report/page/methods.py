@@ -10,14 +10,13 @@ from kdq.report.advisor import words
 from kdq.report.advisor.constraints import Constraints, best, fit
 from kdq.report.advisor.rules import METHODS
 from kdq.report.advisor.study import Candidate, Study
-from kdq.report.aggregate import Condition, Mean, interval_of, mean_of_all
+from kdq.report.aggregate import Latencies, distinct_text, interval_of, mean_of_all
 from kdq.report.cells import format_bytes, format_energy
 from kdq.schema import Qat
 
 NOT_MEASURED = "not measured"
 SHOWN = ("KD", "PTQ", "QAT", "QAD", "KD then PTQ", "mixed precision")
 ABOUT = {name: METHODS[name] for name in SHOWN}
-Latencies = Mapping[Condition, Mapping[str, tuple[Mean, str]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +155,7 @@ def _hardware(pick: Chosen) -> str:
 
 def _cost(candidate: Candidate) -> str:
     text = f"{words.seconds(candidate)} s of training, with what it starts from"
-    if candidate.steps == 0 and not candidate.seconds:
+    if candidate.mean("steps") == 0 and not candidate.seconds:
         text = "no training"
     calibration = candidate.mean("calibration_seconds")
     calibrated = not math.isnan(calibration)
@@ -165,13 +164,13 @@ def _cost(candidate: Candidate) -> str:
     # What it starts from was compiled for its training; an arm that is only calibrated is no part
     # of that.
     compiled = candidate.seconds_of_compiling
-    if not candidate.steps:
+    if not candidate.mean("steps"):
         compiled += mean_of_all(candidate.runs, "compile_seconds")
     if not math.isnan(compiled):
         text += f"; {compiled:.2g} s of compiling"
     elif calibrated or candidate.seconds:
         text += "; compiling included, as old records have it"
-    return f"{text}; on {candidate.device}"
+    return f"{text}; on {distinct_text(candidate.runs, 'device')}"
 
 
 def find_smallest(study: Study, most: float) -> tuple[Candidate, str] | None:

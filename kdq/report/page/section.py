@@ -57,23 +57,15 @@ class Section:
 
 def build_section(experiment: Experiment, constraints: Constraints) -> Section:
     """Returns the section of an experiment; `constraints` are those of the advisor."""
-    evidence, problems = experiment.evidence()
-    study, advice = None, ()
-    try:
-        if evidence.runs:
-            advice = advise([evidence], constraints).blocks
-            study = studies([evidence])[0]
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        problems.append(f"the advisor can't judge {experiment.name}: {error!r}")
+    rows, times = experiment.rows, latencies(experiment.records)
     plain = without_count if experiment.one_seed else lambda text: text
-    answer, comparison, picked, starts = [], [], [], {}
+    study, advice, problems = _ask_advisor(experiment, constraints)
+    answer, comparison, picked = [], [], []
     if study:
         picks = methods.choose(study)
         picked = [pick.candidate.arm for pick in picks if pick.candidate]
-        starts = views.find_starts(study)
-        answer = [plain(text) for text in _answer(advice, study, constraints)]
-        comparison = methods.comparison(study, picks, latencies(experiment.records))
-    rows = experiment.rows
+        answer = _answer(advice, study, constraints)
+        comparison = methods.comparison(study, picks, times)
     teacher = next((r.arm for r in rows if r.kind == "teacher"), None)
     student = next((r.arm for r in rows if r.kind in ("labels", "student")), None)
     shown = list(dict.fromkeys(arm for arm in (teacher, student, *picked) if arm))
@@ -82,7 +74,7 @@ def build_section(experiment: Experiment, constraints: Constraints) -> Section:
     details, lost = views.collect_details(experiment, drawn)
     of_shown = {arm: details[arm] for arm in shown if arm in details}
     layers = views.layers_of_arms(details, drawn)
-    points = views.arm_points(experiment, starts)
+    points = views.arm_points(rows, views.find_starts(study) if study else {}, times)
     confusions, most = _confusion_charts(details, [a for a in shown if a != teacher], teacher)
     charts = {
         "fronts": _front_charts(experiment, points),
@@ -98,39 +90,48 @@ def build_section(experiment: Experiment, constraints: Constraints) -> Section:
         results=tables.results_grid(experiment),
         fidelity=tables.fidelity_grid(experiment),
         commands={row.arm: command(experiment, row.arm) for row in rows},
-        answer=answer,
+        answer=list(map(plain, answer)),
         advice=[_plainly(block, plain) for block in advice],
-        comparison=[(aspect, [plain(cell) for cell in cells]) for aspect, cells in comparison],
+        comparison=[(aspect, list(map(plain, cells))) for aspect, cells in comparison],
         charts=charts,
         layers={arm: tables.layer_grid(each) for arm, each in layers.items() if arm in shown},
         attributions=views.attribution_maps(of_shown),
-        failures=[
-            f"{row.arm}, seed {seed}: {reason}" for row in rows for seed, reason in row.failures
-        ],
+        failures=[f"{r.arm}, seed {seed}: {reason}" for r in rows for seed, reason in r.failures],
         problems=[*experiment.problems, *problems, *lost[:3], *more],
         missing=_missing(charts, experiment),
-        notes={
-            "seeds": _seeds(experiment),
-            "quick": quick_note(rows),
-            "compiling": compiling_note(rows),
-            "confusions": most,
-            "difference": experiment.metric.difference_unit,
-        },
+        notes=_notes(experiment) | {"confusions": most},
         facts=_facts(experiment),
     )
+
+
+def _ask_advisor(
+    experiment: Experiment, constraints: Constraints
+) -> tuple[Study | None, Sequence[Block], list[str]]:
+    """Returns what the advisor says, and why it can't judge all or some of the records."""
+    evidence, problems = experiment.evidence()
+    try:
+        if evidence.runs:
+            return studies([evidence])[0], advise([evidence], constraints).blocks, problems
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        problems.append(f"the advisor can't judge {experiment.name}: {error!r}")
+    return None, (), problems
+
+
+def _notes(experiment: Experiment) -> dict[str, str]:
+    """Returns what is said once, instead of at each number."""
+    seeds = {row.seeds for row in experiment.rows if row.seeds}
+    same = f"Each arm has the seeds {words.ranges(next(iter(seeds)))}." if len(seeds) == 1 else ""
+    return {
+        "seeds": seeds_note(experiment.rows) or same,
+        "quick": quick_note(experiment.rows),
+        "compiling": compiling_note(experiment.rows),
+        "difference": experiment.metric.difference_unit,
+    }
 
 
 def _plainly(block: Block, plain: Callable[[str], str]) -> Block:
     rows = tuple(tuple(map(plain, row)) for row in block.rows)
     return dataclasses.replace(block, text=plain(block.text), rows=rows)
-
-
-def _seeds(experiment: Experiment) -> str:
-    """Returns the seeds that all finished arms share, in words; "" where they differ."""
-    if note := seeds_note(experiment.rows):
-        return note
-    seeds = {row.seeds for row in experiment.rows if row.seeds}
-    return f"Each arm has the seeds {words.ranges(seeds.pop())}." if len(seeds) == 1 else ""
 
 
 def _answer(advice: Sequence[Block], study: Study, constraints: Constraints) -> list[str]:
@@ -148,7 +149,7 @@ def _how_far(study: Study) -> list[str]:
     """Returns which file is the smallest that is level with the teacher on validation."""
     metric = study.metric
     unit = metric.difference_unit
-    near = f"{metric.level:g} {unit[:-1] if unit == 'points' and metric.level == 1 else unit}"
+    near = f"{metric.level:g} {words.level_unit(metric)}"
     score = lambda values: words.in_sentence(values, metric)
     behind = lambda arm: words.interval(drop(arm, study), metric)
     smallest = methods.find_smallest(study, metric.level)

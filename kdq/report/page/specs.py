@@ -232,44 +232,56 @@ def intervals(
     )
 
 
-def heat(cells: Sequence[Point], x: Spec, y: Spec, color: Spec, **parts: Any) -> Spec:
-    """Returns a map of rectangles: each cell has the fields of the three encodings.
-
-    Args:
-      cells: with the fields.
-      x: an ordinal encoding, in the order of the cells.
-      y: another.
-      color: a quantitative one.
-      parts: of the chart: "title", "height", ...
-    """
-    size = len({cell[y["field"]] for cell in cells})
-    encoding = {"x": {"sort": None, **x}, "y": {"sort": None, **y}, "color": color}
-    return chart(cells, parts.pop("height", 24 * size), mark="rect", encoding=encoding, **parts)
-
-
-def marks(
+def plot(
     values: Sequence[Point], mark: Spec | str, x: Spec, y: Spec, color: str = "", **parts: Any
 ) -> Spec:
     """Returns one kind of mark for all values, in the colors of arms by the field `color`.
 
     Args:
       values: with the fields of the encodings.
-      mark: "line", "bar", "point", ..., or the mark with its options.
+      mark: "line", "bar", "rect", ..., or the mark with its options.
       x: an encoding.
       y: another.
       color: a field; "" is one color.
-      parts: further encodings, and "title" and "height" of the chart.
+      parts: further encodings as "encoding"; "title", "width" and "height" of the chart; "spread":
+        the two fields between which a line stands through each mark.
     """
-    shown = {key: parts.pop(key) for key in ("title",) if key in parts}
     encoding = {"x": x, "y": y, **parts.pop("encoding", {})}
+    spread, height = parts.pop("spread", ()), parts.pop("height", 220)
     if color:
         names = list(dict.fromkeys(value[color] for value in values))
         encoding["color"] = {**arm_colors(names), "field": color}
-    return chart(values, parts.pop("height", 220), mark=mark, encoding=encoding, **shown, **parts)
+    chart_ = chart(values, height, mark=mark, encoding=encoding)
+    if not spread:
+        return chart_ | parts
+    ends = {"y": {**y, "field": spread[0]}, "y2": {"field": spread[1]}}
+    return overlay({**chart_, "mark": "rule", "encoding": encoding | ends}, chart_, **parts)
+
+
+def heat(cells: Sequence[Point], x: str, y: str, color: Spec, text: str = "", **parts: Any) -> Spec:
+    """Returns a map of rectangles, in the order of the cells.
+
+    Args:
+      cells: with the fields.
+      x: the field that stands across.
+      y: the field that stands down.
+      color: an encoding of numbers.
+      text: a field that is written in each cell; "" writes none.
+      parts: as of `plot`.
+    """
+    axes = parts.pop("axes", {"axis": {"labelAngle": 0}})
+    places = [encode(field, "ordinal", sort=None, title=None, **axes) for field in (x, y)]
+    height = 24 * len({cell[y] for cell in cells})
+    parts = {"height": height, **parts}
+    colored = plot(cells, "rect", *places, encoding={"color": color}, **parts)
+    if not text:
+        return colored
+    words = {"text": {"field": text}, "color": {"value": "#111111"}}
+    return overlay(colored, plot(cells, "text", *places, encoding=words), **parts)
 
 
 def overlay(*charts: Spec, **parts: Any) -> Spec:
     """Returns charts on top of each other, on the same axes."""
-    height = parts.pop("height", charts[0]["height"])
+    height = parts.pop("height", charts[0].get("height", 220))
     layers = [{k: v for k, v in c.items() if k in ("data", "mark", "encoding")} for c in charts]
     return chart(None, height, layer=layers, **parts)

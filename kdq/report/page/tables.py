@@ -20,10 +20,12 @@ from kdq.report.cells import (
     number_cell,
 )
 from kdq.report.columns import Column, cells_of, fidelity_columns, main_columns
+from kdq.report.metric import TRANSFER
 from kdq.report.notes import quick_note
 from kdq.report.page.combine import Experiment
 from kdq.report.page.views import width_name
 from kdq.tasks.base import Metric
+from kdq.tasks.classification import AGREEMENT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,7 @@ def _csv_columns(metric: Metric) -> dict[str, Callable[[Row], object]]:
         "bits": lambda r: r.bits,
         "seeds": lambda r: " ".join(map(str, r.seeds)),
         "failed_seeds": lambda r: " ".join(str(seed) for seed, _ in r.failures),
-        "params": lambda r: r.params,
+        "params": lambda r: r.mean("params"),
         "size_bytes": lambda r: r.size_bytes,
         f"{metric.name}{unit}": lambda r: r.score.mean,
         f"{metric.name}_std": lambda r: r.score.std,
@@ -166,10 +168,10 @@ def _csv_columns(metric: Metric) -> dict[str, Callable[[Row], object]]:
         "difference": lambda r: end(r, "mean"),
         "difference_low": lambda r: end(r, "low"),
         "difference_high": lambda r: end(r, "high"),
-        "agreement_percent": lambda r: r.agreement.mean,
-        "kl_to_teacher_nats": lambda r: r.kl_to_teacher.mean,
-        "ece_percent": lambda r: r.measures["ece"].mean,
-        "bops": lambda r: r.bops,
+        "agreement_percent": lambda r: r.mean_of(AGREEMENT).mean,
+        "kl_to_teacher_nats": lambda r: r.mean("kl_to_teacher"),
+        "ece_percent": lambda r: r.mean_of(TRANSFER["ece"][0]).mean,
+        "bops": lambda r: r.mean("bops"),
         "energy_modelled_nj": lambda r: r.energy_modelled_nj,
         "train_seconds": lambda r: r.train_seconds,
         "compile_seconds": lambda r: r.compile_seconds,

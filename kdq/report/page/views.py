@@ -12,11 +12,12 @@ import numpy as np
 from kdq.evaluate.statistics import paired_interval, summary
 from kdq.report import metric as metrics
 from kdq.report.advisor.study import Study
-from kdq.report.aggregate import Row, distinct_text, latencies
+from kdq.report.aggregate import Latencies, Row, distinct_text
 from kdq.report.cells import format_bytes, format_energy, mean_cell
 from kdq.report.page import pictures
 from kdq.report.page.combine import Experiment
 from kdq.report.page.details import BINS, read_curve, read_details
+from kdq.tasks.classification import AGREEMENT
 
 UNKNOWN, FRESH = "not known", "fresh weights"  # of what an arm starts from
 
@@ -48,21 +49,23 @@ def find_starts(study: Study) -> dict[str, str]:
     return starts
 
 
-def arm_points(experiment: Experiment, starts: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Returns one point an arm, for charts of the metric against costs.
+def arm_points(
+    rows: Sequence[Row], starts: Mapping[str, str], times: Latencies | None = None
+) -> list[dict[str, Any]]:
+    """Returns a point for each arm that finished, for charts of the metric against costs.
 
     Latencies are keyed "DEVICE, batch".
 
     Args:
-      experiment: has the arms.
+      rows: of the arms.
       starts: what each of them starts from, as far as it is known.
+      times: from `kdq.report.aggregate.latencies`.
     """
-    times = latencies(experiment.records)
     points = []
-    for row in (row for row in experiment.rows if row.seeds):
+    for row in (row for row in rows if row.seeds):
         low, high = _interval(row)
         start = starts.get(row.arm, UNKNOWN)
-        timed = {c: arms[row.arm] for c, arms in times.items() if row.arm in arms}
+        timed = {c: arms[row.arm] for c, arms in (times or {}).items() if row.arm in arms}
         points.append(
             {
                 "arm": row.arm,
@@ -72,7 +75,7 @@ def arm_points(experiment: Experiment, starts: Mapping[str, str]) -> list[dict[s
                 "score": _finite(row.score.mean),
                 "low": low,
                 "high": high,
-                "agreement": _finite(row.agreement.mean),
+                "agreement": _finite(row.mean_of(AGREEMENT).mean),
                 "size": _finite(row.size_bytes / 1024),
                 "energy": _finite(row.energy_modelled_nj),
                 **{str(c): mean.mean for c, (mean, _) in timed.items()},
