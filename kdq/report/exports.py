@@ -18,14 +18,18 @@ from kdq.report.cells import (
     standard_output,
     terminal_grid,
 )
+from kdq.tasks.base import Metric
 from kdq.tasks.classification import ACCURACY, AGREEMENT
 
 Entry = Mapping[str, Any]
 
 
-def print_table(exports: Mapping[int, Mapping[str, Entry]], console: Console | None = None) -> None:
+def print_table(
+    exports: Mapping[int, Mapping[str, Entry]],
+    console: Console | None = None,
+    metric: Metric = ACCURACY,
+) -> None:
     """Prints a row for each seed and format of what `kdq.experiment.export` returns."""
-    metric = ACCURACY
     head = ("Seed", "Format", "Size", metrics.title(metric), "Agreement %", "Δ outputs", "Δ codes")
     grid = terminal_grid(head, ("Format",))
     for seed, formats in exports.items():
@@ -50,19 +54,20 @@ def markdown(records: Records) -> str:
     """Returns a table with a row for each arm and format; "" if nothing was exported."""
     entries: dict[tuple[str, str], list[Entry]] = {}
     energy: dict[str, list[float]] = {}
-    for record in as_records(records):
+    records = as_records(records)
+    metric = metrics.metric_of_records(records)
+    for record in records:
         energy.setdefault(record.arm, []).append(number(record, "energy_modelled_nj"))
         for name, entry in record.exports.items():
             entries.setdefault((record.arm, name), []).append(entry)
     if not entries:
         return ""
-    metric = ACCURACY
     sizes = sorted({int(size) for runs in entries.values() for e in runs for size in _batches(e)})
     times = [name for s in sizes for name in (f"Batch {s}, ms", f"Batch {s}, times faster")]
     head = ["Arm", "Format", metrics.title(metric), "Agreement %", "Δ codes", "Size"]
     head += [*(["Smaller"] if sizes else []), *times, "Energy, modelled"]
     lines = [
-        [*_cells(arm, name, runs, sizes), format_energy(summary(energy[arm])[0])]
+        [*_cells(arm, name, runs, sizes, metric), format_energy(summary(energy[arm])[0])]
         for (arm, name), runs in entries.items()
     ]
     notes = [
@@ -80,9 +85,8 @@ def markdown(records: Records) -> str:
     return "\n".join([*table, "", *(f"- {note}" for note in notes), ""])
 
 
-def _cells(arm: str, name: str, runs: list[Entry], sizes: list[int]) -> list[str]:
+def _cells(arm: str, name: str, runs: list[Entry], sizes: list[int], metric: Metric) -> list[str]:
     """Returns the cells of an arm and format, over seeds."""
-    metric = ACCURACY
     values = lambda field: [entry[field] for entry in runs if field in entry]
     mean = lambda numbers, digits=2: mean_cell(Mean.over(numbers), digits)
     codes, recommended = values("max_code_difference"), values("recommended")

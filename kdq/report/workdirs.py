@@ -1,6 +1,7 @@
 """The one reader of workdirs (ARM/SEED/result.json) and of files of records."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 from kdq import files
 from kdq.fields import ConfigError
 from kdq.record import ArmRecord, has_arms
+from kdq.report.aggregate import number
+from kdq.report.metric import metric_of_records
 
 # Fields that the advisor needs of any record, and of one that did not fail.
 NEEDED = ("arm", "seed", "status", "kind", "bits", "data")
-MEASURED = ("params", "accuracy", "validation_accuracy", "size_bytes", "train_seconds")
+MEASURED = ("params", "size_bytes", "train_seconds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,9 +99,12 @@ def workdir_of_records(documents: Sequence[Any], workdir: Path) -> Workdir:
 
 def lacking(record: ArmRecord) -> list[str]:
     """Returns the fields that the advisor needs and a record lacks."""
-    names = NEEDED + (MEASURED if record.status == "ok" else ())
-    values = {name: getattr(record, name) for name in names}
-    return [name for name, v in values.items() if v in ("", None, {}) or v != v]
+    missing = [name for name in NEEDED if getattr(record, name) in ("", {})]
+    if record.status == "ok":
+        metric = metric_of_records([record]).name
+        names = (*MEASURED, metric, f"validation_{metric}")
+        missing += [name for name in names if math.isnan(number(record, name))]
+    return missing
 
 
 def read_json(path: Path) -> Any:
