@@ -68,7 +68,7 @@ def _profile(
 ) -> Profile:
     if needs := parents(experiment, arm):
         runner.run(experiment, workdir, arms=needs, progress=progress)
-    task, state = runner.task(experiment, workdir, arm, seed)
+    task, state = runner.first_step(experiment, workdir, arm, seed)
     last = WARM_UP + steps
     if task.steps < last:
         raise ConfigError(
