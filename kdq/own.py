@@ -21,7 +21,7 @@ from kdq.data.sources.arrays import Split
 from kdq.fields import expand_user
 from kdq.quantize.network import Weights
 from kdq.report import progress, write
-from kdq.report.page import read
+from kdq.report.workdirs import read_json
 from kdq.types import Variables
 
 
@@ -127,7 +127,7 @@ def compress(
     with progress.reporter() as reporter:
         experiment.run(checked, workdir, arms=wanted, progress=reporter)
     records = experiment.finished(whole, workdir)
-    write.write_report([record.to_json() for record in records], workdir)
+    write.write_report(records, workdir)
     return records
 
 
@@ -164,7 +164,7 @@ def _arms_of(workdir: Path) -> Mapping[str, config.Arm]:
     if not path.is_file():
         return {}
     try:
-        return config.freeze(read.json_of(path)).arms
+        return config.freeze(read_json(path)).arms
     except config.ConfigError as error:
         raise config.ConfigError(f"{path}: {error}") from error
 

@@ -39,9 +39,9 @@ TEACHER = flags.DEFINE_bool("teacher", True, "Whether there is a trained teacher
 def main(_: list[str]) -> None:
     from kdq import files
     from kdq.report.advise import advise
-    from kdq.report.advisor import evidence
     from kdq.report.advisor.constraints import Constraints
     from kdq.report.cells import standard_output
+    from kdq.report.workdirs import read_evidence
 
     constraints = Constraints(
         max_size_kib=MAX_SIZE.value,
@@ -55,7 +55,7 @@ def main(_: list[str]) -> None:
         labels=LABELS.value,
         teacher=TEACHER.value,
     )
-    document = advise(evidence.read(WORKDIRS.value, RECORDS.value), constraints)
+    document = advise(read_evidence(WORKDIRS.value, RECORDS.value), constraints)
     document.print(standard_output())
     if OUT.value:
         files.write_atomic(OUT.value, document.markdown().encode())

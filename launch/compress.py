@@ -43,7 +43,7 @@ def main(_: list[str]) -> None:
     except deploy.ExportError as error:  # when every arm has been run
         records, failed = experiment.finished(checked, WORKDIR.value), error
     if processes.is_first():
-        write.write_report([record.to_json() for record in records], WORKDIR.value)
+        write.write_report(records, WORKDIR.value)
     if failed is not None:
         raise failed
 

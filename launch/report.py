@@ -21,11 +21,12 @@ MAX_DROP = flags.DEFINE_float(
 
 def main(_: list[str]) -> None:
     from kdq.report.advisor.constraints import Constraints
-    from kdq.report.page import read, write
+    from kdq.report.page import publish
+    from kdq.report.workdirs import read_workdirs
     from kdq.report.write import print_places
 
     constraints = Constraints(max_size_kib=MAX_SIZE.value, max_drop=MAX_DROP.value)
-    write.write(read.folders(WORKDIRS.value), OUT.value, constraints)
+    publish.write(read_workdirs(WORKDIRS.value), OUT.value, constraints)
     print_places(OUT.value)
 
 

@@ -32,9 +32,8 @@ def main(_: list[str]) -> None:
         experiment.run(checked, WORKDIR.value, arms=arms, progress=reporter, in_processes=True)
     if processes.is_first():
         finished = experiment.finished(checked, WORKDIR.value)
-        records = [record.to_json() for record in finished]
-        searches.print_policies([r for r in records if r["arm"] in arms])
-        write.write_report(records, WORKDIR.value)
+        searches.print_policies([record for record in finished if record.arm in arms])
+        write.write_report(finished, WORKDIR.value)
 
 
 if __name__ == "__main__":

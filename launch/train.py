@@ -39,7 +39,7 @@ def main(_: list[str]) -> None:
             shared=SHARED.value,
         )
     if processes.is_first():
-        table.print_table(table.rows([record.to_json() for record in records]))
+        table.print_table(table.rows(records))
         folder, page = WORKDIR.value, "python launch/report.py"
         print(f"Results: {folder}/{ARM.value}; a page: {page} --workdirs={folder} --out={folder}")
 

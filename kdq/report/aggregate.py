@@ -3,10 +3,17 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+from kdq import files
 from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
-from kdq.report import Record
+from kdq.record import ArmRecord
+from kdq.report.metric import metric_of_records
+from kdq.tasks.base import Metric
+from kdq.tasks.classification import ACCURACY
+
+Records = Sequence[ArmRecord | Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,61 +24,132 @@ class Mean:
     std: float
     n: int
 
-
-# Measures that only some experiments have, beside accuracy and fidelity: record key, factor.
-MEASURES = {
-    "ece": 100,
-    "agreement_where_teacher_wrong": 100,
-    "attribution_cosine": 1,
-    "attribution_rank": 1,
-    "path_agreement": 100,
-    "adversarial_agreement": 100,
-    "accuracy_corrected": 100,
-}
+    @classmethod
+    def over(cls, values: Iterable[float]) -> "Mean":
+        """Returns the mean over those values that are numbers."""
+        numbers = [value for value in values if not math.isnan(value)]
+        mean, std = summary(numbers)
+        return cls(mean=mean, std=std, n=len(numbers))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
-    """What a table says about one arm.  A number that nobody measured is nan or has n = 0."""
+    """An arm and its runs. A number that nobody measured is nan, or has n = 0."""
 
     arm: str
-    kind: str  # "teacher", "student", "KD", "PTQ", "QAT", "QAD", ...
-    bits: str  # "W4A8"; several where seeds differ, as a search's may
-    params: float  # mean: a search may choose other widths for other seeds
-    seeds: tuple[int, ...]  # that finished
-    failures: tuple[tuple[int, str], ...]  # (seed, reason)
-    accuracy: Mean  # percent, on test, at the selected step
-    accuracy_last: Mean  # percent, on test, at the last step
-    reference: str | None  # the arm that `difference` is against
-    difference: PairedInterval | None  # accuracy points over common seeds; None if there are none
-    no_difference: str  # why there is none, though there is a reference; or ""
-    agreement: Mean  # percent
-    kl_to_teacher: Mean  # nats
-    size_bytes: float  # of the file on disk
-    size_ratio: float  # bytes of the size baseline / size_bytes: how many times smaller
-    bops: float
-    energy_modelled_nj: float  # for one example; see kdq.deploy.measure.energy
-    train_seconds: float
-    # Of compiling, apart; nan where a record does not tell: then `train_seconds` contains it.
-    compile_seconds: float
-    selected_on: str
-    measures: dict[str, Mean]  # by the keys of MEASURES
-    quick: bool  # a trial, whose numbers mean nothing
+    metric: Metric  # that arms are ranked by
+    runs: tuple[ArmRecord, ...]  # a seed each, failed ones too
+    reference: str = ""  # the arm that `difference` is against
+    difference: PairedInterval | None = None  # over common seeds; None if there are none
+    no_difference: str = ""  # why there is none, though there is a reference; or ""
+    size_ratio: float = math.nan  # bytes of the size baseline / size_bytes: how many times smaller
 
     @property
-    def method(self) -> str:
+    def finished(self) -> list[ArmRecord]:
+        """The runs that did not fail."""
+        return [run for run in self.runs if run.status == "ok"]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds that finished."""
+        return tuple(sorted(run.seed for run in self.finished))
+
+    @property
+    def failures(self) -> tuple[tuple[int, str], ...]:
+        """`(seed, reason)` of the runs that failed."""
+        failed = [run for run in self.runs if run.status != "ok"]
+        return tuple((run.seed, run.error or "no reason recorded") for run in failed)
+
+    @property
+    def kind(self) -> str:
+        """ "teacher", "student", "KD", "PTQ", "QAT", "QAD", ..."""
+        return _agreed(self.runs, "kind")
+
+    @property
+    def selected_on(self) -> str:
+        """The split that chose the step."""
+        return _agreed(self.runs, "selected_on")
+
+    @property
+    def bits(self) -> str:
+        """ "W4A8"; several where seeds differ, as a search's may."""
+        return ", ".join(distinct(self.finished or self.runs, "bits"))
+
+    @property
+    def quick(self) -> bool:
+        """Returns whether it is a trial, whose numbers mean nothing."""
+        return any(run.quick for run in self.runs)
+
+    @property
+    def family(self) -> str:
         """The arm's name without its bits: the same for an arm of other bits. May be empty."""
         name = re.sub(rf"[\s_\-/.]*{re.escape(self.bits)}", "", self.arm, flags=re.IGNORECASE)
         return name.strip(" _-/.")
 
+    def values(self, field: str) -> dict[int, float]:
+        """Returns a number of each finished seed that has it."""
+        return numbers_by_seed(self.finished, field)
 
-def rows(records: Sequence[Record], size_baseline: str | None = None) -> list[Row]:
+    def mean(self, field: str) -> float:
+        """Returns the mean of a number over the seeds that have it."""
+        return Mean.over(self.values(field).values()).mean
+
+    def mean_of(self, metric: Metric, field: str = "") -> Mean:
+        """Returns the mean of a metric, as it is shown; `field` is its name in records."""
+        return Mean.over(map(metric.shown, self.values(field or metric.name).values()))
+
+    @property
+    def score(self) -> Mean:
+        """The metric on test, at the selected step, as it is shown."""
+        return self.mean_of(self.metric)
+
+    @property
+    def score_last(self) -> Mean:
+        """The same at the last step."""
+        return self.mean_of(self.metric, f"{self.metric.name}_last")
+
+    @property
+    def size_bytes(self) -> float:
+        """Bytes of kdq's packed file."""
+        return self.mean("size_bytes")
+
+    @property
+    def energy_modelled_nj(self) -> float:
+        """Modelled energy of one example; see kdq.deploy.measure.energy."""
+        return self.mean("energy_modelled_nj")
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training; they contain compiling where `compile_seconds` is nan."""
+        return self.mean("train_seconds")
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds of compiling, apart; nan unless all records tell it."""
+        return mean_of_all(self.finished, "compile_seconds")
+
+
+def as_records(records: Records) -> list[ArmRecord]:
+    """Returns records, of which some may be the JSON objects that hold them.
+
+    Raises ConfigError for an object that is no record.
+    """
+    return [
+        record if isinstance(record, ArmRecord) else ArmRecord.from_json(files.plain(record))
+        for record in records
+    ]
+
+
+def rows(
+    records: Records, size_baseline: str | None = None, metric: Metric | None = None
+) -> list[Row]:
     """Aggregates records over seeds: one row an arm, in order of first appearance.
 
     Args:
-      records: one dict an arm and seed.
+      records: one an arm and seed.
       size_baseline: the arm whose size `size_ratio` divides.  None is the arm of kind "teacher"; if
         there is none, or more than one, no ratio is given.
+      metric: that arms are ranked by; None is that of the records' task.
 
     Raises:
       ValueError: no records, two records of one arm and seed, seeds of an arm that disagree about
@@ -79,154 +157,164 @@ def rows(records: Sequence[Record], size_baseline: str | None = None) -> list[Ro
     """
     if not records:
         raise ValueError("report: there are no records")
-    arms: dict[str, dict[int, Record]] = {}
+    records = as_records(records)
+    arms: dict[str, dict[int, ArmRecord]] = {}
     for record in records:
-        seeds = arms.setdefault(record["arm"], {})
-        if record["seed"] in seeds:
-            raise ValueError(f"report: two records of arm {record['arm']!r} seed {record['seed']}")
-        seeds[record["seed"]] = record
-    finished = {
-        arm: {seed: r for seed, r in runs.items() if r["status"] == "ok"}
+        seeds = arms.setdefault(record.arm, {})
+        if record.seed in seeds:
+            raise ValueError(f"report: two records of arm {record.arm!r} seed {record.seed}")
+        seeds[record.seed] = record
+    metric = metric or metric_of_records(records)
+    table = {
+        arm: Row(
+            arm=arm,
+            metric=metric,
+            runs=tuple(runs.values()),
+            reference=_agreed(runs.values(), "reference"),
+        )
         for arm, runs in arms.items()
     }
-    baseline = _baseline_bytes(arms, finished, size_baseline)
-    return [_row(arm, list(runs.values()), finished, baseline) for arm, runs in arms.items()]
+    baseline = _baseline_bytes(table, size_baseline)
+    return [_compared(row, table, baseline) for row in table.values()]
 
 
-def one_seed(table: Sequence[Row]) -> bool:
+def _compared(row: Row, table: Mapping[str, Row], baseline: float) -> Row:
+    """Returns a row with its difference to its reference and its size ratio."""
+    _ = row.kind, row.selected_on  # seeds that disagree are refused
+    other, delta, why = table.get(row.reference), None, ""
+    if other is not None:
+        delta = interval_of(row.values(row.metric.name), other.values(row.metric.name), row.metric)
+    if row.reference and delta is None:
+        if other is None:
+            why = "reference not run"
+        elif not row.seeds:
+            why = "failed"
+        else:
+            why = "no seed in common" if other.seeds else "reference failed"
+    size = row.size_bytes
+    ratio = baseline / size if size else math.nan
+    return dataclasses.replace(row, difference=delta, no_difference=why, size_ratio=ratio)
+
+
+def has_one_seed(table: Sequence[Row]) -> bool:
     """Returns whether no arm has more than one seed, which tables then say once."""
     counts = [len(row.seeds) for row in table]
     return max(counts, default=0) == 1
 
 
 def difference(
-    records: Sequence[Record], arm: str, reference: str, key: str = "accuracy", factor: float = 100
+    records: Records, arm: str, reference: str, metric: Metric | str = ACCURACY
 ) -> PairedInterval:
-    """What an arm has more than another, over the seeds that both finished, with its interval.
+    """Returns what an arm has more than another, over the seeds that both finished.
 
     Args:
-      records: one dict an arm and seed.
+      records: one an arm and seed.
       arm: its name.
       reference: the other's.
-      key: of the number in a record.
-      factor: on it: 100 makes points of accuracies.
+      metric: gives the unit of the difference; a name is that of any number of the records.
 
     Raises:
       ValueError: no seed that both finished with that number.
     """
-    values = {
-        name: _by_seed({r["seed"]: r for r in records if r["arm"] == name}, key, factor)
+    if isinstance(metric, str):
+        metric = Metric(name=metric, scores=())
+    records = as_records(records)
+    of_arm, of_reference = (
+        numbers_by_seed((r for r in records if r.arm == name and r.status == "ok"), metric.name)
         for name in (arm, reference)
-    }
-    a, b = values[arm], values[reference]
-    common = a.keys() & b.keys()
-    if not common:
-        known = ", ".join(dict.fromkeys(r["arm"] for r in records))
-        raise ValueError(
-            f"no seed with {key!r} of both {arm!r} and {reference!r}; the arms are {known}"
-        )
-    return paired_interval({s: a[s] for s in common}, {s: b[s] for s in common})
-
-
-def _row(
-    arm: str, runs: list[Record], finished: dict[str, dict[int, Record]], baseline: float
-) -> Row:
-    done = list(finished[arm].values())
-    reference = _agreed(runs, "reference")
-    difference = None
-    if reference is not None:
-        a, b = _by_seed(finished[arm]), _by_seed(finished.get(reference, {}))
-        common = a.keys() & b.keys()
-        if common:
-            difference = paired_interval({s: a[s] for s in common}, {s: b[s] for s in common})
-    why = _why_none(arm, reference, finished) if reference and not difference else ""
-    size = _mean(done, "size_bytes").mean
-    return Row(
-        arm=arm,
-        kind=_agreed(runs, "kind") or "",
-        bits=", ".join(dict.fromkeys(str(r["bits"]) for r in done or runs if r.get("bits"))),
-        params=_mean(done, "params").mean,
-        seeds=tuple(sorted(finished[arm])),
-        failures=tuple(
-            (r["seed"], str(r.get("error") or "no reason recorded"))
-            for r in runs
-            if r["status"] != "ok"
-        ),
-        accuracy=_mean(done, "accuracy", 100),
-        accuracy_last=_mean(done, "accuracy_last", 100),
-        reference=reference,
-        difference=difference,
-        no_difference=why,
-        agreement=_mean(done, "agreement", 100),
-        kl_to_teacher=_mean(done, "kl_to_teacher"),
-        size_bytes=size,
-        size_ratio=baseline / size if size else math.nan,
-        bops=_mean(done, "bops").mean,
-        energy_modelled_nj=_mean(done, "energy_modelled_nj").mean,
-        train_seconds=_mean(done, "train_seconds").mean,
-        compile_seconds=mean_of_all(done, "compile_seconds"),
-        selected_on=_agreed(runs, "selected_on") or "",
-        measures={key: _mean(done, key, factor) for key, factor in MEASURES.items()},
-        quick=any(record.get("quick") for record in runs),
     )
-
-
-def _why_none(arm: str, reference: str, finished: Mapping[str, Mapping[int, Record]]) -> str:
-    """Returns why two arms have no difference, for a cell of a table."""
-    if reference not in finished:
-        return "reference not run"
-    if not finished[arm]:
-        return "failed"
-    return "no seed in common" if finished[reference] else "reference failed"
-
-
-def _baseline_bytes(
-    arms: dict[str, dict[int, Record]], finished: dict[str, dict[int, Record]], name: str | None
-) -> float:
-    if name is None:
-        teachers = [
-            arm for arm, runs in arms.items() if _agreed(list(runs.values()), "kind") == "teacher"
-        ]
-        if len(teachers) != 1:
-            return math.nan
-        name = teachers[0]
-    if name not in arms:
-        raise ValueError(f"report: size baseline {name!r} is no arm; valid: {', '.join(arms)}")
-    return _mean(list(finished[name].values()), "size_bytes").mean
-
-
-def _agreed(runs: list[Record], key: str):
-    """The one value that all seeds of an arm have; None where none has it."""
-    values = [r[key] for r in runs if r.get(key) is not None]
-    if any(value != values[0] for value in values):
+    interval = interval_of(of_arm, of_reference, metric)
+    if interval is None:
         raise ValueError(
-            f"report: seeds of arm {runs[0]['arm']!r} disagree about {key!r}: "
-            f"{sorted(map(str, set(values)))}"
+            f"no seed with {metric.name!r} of both {arm!r} and {reference!r}; the arms are "
+            f"{', '.join(dict.fromkeys(r.arm for r in records))}"
         )
-    return values[0] if values else None
+    return interval
 
 
-def number(record: Record, key: str) -> float:
-    """A record's number; nan where it is absent, or null as JSON writes a nan."""
-    value = record.get(key)
+def interval_of(
+    a: Mapping[int, float], b: Mapping[int, float], metric: Metric
+) -> PairedInterval | None:
+    """Returns a − b as the metric shows differences, paired by seed; None without common seeds."""
+    common = {seed: metric.difference(a[seed], b[seed]) for seed in a if seed in b}
+    return paired_interval(common, dict.fromkeys(common, 0.0)) if common else None
+
+
+def number(record: ArmRecord, field: str) -> float:
+    """Returns a record's number; nan where it was not measured or has no value."""
+    value = getattr(record, field) if hasattr(record, field) else record.extra.get(field)
     return math.nan if value is None else float(value)
 
 
-def _mean(runs: list[Record], key: str, scale: float = 1) -> Mean:
-    """Over the seeds that have the number: an arm without a teacher has no agreement."""
-    values = [number(r, key) * scale for r in runs]
-    values = [v for v in values if not math.isnan(v)]
-    mean, std = summary(values)
-    return Mean(mean=mean, std=std, n=len(values))
-
-
-def mean_of_all(runs: Sequence[Record], key: str) -> float:
-    """Returns the mean over records; nan unless all of them have the number."""
-    return summary([number(record, key) for record in runs])[0]
-
-
-def _by_seed(
-    runs: dict[int, Record], key: str = "accuracy", factor: float = 100
-) -> dict[int, float]:
-    values = {s: factor * number(r, key) for s, r in runs.items() if r["status"] == "ok"}
+def numbers_by_seed(records: Iterable[ArmRecord], field: str) -> dict[int, float]:
+    """Returns a number of each seed that has it."""
+    values = {record.seed: number(record, field) for record in records}
     return {seed: value for seed, value in values.items() if not math.isnan(value)}
+
+
+def mean_of_all(records: Sequence[ArmRecord], field: str) -> float:
+    """Returns the mean over records; nan unless all of them have the number."""
+    return summary([number(record, field) for record in records])[0]
+
+
+def distinct(records: Iterable[ArmRecord], field: str) -> list[str]:
+    """Returns the texts that records have in a field, once each."""
+    return list(dict.fromkeys(text for r in records if (text := getattr(r, field))))
+
+
+def distinct_text(records: Iterable[ArmRecord], field: str) -> str:
+    """Returns the same as the words of a sentence."""
+    return " and ".join(distinct(records, field)) or "not recorded"
+
+
+Condition = tuple[str, int]  # device, batch size
+Latencies = dict[Condition, dict[str, tuple[Mean, str]]]
+
+
+def timings(record: ArmRecord) -> Iterator[tuple[str, Condition, Mapping[str, Any]]]:
+    """Yields `(format, (device, batch size), times)` of the exported files of a record."""
+    for form, entry in record.exports.items():
+        latency = entry.get("latency") or {}
+        device = (latency.get("conditions") or {}).get("device", "a device that is not recorded")
+        for batch, times in latency.items():
+            if batch.isdigit():
+                yield form, (device, int(batch)), times
+
+
+def latencies(records: Iterable[ArmRecord]) -> Latencies:
+    """Returns {(device, batch): {arm: (milliseconds over seeds, the fastest format)}}."""
+    times: dict[Condition, dict[str, dict[str, list[float]]]] = {}
+    for record in records:
+        for form, condition, entry in timings(record):
+            formats = times.setdefault(condition, {}).setdefault(record.arm, {})
+            formats.setdefault(form, []).append(float(entry["milliseconds"]))
+    fastest = lambda means: min(means, key=lambda pair: pair[0].mean)
+    return {
+        condition: {
+            arm: fastest([(Mean.over(values), form) for form, values in formats.items()])
+            for arm, formats in arms.items()
+        }
+        for condition, arms in sorted(times.items())
+    }
+
+
+def _baseline_bytes(table: Mapping[str, Row], name: str | None) -> float:
+    if name is None:
+        teachers = [arm for arm, row in table.items() if row.kind == "teacher"]
+        if len(teachers) != 1:
+            return math.nan
+        name = teachers[0]
+    if name not in table:
+        raise ValueError(f"report: size baseline {name!r} is no arm; valid: {', '.join(table)}")
+    return table[name].size_bytes
+
+
+def _agreed(runs: Iterable[ArmRecord], field: str) -> str:
+    """Returns the one text that all seeds of an arm have; "" where none has it."""
+    runs = list(runs)
+    values = distinct(runs, field)
+    if len(values) > 1:
+        raise ValueError(
+            f"report: seeds of arm {runs[0].arm!r} disagree about {field!r}: {sorted(values)}"
+        )
+    return values[0] if values else ""

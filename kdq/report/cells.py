@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdq.report.aggregate import Mean
+from kdq.report.aggregate import Mean, Row
 
 ABSENT = "—"
 WIDTH = 120  # characters of a line where there is no terminal to ask
@@ -27,7 +27,7 @@ def escape(text: str) -> str:
 def markdown_grid(
     head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str]
 ) -> list[str]:
-    """The lines of a Markdown table; columns that are named in `left` are aligned there."""
+    """Returns the lines of a Markdown table; columns named in `left` are aligned there."""
     return [
         "| " + " | ".join(head) + " |",
         "|" + "|".join(":--" if name in left else "--:" for name in head) + "|",
@@ -36,21 +36,65 @@ def markdown_grid(
 
 
 def without_count(text: str) -> str:
-    """A text in which it is not said of each number that it is of one seed."""
+    """Returns a text that does not say of each number that it is of one seed."""
     return text.replace(" (n=1)", "").replace(" (one seed)", "")
 
 
-def terminal_grid() -> Table:
-    """An empty table for a terminal."""
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+def terminal_grid(
+    head: Sequence[str] = (), left: Sequence[str] = (), *, overflow: str = "ellipsis"
+) -> Table:
+    """Returns a table for a terminal, with its columns; those named in `left` are aligned there."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in head:
+        grid.add_column(name, justify="left" if name in left else "right", overflow=overflow)
+    return grid
+
+
+def number_cell(value: float, form: str) -> str:
+    """Returns a number; "—" of nan."""
+    return ABSENT if math.isnan(value) else format(value, form)
 
 
 def mean_cell(value: Mean, digits: int = 2) -> str:
-    """Mean and spread; "—" of nothing."""
+    """Returns mean and spread; "—" of nothing."""
     if value.n == 0:
         return ABSENT
     spread = "(n=1)" if value.n == 1 else f"± {value.std:.{digits}f}"
     return f"{value.mean:.{digits}f} {spread}"
+
+
+def score_cell(row: Row) -> str:
+    """Returns mean and spread of an arm's metric, or why there is none."""
+    cell = mean_cell(row.score, row.metric.decimals)
+    if not row.failures:
+        return cell
+    reasons = "; ".join(dict.fromkeys(_first_line(reason) for _, reason in row.failures))
+    total = len(row.failures) + len(row.seeds)
+    failed = f"failed ({len(row.failures)} of {total} seeds): {reasons}"
+    return f"{cell}; {failed}" if row.seeds else failed
+
+
+def _first_line(reason: str, limit: int = 80) -> str:
+    line = reason.strip().splitlines()[0] if reason.strip() else "no reason recorded"
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def difference_cell(row: Row) -> str:
+    """Returns the difference to the reference with its interval, marked where that excludes 0.
+
+    Or why there is none; "—" is of an arm that is compared with no other.
+    """
+    difference = row.difference
+    if difference is None:
+        return row.no_difference or ABSENT
+    # Rounded first: a difference of nothing has one sign.
+    signed = lambda value: row.metric.difference_number(round(value, row.metric.decimals) + 0.0)
+    if difference.n == 1:
+        return f"{signed(difference.mean)} (n=1)"
+    marker = "*" if difference.excludes_zero else ""
+    pairs = f" (n={difference.n})" if difference.n < len(row.seeds) else ""
+    interval = f"[{signed(difference.low)}, {signed(difference.high)}]"
+    return f"{signed(difference.mean)} {interval}{marker}{pairs}"
 
 
 def format_bytes(size: float) -> str:
@@ -72,8 +116,18 @@ def format_energy(nanojoules: float) -> str:
     return f"{nanojoules / 1e6:.3g} mJ"
 
 
+def format_bops(value: float) -> str:
+    """Thousands, millions and so on: 12.3M."""
+    if math.isnan(value):
+        return ABSENT
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g}{unit}"
+    return f"{value:.0f}"
+
+
 def standard_output() -> Console:
-    """Where tables are printed: as wide as the terminal, or as COLUMNS says; else 120."""
+    """Returns where tables are printed: as wide as the terminal, or as COLUMNS says; else 120."""
     console = Console()
     if console.is_terminal:
         return console

@@ -1,4 +1,4 @@
-"""Accuracy against a cost: the front that nothing beats, and where points go so that all show."""
+"""A metric against a cost: the front that nothing beats, and where points go so that all show."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (cost, accuracy) points that no cheaper or equal one beats, by cost."""
+    """Returns indices of the (cost, merit) points that no cheaper or equal one beats, by cost."""
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[i][1] > points[front[-1]][1]:
@@ -14,12 +14,12 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def zoom_floor(accuracies: Sequence[float]) -> float | None:
-    """The accuracy above which a second panel helps; None where one panel is enough.
+def zoom_floor(merits: Sequence[float]) -> float | None:
+    """Returns the merit above which a second panel helps; None where one panel is enough.
 
     Half of the arms or more, and three at least, then share a quarter of the first panel or less.
     """
-    ordered = sorted(accuracies)
+    ordered = sorted(merits)
     if not ordered or ordered[0] == ordered[-1]:
         return None
     quarter = ordered[-1] - (ordered[-1] - ordered[0]) / 4
@@ -30,7 +30,7 @@ def zoom_floor(accuracies: Sequence[float]) -> float | None:
 
 
 def side_by_side(costs: Sequence[float]) -> list[float]:
-    """Costs, with those that markers would cover spread evenly (in log) around their mean.
+    """Returns costs, with those that markers would cover spread evenly (in log) around their mean.
 
     Such are equal within 2%, or within 1% of the logarithmic range of all.
     """

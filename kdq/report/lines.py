@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from kdq import experiment
+from kdq.report.aggregate import number
+from kdq.report.metric import metric_of_records
 
 EVERY = 20.0  # s between two lines of one arm
 LEAST = 3  # arms that must have ended before the time left is estimated, of fewer half
@@ -18,7 +20,7 @@ def named(name: str, seeds: Sequence[int]) -> str:
 
 
 class _Line(experiment.Progress):
-    """What is under way in one process."""
+    """Lines about what is under way in one process."""
 
     def __init__(self, say: Callable[[str], None], begun: dict[experiment.Unit, float]):
         self._say, self._begun = say, begun
@@ -111,8 +113,10 @@ class Lines(_Line):
             if not copied:
                 compiled = record.compile_seconds or 0.0
                 self._paces.append(max(0.0, took - compiled) / weight)
+            metric = metric_of_records([record])
+            score = number(record, f"validation_{metric.name}")
             how = f", copied from {copied}" if copied else f" after {span(took)}"
-            said = f"{100 * record.validation_accuracy:.2f}% on validation{how}"
+            said = f"{metric.text(score)} on validation{how}"
         else:
             reason = str(record.error).removeprefix(f"arm {unit[0]}, seed {unit[1]}: ")
             said = f"FAILED after {span(took)}: {' '.join(reason.split())}"

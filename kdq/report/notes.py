@@ -1,30 +1,36 @@
-"""What a reader must know to use the table: definitions, selection, and the record of the runs."""
+"""Notes below a table: definitions, selection, and where the numbers come from."""
 
 import math
 from collections.abc import Sequence
 
-from kdq.report import Record
-from kdq.report.aggregate import Row, one_seed
+from kdq.record import ArmRecord
+from kdq.report import metric as metrics
+from kdq.report.aggregate import Row, distinct_text, has_one_seed
 
 
-def notes(table: Sequence[Row], records: Sequence[Record]) -> list[str]:
-    """One paragraph a note, as plain text."""
+def notes(table: Sequence[Row], records: Sequence[ArmRecord]) -> list[str]:
+    """Returns one paragraph a note, as plain text."""
+    metric = table[0].metric
+    name, first = metrics.named(metric), metrics.named(metric, first=True)
+    unit = {"%": ", in percent", "": ""}.get(metric.unit, f", in {metric.unit}")
+    best = "highest" if metric.higher_is_better else "lowest"
     missing = [
         f"{row.arm} (against {row.reference}: {row.no_difference})"
         for row in table
         if row.no_difference
     ]
+    uniform = against_uniform(records)
     return [
         *filter(None, [seeds_note(table)]),
-        "Accuracy: on the test split, in percent, mean ± sample standard deviation over seeds, at "
+        f"{first}: on the test split{unit}, mean ± sample standard deviation over seeds, at "
         "the selected step; test data selects nothing.",
-        "Selected on: what chose the step, by the highest accuracy there and, between equals, the "
+        f"Selected on: what chose the step, by the {best} {name} there and, between equals, the "
         "lowest negative log-likelihood. An arm that is only calibrated has nothing to choose.",
-        "Δ: accuracy points above the arm named beside it, paired by seed over the seeds that both "
-        "finished. In brackets the 95% Student-t interval of the mean difference, which one seed "
-        "(n=1) has not; * marks an interval without 0. Each interval stands alone: none is "
-        "corrected for the number of rows.",
-        *([f"Against uniform bits: {said}"] if (said := against_uniform(records)) else []),
+        f"Δ: {metrics.units_phrase(metric)} above the arm named beside it, paired by seed over the "
+        "seeds that both finished. In brackets the 95% Student-t interval of the mean difference, "
+        "which one seed (n=1) has not; * marks an interval without 0. Each interval stands alone: "
+        "none is corrected for the number of rows.",
+        *([f"Against uniform bits: {uniform}"] if uniform else []),
         *([f"No difference for: {', '.join(missing)}."] if missing else []),
         "Size: bytes of the model's file on disk, mean over seeds; 1 KiB is 1024 bytes. Smaller: "
         "the size of the baseline (the teacher, unless another was named) over this one.",
@@ -36,41 +42,43 @@ def notes(table: Sequence[Row], records: Sequence[Record]) -> list[str]:
     ]
 
 
-def against_uniform(records: Sequence[Record]) -> str:
-    """Returns which searches found the bits of the uniform search that they are compared with, and
-    which found others; "" if none is compared."""
+def against_uniform(records: Sequence[ArmRecord]) -> str:
+    """Returns which searches chose the same bits as the uniform search they are compared with.
+
+    "" if none is compared.
+    """
     searches: dict[tuple[str, str], dict[int, bool]] = {}
     for record in records:
-        if uniform := (record.get("search") or {}).get("uniform"):
-            names = record["search"]["name"], uniform["name"]
-            searches.setdefault(names, {})[record["seed"]] = uniform["same"]
-    said = []
+        if uniform := record.search.get("uniform"):
+            names = record.search["name"], uniform["name"]
+            searches.setdefault(names, {})[record.seed] = uniform["same"]
+    parts = []
     for (name, uniform), by_seed in searches.items():
         for same, policy in ((True, "the same policy as"), (False, "another policy than")):
             if seeds := [str(seed) for seed in sorted(by_seed) if by_seed[seed] == same]:
                 word = "seed" if len(seeds) == 1 else "seeds"
-                said.append(f"{name} found {policy} {uniform} with {word} {', '.join(seeds)}")
-    return f"{'; '.join(said)}." if said else ""
+                parts.append(f"{name} found {policy} {uniform} with {word} {', '.join(seeds)}")
+    return f"{'; '.join(parts)}." if parts else ""
 
 
 def compiling_note(table: Sequence[Row]) -> str:
     """Returns where the seconds of compiling are: apart, or in those of training."""
-    said = (
+    apart = (
         "Compile s: of tracing and compiling programs while an arm was calibrated and trained, not "
         "in Train s; arms that share programs, and later runs that find them kept, compile little."
     )
     trained = [row for row in table if row.train_seconds > 0]
     mixed = [row for row in trained if math.isnan(row.compile_seconds)]
     if not mixed:
-        return said
+        return apart
     if len(mixed) == len(trained):
         return "Train s contains compiling, which old records do not tell apart."
     names = ", ".join(row.arm for row in mixed)
-    return f"{said} The Train s of {names} contains it: their records do not tell it apart."
+    return f"{apart} The Train s of {names} contains it: their records do not tell it apart."
 
 
 def quick_note(table: Sequence[Row]) -> str:
-    """Returns what is to be said of the arms of a quick run; "" where there is none."""
+    """Returns a warning of the arms of a quick run; "" where there is none."""
     quick = [row.arm for row in table if row.quick]
     if not quick:
         return ""
@@ -80,41 +88,37 @@ def quick_note(table: Sequence[Row]) -> str:
 
 
 def seeds_note(table: Sequence[Row]) -> str:
-    """Returns what is to be said once where no arm has more than one seed; else ""."""
-    if not one_seed(table):
+    """Returns a sentence where no arm has more than one seed; else ""."""
+    if not has_one_seed(table):
         return ""
     return "One seed of each arm: no spread or interval is known, and small differences are chance."
 
 
-def _provenance(records: Sequence[Record]) -> str:
-    versions: dict[str, list[str]] = {}
+def versions_of(records: Sequence[ArmRecord]) -> dict[str, list[str]]:
+    """Returns {package: versions, in order of appearance}."""
+    versions: dict[str, dict[str, None]] = {}
     for record in records:
-        for package, version in (record.get("versions") or {}).items():
-            known = versions.setdefault(package, [])
-            if str(version) not in known:
-                known.append(str(version))
+        for package, version in record.versions.items():
+            versions.setdefault(package, {})[version] = None
+    return {package: list(each) for package, each in versions.items()}
+
+
+def _provenance(records: Sequence[ArmRecord]) -> str:
+    versions = [f"{name} {' and '.join(each)}" for name, each in versions_of(records).items()]
     parts = [
         f"config digest {_digests(records)}",
-        f"commit {_distinct(records, 'commit')}",
-        "versions "
-        + (", ".join(f"{p} {' and '.join(v)}" for p, v in versions.items()) or "not recorded"),
-        f"device {_distinct(records, 'device')}",
-        f"seeds {', '.join(map(str, sorted({r['seed'] for r in records})))}",
+        f"commit {distinct_text(records, 'commit')}",
+        f"versions {', '.join(versions) or 'not recorded'}",
+        f"device {distinct_text(records, 'device')}",
+        f"seeds {', '.join(map(str, sorted({r.seed for r in records})))}",
     ]
     return "Record: " + "; ".join(parts) + "."
 
 
-def _distinct(records: Sequence[Record], key: str) -> str:
-    values = dict.fromkeys(str(r[key]) for r in records if r.get(key))
-    return " and ".join(values) or "not recorded"
-
-
-def _digests(records: Sequence[Record]) -> str:
-    """The digest that most arms have, then each other one with its arms."""
+def _digests(records: Sequence[ArmRecord]) -> str:
+    """Returns the digest that most arms have, then each other one with its arms."""
     arms: dict[str, dict[str, None]] = {}
     for record in records:
-        arms.setdefault(str(record.get("config_digest") or "not recorded"), {})[record["arm"]] = (
-            None
-        )
+        arms.setdefault(record.config_digest or "not recorded", {})[record.arm] = None
     most, *others = sorted(arms, key=lambda digest: -len(arms[digest]))
     return ", but ".join([most, *(f"{digest} for {', '.join(arms[digest])}" for digest in others)])

@@ -21,7 +21,7 @@ from kdq.report.lines import Lines, named
 
 @contextlib.contextmanager
 def reporter(console: Console | None = None) -> Iterator[experiment.Progress]:
-    """What to give `kdq.experiment.run` as its `progress`.
+    """Yields the `progress` to give to `kdq.experiment.run`.
 
     On a terminal: a bar for the experiment and one for the arm, or for each that is under way.
     Elsewhere (a pipe, a log file, CI): a line where an arm ends, and now and then while it lasts.
@@ -50,32 +50,32 @@ def reporter(console: Console | None = None) -> Iterator[experiment.Progress]:
 
 
 class _Bar(experiment.Progress):
-    """What is under way in one process."""
+    """A bar of what is under way in one process."""
 
     def __init__(self, bars: Progress):
         self._bars = bars
         self._steps = bars.add_task("", total=None, visible=False)
 
     def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
-        self._begin(named(name, seeds), steps, visible=steps > 0)
+        self._reset(named(name, seeds), steps, visible=steps > 0)
 
     def step(self, step: int) -> None:
         self._bars.update(self._steps, completed=step)
 
     def stage(self, description: str, done: int, total: int) -> None:
         if done == 0:
-            self._begin(description, total)
+            self._reset(description, total)
         self._bars.update(self._steps, completed=done)
 
     def search(self, name: str, seed: int, evaluations: int) -> None:
         self._searching = named(name, [seed])
-        self._begin(self._searching, evaluations)
+        self._reset(self._searching, evaluations)
 
     def evaluated(self, count: int, best: str) -> None:
         description = f"{self._searching}: best {best}"
         self._bars.update(self._steps, completed=count, description=description)
 
-    def _begin(self, description: str, total: int, visible: bool = True) -> None:
+    def _reset(self, description: str, total: int, visible: bool = True) -> None:
         self._bars.reset(self._steps, total=total, description=description, visible=visible)
 
 

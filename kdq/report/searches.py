@@ -1,17 +1,19 @@
-"""What searches found: policies layer by layer, and methods against each other at each budget."""
+"""Searches: policies layer by layer, and methods against each other at each budget."""
 
-import collections
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
 
-from kdq.evaluate.statistics import summary
-from kdq.report import Record, notes
-from kdq.report.aggregate import Mean, Row
+from kdq.record import ArmRecord
+from kdq.report import metric as metrics
+from kdq.report import notes
+from kdq.report.aggregate import Mean, Records, Row, as_records
 from kdq.report.cells import (
     ABSENT,
+    difference_cell,
     escape,
     format_bytes,
     markdown_grid,
@@ -19,113 +21,107 @@ from kdq.report.cells import (
     standard_output,
     terminal_grid,
 )
-from kdq.report.table import difference_cell
 from kdq.search.cost import CostTable
 from kdq.search.spaces import DISTILLED
 
+Result = Mapping[str, Any]  # of a search, as a record has it
+STAGES = ("ptq", "qad")
+HEAD = ("Search", "Evaluations", "Seconds", "Objective", "Size", "PTQ", "Δ PTQ", "QAD", "Δ QAD")
 
-def print_policies(records: Sequence[Record]) -> None:
-    """Prints each search's choice, a column a seed, with its costs and scores, and what the best
-    uniform bits under the same budgets have."""
-    console = standard_output()
-    searches = _searches(records)
-    compared = {_uniform(one).get("name") for found in searches.values() for one in found.values()}
-    for name, found in searches.items():
+
+def print_policies(records: Records) -> None:
+    """Prints each search's choice, a column a seed, with its costs and scores.
+
+    Beside it stands what the best uniform bits under the same budgets have.
+    """
+    records = as_records(records)
+    console, searches = standard_output(), _results(records)
+    compared = {_uniform(r).get("name") for results in searches.values() for r in results.values()}
+    for name, results in searches.items():
         if name in compared:
             continue  # it stands beside the other
-        seeds = sorted(found)
-        grid = terminal_grid()
-        for title in (name, *(f"seed {seed}" for seed in seeds)):
-            grid.add_column(title, justify="left")
-        for row in _policy_rows([found[seed] for seed in seeds]):
+        seeds = sorted(results)
+        head = (name, *(f"seed {seed}" for seed in seeds))
+        grid = terminal_grid(head, head)
+        for row in _policy_rows([results[seed] for seed in seeds]):
             grid.add_row(*row)
         console.print(grid)
-    if said := notes.against_uniform(records):
-        console.print(Text(said))
+    if note := notes.against_uniform(records):
+        console.print(Text(note))
 
 
 def print_costs(table: CostTable) -> None:
     """Prints a cost table, a grid a metric."""
     console = standard_output()
-    for metric, own in table.metrics.items():
-        labels = list(dict.fromkeys(bits for of in own.layers.values() for bits in of))
-        grid = terminal_grid()
-        grid.add_column(metric)
-        for bits in labels:
-            grid.add_column(bits or "float", justify="right")
-        for path, of in own.layers.items():
-            grid.add_row(path, *(f"{of[b]:.5g}" if b in of else ABSENT for b in labels))
-        grid.add_row("beside layers", f"{own.constant:.5g}", *[""] * (len(labels) - 1))
+    for metric, costs in table.metrics.items():
+        labels = list(dict.fromkeys(bits for layer in costs.layers.values() for bits in layer))
+        grid = terminal_grid((metric, *(bits or "float" for bits in labels)), (metric,))
+        for path, layer in costs.layers.items():
+            grid.add_row(path, *(f"{layer[b]:.5g}" if b in layer else ABSENT for b in labels))
+        grid.add_row("beside layers", f"{costs.constant:.5g}", *[""] * (len(labels) - 1))
         console.print(grid)
     if table.conditions:
         console.print(", ".join(f"{k} {v}" for k, v in table.conditions.items()))
 
 
-def _searches(records: Sequence[Record]) -> dict[str, dict[int, Record]]:
-    """{search: {seed: a record with what it found}}."""
-    found: dict[str, dict[int, Record]] = {}
+def _results(records: Sequence[ArmRecord]) -> dict[str, dict[int, Result]]:
+    """Returns {search: {seed: its result}}."""
+    results: dict[str, dict[int, Result]] = {}
     for record in records:
-        if record.get("search"):
-            found.setdefault(record["search"]["name"], {})[record["seed"]] = record
-    return found
+        if record.search:
+            results.setdefault(record.search["name"], {})[record.seed] = record.search
+    return results
 
 
-def _policy_rows(found: Sequence[Record]) -> Iterable[list[str]]:
-    chosen = [record["search"]["chosen"] for record in found]
-    for name in dict.fromkeys(name for one in chosen for name in one):
-        yield [name, *(one.get(name, ABSENT) or "float" for one in chosen)]
-    told = [record["search"] for record in found]
-    for metric in told[0]["limits"]:
-        cost = [{**one["costs"], **one["measured"]}[metric] for one in told]
-        limits = [one["limits"][metric] for one in told]
-        pairs = zip(cost, limits, strict=True)
-        yield [metric, *(f"{c:.4g} of {limit:.4g}" for c, limit in pairs)]
-    objective = told[0]["objective"]
-    yield [f"{objective}, held out", *(f"{one['scores'][objective]:.4g}" for one in told)]
-    if any(_uniform(record) for record in found):
-        uniform = [_uniform(record) for record in found]
-        yield [f"{objective}, uniform bits", *(_score(one, objective) for one in uniform)]
-        yield ["uniform bits", *(_bits(one) for one in uniform)]
-    yield ["evaluations", *(str(_evaluations(one)) for one in told)]
-    yield ["seconds", *(f"{_seconds(one):.1f}" for one in told)]
+def _policy_rows(results: Sequence[Result]) -> Iterable[list[str]]:
+    for name in dict.fromkeys(name for result in results for name in result["chosen"]):
+        yield [name, *(result["chosen"].get(name, ABSENT) or "float" for result in results)]
+    for metric in results[0]["limits"]:
+        costs = [{**result["costs"], **result["measured"]}[metric] for result in results]
+        limits = [result["limits"][metric] for result in results]
+        pairs = zip(costs, limits, strict=True)
+        yield [metric, *(f"{cost:.4g} of {limit:.4g}" for cost, limit in pairs)]
+    objective = results[0]["objective"]
+    yield [f"{objective}, held out", *(_score(result, objective) for result in results)]
+    if any(map(_uniform, results)):
+        uniform = [_uniform(result) for result in results]
+        yield [f"{objective}, uniform bits", *(_score(result, objective) for result in uniform)]
+        yield ["uniform bits", *map(_bits, uniform)]
+    yield ["evaluations", *(str(_evaluations(result)) for result in results)]
+    yield ["seconds", *(f"{_seconds(result):.1f}" for result in results)]
 
 
-def _uniform(record: Record) -> Mapping[str, Any]:
-    """Returns what a record says of the best uniform bits; nothing, if it does not."""
-    return record["search"].get("uniform") or {}
+def _uniform(result: Result) -> Result:
+    """Returns what a search says of the best uniform bits; nothing, if it does not."""
+    return result.get("uniform") or {}
 
 
-def _score(uniform: Mapping[str, Any], objective: str) -> str:
-    return f"{uniform['scores'][objective]:.4g}" if uniform else ABSENT
+def _score(result: Result, objective: str) -> str:
+    return f"{result['scores'][objective]:.4g}" if result else ABSENT
 
 
-def _bits(uniform: Mapping[str, Any]) -> str:
-    """Returns the bits that most layers have, the others by layer, and whether they are the same
-    policy as what was found."""
+def _bits(uniform: Result) -> str:
+    """Returns the bits of most layers, the others by layer, and if the policy is the same."""
     if not uniform:
         return ABSENT
     chosen = uniform["chosen"].items()
     layers = {k: v for k, v in chosen if k != "student" and not k.startswith(DISTILLED)}
-    ((most, _),) = collections.Counter(layers.values()).most_common(1)
+    ((most, _),) = Counter(layers.values()).most_common(1)
     others = [f"{path} {bits or 'float'}" for path, bits in layers.items() if bits != most]
-    said = f"{most or 'float'}{', but ' if others else ''}{', '.join(others)}"
-    return f"{said}: the same policy" if uniform["same"] else said
+    text = f"{most or 'float'}{', but ' if others else ''}{', '.join(others)}"
+    return f"{text}: the same policy" if uniform["same"] else text
 
 
-def _evaluations(told: Mapping) -> int:
-    return told["evaluations"] + told["sensitivity_evaluations"]
+def _evaluations(result: Result) -> int:
+    return result["evaluations"] + result["sensitivity_evaluations"]
 
 
-def _seconds(told: Mapping) -> float:
-    return told["prepare_seconds"] + told["seconds"]
+def _seconds(result: Result) -> float:
+    return result["prepare_seconds"] + result["seconds"]
 
 
-STAGES = ("ptq", "qad")
-HEAD = ("Search", "Evaluations", "Seconds", "Objective", "Size", "PTQ", "Δ PTQ", "QAD", "Δ QAD")
-
-
-def markdown(records: Sequence[Record], table: Sequence[Row]) -> str:
-    """A study of searches, a part a budget; "" if there is none.
+def markdown(records: Records, table: Sequence[Row]) -> str:
+    """Returns a study of searches, a part a budget; "" if there is none.
 
     Its searches have two arms each, by their name with "_ptq" and "_qad" after it.
 
@@ -133,60 +129,57 @@ def markdown(records: Sequence[Record], table: Sequence[Row]) -> str:
       records: of all arms.
       table: the same, aggregated.
     """
-    arms = {row.arm: row for row in table}
-    found = {
-        name: by_seed
-        for name, by_seed in _searches(records).items()
+    records, arms = as_records(records), {row.arm: row for row in table}
+    searches = {
+        name: results
+        for name, results in _results(records).items()
         if all(f"{name}_{stage}" in arms for stage in STAGES)
     }
     budgets: dict[str, list[str]] = {}
-    for name, by_seed in found.items():
-        budgets.setdefault(_budget(by_seed), []).append(name)
+    for name, results in searches.items():
+        # A share of what the student costs differs from seed to seed: those of the first.
+        limits = results[min(results)]["limits"].items()
+        budget = ", ".join(f"{metric} ≤ {limit:.4g}" for metric, limit in limits)
+        budgets.setdefault(budget, []).append(name)
     lines = []
     for budget, names in budgets.items():
         if len(names) > 1:
-            cells = [_cells(name, found[name], arms) for name in names]
+            cells = [_cells(name, list(searches[name].values()), arms) for name in names]
             lines += ["", f"**{escape(budget)}**", "", *markdown_grid(HEAD, cells, ("Search",))]
     if not lines:
         return ""
-    reference = dict.fromkeys(
-        row.reference for name in found for row in [arms[f"{name}_ptq"]] if row.reference
+    baselines = dict.fromkeys(arms[f"{name}_ptq"].reference for name in searches)
+    note = notes.against_uniform(records)
+    tail = ["", escape(note)] if note else []
+    intro = _intro(table[0], filter(None, baselines), searches)
+    return "\n".join([intro, *lines, *tail, ""])
+
+
+def _intro(row: Row, baselines: Iterable[str], searches: Mapping[str, Mapping[int, Result]]) -> str:
+    results = [result for by_seed in searches.values() for result in by_seed.values()]
+    apart = all("compile_seconds" in result for result in results)
+    compiling = "without compiling" if apart else "compiling included where records are old"
+    name, unit = metrics.named(row.metric), row.metric.unit
+    return (
+        f"Test {name}, {'percent' if unit == '%' else unit}, mean ± standard deviation over "
+        "seeds, calibrated (PTQ) and "
+        "after the same training (QAD); Δ is to the same arm of the baseline "
+        f"({escape(', '.join(baselines))}, ...), paired by seed, with a 95% interval; \\* "
+        "excludes 0. Objective: what policies are chosen by, on validation. Evaluations count "
+        "those of sensitivities; seconds are of the search, calibration at each choice too "
+        f"where it was the first of its seed, {compiling}."
     )
-    return "\n".join(
-        [
-            "Test accuracy, percent, mean ± standard deviation over seeds, calibrated (PTQ) and "
-            "after the same training (QAD); Δ is to the same arm of the baseline "
-            f"({escape(', '.join(reference))}, ...), paired by seed, with a 95% interval; \\* "
-            "excludes 0. Objective: what policies are chosen by, on validation. Evaluations count "
-            "those of sensitivities; seconds are of the search, calibration at each choice too "
-            f"where it was the first of its seed, {_compiling(found)}.",
-            *lines,
-            *(["", f"{escape(said)}"] if (said := notes.against_uniform(records)) else []),
-            "",
-        ]
-    )
 
 
-def _compiling(found: Mapping[str, Mapping[int, Record]]) -> str:
-    told = [record["search"] for by_seed in found.values() for record in by_seed.values()]
-    apart = all("compile_seconds" in one for one in told)
-    return "without compiling" if apart else "compiling included where records are old"
-
-
-def _budget(by_seed: Mapping[int, Record]) -> str:
-    """Limits in words; of a share of what the student costs, those of the first seed."""
-    told = by_seed[min(by_seed)]["search"]
-    return ", ".join(f"{metric} ≤ {limit:.4g}" for metric, limit in told["limits"].items())
-
-
-def _cells(name: str, by_seed: Mapping[int, Record], arms: Mapping[str, Row]) -> list[str]:
-    told = [record["search"] for record in by_seed.values()]
-    of = [arms[f"{name}_{stage}"] for stage in STAGES]
-    scores = [one["scores"][one["objective"]] for one in told]
-    score = Mean(**dict(zip(("mean", "std"), summary(scores), strict=True)), n=len(scores))
-    cells = [escape(name), f"{statistics.fmean(map(_evaluations, told)):.0f}"]
-    cells += [f"{statistics.fmean(map(_seconds, told)):.1f}", mean_cell(score, 4)]
-    cells.append(format_bytes(of[0].size_bytes))
-    for row in of:
-        cells += [mean_cell(row.accuracy), escape(difference_cell(row))]
+def _cells(name: str, results: Sequence[Result], arms: Mapping[str, Row]) -> list[str]:
+    stages = [arms[f"{name}_{stage}"] for stage in STAGES]
+    cells = [
+        escape(name),
+        f"{statistics.fmean(map(_evaluations, results)):.0f}",
+        f"{statistics.fmean(map(_seconds, results)):.1f}",
+        mean_cell(Mean.over(result["scores"][result["objective"]] for result in results), 4),
+        format_bytes(stages[0].size_bytes),
+    ]
+    for row in stages:
+        cells += [mean_cell(row.score, row.metric.decimals), escape(difference_cell(row))]
     return cells

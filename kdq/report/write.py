@@ -1,23 +1,22 @@
 """Writes everything that a finished experiment reports."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from kdq.files import plain, write_atomic, write_json
-from kdq.report import Record, pivot, searches, table
+from kdq.record import ArmRecord
+from kdq.report import pivot, searches, table
+from kdq.report.aggregate import Records
 from kdq.report.cells import standard_output
 
 PAGE, TABLES = "report.html", ("table.md", "table.csv", "table.tex")  # files of a report
 
 
 def write_report(
-    records: Sequence[Record],
-    workdir: str | os.PathLike[str],
-    console: Console | None = None,
+    records: Records, workdir: str | os.PathLike[str], console: Console | None = None
 ) -> None:
     """Writes results.json and the page with its tables and plots to `workdir`; prints the table.
 
@@ -27,26 +26,27 @@ def write_report(
     searches.md, where searches compete.
 
     Args:
-      records: one dict an arm and seed, as in the package's docstring.
+      records: one an arm and seed.
       workdir: made if it does not exist; each file is replaced atomically.
       console: where the table is printed; None is the standard output.
 
     Raises:
       ValueError: see `kdq.report.table.rows`; nothing is written then.
-      TypeError: a record holds something that JSON has no word for.
+      TypeError: a record is not JSON-serialisable.
     """
     # A program that only may have to report should not wait for the charts' library to load.
-    from kdq.report.page import read, write  # noqa: PLC0415
+    from kdq.report import workdirs  # noqa: PLC0415
+    from kdq.report.page import publish  # noqa: PLC0415
 
     workdir = Path(workdir)
-    summary = table.rows(records)
-    documents = plain(list(records))
+    documents = [r.to_json() if isinstance(r, ArmRecord) else plain(r) for r in records]
+    summary = table.rows(documents)
     write_json(workdir / "results.json", documents)
     if by_width := pivot.markdown(summary):
         write_atomic(workdir / "pivot.md", by_width.encode())
-    if study := searches.markdown(records, summary):
+    if study := searches.markdown(documents, summary):
         write_atomic(workdir / "searches.md", study.encode())
-    write.write([read.of_records(documents, workdir)], workdir)
+    publish.write([workdirs.workdir_of_records(documents, workdir)], workdir)
     console = console or standard_output()
     table.print_table(summary, console)
     print_places(workdir, console)

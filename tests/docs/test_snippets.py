@@ -88,7 +88,7 @@ def folder(tmp_path_factory, digits_config):
         made.quantize.update(keep=("dense_0", "head"), fixed_scales=("dense_0/activations",))
         workdir = folder / "runs" / "digits"
         records = experiment.run(config.freeze(made), workdir, arms=DIGITS_RUN)
-        write.write_report([record.to_json() for record in records], workdir)
+        write.write_report(records, workdir)
         experiment.export(workdir, "qad_w4a4_kd", formats=("onnx",), out=folder / "exported")
     return folder
 

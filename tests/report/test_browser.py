@@ -7,7 +7,8 @@ import re
 import pytest
 import workdirs
 
-from kdq.report.page import read, write
+from kdq.report.page import publish
+from kdq.report.workdirs import read_workdirs
 
 EVIL = {
     "teacher": {"kind": "teacher"},
@@ -19,7 +20,7 @@ EVIL = {
 
 
 def report(out, *folders):
-    return write.write(read.folders([str(folder) for folder in folders]), out)
+    return publish.write(read_workdirs([str(folder) for folder in folders]), out)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_names_are_text_and_what_is_missing_is_said(visit, tmp_path):
     text = page.locator("main").inner_text()
     assert "broken, seed 0: <b>bold</b> {{ 1 }}" in text
     assert "evil/cut/0/result.json can't be read as JSON" in text
-    assert "ece='much' is left out, as it is no number" in text
+    assert "left out ece='much': expected float" in text
     assert "No quantized arm has details by layer." in text
     assert "details.json is not there" in text
     assert page.locator(".chart svg.marks").count() > 0

@@ -9,8 +9,9 @@ from scipy import stats
 
 from kdq.fields import ConfigError
 from kdq.report.advisor import constraints as limits
-from kdq.report.advisor import evidence
 from kdq.report.advisor.constraints import Constraints, fit, nearest, rank
+from kdq.report.advisor.study import studies
+from kdq.report.workdirs import read_evidence
 
 DATA = {"train": "a", "validation": "b", "test": "c"}
 
@@ -38,7 +39,7 @@ def exported(**formats):
 def study(tmp_path, records):
     path = tmp_path / "runs.json"
     path.write_text(json.dumps(records))
-    (found,) = evidence.studies(evidence.read([], [str(path)]))
+    (found,) = studies(read_evidence([], [str(path)]))
     return found
 
 
@@ -179,10 +180,10 @@ def test_nearest_miss(tmp_path):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"max_size_kib": -1.0}, "--max_size_kib=-1.0: want a number above 0"),
+        ({"max_size_kib": -1.0}, "--max_size_kib=-1.0: expected a number above 0"),
         ({"max_latency_ms": math.inf}, "--max_latency_ms=inf"),
-        ({"min_accuracy": 101.0}, "--min_accuracy=101.0: want 0 to 100"),
-        ({"batch": 0}, "--batch=0: want at least 1"),
+        ({"min_accuracy": 101.0}, "--min_accuracy=101.0: expected 0 to 100"),
+        ({"batch": 0}, "--batch=0: expected at least 1"),
         ({"integers": "4"}, "unknown --integers: '4'; valid: none, 8, sub8"),
     ],
 )

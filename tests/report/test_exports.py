@@ -11,7 +11,7 @@ def _record(arm, seed, **entry):
 
 def test_means_over_seeds_by_hand():
     timed = lambda ms, ratio: {
-        "conditions": {},
+        "conditions": {"device": "cpu"},
         "64": {"milliseconds": ms, "ratio": ratio, "quartiles": [1, 2]},
     }
     common = {"argmax_agreement": 1.0}

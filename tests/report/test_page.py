@@ -16,24 +16,25 @@ import workdirs
 from kdq import config
 from kdq.experiment import plan
 from kdq.fields import ConfigError
-from kdq.report.advisor import evidence
+from kdq.record import ArmRecord
 from kdq.report.advisor.constraints import Constraints
 from kdq.report.advisor.rules import METHODS
 from kdq.report.page import (
     build,
     combine,
+    details,
     draw,
     methods,
-    read,
+    publish,
     section,
     tables,
     tradeoff,
-    write,
 )
+from kdq.report.workdirs import read_evidence, read_workdirs
 
 
 def experiments(*folders):
-    return combine.experiments(read.folders([str(folder) for folder in folders]))
+    return combine.combine(read_workdirs([str(folder) for folder in folders]))
 
 
 def test_seeds_of_the_same_arms_are_put_together(tmp_path):
@@ -75,7 +76,7 @@ def test_latencies_of_two_devices_are_two_columns_and_two_charts(tmp_path):
     for one in found:
         one["exports"] = {"onnx": latency(f"device {one['seed']}", 1.0 + one["seed"])}
     (experiment,) = experiments(workdirs.write(tmp_path / "run", found))
-    grid = tables.results(experiment)
+    grid = tables.results_grid(experiment)
     heads = ["Batch 1, ms (device 0)", "Batch 1, ms (device 1)"]
     assert [head for head in grid.head if head.startswith("Batch")] == heads
     first = grid.rows[0]
@@ -83,7 +84,7 @@ def test_latencies_of_two_devices_are_two_columns_and_two_charts(tmp_path):
         "1.000 (n=1) onnx",
         "2.000 (n=1) onnx",
     ]
-    charts = section.section(experiment, Constraints()).charts["fronts"]
+    charts = section.build_section(experiment, Constraints()).charts["fronts"]
     assert [c.title for c in charts if "latency" in c.title] == [
         f"Accuracy against latency of a batch of 1, ms, on device {i}" for i in (0, 1)
     ]
@@ -136,28 +137,27 @@ def test_a_field_of_another_type_is_left_out_of_the_page_and_refused_by_advice(t
     found = workdirs.records((0,))
     found[0][field] = HOSTILE[field]
     path = str(workdirs.write(tmp_path / "run", found))
-    (folder,) = read.folders([path])
+    (folder,) = read_workdirs([path])
     (problem,) = [text for text in folder.problems if f"{field}=" in text]
-    assert "is left out, as" in problem
-    write.write(read.folders([path]), tmp_path / "out")
+    assert "left out" in problem
+    publish.write(read_workdirs([path]), tmp_path / "out")
     with pytest.raises(ConfigError, match=rf"record \d+ .*{field}=.*: expected "):
-        evidence.read([path], [])
+        read_evidence([path], [])
 
 
-def test_an_integer_that_a_chart_can_not_hold_is_left_out():
+def test_an_integer_that_a_chart_can_not_hold_becomes_a_float():
     (record,) = workdirs.records((0,))[:1]
-    assert read.cleaned(record | {"bops": 2**63 - 1})[0]["bops"] == 2**63 - 1
-    kept, ((field, reason),) = read.cleaned(record | {"bops": 2**63})
-    assert "bops" not in kept
-    assert (field.partition("=")[0], reason) == ("bops", "it is no number")
+    for bops, kind in ((2**63 - 1, int), (2**63, float)):
+        kept = ArmRecord.from_json(record | {"bops": bops}).bops
+        assert (kept, type(kept)) == (bops, kind)
 
 
 def test_a_config_whose_arms_are_no_objects_is_none(tmp_path):
     path = workdirs.write(tmp_path / "run", workdirs.records((0,)))
     (path / "config.json").write_text('{"arms": {"teacher": 5}}')
-    assert read.folders([str(path)])[0].config is None
+    assert read_workdirs([str(path)])[0].config is None
     with pytest.raises(ConfigError, match=r"config.json is no config of an experiment"):
-        evidence.read([str(path)], [])
+        read_evidence([str(path)], [])
 
 
 def test_curves_keep_numbers_that_a_chart_can_hold(tmp_path):
@@ -168,16 +168,16 @@ def test_curves_keep_numbers_that_a_chart_can_hold(tmp_path):
         '{"step": 3, "loss": [0.5]}',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert read.curve(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 3}]
+    assert details.read_curve(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 3}]
 
 
 def test_curves_that_are_devices_are_not_read(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
-    assert read.curve(tmp_path) == []
+    assert details.read_curve(tmp_path) == []
 
 
 MISTAKES = {
-    "nothing": ((), "want --workdirs=RUNS"),
+    "nothing": ((), "expected --workdirs=RUNS"),
     "no run": (("empty",), "empty holds no ARM/SEED/result.json of a finished arm"),
     "nowhere": (("nowhere",), "nowhere holds no ARM/SEED/result.json"),
     "twice": (("run", "run"), "a folder is given twice"),
@@ -193,7 +193,7 @@ def test_mistakes_are_one_line(tmp_path, mistake):
     (tmp_path / "cut" / "a" / "0" / "result.json").write_bytes(b"\xff{")
     names, message = MISTAKES[mistake]
     with pytest.raises(ConfigError) as error:
-        read.folders([str(tmp_path / name) for name in names])
+        read_workdirs([str(tmp_path / name) for name in names])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -206,7 +206,7 @@ def test_details_of_another_shape_are_named_and_not_used(tmp_path, content):
     folder = workdirs.write(tmp_path / "run", workdirs.records((0,)))
     (folder / "qad_w4a4" / "0" / "details.json").write_text(content)
     (experiment,) = experiments(folder)
-    found = section.section(experiment, Constraints())
+    found = section.build_section(experiment, Constraints())
     assert "qad_w4a4" not in found.layers
     assert "qat_w4a4" in found.layers
     assert any("qad_w4a4/0/details.json" in text for text in found.problems)
@@ -218,7 +218,7 @@ def test_the_comparison_is_of_the_arm_that_is_best_on_validation(tmp_path):
     found += [workdirs.record("qad_w2a2", s, **better, validation_accuracy=0.99) for s in (0, 1, 2)]
     arms = {**workdirs.ARMS, "qad_w2a2": better}
     (experiment,) = experiments(workdirs.write(tmp_path / "run", found, arms=arms))
-    rows = dict(section.section(experiment, Constraints()).comparison)
+    rows = dict(section.build_section(experiment, Constraints()).comparison)
     cells = {name: dict(zip(methods.ABOUT, own, strict=True)) for name, own in rows.items()}
     assert cells["Arm shown"]["QAD"] == "qad_w2a2: W2A2, 1,000 parameters"
     assert cells["Accuracy kept, test"]["QAD"].startswith("50.00 ± 0.00%")
@@ -239,7 +239,7 @@ def test_training_cost_of_old_records_says_that_it_contains_compiling(tmp_path):
     old = [{k: v for k, v in r.items() if k != "compile_seconds"} for r in workdirs.records((0,))]
     old = [{**r, "calibration_seconds": 0.25} if r["kind"] == "PTQ" else r for r in old]
     (experiment,) = experiments(workdirs.write(tmp_path / "run", old))
-    costs = dict(section.section(experiment, Constraints()).comparison)["Training cost"]
+    costs = dict(section.build_section(experiment, Constraints()).comparison)["Training cost"]
     kd, ptq = costs[:2]
     assert kd.startswith("3.0 s of training, with what it starts from; compiling included, as old")
     assert "; 0.25 s of calibration; compiling included, as old" in ptq
@@ -247,11 +247,11 @@ def test_training_cost_of_old_records_says_that_it_contains_compiling(tmp_path):
 
 def test_how_far_is_the_smallest_file_near_the_teacher(tmp_path):
     (experiment,) = experiments(workdirs.write(tmp_path / "run", workdirs.records()))
-    first, *others = section.section(experiment, Constraints()).answer
+    first, *others = section.build_section(experiment, Constraints()).answer
     assert first.startswith("QAD, W4A4, is as far as one can go: qad_w4a4 is the smallest file")
     assert "within 1 point of the teacher on validation. 4.3 KiB" in first
     assert not any(text.startswith("Use ") for text in others)  # nothing was asked for
-    limited = section.section(experiment, Constraints(max_size_kib=5)).answer
+    limited = section.build_section(experiment, Constraints(max_size_kib=5)).answer
     assert limited[0].startswith("Use ")
     assert limited[-2:] == [first, others[-1]]
     said = " ".join([first, *others, *limited])
@@ -265,7 +265,7 @@ def test_tables_hold_the_same_numbers_and_break_nothing(tmp_path):
     found[1]["accuracy"] = math.nan
     out = tmp_path / "out"
     folder = workdirs.write(tmp_path / "run", found, arms=odd)
-    write.write(read.folders([str(folder)]), out)
+    publish.write(read_workdirs([str(folder)]), out)
     lines = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
     assert [line["arm"] for line in lines] == ["teacher", "'=a|b & 100%_x", "lost"]
     assert [line["accuracy_percent"] for line in lines] == ["90", "", ""]
@@ -285,7 +285,7 @@ def test_tables_hold_the_same_numbers_and_break_nothing(tmp_path):
 
 def test_the_page_forbids_the_network_and_scripts_of_others(tmp_path):
     folder = workdirs.write(tmp_path / "run", workdirs.records((0,)))
-    text = write.write(read.folders([str(folder)]), tmp_path / "out").read_text()
+    text = publish.write(read_workdirs([str(folder)]), tmp_path / "out").read_text()
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
     policy = html.unescape(policy)
     assert policy.startswith("default-src 'none'")
@@ -299,14 +299,14 @@ def test_records_that_are_too_many_lose_their_matrices_and_that_is_said(tmp_path
     for i, one in enumerate(found):
         one["cka"] = {f"layer {j}": math.sin(i + j) for j in range(200)}
     (experiment,) = experiments(workdirs.write(tmp_path / "run", found))
-    sections = [section.section(experiment, Constraints())]
-    assert build._records(sections)[1] == ()
+    sections = [section.build_section(experiment, Constraints())]
+    assert build._pack_records(sections)[1] == ()
     monkeypatch.setattr(build, "RECORDS_BYTES", 6000)
-    packed, left_out = build._records(sections)
+    packed, left_out = build._pack_records(sections)
     assert "cka" in left_out
     assert 0 < len(packed) <= 6000
     monkeypatch.setattr(build, "RECORDS_BYTES", 10)
-    assert build._records(sections) == ("", ("all of it",))
+    assert build._pack_records(sections) == ("", ("all of it",))
 
 
 def test_a_saved_config_is_the_experiment_that_was_run(tiny_config, tmp_path):
@@ -330,7 +330,7 @@ def point(arm, size, accuracy, **fields):
         "high": None,
         "tip": {"Arm": arm},
     }
-    return {**base, "arm": arm, "size": size, "accuracy": accuracy, **fields}
+    return {**base, "arm": arm, "size": size, "score": accuracy, **fields}
 
 
 def test_arms_without_a_cost_or_a_number_are_not_drawn_and_collapsed_ones_get_a_panel():
@@ -368,20 +368,20 @@ def test_details_of_other_types_are_named_and_not_used(tmp_path, place, value):
     folder = workdirs.write(tmp_path / "run", workdirs.records((0,)))
     path = folder / "qad_w4a4" / "0" / "details.json"
     document = workdirs.details(4)
-    assert read.details(path.parent)[1] == ""
+    assert details.read_details(path.parent)[1] == ""
     inner = document
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = value
     path.write_text(json.dumps(document))
-    assert "is no file of details" in read.details(path.parent)[1]
+    assert "is no file of details" in details.read_details(path.parent)[1]
 
 
 def test_a_run_without_a_config_or_details_says_what_is_missing(tmp_path):
     folder = workdirs.write(tmp_path / "run", workdirs.records((0,)), with_details=False)
     (folder / "config.json").unlink()
     (experiment,) = experiments(folder)
-    found = section.section(experiment, Constraints())
+    found = section.build_section(experiment, Constraints())
     assert any("config.json is not there" in text for text in found.problems)
     assert "--config=CONFIG" in found.commands["kd"]
     for part in ("layers", "calibration", "confusions", "attributions"):

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kdq.record import ArmRecord
 from kdq.report.aggregate import difference
 from kdq.report.cells import standard_output
 from kdq.report.page import tables
 from kdq.report.page.combine import Experiment
-from kdq.report.page.read import Run
 from kdq.report.table import markdown, print_table, rows
+from kdq.report.workdirs import Run
 
 
 def record(arm, seed, accuracy, **fields):
@@ -55,8 +56,8 @@ def test_difference_is_paired_by_seed_whatever_the_order():
     assert row.difference.mean == pytest.approx(2)
     assert row.difference.low == pytest.approx(-0.484138, abs=1e-6)
     assert row.difference.high == pytest.approx(4.484138, abs=1e-6)
-    assert (row.accuracy.mean, row.accuracy.std) == pytest.approx((94, 3))
-    assert row.accuracy_last.mean == pytest.approx(93)
+    assert (row.score.mean, row.score.std) == pytest.approx((94, 3))
+    assert row.score_last.mean == pytest.approx(93)
     assert row.seeds == (0, 1, 2)
     line = lines_of(rows(STUDENT + arm), STUDENT + arm)[3]
     assert "| 94.00 ± 3.00 | +2.00 [-0.48, +4.48] | student |" in line
@@ -91,7 +92,7 @@ def test_an_arm_that_never_finished_says_why_and_gives_no_number():
         failed("qat", 2, "x" * 200, reference="student"),
     ]
     table = rows(STUDENT + arm)
-    assert math.isnan(table[1].accuracy.mean)
+    assert math.isnan(table[1].score.mean)
     text = markdown(table, STUDENT + arm)
     assert f"failed (3 of 3 seeds): loss is nan; {'x' * 79}… |" in text
     assert "nan" not in text.replace("loss is nan", "")
@@ -132,9 +133,9 @@ def test_a_difference_that_there_is_not_says_why_in_every_table(others, qat, why
     out = io.StringIO()
     print_table(table, Console(file=out, width=240))
     assert why in next(line for line in out.getvalue().splitlines() if "qat" in line)
-    runs = tuple(Run(record=one, folder=Path("unused")) for one in records)
-    page = Experiment(name="page", data={}, folders=(), runs=runs, problems=())
-    grid = tables.results(page)
+    runs = tuple(Run(record=ArmRecord.from_json(one), folder=Path("unused")) for one in records)
+    page = Experiment(name="page", path="", config=None, data={}, folders=(), runs=runs)
+    grid = tables.results_grid(page)
     cell = grid.rows[0][grid.head.index("Δ [95%]")]
     assert (cell.text, cell.sort) == (why, None)
 
@@ -194,7 +195,7 @@ def test_a_number_that_was_not_measured_is_not_averaged_as_zero():
         record("qat", 1, 92.0, kl_to_teacher=math.nan, agreement=None, size_bytes=None),
     ]
     row = rows(records)[0]
-    assert (row.kl_to_teacher.mean, row.kl_to_teacher.n, row.agreement.n) == (0.5, 1, 0)
+    assert (row.values("kl_to_teacher"), row.values("agreement")) == ({0: 0.5}, {})
     line = lines_of(rows(records), records)[2]
     assert "| W4A4 | 4,000 | — | — | 91.00 ± 1.41 |" in line
 
@@ -334,6 +335,6 @@ def test_any_two_arms_can_be_compared_by_any_number():
     found = difference(records, "a", "b")
     assert found.mean == pytest.approx(6)
     assert found.n == 2
-    assert difference(records, "a", "b", "nll", 1).mean == pytest.approx(0.25)
+    assert difference(records, "a", "b", "nll").mean == pytest.approx(0.25)
     with pytest.raises(ValueError, match="of both 'a' and 'c'; the arms are a, b"):
         difference(records, "a", "c")

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 
-from kdq.report.page import labels, scales, specs, tradeoff
+from kdq.report.page import labels, marks, scales, specs, tradeoff
 
 
 def point(arm, size, accuracy, **fields):
     base = {"kind": "PTQ", "bits": "W4A4", "start": "student", "low": None, "high": None}
-    return {**base, "tip": {"Arm": arm}, "arm": arm, "size": size, "accuracy": accuracy, **fields}
+    return {**base, "tip": {"Arm": arm}, "arm": arm, "size": size, "score": accuracy, **fields}
 
 
 def layers(spec, name):
@@ -35,9 +35,9 @@ def test_a_shape_a_start_and_a_color_a_kind():
     assert len(set(encoding["shape"]["scale"]["range"])) == 2
     assert encoding["color"]["scale"]["domain"] == ["PTQ", "QAT", "QAD"]
     # One start needs no legend.
-    assert scales.of_starts(points[:1])["shape"]["legend"] is None
+    assert scales.start_shapes(points[:1])["shape"]["legend"] is None
     many = [point(str(i), 1.0, 90.0, start=f"start {i}") for i in range(20)]
-    assert len(scales.of_starts(many)["shape"]["scale"]["range"]) == 20
+    assert len(scales.start_shapes(many)["shape"]["scale"]["range"]) == 20
 
 
 def test_the_frontier_has_names_others_their_bits_and_the_line_its_own():
@@ -47,7 +47,7 @@ def test_the_frontier_has_names_others_their_bits_and_the_line_its_own():
         point("kd", 20.0, 99.0, bits="fp32"),
         point("beaten", 10.0, 90.0, bits="W8A8"),
     ]
-    for name in (tradeoff.WIDE_LABELS, tradeoff.NARROW_LABELS):
+    for name in (marks.WIDE_LABELS, marks.NARROW_LABELS):
         (layer,) = layers(drawn(points), name)
         said = {(v["label"], v["weight"]) for v in layer["data"]["values"]}
         assert said == {
@@ -90,12 +90,12 @@ def test_the_same_bits_side_by_side_are_written_once():
 
 
 def curve(arm, kind):
-    return {"arm": arm, "kind": kind, "step": 1, "accuracy": 90.0}
+    return {"arm": arm, "kind": kind, "step": 1, "score": 90.0}
 
 
 def test_curves_of_one_kind_are_told_apart_by_shade_and_dashes():
     kinds = {f"qad_{i}": "QAD" for i in range(14)} | {f"qat_{i}": "QAT" for i in range(9)}
-    encoding = specs.curves([curve(*one) for one in kinds.items()], "accuracy", "%")["encoding"]
+    encoding = specs.curves([curve(*one) for one in kinds.items()], "score", "%")["encoding"]
     color, dash = encoding["color"]["scale"], encoding["strokeDash"]["scale"]
     assert color["domain"] == dash["domain"]
     looks = list(zip(color["range"], map(tuple, dash["range"]), strict=True))
@@ -111,7 +111,7 @@ def test_curves_of_one_kind_are_told_apart_by_shade_and_dashes():
 
 def test_more_curves_than_a_legend_can_name_have_the_color_of_their_kind():
     points = [curve(f"arm_{i}", "QAD") for i in range(60)]
-    encoding = specs.curves(points, "accuracy", "%")["encoding"]
+    encoding = specs.curves(points, "score", "%")["encoding"]
     assert encoding["color"]["field"] == "kind"
     assert "strokeDash" not in encoding
 

@@ -1,1 +1,1 @@
-"""How the advisor reads evidence, applies rules to it, and says what follows."""
+"""Studies of evidence, rules that apply to them, and the words of what follows."""

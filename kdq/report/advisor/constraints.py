@@ -1,16 +1,20 @@
-"""Which arms satisfy constraints, in which order, and what the others lack.
+"""Fits of arms to constraints, their order, and what those that do not fit lack.
 
-Whatever is selected here is selected on validation; test accuracy is read by nothing in this file.
+Whatever is selected here is selected on validation; the metric on test is read by nothing in this
+file.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
+from kdq.evaluate.statistics import PairedInterval, paired_interval
 from kdq.fields import ConfigError, unknown
-from kdq.report.advisor.evidence import Candidate, Study
-from kdq.report.advisor.rules import INTEGERS, METHODS, REQUIREMENTS, TIE
+from kdq.report import metric as metrics
+from kdq.report.advisor.rules import INTEGERS, METHODS, REQUIREMENTS
+from kdq.report.advisor.study import Candidate, Study, Values
+from kdq.report.aggregate import Mean, interval_of
+from kdq.tasks.base import Metric
 
 KIB = 1024
 PACKED = "packed"  # kdq's own file
@@ -19,14 +23,16 @@ ROUNDING = 1e-9  # a mean of shares of examples can miss the limit that it equal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constraints:
-    """What the device and the project allow; None is no limit."""
+    """Limits of the device and the project; None is no limit."""
 
     max_size_kib: float | None = None  # file on disk, 1024 bytes
     max_latency_ms: float | None = None  # of one batch
     batch: int = 1
     max_energy_uj: float | None = None  # modelled, of one example
-    min_accuracy: float | None = None  # percent
-    max_drop: float | None = None  # points below the teacher
+    # Of the metric that arms are ranked by, as it is shown: the least, or the most where lower
+    # values are better; and how far an arm may be behind the teacher.
+    min_accuracy: float | None = None
+    max_drop: float | None = None
     integers: str = "sub8"  # a key of kdq.report.advisor.rules.INTEGERS
     training_minutes: float | None = None  # on the machine of the records
     labels: bool = True  # for training; there are always some for validation
@@ -36,20 +42,20 @@ class Constraints:
         if self.integers not in INTEGERS:
             raise ConfigError(unknown("--integers:", self.integers, INTEGERS))
         if self.batch < 1:
-            raise ConfigError(f"--batch={self.batch}: want at least 1")
+            raise ConfigError(f"--batch={self.batch}: expected at least 1")
         for name in ("max_size_kib", "max_latency_ms", "max_energy_uj"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"--{name}={value}: want a number above 0")
+                raise ConfigError(f"--{name}={value}: expected a number above 0")
         for name, most in (("min_accuracy", 100), ("max_drop", 100), ("training_minutes", 1e9)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
-                raise ConfigError(f"--{name}={value}: want 0 to {most:g}")
+                raise ConfigError(f"--{name}={value}: expected 0 to {most:g}")
 
     @property
     def limits(self) -> dict[str, float]:
         """The numbers among them, by the names of `kdq.report.advisor.rules.REQUIREMENTS`."""
-        given = {
+        limits = {
             "size": self.max_size_kib,
             "latency": self.max_latency_ms,
             "energy": self.max_energy_uj,
@@ -57,35 +63,37 @@ class Constraints:
             "drop": self.max_drop,
             "training": self.training_minutes,
         }
-        return {name: limit for name, limit in given.items() if limit is not None}
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
-    def __str__(self) -> str:
-        said = [
-            {
-                "size": f"file of at most {self.max_size_kib} KiB",
-                "latency": f"at most {self.max_latency_ms} ms for a batch of {self.batch}",
-                "energy": f"at most {self.max_energy_uj} µJ an example (modelled)",
-                "accuracy": f"accuracy of at least {self.min_accuracy}%",
-                "drop": f"at most {self.max_drop} points below the teacher",
-                "training": f"at most {self.training_minutes} minutes of training",
-            }[name]
-            for name in self.limits
-        ]
-        said += {"none": ["no integers"], "8": ["8-bit integers only"]}.get(self.integers, [])
-        said += [] if self.labels else ["no labels to train with"]
-        said += [] if self.teacher else ["no teacher"]
-        return ", ".join(said) or "none"
+    def describe(self, metric: Metric) -> str:
+        """Returns the constraints as part of a sentence."""
+        least = "least" if metric.higher_is_better else "most"
+        side = "below" if metric.higher_is_better else "above"
+        unit = metric.unit if metric.unit in ("", "%") else f" {metric.unit}"
+        texts = {
+            "size": f"file of at most {self.max_size_kib} KiB",
+            "latency": f"at most {self.max_latency_ms} ms for a batch of {self.batch}",
+            "energy": f"at most {self.max_energy_uj} µJ an example (modelled)",
+            "accuracy": f"{metrics.named(metric)} of at {least} {self.min_accuracy}{unit}",
+            "drop": f"at most {self.max_drop} {metric.difference_unit} {side} the teacher",
+            "training": f"at most {self.training_minutes} minutes of training",
+        }
+        parts = [texts[name] for name in self.limits]
+        parts += {"none": ["no integers"], "8": ["8-bit integers only"]}.get(self.integers, [])
+        parts += [] if self.labels else ["no labels to train with"]
+        parts += [] if self.teacher else ["no teacher"]
+        return ", ".join(parts) or "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check:
-    """One constraint and one arm."""
+    """A check of one arm by one constraint."""
 
     requirement: str  # a key of kdq.report.advisor.rules.REQUIREMENTS
     state: str  # "yes", "likely" (the mean does, its interval or single seed does not), "no", "?"
     value: float = math.nan  # in the requirement's unit
     limit: float = math.nan
-    shortfall: float = 0.0  # how far `value` is beyond the limit, as a share of it or in points
+    shortfall: float = 0.0  # of `value` beyond the limit, as a share of it or as a difference
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,17 +110,17 @@ class Fit:
 
     @property
     def satisfies(self) -> bool:
-        """Whether every constraint is met, at least by the means."""
+        """Returns whether every constraint is met, at least by the means."""
         return not self.named("no", "?")
 
     @property
     def certain(self) -> bool:
-        """Whether intervals over seeds are within the constraints, too."""
+        """Returns whether intervals over seeds are within the constraints, too."""
         return not self.named("no", "?", "likely")
 
     @property
     def size_bytes(self) -> float:
-        """Of the file that would be used."""
+        """Bytes of the file that would be used."""
         if self.file == PACKED:
             return self.candidate.size_bytes
         return self.candidate.files[self.file].size_bytes
@@ -130,27 +138,27 @@ class Fit:
 
 
 def fit(candidate: Candidate, constraints: Constraints, study: Study) -> Fit:
-    """How an arm stands to the constraints, in the file that stands best."""
+    """Returns how an arm stands to the constraints, in the file that stands best."""
     timed = [n for n, f in candidate.files.items() if constraints.batch in f.milliseconds]
     limited = constraints.max_latency_ms is not None
-    fits = [
-        Fit(
-            candidate=candidate,
-            file=file,
-            checks=tuple(_checks(candidate, file, constraints, study)),
+    fits = []
+    for file in timed if timed and limited else [PACKED]:
+        unchecked = Fit(candidate=candidate, file=file, checks=())
+        checks = (
+            *_check_limits(unchecked, constraints, study),
+            *_check_needs(candidate, constraints),
         )
-        for file in (timed if timed and limited else [PACKED])
-    ]
+        fits.append(dataclasses.replace(unchecked, checks=checks))
     # Size and latency have to hold of one and the same file.
     return min(fits, key=lambda f: (len(f.named("no")), f.milliseconds(constraints.batch)))
 
 
-def _checks(candidate: Candidate, file: str, constraints: Constraints, study: Study) -> list[Check]:
-    own = Fit(candidate=candidate, file=file, checks=())
+def _check_limits(unchecked: Fit, constraints: Constraints, study: Study) -> list[Check]:
+    candidate, metric = unchecked.candidate, study.metric
     values = {
-        "size": own.size_bytes / KIB,
-        "latency": own.milliseconds(constraints.batch),
-        "energy": candidate.energy_nj / 1000,
+        "size": unchecked.size_bytes / KIB,
+        "latency": unchecked.milliseconds(constraints.batch),
+        "energy": candidate.energy_modelled_nj / 1000,
         "training": candidate.seconds / 60,
     }
     checks = []
@@ -158,31 +166,32 @@ def _checks(candidate: Candidate, file: str, constraints: Constraints, study: St
         if name in values:
             checks.append(_at_most(name, values[name], limit))
         elif name == "accuracy":
-            floor = dict.fromkeys(candidate.validation, limit)
-            margin = paired_interval(candidate.validation, floor)
-            checks.append(_at_least(name, margin, limit, limit + margin.mean))
+            sign = 1 if metric.higher_is_better else -1
+            shown = {seed: metric.shown(v) for seed, v in candidate.validation.items()}
+            gains = {seed: sign * (value - limit) for seed, value in shown.items()}
+            room = paired_interval(gains, dict.fromkeys(gains, 0.0))
+            checks.append(_with_room(name, room, limit, limit + sign * room.mean))
+        elif candidate is study.teacher(candidate.source):
+            checks.append(Check(requirement=name, state="yes", value=0.0, limit=limit))
+        elif (gain := gain_of(drop(candidate, study), metric)) is None:
+            checks.append(Check(requirement=name, state="?", limit=limit))
         else:
-            below = drop(candidate, study)
-            if candidate is study.teacher(candidate.source):
-                checks.append(Check(requirement=name, state="yes", value=0.0, limit=limit))
-            elif below is None:
-                checks.append(Check(requirement=name, state="?", limit=limit))
-            else:
-                room = dataclasses.replace(
-                    below, mean=below.mean + limit, low=below.low + limit, high=below.high + limit
-                )
-                checks.append(_at_least(name, room, limit, -below.mean))
-    allowed, widths = INTEGERS[constraints.integers], candidate.widths
-    if constraints.integers != "sub8":
-        state = "?" if widths is None else "yes" if widths <= allowed else "no"
-        checks.append(Check(requirement="integers", state=state))
-    if not constraints.labels:
-        state = {None: "?", True: "no", False: "yes"}[candidate.lineage.labels]
-        checks.append(Check(requirement="labels", state=state))
-    if not constraints.teacher:
-        state = "no" if candidate.lineage.teacher else "yes"
-        checks.append(Check(requirement="teacher", state=state))
+            room = dataclasses.replace(
+                gain, mean=gain.mean + limit, low=gain.low + limit, high=gain.high + limit
+            )
+            checks.append(_with_room(name, room, limit, -gain.mean))
     return checks
+
+
+def _check_needs(candidate: Candidate, constraints: Constraints) -> list[Check]:
+    allowed, widths, states = INTEGERS[constraints.integers], candidate.widths, {}
+    if constraints.integers != "sub8":
+        states["integers"] = "?" if widths is None else "yes" if widths <= allowed else "no"
+    if not constraints.labels:
+        states["labels"] = {None: "?", True: "no", False: "yes"}[candidate.lineage.labels]
+    if not constraints.teacher:
+        states["teacher"] = "no" if candidate.lineage.teacher else "yes"
+    return [Check(requirement=name, state=state) for name, state in states.items()]
 
 
 def _at_most(name: str, value: float, limit: float) -> Check:
@@ -191,90 +200,111 @@ def _at_most(name: str, value: float, limit: float) -> Check:
     return Check(requirement=name, state=state, value=value, limit=limit, shortfall=over)
 
 
-def _at_least(name: str, room: PairedInterval, limit: float, value: float) -> Check:
-    """From how far an accuracy is above what is wanted, with its interval over seeds."""
+def _with_room(name: str, room: PairedInterval, limit: float, value: float) -> Check:
+    """Returns a check by how much better the metric is than the limit, with its interval."""
     state = "no" if room.mean < -ROUNDING else "yes" if room.low >= -ROUNDING else "likely"
     return Check(requirement=name, state=state, value=value, limit=limit, shortfall=-room.mean)
 
 
 def drop(candidate: Candidate, study: Study) -> PairedInterval | None:
-    """Validation accuracy above the experiment's teacher, points; None without common seeds."""
+    """Returns the metric on validation less the teacher's; None without common seeds."""
     teacher = study.teacher(candidate.source)
-    return None if teacher is None else difference(candidate.validation, teacher.validation)
-
-
-def difference(a: Mapping[int, float], b: Mapping[int, float]) -> PairedInterval | None:
-    """a − b over the seeds that both have; None if there are none."""
-    common = a.keys() & b.keys()
-    if not common:
+    if teacher is None:
         return None
-    return paired_interval({s: a[s] for s in common}, {s: b[s] for s in common})
+    return interval_of(candidate.validation, teacher.validation, study.metric)
 
 
-def mean(values: Mapping[int, float]) -> float:
-    """Over seeds."""
-    return summary(values.values())[0]
+def gain_of(difference: PairedInterval | None, metric: Metric) -> PairedInterval | None:
+    """Returns a difference that is above 0 where the first one is better."""
+    if difference is None or metric.higher_is_better:
+        return difference
+    low, high = -difference.high, -difference.low
+    return dataclasses.replace(difference, mean=-difference.mean, low=low, high=high)
+
+
+def shown_mean(values: Values, metric: Metric) -> float:
+    """Returns the mean over seeds, as the metric is shown."""
+    return Mean.over(map(metric.shown, values.values())).mean
+
+
+def merit(candidate: Candidate) -> float:
+    """Returns the metric on validation, higher for the better arm."""
+    value = shown_mean(candidate.validation, candidate.metric)
+    return value if candidate.metric.higher_is_better else -value
+
+
+def by_validation(candidate: Candidate) -> tuple[float, float]:
+    """Sorts the best first; between equals the lower negative log-likelihood."""
+    return -merit(candidate), candidate.mean("validation_nll")
+
+
+def best(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Returns the best on validation."""
+    return min(candidates, key=by_validation, default=None)
 
 
 def rank(fits: Sequence[Fit]) -> list[list[Fit]]:
-    """Groups of arms that can't be told apart on validation, the best first.
+    """Groups arms that can't be told apart on validation, the best first.
 
-    A group is the best arm that is left and those that tie with it: with means within `TIE` of each
-    other and a paired interval over common seeds that contains 0, or none. Within a group come
-    first those that are certain to satisfy the constraints, then the simplest method, the shortest
-    training, the smallest file.
+    A group is the best arm that is left and those that tie with it: with means within the metric's
+    `tie` of each other and a paired interval over common seeds that contains 0, or none. Within a
+    group come first those that are certain to satisfy the constraints, then the simplest method,
+    the shortest training, the smallest file.
     """
-    left = sorted(fits, key=lambda f: (-mean(f.candidate.validation), f.candidate.validation_nll))
+    left = sorted(fits, key=lambda f: by_validation(f.candidate))
     groups = []
     while left:
-        best = left[0]
-        group = [f for f in left if f is best or _ties(best.candidate, f.candidate)]
+        leader = left[0]
+        group = [f for f in left if f is leader or _ties(leader.candidate, f.candidate)]
         left = [f for f in left if f not in group]
         groups.append(sorted(group, key=_effort))
     return groups
 
 
 def _ties(a: Candidate, b: Candidate) -> bool:
-    found = difference(a.validation, b.validation)
-    apart = mean(a.validation) - mean(b.validation) if found is None else found.mean
-    return abs(apart) <= TIE + ROUNDING and not (found and found.excludes_zero)
+    metric = a.metric
+    interval = interval_of(a.validation, b.validation, metric)
+    if interval is not None:
+        return abs(interval.mean) <= metric.tie + ROUNDING and not interval.excludes_zero
+    means = [Mean.over(each.validation.values()).mean for each in (a, b)]
+    return abs(metric.difference(*means)) <= metric.tie + ROUNDING
 
 
-def _effort(one: Fit) -> tuple[bool, int, float, float]:
-    candidate = one.candidate
+def _effort(fit_: Fit) -> tuple[bool, int, float, float]:
+    candidate = fit_.candidate
     method = list(METHODS).index(candidate.method)
-    return not one.certain, method, candidate.seconds, one.size_bytes
+    return not fit_.certain, method, candidate.seconds, fit_.size_bytes
 
 
 def nearest(fits: Sequence[Fit]) -> dict[str, tuple[int, Fit | None]]:
-    """For each constraint that rules arms out: how many, and what misses nothing else by least.
+    """Returns for each constraint how many arms it rules out, and what misses it alone by least.
 
     None stands for no arm that misses this one only.
     """
-    found: dict[str, tuple[int, Fit | None]] = {}
+    result: dict[str, tuple[int, Fit | None]] = {}
     for name in REQUIREMENTS:
         out = [f for f in fits if name in f.named("no")]
         alone = [f for f in out if f.named("no", "?") == (name,)]
         if out:
-            found[name] = (len(out), min(alone, key=lambda f: _miss(f, name), default=None))
-    return found
+            result[name] = (len(out), min(alone, key=lambda f: _miss(f, name), default=None))
+    return result
 
 
-def _miss(one: Fit, name: str) -> tuple[float, float]:
-    """How far off, and between equals the more accurate."""
-    shortfall = next(c.shortfall for c in one.checks if c.requirement == name)
-    return shortfall, -mean(one.candidate.validation)
+def _miss(fit_: Fit, name: str) -> tuple[float, float]:
+    """Returns how far off, and between equals the better on validation."""
+    shortfall = next(c.shortfall for c in fit_.checks if c.requirement == name)
+    return shortfall, -merit(fit_.candidate)
 
 
 def closest(fits: Sequence[Fit]) -> Fit | None:
-    """The arm that misses the fewest constraints, by least; None if all satisfy or none is."""
+    """Returns the arm that misses the fewest constraints, by least; None if all satisfy."""
     missing = [f for f in fits if f.named("no")]
     return min(
         missing,
         key=lambda f: (
             len(f.named("no", "?")),
             max(c.shortfall for c in f.checks),
-            -mean(f.candidate.validation),
+            -merit(f.candidate),
         ),
         default=None,
     )

@@ -1,22 +1,33 @@
-"""A report of text, tables and commands, with citations: as Markdown and on a terminal."""
+"""A report of text, tables and commands, with citations: as Markdown and on a terminal.
+
+A template writes it as lines, each of which begins with what it is; `Document` reads these.
+"""
 
 import dataclasses
 import itertools
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
+import jinja2
 from rich.console import Console
 from rich.text import Text
 
-from kdq.report.advisor.evidence import Candidate
+from kdq.report.advisor.study import Candidate
+from kdq.report.advisor.words import ranges
+from kdq.report.aggregate import distinct, distinct_text
 from kdq.report.cells import ABSENT, escape, markdown_grid, terminal_grid
+
+# The first word of a line in the template -> kind of a block.
+MARKS = {"!": "strong", ".": "text", "-": "item", "$": "command", "@": "grid"}
+Line = tuple[Sequence[str], Sequence[Candidate]]  # cells of a table, and what supports them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
     """One paragraph, heading, command or table."""
 
-    kind: str  # "heading", "strong", "text", "item", "command" or "grid"
+    kind: str  # "heading" or one of MARKS
     text: str = ""
     level: int = 1  # of a heading
     head: tuple[str, ...] = ()
@@ -24,85 +35,117 @@ class Block:
     left: tuple[str, ...] = ()  # columns that are aligned left
 
 
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of findings; the column "Rows" is added, with what supports each line."""
+
+    head: Sequence[str]
+    left: Sequence[str]  # columns that are aligned left
+    lines: Sequence[Line]
+
+
 class Document:
-    """Collects what is said, in order, and numbers the rows of evidence that it cites."""
+    """The blocks that a template of `kdq.report.advisor` writes, with numbered citations."""
 
-    def __init__(self):
-        self._blocks: list[Block] = []
+    def __init__(self, template: str, **values: Any):
+        """Renders `template` with `values`, and with the functions `cite`, `grid` and `references`.
+
+        A value can't begin a block: the ends of its lines become spaces.
+        """
         self._cited: dict[tuple[str, str], Candidate] = {}
+        self._grids: list[Block] = []
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("kdq.report.advisor", "template"),
+            autoescape=False,  # text, which each way of showing it escapes
+            undefined=jinja2.StrictUndefined,
+            finalize=lambda value: " ".join(str(value).splitlines()),
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        functions = {"cite": self._cite, "grid": self._grid, "references": self._references}
+        text = environment.get_template(template).render(**functions, **values)
+        self.blocks = tuple(self._read(text))
 
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """What has been said so far, in order."""
-        return tuple(self._blocks)
+    def _read(self, text: str) -> list[Block]:
+        blocks: list[Block] = []
+        for line in filter(str.strip, text.splitlines()):
+            mark, _, rest = line.partition(" ")
+            if set(mark) == {"#"}:
+                blocks.append(Block(kind="heading", text=rest, level=len(mark)))
+            elif mark == "@":
+                blocks.append(self._grids[int(rest)])
+            elif mark == "$" and blocks[-1].kind == "command":
+                blocks[-1] = Block(kind="command", text=f"{blocks[-1].text}\n{rest}")
+            else:
+                blocks.append(Block(kind=MARKS[mark], text=rest))
+        return blocks
 
-    def heading(self, text: str, level: int = 1) -> None:
-        """Starts a section."""
-        self._blocks.append(Block(kind="heading", text=text, level=level))
-
-    def say(self, text: str, *cited: Candidate, kind: str = "text") -> None:
-        """Adds a paragraph, an "item" of a list, or a "strong" paragraph, with what supports it."""
-        cites = f" {self.cite(*cited)}" if cited else ""
-        self._blocks.append(Block(kind=kind, text=text + cites))
-
-    def command(self, text: str) -> None:
-        """Adds what to type."""
-        self._blocks.append(Block(kind="command", text=text))
-
-    def grid(
-        self, head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()
-    ) -> None:
-        """Adds a table; a column in which nothing was measured is left out."""
-        empty = (ABSENT, "")
-        kept = [i for i in range(len(head)) if any(row[i] not in empty for row in rows)]
-        cells = tuple(tuple(row[i] for i in kept) for row in rows)
-        names = tuple(head[i] for i in kept)
-        self._blocks.append(Block(kind="grid", head=names, rows=cells, left=tuple(left)))
-
-    def cite(self, *cited: Candidate) -> str:
-        """Numbers in brackets, which `references` explains."""
-        for one in cited:
-            self._cited.setdefault((one.source.path, one.arm), one)
-        known = list(self._cited)
-        numbers = dict.fromkeys(known.index((one.source.path, one.arm)) + 1 for one in cited)
+    def _cite(self, cited: Sequence[Candidate]) -> str:
+        """Returns numbers in brackets, which `references` explains."""
+        for arm in cited:
+            self._cited.setdefault((arm.source.path, arm.arm), arm)
+        places = {key: place for place, key in enumerate(self._cited, 1)}
+        numbers = dict.fromkeys(places[arm.source.path, arm.arm] for arm in cited)
         return f"[{', '.join(map(str, numbers))}]"
 
-    def references(self) -> None:
-        """Adds the table of all rows that have been cited: where each number comes from."""
-        self.grid(
+    def _grid(self, table: Table) -> str:
+        lines = [(*cells, self._cite(cited) if cited else "") for cells, cited in table.lines]
+        return self._add_grid((*table.head, "Rows"), lines, (*table.left, "Rows"))
+
+    def _add_grid(
+        self, head: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[str]
+    ) -> str:
+        """Returns the line of a table; a column in which nothing was measured is left out."""
+        kept = [i for i in range(len(head)) if any(line[i] not in (ABSENT, "") for line in lines)]
+        self._grids.append(
+            Block(
+                kind="grid",
+                head=tuple(head[i] for i in kept),
+                rows=tuple(tuple(line[i] for i in kept) for line in lines),
+                left=tuple(left),
+            )
+        )
+        return f"@ {len(self._grids) - 1}"
+
+    def _references(self) -> str:
+        """Returns the table of all rows that have been cited: where each number comes from."""
+        return self._add_grid(
             ("No.", "Arm", "Records", "Seeds", "Config digest", "Commit", "Trained on"),
             [
                 (
                     str(i),
-                    one.arm,
-                    one.source.path,
-                    ranges(one.seeds),
-                    one.digest,
-                    " and ".join(commit[:12] for commit in one.commit.split(" and ")),
-                    one.device,
+                    arm.arm,
+                    arm.source.path,
+                    ranges(arm.seeds),
+                    distinct_text(arm.runs, "config_digest"),
+                    " and ".join(c[:12] for c in distinct(arm.runs, "commit")) or "not recorded",
+                    distinct_text(arm.runs, "device"),
                 )
-                for i, one in enumerate(self._cited.values(), 1)
+                for i, arm in enumerate(self._cited.values(), 1)
             ],
-            left=("Arm", "Records", "Config digest", "Commit", "Trained on"),
+            ("Arm", "Records", "Config digest", "Commit", "Trained on"),
         )
 
     def markdown(self) -> str:
-        """The whole report."""
+        """Returns the whole report."""
         lines: list[str] = []
-        for before, block in itertools.pairwise([None, *self._blocks]):
+        for before, block in itertools.pairwise([None, *self.blocks]):
             if before is not None and not (before.kind == block.kind == "item"):
                 lines.append("")
             lines += _markdown(block)
         return "\n".join([*lines, ""])
 
     def print(self, console: Console) -> None:
-        """The whole report on a terminal."""
-        for before, block in itertools.pairwise([None, *self._blocks]):
+        """Prints the whole report on a terminal."""
+        for before, block in itertools.pairwise([None, *self.blocks]):
             if before is not None and not (before.kind == block.kind == "item"):
                 console.print()
             # Text, not str: rich would read the brackets of an interval as its own markup.
             if block.kind == "grid":
-                console.print(_terminal(block))
+                grid = terminal_grid(block.head, block.left, overflow="fold")
+                for row in block.rows:
+                    grid.add_row(*map(Text, row))
+                console.print(grid)
             elif block.kind == "command":
                 console.print(Text(textwrap.indent(block.text, "    ")), soft_wrap=True)
             elif block.kind == "item":
@@ -127,21 +170,8 @@ def _markdown(block: Block) -> list[str]:
     }[block.kind]
 
 
-def _terminal(block: Block):
-    grid = terminal_grid()
-    for name in block.head:
-        grid.add_column(name, justify="left" if name in block.left else "right", overflow="fold")
-    for row in block.rows:
-        grid.add_row(*(Text(cell) for cell in row))
-    return grid
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """0–2, 5 for 0, 1, 2, 5."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
+def find_section(blocks: Sequence[Block], title: str) -> list[Block]:
+    """Returns the blocks below the first heading of that text, up to the next heading."""
+    starts = [i for i, b in enumerate(blocks, 1) if (b.kind, b.text) == ("heading", title)]
+    after = blocks[starts[0] :] if starts else ()
+    return list(itertools.takewhile(lambda block: block.kind != "heading", after))

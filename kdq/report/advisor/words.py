@@ -1,56 +1,82 @@
 """Measured numbers as the advisor words them."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 
-from kdq.evaluate.statistics import PairedInterval, summary
-from kdq.report.advisor.evidence import Candidate, Study
+from kdq.evaluate.statistics import PairedInterval
+from kdq.report.advisor.constraints import PACKED, Fit
+from kdq.report.advisor.study import Candidate, Values
 from kdq.report.aggregate import Mean
-from kdq.report.cells import ABSENT, mean_cell
+from kdq.report.cells import ABSENT, format_bytes, mean_cell, number_cell
+from kdq.tasks.base import Metric
 
 
-def label(candidate: Candidate, study: Study) -> str:
-    """An arm, with its experiment where a study has several."""
-    return candidate.arm if len(study.sources) == 1 else f"{candidate.source.name}: {candidate.arm}"
-
-
-def width(bits: str) -> str:
-    """Where a comparison was made: at W4A4, in float."""
+def name_width(bits: str) -> str:
+    """Returns where a comparison was made: "at W4A4", "in float"."""
     return "in float" if bits == "fp32" else f"at {bits}"
 
 
-def by_seed(values: Mapping[int, float], digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds, of percents."""
-    mean, std = summary(values.values())
-    return mean_cell(Mean(mean=mean, std=std, n=len(values)), digits)
+def by_seed(values: Values, metric: Metric) -> str:
+    """Returns mean ± standard deviation over seeds, as the metric is shown."""
+    return mean_cell(Mean.over(map(metric.shown, values.values())), metric.decimals)
 
 
-def percent(values: Mapping[int, float]) -> str:
-    """The same within a sentence."""
+def in_sentence(values: Values, metric: Metric) -> str:
+    """Returns the same with its unit, within a sentence."""
     if len(values) == 1:
-        return f"{next(iter(values.values())):.2f}% (one seed)"
-    return f"{by_seed(values)}%"
+        return f"{metric.text(next(iter(values.values())))} (one seed)"
+    return f"{by_seed(values, metric)}{metric.unit if metric.unit == '%' else f' {metric.unit}'}"
 
 
-def interval(found: PairedInterval | None) -> str:
-    """A difference in points, with its 95% interval if there are seeds enough for one."""
-    if found is None:
+def interval(difference: PairedInterval | None, metric: Metric) -> str:
+    """Returns a difference, with its 95% interval if there are seeds enough for one."""
+    if difference is None:
         return ABSENT
-    if math.isnan(found.low):
-        return f"{found.mean:+.2f} (one seed)"
-    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    mean, low, high = map(
+        metric.difference_number, (difference.mean, difference.low, difference.high)
+    )
+    return f"{mean} (one seed)" if difference.low != difference.low else f"{mean} [{low}, {high}]"
 
 
 def seconds(candidate: Candidate) -> str:
-    """Of training; "≈" where what an arm starts from had to be inferred."""
+    """Returns those of training; "≈" where what an arm starts from had to be inferred."""
     return f"{'' if candidate.lineage.known else '≈ '}{candidate.seconds:.1f}"
 
 
-def compiling_is_within(candidate: Candidate) -> bool:
-    """Returns whether the seconds of an arm's training contain those of compiling."""
-    return candidate.seconds > 0 and math.isnan(candidate.compile_seconds)
+def file(fit: Fit) -> str:
+    """Returns the size of a file, and its format where that is not kdq's own."""
+    form = "" if fit.file == PACKED else f" as {fit.file}"
+    return format_bytes(fit.size_bytes) + form
 
 
-def plain(value: float, form: str) -> str:
-    """A number; "—" of nan."""
-    return ABSENT if math.isnan(value) else format(value, form)
+def latency(fit: Fit, batch: int) -> str:
+    """Returns the milliseconds of a batch and the format that takes them."""
+    form, milliseconds = fit.fastest(batch)
+    return f"{number_cell(milliseconds, '.3f')} {form}".strip()
+
+
+def level_unit(metric: Metric) -> str:
+    """Returns the unit of the metric's `level`, after the number."""
+    unit = metric.difference_unit
+    return unit.removesuffix("s") if unit == "points" and metric.level == 1 else unit
+
+
+def unjudged_names(fits: Sequence[Fit]) -> str:
+    """Returns the constraints that arms can't be judged by."""
+    return ", ".join(sorted({name for fit in fits for name in fit.named("?")}))
+
+
+def name_a_few(names: Sequence[str], most: int = 3) -> str:
+    """Returns the first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Returns "0–2, 5" for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)

@@ -1,5 +1,5 @@
 """One page of the results of one or several workdirs, with its tables and plots as files.
 
-`read` takes what is in workdirs and says what it leaves out, `combine` keeps apart what must not
-be compared, `specs` makes charts of it (Vega-Lite), `build` the page, and `write` the files.
+`combine` keeps apart what must not be compared, `section` collects what is said of an experiment,
+`specs` makes its charts (Vega-Lite), `build` the page, and `publish` writes the files.
 """

@@ -1,31 +1,27 @@
-"""What may stand in one table: workdirs of the same data whose arms are the same."""
+"""Decides which workdirs are comparable: those of the same data whose arms are the same."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from kdq.report import Record
-from kdq.report.advisor.evidence import MEASURED, NEEDED, Source
-from kdq.report.aggregate import Row, one_seed, rows
-from kdq.report.page.read import Folder, Run
+from kdq.record import ArmRecord
+from kdq.report.advisor.words import name_a_few
+from kdq.report.aggregate import Row, distinct, has_one_seed, rows
+from kdq.report.metric import metric_of_records
+from kdq.report.workdirs import Run, Workdir, lacking
+from kdq.tasks.base import Metric
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Runs that may be compared. Names of arms are unique, and each seed is there once."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Experiment(Workdir):
+    """Runs that may be compared. Names of arms are unique, and each seed is there once.
 
-    name: str
+    Its path is that of the first folder, and its config that of the first that has one.
+    """
+
     data: Mapping[str, str]  # split -> digest; empty where it was not recorded
-    folders: tuple[Folder, ...]
-    runs: tuple[Run, ...]
-    problems: tuple[str, ...]
-
-    @property
-    def records(self) -> tuple[Record, ...]:
-        """Of all runs."""
-        return tuple(run.record for run in self.runs)
+    folders: tuple[Workdir, ...]
 
     @functools.cached_property
     def rows(self) -> list[Row]:
@@ -33,92 +29,91 @@ class Experiment:
         return rows(self.records)
 
     @property
-    def one_seed(self) -> bool:
-        """Returns whether no arm has more than one."""
-        return one_seed(self.rows)
+    def metric(self) -> Metric:
+        """The metric that arms are ranked by."""
+        return metric_of_records(self.records)
 
     @property
-    def config(self) -> Mapping[str, Any] | None:
-        """Of the first workdir that has one."""
-        return next((f.config for f in self.folders if f.config), None)
+    def one_seed(self) -> bool:
+        """Returns whether no arm has more than one."""
+        return has_one_seed(self.rows)
 
     @property
     def devices(self) -> list[str]:
-        """That trained."""
-        return list(dict.fromkeys(r["device"] for r in self.records if r.get("device")))
+        """Devices that trained."""
+        return distinct(self.records, "device")
 
     def folders_of(self, arm: str) -> list[Path]:
-        """Of each finished seed."""
-        own = [run for run in self.runs if run.record["arm"] == arm]
-        return [run.folder for run in own if run.record["status"] == "ok"]
+        """Returns the folder of each finished seed."""
+        runs = [run for run in self.runs if run.record.arm == arm]
+        return [run.folder for run in runs if run.record.status == "ok"]
 
-    def source(self) -> tuple[Source, list[str]]:
-        """What the advisor judges, and what it can't: records that lack what it needs."""
-        usable, problems, config = [], [], self.config
-        for record in self.records:
-            wanted = NEEDED + (MEASURED if record["status"] == "ok" else ())
-            missing = [key for key in wanted if record.get(key) is None]
-            if config and record["arm"] not in config["arms"]:
+    def evidence(self) -> tuple["Experiment", list[str]]:
+        """Returns what the advisor judges, and why it leaves out the other records."""
+        usable, problems = [], []
+        for run in self.runs:
+            record, missing = run.record, lacking(run.record)
+            if self.config and record.arm not in self.config["arms"]:
                 missing.append("place in config.json")
             if missing:
                 problems.append(
-                    f"{record['arm']}, seed {record['seed']}: the advisor leaves it out, it has no "
+                    f"{record.arm}, seed {record.seed}: the advisor leaves it out, it has no "
                     f"{', '.join(missing)}"
                 )
             else:
-                usable.append(record)
-        source = Source(
-            name=self.name, path=self.folders[0].path, records=tuple(usable), config=config
-        )
-        return source, problems
+                usable.append(run)
+        return dataclasses.replace(self, runs=tuple(usable)), problems
 
 
-def experiments(folders: Sequence[Folder]) -> list[Experiment]:
-    """Workdirs are merged if they have an arm in common, and all common arms are the same.
+def combine(folders: Sequence[Workdir]) -> list[Experiment]:
+    """Merges workdirs that have an arm in common, if all common arms are the same.
 
     Arms are the same if their digests are: of the data, and of the whole config that decides their
     numbers. Of a seed that is there twice the first counts.
     """
-    found: list[Experiment] = []
+    experiments: list[Experiment] = []
     for folder in folders:
-        for data, runs in _by_data(folder.runs).items():
-            one = _unique(folder, dict(data), runs)
-            for i, other in enumerate(found):
-                if other.data == one.data and (why := _differ(other, one)) is None:
-                    found[i] = _merged(other, one)
+        for data, runs in _group_by_data(folder.runs).items():
+            new = _without_repetitions(folder, dict(data), runs)
+            for i, other in enumerate(experiments):
+                if other.data != new.data:
+                    continue
+                if (why := _explain_difference(other, new)) is None:
+                    experiments[i] = _merge(other, new)
                     break
-                if other.data == one.data:
-                    one = dataclasses.replace(one, problems=(*one.problems, why))
+                new = dataclasses.replace(new, problems=(*new.problems, why))
             else:
-                found.append(one)
-    return _named(found)
+                experiments.append(new)
+    return _with_unique_names(experiments)
 
 
-def _by_data(runs: Sequence[Run]) -> dict[tuple[tuple[str, str], ...], list[Run]]:
-    found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+def _group_by_data(runs: Sequence[Run]) -> dict[tuple[tuple[str, str], ...], list[Run]]:
+    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
-        digests = run.record.get("data") or {}
-        key = tuple(sorted((str(k), str(v)) for k, v in digests.items()))
-        found.setdefault(key, []).append(run)
-    return found
+        groups.setdefault(tuple(sorted(run.record.data.items())), []).append(run)
+    return groups
 
 
-def _unique(folder: Folder, data: Mapping[str, str], runs: Sequence[Run]) -> Experiment:
-    """One workdir's runs of the same data, without seeds of an arm that are of another arm."""
+def _without_repetitions(
+    folder: Workdir, data: Mapping[str, str], runs: Sequence[Run]
+) -> Experiment:
+    """Returns one workdir's runs of the same data, without seeds of another arm of that name."""
     kept, problems, first = {}, list(folder.problems), {}
     for run in runs:
-        arm, seed = run.record["arm"], run.record["seed"]
-        own = first.setdefault(arm, run)
-        if (arm, seed) in kept:
-            problems.append(f"{run.folder}: left out, {kept[arm, seed].folder} is of {arm} too")
-        elif difference := _other_arm(own.record, run.record):
+        key = run.record.arm, run.record.seed
+        before = first.setdefault(run.record.arm, run)
+        if key in kept:
+            problems.append(f"{run.folder}: left out, {kept[key].folder} is of {key[0]} too")
+        elif field := _disagreement(before.record, run.record):
             problems.append(
-                f"{run.folder}: left out, as its {difference} is another than in {own.folder}"
+                f"{run.folder}: left out, as its {field} is another than in {before.folder}"
             )
         else:
-            kept[arm, seed] = run
+            kept[key] = run
     return Experiment(
         name=folder.name,
+        path=folder.path,
+        config=folder.config,
         data=data,
         folders=(folder,),
         runs=tuple(kept.values()),
@@ -126,56 +121,56 @@ def _unique(folder: Folder, data: Mapping[str, str], runs: Sequence[Run]) -> Exp
     )
 
 
-def _other_arm(a: Record, b: Record) -> str:
-    """What two seeds of one arm must agree on and do not; ""."""
-    for key in ("arm_digest", "kind", "reference", "selected_on"):
-        if None not in (a.get(key), b.get(key)) and a[key] != b[key]:
-            return key
+def _disagreement(a: ArmRecord, b: ArmRecord) -> str:
+    """Returns the field that two seeds of one arm must agree on and do not; ""."""
+    for field in ("arm_digest", "kind", "reference", "selected_on"):
+        values = {getattr(record, field) for record in (a, b)} - {""}
+        if len(values) > 1:
+            return field
     return ""
 
 
-def _differ(a: Experiment, b: Experiment) -> str | None:
-    """Why two experiments on the same data are kept apart; None if they need not be."""
-    first, second = ({run.record["arm"]: run.record for run in one.runs} for one in (a, b))
-    common = [arm for arm in first if arm in second]
-    other = [arm for arm in common if first[arm].get("arm_digest") != second[arm].get("arm_digest")]
-    if other:
-        names = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
+def _explain_difference(a: Experiment, b: Experiment) -> str | None:
+    """Returns why two experiments on the same data are kept apart; None if they need not be."""
+    digests = [{r.arm: r.arm_digest for r in experiment.records} for experiment in (a, b)]
+    common = digests[0].keys() & digests[1].keys()
+    others = [arm for arm in digests[0] if arm in common and digests[0][arm] != digests[1][arm]]
+    if others:
+        names = name_a_few(others)
         return f"kept apart from {a.name}: its arms {names} were run with another config"
-    if not common:
-        return f"kept apart from {a.name}: they have no arm in common"
-    return None
+    return None if common else f"kept apart from {a.name}: they have no arm in common"
 
 
-def _merged(a: Experiment, b: Experiment) -> Experiment:
-    there = {(run.record["arm"], run.record["seed"]): run for run in a.runs}
-    problems, first = [*a.problems, *b.problems], {r["arm"]: r for r in reversed(a.records)}
+def _merge(a: Experiment, b: Experiment) -> Experiment:
+    runs = {(run.record.arm, run.record.seed): run for run in a.runs}
+    problems, references = [*a.problems, *b.problems], {r.arm: r.reference for r in a.records}
     for run in b.runs:
-        key = run.record["arm"], run.record["seed"]
-        if key in there:
-            problems.append(f"{run.folder}: left out, {there[key].folder} is the same arm and seed")
+        record, key = run.record, (run.record.arm, run.record.seed)
+        if key in runs:
+            problems.append(f"{run.folder}: left out, {runs[key].folder} is the same arm and seed")
             continue
         # What an arm is compared with is a matter of the report, and no part of what it is.
-        own = first.get(run.record["arm"], run.record)
-        record = {**run.record, "reference": own.get("reference")}
-        there[key] = dataclasses.replace(run, record=record)
-    order = list(dict.fromkeys(arm for arm, _ in there))
-    runs = sorted(there.values(), key=lambda run: order.index(run.record["arm"]))
+        reference = references.get(record.arm, record.reference)
+        runs[key] = dataclasses.replace(
+            run, record=dataclasses.replace(record, reference=reference)
+        )
+    order = list(dict.fromkeys(arm for arm, _ in runs))
     return dataclasses.replace(
         a,
         name=f"{a.name} + {b.name}",
+        config=a.config or b.config,
         folders=(*a.folders, *b.folders),
-        runs=tuple(runs),
+        runs=tuple(sorted(runs.values(), key=lambda run: order.index(run.record.arm))),
         problems=tuple(dict.fromkeys(problems)),
     )
 
 
-def _named(found: Sequence[Experiment]) -> list[Experiment]:
-    """Names that are unique: a workdir may hold records of several data."""
-    names = [one.name for one in found]
+def _with_unique_names(experiments: Sequence[Experiment]) -> list[Experiment]:
+    """Numbers those of one name: a workdir may hold records of several data."""
+    names = [experiment.name for experiment in experiments]
     return [
-        dataclasses.replace(one, name=f"{one.name} ({names[:i].count(one.name) + 1})")
-        if names.count(one.name) > 1
-        else one
-        for i, one in enumerate(found)
+        dataclasses.replace(experiment, name=f"{name} ({names[:i].count(name) + 1})")
+        if names.count(name) > 1
+        else experiment
+        for i, (name, experiment) in enumerate(zip(names, experiments, strict=True))
     ]

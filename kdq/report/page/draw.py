@@ -1,5 +1,6 @@
-"""Vega-Lite rendered: its program for the page, and pictures as files."""
+"""Vega-Lite rendered: its program for the page, and pictures for files and notebooks."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +8,7 @@ from typing import Any
 import vl_convert
 
 from kdq.report.page.labels import WIDE
-from kdq.report.page.specs import Spec
-from kdq.report.page.tradeoff import NARROW_LABELS
+from kdq.report.page.marks import NARROW_LABELS, SCHEMA, Spec
 
 VERSION = "6.4"  # of Vega-Lite
 WIDTH = 560  # of a picture, in units of which a PNG has two pixels
@@ -16,29 +16,30 @@ WIDTH = 560  # of a picture, in units of which a PNG has two pixels
 
 @functools.cache
 def program() -> str:
-    """Vega, Vega-Lite and vega-embed as one script, which loads nothing."""
+    """Returns Vega, Vega-Lite and vega-embed as one script, which loads nothing."""
     return vl_convert.javascript_bundle(vl_version=VERSION).replace("</script", r"<\/script")
 
 
 def on_page(spec: Spec, legend: bool = True) -> Spec:
-    """As wide as its place, in the colors of the text around it; perhaps without its legend."""
+    """Returns a chart as wide as its place, in the colors of the text around it."""
     if not legend:
         encoding = spec["encoding"]
         spec = {**spec, "encoding": {**encoding, "color": {**encoding["color"], "legend": None}}}
     return {**spec, "width": "container", "config": _config("currentColor")}
 
 
-def pictures(specs: Sequence[Spec], title: str) -> tuple[bytes, bytes]:
-    """(PNG, SVG) of charts side by side, on white."""
+def pictures(specs: Sequence[Spec], title: str, columns: int = 0) -> tuple[bytes, bytes]:
+    """Returns (PNG, SVG) of charts on white, side by side or in so many columns."""
     joined: Spec = {
-        "$schema": specs[0]["$schema"],
+        "$schema": SCHEMA,
         "config": {**_config("#222222"), "background": "white", "padding": 12},
     }
     if len(specs) == 1:
         joined |= {"width": WIDTH, **_bare(specs[0])}
         subtitle = joined.pop("title", None)
     else:
-        joined["hconcat"] = [{"width": WIDE, **_bare(spec)} for spec in specs]
+        joined["concat" if columns else "hconcat"] = [{"width": WIDE, **_bare(s)} for s in specs]
+        joined |= {"columns": columns} if columns else {}
         subtitle = None
     joined["title"] = {"text": title, "anchor": "start"}
     if subtitle:
@@ -47,13 +48,28 @@ def pictures(specs: Sequence[Spec], title: str) -> tuple[bytes, bytes]:
     return vl_convert.svg_to_png(svg, scale=2), svg.encode()
 
 
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """Charts in columns, as a notebook shows them."""
+
+    specs: Sequence[Spec]
+    title: str = ""
+    columns: int = 4
+
+    def _repr_png_(self) -> bytes:
+        return pictures(self.specs, self.title, self.columns)[0]
+
+    def __repr__(self) -> str:
+        return f"Picture of {len(self.specs)} charts"
+
+
 def _bare(spec: Spec) -> Spec:
-    """Without what stands once in a picture, and what is for phones."""
+    """Returns a chart without what stands once in a picture, and what is for phones."""
     bare = {key: value for key, value in spec.items() if key != "$schema"}
     if "layer" in bare:
-        layers = [one for one in bare["layer"] if one.get("name") != NARROW_LABELS]
+        layers = [layer for layer in bare["layer"] if layer.get("name") != NARROW_LABELS]
         # Two charts of a picture may not have parts of one name.
-        bare["layer"] = [{k: v for k, v in one.items() if k != "name"} for one in layers]
+        bare["layer"] = [{k: v for k, v in layer.items() if k != "name"} for layer in layers]
     return bare
 
 

@@ -21,7 +21,7 @@ def place_labels(
     ranks: Sequence[int],
     width: float,
 ) -> list[dict[str, Any]]:
-    """The text of each point, "" where it has no room, and where it stands.
+    """Returns the text of each point, "" where it has no room, and where it stands.
 
     Args:
       places: of the points, as shares of the chart's width and of its height from above.
@@ -54,7 +54,7 @@ def place_labels(
 
 
 def _around(lines: int) -> Iterator[tuple[int, int, str]]:
-    """Shifts and alignments, the best first: close by, then further away by so many lines."""
+    """Yields shifts and alignments, the best first: close by, then so many lines away."""
     for away in range(1, lines + 1):
         up = round(GAP + (away - 0.5) * LINE)
         yield from ((0, -up, "center"), (0, up, "center"))

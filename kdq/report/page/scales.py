@@ -28,15 +28,15 @@ SHADES = 0.3  # how far a kind's color goes to black and to white for its first 
 
 
 def _kind_scale(kinds: Sequence[str]) -> dict[str, Any]:
-    """Color of each kind: the same in every chart of every report."""
+    """Returns the color of each kind: the same in every chart of every report."""
     known = [kind for kind in COLORS if kind in kinds]
     other = sorted({kind for kind in kinds if kind not in COLORS})
     spare = [SPARE_COLORS[i % len(SPARE_COLORS)] for i in range(len(other))]
     return {"domain": [*known, *other], "range": [*(COLORS[k] for k in known), *spare]}
 
 
-def of_arms(arms: Sequence[str]) -> dict[str, Any]:
-    """Color of each arm, for the few that a chart shows."""
+def arm_colors(arms: Sequence[str]) -> dict[str, Any]:
+    """Returns the color of each arm, for the few that a chart shows."""
     colors = [*COLORS.values(), *SPARE_COLORS]
     return {
         "field": "arm",
@@ -50,14 +50,14 @@ def of_arms(arms: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def of_kinds(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Color of the "kind" of each point."""
+def kind_colors(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the color of the "kind" of each point."""
     scale = _kind_scale([p["kind"] for p in points])
     return {"field": "kind", "type": "nominal", "scale": scale, "title": "kind"}
 
 
-def of_starts(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Shape of what each point's arm starts from; those beyond the shapes share the last one."""
+def start_shapes(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns shapes of what arms start from; those beyond the shapes share the last one."""
     starts = list(dict.fromkeys(p["start"] for p in points))
     shapes = [SHAPES[min(i, len(SHAPES) - 1)] for i in range(len(starts))]
     shape = {"field": "start", "type": "nominal", "title": "starts from"}
@@ -66,14 +66,14 @@ def of_starts(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"shape": shape}
 
 
-def of_curves(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Colors and dashes of arms: a shade of its kind's color, and dashes of its own.
+def curve_styles(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns colors and dashes of arms: a shade of its kind's color, and dashes of its own.
 
     Of more arms than a legend can name, the color of the kind alone.
     """
     kinds = {p["arm"]: p["kind"] for p in points}
     if len(kinds) > MOST_CURVES:
-        return {"color": of_kinds(points)}
+        return {"color": kind_colors(points)}
     scale = _kind_scale(list(kinds.values()))
     base = dict(zip(scale["domain"], scale["range"], strict=True))
     arms = sorted(kinds, key=lambda arm: scale["domain"].index(kinds[arm]))
@@ -93,7 +93,7 @@ def of_curves(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _shade(color: str, place: int, count: int) -> str:
-    """A color made darker for the first of so many places, lighter for the last."""
+    """Returns a color made darker for the first of so many places, lighter for the last."""
     if count == 1:
         return color
     share = SHADES * (2 * place / (count - 1) - 1)
@@ -103,7 +103,7 @@ def _shade(color: str, place: int, count: int) -> str:
 
 
 def names_axis(names: Sequence[str]) -> dict[str, Any]:
-    """An axis whose long names are broken in two at the separator nearest to their middle."""
+    """Returns an axis whose long names are broken in two at a separator near their middle."""
     broken = {name: [first, name[len(first) :]] for name in names if (first := _half(name))}
     if not broken:
         return {"labelLimit": LABEL}
@@ -118,7 +118,7 @@ def names_axis(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _half(name: str) -> str:
-    """The first half of a long name; "" of a short one, and of one that has no separator."""
+    """Returns the first half of a long name; "" of a short one or one without separator."""
     if len(name) <= LONG:
         return ""
     ends = [i + 1 for i, char in enumerate(name[:-1]) if char in "_-/."]

@@ -7,21 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdq.fields import ConfigError
+from kdq.report import metric as metrics
 from kdq.report.advise import advise
-from kdq.report.advisor.constraints import Constraints, drop
-from kdq.report.advisor.document import Block, ranges
-from kdq.report.advisor.evidence import Study, studies
-from kdq.report.advisor.words import interval, percent
-from kdq.report.cells import format_bytes, format_energy, without_count
-from kdq.report.notes import compiling_note, quick_note, seeds_note
+from kdq.report.advisor import words
+from kdq.report.advisor.constraints import Constraints, best, drop
+from kdq.report.advisor.document import Block, find_section
+from kdq.report.advisor.study import Study, studies
+from kdq.report.aggregate import distinct, latencies
+from kdq.report.cells import format_bytes, without_count
+from kdq.report.notes import compiling_note, quick_note, seeds_note, versions_of
 from kdq.report.page import methods, specs, tables, tradeoff, views
 from kdq.report.page.combine import Experiment
-from kdq.report.page.specs import Spec
-from kdq.report.page.times import latencies
+from kdq.report.page.marks import Point, Spec
 
-CLOSE = 1.0  # points below the teacher that "how far" allows
 POLICIES = 24  # arms of a chart of bits
-OF_OLD = "It is kept by runs of this version: run the experiment again in a new folder."
+OLD_RUN_NOTE = "It is kept by runs of this version: run the experiment again in a new folder."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """One experiment."""
+    """The part of the page of one experiment."""
 
     experiment: Experiment
     results: tables.Grid
@@ -51,73 +51,82 @@ class Section:
     failures: Sequence[str]
     problems: Sequence[str]
     missing: Mapping[str, str]  # part -> why there is nothing
-    said: Mapping[str, str]  # once, instead of at each number
+    notes: Mapping[str, str]  # once, instead of at each number
     facts: Sequence[tuple[str, str]]
 
 
-def section(experiment: Experiment, constraints: Constraints) -> Section:
-    """Of an experiment; `constraints` are those of the advisor."""
-    source, problems = experiment.source()
-    problems = [*experiment.problems, *problems]
-    study, advice, answer = None, (), []
-    try:
-        advice = advise([source], constraints).blocks if source.records else ()
-        study = next(iter(studies([source])), None)
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        problems.append(f"the advisor can't judge {experiment.name}: {error!r}")
-    times = latencies(experiment.records)
-    picks = methods.chosen(study) if study else []
-    arms = [p.candidate.arm for p in picks if p.candidate]
+def build_section(experiment: Experiment, constraints: Constraints) -> Section:
+    """Returns the section of an experiment; `constraints` are those of the advisor."""
+    rows, times = experiment.rows, latencies(experiment.records)
+    plain = without_count if experiment.one_seed else lambda text: text
+    study, advice, problems = _ask_advisor(experiment, constraints)
+    answer, comparison, picked = [], [], []
     if study:
+        picks = methods.choose(study)
+        picked = [pick.candidate.arm for pick in picks if pick.candidate]
         answer = _answer(advice, study, constraints)
-    teacher = next((r.arm for r in experiment.rows if r.kind == "teacher"), None)
-    student = next((r.arm for r in experiment.rows if r.kind in ("labels", "student")), None)
-    shown = list(dict.fromkeys(a for a in (teacher, student, *arms) if a))
-    searched = [r["arm"] for r in experiment.records if r.get("policy") and r["status"] == "ok"]
-    wanted = list(dict.fromkeys([*shown, *searched]))[:POLICIES]
-    details, lost = views.details(experiment, wanted)
-    layers = views.layers(details, wanted)
-    starts = views.starts(study) if study else {}
-    points = views.points(experiment, starts)
-    confusions, most = _confusions(details, [a for a in shown if a != teacher], teacher)
+        comparison = methods.comparison(study, picks, times)
+    teacher = next((r.arm for r in rows if r.kind == "teacher"), None)
+    student = next((r.arm for r in rows if r.kind in ("labels", "student")), None)
+    shown = list(dict.fromkeys(arm for arm in (teacher, student, *picked) if arm))
+    searched = [r.arm for r in experiment.records if r.policy and r.status == "ok"]
+    drawn = list(dict.fromkeys([*shown, *searched]))[:POLICIES]
+    details, lost = views.collect_details(experiment, drawn)
+    of_shown = {arm: details[arm] for arm in shown if arm in details}
+    layers = views.layers_of_arms(details, drawn)
+    points = views.arm_points(rows, views.find_starts(study) if study else {}, times)
+    confusions, most = _confusion_charts(details, [a for a in shown if a != teacher], teacher)
     charts = {
-        "fronts": _fronts(experiment, points),
-        "layers": _layers(layers, shown),
-        "training": _training(experiment),
-        "fidelity": _fidelity(points),
-        "calibration": _reliability({arm: details[arm] for arm in shown if arm in details}),
+        "fronts": _front_charts(experiment, points),
+        "layers": _layer_charts(layers, shown),
+        "training": _training_charts(experiment),
+        "fidelity": _fidelity_charts(experiment, points),
+        "calibration": _reliability_charts(of_shown),
         "confusions": confusions,
     }
-    plain = without_count if experiment.one_seed else lambda text: text
+    more = [f"and {len(lost) - 3} more files of details"] if len(lost) > 3 else []
     return Section(
         experiment=experiment,
-        results=tables.results(experiment),
-        fidelity=tables.fidelity(experiment),
-        commands={row.arm: command(experiment, row.arm) for row in experiment.rows},
-        answer=[plain(text) for text in answer],
+        results=tables.results_grid(experiment),
+        fidelity=tables.fidelity_grid(experiment),
+        commands={row.arm: command(experiment, row.arm) for row in rows},
+        answer=list(map(plain, answer)),
         advice=[_plainly(block, plain) for block in advice],
-        comparison=[
-            (aspect, [plain(cell) for cell in cells])
-            for aspect, cells in (methods.comparison(study, picks, times) if study else ())
-        ],
+        comparison=[(aspect, list(map(plain, cells))) for aspect, cells in comparison],
         charts=charts,
-        layers={arm: layer_grid(rows) for arm, rows in layers.items() if arm in shown},
-        attributions=views.attributions({a: details[a] for a in shown if a in details}),
-        failures=[
-            f"{row.arm}, seed {seed}: {reason}"
-            for row in experiment.rows
-            for seed, reason in row.failures
-        ],
-        problems=[*problems, *_some(lost)],
+        layers={arm: tables.layer_grid(each) for arm, each in layers.items() if arm in shown},
+        attributions=views.attribution_maps(of_shown),
+        failures=[f"{r.arm}, seed {seed}: {reason}" for r in rows for seed, reason in r.failures],
+        problems=[*experiment.problems, *problems, *lost[:3], *more],
         missing=_missing(charts, experiment),
-        said={
-            "seeds": _seeds(experiment),
-            "quick": quick_note(experiment.rows),
-            "compiling": compiling_note(experiment.rows),
-            "confusions": most,
-        },
+        notes=_notes(experiment) | {"confusions": most},
         facts=_facts(experiment),
     )
+
+
+def _ask_advisor(
+    experiment: Experiment, constraints: Constraints
+) -> tuple[Study | None, Sequence[Block], list[str]]:
+    """Returns what the advisor says, and why it can't judge all or some of the records."""
+    evidence, problems = experiment.evidence()
+    try:
+        if evidence.runs:
+            return studies([evidence])[0], advise([evidence], constraints).blocks, problems
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        problems.append(f"the advisor can't judge {experiment.name}: {error!r}")
+    return None, (), problems
+
+
+def _notes(experiment: Experiment) -> dict[str, str]:
+    """Returns what is said once, instead of at each number."""
+    seeds = {row.seeds for row in experiment.rows if row.seeds}
+    same = f"Each arm has the seeds {words.ranges(next(iter(seeds)))}." if len(seeds) == 1 else ""
+    return {
+        "seeds": seeds_note(experiment.rows) or same,
+        "quick": quick_note(experiment.rows),
+        "compiling": compiling_note(experiment.rows),
+        "difference": experiment.metric.difference_unit,
+    }
 
 
 def _plainly(block: Block, plain: Callable[[str], str]) -> Block:
@@ -125,96 +134,89 @@ def _plainly(block: Block, plain: Callable[[str], str]) -> Block:
     return dataclasses.replace(block, text=plain(block.text), rows=rows)
 
 
-def _seeds(experiment: Experiment) -> str:
-    """Returns the seeds that all finished arms share, in words; "" where they differ."""
-    if said := seeds_note(experiment.rows):
-        return said
-    every = {row.seeds for row in experiment.rows if row.seeds}
-    return f"Each arm has the seeds {ranges(every.pop())}." if len(every) == 1 else ""
-
-
-def _some(lost: Sequence[str]) -> list[str]:
-    more = [f"and {len(lost) - 3} more files of details"] if len(lost) > 3 else []
-    return [*lost[:3], *more]
-
-
 def _answer(advice: Sequence[Block], study: Study, constraints: Constraints) -> list[str]:
-    """The advisor's own first words, and how far one can go.
+    """Returns the advisor's own first words, and how far one can go.
 
     Without constraints these words are only that the most accurate network will do: left out.
     """
-    place = next(
-        (i for i, b in enumerate(advice) if (b.kind, b.text) == ("heading", "Answer")), None
-    )
-    said = []
     limited = constraints != Constraints()
-    for block in advice[place + 1 :] if limited and place is not None else ():
-        if block.kind == "heading":
-            break
-        said.append(_uncited(block.text))
-    found = methods.smallest_within(study, CLOSE)
-    teachers = [c for c in study.candidates if c.kind == "teacher"]
-    if found and teachers and found[0].kind != "teacher":
-        arm, unsure = found
-        far = drop(arm, study)
+    texts = [_uncited(block.text) for block in find_section(advice, "Answer") if limited]
+    texts += _how_far(study)
+    return texts + [_uncited(b.text) for b in advice if b.text.startswith("In short")]
+
+
+def _how_far(study: Study) -> list[str]:
+    """Returns which file is the smallest that is level with the teacher on validation."""
+    metric = study.metric
+    unit = metric.difference_unit
+    near = f"{metric.level:g} {words.level_unit(metric)}"
+    score = lambda values: words.in_sentence(values, metric)
+    behind = lambda arm: words.interval(drop(arm, study), metric)
+    smallest = methods.find_smallest(study, metric.level)
+    teacher = next((c for c in study.candidates if c.kind == "teacher"), None)
+    if teacher is None:
+        return []
+    if smallest and smallest[0].kind != "teacher":
+        arm, unsure = smallest
         likely = f" ({unsure})" if unsure else ""
-        ratio = teachers[0].size_bytes / arm.size_bytes if arm.size_bytes else 1
-        said.append(
+        ratio = teacher.size_bytes / arm.size_bytes if arm.size_bytes else 1
+        return [
             f"{arm.method}, {arm.bits}, is as far as one can go: {arm.arm} is the smallest file "
-            f"within {CLOSE:g} point of the teacher on validation{likely}. "
-            f"{format_bytes(arm.size_bytes)}, {ratio:.1f} times smaller; {percent(arm.validation)} "
-            f"on validation, {interval(far)} points against the teacher; {percent(arm.test)} on "
-            "test."
-        )
-    elif teachers and (near := methods.nearest(study)):
-        said.append(
-            f"No smaller file is within {CLOSE:g} point of the teacher on validation. "
-            f"The best is {near.arm} ({near.method}, {near.bits}): "
-            f"{format_bytes(near.size_bytes)}, {interval(drop(near, study))} points against the "
-            "teacher."
-        )
-    said += [_uncited(b.text) for b in advice if b.text.startswith("In short")]
-    return said
+            f"within {near} of the teacher on validation{likely}. "
+            f"{format_bytes(arm.size_bytes)}, {ratio:.1f} times smaller; {score(arm.validation)} "
+            f"on validation, {behind(arm)} {unit} against the teacher; {score(arm.test)} on test."
+        ]
+    other = best([c for c in study.candidates if c.kind != "teacher"])
+    if other is None:
+        return []
+    return [
+        f"No smaller file is within {near} of the teacher on validation. The best is {other.arm} "
+        f"({other.method}, {other.bits}): {format_bytes(other.size_bytes)}, {behind(other)} {unit} "
+        "against the teacher."
+    ]
 
 
 def _uncited(text: str) -> str:
-    """Without the numbers of rows, which only the whole advice resolves."""
+    """Returns a text without the numbers of rows, which only the whole advice resolves."""
     return re.sub(r" \[\d+(, \d+)*\]$", "", text)
 
 
 def command(experiment: Experiment, arm: str) -> str:
-    """What runs an arm again, in a new folder."""
+    """Returns what runs an arm again, in a new folder."""
     folder = next((f for f in experiment.folders if f.config and arm in f.config["arms"]), None)
     config = f"configs/saved/workdir.py:{folder.path}" if folder else "CONFIG"
-    runs = [r for r in experiment.records if r["arm"] == arm]
+    seeds = [str(r.seed) for r in experiment.records if r.arm == arm]
     parts = ["python", "launch/train.py", f"--config={config}", "--workdir=runs/again"]
-    parts += [f"--arm={arm}", f"--config.seeds={','.join(str(r['seed']) for r in runs)}"]
+    parts += [f"--arm={arm}", f"--config.seeds={','.join(seeds)}"]
     return " ".join(shlex.quote(part) for part in parts)
 
 
-def _fronts(experiment: Experiment, points: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    costs = [("size", "size on disk, KiB", "accuracy_vs_size")]
-    for i, (device, batch) in enumerate(latencies(experiment.records)):
+def _front_charts(experiment: Experiment, points: Sequence[Point]) -> list[Chart]:
+    metric = experiment.metric
+    name, first = metric.name, metrics.named(metric, first=True)
+    costs = [("size", "size on disk, KiB", f"{name}_vs_size")]
+    for i, (device, batch) in enumerate(latencies(experiment.records), 1):
         title = f"latency of a batch of {batch}, ms, on {device}"
-        costs.append((str((device, batch)), title, f"accuracy_vs_latency_{i + 1}"))
-    costs.append(("energy", "energy of an example, nJ, modelled", "accuracy_vs_energy_modelled"))
+        costs.append((str((device, batch)), title, f"{name}_vs_latency_{i}"))
+    costs.append(("energy", "energy of an example, nJ, modelled", f"{name}_vs_energy_modelled"))
     charts = []
-    for key, title, name in costs:
-        if found := tradeoff.pareto(points, key, title):
+    for key, title, file in costs:
+        if drawn := tradeoff.pareto(points, key, title, metric):
             note = "Arms of equal cost stand side by side." if key == "size" else ""
             charts.append(
-                Chart(name=name, title=f"Accuracy against {title}", specs=tuple(found), note=note)
+                Chart(name=file, title=f"{first} against {title}", specs=tuple(drawn), note=note)
             )
     return charts
 
 
-def _training(experiment: Experiment) -> list[Chart]:
-    validation, losses = views.training(experiment)
+def _training_charts(experiment: Experiment) -> list[Chart]:
+    metric = experiment.metric
+    validation, losses = views.training_curves(experiment)
     charts = []
     if validation:
-        spec = specs.curves(validation, "accuracy", "validation accuracy, %")
-        title = "Validation accuracy, mean over seeds"
-        charts.append(Chart(name="validation_accuracy", title=title, specs=(spec,)))
+        spec = specs.curves(validation, "score", metrics.axis(metric, "validation"))
+        title = f"Validation {metrics.named(metric)}, mean over seeds"
+        charts.append(Chart(name=f"validation_{metric.name}", title=title, specs=(spec,)))
     if losses:
         spec = specs.curves(losses, "loss", "training loss")
         note = "Losses of different recipes have different terms: compare shapes, not heights."
@@ -223,31 +225,33 @@ def _training(experiment: Experiment) -> list[Chart]:
     return charts
 
 
-def _fidelity(points: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def _fidelity_charts(experiment: Experiment, points: Sequence[Point]) -> list[Chart]:
     points = [
-        p for p in points if None not in (p["agreement"], p["accuracy"]) and p["kind"] != "teacher"
+        p for p in points if None not in (p["agreement"], p["score"]) and p["kind"] != "teacher"
     ]
     if not points:
         return []
-    title = "Agreement with the teacher against accuracy"
-    return [Chart(name="agreement_vs_accuracy", title=title, specs=(specs.fidelity(points),))]
+    metric = experiment.metric
+    title = f"Agreement with the teacher against {metrics.named(metric)}"
+    spec = specs.fidelity(points, metric)
+    return [Chart(name=f"agreement_vs_{metric.name}", title=title, specs=(spec,))]
 
 
-def _reliability(details: views.Details) -> list[Chart]:
-    bins = views.reliability(details)
+def _reliability_charts(details: views.Details) -> list[Chart]:
+    bins = views.reliability_bins(details)
     if not bins:
         return []
     title = "Reliability on test, all seeds"
     return [Chart(name="reliability", title=title, specs=(specs.reliability(bins),))]
 
 
-def _confusions(
+def _confusion_charts(
     details: views.Details, arms: Sequence[str], teacher: str | None
 ) -> tuple[list[Chart], str]:
-    """A chart an arm, and the examples at the end of the scale that they share."""
+    """Returns a chart an arm, and the examples at the end of the scale that they share."""
     if teacher is None:
         return [], ""
-    every = {arm: views.confusion_difference(details, arm, teacher) for arm in arms}
+    every = {arm: views.confusion_cells(details, arm, teacher) for arm in arms}
     most = max((abs(c["difference"]) for cells in every.values() for c in cells), default=0) or 1
     charts = []
     for arm, cells in every.items():
@@ -266,7 +270,9 @@ def _confusions(
     return charts, f"{most:.3g}"
 
 
-def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[str]) -> list[Chart]:
+def _layer_charts(
+    layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[str]
+) -> list[Chart]:
     cells = [
         {
             "arm": arm,
@@ -280,13 +286,8 @@ def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[s
     ]
     if not cells:
         return []
-    charts = [
-        Chart(
-            name="bits_by_layer",
-            title="Bits of each layer: weights and inputs",
-            specs=(specs.bits_by_layer(cells),),
-        )
-    ]
+    title = "Bits of each layer: weights and inputs"
+    charts = [Chart(name="bits_by_layer", title=title, specs=(specs.bits_by_layer(cells),))]
     measured = [c for c in cells if (c["sensitivity"] or 0) > 0 and c["arm"] in shown]
     if measured:
         charts.append(
@@ -302,66 +303,36 @@ def _layers(layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[s
     return charts
 
 
-def layer_grid(rows: Sequence[Mapping[str, Any]]) -> tables.Grid:
-    """What the policy of an arm is, does and costs."""
-    head = ("Layer", "Kind", "Bits", "Sensitivity, nats", "SQNR of weights, dB", "Input range")
-    head += ("Weights", "Size", "MACs", "BOPs", "Energy, modelled")
-    plain = lambda value, form: "—" if value is None else format(value, form)
-    cells = []
-    for row in rows:
-        span = row["range"]
-        reach = "—" if not span or None in span else f"{span[0]:.3g} to {span[1]:.3g}"
-        size = row["bytes"]
-        joules = row["energy_modelled_nj"]
-        entries = [
-            (row["path"] or "(root)", row["path"]),
-            (row["kind"], row["kind"]),
-            (views.width_name(row), views.width_name(row)),
-            (plain(row["sensitivity"], ".2e"), row["sensitivity"]),
-            (plain(row["sqnr_db"], ".1f"), row["sqnr_db"]),
-            (reach, None if reach == "—" else span[1] - span[0]),
-            (f"{row['weights']:,}", row["weights"]),
-            (format_bytes(size), size),
-            (f"{row['macs']:,}", row["macs"]),
-            (f"{row['bops']:,}", row["bops"]),
-            (format_energy(joules), joules),
-        ]
-        cells.append(tuple(tables.Cell(text=text, sort=sort) for text, sort in entries))
-    names = tuple(row["path"] for row in rows)
-    return tables.Grid(head=head, rows=tuple(cells), arms=names, states=("",) * len(names))
-
-
 def _missing(charts: Mapping[str, Sequence[Chart]], experiment: Experiment) -> dict[str, str]:
-    """Why a part of the page is empty, and what to run."""
+    """Returns why a part of the page is empty, and what to run."""
     again = command(experiment, experiment.rows[0].arm).partition(" --arm=")[0]
     again = again.replace("launch/train.py", "launch/compress.py")
-    detail = f"No details of the arms shown were found. {OF_OLD} {again}"
-    said = {
+    detail = f"No details of the arms shown were found. {OLD_RUN_NOTE} {again}"
+    name = metrics.named(experiment.metric)
+    texts = {
         "training": "No metrics.jsonl of a trained arm is there.",
         "fidelity": "No arm has a measured agreement: the teacher failed, or is not there.",
-        "fronts": "No arm has an accuracy and a cost.",
-        "layers": f"No quantized arm has details by layer. {OF_OLD} {again}",
+        "fronts": f"No arm has {'an' if name[0] in 'aeiouRM' else 'a'} {name} and a cost.",
+        "layers": f"No quantized arm has details by layer. {OLD_RUN_NOTE} {again}",
         **dict.fromkeys(("calibration", "confusions"), detail),
         "attributions": f"Only images have maps. {detail}",
     }
-    return {part: text for part, text in said.items() if not charts.get(part)}
+    return {part: text for part, text in texts.items() if not charts.get(part)}
 
 
 def _facts(experiment: Experiment) -> list[tuple[str, str]]:
-    distinct = lambda key: list(
-        dict.fromkeys(str(r[key]) for r in experiment.records if r.get(key))
-    )
+    listed = lambda field: ", ".join(distinct(experiment.records, field)) or "not recorded"
     data = ", ".join(f"{split} {digest[:12]}" for split, digest in experiment.data.items())
-    versions = dict.fromkeys(
-        f"{package} {version}"
-        for record in experiment.records
-        for package, version in (record.get("versions") or {}).items()
-    )
+    versions = [
+        f"{name} {version}"
+        for name, each in versions_of(experiment.records).items()
+        for version in each
+    ]
     return [
         ("Folders", ", ".join(folder.path for folder in experiment.folders)),
         ("Digests of the data", data or "not recorded"),
-        ("Config digests", ", ".join(distinct("config_digest")) or "not recorded"),
-        ("Commits", ", ".join(distinct("commit")) or "not recorded"),
+        ("Config digests", listed("config_digest")),
+        ("Commits", listed("commit")),
         ("Devices", "; ".join(experiment.devices) or "not recorded"),
         ("Versions", ", ".join(versions) or "not recorded"),
     ]

@@ -5,25 +5,32 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from kdq.report import metric as metrics
 from kdq.report import table
-from kdq.report.aggregate import Row
+from kdq.report.aggregate import Row, latencies
 from kdq.report.cells import (
     ABSENT,
     escape,
     format_bytes,
     format_energy,
     mean_cell,
+    number_cell,
 )
+from kdq.report.columns import Column, cells_of, fidelity_columns, main_columns
+from kdq.report.metric import TRANSFER
 from kdq.report.notes import quick_note
 from kdq.report.page.combine import Experiment
-from kdq.report.page.times import latencies
+from kdq.report.page.views import width_name
+from kdq.tasks.base import Metric
+from kdq.tasks.classification import AGREEMENT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is shown, and what it is sorted by."""
+    """A text that is shown, and what it is sorted by."""
 
     text: str
     sort: str | float | None  # None: nothing was measured
@@ -39,161 +46,155 @@ class Grid:
     states: tuple[str, ...]  # of the rows: "failed" where no seed finished
 
 
-Column = tuple[str, Callable[[Row], str], Callable[[Row], str | float | None]]
-
-
-def number(value: float) -> float | None:
-    """None where nothing was measured."""
-    return None if math.isnan(value) else value
-
-
-COLUMNS: tuple[Column, ...] = (
-    ("Arm", lambda r: r.arm, lambda r: r.arm),
-    ("Kind", lambda r: r.kind or ABSENT, lambda r: r.kind),
-    ("Bits", lambda r: r.bits or ABSENT, lambda r: r.bits),
-    ("Accuracy %", table.accuracy_cell, lambda r: number(r.accuracy.mean)),
-    (
-        "Δ [95%]",
-        table.difference_cell,
-        lambda r: None if r.difference is None else number(r.difference.mean),
-    ),
-    ("Δ against", lambda r: r.reference or ABSENT, lambda r: r.reference or ""),
-    (
-        "Size (smaller)",
-        lambda r: f"{format_bytes(r.size_bytes)}{_times(r.size_ratio)}",
-        lambda r: number(r.size_bytes),
-    ),
-    (
-        "Energy, modelled",
-        lambda r: format_energy(r.energy_modelled_nj),
-        lambda r: number(r.energy_modelled_nj),
-    ),
-    ("Train s", lambda r: _plain(r.train_seconds), lambda r: number(r.train_seconds)),
-    ("Compile s", lambda r: _plain(r.compile_seconds), lambda r: number(r.compile_seconds)),
-    ("Seeds", lambda r: str(len(r.seeds)), lambda r: len(r.seeds)),
-)
-FIDELITY: tuple[Column, ...] = (
-    COLUMNS[0],
-    ("Accuracy %", lambda r: mean_cell(r.accuracy), lambda r: number(r.accuracy.mean)),
-    ("Agreement %", lambda r: mean_cell(r.agreement), lambda r: number(r.agreement.mean)),
-    ("KL, nats", lambda r: mean_cell(r.kl_to_teacher, 4), lambda r: number(r.kl_to_teacher.mean)),
-    *(
-        (name, cell, lambda r, key=key: number(r.measures[key].mean))
-        for name, key, cell in table.TRANSFER
-    ),
+SHOWN = (
+    *("arm", "kind", "bits", "score", "difference", "reference", "size_smaller", "energy"),
+    *("train", "compile", "seeds"),
 )
 
 
-def _times(ratio: float) -> str:
-    return "" if math.isnan(ratio) else f" ({ratio:.1f}×)"
-
-
-def _plain(value: float) -> str:
-    return ABSENT if math.isnan(value) else f"{value:.1f}"
-
-
-def results(experiment: Experiment) -> Grid:
-    """The main table, with a column for each device and batch size that was timed.
+def results_grid(experiment: Experiment) -> Grid:
+    """Returns the main table, with a column for each device and batch size that was timed.
 
     Columns that nobody measured are left out, and seeds where all finished arms have as many.
     """
-    same = len({len(row.seeds) for row in experiment.rows if row.seeds}) == 1
-    columns = [c for c in _measured(COLUMNS, experiment.rows) if c[0] != "Seeds" or not same]
+    rows = experiment.rows
+    same = len({len(row.seeds) for row in rows if row.seeds}) == 1
+    columns = main_columns(experiment.metric)
+    shown = _measured([columns[key] for key in SHOWN if key != "seeds" or not same], rows)
     times = latencies(experiment.records)
     devices = {device for device, _ in times}
-    for (device, batch), own in times.items():
-        name = f"Batch {batch}, ms" + (f" ({device})" if len(devices) > 1 else "")
-        columns.append(
-            (
-                name,
-                lambda r, own=own: (
-                    f"{mean_cell(own[r.arm][0], 3)} {own[r.arm][1]}" if r.arm in own else ABSENT
+    for (device, batch), arms in times.items():
+        where = f" ({device})" if len(devices) > 1 else ""
+        shown.append(
+            Column(
+                f"Batch {batch}, ms{where}",
+                lambda r, arms=arms: (
+                    f"{mean_cell(arms[r.arm][0], 3)} {arms[r.arm][1]}" if r.arm in arms else ABSENT
                 ),
-                lambda r, own=own: own[r.arm][0].mean if r.arm in own else None,
+                lambda r, arms=arms: arms[r.arm][0].mean if r.arm in arms else None,
             )
         )
-    return _grid(columns, experiment.rows)
+    return _grid(shown, rows)
 
 
-def fidelity(experiment: Experiment) -> Grid:
-    """What was taken over from the teacher; columns that nobody measured are left out."""
-    measured = [row for row in experiment.rows if row.seeds]
-    return _grid(_measured(FIDELITY, measured), measured)
+def fidelity_grid(experiment: Experiment) -> Grid:
+    """Returns what was taken over from the teacher; columns that nobody measured are left out."""
+    rows = [row for row in experiment.rows if row.seeds]
+    return _grid(_measured(fidelity_columns(experiment.metric), rows), rows)
 
 
 def _measured(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    says_something = lambda text, sort, row: sort(row) is not None or text(row) != ABSENT
     return [
-        (name, text, sort)
-        for name, text, sort in columns
-        if any(says_something(text, sort, row) for row in rows)
+        column
+        for column in columns
+        if any(column.sort(row) is not None or column.text(row) != ABSENT for row in rows)
     ]
 
 
 def _grid(columns: Sequence[Column], rows: Sequence[Row]) -> Grid:
-    texts = table.cells_of([(name, text) for name, text, _ in columns], rows)
-    sorts = {name: [sort(row) for row in rows] for name, _, sort in columns}
-    cells = {
-        name: [Cell(text=text, sort=sort) for text, sort in zip(own, sorts[name], strict=True)]
-        for name, own in texts.items()
-    }
+    texts = zip(*cells_of(columns, rows).values(), strict=True)
     return Grid(
-        head=tuple(cells),
-        rows=tuple(zip(*cells.values(), strict=True)),
+        head=tuple(column.name for column in columns),
+        rows=tuple(
+            tuple(
+                Cell(text=text, sort=column.sort(row))
+                for text, column in zip(line, columns, strict=True)
+            )
+            for line, row in zip(texts, rows, strict=True)
+        ),
         arms=tuple(row.arm for row in rows),
         states=tuple("" if row.seeds else "failed" for row in rows),
     )
 
 
+def layer_grid(layers: Sequence[Mapping[str, Any]]) -> Grid:
+    """Returns what the policy of an arm is, does and costs; `layers` are those of its details."""
+    head = ("Layer", "Kind", "Bits", "Sensitivity, nats", "SQNR of weights, dB", "Input range")
+    head += ("Weights", "Size", "MACs", "BOPs", "Energy, modelled")
+    plain = lambda value, form: number_cell(math.nan if value is None else value, form)
+    lines = []
+    for layer in layers:
+        ends = layer["range"]
+        known = ends and None not in ends
+        lines.append(
+            (
+                (layer["path"] or "(root)", layer["path"]),
+                (layer["kind"], layer["kind"]),
+                (width_name(layer), width_name(layer)),
+                (plain(layer["sensitivity"], ".2e"), layer["sensitivity"]),
+                (plain(layer["sqnr_db"], ".1f"), layer["sqnr_db"]),
+                (f"{ends[0]:.3g} to {ends[1]:.3g}", ends[1] - ends[0]) if known else (ABSENT, None),
+                (f"{layer['weights']:,}", layer["weights"]),
+                (format_bytes(layer["bytes"]), layer["bytes"]),
+                (f"{layer['macs']:,}", layer["macs"]),
+                (f"{layer['bops']:,}", layer["bops"]),
+                (format_energy(layer["energy_modelled_nj"]), layer["energy_modelled_nj"]),
+            )
+        )
+    return Grid(
+        head=head,
+        rows=tuple(tuple(Cell(text=t, sort=s) for t, s in line) for line in lines),
+        arms=tuple(layer["path"] for layer in layers),
+        states=("",) * len(layers),
+    )
+
+
 def markdown(experiments: Sequence[Experiment]) -> str:
-    """`kdq.report.table.markdown` of each experiment, and what was left out."""
+    """Returns `kdq.report.table.markdown` of each experiment, and what was left out."""
     parts = []
-    for one in experiments:
-        head = [f"## {escape(one.name)}", ""] if len(experiments) > 1 else []
-        parts.append("\n".join([*head, table.markdown(one.rows, one.records)]))
-        if one.problems:
-            left_out = [f"- {escape(problem)}" for problem in one.problems]
+    for each in experiments:
+        head = [f"## {escape(each.name)}", ""] if len(experiments) > 1 else []
+        parts.append("\n".join([*head, table.markdown(each.rows, each.records)]))
+        if each.problems:
+            left_out = [f"- {escape(problem)}" for problem in each.problems]
             parts.append("\n".join(["Left out or kept apart:", "", *left_out, ""]))
     return "\n".join(parts)
 
 
-def csv_table(experiments: Sequence[Experiment]) -> str:
-    """A line an arm, with plain numbers; an empty field was not measured."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    named: dict[str, Callable[[Row], object]] = {
+def _csv_columns(metric: Metric) -> dict[str, Callable[[Row], object]]:
+    end = lambda row, name: getattr(row.difference, name) if row.difference else math.nan
+    unit = {"%": "_percent", "": ""}.get(metric.unit, f"_{metric.unit}")
+    return {
         "arm": lambda r: r.arm,
         "kind": lambda r: r.kind,
         "bits": lambda r: r.bits,
         "seeds": lambda r: " ".join(map(str, r.seeds)),
         "failed_seeds": lambda r: " ".join(str(seed) for seed, _ in r.failures),
-        "params": lambda r: r.params,
+        "params": lambda r: r.mean("params"),
         "size_bytes": lambda r: r.size_bytes,
-        "accuracy_percent": lambda r: r.accuracy.mean,
-        "accuracy_std": lambda r: r.accuracy.std,
-        "reference": lambda r: r.reference or "",
-        "difference": lambda r: r.difference.mean if r.difference else math.nan,
-        "difference_low": lambda r: r.difference.low if r.difference else math.nan,
-        "difference_high": lambda r: r.difference.high if r.difference else math.nan,
-        "agreement_percent": lambda r: r.agreement.mean,
-        "kl_to_teacher_nats": lambda r: r.kl_to_teacher.mean,
-        "ece_percent": lambda r: r.measures["ece"].mean,
-        "bops": lambda r: r.bops,
+        f"{metric.name}{unit}": lambda r: r.score.mean,
+        f"{metric.name}_std": lambda r: r.score.std,
+        "reference": lambda r: r.reference,
+        "difference": lambda r: end(r, "mean"),
+        "difference_low": lambda r: end(r, "low"),
+        "difference_high": lambda r: end(r, "high"),
+        "agreement_percent": lambda r: r.mean_of(AGREEMENT).mean,
+        "kl_to_teacher_nats": lambda r: r.mean("kl_to_teacher"),
+        "ece_percent": lambda r: r.mean_of(TRANSFER["ece"][0]).mean,
+        "bops": lambda r: r.mean("bops"),
         "energy_modelled_nj": lambda r: r.energy_modelled_nj,
         "train_seconds": lambda r: r.train_seconds,
         "compile_seconds": lambda r: r.compile_seconds,
         "quick": lambda r: "yes" if r.quick else "",
     }
-    times = {one.name: latencies(one.records) for one in experiments}
-    conditions = sorted({condition for own in times.values() for condition in own})
+
+
+def csv_table(experiments: Sequence[Experiment]) -> str:
+    """Returns a line an arm, with plain numbers; an empty field was not measured."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    times = {each.name: latencies(each.records) for each in experiments}
+    conditions = sorted({condition for timed in times.values() for condition in timed})
+    columns = [_csv_columns(each.metric) for each in experiments]
+    names = dict.fromkeys(name for of_metric in columns for name in of_metric)
     timed = [f"milliseconds of batch {batch} on {device}" for device, batch in conditions]
-    writer.writerow(["experiment", *named, *timed])
-    for one in experiments:
-        for row in one.rows:
-            own = [times[one.name].get(c, {}).get(row.arm) for c in conditions]
-            found = [get(row) for get in named.values()]
-            found += [math.nan if entry is None else entry[0].mean for entry in own]
-            writer.writerow([_field(value) for value in (one.name, *found)])
+    writer.writerow(["experiment", *names, *timed])
+    for each, get in zip(experiments, columns, strict=True):
+        for row in each.rows:
+            values = [get[name](row) if name in get else math.nan for name in names]
+            entries = [times[each.name].get(c, {}).get(row.arm) for c in conditions]
+            values += [math.nan if entry is None else entry[0].mean for entry in entries]
+            writer.writerow([_field(value) for value in (each.name, *values)])
     return out.getvalue()
 
 
@@ -229,27 +230,27 @@ LATEX = {
 
 
 def latex(experiments: Sequence[Experiment]) -> str:
-    """A booktabs table an experiment, for \\usepackage{booktabs}."""
-    names = ("Arm", "Bits", "Size (smaller)", "Accuracy %", "Δ [95%]", "Δ against")
-    shown = [column for column in COLUMNS if column[0] in names]
-    shown.sort(key=lambda column: names.index(column[0]))
+    """Returns a booktabs table an experiment, for \\usepackage{booktabs}."""
     blocks = ["% \\usepackage{booktabs}"]
-    for one in experiments:
+    for each in experiments:
+        metric, every = each.metric, main_columns(each.metric)
+        columns = [every[key] for key in IN_LATEX]
         lines = [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_latex(one.name)}: test accuracy, mean $\pm$ standard deviation over "
-            r"seeds; $\Delta$ in points, paired by seed, with its 95\% interval; * excludes 0."
-            rf"{_latex(' ' + quick_note(one.rows)).rstrip()}}}",
-            rf"\begin{{tabular}}{{{''.join('l' if n in _LEFT else 'r' for n in names)}}}",
+            rf"\caption{{{_latex(each.name)}: test {metrics.named(metric)}, mean $\pm$ standard "
+            rf"deviation over seeds; $\Delta$ in {_latex(metric.difference_unit)}, paired by seed, "
+            r"with its 95\% interval; * excludes 0."
+            rf"{_latex(' ' + quick_note(each.rows)).rstrip()}}}",
+            rf"\begin{{tabular}}{{{''.join('l' if key in LEFT else 'r' for key in IN_LATEX)}}}",
             r"\toprule",
-            " & ".join(_latex(name) for name in names) + r" \\",
+            " & ".join(_latex(column.name) for column in columns) + r" \\",
             r"\midrule",
         ]
-        for row in one.rows:
+        for row in each.rows:
             cells = [
-                "failed" if name == "Accuracy %" and not row.seeds else text(row)
-                for name, text, _ in shown
+                "failed" if column is every["score"] and not row.seeds else column.text(row)
+                for column in columns
             ]
             lines.append(" & ".join(map(_latex, cells)) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
@@ -257,7 +258,8 @@ def latex(experiments: Sequence[Experiment]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-_LEFT = ("Arm", "Bits", "Δ against")
+IN_LATEX = ("arm", "bits", "size_smaller", "score", "difference", "reference")
+LEFT = ("arm", "bits", "reference")
 
 
 def _latex(text: str) -> str:

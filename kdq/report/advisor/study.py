@@ -1,0 +1,212 @@
+"""Studies: arms of experiments that may be compared, with what they build on and were timed at."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from kdq.evaluate.statistics import summary
+from kdq.fields import ConfigError
+from kdq.record import ArmRecord
+from kdq.report.advisor import lineage
+from kdq.report.advisor.lineage import Lineage
+from kdq.report.aggregate import (
+    Row,
+    mean_of_all,
+    numbers_by_seed,
+    timings,
+)
+from kdq.report.metric import metric_of_records
+from kdq.report.workdirs import Workdir
+from kdq.tasks.base import Metric
+
+Values = Mapping[int, float]  # of a metric by seed, as it is recorded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class File:
+    """An exported file, means over seeds."""
+
+    size_bytes: float
+    milliseconds: Mapping[int, float]  # by batch size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate(Row):
+    """An arm, with what the advisor has to know of it beside its measurements."""
+
+    source: Workdir
+    method: str  # a key of kdq.report.advisor.rules.METHODS
+    widths: frozenset[int] | None  # bits of integers; empty for float, None where not known
+    files: Mapping[str, File]  # by export format
+    seconds: float  # of training, with what the arm starts from as far as `lineage` has it
+    # Of compiling for that, apart from `seconds`; nan where a record does not tell, which has it
+    # there.
+    seconds_of_compiling: float
+    lineage: Lineage
+
+    @property
+    def test(self) -> Values:
+        """The metric on test, by seed."""
+        return self.values(self.metric.name)
+
+    @property
+    def validation(self) -> Values:
+        """The metric on validation, by seed."""
+        return self.values(f"validation_{self.metric.name}")
+
+    @property
+    def params(self) -> int:
+        """Parameters, rounded where a search chose other widths for other seeds."""
+        return round(self.mean("params"))
+
+    @property
+    def steps(self) -> float:
+        """Steps of the arm's own training."""
+        return self.mean("steps")
+
+    @property
+    def compiling_is_within(self) -> bool:
+        """Returns whether the seconds of training contain those of compiling."""
+        return self.seconds > 0 and math.isnan(self.seconds_of_compiling)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Study:
+    """Arms that may be compared: the same data and metric and, for latencies, one device."""
+
+    data: Mapping[str, str]  # split -> digest
+    metric: Metric
+    timed_on: str  # "" where nothing was timed
+    sources: tuple[Workdir, ...]
+    candidates: tuple[Candidate, ...]
+    failures: tuple[tuple[Workdir, ArmRecord], ...]
+
+    def find(self, source: Workdir, arm: str | None) -> Candidate | None:
+        """Returns an arm of an experiment; None where it has no finished seed."""
+        arms = (c for c in self.candidates if c.source is source and c.arm == arm)
+        return next(arms, None)
+
+    def teacher(self, source: Workdir) -> Candidate | None:
+        """Returns the teacher of an experiment."""
+        arms = (c for c in self.candidates if c.source is source and c.kind == "teacher")
+        return next(arms, None)
+
+    def label(self, candidate: Candidate) -> str:
+        """Returns an arm's name, with its experiment where there are several."""
+        several = len(self.sources) > 1
+        return f"{candidate.source.name}: {candidate.arm}" if several else candidate.arm
+
+
+def studies(sources: Iterable[Workdir]) -> list[Study]:
+    """Groups what may be compared: by the digests of the data, and by the device of latencies."""
+    groups: dict[tuple[tuple[str, str], ...], dict[str, tuple[Workdir, list[ArmRecord]]]] = {}
+    for source in sources:
+        for record in source.records:
+            group = groups.setdefault(tuple(sorted(record.data.items())), {})
+            group.setdefault(source.name, (source, []))[1].append(record)
+    result = []
+    for members in map(list, map(dict.values, groups.values())):
+        records = [record for _, each in members for record in each]
+        devices = dict.fromkeys(device for r in records for _, (device, _), _ in timings(r))
+        for device in devices or ("",):
+            result.append(_build_study(records, device, members))
+    return result
+
+
+def _build_study(
+    records: Sequence[ArmRecord], device: str, members: Sequence[tuple[Workdir, list[ArmRecord]]]
+) -> Study:
+    metric, candidates, failures = metric_of_records(records), [], []
+    for source, each in members:
+        finished: dict[str, list[ArmRecord]] = {}
+        for record in each:
+            if record.status == "ok":
+                finished.setdefault(record.arm, []).append(record)
+            else:
+                failures.append((source, record))
+        candidates += [_build_candidate(source, metric, arm, finished, device) for arm in finished]
+    return Study(
+        data=records[0].data,
+        metric=metric,
+        timed_on=device,
+        sources=tuple(source for source, _ in members),
+        candidates=tuple(candidates),
+        failures=tuple(failures),
+    )
+
+
+def _build_candidate(
+    source: Workdir,
+    metric: Metric,
+    arm: str,
+    finished: Mapping[str, list[ArmRecord]],
+    device: str,
+) -> Candidate:
+    runs = finished[arm]
+    if len(kinds := {run.kind for run in runs}) > 1:
+        raise ConfigError(f"{source.path}: seeds of {arm!r} disagree on kind: {kinds}")
+    if source.config:
+        ancestry = lineage.from_config(source.config, arm)
+    else:
+        ancestry = lineage.from_references({name: each[0] for name, each in finished.items()}, arm)
+    trained = [finished[name] for name in ancestry.trained if name in finished]
+    if ancestry.known and len(trained) < len(ancestry.trained):
+        # An arm that it starts from is not there.
+        ancestry = dataclasses.replace(ancestry, known=False)
+    mean = lambda each: summary(numbers_by_seed(each, "train_seconds").values())[0]
+    return Candidate(
+        arm=arm,
+        metric=metric,
+        runs=tuple(runs),
+        source=source,
+        method=_method(runs, ancestry),
+        widths=_widths(runs),
+        files=_files(runs, device),
+        seconds=sum(map(mean, trained)),
+        seconds_of_compiling=sum(mean_of_all(each, "compile_seconds") for each in trained),
+        lineage=ancestry,
+    )
+
+
+def _method(runs: Sequence[ArmRecord], ancestry: Lineage) -> str:
+    if any(len(set(run.policy.values())) > 1 for run in runs):
+        return "mixed precision"  # a search may find the same bits for all layers at one seed
+    kind = runs[0].kind
+    if kind in ("teacher", "labels"):
+        return "labels only"
+    return "KD then PTQ" if kind == "PTQ" and ancestry.distilled else kind
+
+
+def _widths(runs: Sequence[ArmRecord]) -> frozenset[int] | None:
+    """Returns the bits of all integers; None for a name that does not say."""
+    widths: set[int] = set()
+    for bits in (b for run in runs for b in (run.policy or {"": run.bits}).values()):
+        if bits in ("fp32", ""):
+            continue
+        match = re.fullmatch(r"(?:W(\d+))?(?:A(\d+))?", bits)
+        if match is None:
+            return None
+        widths |= {int(width) for width in match.groups() if width}
+    return frozenset(widths)
+
+
+def _files(runs: Sequence[ArmRecord], device: str) -> dict[str, File]:
+    """Returns exported files, with the latencies that were taken on the device."""
+    sizes: dict[str, list[float]] = {}
+    times: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        for form, entry in run.exports.items():
+            sizes.setdefault(form, []).append(entry["size_bytes"])
+        for form, (where, batch), entry in timings(run):
+            if where == device:
+                batches = times.setdefault(form, {})
+                batches.setdefault(batch, []).append(entry["milliseconds"])
+    mean = lambda values: summary(values)[0]
+    return {
+        form: File(
+            size_bytes=mean(values),
+            milliseconds={batch: mean(each) for batch, each in times.get(form, {}).items()},
+        )
+        for form, values in sizes.items()
+    }

@@ -1,0 +1,208 @@
+"""The one reader of workdirs (ARM/SEED/result.json) and of files of records."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdq import files
+from kdq.fields import ConfigError
+from kdq.record import ArmRecord, has_arms
+from kdq.report.aggregate import number
+from kdq.report.metric import metric_of_records
+
+# Fields that the advisor needs of any record, and of one that did not fail.
+NEEDED = ("arm", "seed", "status", "kind", "bits", "data")
+MEASURED = ("params", "size_bytes", "train_seconds")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One arm and seed: its record, and the folder with its curves and details."""
+
+    record: ArmRecord
+    folder: Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Workdir:
+    """A workdir or a file of records: an experiment, within which names of arms are unique."""
+
+    name: str  # short, unique among those that are read together
+    path: str
+    config: Mapping[str, Any] | None  # its config.json
+    runs: tuple[Run, ...]
+    problems: tuple[str, ...] = ()  # what was left out, and why
+
+    @property
+    def records(self) -> tuple[ArmRecord, ...]:
+        """The records of all runs."""
+        return tuple(run.record for run in self.runs)
+
+    @property
+    def config_file(self) -> str:
+        """The file in configs/ of the same name, if there is one here; else ""."""
+        file = Path("configs", f"{Path(self.path).stem}.py")
+        return str(file) if file.is_file() else ""
+
+
+def read_workdirs(paths: Sequence[str]) -> list[Workdir]:
+    """Reads `ARM/SEED/result.json` of every workdir; what can't be read is left out and named.
+
+    Raises:
+      ConfigError: no workdir, one given twice, or one without a record that can be read.
+    """
+    if not paths:
+        raise ConfigError(
+            "expected --workdirs=RUNS: folders of launch/compress.py or launch/train.py"
+        )
+    resolved = [Path(path).resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise ConfigError(f"--workdirs: a folder is given twice: {', '.join(map(str, paths))}")
+    names = _short_names(paths, [path.name for path in resolved])
+    workdirs = [_read_workdir(path, name, []) for path, name in zip(paths, names, strict=True)]
+    for workdir in workdirs:
+        if not workdir.runs:
+            raise ConfigError(
+                f"--workdirs: no record of {workdir.path} can be read: {workdir.problems[0]}"
+            )
+    return workdirs
+
+
+def read_evidence(workdirs: Sequence[str], records: Sequence[str]) -> list[Workdir]:
+    """Reads workdirs and JSON lists of records, all of which have what the advisor needs.
+
+    Raises:
+      ConfigError: nothing is given, a place holds no records, or one that can't be judged.
+    """
+    if not workdirs and not records:
+        raise ConfigError(
+            "there is nothing to judge by: expected --workdirs=RUNS (folders of "
+            "launch/compress.py), --records=FILE.json (lists of records, as docs/results/*.json), "
+            "or both"
+        )
+    paths = [*workdirs, *records]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"given twice in --workdirs={workdirs}, --records={records}")
+    names = dict(zip(paths, _short_names(paths, [Path(p).stem for p in paths]), strict=True))
+    return [_read_workdir(path, names[path]) for path in workdirs] + [
+        _read_list(path, names[path]) for path in records
+    ]
+
+
+def workdir_of_records(documents: Sequence[Any], workdir: Path) -> Workdir:
+    """Returns a workdir of which the JSON forms of the records are known already."""
+    places = [(workdir / str(d.get("arm")) / str(d.get("seed")), d) for d in documents]
+    return _build(workdir, workdir.resolve().name, places, [])
+
+
+def lacking(record: ArmRecord) -> list[str]:
+    """Returns the fields that the advisor needs and a record lacks."""
+    missing = [name for name in NEEDED if getattr(record, name) in ("", {})]
+    if record.status == "ok":
+        metric = metric_of_records([record]).name
+        names = (*MEASURED, metric, f"validation_{metric}")
+        missing += [name for name in names if math.isnan(number(record, name))]
+    return missing
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file. Raises ConfigError, with its name, if there is none."""
+    try:
+        return files.read_json(path)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+
+
+def _short_names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Returns names where these are unique, else the whole path."""
+    return [
+        name if names.count(name) == 1 else path for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def _read_workdir(path: str, name: str, problems: list[str] | None = None) -> Workdir:
+    """Reads a workdir. A list gets what can't be read; None raises ConfigError for it."""
+    paths = sorted(Path(path).glob("*/*/result.json"))
+    if not paths:
+        raise ConfigError(f"--workdirs: {path} holds no ARM/SEED/result.json of a finished arm")
+    documents = []
+    for file in paths:
+        try:
+            documents.append((file.parent, read_json(file)))
+        except ConfigError as error:
+            _report(problems, error)
+    return _build(Path(path), name, documents, problems)
+
+
+def _read_list(path: str, name: str) -> Workdir:
+    documents = read_json(Path(path))
+    if not isinstance(documents, list) or not documents:
+        raise ConfigError(f"--records: {path} is no list of records (as WORKDIR/results.json is)")
+    return _build(Path(path), name, [(Path(path), document) for document in documents])
+
+
+def _build(
+    path: Path,
+    name: str,
+    documents: Iterable[tuple[Path, Any]],
+    problems: list[str] | None = None,
+) -> Workdir:
+    config, runs = _read_config(path / "config.json", problems), []
+    for i, (folder, document) in enumerate(documents):
+        left_out = None if problems is None else []
+        try:
+            record = ArmRecord.from_json(document, left_out)
+            if problems is None:
+                _check_evidence(record, runs, config)
+        except ConfigError as error:
+            arm = document.get("arm") if isinstance(document, Mapping) else "no arm"
+            where = f"{path}: record {i} ({arm})" if problems is None else folder
+            _report(problems, ConfigError(f"{where}: {error}"))
+            continue
+        for reason in left_out or ():
+            _report(problems, ConfigError(f"{folder}: left out {reason}"))
+        runs.append(Run(record=record, folder=folder))
+    if config:  # in the order of the config, not of the alphabet
+        order = {arm: place for place, arm in enumerate(config["arms"])}
+        runs.sort(key=lambda run: order.get(run.record.arm, len(order)))
+    return Workdir(
+        name=name, path=str(path), config=config, runs=tuple(runs), problems=tuple(problems or ())
+    )
+
+
+def _check_evidence(
+    record: ArmRecord, before: Sequence[Run], config: Mapping[str, Any] | None
+) -> None:
+    """Raises ConfigError for a record that the advisor can't judge, or that is there twice."""
+    if missing := lacking(record):
+        names = ", ".join(missing)
+        raise ConfigError(f"{names} missing; expected records that launch/compress.py wrote")
+    if any((r.record.arm, r.record.seed) == (record.arm, record.seed) for r in before):
+        raise ConfigError(f"two records of arm {record.arm!r} seed {record.seed}")
+    if config and record.arm not in config["arms"]:
+        raise ConfigError(f"config.json knows no arm {record.arm!r}")
+
+
+def _read_config(path: Path, problems: list[str] | None) -> Mapping[str, Any] | None:
+    """Returns the config of a workdir, of which the arms count here."""
+    if not path.is_file():
+        if problems is not None:
+            problems.append(f"{path} is not there: what arms start from is inferred")
+        return None
+    try:
+        config = read_json(path)
+        if not has_arms(config):
+            raise ConfigError(f"{path} is no config of an experiment: it has no arms")
+    except ConfigError as error:
+        _report(problems, error)
+        return None
+    return config
+
+
+def _report(problems: list[str] | None, error: ConfigError) -> None:
+    """Notes what is wrong, or raises it where nothing may be."""
+    if problems is None:
+        raise error
+    problems.append(str(error))
