@@ -193,13 +193,19 @@ def tiny_experiment(tiny_config: Callable[..., dict[str, Any]]) -> config.Experi
 
 CACHE_DAYS = 14  # programs that no test asked for in this time are deleted
 is_worker = "PYTEST_XDIST_WORKER" in os.environ
-# Files of whole runs and of processes. A worker takes files one after another: these are begun
-# first, so that at the end the workers end together.
+# Files of whole runs and of processes, by their seconds of the processor. A worker takes files one
+# after another: these are begun first, so that at the end the workers end together.
 LONGEST = (
-    *("tests/test_launch_compress.py", "tests/test_launch_sweep.py", "tests/test_launch_search.py"),
-    *("tests/notebooks/test_notebooks.py", "tests/docs/test_snippets.py"),
+    *("tests/deploy/test_zoo.py", "tests/test_launch_sweep.py", "tests/test_launch_compress.py"),
+    *("tests/golden/test_record.py", "tests/notebooks/test_notebooks.py"),
+    *("tests/docs/test_snippets.py", "tests/experiment/test_meshes.py"),
     *("tests/experiment/test_searching.py", "tests/experiment/test_runner.py"),
-    *("tests/deploy/test_zoo.py", "tests/deploy/test_onnx.py", "tests/deploy/test_lowering.py"),
+    *("tests/experiment/test_teaching.py", "tests/test_launch_search.py"),
+    *("tests/deploy/test_onnx.py", "tests/deploy/test_litert.py", "tests/deploy/test_lowering.py"),
+    *("tests/experiment/test_sharing.py", "tests/experiment/test_uniform.py"),
+    *("tests/experiment/test_store.py", "tests/test_own.py", "tests/train/test_loop.py"),
+    *("tests/search/test_ppo.py", "tests/search/test_ddpg.py", "tests/quantize/test_bad_input.py"),
+    *("tests/deploy/test_export.py", "tests/distill/test_sparse.py"),
 )
 
 
