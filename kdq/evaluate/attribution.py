@@ -1,6 +1,7 @@
-"""Input attributions of a model, and how alike those of a student and its teacher are."""
+"""Attributions of a model's inputs, and how alike those of a student and its teacher are."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ def gradient_times_input(fn: LogitsFn, images: Array, classes: Array) -> Array:
     Raises:
       ValueError: other shapes, images that are no floats, or (outside jit) a class that is none.
     """
-    images, classes = _checked(fn, images, classes)
+    images, classes = _check(fn, images, classes)
     return images * _gradient(fn, images, classes)
 
 
@@ -66,7 +67,7 @@ def integrated_gradients(
       ValueError: other shapes, images that are no floats, fewer than one step, or (outside jit)
         a class that is none.
     """
-    images, classes = _checked(fn, images, classes)
+    images, classes = _check(fn, images, classes)
     if steps < 1:
         raise ValueError(f"integrated_gradients: steps must be at least 1, given {steps}")
     baseline = jnp.asarray(baseline, images.dtype)
@@ -113,7 +114,7 @@ def similarity(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Explanation:
-    """What a teacher's predictions rest on, to compare any number of students with.
+    """Attributions of a teacher's predictions, to compare any number of students with.
 
     Args:
       teacher_fn: images -> logits; jitted here.
@@ -133,51 +134,35 @@ class Explanation:
         batch_size: int = 128,
     ) -> None:
         self._images, self._method, self._batch_size = np.asarray(images), method, batch_size
-        explain = bind(_explain_own, teacher_fn, method=method)
+        explain = bind(_explain_predictions, teacher_fn, method=method)
         self.logits, self.attributions = metrics.in_batches(
             explain, self._images, batch_size=batch_size
         )
 
     def similarity(self, student_fn: LogitsFn) -> dict[str, float]:
-        """See `attribution_similarity`. Raises ValueError for a student of other classes."""
+        """Compares where a student and the teacher look, for the class the teacher predicts.
+
+        Args:
+          student_fn: images -> logits of as many classes; jitted here.
+
+        Returns:
+          "cosine" and "rank_correlation", the means of `similarity` over the examples where both
+          are defined, and "undefined", the fraction of examples where they are not.
+
+        Raises:
+          ValueError: a student of other classes.
+        """
         explain = bind(_explain, student_fn, method=self._method)
         attributions = metrics.in_batches(
             explain, self._images, self.logits, batch_size=self._batch_size
         )
         cosine, correlation = similarity(attributions, self.attributions)
         defined = ~(np.isnan(cosine) | np.isnan(correlation))
-        nothing = float("nan")
         return {
-            "cosine": float(cosine[defined].mean()) if defined.any() else nothing,
-            "rank_correlation": float(correlation[defined].mean()) if defined.any() else nothing,
+            "cosine": float(cosine[defined].mean()) if defined.any() else math.nan,
+            "rank_correlation": float(correlation[defined].mean()) if defined.any() else math.nan,
             "undefined": float(1 - defined.mean()),
         }
-
-
-def attribution_similarity(
-    student_fn: LogitsFn,
-    teacher_fn: LogitsFn,
-    images: ArrayLike,
-    method: Method = integrated_gradients,
-    batch_size: int = 128,
-) -> dict[str, float]:
-    """Whether a student looks where its teacher looks, for the class that the teacher predicts.
-
-    Args:
-      student_fn: images -> logits; jitted here.
-      teacher_fn: likewise, of as many classes.
-      images: [n, ...] float, in the units that both take.
-      method: `gradient_times_input`, `integrated_gradients`, or a partial of it.
-      batch_size: images a call; one shape compiles.
-
-    Returns:
-      "cosine" and "rank_correlation", the means of `similarity` over the examples where both are
-      defined, and "undefined", the fraction of examples where they are not.
-
-    Raises:
-      ValueError: no image, images that are no floats, or models of different classes.
-    """
-    return Explanation(teacher_fn, images, method, batch_size).similarity(student_fn)
 
 
 def bind(run: Callable[..., Any], fn: LogitsFn, **static: Any) -> Callable[..., Any]:
@@ -197,7 +182,7 @@ def bind(run: Callable[..., Any], fn: LogitsFn, **static: Any) -> Callable[..., 
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _explain_own(fn: LogitsFn, images: Array, method: Method) -> tuple[Array, Array]:
+def _explain_predictions(fn: LogitsFn, images: Array, method: Method) -> tuple[Array, Array]:
     logits = fn(images)
     return logits, method(fn, images, jnp.argmax(logits, axis=-1))
 
@@ -206,9 +191,7 @@ def _explain_own(fn: LogitsFn, images: Array, method: Method) -> tuple[Array, Ar
 def _explain(fn: LogitsFn, images: Array, teacher_logits: Array, method: Method) -> Array:
     shapes = [jax.eval_shape(fn, images).shape, teacher_logits.shape]
     if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"attribution_similarity: logits of student and teacher have shapes {shapes}"
-        )
+        raise ValueError(f"Explanation: logits of student and teacher have shapes {shapes}")
     return method(fn, images, jnp.argmax(teacher_logits, axis=-1))
 
 
@@ -221,7 +204,7 @@ def _gradient(fn: LogitsFn, images: Array, classes: Array) -> Array:
     return jax.grad(explained)(images)
 
 
-def _checked(fn: LogitsFn, images: Array, classes: Array) -> tuple[Array, Array]:
+def _check(fn: LogitsFn, images: Array, classes: Array) -> tuple[Array, Array]:
     images, classes = jnp.asarray(images), jnp.asarray(classes)
     if images.ndim < 2 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be floats [batch, ...], given {images.dtype} {images.shape}")

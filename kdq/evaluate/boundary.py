@@ -1,4 +1,4 @@
-"""Whether a student draws its decision boundary where its teacher draws it."""
+"""Points near a teacher's decision boundary, and whether a student agrees there."""
 
 import dataclasses
 from collections.abc import Callable
@@ -36,10 +36,10 @@ def draw_pairs(classes: ArrayLike, pairs: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     others = len(classes) - count[inverse]
     left = rng.choice(len(classes), size=pairs, p=others / others.sum())
-    # In the order of classes, the examples of other classes are those around a block of one's own.
-    order, own = np.argsort(inverse, kind="stable"), inverse[left]
+    # In the order of classes, those of other classes are around the block of the example's class.
+    order, block = np.argsort(inverse, kind="stable"), inverse[left]
     position = rng.integers(0, others[left])
-    position += np.where(position >= (np.cumsum(count) - count)[own], count[own], 0)
+    position += np.where(position >= (np.cumsum(count) - count)[block], count[block], 0)
     return np.stack([left, order[position]], axis=1)
 
 
@@ -92,15 +92,31 @@ def probe_paths(
     points: int = 9,
     batch_size: int = 256,
 ) -> Probes:
-    """The points of `path_agreement`, with its arguments and errors."""
+    """Returns points on straight paths between images that the teacher gives different classes.
+
+    The points of a path are x + k/(points + 1) (x' − x) for k = 1 … points: without the ends,
+    and across at least one boundary of the teacher. The pairs are those of `draw_pairs`.
+
+    Args:
+      teacher_fn: images -> logits of at least 2 classes; jitted here.
+      images: [n, ...] float, in the units that it takes.
+      pairs: paths.
+      seed: of the pairs.
+      points: interior points a path.
+      batch_size: images a call; one shape compiles.
+
+    Raises:
+      ValueError: no image, images that are no floats, a teacher that predicts one class only or a
+        NaN, or no pair or point.
+    """
     images = _floats(images)
     if points < 1:
-        raise ValueError(f"path_agreement: points must be at least 1, given {points}")
+        raise ValueError(f"probe_paths: points must be at least 1, given {points}")
     # No batch of either pass is smaller, so one shape compiles.
     batch_size = min(batch_size, len(images), max(pairs, 1) * points)
     teacher = bind(_logits, teacher_fn)
-    own = _probes(teacher, images.__getitem__, len(images), batch_size)
-    classes = own.teacher_logits.argmax(-1)
+    ends = _probes(teacher, images.__getitem__, len(images), batch_size)
+    classes = ends.teacher_logits.argmax(-1)
     ends = np.repeat(draw_pairs(classes, pairs, seed), points, axis=0)
     fractions = np.tile(np.arange(1, points + 1) / (points + 1), pairs).astype(images.dtype)
 
@@ -111,44 +127,24 @@ def probe_paths(
     return _probes(teacher, at, len(ends), batch_size)
 
 
-def path_agreement(
-    student_fn: LogitsFn,
-    teacher_fn: LogitsFn,
-    images: ArrayLike,
-    pairs: int = 256,
-    seed: int = 0,
-    points: int = 9,
-    batch_size: int = 256,
-) -> float:
-    """Agreement on straight paths between images to which the teacher gives different classes.
-
-    The points of a path are x + k/(points + 1) (x' − x) for k = 1 … points: without the ends,
-    and across at least one boundary of the teacher. The pairs are those of `draw_pairs`.
-
-    Args:
-      student_fn: images -> logits; jitted here, once.
-      teacher_fn: likewise, of as many classes.
-      images: [n, ...] float, in the units that both take.
-      pairs: paths.
-      seed: of the pairs.
-      points: interior points a path.
-      batch_size: images a call; one shape compiles.
-
-    Returns:
-      Fraction in [0, 1] of all points of all paths where both predict the same class.
-
-    Raises:
-      ValueError: no image, images that are no floats, models of different classes, a teacher that
-        predicts one class only or a NaN, or no pair or point.
-    """
-    probes = probe_paths(teacher_fn, images, pairs, seed, points, batch_size)
-    return probes.agreement(student_fn)
-
-
 def adversarial_images(
     fn: LogitsFn, images: ArrayLike, epsilon: float, batch_size: int = 256
 ) -> np.ndarray:
-    """Images after the step of `adversarial_agreement` against one model: the shape of `images`.
+    """Returns images after a small step that makes a model less sure of its own prediction.
+
+    The step is x + ε sign(∂L/∂x), the fast gradient sign of arXiv:1412.6572, with L the
+    cross-entropy of the model with its own prediction on x. It is not clipped to a range of pixels,
+    which this function cannot know of standardized images. A pixel whose gradient is 0 or NaN
+    stays. Agreement there is to be compared with that on the images themselves, ε = 0.
+
+    Args:
+      fn: images -> logits of at least 2 classes; jitted here.
+      images: [n, ...] float, in the units that it takes.
+      epsilon: ε ≥ 0 in those units.
+      batch_size: images a call; one shape compiles.
+
+    Returns:
+      The shape of `images`.
 
     Raises:
       ValueError: no image, images that are no floats, or an epsilon that is negative or not finite.
@@ -158,44 +154,6 @@ def adversarial_images(
         raise ValueError(f"adversarial_images: epsilon must be in [0, inf), given {epsilon}")
     step = bind(_step, fn)
     return metrics.in_batches(lambda batch: step(batch, epsilon), images, batch_size=batch_size)
-
-
-def adversarial_agreement(
-    student_fn: LogitsFn,
-    teacher_fn: LogitsFn,
-    images: ArrayLike,
-    epsilon: float,
-    batch_size: int = 256,
-) -> dict[str, float]:
-    """Agreement after a small step that makes one of the two less sure of its own prediction.
-
-    The step is x + ε sign(∂L/∂x), the fast gradient sign of arXiv:1412.6572, with L the
-    cross-entropy of a model with its own prediction on x. It is not clipped to a range of pixels,
-    which this function cannot know of standardized images. ε = 0 gives the agreement on the images
-    themselves, with which the others are to be compared.
-
-    Args:
-      student_fn: images -> logits of at least 2 classes; jitted here.
-      teacher_fn: likewise, of as many classes.
-      images: [n, ...] float, in the units that both take.
-      epsilon: ε ≥ 0 in those units.
-      batch_size: images a call; one shape compiles.
-
-    Returns:
-      Fractions in [0, 1] of the images where both predict the same class as each other after the
-      step: "against_teacher" for the step on the teacher's loss, "against_student" for the
-      student's. A pixel whose gradient is 0 or NaN stays.
-
-    Raises:
-      ValueError: no image, images that are no floats, models of different classes or of only one,
-        a teacher that predicts a NaN, or an epsilon that is negative or not finite.
-    """
-    found = {}
-    for name, fn in (("teacher", teacher_fn), ("student", student_fn)):
-        moved = adversarial_images(fn, images, epsilon, batch_size)
-        probes = probe_images(teacher_fn, moved, batch_size)
-        found[f"against_{name}"] = probes.agreement(student_fn)
-    return found
 
 
 def _gradient_sign(fn: LogitsFn, images: Array) -> Array:
@@ -208,9 +166,9 @@ def _gradient_sign(fn: LogitsFn, images: Array) -> Array:
         rounded to 0.
         """
         logits = fn(images)
-        own = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
-        rest = jax.nn.logsumexp(logits, axis=-1, where=~own)
-        return jnp.sum(rest - jnp.sum(logits, axis=-1, where=own))
+        predicted = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
+        rest = jax.nn.logsumexp(logits, axis=-1, where=~predicted)
+        return jnp.sum(rest - jnp.sum(logits, axis=-1, where=predicted))
 
     sign = jnp.sign(jax.grad(margin)(images))
     return jnp.where(jnp.isnan(sign), 0, sign)

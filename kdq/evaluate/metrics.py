@@ -1,4 +1,4 @@
-"""Task and fidelity metrics, computed on the host in float64 from a model's logits."""
+"""Scores of a classifier's logits, computed on the host in float64; batches of arrays."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 from kdq.train.sharding import whole
 from kdq.types import Array, Batch, Variables
@@ -33,7 +33,7 @@ def nll(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
 
 
 def correct(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """Whether the largest logit is the label's; never where a logit is NaN.
+    """Returns whether the largest logit is the label's; never where a logit is NaN.
 
     Args:
       logits: [batch, classes] float.
@@ -52,7 +52,7 @@ def correct(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
 
 
 def agreement(student_logits: ArrayLike, teacher_logits: ArrayLike) -> np.ndarray:
-    """Whether student and teacher predict the same class (fidelity, arXiv:2106.05945).
+    """Returns whether student and teacher predict one class (fidelity, arXiv:2106.05945).
 
     Args:
       student_logits: [batch, classes] float.
@@ -83,6 +83,101 @@ def kl_divergence(p_logits: ArrayLike, q_logits: ArrayLike) -> np.ndarray:
         terms = np.where(p == 0, 0.0, p * (log_p - log_q))
     # Rounding can leave -1e-17 where the two are equal.
     return np.maximum(terms.sum(-1), 0.0)
+
+
+def confidence(logits: ArrayLike) -> np.ndarray:
+    """Returns the probability of the predicted class: [batch] float64, nan where a logit is NaN."""
+    return softmax(np.asarray(logits, np.float64), axis=-1).max(-1)
+
+
+def brier(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """Brier's score Σ_c (p_c − y_c)² of the softmax probabilities p and the one-hot label y.
+
+    The sum over all classes, so twice the usual binary score. (Brier, 1950, Verification of
+    forecasts expressed in terms of probability.)
+
+    Args:
+      logits: [batch, classes] float.
+      labels: [batch] int in [0, classes).
+
+    Returns:
+      [batch] float64 in [0, 2]; nan where a logit is NaN.
+
+    Raises:
+      ValueError: other shapes, or a label that is no class.
+    """
+    labels = class_labels(logits, labels)
+    error = softmax(np.asarray(logits, np.float64), axis=-1)
+    error[np.arange(len(labels)), labels] -= 1
+    return np.sum(error**2, axis=-1)
+
+
+def top_k_correct(logits: ArrayLike, labels: ArrayLike, k: int) -> np.ndarray:
+    """Returns whether the label's logit is among the k largest; never where a logit is NaN.
+
+    Of equal logits that of the lower class counts as larger, so k = 1 is `correct`.
+
+    Args:
+      logits: [batch, classes] float.
+      labels: [batch] int in [0, classes).
+      k: in [1, classes]; k = classes is True wherever no logit is NaN.
+
+    Returns:
+      [batch] bool.
+
+    Raises:
+      ValueError: other shapes, a label that is no class, or k out of range.
+    """
+    logits, labels = np.asarray(logits), class_labels(logits, labels)
+    classes = logits.shape[-1]
+    if not 1 <= k <= classes:
+        raise ValueError(f"top_k_correct: k must be in [1, {classes}], given {k}")
+    of_label = np.take_along_axis(logits, labels[:, None], axis=-1)
+    tied_before = (logits == of_label) & (np.arange(classes) < labels[:, None])
+    rank = np.sum((logits > of_label) | tied_before, axis=-1)
+    return ~np.isnan(logits).any(-1) & (rank < k)
+
+
+def score(
+    logits: ArrayLike, labels: ArrayLike, teacher_logits: ArrayLike | None = None
+) -> dict[str, np.ndarray]:
+    """Returns the scores of a classification, as `kdq.tasks.classification` has them, [batch] each.
+
+    Args:
+      logits: [batch, classes] float.
+      labels: [batch] int in [0, classes).
+      teacher_logits: [batch, classes] float.
+
+    Returns:
+      "nll", "correct", "confidence", "brier", and of more than 5 classes "top5"; with a teacher
+      "kl" and "agreement", and "teacher_correct".
+
+    Raises:
+      ValueError: other shapes, a label that is no class, or a teacher's logit that is NaN.
+    """
+    scores = {
+        "nll": nll(logits, labels),
+        "correct": correct(logits, labels),
+        "confidence": confidence(logits),
+        "brier": brier(logits, labels),
+    }
+    if np.shape(logits)[1] > 5:
+        scores["top5"] = top_k_correct(logits, labels, 5)
+    if teacher_logits is None:
+        return scores
+    student, teacher = np.shape(logits), np.shape(teacher_logits)
+    if student != teacher:
+        raise ValueError(
+            f"logits must have one shape [batch, classes], given {student}, teacher's {teacher}"
+        )
+    # argmax takes a NaN for the maximum: the student could seem to follow what is no prediction.
+    if np.isnan(np.asarray(teacher_logits)).any():
+        raise ValueError("teacher_logits hold a NaN: such a teacher predicts nothing")
+    return scores | {
+        "kl": kl_divergence(teacher_logits, logits),
+        "agreement": agreement(logits, teacher_logits),
+        "teacher_correct": correct(teacher_logits, labels),
+    }
 
 
 def evaluate(apply: ImageApply, variables: Variables, batches: Iterable[Batch]) -> dict[str, float]:

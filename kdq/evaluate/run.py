@@ -7,7 +7,6 @@ import io
 import itertools
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -25,8 +24,8 @@ from kdq.types import Array, Batch
 Reference = Callable[[Batch], Array]  # a batch -> outputs of another model, the teacher's
 
 _EXAMPLES, _SEAL = "examples", "seal"  # members of a file of scores that are no scores
-# What NumPy and zipfile raise for a file that is not what was written.
-_DAMAGE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+# Files that unpack to more than both are bombs.
+_MOST_BYTES, _MOST_RATIO = 2**30, 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +40,6 @@ class Scores:
     # Score -> [predictions] or [predictions, outputs] float32.
     arrays: Mapping[str, np.ndarray]
     # [predictions] int64, the example of each: its id, or its place where batches have no ids.
-    # Positions of one document are one example.
     examples: np.ndarray
 
     def __len__(self) -> int:
@@ -73,15 +71,20 @@ class Scores:
         """
         data = Path(path).read_bytes()
         try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > max(_MOST_BYTES, _MOST_RATIO * len(data)):
+                raise ValueError(f"{len(data)} bytes would unpack to {size}")
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            seal, examples = arrays.pop(_SEAL), arrays[_EXAMPLES]
-            intact = np.array_equal(seal, _digest(arrays))
-        except _DAMAGE as error:
+            intact = np.array_equal(arrays.pop(_SEAL), _digest(arrays))
+            examples = arrays.pop(_EXAMPLES)
+            fits = all(a.dtype == np.float32 and len(a) == len(examples) for a in arrays.values())
+        except Exception as error:  # Python's reader raises almost anything for a damaged archive
             raise DamagedError(f"{path} can't be read as scores: {error}") from error
-        if not intact:
+        if not (intact and fits):
             raise DamagedError(f"{path} is damaged, or was edited: it is not what its seal says")
-        return cls(arrays={k: v for k, v in arrays.items() if k != _EXAMPLES}, examples=examples)
+        return cls(arrays=arrays, examples=examples)
 
 
 def evaluate(
@@ -110,7 +113,8 @@ def evaluate(
         scored = None
         if batch is not None:
             outputs = None if reference is None else reference(batch)
-            scored = _score(network, weights, batch, outputs, task=task), batch, first
+            examples = task.examples(batch)
+            scored = _score(network, weights, batch, outputs, task=task), examples, first
             first += len(scored[0][1])
         # While the device is at this batch, the scores of the one before come to the host.
         if previous is not None:
@@ -185,14 +189,14 @@ def _score(
 
 
 def _counted(
-    scored: tuple[dict[str, Array], Array], batch: Batch, first: int
+    scored: tuple[dict[str, Array], Array], examples: Array | None, first: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Returns the scores of the predictions that count, and their examples, on the host."""
     scores, weights = jax.tree.map(whole, scored)
     counted = np.nonzero(weights)
-    ids = np.asarray(whole(batch["id"])) if "id" in batch else first + np.arange(len(weights))
     kept = {name: value[counted].astype(np.float32) for name, value in scores.items()}
-    return kept, ids[counted[0]].astype(np.int64)
+    ids = first + np.arange(len(weights)) if examples is None else whole(examples)
+    return kept, ids[counted[: ids.ndim]].astype(np.int64)
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:

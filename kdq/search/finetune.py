@@ -2,21 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-
-import flax.linen as nn
-import jax
-import numpy as np
 
 from kdq import quantize
 from kdq.quantize.network import Weights
 from kdq.search import bank as banks
-from kdq.search.evaluate import OBJECTIVES, WORST, Evaluator, Held, means, sums_of
+from kdq.search.evaluate import Evaluator, score
+from kdq.search.objectives import OBJECTIVES, WORST
 from kdq.train import loop
 from kdq.train.state import TrainState
-from kdq.train.step import train_step
-from kdq.train.training import Training
-from kdq.types import QParams, Variables
+from kdq.train.training import Plan, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,66 +21,35 @@ class Finetune:
     """
 
     evaluator: Evaluator  # of the student
-    begin: Callable[[Weights], tuple[Training, TrainState]]
+    begin: Callable[[Weights], tuple[Plan, TrainState]]
     method: str  # of quantization-aware training
     distilled: tuple[str, ...]  # terms that a policy may leave out
 
     def __call__(self, policy: Sequence[int], kept: Sequence[bool]) -> Mapping[str, float]:
-        """The scores of a policy after it was trained.
+        """Returns the scores of a policy after it was trained.
 
         Args:
           policy: the place of a choice for each layer.
           kept: of each of `distilled`, whether it counts.
         """
-        one = self.evaluator
-        chosen = dict(zip(one.choices, np.asarray(policy, np.int32), strict=True))
-        qparams = banks.choose(one.bank, chosen)
-        variables, qparams = quantize.prepare(one.variables, qparams, self.method)
-        task, state = self.begin(Weights(variables=variables, qparams=qparams))
-        task = without_terms(task, [n for n, k in zip(self.distilled, kept, strict=True) if not k])
-        state = _train(task, state)
+        student = self.evaluator
+        qparams = banks.choose(student.bank, student.chosen(policy))
+        variables, qparams = quantize.prepare(student.variables, qparams, self.method)
+        plan, state = self.begin(Weights(variables=variables, qparams=qparams))
+        left_out = [name for name, keep in zip(self.distilled, kept, strict=True) if not keep]
+        plan = dataclasses.replace(plan, training=without_terms(plan.training, left_out))
+        state = loop.take_steps(plan, state)
         if bool(state.halted):
             return dict.fromkeys(OBJECTIVES, WORST)
-        found = loop.weights(state)
-        return score(one.model, found.variables, found.qparams, one.held)
+        return score(student.network, loop.weights(state), student.held)
 
 
-def without_terms(task: Training, names: Sequence[str]) -> Training:
-    """The task with the weight of some terms 0."""
+def without_terms(training: Training, names: Sequence[str]) -> Training:
+    """Returns the training with the weight of some terms 0."""
     terms = tuple(
         term.replace(weight=term.weight.replace(values=0 * term.weight.values))
         if term.name in names
         else term
-        for term in task.objective.terms
+        for term in training.objective.terms
     )
-    return dataclasses.replace(task, objective=task.objective.replace(terms=terms))
-
-
-def _train(task: Training, state: TrainState) -> TrainState:
-    for step in range(task.steps):
-        state, _ = train_step(
-            state,
-            task.teacher_arguments,
-            task.dataset[step],
-            model=task.model,
-            teacher=task.teacher,
-            objective=task.objective,
-            optimizer=task.optimizer,
-            regime=task.regime,
-            freeze_norm=step >= task.freeze_norm_at,
-            compute=task.compute,
-        )
-    return state
-
-
-def score(
-    model: nn.Module, variables: Variables, qparams: QParams, held: Sequence[Held]
-) -> dict[str, float]:
-    """The scores of a quantized model by objective."""
-    sums = [_sums(model, variables, qparams, one) for one in held]
-    return {name: float(value) for name, value in means(sums).items()}
-
-
-@partial(jax.jit, static_argnames=("model",))
-def _sums(model: nn.Module, variables: Variables, qparams: QParams, held: Held):
-    return sums_of(quantize.apply(model, variables, qparams, held.images), held)
+    return training.replace(objective=training.objective.replace(terms=terms))

@@ -224,6 +224,14 @@ class Task(Protocol):
     def weights(self, batch: Batch) -> Array:
         """Returns 1 for each prediction that counts, else 0: [batch] or [batch, positions]."""
 
+    def examples(self, batch: Batch) -> Array | None:
+        """Returns the example of each prediction, int: [batch], or the shape of `weights`.
+
+        Examples are what a test split was drawn of: all positions of a document are one, and two
+        documents in a row are two. None: each row is one, by its place.
+        """
+        return batch.get("id")
+
     def loss(self, outputs: Array, batch: Batch, **options: Scalar) -> Array:
         """Returns the loss of each prediction; the shape of `weights`."""
 

@@ -129,9 +129,7 @@ def test_a_replay_of_the_augmented_stream_has_the_cached_logits(tmp_path, data_d
             source,
             batch_size=batch_size,
             seed=seed,
-            mean=4.9,
-            std=6.0,
-            augment=data.build_augmentations(config),
+            transforms={"image": (*data.build_augmentations(config), data.Normalize(4.9, 6.0))},
         )
         for step, batch in enumerate(dataset):
             positions = np.arange(step * batch_size, (step + 1) * batch_size)
@@ -140,7 +138,7 @@ def test_a_replay_of_the_augmented_stream_has_the_cached_logits(tmp_path, data_d
     records = (
         make_records(key(5), logits, ids, positions) for positions, ids, logits in stream(5, 100)
     )
-    write_cache(tmp_path / "cache", key(5), records, length, records_per_shard=256)
+    write_cache(tmp_path / "cache", key(5), records, length)
     opened = open_cache(tmp_path / "cache", key(5))
     seen, epochs = 0, np.empty((length, 10))
     for positions, ids, live in stream(5, 48):  # the batch size is no part of the stream

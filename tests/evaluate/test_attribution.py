@@ -36,6 +36,10 @@ def _smooth(weights):
     return lambda images: jnp.tanh(images.reshape(len(images), -1) @ weights) @ head
 
 
+def _compare(student, teacher, images, *options):
+    return attribution.Explanation(teacher, images, *options).similarity(student)
+
+
 CLASSES = np.array([3, 0, 2, 2, 1])
 
 
@@ -127,7 +131,7 @@ def test_undefined_similarities_are_nan():
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
-def test_attribution_similarity_explains_the_teachers_prediction(batch_size):
+def test_an_explanation_explains_the_teachers_prediction(batch_size):
     images, student, teacher = _images(), _weights(seed=5), _weights(seed=6)
     predicted = (images.reshape(5, -1).astype(np.float64) @ teacher + 0.5).argmax(-1)
     assert (predicted != (images.reshape(5, -1) @ student + 0.5).argmax(-1)).any()
@@ -139,9 +143,7 @@ def test_attribution_similarity_explains_the_teachers_prediction(batch_size):
         shapes.append(images.shape)
         return _linear(teacher)(images)
 
-    result = attribution.attribution_similarity(
-        _linear(student), counted, images, gradient_times_input, batch_size
-    )
+    result = _compare(_linear(student), counted, images, gradient_times_input, batch_size)
     pairs = list(zip(*maps, strict=True))
     assert result == pytest.approx(
         {
@@ -154,16 +156,16 @@ def test_attribution_similarity_explains_the_teachers_prediction(batch_size):
     assert len(set(shapes)) == 1  # the last, smaller batch compiles nothing
 
 
-def test_attribution_similarity_takes_the_method_it_is_given():
+def test_an_explanation_takes_the_method_it_is_given():
     fns = _smooth(_weights(8)), _smooth(_weights(8, seed=7))
     images = _images()
     classes = np.asarray(fns[1](images)).argmax(-1)
     method = functools.partial(integrated_gradients, baseline=0.7, steps=4)
     maps = [method(fn, images, classes) for fn in fns]
     expected = [np.mean(v) for v in attribution.similarity(*maps)]
-    result = attribution.attribution_similarity(*fns, images, method)
+    result = _compare(*fns, images, method)
     assert [result["cosine"], result["rank_correlation"]] == pytest.approx(expected, abs=1e-5)
-    default = attribution.attribution_similarity(*fns, images)
+    default = _compare(*fns, images)
     assert default["cosine"] != pytest.approx(result["cosine"], abs=1e-3)
 
 
@@ -171,9 +173,9 @@ def test_undefined_examples_are_left_out_and_counted():
     images, weights = _images(), _weights()
     images[:2] = 0
     fn = _linear(weights)
-    result = attribution.attribution_similarity(fn, fn, images, gradient_times_input)
+    result = _compare(fn, fn, images, gradient_times_input)
     assert result == pytest.approx({"cosine": 1, "rank_correlation": 1, "undefined": 0.4})
-    result = attribution.attribution_similarity(fn, fn, images[:2], gradient_times_input)
+    result = _compare(fn, fn, images[:2], gradient_times_input)
     assert math.isnan(result["cosine"])
     assert result["undefined"] == 1
 
@@ -198,9 +200,7 @@ def test_a_callable_with_weights_as_leaves_is_compiled_once_for_all_weights():
         traces.append(len(traced))
     assert traces[0] == traces[1] > 0
     for w, value in zip(weights, found, strict=False):
-        plain = attribution.attribution_similarity(
-            _linear(w), _linear(weights[2]), images, gradient_times_input
-        )
+        plain = _compare(_linear(w), _linear(weights[2]), images, gradient_times_input)
         assert value == pytest.approx(plain, abs=1e-6)
     assert found[0]["cosine"] != pytest.approx(found[1]["cosine"], abs=1e-3)
 
@@ -208,7 +208,7 @@ def test_a_callable_with_weights_as_leaves_is_compiled_once_for_all_weights():
 @pytest.mark.slow
 def test_no_cache_keeps_a_plain_function():
     fn, images = _linear(_weights()), _images()
-    attribution.attribution_similarity(fn, _linear(_weights(seed=5)), images)
+    _compare(fn, _linear(_weights(seed=5)), images)
     dropped = weakref.ref(fn)
     del fn
     gc.collect()
@@ -231,4 +231,4 @@ def test_what_cannot_be_explained_is_refused():
     with pytest.raises(ValueError, match="must have one shape"):
         attribution.similarity(images, images[:1])
     with pytest.raises(ValueError, match=r"have shapes \[\(5, 3\), \(5, 4\)\]"):
-        attribution.attribution_similarity(_linear(_weights(3)), fn, images)
+        _compare(_linear(_weights(3)), fn, images)

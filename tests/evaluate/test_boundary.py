@@ -24,6 +24,22 @@ def _column(values):
     return np.asarray(values, np.float32)[:, None]
 
 
+def _on_paths(student, teacher, *args, **options):
+    return boundary.probe_paths(teacher, *args, **options).agreement(student)
+
+
+def _after_steps(student, teacher, images, epsilon, batch_size=256):
+    """Agreement after a step against either model."""
+    moved = {
+        name: boundary.adversarial_images(fn, images, epsilon, batch_size)
+        for name, fn in (("against_teacher", teacher), ("against_student", student))
+    }
+    return {
+        name: boundary.probe_images(teacher, images, batch_size).agreement(student)
+        for name, images in moved.items()
+    }
+
+
 def test_pairs_are_of_different_classes_and_each_is_as_likely():
     classes = np.array([2, 0, 0, 5, 2, 0])
     pairs = boundary.draw_pairs(classes, 22_000, seed=3)
@@ -51,7 +67,7 @@ def test_paths_from_minus_one_to_one_between_two_thresholds(shift, agree):
     low, high = sorted([0.05, 0.05 + shift])
     assert np.sum((points < low) | (points > high)) == agree
     images = _column([-1.0, 1.0, -1.0, 1.0, 1.0])
-    value = boundary.path_agreement(_threshold(0.05 + shift), _threshold(0.05), images, pairs=4)
+    value = _on_paths(_threshold(0.05 + shift), _threshold(0.05), images, pairs=4)
     assert value == pytest.approx(agree / 9)
 
 
@@ -63,7 +79,7 @@ def test_the_ends_are_no_points():
 
     images = _column([-1.0, 1.0])
     for points in (1, 4, 30):
-        value = boundary.path_agreement(student, _threshold(0.05), images, points=points)
+        value = _on_paths(student, _threshold(0.05), images, points=points)
         assert value == 1
 
 
@@ -85,7 +101,7 @@ def test_paths_in_the_plane_by_the_crossings_of_two_lines(batch_size):
         shapes.append(images.shape)
         return _affine(np.stack([0 * teacher, teacher], axis=1), [0, -0.2])(images)
 
-    value = boundary.path_agreement(
+    value = _on_paths(
         _affine(np.stack([0 * student, student], axis=1), [0, 0.1]),
         counted,
         images,
@@ -154,7 +170,7 @@ def test_fgsm_of_linear_models_in_closed_form(epsilon, batch_size):
         return _affine(np.stack([0 * w, w], axis=1), [0, b])(images)
 
     w, b = student
-    result = boundary.adversarial_agreement(
+    result = _after_steps(
         _affine(np.stack([0 * w, w], axis=1), [0, b]), counted, images, epsilon, batch_size
     )
     assert result == pytest.approx(
@@ -182,9 +198,9 @@ def test_the_step_follows_the_loss_of_many_classes():
         moved = flat + 0.4 * np.sign(gradient)
         expected.append(np.mean(np.equal(*((moved @ w).argmax(-1) for w in models))))
     student, teacher = (_affine(w, 0.0) for w in models)
-    result = boundary.adversarial_agreement(student, teacher, images, 0.4)
+    result = _after_steps(student, teacher, images, 0.4)
     assert [result["against_teacher"], result["against_student"]] == pytest.approx(expected)
-    clean = boundary.adversarial_agreement(student, teacher, images, 0.0)
+    clean = _after_steps(student, teacher, images, 0.0)
     assert clean["against_teacher"] == clean["against_student"] != result["against_teacher"]
 
 
@@ -193,10 +209,10 @@ def test_a_certain_model_is_attacked_too():
     certain = _affine([[0.0, 1e3]], [0.0, 0.0])
     images = _column([-0.5, 0.5])
     student = _threshold(-10.0)  # always class 1
-    result = boundary.adversarial_agreement(student, certain, images, 1.0)
+    result = _after_steps(student, certain, images, 1.0)
     # The teacher says 0, 1; the step takes it to 1, 0: it still agrees with the student once.
     assert result["against_teacher"] == 0.5
-    only_low = boundary.adversarial_agreement(student, certain, images[:1], 1.0)
+    only_low = _after_steps(student, certain, images[:1], 1.0)
     assert only_low == {"against_teacher": 1.0, "against_student": 0.0}
 
 
@@ -206,21 +222,21 @@ def test_a_diverged_student_agrees_nowhere_and_a_diverged_teacher_is_refused():
     def diverged(images):
         return sound(images) * jnp.nan
 
-    assert boundary.path_agreement(diverged, sound, images) == 0
-    result = boundary.adversarial_agreement(diverged, sound, images, 0.1)
+    assert _on_paths(diverged, sound, images) == 0
+    result = _after_steps(diverged, sound, images, 0.1)
     assert result == {"against_teacher": 0, "against_student": 0}
     with pytest.raises(ValueError, match="predicts nothing"):
-        boundary.path_agreement(sound, diverged, images)
+        _on_paths(sound, diverged, images)
     with pytest.raises(ValueError, match="predicts nothing"):
-        boundary.adversarial_agreement(sound, diverged, images, 0.1)
+        _after_steps(sound, diverged, images, 0.1)
 
 
 def test_what_has_no_boundary_is_refused():
     images, fn = _column([-1.0, 1.0]), _threshold(0.05)
     three = _affine(np.zeros((1, 3)), 0.0)
     for measure in (
-        boundary.path_agreement,
-        lambda *args: boundary.adversarial_agreement(*args, 0.1),
+        _on_paths,
+        lambda *args: _after_steps(*args, 0.1),
     ):
         with pytest.raises(ValueError, match=r"given \(2, 3\) and \(2, 2\)"):
             measure(three, fn, images)
@@ -232,11 +248,11 @@ def test_what_has_no_boundary_is_refused():
         with pytest.raises(ValueError, match="lengths must be equal and positive"):
             measure(fn, fn, images[:0])
     with pytest.raises(ValueError, match="all examples are of one class"):
-        boundary.path_agreement(fn, fn, images[:1])
+        _on_paths(fn, fn, images[:1])
     with pytest.raises(ValueError, match="0 pairs"):
-        boundary.path_agreement(fn, fn, images, pairs=0)
+        _on_paths(fn, fn, images, pairs=0)
     with pytest.raises(ValueError, match="points must be at least 1, given 0"):
-        boundary.path_agreement(fn, fn, images, points=0)
+        _on_paths(fn, fn, images, points=0)
     for epsilon in (-0.1, np.nan, np.inf):
         with pytest.raises(ValueError, match=r"epsilon must be in \[0, inf\)"):
-            boundary.adversarial_agreement(fn, fn, images, epsilon)
+            _after_steps(fn, fn, images, epsilon)

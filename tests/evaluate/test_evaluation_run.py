@@ -95,6 +95,21 @@ def test_ids_name_the_examples_and_positions_of_one_share_it():
     assert scores.values(CLASSIFICATION.metrics[1])["nll"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_task_may_tell_documents_apart_within_a_row():
+    class Packed(type(CLASSIFICATION)):
+        def examples(self, batch):
+            return batch["document"]
+
+    data = {
+        "image": np.zeros((2, 3, 4), np.float32),
+        "label": np.zeros((2, 3), np.int32),
+        "token_mask": np.array([[1, 1, 1], [1, 1, 0]]),
+        "document": np.array([[7, 7, 8], [8, 9, 0]]),
+    }
+    scores = evaluate(Linear(3), _weights(0, 3), Packed(), _batches(data, 2))
+    assert scores.examples.tolist() == [7, 7, 8, 8, 9]
+
+
 def test_one_function_is_compiled_for_all_batches_and_weights():
     data = _data("classification")
     run = lambda seed: evaluate(
@@ -188,6 +203,15 @@ def test_damaged_scores_are_refused(scores, tmp_path):
     assert all(str(path) in line and "\n" not in line for line in refused)
     with pytest.raises(FileNotFoundError):
         Scores.load(tmp_path / "nowhere")
+
+
+def test_a_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "scores.npz"
+    Scores(arrays={"nll": np.zeros(10**6, np.float32)}, examples=np.arange(10**6)).save(path)
+    monkeypatch.setattr("kdq.evaluate.run._MOST_BYTES", 2**20)
+    monkeypatch.setattr("kdq.evaluate.run._MOST_RATIO", 1)
+    with pytest.raises(DamagedError, match="bytes would unpack to 120"):
+        Scores.load(path)
 
 
 def _arm(correct):

@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import softmax
+from sklearn.metrics import brier_score_loss, top_k_accuracy_score
 
 from kdq.evaluate import metrics
+from kdq.evaluate.metrics import brier, top_k_correct
+from kdq.tasks import build
 
 
 def test_nll_and_correct_by_hand():
@@ -126,3 +130,78 @@ def test_in_batches_refuses_what_has_no_batches():
         metrics.in_batches(np.add, np.zeros(3), np.zeros(2), batch_size=2)
     with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
         metrics.in_batches(np.abs, np.zeros(3), batch_size=0)
+
+
+def _draw(n=300, classes=7, spread=2.0):
+    rng = np.random.default_rng(0)
+    return spread * rng.normal(size=(n, classes)), rng.integers(0, classes, n)
+
+
+def test_brier_is_the_sum_of_scikit_learns_scores_of_each_class_against_the_rest():
+    logits, labels = _draw()
+    p = softmax(logits, axis=-1)
+    binary = [brier_score_loss(labels == c, p[:, c]) for c in range(7)]
+    scores = brier(logits, labels)
+    assert scores.dtype == np.float64
+    assert scores.mean() == pytest.approx(sum(binary))
+    single = brier_score_loss(np.arange(7) == labels[3], p[3])  # the mean over classes
+    assert scores[3] == pytest.approx(7 * single)
+
+
+def test_brier_at_its_ends():
+    certain = [[1e4, -1e4, 0.0]]
+    np.testing.assert_allclose(brier(certain, [0]), [0.0], atol=1e-12)
+    np.testing.assert_allclose(brier(certain, [1]), [2.0])
+    np.testing.assert_allclose(brier(np.zeros((1, 4)), [2]), [3 * 0.25**2 + 0.75**2])
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_top_k_is_scikit_learns_for_each_example(k):
+    logits, labels = _draw(n=40)
+    expected = [
+        top_k_accuracy_score(labels[i : i + 1], logits[i : i + 1], k=k, labels=np.arange(7))
+        for i in range(40)
+    ]
+    assert top_k_correct(logits, labels, k).tolist() == expected
+    assert 0 < np.mean(expected) < 1
+    assert top_k_correct(logits, labels, 7).all()
+
+
+def test_top_1_is_correct_also_of_ties_and_nans():
+    logits = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, np.nan, 1.0], [2.0, 0.0, 5.0]])
+    labels = [0, 1, 1, 2]
+    np.testing.assert_array_equal(top_k_correct(logits, labels, 1), metrics.correct(logits, labels))
+    assert top_k_correct(logits, labels, 1).tolist() == [True, False, False, True]
+    assert top_k_correct(logits, labels, 2).tolist() == [True, True, False, True]
+    assert top_k_correct(logits, labels, 3).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_k_that_is_no_number_of_classes_is_refused(k):
+    with pytest.raises(ValueError, match=rf"k must be in \[1, 3\], given {k}"):
+        top_k_correct(np.zeros((2, 3)), [0, 1], k)
+
+
+@pytest.mark.parametrize("measure", [brier, metrics.score, lambda x, y: top_k_correct(x, y, 1)])
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((2, 3)), [0], r"given \(2, 3\) and \(1,\)"),
+        (np.zeros(3), [0], r"given \(3,\) and \(1,\)"),
+        (np.zeros((2, 3)), [0, 3], r"in \[0, 3\), given 0 to 3"),
+        (np.zeros((2, 3)), [0.0, 1.0], "must be integers, given float64"),
+    ],
+)
+def test_labels_that_do_not_fit_the_logits_are_refused(measure, logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        measure(logits, labels)
+
+
+def test_scores_of_the_host_are_named_as_those_of_the_task():
+    logits, labels = _draw()
+    scores = metrics.score(logits, labels, logits[::-1])
+    task = build("classification")
+    device = task.scores(logits, {"label": labels}) | task.divergence(logits, logits[::-1])
+    assert set(scores) - {"teacher_correct"} <= set(device)
+    for name in set(scores) - {"teacher_correct"}:
+        np.testing.assert_allclose(device[name], scores[name], rtol=1e-4, atol=1e-6, err_msg=name)

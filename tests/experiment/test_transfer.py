@@ -61,20 +61,19 @@ def test_measures_are_those_of_plain_functions():
     student, teacher = make(5, 1, bits=True), make(7, 2)
     found = Comparison(teacher, IMAGES, CONFIG).measure(student)
     fns = plain(student), plain(teacher)
-    alike = attribution.attribution_similarity(*fns, IMAGES)
-    attacked = boundary.adversarial_agreement(*fns, IMAGES, 0.3)
+    alike = attribution.Explanation(fns[1], IMAGES).similarity(fns[0])
+    moved = boundary.adversarial_images(fns[1], IMAGES, 0.3)
     expected = {
         "attribution_cosine": alike["cosine"],
         "attribution_rank": alike["rank_correlation"],
-        "path_agreement": boundary.path_agreement(*fns, IMAGES, pairs=8),
-        "adversarial_agreement": attacked["against_teacher"],
+        "path_agreement": boundary.probe_paths(fns[1], IMAGES, pairs=8).agreement(fns[0]),
+        "adversarial_agreement": boundary.probe_images(fns[1], moved).agreement(fns[0]),
     }
     assert {k: found[k] for k in expected} == pytest.approx(expected, abs=1e-5)
     assert all(abs(value) < 0.999 for value in expected.values())
-    matrix = {
-        own: {other: cka.linear_cka(x, y) for other, y in means(teacher).items()}
-        for own, x in means(student).items()
-    }
+    matrix: dict[str, dict[str, float]] = {}
+    for (layer, other), value in cka.layer_cka(means(student), means(teacher)).items():
+        matrix.setdefault(layer, {})[other] = value
     assert set(found["cka"]) == set(matrix)
     for own, row in matrix.items():
         assert found["cka"][own] == pytest.approx(row, rel=1e-4)
