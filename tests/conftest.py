@@ -204,8 +204,7 @@ LONGEST = (
     *("tests/deploy/test_onnx.py", "tests/deploy/test_litert.py", "tests/deploy/test_lowering.py"),
     *("tests/experiment/test_sharing.py", "tests/experiment/test_uniform.py"),
     *("tests/experiment/test_store.py", "tests/test_own.py", "tests/train/test_loop.py"),
-    *("tests/search/test_ppo.py", "tests/search/test_ddpg.py", "tests/quantize/test_bad_input.py"),
-    *("tests/deploy/test_export.py", "tests/distill/test_sparse.py"),
+    *("tests/quantize/test_bad_input.py", "tests/deploy/test_export.py"),
 )
 
 
