@@ -27,6 +27,7 @@ from kdq import deploy, models, quantize
 from kdq.deploy import extras
 from kdq.deploy.formats import litert
 from kdq.deploy.measure import latency
+from kdq.quantize.network import Weights
 
 MODELS = {
     "mlp": {"name": "mlp", "widths": (1024, 1024)},
@@ -69,7 +70,7 @@ def _openvino(integer: deploy.IntegerModel, images: np.ndarray, threads: int) ->
 
 
 def _litert(integer: deploy.IntegerModel, images: np.ndarray, threads: int) -> Call:
-    return litert.litert_model(litert.to_litert(integer, images[:1]), threads=threads)
+    return litert.load_litert(litert.to_litert(integer, images[:1]), threads=threads)
 
 
 def _jax(integer: deploy.IntegerModel) -> Call:
@@ -128,12 +129,12 @@ def _network(name: str) -> tuple[nn.Module, Any, np.ndarray]:
 def _forms(name: str, bits: list[str]) -> tuple[dict[str, deploy.IntegerModel], np.ndarray]:
     """A network in float and at each width."""
     model, variables, images = _network(name)
-    forms = {"float": deploy.lower(model, variables, {}, images[:1], train=False)}
+    forms = {"float": deploy.lower(model, Weights(variables=variables, qparams={}), images[:1])}
     for one in bits:
         weights, activations = (int(n) for n in one.removeprefix("W").split("A"))
         rules = quantize.uniform_rules(weights, activations)
         qparams = quantize.calibrate(model, variables, rules, [images])
-        forms[one] = deploy.lower(model, variables, qparams, images[:1], train=False)
+        forms[one] = deploy.lower(model, Weights(variables=variables, qparams=qparams), images[:1])
     return forms, images
 
 
@@ -141,11 +142,11 @@ def _matrix_forms() -> tuple[dict[str, deploy.IntegerModel], np.ndarray]:
     model = nn.Dense(WIDTH)
     images = np.random.default_rng(0).normal(size=(8, WIDTH)).astype(np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), images)
-    forms = {"float": deploy.lower(model, variables, {}, images[:1])}
+    forms = {"float": deploy.lower(model, Weights(variables=variables, qparams={}), images[:1])}
     for name, spec in MATRIX.items():
         rules = (quantize.QuantizationRule(path=".*", weights=spec),)
         qparams = quantize.calibrate(model, variables, rules, [images])
-        forms[name] = deploy.lower(model, variables, qparams, images[:1])
+        forms[name] = deploy.lower(model, Weights(variables=variables, qparams=qparams), images[:1])
     return forms, images
 
 

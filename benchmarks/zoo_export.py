@@ -10,9 +10,10 @@ import zoo
 from flax.errors import FlaxError
 
 from kdq import deploy, quantize
-from kdq.deploy.export import Source
+from kdq.deploy.formats.catalog import Source
 from kdq.deploy.measure import parity
 from kdq.quantize import QuantizationRule, TensorSpec
+from kdq.quantize.network import Weights
 
 WIDTHS = {"float": (None, None), "W8A8": (8, 8), "W4A8": (4, 8)}
 # The largest difference from the simulation that is rounding, as a part of the largest output: of
@@ -62,23 +63,23 @@ def rules(bits: tuple[int | None, int | None], signed: bool | None) -> tuple[Qua
 def _sources(
     entry: zoo.Entry, variables: Any, inputs: Any, bits: tuple, signed: bool | None
 ) -> tuple[Any, Any, Any, Any, Any]:
-    """The model, its integer form, its inputs, its simulated outputs and what packs it."""
+    """The model, its integer form, its inputs, its simulated outputs and its weights."""
     qparams = {}
     if bits[0] is not None:
         qparams = quantize.calibrate(entry.model, variables, rules(bits, signed), [inputs])
-    integer = deploy.lower(entry.model, variables, qparams, inputs, train=False)
+    integer = deploy.lower(entry.model, Weights(variables=variables, qparams=qparams), inputs)
     variables = integer.simulated(variables)
     expected = parity.leaves(quantize.predict(entry.model, variables, qparams, inputs))
-    return entry.model, integer, inputs, expected, (variables, qparams)
+    return entry.model, integer, inputs, expected, Weights(variables=variables, qparams=qparams)
 
 
 def cell(
-    form: str, folder: Path, model: Any, integer: Any, inputs: Any, expected: Any, packs: Any
+    form: str, folder: Path, model: Any, integer: Any, inputs: Any, expected: Any, weights: Any
 ) -> dict[str, Any]:
     """Of one file: "difference" and "agreement", or "refused"; a file that "failed" is a fault."""
     path, packed = folder / form, folder / "model.safetensors"
     if not packed.is_file():
-        deploy.save_packed(packed, *packs, model={"name": "of the zoo"})
+        deploy.save_packed(packed, weights, model={"name": "of the zoo"})
     try:
         deploy.FORMATS[form].save(path, Source(packed, integer, inputs, {}, {}, model))
         run = deploy.FORMATS[form].load(path, None, model)
@@ -89,7 +90,7 @@ def cell(
     except Exception as error:  # of any runtime
         return {"failed": f"{type(error).__name__}: {_line(error)}"}
     scale = max(float(np.abs(array).max()) for array in expected)
-    measured = parity.of_all(outputs, expected)
+    measured = parity.compare_all(outputs, expected)
     return {
         "difference": float(f"{measured['max_logit_difference'] / scale:.2g}"),
         "agreement": measured["argmax_agreement"],

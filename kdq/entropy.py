@@ -30,6 +30,23 @@ def relative_entropy(log_a: Array, log_b: Array) -> Array:
     return jnp.sum(jnp.where(a == 0, b, terms), axis=-1)
 
 
+def kl(reference_logits: Array, logits: Array) -> Array:
+    """Returns KL(p ‖ q) = Σ p log(p / q) in nats, of the softmax over the last axis.
+
+    A logit of −inf is a class of probability 0: +inf where p has mass there and q has none.
+
+    Args:
+      reference_logits: [..., classes] float; p is their softmax. No gradient flows to them.
+      logits: [..., classes] float; q is their softmax.
+
+    Returns:
+      [...] float32.
+    """
+    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(reference_logits).astype(jnp.float32))
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return relative_entropy(log_p, log_q)
+
+
 def times_log(weight: Array, log_b: Array) -> Array:
     """Returns weight · log b, and 0 where both are 0; elementwise, of shapes that broadcast.
 

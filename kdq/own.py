@@ -19,6 +19,7 @@ from kdq import config, data, deploy, experiment, lock, models, quantize
 from kdq.arms import kl
 from kdq.data.sources.arrays import Split
 from kdq.fields import expand_user
+from kdq.quantize.network import Weights
 from kdq.report import progress, write
 from kdq.report.page import read
 from kdq.types import Variables
@@ -139,11 +140,15 @@ def _save_teacher(
     """
     model = models.describe(teacher)
     if not path.exists():
-        deploy.save_packed(path, variables, {}, model=model, inputs=example)
+        deploy.save_packed(
+            path, Weights(variables=variables, qparams={}), model=model, inputs=example
+        )
         return str(path)
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / path.name
-        deploy.save_packed(again, variables, {}, model=model, inputs=example)
+        deploy.save_packed(
+            again, Weights(variables=variables, qparams={}), model=model, inputs=example
+        )
         there, here = (deploy.load_packed(file, teacher).variables for file in (path, again))
     same = jax.tree.structure(there) == jax.tree.structure(here)
     if not (same and jax.tree.all(jax.tree.map(np.array_equal, there, here))):

@@ -206,6 +206,8 @@ class Export:
     # Batch sizes at which each format is timed, beside the float model in ONNX Runtime; () is none.
     latency_batches: tuple[int, ...] = field((), at_least=1)
     threads: int = field(0, at_least=0)  # of each runtime when it is timed; 0 is one a core
+    # Sums are multiplied by fixed-point numbers, as by microcontrollers; ONNX has no form for that.
+    fixed_point: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -306,6 +306,10 @@ MISTAKES = {
         [QUICK, "--config.arms.kd.label_smoothing=1.5"],
         "error: config.arms.kd.label_smoothing=1.5: expected 0 to below 1",
     ),
+    "export": (
+        [QUICK, "--config.export.formats=onnx", "--config.export.fixed_point=True"],
+        "error: config.export.fixed_point: format 'onnx' has no multipliers in fixed point; ",
+    ),
     "type": ([QUICK, "--config.data.batch_size=ten"], "error: flag --config.data.batch_size=ten: "),
     "flag": ([QUICK, "--confg.data.name=x"], "error: Unknown command line flag 'confg.data.name'"),
     "word": ([QUICK, "compress"], "error: unknown arguments: compress"),

@@ -65,7 +65,7 @@ def test_every_arm_is_measured_on_its_file(distilled):
     for record in records:
         path = workdir / record.arm / "0" / "model.safetensors"
         packed = deploy.load_packed(path)
-        assert isinstance(packed.model, Net)
+        assert isinstance(packed.network.module, Net)
         accuracy = np.mean(np.argmax(packed(inputs.astype(np.float32)), -1) == labels)
         assert accuracy == pytest.approx(record.accuracy)
         assert path.stat().st_size == record.size_bytes
@@ -74,7 +74,9 @@ def test_every_arm_is_measured_on_its_file(distilled):
     assert by_arm["qad"].size_bytes < by_arm["teacher"].size_bytes / 4
     assert (workdir / "table.md").is_file()
     packed = deploy.load_packed(workdir / "qad" / "0" / "model.safetensors")
-    summary = quantize.summary(packed.model, packed.variables, packed.weight_quantizers, inputs[:1])
+    summary = quantize.summary(
+        packed.network.module, packed.variables, packed.weight_quantizers, inputs[:1]
+    )
     assert "middle" in str(summary)
     bits = {path: q["weights"].qmax.max() for path, q in packed.weight_quantizers.items()}
     assert {path: float(top) for path, top in bits.items()} == {
@@ -168,7 +170,7 @@ def test_another_program_imports_the_class_or_gives_the_model(distilled, monkeyp
         deploy.ModelNotImportedError, match=r"of the class test_own:Net, which is not there: pass"
     ):
         deploy.load_packed(path)
-    given = deploy.load_packed(path, here.model)
+    given = deploy.load_packed(path, here.network)
     inputs = DATA["test"][0].astype(np.float32)
     np.testing.assert_array_equal(given(inputs), here(inputs))
 

@@ -1,6 +1,7 @@
 """Deployment: files that are really smaller, and the models loaded back from them."""
 
-from kdq.deploy.export import FORMATS, ExportError, ParityError, check_formats, export
+from kdq.deploy.export import ExportError, ParityError, export
+from kdq.deploy.formats.catalog import FORMATS, check_formats
 from kdq.deploy.formats.onnx.model import layer_names, onnx_session, save_onnx, to_onnx
 from kdq.deploy.formats.packed import (
     ModelNotImportedError,
@@ -10,7 +11,8 @@ from kdq.deploy.formats.packed import (
     save_packed,
 )
 from kdq.deploy.formats.stablehlo import load_stablehlo, save_stablehlo
-from kdq.deploy.lower.lowering import IntegerModel, lower
+from kdq.deploy.lower.lower import lower
+from kdq.deploy.lower.model import IntegerModel
 
 __all__ = [
     "FORMATS",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kdq.deploy.contraction import Conv, Dot, Kernel, of_side
+from kdq.deploy.contraction import Conv, Dot, Kernel, reduce_side
 from kdq.deploy.qtensor import InputGrid
 from kdq.types import Array
 
@@ -30,7 +30,10 @@ def product(
     w_sum: Array | None = None,
     w_zero: Array | None = None,
 ) -> Array:
-    """`sum((x - x_zero) * (w - w_zero))` in int32.
+    """Returns `sum((x - x_zero) * (w - w_zero))` in int32.
+
+    With `a = x - 128`, `a_zero = x_zero - 128` and n terms in a sum, this is
+    `sum(a w) - a_zero sum(w) - w_zero (sum(a) - n a_zero)`; arXiv:1712.05877, equation 7.
 
     Args:
       kernel: which product.
@@ -48,7 +51,7 @@ def product(
         for axis, ((low, high), dilation) in zip(spatial, edges, strict=True):
             config[axis] = (low, high, dilation - 1)
         x = lax.pad(x, x_zero.astype(x.dtype), config)
-    left, left_zero = _int8(x), x_zero - 128
+    left, left_zero = _int8(x), x_zero - 128  # a, a_zero
     if w.dtype == jnp.uint8:
         w, w_zero = _int8(w), w_zero - 128
     w = w.astype(jnp.int8)
@@ -61,22 +64,22 @@ def product(
         x_sum = _multiply(kernel, left, jnp.ones_like(w))
     else:
         x_sum = _sums(kernel, left, 0, w.ndim)
-    return total - w_zero * (x_sum - left_zero * _terms(kernel, w.shape))
+    return total - w_zero * (x_sum - left_zero * _count_terms(kernel, w.shape))
 
 
 def _int8(codes: Array) -> Array:
-    """uint8 codes less 128."""
+    """Returns uint8 codes less 128."""
     return (codes.astype(jnp.int16) - 128).astype(jnp.int8)
 
 
-def _sums(kernel: Dot, codes: Array, of_input: int, rank: int) -> Array:
-    """Sums of the codes of the input (0) or of what it meets (1) over what is contracted."""
+def _sums(kernel: Dot, codes: Array, side: int, rank: int) -> Array:
+    """Sums codes of the input (0) or of what it meets (1) over what is contracted."""
     summed = lambda values, axes: values.astype(jnp.int32).sum(axes)
-    return of_side(kernel, codes, of_input ^ kernel.swapped, rank, summed)
+    return reduce_side(kernel, codes, side ^ kernel.swapped, rank, summed)
 
 
-def _terms(kernel: Kernel, shape: tuple[int, ...]) -> int:
-    """How many products a sum has, by the shape of the weight."""
+def _count_terms(kernel: Kernel, shape: tuple[int, ...]) -> int:
+    """Returns how many products a sum has, by the shape of the weight."""
     if isinstance(kernel, Conv):
         axes = kernel.dimension_numbers.rhs_spec[1:]
     else:
@@ -102,25 +105,25 @@ def _multiply(kernel: Kernel, x: Array, w: Array) -> Array:
 
 
 def quantize(x: Array, grid: InputGrid) -> Array:
-    """`clip(round(x / scale) + zero_point, 0, top)` as uint8, as QuantizeLinear of ONNX has it."""
+    """Returns `clip(round(x / scale) + zero_point, 0, top)`, uint8, as ONNX's QuantizeLinear."""
     steps = jnp.round(divide(x.astype(jnp.float32), grid.scale))
     codes = steps + grid.zero_point.astype(jnp.float32)
     return jnp.clip(codes, 0, grid.top.astype(jnp.float32)).astype(jnp.uint8)
 
 
 def dequantize(codes: Array, grid: InputGrid) -> Array:
-    """The float32 numbers of input codes."""
+    """Returns the float32 numbers of input codes."""
     centred = codes.astype(jnp.int32) - grid.zero_point
     return exactly(centred.astype(jnp.float32) * grid.scale)
 
 
 def to_float(total: Array, scale: Array) -> Array:
-    """The float32 numbers of int32 sums."""
+    """Returns the float32 numbers of int32 sums."""
     return exactly(total.astype(jnp.float32) * scale)
 
 
 def exactly(product: Array) -> Array:
-    """A product that is rounded before anything is done with it.
+    """Returns a product, rounded before anything else is done with it.
 
     XLA joins a product and a sum into one operation with one rounding, and divides one factor where
     the product is to be divided. Neither `optimization_barrier` nor `reduce_precision` keeps it
@@ -130,7 +133,7 @@ def exactly(product: Array) -> Array:
 
 
 def divide(x: Array, scale: Array) -> Array:
-    """`x / scale` of a scalar, rounded once.
+    """Returns `x / scale` of a scalar, rounded once.
 
     XLA multiplies by the reciprocal of what is the same for every element, and so rounds twice;
     here it can't know that it is.
@@ -139,7 +142,7 @@ def divide(x: Array, scale: Array) -> Array:
 
 
 def requantize(total: Array, scale: Array, grid: InputGrid, *, fixed_point: bool = False) -> Array:
-    """int32 sums at `scale` as the codes of the next input.
+    """Returns int32 sums at `scale` as the codes of the next input.
 
     By a float32 multiplier, or by integers alone: `multiply_fixed_point`.
     """
@@ -154,7 +157,9 @@ def requantize(total: Array, scale: Array, grid: InputGrid, *, fixed_point: bool
 
 
 def fixed_point(multiplier: Array) -> tuple[Array, Array]:
-    """`(mantissa, shift)` with multiplier = mantissa · 2^(-31 - shift); arXiv:1712.05877, §2.2.
+    """Returns `(mantissa, shift)` with multiplier = mantissa · 2^(-31 - shift).
+
+    These are M0 · 2^31 and n of arXiv:1712.05877, equation 6.
 
     Args:
       multiplier: float32, positive and below 2^30.
@@ -167,17 +172,21 @@ def fixed_point(multiplier: Array) -> tuple[Array, Array]:
 
 
 def multiply_fixed_point(total: Array, multiplier: Array) -> Array:
-    """int32 times float32, rounded to int32: the high half of a product, then a rounding shift.
+    """Returns int32 times float32, rounded to int32: a high product, then a rounding shift.
 
     `round(total · mantissa · 2^-31)` with halves up, then the shift with halves away from zero; a
-    negative shift comes before the product and saturates. This is what gemmlowp and CMSIS-NN do.
-    Only the multiplier is a float, which is a constant of a model.
+    negative shift comes before the product and saturates. gemmlowp (fixedpoint/fixedpoint.h:
+    SaturatingRoundingDoublingHighMul, RoundingDivideByPOT) and CMSIS-NN compute it so. Only the
+    multiplier is a float, which is a constant of a model.
     """
     mantissa, shift = fixed_point(multiplier)
     left, right = jnp.maximum(-shift, 0), jnp.maximum(shift, 0)
+    # A multiplier of 1 or more: shift to the left first, within int32.
     limit = jnp.right_shift(jnp.int32(2**31 - 1), left)
     total = jnp.left_shift(jnp.clip(total, -limit, limit), left)
     high = _high_product(total, mantissa)
+    # Divide by 2^right. What is shifted out counts up if it is over a half; of a negative number,
+    # whose shift rounds down, a half itself must stay down.
     mask = jnp.left_shift(jnp.int32(1), jnp.minimum(right, 31)) - 1
     remainder = jnp.bitwise_and(high, mask)
     threshold = jnp.right_shift(mask, 1) + (high < 0)
@@ -186,16 +195,17 @@ def multiply_fixed_point(total: Array, multiplier: Array) -> Array:
 
 
 def _high_product(a: Array, b: Array) -> Array:
-    """`floor((a · b + 2^30) / 2^31)` of int32, without int64, which JAX has not by default."""
+    """Returns `floor((a · b + 2^30) / 2^31)` of int32, without int64, which JAX may not have."""
     a_high, a_low = jnp.right_shift(a, 16), jnp.bitwise_and(a, 0xFFFF).astype(jnp.uint32)
     b_high, b_low = jnp.right_shift(b, 16), jnp.bitwise_and(b, 0xFFFF).astype(jnp.uint32)
     # a·b = a_high·b_high·2^32 + (a_high·b_low + a_low·b_high)·2^16 + a_low·b_low, each carried
-    # upwards so that nothing overflows; low words are unsigned.
+    # upwards so that nothing overflows; low words are unsigned. (Hacker's Delight, section 8-2.)
     low = a_low * b_low
     first = a_high * b_low.astype(jnp.int32) + jnp.right_shift(low, 16).astype(jnp.int32)
     second = a_low.astype(jnp.int32) * b_high + jnp.bitwise_and(first, 0xFFFF)
     high = a_high * b_high + jnp.right_shift(first, 16) + jnp.right_shift(second, 16)
     low_word = jnp.left_shift(second.astype(jnp.uint32), 16) | jnp.bitwise_and(low, 0xFFFF)
+    # Add 2^30 to the 64 bits (high, low_word), and take their bits 31 to 62.
     rounded = low_word + jnp.uint32(2**30)
     high = high + (rounded < low_word)
     return jnp.left_shift(high, 1) | jnp.right_shift(rounded, 31).astype(jnp.int32)

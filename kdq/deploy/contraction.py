@@ -16,12 +16,15 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from kdq.deploy.jaxprs import bind, evaluate
 from kdq.quantize.kinds import Unsupported
 from kdq.quantize.tracing import LAYOUT, sub_jaxpr
 from kdq.types import Array
 
+# The roles of a layer's arrays; "" is one that has none.
 INPUT, OTHER, WEIGHT, BIAS, RESULT = "input", "second input", "weight", "bias", "result"
-MOVED = "rearranged result"
+REARRANGED = "rearranged result"
+Value = tuple[str, Any]  # a role, and a pytree of arrays that are rearranged alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,25 +47,8 @@ class Conv:
     dimension_numbers: lax.ConvDimensionNumbers
     groups: int
 
-    @property
-    def rank(self) -> int:
-        """Of the input."""
-        return len(self.dimension_numbers.lhs_spec)
-
 
 Kernel = Dot | Conv
-
-
-class Steps:
-    """What happens at a layer's product and its bias; see `follow`."""
-
-    def multiply(self, kernel: Kernel, left: Any, right: Any) -> Any:
-        """The result of the product of an input and a weight, or of two inputs."""
-        raise NotImplementedError
-
-    def add_bias(self, result: Any, bias: Any) -> Any:
-        """The result with a bias of the shape that the layer gave it."""
-        raise NotImplementedError
 
 
 def contracted_terms(traced: core.ClosedJaxpr) -> int:
@@ -78,27 +64,14 @@ def contracted_terms(traced: core.ClosedJaxpr) -> int:
     return terms
 
 
-def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-    """An equation on other values."""
-    function = lambda *arrays: eqn.primitive.bind(*arrays, **eqn.params)
-    if eqn.primitive.name == "dim_as_value":  # the size of a batch is known when a program runs
-        return function(*values)
-    if all(isinstance(size, int) for var in eqn.outvars for size in var.aval.shape):
-        return at_once(function, *values)
-    return function(*values)  # of a batch of any size
-
-
-def at_once(function: Callable[..., Any], *values: Any) -> Any:
-    """`function(*values)`, computed now if all are known, whatever is being traced."""
-    if any(isinstance(value, jax.core.Tracer) for value in values):
-        return function(*values)
-    with jax.ensure_compile_time_eval():
-        return function(*values)
-
-
 def follow(
-    traced: core.ClosedJaxpr, operands: Sequence[tuple[str, Any]], steps: Steps, zeros: Mapping
-) -> tuple[str, Any]:
+    traced: core.ClosedJaxpr,
+    operands: Sequence[Value],
+    multiply: Callable[[Kernel, Any, Any], Any],
+    *,
+    add_bias: Callable[[Any, Any], Any] = lambda result, bias: result,
+    zeros: Mapping[str, Any] | None = None,
+) -> Value:
     """Takes the way of a layer's arrays with others in their place.
 
     Args:
@@ -106,81 +79,65 @@ def follow(
       operands: `(role, value)` for each of its arguments. A value is a pytree of arrays of the
         argument's shape, all of which are rearranged alike; None stands for one that is not needed
         and stays None.
-      steps: what to do at the product and the bias.
-      zeros: what stands for 0 where a role is padded.
+      multiply: `multiply(kernel, input, weight)`, or of two inputs, returns the result.
+      add_bias: of the result and the bias, in the shape that the layer gave it, returns the result.
+        By default the bias is part of the result already.
+      zeros: what stands for 0 where a role is padded; 0 if not given.
 
     Returns:
-      The value that the layer ends in, with its role: RESULT, or MOVED.
+      The value that the layer ends in, with its role: RESULT, or REARRANGED.
 
     Raises:
       Unsupported: the layer does something else.
     """
-    known: dict[core.Var, tuple[str, Any]] = {}
-    _follow(traced, operands, steps, zeros, known)
-    role, value = _look_up(known, traced.jaxpr.outvars[0])
-    if role not in (RESULT, MOVED):
+    constant = lambda array: ("", array)
+
+    def run_equation(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+        inner = sub_jaxpr(eqn)
+        if inner is not None:
+            return evaluate(inner, values, run_equation, constant)
+        roles, arrays = zip(*values, strict=True) if values else ((), ())
+        if not any(roles):
+            return [("", array) for array in bind(eqn, arrays)]
+        return [run_with_roles(eqn, roles, arrays)]
+
+    def run_with_roles(eqn: core.JaxprEqn, roles: tuple[str, ...], arrays: tuple) -> Value:
+        name, known = eqn.primitive.name, [role for role in roles if role]
+        if name == "convert_element_type":
+            return roles[0], arrays[0]
+        if name == "dot_general" and {RESULT, REARRANGED}.isdisjoint(known) and len(known) == 2:
+            swapped = roles[0] != INPUT
+            rank = eqn.invars[1 if swapped else 0].aval.ndim
+            kernel = Dot(eqn.params["dimension_numbers"], rank, swapped)
+            return RESULT, multiply(kernel, *(reversed(arrays) if swapped else arrays))
+        if name == "conv_general_dilated" and roles == (INPUT, WEIGHT):
+            return RESULT, multiply(conv(eqn.params), *arrays)
+        if name == "add" and sorted(known) == sorted([RESULT, BIAS]):
+            result, bias = arrays if roles[0] == RESULT else reversed(arrays)
+            return RESULT, add_bias(result, bias)
+        if name in LAYOUT and len(set(known)) == 1:
+            role = REARRANGED if known[0] == RESULT else known[0]
+            return role, _rearrange(eqn, arrays, (zeros or {}).get(role, 0))
+        raise Unsupported(f"it computes {name!r} of its {' and '.join(dict.fromkeys(known))}")
+
+    role, value = evaluate(traced, operands, run_equation, constant)[0]
+    if role not in (RESULT, REARRANGED):
         raise Unsupported("its output is no product")
     return role, value
 
 
-def _look_up(known: Mapping, atom: Any) -> tuple[str, Any]:
-    return ("", atom.val) if isinstance(atom, core.Literal) else known[atom]
-
-
-def _follow(traced, operands, steps, zeros, known) -> list[tuple[str, Any]]:
-    known.update(zip(traced.jaxpr.invars, operands, strict=True))
-    known.update((v, ("", c)) for v, c in zip(traced.jaxpr.constvars, traced.consts, strict=True))
-    for eqn in traced.jaxpr.eqns:
-        given = [_look_up(known, atom) for atom in eqn.invars]
-        inner = sub_jaxpr(eqn)
-        if inner is not None:
-            found = _follow(inner, given, steps, zeros, dict(known))
-        else:
-            found = [_step(eqn, given, steps, zeros)]
-        known.update(zip(eqn.outvars, found, strict=False))
-    return [_look_up(known, atom) for atom in traced.jaxpr.outvars]
-
-
-def _step(eqn, given, steps, zeros) -> tuple[str, Any]:
-    """The role and the value of the first output of an equation."""
-    name, roles = eqn.primitive.name, [role for role, _ in given]
-    meant = [role for role in roles if role]
-    values = [value for _, value in given]
-    if not meant:
-        out = bind(eqn, values)
-        return "", out[0] if eqn.primitive.multiple_results else out
-    if name == "convert_element_type":
-        return given[0]
-    if name == "dot_general" and {RESULT, MOVED}.isdisjoint(meant) and len(meant) == 2:
-        swapped = roles[0] != INPUT
-        rank = eqn.invars[1 if swapped else 0].aval.ndim
-        kernel = Dot(eqn.params["dimension_numbers"], rank, swapped)
-        return RESULT, steps.multiply(kernel, *(reversed(values) if swapped else values))
-    if name == "conv_general_dilated" and roles == [INPUT, WEIGHT]:
-        return RESULT, steps.multiply(conv(eqn.params), *values)
-    if name == "add" and sorted(meant) == sorted([RESULT, BIAS]):
-        result, bias = values if roles[0] == RESULT else reversed(values)
-        return RESULT, steps.add_bias(result, bias)
-    if name in LAYOUT and len(set(meant)) == 1:
-        role = MOVED if meant[0] == RESULT else meant[0]
-        return role, _rearrange(eqn, given, zeros.get(role, 0))
-    raise Unsupported(f"it computes {name!r} of its {' and '.join(dict.fromkeys(meant))}")
-
-
-def _rearrange(eqn, given, zero) -> Any:
-    """A layout operation on every array of a value."""
+def _rearrange(eqn: core.JaxprEqn, values: Sequence[Any], zero: Any) -> Any:
+    """Returns a value with the layout operation on each of its arrays."""
     if eqn.primitive.name == "pad":
-        value = given[0][1]
         filled = lambda x: lax.pad(x, jnp.asarray(zero, x.dtype), eqn.params["padding_config"])
-        return None if value is None else jax.tree.map(filled, value)
-    values = [value for _, value in given]
+        return None if values[0] is None else jax.tree.map(filled, values[0])
     if any(value is None for value in values):
         return None
-    return jax.tree.map(lambda *arrays: bind(eqn, arrays), *values)
+    return jax.tree.map(lambda *arrays: bind(eqn, arrays)[0], *values)
 
 
 def conv(params: Mapping[str, Any]) -> Conv:
-    """A convolution, by the parameters of its equation."""
+    """Returns a convolution, by the parameters of its equation."""
     if params["batch_group_count"] != 1:
         raise Unsupported("a convolution with groups of examples")
     return Conv(
@@ -193,13 +150,13 @@ def conv(params: Mapping[str, Any]) -> Conv:
     )
 
 
-def of_channels(kernel: Kernel, values: Array, reduce: Callable) -> Array:
-    """Numbers of a weight's elements as one for each channel of the product's output.
+def reduce_channels(kernel: Kernel, values: Array, reduce: Callable) -> Array:
+    """Reduces numbers of a weight's elements to one for each channel of the product's output.
 
     Args:
       kernel: the product.
       values: of the weight's shape, as the product sees it; of JAX or NumPy.
-      reduce: `reduce(values, axes)`: what becomes of the elements of a channel.
+      reduce: `reduce(values, axes)` of the elements of a channel.
 
     Returns:
       An array that broadcasts with the output.
@@ -207,13 +164,13 @@ def of_channels(kernel: Kernel, values: Array, reduce: Callable) -> Array:
     if isinstance(kernel, Conv):
         numbers = kernel.dimension_numbers
         shape = [1] * values.ndim
-        shape[numbers.out_spec[1]] = -1
+        shape[numbers.out_spec[1]] = -1  # [1, ..., channels, ..., 1]
         return reduce(values, tuple(sorted(numbers.rhs_spec[1:]))).reshape(shape)
-    return of_side(kernel, values, 0 if kernel.swapped else 1, kernel.rank, reduce)
+    return reduce_side(kernel, values, 0 if kernel.swapped else 1, kernel.rank, reduce)
 
 
-def of_side(kernel: Dot, values: Array, side: int, rank: int, reduce: Callable) -> Array:
-    """As `of_channels`, of the left (0) or the right (1) array of a `dot_general`.
+def reduce_side(kernel: Dot, values: Array, side: int, rank: int, reduce: Callable) -> Array:
+    """Reduces as `reduce_channels` does, the left (0) or the right (1) array of a `dot_general`.
 
     `rank` is the other's.
     """
@@ -221,10 +178,13 @@ def of_side(kernel: Dot, values: Array, side: int, rank: int, reduce: Callable) 
     summed, shared = contracting[side], batch[side]
     free = [a for a in range(values.ndim) if a not in (*summed, *shared)]
     kept = [a for a in range(values.ndim) if a not in summed]
-    found = reduce(values, tuple(summed)).transpose([kept.index(a) for a in (*shared, *free)])
-    shape, own = found.shape[: len(shared)], found.shape[len(shared) :]
+    # [*shared, *free], as `dot_general` has them in its output.
+    reduced = reduce(values, tuple(summed)).transpose([kept.index(a) for a in (*shared, *free)])
+    shared_sizes, free_sizes = reduced.shape[: len(shared)], reduced.shape[len(shared) :]
+    # Its output is [*shared, *free of the left, *free of the right]; the other's are of size 1.
     others = (1,) * (rank - len(summed) - len(shared))
-    return found.reshape((*shape, *own, *others) if side == 0 else (*shape, *others, *own))
+    free_axes = (*free_sizes, *others) if side == 0 else (*others, *free_sizes)
+    return reduced.reshape((*shared_sizes, *free_axes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,8 +205,8 @@ class Axes:
         return np.argsort(self.order)
 
 
-def axes(kernel: Dot, w_rank: int) -> Axes:
-    """The axes of the input of a product, and of what it meets."""
+def list_axes(kernel: Dot, w_rank: int) -> Axes:
+    """Returns the axes of the input of a product, and of what it meets."""
     (summed, shared), turn = kernel.dimension_numbers, -1 if kernel.swapped else 1
     (x_summed, w_summed), (x_shared, w_shared) = summed[::turn], shared[::turn]
     others = lambda rank, used: [axis for axis in range(rank) if axis not in used]
@@ -260,7 +220,7 @@ def axes(kernel: Dot, w_rank: int) -> Axes:
     return Axes(*map(list, (x_shared, x_free, x_summed, w_shared, w_free, w_summed, order)))
 
 
-def aligned(array: Any, rank: int) -> np.ndarray:
-    """An array with as many axes of one element in front as it lacks."""
+def align(array: Any, rank: int) -> np.ndarray:
+    """Returns an array with as many axes of one element in front as it lacks."""
     array = np.asarray(array)
     return array.reshape([1] * (rank - array.ndim) + list(array.shape))

@@ -5,7 +5,7 @@ from types import ModuleType
 
 
 def load(extra: str, *names: str) -> tuple[ModuleType, ...]:
-    """The modules `names`, which `pip install 'kdq[EXTRA]'` installs.
+    """Imports the modules `names`, which `pip install 'kdq[EXTRA]'` installs.
 
     Raises:
       ImportError: one of them is missing; says how to install it.

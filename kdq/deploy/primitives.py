@@ -6,7 +6,7 @@ To JAX each is what it computes; a converter sees its name and finds the operati
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -14,15 +14,15 @@ from jax.interpreters import batching, mlir
 
 from kdq.deploy import arithmetic
 from kdq.deploy.contraction import Kernel
-from kdq.deploy.integer_layer import IntegerLayer, why_too_long
+from kdq.deploy.integer_layer import IntegerLayer, overflow_reason
 from kdq.deploy.qtensor import InputGrid, QTensor
 from kdq.types import Array
 
 
 def primitive(name: str, function: Callable[..., Array]) -> core.Primitive:
-    """A primitive with one output: `function(*arrays, **params)`."""
-    made = core.Primitive(name)
-    made.def_impl(function)
+    """Makes a primitive with one output: `function(*arrays, **params)`."""
+    new = core.Primitive(name)
+    new.def_impl(function)
 
     def shape(*avals: Any, **params: Any) -> Any:
         out = jax.eval_shape(partial(function, **params), *avals)
@@ -31,60 +31,71 @@ def primitive(name: str, function: Callable[..., Array]) -> core.Primitive:
     def batched(arrays: Any, axes: Any, **params: Any) -> tuple[Array, int]:
         return jax.vmap(partial(function, **params), axes)(*arrays), 0
 
-    made.def_abstract_eval(shape)
-    batching.primitive_batchers[made] = batched
-    mlir.register_lowering(made, mlir.lower_fun(function, multiple_results=False))
-    return made
+    new.def_abstract_eval(shape)
+    batching.primitive_batchers[new] = batched
+    mlir.register_lowering(new, mlir.lower_fun(function, multiple_results=False))
+    return new
 
 
-def _quantize(x: Array, *leaves: Array) -> Array:
-    return arithmetic.quantize(x, InputGrid(*leaves))
+class Operation:
+    """A function of pytrees of arrays, and of static keywords, as one equation.
+
+    Args:
+      name: of its primitive.
+      function: that it computes.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Array]):
+        self.primitive = primitive(
+            name,
+            lambda *leaves, structure, **params: function(
+                *jax.tree.unflatten(structure, leaves), **params
+            ),
+        )
+
+    def __call__(self, *arguments: Any, **params: Any) -> Array:
+        """Computes it."""
+        leaves, structure = jax.tree.flatten(arguments)
+        return self.primitive.bind(*leaves, structure=structure, **params)
 
 
-def _dequantize(codes: Array, *leaves: Array) -> Array:
-    return arithmetic.dequantize(codes, InputGrid(*leaves))
+def arguments(eqn: core.JaxprEqn) -> tuple[Any, ...]:
+    """Returns the inputs of an operation's equation as the pytrees that it was called with."""
+    return jax.tree.unflatten(eqn.params["structure"], eqn.invars)
 
 
-def _multiply(
-    x: Array, w: Array, *leaves: Array, kernel: Kernel, structure: Any, fixed_point: bool
-) -> Array:
-    parts = jax.tree.unflatten(structure, leaves)
-    total = arithmetic.product(kernel, x, parts["x"].zero_point, w, parts["w_sum"], parts["w_zero"])
-    total = total if parts["bias"] is None else total + parts["bias"]
-    if parts["grid"] is None:
+quantize = Operation("kdq_quantize", arithmetic.quantize)
+dequantize = Operation("kdq_dequantize", arithmetic.dequantize)
+to_float = Operation("kdq_to_float", arithmetic.to_float)
+weight = Operation("kdq_weight", QTensor.dequantize)
+rows = Operation("kdq_rows", lambda indices, table: table.rows(indices))
+
+
+class ProductParts(NamedTuple):
+    """All that a product of codes is computed with beside the two arrays of codes.
+
+    Arrays broadcast with the output of the product, those of a grid are scalars.
+    """
+
+    x: InputGrid  # of the input
+    other: InputGrid | None  # of the second input; None: it meets a weight
+    w_scale: Array | None  # float32; these are of the weight
+    w_sum: Array | None  # int32, of its codes
+    w_zero: Array | None  # int32, of the weight or the second input; None is 0
+    bias: Array | None  # int32, at `scale`
+    scale: Array | None  # float32, of the sums; None where they stay sums
+    grid: InputGrid | None  # of the codes to make; None: int32 sums
+
+
+def _multiply(x: Array, w: Array, parts: ProductParts, *, kernel: Kernel, fixed_point: bool):
+    total = arithmetic.product(kernel, x, parts.x.zero_point, w, parts.w_sum, parts.w_zero)
+    total = total if parts.bias is None else total + parts.bias
+    if parts.grid is None:
         return total
-    return arithmetic.requantize(total, parts["scale"], parts["grid"], fixed_point=fixed_point)
+    return arithmetic.requantize(total, parts.scale, parts.grid, fixed_point=fixed_point)
 
 
-def _weight(*leaves: Array, structure: Any) -> Array:
-    return jax.tree.unflatten(structure, leaves).dequantize()
-
-
-def _rows(indices: Array, *leaves: Array, structure: Any) -> Array:
-    return jax.tree.unflatten(structure, leaves).rows(indices)
-
-
-quantize_p = primitive("kdq_quantize", _quantize)
-dequantize_p = primitive("kdq_dequantize", _dequantize)
-to_float_p = primitive("kdq_to_float", arithmetic.to_float)
-multiply_p = primitive("kdq_multiply", _multiply)
-weight_p = primitive("kdq_weight", _weight)
-rows_p = primitive("kdq_rows", _rows)
-
-
-def quantize(x: Array, grid: InputGrid) -> Array:
-    """See `arithmetic.quantize`."""
-    return quantize_p.bind(x, *jax.tree.leaves(grid))
-
-
-def dequantize(codes: Array, grid: InputGrid) -> Array:
-    """See `arithmetic.dequantize`."""
-    return dequantize_p.bind(codes, *jax.tree.leaves(grid))
-
-
-def to_float(total: Array, scale: Array) -> Array:
-    """See `arithmetic.to_float`."""
-    return to_float_p.bind(total, scale)
+product = Operation("kdq_multiply", _multiply)
 
 
 def multiply(
@@ -95,7 +106,7 @@ def multiply(
     grid: InputGrid | None,
     fixed_point: bool,
 ) -> Array:
-    """The product of an integer layer, with its bias: int32 sums, or the codes of `grid`.
+    """Returns the product of an integer layer, with its bias: int32 sums, or the codes of `grid`.
 
     Args:
       kernel: which product.
@@ -103,40 +114,25 @@ def multiply(
       w: the codes of its weight, arranged as the product sees them; or of its second input.
       layer: what else it computes with.
       grid: of the codes to make; None for sums.
-      fixed_point: how to make codes; see `arithmetic.requantize`.
+      fixed_point: see `arithmetic.requantize`.
 
     Raises:
-      ValueError: inputs of which sums of products may not fit int32.
+      ValueError: sums of products may not fit int32.
     """
     other = None if layer.weight is not None else layer.inputs["other"]
     if other is not None:  # its sums are as long as what it is called with
         left = w if kernel.swapped else x
         terms = math.prod(left.shape[axis] for axis in kernel.dimension_numbers[0][0])
-        if reason := why_too_long(terms):
+        if reason := overflow_reason(terms):
             raise ValueError(f"a product of two inputs can't be computed with integers: {reason}")
-    parts = {
-        "x": layer.inputs["activations"],
-        "other": other,
-        "w_scale": layer.weight_scale,
-        "w_sum": layer.weight_sum,
-        "w_zero": layer.weight_zero if other is None else other.zero_point,
-        "bias": layer.bias,
-        "scale": None if grid is None else layer.scale,
-        "grid": grid,
-    }
-    leaves, structure = jax.tree.flatten(parts)
-    return multiply_p.bind(
-        x, w, *leaves, kernel=kernel, structure=structure, fixed_point=fixed_point
+    parts = ProductParts(
+        x=layer.inputs["activations"],
+        other=other,
+        w_scale=layer.weight_scale,
+        w_sum=layer.weight_sum,
+        w_zero=layer.weight_zero if other is None else other.zero_point,
+        bias=layer.bias,
+        scale=None if grid is None else layer.scale,
+        grid=grid,
     )
-
-
-def weight(codes: QTensor) -> Array:
-    """See `QTensor.dequantize`."""
-    leaves, structure = jax.tree.flatten(codes)
-    return weight_p.bind(*leaves, structure=structure)
-
-
-def rows(codes: QTensor, indices: Array) -> Array:
-    """See `QTensor.rows`."""
-    leaves, structure = jax.tree.flatten(codes)
-    return rows_p.bind(indices, *leaves, structure=structure)
+    return product(x, w, parts, kernel=kernel, fixed_point=fixed_point)

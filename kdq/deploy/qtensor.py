@@ -29,11 +29,11 @@ class QTensor(flax.struct.PyTreeNode):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The shape of the weight."""
         return self.codes.shape
 
     def dequantize(self) -> Array:
-        """The float32 weight, of one layer, not of a stack."""
+        """Returns the float32 weight, of one layer, not of a stack."""
         scale = grid.expand(self.scale, self.codes.shape)
         if self.levels is not None:
             return self.levels[self.codes.astype(jnp.int32)] * scale
@@ -43,12 +43,11 @@ class QTensor(flax.struct.PyTreeNode):
         return codes * scale
 
     def rows(self, indices: Array) -> Array:
-        """float32 [*indices, ...]: some of the rows along the first axis."""
-        of_row = lambda one: one if one is None or one.shape[0] == 1 else one[indices]
+        """Returns some of the rows along the first axis, float32 [*indices, ...]."""
+        pick = lambda array: array if array is None or array.shape[0] == 1 else array[indices]
         codes = self.codes[indices]
         # A scale of the whole table has one row, and its axes are then the last of the result's.
-        picked = QTensor(codes, of_row(self.scale), of_row(self.zero_point), self.levels)
-        return picked.dequantize()
+        return QTensor(codes, pick(self.scale), pick(self.zero_point), self.levels).dequantize()
 
 
 class InputGrid(flax.struct.PyTreeNode):
@@ -65,7 +64,7 @@ class InputGrid(flax.struct.PyTreeNode):
 
 
 def from_quantizer(weight: Array, quantizer: Quantizer) -> QTensor:
-    """The weight in the codes of its quantizer.
+    """Returns the weight in the codes of its quantizer.
 
     One signed bit becomes the codes -1 and 1, at half the scale; unsigned codes are moved down to
     fit a signed dtype, and their zero point with them.
@@ -79,7 +78,8 @@ def from_quantizer(weight: Array, quantizer: Quantizer) -> QTensor:
         return _on_device(codes=codes.astype(np.uint8), scale=scale, levels=quantizer.levels)
     zero_point = np.asarray(quantizer.zero_point)
     if (zero_point == 0.5).any():  # one signed bit; a channel of zeros has the zero point 0
-        codes = 2 * codes - 2 * np.asarray(_expanded(zero_point, codes, quantizer))
+        expand = lambda c, q: jnp.broadcast_to(grid.expand(q.zero_point, c.shape), c.shape)
+        codes = 2 * codes - 2 * np.asarray(grid.over_stack(expand, quantizer)(codes, quantizer))
         scale, zero_point = scale / 2, np.zeros_like(zero_point)
     elif (np.asarray(quantizer.qmin) == 0).all():
         half = np.float32(2 ** (grid.bits(quantizer) - 1))
@@ -93,14 +93,14 @@ def from_quantizer(weight: Array, quantizer: Quantizer) -> QTensor:
 
 @jax.jit
 def codes_and_scale(weight: Array, quantizer: Quantizer) -> tuple[Array, Array]:
-    """The codes of a weight, as float32, and its scale as its format holds it."""
-    rounded = lambda _, q: grid.with_rounded_scale(q).scale
-    of_stack = lambda function: grid.over_stack(function, quantizer)(weight, quantizer)
-    return of_stack(grid.to_codes), of_stack(rounded)
+    """Returns the codes of a weight, as float32, and its scale as its format holds it."""
+    rounded_scale = lambda _, q: grid.with_rounded_scale(q).scale
+    by_layer = lambda function: grid.over_stack(function, quantizer)(weight, quantizer)
+    return by_layer(grid.to_codes), by_layer(rounded_scale)
 
 
 def input_grid(quantizer: Quantizer) -> InputGrid:
-    """The codes of an input.
+    """Returns the codes of an input.
 
     Raises:
       Unsupported: it has no integers, no fixed scale, or one for each channel.
@@ -125,15 +125,8 @@ def input_grid(quantizer: Quantizer) -> InputGrid:
     return InputGrid(jnp.asarray(scale, jnp.float32), *moved)
 
 
-def _expanded(parameter: np.ndarray, codes: np.ndarray, quantizer: Quantizer) -> Array:
-    expand = lambda c, p: jnp.broadcast_to(grid.expand(p, c.shape), c.shape)
-    for _ in range(jnp.ndim(quantizer.qmin)):
-        expand = jax.vmap(expand)
-    return expand(codes, parameter)
-
-
 def scaled(weight: QTensor, factor: np.ndarray) -> QTensor:
-    """The weight times a factor for each of its channels; a negative one turns its codes around.
+    """Returns the weight times a factor for each channel; a negative one turns its codes around.
 
     Args:
       weight: of one layer, with integers.

@@ -246,7 +246,12 @@ def train(runs: Sequence[ArmRun]) -> list[Fit | NonFiniteError]:
 def export(context: Context, record: ArmRecord) -> ArmRecord:
     """Returns a record with the exports that the config asks for, made if it lacks them."""
     config = context.experiment.export
-    formats = [name for name in config.formats if name not in record.exports]
+    done = {
+        name: entry
+        for name, entry in record.exports.items()
+        if entry.get("fixed_point", False) == config.fixed_point
+    }
+    formats = [name for name in config.formats if name not in done]
     if not formats or (config.arms and record.arm not in config.arms):
         return record
     folder = context.store.folder(record.arm, record.seed)
@@ -255,8 +260,8 @@ def export(context: Context, record: ArmRecord) -> ArmRecord:
     )
     # Those that were there have been timed again beside the new ones.
     exported = {
-        name: {**record.exports.get(name, {}), **files.get(name, {})}
-        for name in (*record.exports, *formats)
+        name: {**done.get(name, {}), **files.get(name, {})}
+        for name in (*done, *formats)
         if name not in failed
     }
     record = dataclasses.replace(record, exports=exported, failed_exports=failed)

@@ -175,8 +175,8 @@ def _check_compute(context: Context) -> None:
 def _check_loaded(
     packed: PackedModel, model: nn.Module, image: jax.ShapeDtypeStruct, where: str
 ) -> None:
-    if packed.model != model:
-        given, wanted = (" ".join(str(one).split()) for one in (packed.model, model))
+    if packed.network.module != model:
+        given, wanted = (" ".join(str(one).split()) for one in (packed.network.module, model))
         raise ConfigError(f"{where} is {given}, but the arm's model is {wanted}")
     try:
         packed.check(image)

@@ -54,7 +54,9 @@ def write(
       inputs: the data; other inputs than [n, height, width, channels] have no maps.
     """
     images = inputs.test[0]["image"]
-    network = Network(variables=packed.variables, qparams=packed.qparams, model=packed.model)
+    network = Network(
+        variables=packed.variables, qparams=packed.qparams, model=packed.network.module
+    )
     shown = {
         "confusion": confusion(logits, labels),
         "reliability": _reliability(logits, labels),
@@ -163,7 +165,7 @@ def _sensitivities(
         mixed = {name: rounded[name] if is_inside(name) else plain[name] for name in rounded}
         qparams = {**idle, **({path: packed.qparams[path]} if path in idle else {})}
         tree = traverse_util.unflatten_dict(mixed, sep="/")
-        return quantize.predict(packed.model, tree, qparams, images)
+        return quantize.predict(packed.network, tree, qparams, images)
 
     # All are dispatched before the first is waited for.
     base, *alone = [outputs(path) for path in (None, *quantized)]

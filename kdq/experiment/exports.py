@@ -35,6 +35,7 @@ def export(
                 folder,
                 formats,
                 images,
+                fixed_point=config.fixed_point,
                 agreement=config.agreement,
                 latency_batches=config.latency_batches,
                 threads=config.threads or None,
@@ -143,6 +144,11 @@ def check(formats: Sequence[str], where: str) -> None:
 def check_config(config: kdq_config.Export) -> None:
     """Raises ConfigError for a section that can't be done here."""
     check(config.formats, "config.export.formats")
+    if config.fixed_point and (onnx := [name for name in config.formats if "onnx" in name]):
+        raise ConfigError(
+            f"config.export.fixed_point: format {onnx[0]!r} has no multipliers in fixed point; "
+            "packed, litert and stablehlo have"
+        )
     if config.latency_batches:  # beside the float model in ONNX Runtime
         check(("onnx",), "config.export.latency_batches")
     try:

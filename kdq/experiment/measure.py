@@ -48,13 +48,11 @@ def pack(
       model_config: the model's name and fields, as `kdq.models.build` takes them.
       metadata: kept in the file.
     """
-    variables, qparams = weights.variables, weights.qparams
-    if qparams:  # what the file simulates is what integers compute
-        variables = deploy.lower(model, variables, qparams, images).simulated(variables)
-    deploy.save_packed(
-        path, variables, qparams, model=model_config, inputs=images[:1], metadata=metadata
-    )
-    return Weights(variables=variables, qparams=qparams)
+    if weights.qparams:  # what the file simulates is what integers compute
+        variables = deploy.lower(model, weights, images).simulated(weights.variables)
+        weights = Weights(variables=variables, qparams=weights.qparams)
+    deploy.save_packed(path, weights, model=model_config, inputs=images[:1], metadata=metadata)
+    return weights
 
 
 def measure(
@@ -83,7 +81,7 @@ def measure(
     variables, qparams = weights.variables, weights.qparams
     packed = deploy.load_packed(path)
     packed_weights = Weights(variables=packed.variables, qparams=packed.qparams)
-    logits = predict(packed.model, packed_weights, test)
+    logits = predict(packed.network.module, packed_weights, test)
     labels = _labels(test)
     scores = classification.summarize(metrics.score(logits, labels, teacher_logits))
     last = scores

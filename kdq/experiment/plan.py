@@ -144,6 +144,8 @@ def experiment_digest(experiment: Experiment) -> str:
     # `quick` is said of numbers, and decides none.
     for name in ("mesh", "resources", "compute", "seeds_at_once", "workers", "quick"):
         del parts[name]
+    if not experiment.export.fixed_point:  # as it was before there was such a field
+        del parts["export"]["fixed_point"]
     return kdq_config.digest({**parts, **_unless_default("compute", experiment.compute)})
 
 

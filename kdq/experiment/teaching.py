@@ -71,7 +71,7 @@ class Teachers:
             return self._models[arm.model]
         if config.kind == "former_peer":
             return self._models[kdq_config.peer_of(self._experiment, config.arm).model]
-        return load(config.path).model if config.kind == "packed" else None
+        return load(config.path).network.module if config.kind == "packed" else None
 
     def offers(self, name: str) -> tuple[str, ...]:
         """Returns what terms of the arm `name` may read of its teacher, layers apart."""
@@ -140,7 +140,7 @@ class Teachers:
     def _packed(self, config, arm: Arm, seed: int) -> Teaching:
         packed = load(config.path)
         weights = Weights(variables=packed.variables, qparams=packed.qparams)
-        return Teaching(teacher=Model(packed.model, weights))
+        return Teaching(teacher=Model(packed.network, weights))
 
     def _shuffled(self, config, arm: Arm, seed: int) -> Teaching:
         logits = self.logits(config.arm, seed, "train")

@@ -90,13 +90,8 @@ def calibrate(
 def weight_quantizer(weight: Array, spec: TensorSpec, layer: LayerInfo) -> grid.Quantizer:
     """The quantizer of one weight, or of a stack of them.
 
-    Args:
-      weight: [*stack, *layer.weight_shape] float.
-      spec: how.
-      layer: whose it is.
-
-    Raises:
-      ValueError: values that are not finite; names the layer.
+    `weight` is [*stack, *layer.weight_shape] float. Raises ValueError, with the layer, for values
+    that are not finite.
     """
     shape = weight_scale_shape(spec, layer)
     state = spec.observer.exact(grid.to_groups(weight, (*layer.stack, *shape)))
@@ -152,7 +147,7 @@ def _quantizer(
 
 
 def _observer(spec: TensorSpec) -> Observer:
-    """What looks on: of a dynamic input only the sign is asked."""
+    """The observer of a tensor; for a dynamic input only the sign matters."""
     return MinMax() if spec.dynamic else spec.observer
 
 
@@ -174,14 +169,14 @@ def _observe_inputs(
     layers: dict[str, LayerInfo],
     batches: Iterable[Batch],
 ) -> dict[Key, State]:
-    """What each layer's observer saw of its inputs: [*stack, groups, ...]."""
+    """The states of the observers of layers' inputs: [*stack, groups, ...]."""
     watchers, states = {}, {}
     for (path, operand), spec in specs.items():
         layer = layers[path]
         shape = activation_scale_shape(spec, layer, operand)
         observer = _observer(spec)
         watchers[path, operand] = _Observe(observer, shape)
-        one = observer.init(math.prod(shape))
+        empty = observer.init(math.prod(shape))
         broadcast = lambda s, stack=layer.stack: jnp.broadcast_to(s, (*stack, *s.shape))
-        states[path, operand] = jax.tree.map(broadcast, one)
+        states[path, operand] = jax.tree.map(broadcast, empty)
     return observe(network, variables, {}, watchers, states, batches)

@@ -77,12 +77,8 @@ def run(
 ) -> tuple[Any, dict[str, Any]]:
     """`(outputs, collections)` of a call of a module just as `inputs` say.
 
-    Args:
-      module: any Linen module.
-      variables: its variables, unboxed.
-      inputs: of the call. Their own `mutable` only lets the module run.
-      *handlers: each sees every call of every method; the last is asked first.
-      mutable: collections to return as the module left them.
+    The last handler is asked first. `mutable` are collections to return as the module left them;
+    those of the inputs only let it run. The variables are unboxed.
     """
     args, kwargs = inputs.unpack()
     filters = union_filters(kwargs.pop("mutable", False), list(mutable))

@@ -49,5 +49,5 @@ def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
     of_each, of_all = jax.random.split(key)
     words = jax.random.bits(of_each, (*rows, -(-columns // 4)), jnp.uint32)
     octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*rows, -1)
-    own = octets[..., :columns].reshape(shape)
-    return (own + jax.random.uniform(of_all)) / 256
+    first = octets[..., :columns].reshape(shape)
+    return (first + jax.random.uniform(of_all)) / 256

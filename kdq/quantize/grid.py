@@ -23,7 +23,7 @@ from kdq.types import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a quantizer behaves under differentiation; what it computes forward is its grid's.
+    """The behaviour of a quantizer under differentiation; forward it computes what its grid says.
 
     Methods of quantization-aware training are values of this (see `qat`).
     """
@@ -263,7 +263,7 @@ def points(quantizer: Quantizer) -> Array:
     Raises ValueError for more than one scale.
     """
     if quantizer.scale.size > 1:
-        raise ValueError(f"points: want one scale, given {quantizer.scale.shape}")
+        raise ValueError(f"points: expected one scale, got {quantizer.scale.shape}")
     codes = jnp.arange(int(quantizer.qmin), int(quantizer.qmax) + 1)
     flat = quantizer.replace(
         scale=quantizer.scale.reshape(()), zero_point=quantizer.zero_point.reshape(())

@@ -10,7 +10,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdq.types import Variables
@@ -65,6 +64,14 @@ class Inputs:
         return inputs
 
     @property
+    def batch(self) -> Batch:
+        """The batch of which `as_inputs` makes this."""
+        args, kwargs = self.unpack()
+        if kwargs:
+            return self
+        return args[0] if len(args) == 1 else args
+
+    @property
     def rows(self) -> int | None:
         """Examples in the batch; None if no positional argument has a leading axis.
 
@@ -73,13 +80,6 @@ class Inputs:
         leaves = jax.tree.leaves(self.args) or jax.tree.leaves(self.kwargs)
         sizes = [leaf.shape[0] for leaf in leaves if _is_array(leaf) and leaf.shape]
         return max(sizes, key=sizes.count, default=None)
-
-    def shapes(self, rows: Any) -> list[jax.ShapeDtypeStruct]:
-        """The positional arrays with another batch size, which may be a symbolic dimension."""
-        return [
-            jax.ShapeDtypeStruct((rows, *jnp.shape(array)[1:]), jnp.result_type(array))
-            for array in self.args
-        ]
 
     def __repr__(self) -> str:
         args, kwargs = self.unpack()
@@ -108,15 +108,17 @@ def as_batches(batches: Iterable[Batch], function: str) -> Iterator[Inputs]:
       TypeError: `batches` is one batch, not several.
     """
     if isinstance(batches, Mapping | Inputs):
-        raise TypeError(f"{function} wants batches, got one {type(batches).__name__}: give [batch]")
+        raise TypeError(
+            f"{function} expected batches, got one {type(batches).__name__}: give [batch]"
+        )
     number = -1
     for number, batch in enumerate(batches):
         inputs = as_inputs(batch)
         if inputs.rows == 0:
-            raise ValueError(f"{function}: batch {number} is empty: want at least one example")
+            raise ValueError(f"{function}: batch {number} is empty: expected at least one example")
         yield inputs
     if number < 0:
-        raise ValueError(f"{function} got no batches: want at least one")
+        raise ValueError(f"{function} got no batches: expected at least one")
 
 
 def unboxed(variables: Variables) -> Variables:

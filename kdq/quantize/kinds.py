@@ -32,25 +32,6 @@ class Call:
     output: Shape
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Kind:
-    """What kdq knows of a Linen class."""
-
-    name: str
-    weight: str  # its name in the layer's params; "" if it has none
-    # {method: {operand: (position, keyword) of the argument}}
-    methods: Mapping[str, Mapping[str, tuple[int, str]]]
-    axes: Callable[[nn.Module, Shape], tuple[tuple[int, ...], int]]  # channels, the one of groups
-    macs: Callable[[nn.Module, Call, Shape], int]  # of the whole batch
-
-
-INPUT = {"activations": (0, "inputs")}
-
-
-def _axes(channels: tuple[int, ...], group: int) -> Callable[[nn.Module, Shape], tuple]:
-    return lambda module, weight: (channels, group)
-
-
 def _general_axes(module: nn.DenseGeneral, weight: Shape) -> tuple[tuple[int, ...], int]:
     """Kernel [batch dims..., contracted..., features...]: all but the contracted are channels."""
     features = len(_tuple(module.features))
@@ -115,61 +96,43 @@ def _product(module: Product, call: Call, weight: Shape) -> int:
     return _einsum(call.args[0], *call.shapes)
 
 
+INPUT = {"activations": (0, "inputs")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Facts about a Linen class."""
+
+    name: str
+    weight: str = "kernel"  # its name in the layer's params; "" if it has none
+    # {method: {operand: (position, keyword) of the argument}}
+    methods: Mapping[str, Mapping[str, tuple[int, str]]] = dataclasses.field(
+        default_factory=lambda: {"__call__": INPUT}
+    )
+    # (module, weight) -> (channels, the axis of groups)
+    axes: Callable[[nn.Module, Shape], tuple[tuple[int, ...], int]] = lambda *_: ((-1,), -2)
+    macs: Callable[[nn.Module, Call, Shape], int] = _contraction  # of the whole batch
+
+
 KINDS: dict[type[nn.Module], Kind] = {
-    nn.Dense: Kind(
-        name="Dense",
-        weight="kernel",
-        methods={"__call__": INPUT},
-        axes=_axes((-1,), -2),
-        macs=_contraction,
-    ),
-    nn.DenseGeneral: Kind(
-        name="DenseGeneral",
-        weight="kernel",
-        methods={"__call__": INPUT},
-        axes=_general_axes,
-        macs=_contraction,
-    ),
-    nn.Conv: Kind(
-        name="Conv",
-        weight="kernel",
-        methods={"__call__": INPUT},
-        axes=_axes((-1,), -2),
-        macs=_contraction,
-    ),
-    nn.ConvLocal: Kind(
-        name="ConvLocal",
-        weight="kernel",
-        methods={"__call__": INPUT},
-        axes=_axes((-1,), -2),
-        macs=_local,
-    ),
-    nn.ConvTranspose: Kind(
-        name="ConvTranspose",
-        weight="kernel",
-        methods={"__call__": INPUT},
-        axes=_transposed_axes,
-        macs=_transposed,
-    ),
-    nn.Einsum: Kind(
-        name="Einsum",
-        weight="kernel",
-        methods={"__call__": INPUT},
-        axes=_einsum_axes,
-        macs=_einsum_layer,
-    ),
+    nn.Dense: Kind(name="Dense"),
+    nn.DenseGeneral: Kind(name="DenseGeneral", axes=_general_axes),
+    nn.Conv: Kind(name="Conv"),
+    nn.ConvLocal: Kind(name="ConvLocal", macs=_local),
+    nn.ConvTranspose: Kind(name="ConvTranspose", axes=_transposed_axes, macs=_transposed),
+    nn.Einsum: Kind(name="Einsum", axes=_einsum_axes, macs=_einsum_layer),
     nn.Embed: Kind(
         name="Embed",
         weight="embedding",
         methods={"__call__": {}, "attend": {"activations": (0, "query")}},
-        axes=_axes((-2,), -1),
+        axes=lambda *_: ((-2,), -1),
         macs=_embedding,
     ),
     Product: Kind(
         name="Product",
         weight="",
         methods={"__call__": {"activations": (1, "lhs"), "other": (2, "rhs")}},
-        axes=_axes((), -1),
+        axes=lambda *_: ((), -1),
         macs=_product,
     ),
 }
@@ -216,11 +179,11 @@ def why_not(module: nn.Module) -> str:
     """Why a module that is no layer can't be quantized; "" if there is nothing to quantize."""
     if isinstance(module, nn.MultiHeadDotProductAttention):
         return _why_not_attention(module)
-    own = [k for k, v in module.variables.get("params", {}).items() if hasattr(v, "shape")]
+    names = [k for k, v in module.variables.get("params", {}).items() if hasattr(v, "shape")]
     if isinstance(module, NORMS):
-        return "normalization stays in float, unless it is folded" if own else ""
-    if own:
-        return f"{type(module).__name__} is no kind of layer that kdq knows; parameters {own}"
+        return "normalization stays in float, unless it is folded" if names else ""
+    if names:
+        return f"{type(module).__name__} is no kind of layer that kdq knows; parameters {names}"
     return ""
 
 

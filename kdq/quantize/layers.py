@@ -1,4 +1,4 @@
-"""What a model is made of: its quantizable layers, by module path, without running it.
+"""Lists the quantizable layers of a model, by module path, without running it.
 
 Rules, calibration, cost, search and reports are all keyed by these paths.
 """
@@ -119,7 +119,7 @@ def _traced(
 ) -> tuple[dict[str, LayerInfo], dict[str, str]]:
     variables, inputs = jax.tree.unflatten(structure, shapes)
     if not inputs.rows:
-        raise ValueError(f"want inputs with at least one example, got {inputs}")
+        raise ValueError(f"expected inputs with at least one example, got {inputs}")
     listing = _Listing(variables)
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
@@ -162,12 +162,12 @@ class _Listing:
         self.others: dict[str, str] = {}
         self.alone = False  # a layer is being traced alone
 
-    def record(self, layer_call: ModuleCall, beside: Any) -> tuple[Any, Any]:
+    def record(self, layer_call: ModuleCall, extras: Any) -> tuple[Any, Any]:
         """A handler of `walk`."""
         outputs = layer_call.run()
         if not self.alone:
             self._record(layer_call, outputs)
-        return outputs, beside
+        return outputs, extras
 
     def _record(self, layer_call: ModuleCall, outputs: Any) -> None:
         module, method, path = layer_call.module, layer_call.method, layer_call.path

@@ -18,7 +18,7 @@ from kdq.types import Array
 
 
 class State(Protocol):
-    """What an observer remembers: a pytree."""
+    """The state of an observer: a pytree."""
 
     def bounds(self) -> tuple[Array, Array]:
         """The exact smallest and largest value seen, each `[groups]`."""
@@ -74,7 +74,7 @@ class MovingAverage(_ExtremesObserver):
 
     def __post_init__(self):
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum!r}: want 0 <= momentum < 1")
+            raise ValueError(f"momentum={self.momentum!r}: expected 0 <= momentum < 1")
 
     def update(self, state: Extremes, x: Array) -> Extremes:
         fresh = state.low > state.high  # not isfinite: a NaN or infinity must stay to be reported
@@ -115,7 +115,7 @@ class Percentile(_HistogramObserver):
 
     def __post_init__(self):
         if not 50 < self.percentile <= 100:
-            raise ValueError(f"percentile={self.percentile!r}: want 50 < percentile <= 100")
+            raise ValueError(f"percentile={self.percentile!r}: expected 50 < percentile <= 100")
 
     def range(self, state: Histogram | Samples, **grid_args: Any) -> tuple[Array, Array]:
         return _percentile_range(state, self.percentile / 100)
@@ -142,7 +142,7 @@ class MSE(_HistogramObserver):
 
     def __post_init__(self):
         if self.candidates < 1:
-            raise ValueError(f"candidates={self.candidates!r}: want at least 1")
+            raise ValueError(f"candidates={self.candidates!r}: expected at least 1")
 
     def range(self, state: Histogram | Samples, **grid_args: Any) -> tuple[Array, Array]:
         bits = jnp.asarray(grid_args.pop("bits"), jnp.float32)
@@ -193,7 +193,7 @@ class Entropy(_HistogramObserver):
 
     def __post_init__(self):
         if self.candidates < 1:
-            raise ValueError(f"candidates={self.candidates!r}: want at least 1")
+            raise ValueError(f"candidates={self.candidates!r}: expected at least 1")
 
     def range(self, state: Histogram | Samples, **grid_args: Any) -> tuple[Array, Array]:
         bits = jnp.asarray(grid_args.pop("bits"), jnp.float32)

@@ -22,7 +22,7 @@ FREQUENT = 0.005  # oscillations a step above which the paper counts a weight as
 
 
 class Oscillation(flax.struct.PyTreeNode):
-    """What is remembered of one weight tensor; every array has its shape."""
+    """The history of one weight tensor; every array has its shape."""
 
     codes: Array  # float32, of the last step
     direction: Array  # float32, the sign of the last change of code; 0 before any
@@ -33,13 +33,13 @@ class Oscillation(flax.struct.PyTreeNode):
 
 def init(params: Any, qparams: QParams) -> dict[str, Oscillation]:
     """The state before the first step, for each layer whose weight is quantized."""
-    found = {}
+    state = {}
     for path, quantizers in qparams.items():
         if "weights" in quantizers:
             codes = _codes(params, path, quantizers["weights"])
             zeros = jnp.zeros_like(codes)
-            found[path] = Oscillation(codes, zeros, zeros, codes, zeros.astype(bool))
-    return found
+            state[path] = Oscillation(codes, zeros, zeros, codes, zeros.astype(bool))
+    return state
 
 
 def update(
@@ -103,11 +103,11 @@ def dampening(params: Any, qparams: QParams) -> Array:
 
 def share(state: dict[str, Oscillation]) -> dict[str, Array]:
     """Shares of all quantized weights: "oscillating" (more often than FREQUENT), and "frozen"."""
-    size = sum(one.codes.size for one in state.values())
+    size = sum(layer.codes.size for layer in state.values())
     # Added up in float32: over all layers there may be more than an int32 counts.
     counted = lambda flags: jnp.sum(flags).astype(jnp.float32)
-    oscillating = sum(counted(one.frequency > FREQUENT) for one in state.values())
-    frozen = sum(counted(one.frozen) for one in state.values())
+    oscillating = sum(counted(layer.frequency > FREQUENT) for layer in state.values())
+    frozen = sum(counted(layer.frozen) for layer in state.values())
     return {"oscillating": oscillating / size, "frozen": frozen / size}
 
 

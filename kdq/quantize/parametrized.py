@@ -37,10 +37,8 @@ def leaf_names(variables: Variables) -> list[str]:
 def why_made(name: str, calls: Sequence[Marked], names: Sequence[str]) -> str:
     """Why the weight that a layer gets is not its parameter; "" if it is.
 
-    Args:
-      name: the parameter's, as of `leaf_names`.
-      calls: of the layer.
-      names: of the traced function's first arguments; further ones are inputs of the model.
+    `name` is the parameter's, as of `leaf_names`; `names` are those of the traced function's first
+    arguments, further ones are inputs of the model.
     """
     for call in calls:
         if call.leaf is not None and call.leaf < len(names) and names[call.leaf] == name:
@@ -54,14 +52,7 @@ def why_made(name: str, calls: Sequence[Marked], names: Sequence[str]) -> str:
 
 
 def why_changed(module: nn.Module, method: str, args: tuple, kwargs: Mapping[str, Any]) -> str:
-    """Why what a layer multiplies by is not the weight that it gets; "" if it is.
-
-    Args:
-      module: bound, of a kind with a weight.
-      method: that is called.
-      args: of the call.
-      kwargs: of the call.
-    """
+    """Why what a layer multiplies by is not the weight that it gets; "" if it is."""
     if _is_flax_own(module, method):
         return ""
     kind, free = kinds.kind_of(module), module.clone(parent=None, name=None)

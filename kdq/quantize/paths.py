@@ -72,5 +72,5 @@ def unknown_layer(whose: str, path: str, params: Any) -> KeyError:
 
 
 def has_path(params: Any, path: str) -> bool:
-    """Whether there is something at a "/"-joined path."""
+    """Returns whether there is something at a "/"-joined path."""
     return keys_of_layer(params, path) is not None

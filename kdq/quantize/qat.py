@@ -14,6 +14,7 @@ from kdq.quantize.grid import Quantizer, Training, expand, over_stack, to_groups
 from kdq.quantize.inputs import reboxed, unboxed
 from kdq.quantize.kinds import weight_name
 from kdq.quantize.paths import copied
+from kdq.quantize.scales import map_quantizers
 from kdq.quantize.ste import transformed
 from kdq.types import QParams, Variables
 
@@ -24,7 +25,7 @@ LEARNED = Training()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """How quantizers of weights and of activations train."""
+    """The training of quantizers of weights and of activations."""
 
     weights: Training
     activations: Training
@@ -119,10 +120,9 @@ def finish(variables: Variables, qparams: QParams) -> tuple[Variables, QParams]:
 
 def plain(qparams: QParams) -> QParams:
     """The quantizers without what they train by; they round to the nearest."""
-    return {
-        path: {name: one.replace(training=LEARNED, key=None) for name, one in of.items()}
-        for path, of in qparams.items()
-    }
+    return map_quantizers(
+        lambda _, quantizer: quantizer.replace(training=LEARNED, key=None), qparams
+    )
 
 
 def with_keys(qparams: QParams, key: jax.Array) -> QParams:
@@ -135,16 +135,16 @@ def with_keys(qparams: QParams, key: jax.Array) -> QParams:
       qparams: as `prepare` set them up.
       key: random, of this step.
     """
-    names = sorted((p, name) for p, of in qparams.items() for name in of)
+    names = sorted((p, name) for p, quantizers in qparams.items() for name in quantizers)
     number = {name: i for i, name in enumerate(names)}
 
-    def draw(path: str, name: str, quantizer: Quantizer) -> Quantizer:
+    def draw(key_of_tensor: tuple[str, str], quantizer: Quantizer) -> Quantizer:
         if not quantizer.training.stochastic:
             return quantizer
-        own = jax.random.fold_in(key, number[path, name])
-        return quantizer.replace(key=jax.random.split(own, jnp.shape(quantizer.qmin)))
+        tensor_key = jax.random.fold_in(key, number[key_of_tensor])
+        return quantizer.replace(key=jax.random.split(tensor_key, jnp.shape(quantizer.qmin)))
 
-    return {p: {name: draw(p, name, one) for name, one in of.items()} for p, of in qparams.items()}
+    return map_quantizers(draw, qparams)
 
 
 def widened(qparams: QParams, bits: jax.Array | float) -> QParams:
@@ -155,7 +155,7 @@ def widened(qparams: QParams, bits: jax.Array | float) -> QParams:
     With 16 a network trains almost as in float, but within the ranges.
     """
 
-    def widen(quantizer: Quantizer) -> Quantizer:
+    def widen(_: tuple[str, str], quantizer: Quantizer) -> Quantizer:
         if quantizer.levels is not None:
             return quantizer
         factor = (jnp.exp2(jnp.asarray(bits, jnp.float32)) - 1) / (quantizer.qmax - quantizer.qmin)
@@ -170,7 +170,7 @@ def widened(qparams: QParams, bits: jax.Array | float) -> QParams:
             qmax=quantizer.qmax * factor,
         )
 
-    return {p: {name: widen(one) for name, one in of.items()} for p, of in qparams.items()}
+    return map_quantizers(widen, qparams)
 
 
 def _before_tanh(weight: jax.Array, quantizer: Quantizer) -> tuple[jax.Array, Quantizer]:

@@ -13,7 +13,7 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_token")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """How one tensor (a weight, or the input of a layer) is quantized."""
+    """The quantization of one tensor: a weight, or the input of a layer."""
 
     bits: int | None = None  # 1 to 8; one signed bit is the sign times a scale
     format: str = ""  # or, in place of bits, a number format: a key of `formats.FORMATS`
@@ -31,34 +31,34 @@ class TensorSpec:
     def __post_init__(self):
         if (self.bits is None) == (not self.format):
             raise ValueError(
-                f"bits={self.bits!r}, format={self.format!r}: want one or the other; formats are "
-                f"{tuple(FORMATS)}"
+                f"bits={self.bits!r}, format={self.format!r}: expected one or the other; formats "
+                f"are {tuple(FORMATS)}"
             )
         if self.format:
             self._check_format()
         elif not (isinstance(self.bits, int) and type(self.bits) is int and 1 <= self.bits <= 8):
-            raise ValueError(f"bits={self.bits!r}: want a whole number from 1 to 8")
+            raise ValueError(f"bits={self.bits!r}: expected a whole number from 1 to 8")
         if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity={self.granularity!r}: want one of {GRANULARITIES}")
+            raise ValueError(f"granularity={self.granularity!r}: expected one of {GRANULARITIES}")
         if (self.granularity == "per_group") != (self.group_size is not None):
             raise ValueError(
                 f"group_size={self.group_size!r} with granularity={self.granularity!r}: "
                 "group_size goes with 'per_group', and only with it"
             )
         if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size!r}: want at least 1")
+            raise ValueError(f"group_size={self.group_size!r}: expected at least 1")
         if self.group_axis is not None and self.granularity != "per_group":
             raise ValueError(f"group_axis={self.group_axis!r}: only with 'per_group'")
         if self.narrow and (self.signed is False or not self.symmetric):
             raise ValueError("narrow=True is for signed symmetric grids")
         if self.dynamic and self.granularity == "per_channel":
-            raise ValueError("dynamic=True: want 'per_tensor', 'per_token' or 'per_group'")
+            raise ValueError("dynamic=True: expected 'per_tensor', 'per_token' or 'per_group'")
         if self.granularity == "per_token" and not self.dynamic:
-            raise ValueError("granularity='per_token' has no fixed scale: want dynamic=True")
+            raise ValueError("granularity='per_token' has no fixed scale: expected dynamic=True")
 
     def _check_format(self) -> None:
         if self.format not in FORMATS:
-            raise ValueError(f"format={self.format!r}: want one of {tuple(FORMATS)}")
+            raise ValueError(f"format={self.format!r}: expected one of {tuple(FORMATS)}")
         if not self.symmetric or self.narrow or self.signed is not None:
             raise ValueError(f"format={self.format!r} has its own levels: no symmetric, narrow")
         block = FORMATS[self.format].group_size
@@ -76,7 +76,7 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizationRule:
-    """What happens to the layers whose whole path matches `path`."""
+    """The quantization of the layers whose whole path matches `path`."""
 
     path: str  # regular expression, matched against the whole layer path
     weights: TensorSpec | None = None  # None: float
@@ -93,7 +93,7 @@ class QuantizationRule:
             raise ValueError(f"rule {self.path!r}: dynamic is for activations, not weights")
         inputs = self.activations
         if inputs is not None and inputs.granularity == "per_group" and not inputs.dynamic:
-            raise ValueError(f"rule {self.path!r}: per_group activations want dynamic=True")
+            raise ValueError(f"rule {self.path!r}: per_group activations need dynamic=True")
 
 
 def match(

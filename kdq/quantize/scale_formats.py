@@ -30,13 +30,13 @@ def _e8m0(scale: Array, levels: Array | None) -> Array:
 
 def _e4m3(scale: Array, levels: Array | None) -> Array:
     """A number of 8 bits times a float32 of the tensor, by which its largest scale is 448."""
-    tensor = of_tensor(scale)
+    tensor = tensor_scale(scale)
     smallest = E4M3[len(E4M3) // 2 + 1]
     steps = jnp.asarray(scale / tensor, jnp.float8_e4m3fn).astype(jnp.float32)
     return jnp.maximum(steps, smallest) * tensor
 
 
-def of_tensor(scale: Array) -> Array:
+def tensor_scale(scale: Array) -> Array:
     """The float32 that all scales of a tensor share in the format e4m3."""
     return scale.max() / E4M3[-1]
 
@@ -54,7 +54,7 @@ class Stored:
     """A format of scales that a file holds in 8 bits."""
 
     dtype: type
-    shared: bool = False  # times a float32 that the scales of a tensor share, see `of_tensor`
+    shared: bool = False  # times a float32 that the scales of a tensor share, see `tensor_scale`
 
 
 # The other formats are stored as float32.
@@ -101,7 +101,7 @@ def decode(codes: np.ndarray, shared: np.ndarray, format: str) -> np.ndarray:
 
 
 def stored_bytes(scales: int, layers: int, format: str) -> int:
-    """What so many scales, of the weights of so many stacked layers, take in a packed file."""
+    """Returns the bytes of so many scales, of so many stacked layers, in a packed file."""
     if format not in STORED:
         return 4 * scales
     return scales + 4 * layers * STORED[format].shared

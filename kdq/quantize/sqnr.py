@@ -1,7 +1,7 @@
 """Signal to quantization noise, layer by layer: where a quantized model loses what it computes."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ from kdq.quantize.layers import LayerInfo, layer_bits
 from kdq.quantize.network import Network, as_network
 from kdq.quantize.observe import Key, observe
 from kdq.quantize.paths import at_path
-from kdq.quantize.ptq.errors import decibel, measure_energies
+from kdq.quantize.ptq.errors import decibel, list_places, measure_energies
 from kdq.quantize.ste import fake_quantize
 from kdq.quantize.table import aligned
 from kdq.types import Array, QParams, Variables
@@ -98,7 +98,7 @@ def sqnr(
     for (path, operand), energy in _inputs(network, clean, qparams, layers, batches).items():
         inputs.setdefault(path, {})[operand] = energy
     rows = {}
-    for name, path, index in _places(layers):
+    for name, path, index in list_places(layers):
         pick = lambda pair, index=index: decibel(*(part[index] for part in pair))
         (output,) = energies[path]
         rows[name] = LayerSqnr(
@@ -109,13 +109,6 @@ def sqnr(
             signal=float(output[0][index]),
         )
     return Sqnr(layers=rows, output=decibel(*outputs), signal=float(outputs[0]))
-
-
-def _places(layers: Mapping[str, LayerInfo]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """`(name, path, index)` of each layer of each stack, in the order in which they run."""
-    for path, layer in layers.items():  # a `jit` sorts its dicts
-        for index in np.ndindex(layer.stack):
-            yield path + "".join(f"[{i}]" for i in index), path, index
 
 
 Energies = tuple[np.ndarray, np.ndarray]  # signal, noise: [*stack]
@@ -176,13 +169,7 @@ def warn_of_noise(
 ) -> None:
     """Warns if the model's output, or a layer's, is under `LOW` dB on a batch; says what to try.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: those that are quantized.
-      qparams: the quantizers.
-      inputs: one batch.
-      target: see `sqnr`.
-      where: who warns.
+    `target` is the float model, see `sqnr`; `where` says in the message who warns.
     """
     if not qparams:
         return
@@ -190,11 +177,11 @@ def warn_of_noise(
     layers, (energies, (outputs,), _) = measure_energies(
         as_network(network), [(clean, (variables, qparams))], [inputs]
     )
-    ratios = {}
-    for name, path, index in _places(layers):
-        ((signal, noise),) = energies[path]
-        ratios[name] = decibel(signal[index], noise[index])
-    low = sorted((ratio, name) for name, ratio in ratios.items() if ratio < LOW)
+    ratios = (
+        (decibel(energies[path][0][0][index], energies[path][0][1][index]), name)
+        for name, path, index in list_places(layers)
+    )
+    low = sorted((ratio, name) for ratio, name in ratios if ratio < LOW)
     output = decibel(*outputs)
     if not low and not output < LOW:
         return

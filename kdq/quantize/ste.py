@@ -1,12 +1,10 @@
 """Rounding that can be trained through: one definition for weights and activations alike."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
 from kdq.quantize import grid
-from kdq.quantize.grid import Quantizer, Training
+from kdq.quantize.grid import Quantizer
 from kdq.types import Array
 
 
@@ -38,12 +36,11 @@ def fake_quantize(x: Array, quantizer: Quantizer) -> Array:
 
 def _one(x: Array, quantizer: Quantizer) -> Array:
     x = transformed(x, quantizer)
-    q = grid.resolve(x, quantizer)
-    return _round(x, q.scale, q.zero_point, q.qmin, q.qmax, q.levels, q.key, q.training)
+    return _round(x, grid.resolve(x, quantizer))
 
 
 def transformed(x: Array, quantizer: Quantizer) -> Array:
-    """What is rounded in place of `x` while it trains: `x` itself, or its tanh over the grid.
+    """Returns what is rounded in place of `x`: `x` itself, or in training its tanh over the grid.
 
     `reach · tanh(x) / max|tanh(x)|`, with `reach` half of what the grid spans (arXiv:1606.06160).
     The maximum is of the elements that share a scale, the whole tensor in the paper: so channels
@@ -58,29 +55,31 @@ def transformed(x: Array, quantizer: Quantizer) -> Array:
     return (t * grid.expand(reach / jnp.where(top > 0, top, 1.0), x.shape)).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _round(x, scale, zero_point, qmin, qmax, levels, key, training):
-    return _forward(x, scale, zero_point, qmin, qmax, levels, key, training)[0]
+@jax.custom_vjp
+def _round(x: Array, quantizer: Quantizer) -> Array:
+    return _forward(x, quantizer)[0]
 
 
-def _forward(x, scale, zero_point, qmin, qmax, levels, key, training):
-    quantizer = Quantizer(scale, zero_point, qmin, qmax, levels, key)
+def _forward(x, quantizer):
+    # Plain: neither a format of the scale nor a method of training takes part in rounding.
     y = grid.from_codes(grid.to_codes(x, quantizer), quantizer)
+    scale, zero_point, levels = quantizer.scale, quantizer.zero_point, quantizer.levels
     if levels is None:
         codes = jnp.round(grid.position(x, scale, zero_point))
-        inside = (codes >= qmin) & (codes <= qmax)
+        inside = (codes >= quantizer.qmin) & (codes <= quantizer.qmax)
     else:
         relative = grid.position(x, scale, jnp.float32(0))
         inside = (relative >= levels[0]) & (relative <= levels[-1])
     # (q - v) * scale inside, (clip(q) - zero_point) * scale outside. 0 · ∞ is NaN, so that clipping
     # does not hide an infinite x from a training step.
-    clipped_only = training.scale_gradient == "clipped"
+    clipped_only = quantizer.training.scale_gradient == "clipped"
     error = jnp.where(inside, 0, y) if clipped_only else y - jnp.where(inside, x, 0 * x)
-    return y.astype(x.dtype), (error, inside, scale, zero_point, qmax)
+    return y.astype(x.dtype), (error, inside, quantizer)
 
 
-def _backward(training: Training, residuals, g):
-    error, inside, scale, zero_point, qmax = residuals
+def _backward(residuals, g):
+    error, inside, quantizer = residuals
+    training, scale, qmax = quantizer.training, quantizer.scale, quantizer.qmax
     dx = jnp.where(inside, g, 0)
     g32 = g.astype(jnp.float32)
     d_scale = grid.reduce_to(g32 * error, scale.shape) / scale
@@ -89,11 +88,12 @@ def _backward(training: Training, residuals, g):
     if training.decay:
         d_scale = d_scale + training.decay * jnp.square(qmax) * scale
     clipped = jnp.where(inside, 0, g32) * grid.expand(scale, g.shape)
-    d_zero = -grid.reduce_to(clipped, zero_point.shape)
+    d_zero = -grid.reduce_to(clipped, quantizer.zero_point.shape)
     if training.elementwise:
         steps = error * grid.expand(1.0 / scale, g.shape)
         dx = (dx * (1 - training.elementwise * jnp.sign(g32) * steps)).astype(dx.dtype)
-    return dx, d_scale, d_zero, None, None, None, None
+    fixed = dict.fromkeys(("qmin", "qmax", "levels", "key"))
+    return dx, quantizer.replace(scale=d_scale, zero_point=d_zero, **fixed)
 
 
 _round.defvjp(_forward, _backward)

@@ -52,12 +52,12 @@ class Summary:
 
     @property
     def macs(self) -> int:
-        """Of all layers, for one example."""
+        """Multiply-accumulates of all layers, for one example."""
         return sum(row.macs for row in self.rows)
 
     @property
     def bytes(self) -> int:
-        """Of all variables, without the header of a file."""
+        """Bytes of all variables, without the header of a file."""
         return sum(row.bytes for row in self.rows) + self.other_bytes
 
     def __str__(self) -> str:
@@ -69,12 +69,12 @@ class Summary:
         columns = list(zip(*table, strict=True))
         shown = [i for i, column in enumerate(columns) if any(column)]
         lines = aligned([[row[i] for i in shown] for row in (names, *table)], numbers=2)
-        for title, found in (
+        for title, reasons in (
             ("quantized by no rule", self.unreached),
             ("out of reach of rules", self.unquantized),
         ):
-            lines += ["", f"{title}:" if found else f"{title}: nothing"]
-            lines += [f"  {path or _ROOT}: {reason}" for path, reason in found.items()]
+            lines += ["", f"{title}:" if reasons else f"{title}: nothing"]
+            lines += [f"  {path or _ROOT}: {reason}" for path, reason in reasons.items()]
         return "\n".join(lines)
 
 
@@ -98,7 +98,7 @@ def summary(
     qparams_or_rules: QParams | Sequence[QuantizationRule],
     inputs: Batch,
 ) -> Summary:
-    """What is quantized in `model` and how, and what is not and why; nothing is computed.
+    """Tells how each layer of a model is quantized, or why it is not; nothing is computed.
 
     Args:
       network: any Linen module, or a `Network`.
@@ -113,23 +113,26 @@ def summary(
     layers = list_layers(network, variables, inputs)
     unquantized = list_unquantized(network, variables, inputs)
     if isinstance(qparams_or_rules, Mapping):
-        found, unreached = _from_qparams(qparams_or_rules, layers)
+        tensors, unreached = _from_qparams(qparams_or_rules, layers)
     else:
-        found, unreached = _from_rules(qparams_or_rules, layers, unquantized)
+        tensors, unreached = _from_rules(qparams_or_rules, layers, unquantized)
     rows = []
     for path, layer in layers.items():
-        weights, inputs_of = found.get(path, (None, {}))
+        weights, inputs_of = tensors.get(path, (None, {}))
         rows.append(_row(layer, variables, weights, inputs_of))
     total = sum(_nbytes(leaf) for leaf in jax.tree.leaves(variables))
-    own = sum(_params_bytes(layer, variables) for layer in layers.values())
+    layer_bytes = sum(_params_bytes(layer, variables) for layer in layers.values())
     return Summary(
-        rows=tuple(rows), unquantized=unquantized, unreached=unreached, other_bytes=total - own
+        rows=tuple(rows),
+        unquantized=unquantized,
+        unreached=unreached,
+        other_bytes=total - layer_bytes,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Tensor:
-    """How one tensor is quantized, whoever says so."""
+    """The quantization of one tensor."""
 
     bits: int
     name: str
@@ -148,7 +151,7 @@ def _from_rules(
     unquantized: Mapping[str, str],
 ) -> tuple[_Found, dict[str, str]]:
     matched = match(rules, layers, unquantized)
-    found, unreached = {}, {}
+    tensors, unreached = {}, {}
     for path, layer in layers.items():
         rule = matched.get(path)
         if rule is None:
@@ -156,18 +159,18 @@ def _from_rules(
             continue
         weights = None
         if rule.weights is not None and layer.weight_name:
-            weights = _of_spec(rule.weights, layer)
+            weights = _describe_spec(rule.weights, layer)
         inputs = {}
         if rule.activations is not None:
-            inputs = {operand: _of_spec(rule.activations, None) for operand in layer.operands}
-        found[path] = (weights, inputs)
+            inputs = {operand: _describe_spec(rule.activations, None) for operand in layer.operands}
+        tensors[path] = (weights, inputs)
         if weights is None and not inputs:
             unreached[path] = f"rule {rule.path!r} leaves it in float"
-    return found, unreached
+    return tensors, unreached
 
 
-def _of_spec(spec: TensorSpec, layer: LayerInfo | None) -> _Tensor:
-    """Of a weight, or of an input if there is no layer."""
+def _describe_spec(spec: TensorSpec, layer: LayerInfo | None) -> _Tensor:
+    """Describes a weight, or an input if there is no layer."""
     scales, scale_bytes = 0, 0
     if layer is not None:
         scales = math.prod((*layer.stack, *weight_scale_shape(spec, layer)))
@@ -192,22 +195,26 @@ def _from_qparams(
     unknown = [path for path in qparams if path not in layers]
     if unknown:
         raise ValueError(f"qparams name {unknown}; the layers are {list(layers)}")
-    found = {}
+    tensors = {}
     for path, quantizers in qparams.items():
         layer = layers[path]
         weights = quantizers.get("weights")
-        found[path] = (
-            None if weights is None else _of_quantizer(weights, layer, layer.weight_shape),
-            {k: _of_quantizer(v, layer, None) for k, v in quantizers.items() if k != "weights"},
+        tensors[path] = (
+            None if weights is None else _describe_quantizer(weights, layer, layer.weight_shape),
+            {
+                k: _describe_quantizer(v, layer, None)
+                for k, v in quantizers.items()
+                if k != "weights"
+            },
         )
     unreached = {path: "it has no quantizer" for path in layers if not qparams.get(path)}
-    return found, unreached
+    return tensors, unreached
 
 
-def _of_quantizer(
+def _describe_quantizer(
     quantizer: grid.Quantizer, layer: LayerInfo, weight_shape: tuple[int, ...] | None
 ) -> _Tensor:
-    """Of a weight, or of an input if there is no shape."""
+    """Describes a weight, or an input if there is no shape."""
     scale = np.shape(quantizer.scale)
     dynamic = quantizer.dynamic
     if dynamic is not None:
@@ -232,7 +239,7 @@ def _of_quantizer(
 
 
 def _granularity(scale: tuple[int, ...], weight: tuple[int, ...], layer: LayerInfo) -> str:
-    """What the shape of a weight's scale amounts to."""
+    """Names the granularity that a weight's scale has by its shape."""
     if all(size == 1 for size in scale):
         return "per_tensor"
     channels = {axis % len(weight) for axis in layer.channel_axes}
@@ -281,7 +288,7 @@ def _row(
 
 
 def _params_bytes(layer: LayerInfo, variables: Variables) -> int:
-    """Of the layer's parameters in float; a product has none."""
+    """Bytes of the layer's parameters in float; a product has none."""
     if not layer.weight_name:
         return 0
     return sum(_nbytes(leaf) for leaf in jax.tree.leaves(at_path(variables["params"], layer.path)))

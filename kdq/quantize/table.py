@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-def aligned(table: Sequence[Sequence[str]], *, numbers: int) -> list[str]:
+
+def aligned(rows: Sequence[Sequence[str]], *, numbers: int) -> list[str]:
     """Lines: text to the left, the last `numbers` columns to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    text = len(widths) - numbers
-    lines = []
-    for row in table:
-        cells = [
-            cell.rjust(width) if i >= text else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for i in range(count := len(rows[0])):
+        table.add_column(justify="right" if i >= count - numbers else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))  # not markup: "stack[0]" is a path
+    console = Console(width=10_000, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return [line.rstrip() for line in capture.get().splitlines()]

@@ -107,7 +107,7 @@ def counted(
         "bops": lambda layer, w, a: float(layer.macs * w * a),
         "weight_memory": lambda layer, w, a: layer.weight_count * w / 8,
         "activation_memory": lambda layer, w, a: energy.moved_bits(layer, a) / 8,
-        "energy": lambda layer, w, a: energy.of_layer(layer, w, a, memories).total,
+        "energy": lambda layer, w, a: energy.layer_energy(layer, w, a, memories).total,
     }
     others = (parameters - weights) * FLOAT_BITS / 8  # that are no layer's weights
     return {

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from kdq import deploy, models, provenance
-from kdq.deploy.export import Source
+from kdq.deploy.formats.catalog import Source
 from kdq.deploy.measure import latency
-from kdq.quantize import MSE, Network, as_network
+from kdq.quantize import MSE, Network, Weights, as_network
 from kdq.quantize.layers import FLOAT_BITS, list_layers
 from kdq.search import bank as banks
 from kdq.search.bank import Bank, Choices
@@ -182,9 +182,9 @@ class Files:
             for i, chosen in enumerate(progress(policies, "exporting")):
                 path, packed = Path(folder) / str(i), Path(folder) / "packed"
                 self._pack(chosen, packed)
-                integer = deploy.load_packed(packed, self._network.module).lower(self._images[:1])
+                integer = deploy.load_packed(packed, self._network).lower(self._images[:1])
                 form.save(path, Source(packed, integer, self._images[:1], {}, {}))
-                run = form.load(path, len(cores), self._network.module)
+                run = form.load(path, len(cores), self._network)
                 calls[str(i)] = lambda run=run: run(images)
             measured = latency.seconds(calls, rounds=rounds, warmup=2, least_seconds=0.005)
         return [measured[str(i)] for i in range(len(policies))]
@@ -192,8 +192,7 @@ class Files:
     def _pack(self, chosen: Mapping[str, str], path: Path) -> int:
         return deploy.save_packed(
             path,
-            self._variables,
-            self._qparams(chosen),
+            Weights(variables=self._variables, qparams=self._qparams(chosen)),
             model=self._config,
             inputs=self._images[:1],
             metadata=METADATA,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq.distill.losses import cross_entropy
-from kdq.quantize.ptq.divergence import kl
+from kdq.entropy import kl
 from kdq.types import Array
 
 # Less is better: nats to the teacher, nats to the labels, share of wrong classes, and noise over

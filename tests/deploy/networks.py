@@ -6,6 +6,7 @@ import numpy as np
 
 from kdq import models, quantize
 from kdq.deploy import lower
+from kdq.quantize.network import Weights
 
 NETWORKS = {
     "mlp": {"name": "mlp", "widths": (32, 16)},
@@ -43,4 +44,4 @@ def network(name, offsets=0.0):
 def lowered(model, variables, images, rules):
     """`(integer model, qparams)`."""
     qparams = quantize.calibrate(model, variables, rules, [images], check=False)
-    return lower(model, variables, qparams, images), qparams
+    return lower(model, Weights(variables=variables, qparams=qparams), images), qparams

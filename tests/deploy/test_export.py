@@ -14,7 +14,9 @@ from networks import NETWORKS, network
 from kdq import deploy, files, quantize, schema
 from kdq.deploy import ParityError, export, load_packed, load_stablehlo
 from kdq.deploy.formats import container
+from kdq.deploy.formats.runtime import Runtime
 from kdq.deploy.measure import parity
+from kdq.quantize.network import Weights
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +26,17 @@ def packed(tmp_path_factory):
     qparams = quantize.calibrate(
         model, variables, quantize.uniform_rules(2, 8), [images], check=False
     )
-    variables = deploy.lower(model, variables, qparams, images).simulated(variables)
+    variables = deploy.lower(
+        model, Weights(variables=variables, qparams=qparams), images
+    ).simulated(variables)
     path = tmp_path_factory.mktemp("packed") / "model.safetensors"
     description = {**NETWORKS["pooled"], "num_classes": 10}
-    deploy.save_packed(path, variables, qparams, model=description, metadata={"arm": "qat"})
+    deploy.save_packed(
+        path,
+        Weights(variables=variables, qparams=qparams),
+        model=description,
+        metadata={"arm": "qat"},
+    )
     return path, np.asarray(images)
 
 
@@ -64,7 +73,11 @@ def test_files_of_other_formats_stay_until_the_model_changes(packed, tmp_path):
     assert both["packed"] == first["packed"]
     other = tmp_path / "other.safetensors"
     loaded = load_packed(path)
-    deploy.save_packed(other, loaded.variables, {}, model={**NETWORKS["pooled"], "num_classes": 10})
+    deploy.save_packed(
+        other,
+        Weights(variables=loaded.variables, qparams={}),
+        model={**NETWORKS["pooled"], "num_classes": 10},
+    )
     assert set(export(other, tmp_path / "out", ["stablehlo"], images)["files"]) == {"stablehlo"}
 
 
@@ -75,7 +88,7 @@ def test_a_file_is_compared_with_its_simulation_whoever_wrote_it(tmp_path):
         model, variables, quantize.uniform_rules(2, 8), [images], check=False
     )
     path, description = tmp_path / "packed", {**NETWORKS["pooled"], "num_classes": 10}
-    deploy.save_packed(path, variables, qparams, model=description)
+    deploy.save_packed(path, Weights(variables=variables, qparams=qparams), model=description)
     images = np.asarray(images)
     files = export(path, tmp_path / "out", ["stablehlo"], images)["files"]
     plain = np.asarray(load_packed(path)(images))
@@ -89,14 +102,14 @@ def test_another_class_is_an_error_and_leaves_no_file(packed, tmp_path, monkeypa
     export(path, tmp_path / "out", ["packed", "stablehlo"], images)
 
     def load(file, threads, model):
-        run = deploy.FORMATS["stablehlo"].load(file, threads, model)
-        return lambda images: np.roll(run(images), 1, axis=-1)
+        runtime = deploy.FORMATS["stablehlo"].load(file, threads, model)
+        return Runtime(lambda images: np.roll(runtime(images), 1, axis=-1))
 
     wrong = dataclasses.replace(deploy.FORMATS["stablehlo"], load=load)
     with monkeypatch.context() as patch:
         patch.setitem(deploy.FORMATS, "wrong", dataclasses.replace(wrong, file="wrong.bin"))
         with pytest.raises(
-            ParityError, match=r"wrong\.bin: .* 0\.00% of 64 examples, want 99\.00%"
+            ParityError, match=r"wrong\.bin: .* 0\.00% of 64 examples, expected 99\.00%"
         ):
             export(path, tmp_path / "out", ["wrong"], images)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -159,7 +172,7 @@ def test_the_fastest_is_recommended_but_never_the_simulation(packed, tmp_path):
         assert low <= latency["2"]["ratio"] <= high
         assert len(latency["conditions"]["cores"]) == 1
     loaded = load_packed(path)
-    in_float = deploy.lower(loaded.model, loaded.variables, {}, images, train=False)
+    in_float = deploy.lower(loaded.network, Weights(variables=loaded.variables, qparams={}), images)
     size = deploy.save_onnx(tmp_path / "float.onnx", in_float, images)
     for entry in manifest["files"].values():
         assert entry["smaller_than_float"] == pytest.approx(size / entry["size_bytes"])
@@ -221,12 +234,19 @@ def test_several_inputs_and_outputs_in_every_format(tmp_path):
     inputs, model = (draw(6, 4, 4, 2), draw(6, 3)), Detector()
     variables = model.init(jax.random.key(0), *inputs)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [inputs])
-    variables = deploy.lower(model, variables, qparams, inputs).simulated(variables)
+    variables = deploy.lower(
+        model, Weights(variables=variables, qparams=qparams), inputs
+    ).simulated(variables)
     path, folder = tmp_path / "detector", tmp_path / "out"
     data = {"mean": [1.0, 2.0], "std": [3.0, 4.0], "name": "shapes"}
-    deploy.save_packed(path, variables, qparams, model={"name": "mine"}, metadata={"data": data})
+    deploy.save_packed(
+        path,
+        Weights(variables=variables, qparams=qparams),
+        model={"name": "mine"},
+        metadata={"data": data},
+    )
     formats = ["packed", "onnx", "litert", "stablehlo"]
-    manifest = export(path, folder, formats, inputs, model=model, agreement=1.0)
+    manifest = export(path, folder, formats, inputs, network=model, agreement=1.0)
     assert set(manifest["files"]) == {*formats}
     assert manifest["inputs"] == [
         {
@@ -259,10 +279,41 @@ def test_several_inputs_and_outputs_in_every_format(tmp_path):
     assert {taken["dtype"] for taken in interpreter["inputs"]} == {"float32"}
 
 
+class Scored(nn.Module):
+    """A dict of inputs, another one by keyword, and a mode that has no default."""
+
+    @nn.compact
+    def __call__(self, parts, deterministic, *, scale):
+        x = jnp.concatenate([parts["a"], parts["b"]], -1)
+        x = nn.Dropout(0.5)(nn.relu(nn.Dense(6)(x)), deterministic=deterministic)
+        return nn.Dense(3)(x) * scale
+
+
+def test_a_network_of_several_inputs_that_takes_deterministic_needs_no_flags(tmp_path):
+    pytest.importorskip("jax2onnx")
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    network = quantize.Network(Scored())
+    inputs = quantize.Inputs({"a": draw(6, 4), "b": draw(6, 1)}, scale=draw(6, 3))
+    variables = network.init(jax.random.key(0), inputs)
+    qparams = quantize.calibrate(network, variables, quantize.uniform_rules(8, 8), [inputs])
+    path, folder = tmp_path / "scored", tmp_path / "out"
+    weights = Weights(variables=variables, qparams=qparams)
+    deploy.save_packed(path, weights, model={"name": "mine"})
+    formats = ["packed", "onnx", "stablehlo"]
+    manifest = export(path, folder, formats, inputs, network=Scored(), agreement=1.0)
+    assert set(manifest["files"]) == {*formats}
+    assert [entry["shape"][1] for entry in manifest["inputs"]] == [4, 1, 3]
+    assert manifest["files"]["onnx"]["max_code_difference"] == 0
+    simulated = quantize.predict(network, variables, qparams, inputs)
+    outputs = load_stablehlo(folder / "model.stablehlo")(*jax.tree.leaves(inputs))
+    np.testing.assert_allclose(outputs, simulated, atol=0.02 * np.abs(simulated).max())
+
+
 def test_codes_that_differ_are_counted():
     ours = {"a": np.uint8([[0, 1], [2, 255]]), "b": np.int32([5, 5, 5, 5]), "c": np.uint8([9])}
     theirs = {"a": np.int32([[0, 1], [4, 254]]), "b": np.int32([5, 5, 5, 9]), "d": np.uint8([1])}
-    assert parity.of_integers(ours, theirs) == {
+    assert parity.compare_integers(ours, theirs) == {
         "max_code_difference": 2,
         "max_sum_difference": 4,
         "codes_that_differ": 2 / 4,
@@ -277,18 +328,22 @@ def test_codes_of_the_simulation_by_hand(tmp_path):
         model, variables, quantize.uniform_rules(8, 8), [images], check=False
     )
     path = tmp_path / "model.safetensors"
-    deploy.save_packed(path, variables, qparams, model={**NETWORKS["mlp"], "num_classes": 10})
+    deploy.save_packed(
+        path,
+        Weights(variables=variables, qparams=qparams),
+        model={**NETWORKS["mlp"], "num_classes": 10},
+    )
     packed = load_packed(path)
     integer = packed.lower(images)
     codes = parity.simulated_codes(packed, integer, images)
-    assert set(codes) == {name for name in parity.made(integer, images) if "/" in name}
+    assert set(codes) == {name for name in parity.layer_integers(integer, images) if "/" in name}
     name = next(name for name in codes if codes[name].shape[-1] == 64)  # of the pixels
     scale = np.float32(qparams[name.split("/")[0]]["activations"].scale)
     steps = np.round(np.asarray(images).reshape(len(images), -1) / scale)
     np.testing.assert_array_equal(codes[name], np.clip(steps, -128, 127) + 128)
     # Codes that are off by one are found.
     off = {**codes, name: np.asarray(codes[name]) ^ 1}
-    found = parity.of_integers(off, parity.made(integer, images))
+    found = parity.compare_integers(off, parity.layer_integers(integer, images))
     assert found["max_code_difference"] == 1
     assert found["max_sum_difference"] == 0
     assert found["codes_that_differ"] > 0.1

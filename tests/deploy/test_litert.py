@@ -9,6 +9,7 @@ from networks import lowered, network
 
 from kdq import deploy, quantize
 from kdq.deploy.formats import litert
+from kdq.quantize.network import Weights
 
 pytest.importorskip("litert_converter")
 interpreter = pytest.importorskip("ai_edge_litert.interpreter")
@@ -26,9 +27,9 @@ CASES = [
 def test_does_as_the_integer_model(name, bits):
     model, variables, images = network(name, offsets=0.5)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(*bits), [images])
-    integer = deploy.lower(model, variables, qparams, images)
+    integer = deploy.lower(model, Weights(variables=variables, qparams=qparams), images)
     data = litert.to_litert(integer, images)
-    outputs = litert.litert_model(data)(np.asarray(images))
+    outputs = litert.load_litert(data)(np.asarray(images))
     expected = np.asarray(integer(images))
     # Multipliers are fixed-point numbers there: some codes are the next one.
     assert np.abs(outputs - expected).max() < 0.05 * np.abs(expected).max()
@@ -72,10 +73,10 @@ def test_roundings_stay_where_they_are():
     model = Branches()
     variables = jax.jit(model.init)(jax.random.key(0), images)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
-    integer = deploy.lower(model, variables, qparams, images)
+    integer = deploy.lower(model, Weights(variables=variables, qparams=qparams), images)
     variables = integer.simulated(variables)
     simulated = np.asarray(quantize.predict(model, variables, qparams, images))
-    outputs = litert.litert_model(litert.to_litert(integer, images))(np.asarray(images))
+    outputs = litert.load_litert(litert.to_litert(integer, images))(np.asarray(images))
     assert np.abs(outputs - simulated).max() < 2e-3 * np.abs(simulated).max()
 
 
@@ -83,8 +84,8 @@ def _runs(model, x):
     """The largest difference of a float model in LiteRT."""
     variables = jax.jit(model.init)(jax.random.key(0), x)
     expected = np.asarray(model.apply(variables, x))
-    integer = deploy.lower(model, variables, {}, x)
-    outputs = litert.litert_model(litert.to_litert(integer, x))(np.asarray(x))
+    integer = deploy.lower(model, Weights(variables=variables, qparams={}), x)
+    outputs = litert.load_litert(litert.to_litert(integer, x))(np.asarray(x))
     assert outputs.shape == expected.shape
     return np.abs(outputs - expected).max()
 

@@ -9,9 +9,10 @@ from networks import NETWORKS, network
 
 from kdq import quantize
 from kdq.deploy import lower
-from kdq.deploy.flow import network as network_of_layers
+from kdq.deploy.flow import run as flow
 from kdq.deploy.integer_layer import IntegerLayer
 from kdq.quantize import QuantizationRule, TensorSpec, grid
+from kdq.quantize.network import Weights
 
 DEFAULT = [("pooled", (2, 8))]  # the others are slow
 CASES = [
@@ -28,7 +29,7 @@ def test_does_as_the_simulated_model(name, bits):
         model, variables, quantize.uniform_rules(*bits), [images], check=False
     )
     simulated = quantize.apply(model, variables, qparams, images)
-    lowered = lower(model, variables, qparams, images)
+    lowered = lower(model, Weights(variables=variables, qparams=qparams), images)
     outputs = lowered(images)
     layers = [path for path in lowered.in_float if path in qparams]
     assert not layers
@@ -68,16 +69,16 @@ def test_codes_are_those_of_the_simulation_with_its_biases(name, bits):
     qparams = quantize.calibrate(
         model, variables, quantize.uniform_rules(*bits), [images], check=False
     )
-    integer = lower(model, variables, qparams, images)
+    integer = lower(model, Weights(variables=variables, qparams=qparams), images)
     rounded = integer.simulated(variables)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), variables, rounded)
     assert max(jax.tree.leaves(moved)) > 0
-    again = lower(model, rounded, qparams, images).simulated(rounded)
+    again = lower(model, Weights(variables=rounded, qparams=qparams), images).simulated(rounded)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), rounded, again
     )
     made = {}
-    integer.apply(images, made=made)
+    integer.apply(images, integers=made)
     expected = _codes_of_inputs(model, rounded, qparams, images)
     assert set(expected) < set(made)
     for key, codes in expected.items():
@@ -97,7 +98,7 @@ def test_lower_itself_rounds_biases_to_the_steps_of_the_sums():
     qparams = quantize.calibrate(
         model, variables, quantize.uniform_rules(2, 4), [images], check=False
     )
-    integer = lower(model, variables, qparams, images)
+    integer = lower(model, Weights(variables=variables, qparams=qparams), images)
     simulated = integer.simulated(variables)
     for path, quantizers in qparams.items():
         bias = np.float64(variables["params"][path]["bias"])
@@ -123,7 +124,7 @@ def test_offsets_of_norms_become_biases(name):
     error, change = (
         float(np.abs(outputs - simulated).max())
         for outputs in (
-            lower(model, variables, qparams, images)(images),
+            lower(model, Weights(variables=variables, qparams=qparams), images)(images),
             quantize.apply(model, without, qparams, images),
         )
     )
@@ -136,7 +137,7 @@ def test_keeps_no_float_weight():
     qparams = quantize.calibrate(
         model, variables, quantize.uniform_rules(4, 8), [images], check=False
     )
-    lowered = lower(model, variables, qparams, images)
+    lowered = lower(model, Weights(variables=variables, qparams=qparams), images)
     for keys, array in jax.tree_util.tree_leaves_with_path(lowered.variables["params"]):
         name = jax.tree_util.keystr(keys)
         assert "kernel" not in name
@@ -161,7 +162,7 @@ def test_what_stays_in_float_is_listed_with_the_reason():
         QuantizationRule(path="head", weights=TensorSpec(format="fp8_e4m3"), activations=whole),
     )
     qparams = quantize.calibrate(model, variables, rules, [images], check=False)
-    lowered = lower(model, variables, qparams, images)
+    lowered = lower(model, Weights(variables=variables, qparams=qparams), images)
     assert lowered.in_float == {
         "dense_0": "no rule quantizes its activations",
         "dense_1": "its weight has scales in groups along its inputs, which can't share a sum",
@@ -184,7 +185,7 @@ def test_sums_that_do_not_fit_stay_in_float():
     model = Large()
     variables = model.init(jax.random.key(0), x)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x], check=False)
-    lowered = lower(model, variables, qparams, x)
+    lowered = lower(model, Weights(variables=variables, qparams=qparams), x)
     assert "more than 32 bits hold" in lowered.in_float["dense"]
     np.testing.assert_allclose(lowered(x), quantize.apply(model, variables, qparams, x), rtol=1e-6)
 
@@ -206,7 +207,7 @@ def test_a_norm_behind_an_output_that_is_also_used_elsewhere_stays():
     variables = model.init(jax.random.key(0), x)
     variables = {**variables, "batch_stats": {"norm": {"mean": jnp.ones(4), "var": jnp.ones(4)}}}
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x], check=False)
-    lowered = lower(model, variables, qparams, x)
+    lowered = lower(model, Weights(variables=variables, qparams=qparams), x)
     assert list(lowered.in_float) == ["norm"]
     np.testing.assert_allclose(
         lowered(x), quantize.apply(model, variables, qparams, x), rtol=1e-4, atol=1e-5
@@ -219,7 +220,7 @@ def test_an_unknown_layer_is_an_error():
         model, variables, quantize.uniform_rules(8, 8), [images], check=False
     )
     with pytest.raises(KeyError, match="nowhere"):
-        lower(model, variables, {"nowhere": qparams["head"]}, images)
+        lower(model, Weights(variables=variables, qparams={"nowhere": qparams["head"]}), images)
 
 
 def _floats_between(jaxpr):
@@ -239,8 +240,8 @@ def test_by_fixed_point_numbers_a_residual_network_is_integers_from_end_to_end()
     qparams = quantize.calibrate(
         model, variables, quantize.uniform_rules(8, 8), [images], check=False
     )
-    by_float = lower(model, variables, qparams, images)
-    by_fixed = lower(model, variables, qparams, images, fixed_point=True)
+    by_float = lower(model, Weights(variables=variables, qparams=qparams), images)
+    by_fixed = lower(model, Weights(variables=variables, qparams=qparams), images, fixed_point=True)
     flat = lambda lowered: jax.make_jaxpr(
         lambda x: lowered.apply(x, unroll=True)
     )(images).jaxpr  # fmt: skip
@@ -263,7 +264,7 @@ def _codes(lowered, images):
     @jax.jit
     def run(lowered, images):
         made = {}
-        lowered.apply(images, unroll=True, made=made)
+        lowered.apply(images, unroll=True, integers=made)
         return {name: array for name, array in made.items() if array.dtype == jnp.uint8}
 
     return jax.tree.map(np.asarray, run(lowered, images))
@@ -272,8 +273,8 @@ def _codes(lowered, images):
 def test_many_sums_are_shortened_before_they_are_added():
     rng = np.random.default_rng(0)
     total = rng.integers(-(2**29), 2**29, (4, 7, 7, 3)).astype(np.int32)
-    sums = network_of_layers.Sums(jnp.asarray(total), jnp.float32(1e-6), 2**29)
-    short, scale, largest = network_of_layers._shortened(sums, 49)
+    sums = flow.Accumulator(jnp.asarray(total), jnp.float32(1e-6), 2**29)
+    short, scale, largest = flow.shorten(sums, 49)
     assert 49 * largest < 2**31
     assert np.abs(short).max() <= largest
     found = np.asarray(short).sum((1, 2), dtype=np.int32) * np.float64(scale)
@@ -289,8 +290,8 @@ def test_a_mean_has_the_same_scale_compiled_or_not(operation):
 
     @jax.jit
     def compiled(scales):
-        sums = network_of_layers.Sums(total, scales, 1)
-        return network_of_layers._on_sums(eqn, [sums, eqn.invars[1].val], False).scale
+        sums = flow.Accumulator(total, scales, 1)
+        return flow._run_on_sums(eqn, [sums, eqn.invars[1].val], False).scale
 
     np.testing.assert_array_equal(compiled(scales), operation(scales))
 
@@ -308,7 +309,10 @@ def test_products_whose_sums_may_not_fit_are_left_in_float():
     variables = model.init(jax.random.key(0), x)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x])
     inputs = {n: jax.ShapeDtypeStruct((1, n, 4), jnp.float32) for n in (6, 33_025, 33_026)}
-    integers = {n: lower(model, variables, qparams, shape) for n, shape in inputs.items()}
+    integers = {
+        n: lower(model, Weights(variables=variables, qparams=qparams), shape)
+        for n, shape in inputs.items()
+    }
     assert integers[6].in_float == integers[33_025].in_float
     (added,) = integers[33_026].in_float.keys() - integers[6].in_float.keys()
     assert "33026 products" in integers[33_026].in_float[added]

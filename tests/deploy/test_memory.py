@@ -8,6 +8,7 @@ from networks import lowered
 from kdq import quantize
 from kdq.deploy import lower
 from kdq.deploy.measure import memory
+from kdq.quantize.network import Weights
 
 
 class Two(nn.Module):
@@ -23,7 +24,7 @@ def test_activations_by_hand():
     integer, _ = lowered(model, variables, x, quantize.uniform_rules(8, 8))
     # 4 floats and their codes; 3 codes and 2 sums; 2 sums and 2 floats.
     assert memory.activation_bytes(integer, x) == max(16 + 4, 4 + 3, 3 + 8, 8 + 8)
-    floats = lower(model, variables, {}, x)
+    floats = lower(model, Weights(variables=variables, qparams={}), x)
     # 4 and 3 floats; 3 and their maxima with 0; 3 and 2.
     assert memory.activation_bytes(floats, x) == 16 + 12
 
@@ -31,7 +32,9 @@ def test_activations_by_hand():
 def test_weights_by_hand():
     model, x = Two(), jnp.arange(20.0).reshape(5, 4)
     variables = model.init(jax.random.key(0), x)
-    assert memory.weight_bytes(lower(model, variables, {}, x)) == 4 * (12 + 6)
+    assert memory.weight_bytes(lower(model, Weights(variables=variables, qparams={}), x)) == 4 * (
+        12 + 6
+    )
     bytes_of = {}
     for bits in (8, 4, 2):
         integer, _ = lowered(model, variables, x, quantize.uniform_rules(bits, 8))
@@ -47,5 +50,5 @@ def test_what_is_used_again_stays_alive():
             return x + jnp.tanh(jnp.exp(x))
 
     model, x = Residual(), jnp.ones((2, 10))
-    integer = lower(model, {"params": {}}, {}, x)
+    integer = lower(model, Weights(variables={"params": {}}, qparams={}), x)
     assert memory.activation_bytes(integer, x) == 3 * 40  # x, exp(x), tanh(exp(x))

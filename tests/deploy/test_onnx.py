@@ -12,6 +12,7 @@ from networks import lowered, network
 
 from kdq import deploy, quantize
 from kdq.quantize import QuantizationRule, TensorSpec
+from kdq.quantize.network import Weights
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("jax2onnx")
@@ -28,7 +29,7 @@ CASES = [
 @jax.jit
 def _made(integer, inputs):
     made = {}
-    return {"output": integer.apply(inputs, unroll=True, made=made)} | made
+    return {"output": integer.apply(inputs, unroll=True, integers=made)} | made
 
 
 def _both(integer, inputs):
@@ -245,7 +246,10 @@ def test_symmetric_models_have_pairs_of_int8_around_0(name, bits):
         if node.op_type in ("Conv", "MatMul"):
             # Nothing is between a weight and what multiplies it.
             pairs += makers[node.input[1]].op_type == "DequantizeLinear"
-    layers = sum(1 for path in integer.static.largest if not path[0].endswith(("/qk", "/av")))
+    layers = sum(
+        bool(layer.grids) and not path.endswith(("/qk", "/av"))
+        for path, layer in integer.static.layers
+    )
     assert pairs >= layers
     session = deploy.onnx_session(proto.SerializeToString(), integer=False)
     (outputs,) = session.run(None, {"input": np.asarray(images)})
@@ -262,7 +266,9 @@ def test_inputs_that_are_not_symmetric_are_an_error():
 def test_fixed_point_multipliers_are_an_error():
     model, variables, images = network("mlp")
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [images])
-    integer = deploy.lower(model, variables, qparams, images, fixed_point=True)
+    integer = deploy.lower(
+        model, Weights(variables=variables, qparams=qparams), images, fixed_point=True
+    )
     with pytest.raises(ValueError, match="lower without fixed_point"):
         deploy.to_onnx(integer, images)
 
@@ -291,7 +297,9 @@ def test_an_operation_that_there_is_no_form_for_is_named():
 
     x = np.ones((2, 4), np.float32)
     model = Called()
-    integer = deploy.lower(model, model.init(jax.random.key(0), x), {}, x)
+    integer = deploy.lower(
+        model, Weights(variables=model.init(jax.random.key(0), x), qparams={}), x
+    )
     with pytest.raises(ValueError, match=r"^jax2onnx has no form for 'pure_callback': .*$"):
         deploy.to_onnx(integer, x)
 

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from kdq import deploy
-from kdq.deploy.flow import network
+from kdq.deploy.flow.inline import inline
 from kdq.deploy.formats.onnx import model as onnx_model
 from kdq.deploy.formats.onnx import program as onnx_program
 
-jax2onnx = pytest.importorskip("jax2onnx")
-pytest.importorskip("kdq.deploy.formats.onnx.ops")
+pytest.importorskip("jax2onnx")
 
 STEPS = {jax.lax.max: np.maximum, jax.lax.min: np.minimum, jax.lax.add: np.add}
 STEPS[jax.lax.mul] = np.multiply
@@ -23,11 +22,8 @@ def _run(function, x):
     """What ONNX Runtime computes, of a batch of any size."""
     (batch,) = jax.export.symbolic_shape("batch")
     spec = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
-    program = network.inlined(jax.make_jaxpr(function)(spec), [spec], unroll=True)
-    with onnx_model.unpatched():
-        proto = jax2onnx.to_onnx(
-            lambda *arrays: onnx_program.evaluate(program, arrays), inputs=[spec], opset=21
-        )
+    program = inline(jax.make_jaxpr(function)(spec), [spec], unroll=True)
+    proto = onnx_model.convert(program, opset=21)
     session = deploy.onnx_session(proto.SerializeToString())
     return [n.op_type for n in proto.graph.node], session.run(
         None, {session.get_inputs()[0].name: x}

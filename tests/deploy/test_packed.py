@@ -17,6 +17,7 @@ from kdq import models, quantize
 from kdq.deploy import PackedFileError, load_packed, save_packed
 from kdq.deploy.formats import container, packing
 from kdq.quantize import MinMax, QuantizationRule, TensorSpec
+from kdq.quantize.network import Weights
 
 CNN = {"name": "cnn", "num_classes": 10, "widths": [4, 6], "batch_norm": True}
 WEIGHTS = {
@@ -69,7 +70,9 @@ def test_loaded_outputs_are_the_simulated_ones(network, tmp_path, kind, bits):
     activations = None if weight_only else TensorSpec(bits=bits, symmetric=bits != 5)
     qparams = calibrated(network, TensorSpec(bits=bits, **fields), activations, path)
     file = tmp_path / "model.safetensors"
-    size = save_packed(file, variables, qparams, model=CNN, metadata={"arm": "a"})
+    size = save_packed(
+        file, Weights(variables=variables, qparams=qparams), model=CNN, metadata={"arm": "a"}
+    )
     assert size == os.stat(file).st_size
 
     packed = load_packed(file)
@@ -78,7 +81,7 @@ def test_loaded_outputs_are_the_simulated_ones(network, tmp_path, kind, bits):
     # The comparison means something: the float model gives other numbers.
     assert np.abs(expected - quantize.predict(model, variables, {}, images)).max() > 1e-4
     assert packed.metadata == {"arm": "a"}
-    assert packed.model == model
+    assert packed.network.module == model
     for layer, quantizers in qparams.items():
         at = packed.variables["params"][layer]["kernel"]
         simulated = quantize.fake_quantize(
@@ -91,14 +94,14 @@ def test_loaded_outputs_are_the_simulated_ones(network, tmp_path, kind, bits):
 
 def test_float_model_and_activations_only(network, tmp_path):
     model, variables, images = network
-    save_packed(tmp_path / "float", variables, {}, model=CNN)
+    save_packed(tmp_path / "float", Weights(variables=variables, qparams={}), model=CNN)
     loaded = load_packed(tmp_path / "float")
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
     expected = quantize.predict(model, variables, {}, images)
     np.testing.assert_allclose(loaded(images), expected, rtol=1e-5, atol=1e-5)
 
     qparams = calibrated(network, None, TensorSpec(bits=3, granularity="per_channel"))
-    save_packed(tmp_path / "activations", variables, qparams, model=CNN)
+    save_packed(tmp_path / "activations", Weights(variables=variables, qparams=qparams), model=CNN)
     loaded = load_packed(tmp_path / "activations")
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
     expected = quantize.predict(model, variables, qparams, images)
@@ -129,10 +132,10 @@ def test_a_large_layer_takes_its_bits_on_disk(tmp_path, bits, most):
     rules = (QuantizationRule(path="dense", weights=spec),)
     qparams = quantize.calibrate(model, variables, rules, [inputs])
     file = tmp_path / "dense.safetensors"
-    save_packed(file, variables, qparams, model={"name": "mine"})
+    save_packed(file, Weights(variables=variables, qparams=qparams), model={"name": "mine"})
     bits_a_weight = 8 * os.stat(file).st_size / 1024**2
     assert bits <= bits_a_weight <= most
-    loaded = load_packed(file, model=model)
+    loaded = load_packed(file, model)
     expected = quantize.predict(model, variables, qparams, inputs)
     np.testing.assert_allclose(loaded(inputs), expected, rtol=1e-5, atol=1e-5)
 
@@ -143,9 +146,11 @@ def test_a_model_that_is_one_layer(tmp_path):
     spec = TensorSpec(bits=4)
     rules = (QuantizationRule(path="", weights=spec, activations=spec),)
     qparams = quantize.calibrate(model, variables, rules, [inputs])
-    save_packed(tmp_path / "bare", variables, qparams, model={"name": "mine"})
+    save_packed(
+        tmp_path / "bare", Weights(variables=variables, qparams=qparams), model={"name": "mine"}
+    )
     expected = quantize.predict(model, variables, qparams, inputs)
-    loaded = load_packed(tmp_path / "bare", model=model)
+    loaded = load_packed(tmp_path / "bare", model)
     np.testing.assert_allclose(loaded(inputs), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -159,7 +164,7 @@ def good(network, tmp_path):
     spec = TensorSpec(bits=4, granularity="per_channel")
     qparams = calibrated(network, spec, TensorSpec(bits=4))
     file = tmp_path / "model.safetensors"
-    save_packed(file, variables, qparams, model=CNN)
+    save_packed(file, Weights(variables=variables, qparams=qparams), model=CNN)
     load_packed(file)
     return file
 
@@ -246,7 +251,7 @@ def test_a_failed_write_leaves_the_old_file(good, network, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match=r"disk full.*model\.safetensors"):
-        save_packed(good, network[1], {}, model=CNN)
+        save_packed(good, Weights(variables=network[1], qparams={}), model=CNN)
     assert good.read_bytes() == before
     assert os.listdir(good.parent) == [good.name]
 
@@ -255,7 +260,12 @@ def test_saving_twice_gives_the_same_bytes(network, tmp_path):
     spec = TensorSpec(bits=3, granularity="per_channel", symmetric=False)
     qparams = calibrated(network, spec, TensorSpec(bits=3))
     for name in ("one", "two"):
-        save_packed(tmp_path / name, network[1], qparams, model=CNN, metadata={"seed": 1})
+        save_packed(
+            tmp_path / name,
+            Weights(variables=network[1], qparams=qparams),
+            model=CNN,
+            metadata={"seed": 1},
+        )
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 

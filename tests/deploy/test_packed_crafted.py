@@ -12,6 +12,7 @@ import pytest
 from kdq import models, quantize
 from kdq.deploy import ModelNotImportedError, PackedFileError, load_packed, save_packed
 from kdq.deploy.formats import container
+from kdq.quantize.network import Weights
 
 CNN = {"name": "cnn", "num_classes": 10, "widths": [4, 6], "batch_norm": True}
 X = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
@@ -30,7 +31,13 @@ def files(tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "m"
     contents = {}
     for states, inputs in ((True, X[:1]), (False, None)):
-        save_packed(path, variables, qparams, model=CNN, inputs=inputs, metadata={"a": 1})
+        save_packed(
+            path,
+            Weights(variables=variables, qparams=qparams),
+            model=CNN,
+            inputs=inputs,
+            metadata={"a": 1},
+        )
         contents[states] = container.read(path)
         np.testing.assert_allclose(
             load_packed(path)(X), quantize.predict(model, variables, qparams, X), atol=1e-5
@@ -165,7 +172,7 @@ def test_a_model_without_end_is_not_traced(tmp_path):
     model = {"name": f"{__name__}:Deep", "depth": 10**9}
     x = np.ones((1, 2), np.float32)
     variables = Deep().init(jax.random.key(0), x)
-    save_packed(tmp_path / "m", variables, {}, model=model, inputs=x)
+    save_packed(tmp_path / "m", Weights(variables=variables, qparams={}), model=model, inputs=x)
     with pytest.raises(PackedFileError, match=r"the model makes more than 6 arrays"):
         load_packed(tmp_path / "m")
 
@@ -216,7 +223,7 @@ def test_a_network_that_was_cast_loads(files, tmp_path):
     model = models.build(**CNN)
     variables = jax.jit(model.init)(jax.random.key(0), X)
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), variables)
-    save_packed(tmp_path / "m", half, {}, model=CNN, inputs=X[:1])
+    save_packed(tmp_path / "m", Weights(variables=half, qparams={}), model=CNN, inputs=X[:1])
     loaded = load_packed(tmp_path / "m")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.variables)} == {"bfloat16"}
     np.testing.assert_array_equal(loaded(X), quantize.predict(model, half, {}, X))
@@ -236,11 +243,18 @@ def test_variables_of_training_are_part_of_a_model(tmp_path):
     x = np.ones((1, 3), np.float32)
     for train in (True, False):
         variables = Counts().init(jax.random.key(0), x, train=train)
-        save_packed(tmp_path / "m", variables, {}, model={"name": "mine"}, inputs=x)
+        save_packed(
+            tmp_path / "m",
+            Weights(variables=variables, qparams={}),
+            model={"name": "mine"},
+            inputs=x,
+        )
         loaded = load_packed(tmp_path / "m", Counts())
         assert ("counts" in loaded.variables) == train
     variables["counts"] = {"other": np.int32(0)}
-    save_packed(tmp_path / "m", variables, {}, model={"name": "mine"}, inputs=x)
+    save_packed(
+        tmp_path / "m", Weights(variables=variables, qparams={}), model={"name": "mine"}, inputs=x
+    )
     with pytest.raises(PackedFileError, match="counts/other is none of the model's arrays"):
         load_packed(tmp_path / "m", Counts())
 
@@ -264,7 +278,7 @@ def test_a_class_that_is_not_imported_is_named_with_the_ways_to_load(tmp_path, m
     variables = {"params": {"dense": {"kernel": np.ones((3, 2), np.float32)}}}
     variables["params"]["dense"]["bias"] = np.zeros(2, np.float32)
     fields = {"name": "packed_nets:Net", "width": 2}
-    save_packed(tmp_path / "m", variables, {}, model=fields, inputs=x)
+    save_packed(tmp_path / "m", Weights(variables=variables, qparams={}), model=fields, inputs=x)
     with pytest.raises(ModelNotImportedError) as caught:
         load_packed(tmp_path / "m")
     text = str(caught.value)
@@ -282,7 +296,9 @@ def test_a_class_that_is_not_imported_is_named_with_the_ways_to_load(tmp_path, m
 
 def test_a_class_of_a_script_is_said_to_be_one(tmp_path):
     variables = {"params": {"a": np.ones(2, np.float32)}}
-    save_packed(tmp_path / "m", variables, {}, model={"name": "__main__:Nett"})
+    save_packed(
+        tmp_path / "m", Weights(variables=variables, qparams={}), model={"name": "__main__:Nett"}
+    )
     message = r"Nett that was defined in a script or notebook.*pass the model: load_packed\(path,"
     with pytest.raises(ModelNotImportedError, match=message):
         load_packed(tmp_path / "m")
@@ -299,7 +315,11 @@ def test_naming_a_lazy_module_imports_nothing(tmp_path, monkeypatch):
     import lazy_nets  # noqa: F401, PLC0415
 
     variables = {"params": {"a": np.ones(2, np.float32)}}
-    save_packed(tmp_path / "m", variables, {}, model={"name": "lazy_nets:inner.Net"})
+    save_packed(
+        tmp_path / "m",
+        Weights(variables=variables, qparams={}),
+        model={"name": "lazy_nets:inner.Net"},
+    )
     with pytest.raises(ModelNotImportedError):
         load_packed(tmp_path / "m")
     assert "lazy_nets.inner" not in sys.modules

@@ -14,6 +14,7 @@ from kdq import quantize
 from kdq.deploy import PackedFileError, load_packed, save_packed
 from kdq.deploy.formats import container
 from kdq.quantize import FORMATS, QuantizationRule, TensorSpec, grid
+from kdq.quantize.network import Weights
 
 SLOW = ("nvfp4", "mxfp8_e4m3", "mxfp8_e5m2")
 INPUTS, OUTPUTS, LAYERS = 64, 6, 3
@@ -64,7 +65,7 @@ def packed(request, network, tmp_path):
     """`(format, qparams, file)`."""
     qparams = network[2](request.param)
     file = tmp_path / "model.safetensors"
-    save_packed(file, network[0], qparams, model={"name": "mine"})
+    save_packed(file, Weights(variables=network[0], qparams=qparams), model={"name": "mine"})
     return request.param, qparams, file
 
 
@@ -81,7 +82,7 @@ def test_bytes_by_hand_and_the_same_model(packed, network):
     summary = quantize.summary(Model(), variables, qparams, x)
     assert summary.bytes == layers + head + biases
 
-    loaded = load_packed(file, model=Model())
+    loaded = load_packed(file, Model())
     for path in ("layers/dense", "head"):
         at = lambda tree, path=path: quantize.layers.at_path(tree["params"], path)["kernel"]
         simulated = quantize.fake_quantize(at(variables), qparams[path]["weights"])
@@ -147,10 +148,12 @@ CHANGES = {
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
 def test_damaged_scales_name_the_layer(network, tmp_path, name, change):
     file = tmp_path / "model.safetensors"
-    save_packed(file, network[0], network[2](name), model={"name": "mine"})
+    save_packed(
+        file, Weights(variables=network[0], qparams=network[2](name)), model={"name": "mine"}
+    )
     _rewritten(file, CHANGES[change])
     with pytest.raises(PackedFileError, match=r"model\.safetensors.*layer 'head'"):
-        load_packed(file, model=Model())
+        load_packed(file, Model())
 
 
 @pytest.mark.parametrize(
@@ -160,10 +163,12 @@ def test_damaged_scales_name_the_layer(network, tmp_path, name, change):
 )
 def test_the_float_of_the_tensor_belongs_to_the_scales(network, tmp_path, change):
     file = tmp_path / "model.safetensors"
-    save_packed(file, network[0], network[2]("nvfp4"), model={"name": "mine"})
+    save_packed(
+        file, Weights(variables=network[0], qparams=network[2]("nvfp4")), model={"name": "mine"}
+    )
     _rewritten(file, lambda arrays, _: change(arrays))
     with pytest.raises(PackedFileError, match=r"layer 'head'.*scale_tensor"):
-        load_packed(file, model=Model())
+        load_packed(file, Model())
 
 
 def test_a_scale_that_its_format_does_not_hold_names_the_layer(tmp_path):
@@ -175,8 +180,10 @@ def test_a_scale_that_its_format_does_not_hold_names_the_layer(tmp_path):
     with pytest.raises(ValueError, match=r"layer 'head': a scale of .* format 'e8m0'"):
         save_packed(
             tmp_path / "m",
-            {"params": {"head": {"kernel": kernel}}},
-            {"head": {"weights": quantizer}},
+            Weights(
+                variables={"params": {"head": {"kernel": kernel}}},
+                qparams={"head": {"weights": quantizer}},
+            ),
             model={"name": "mine"},
         )
     assert not (tmp_path / "m").exists()
@@ -186,7 +193,7 @@ def test_the_same_scales_in_float_give_the_same_model(network, tmp_path):
     """The rounded scales as float32 under ":scale"."""
     qparams = network[2]("nvfp4")
     now, before = tmp_path / "now", tmp_path / "before"
-    save_packed(now, network[0], qparams, model={"name": "mine"})
+    save_packed(now, Weights(variables=network[0], qparams=qparams), model={"name": "mine"})
     rounded = {
         path: {
             "weights": of["weights"].replace(
@@ -198,7 +205,7 @@ def test_the_same_scales_in_float_give_the_same_model(network, tmp_path):
         }
         for path, of in qparams.items()
     }
-    save_packed(before, network[0], rounded, model={"name": "mine"})
+    save_packed(before, Weights(variables=network[0], qparams=rounded), model={"name": "mine"})
     assert "params/head/kernel:scale" in safetensors.numpy.load_file(before)
-    a, b = (load_packed(file, model=Model()).variables for file in (now, before))
+    a, b = (load_packed(file, Model()).variables for file in (now, before))
     jax.tree.map(np.testing.assert_array_equal, a, b)

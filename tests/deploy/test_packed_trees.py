@@ -19,6 +19,7 @@ from kdq import quantize
 from kdq.deploy import PackedFileError, load_packed, save_packed
 from kdq.deploy.formats import trees
 from kdq.quantize import uniform_rules
+from kdq.quantize.network import Weights
 
 FLOATS = ["float16", "bfloat16", "float32"]
 SMALL_FLOATS = sorted(n for n in dir(ml_dtypes) if n.startswith(("float8_", "float4_")))
@@ -109,19 +110,21 @@ class Empty(nn.Module):
 @given(TREES)
 def test_any_tree_comes_back(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "tree.safetensors"
-    save_packed(path, tree, {}, model={"name": "mine"})
+    save_packed(path, Weights(variables=tree, qparams={}), model={"name": "mine"})
     same(load_packed(path, Empty()).variables, tree)
 
 
 def test_a_frozen_dict_comes_back_as_a_dict(tmp_path):
     tree = {"params": {"a": {"b": jnp.arange(3.0)}, "c": {}}}
-    save_packed(tmp_path / "m", core.freeze(tree), {}, model={"name": "mine"})
+    save_packed(
+        tmp_path / "m", Weights(variables=core.freeze(tree), qparams={}), model={"name": "mine"}
+    )
     same(load_packed(tmp_path / "m", Empty()).variables, tree)
 
 
 def test_names_in_the_file_are_those_of_the_tree(tmp_path):
     tree = {"params": {"Dense_0": {"kernel": jnp.ones((2, 3))}, "a/b:c": jnp.zeros(())}}
-    save_packed(tmp_path / "m", tree, {}, model={"name": "mine"})
+    save_packed(tmp_path / "m", Weights(variables=tree, qparams={}), model={"name": "mine"})
     stored = safetensors.numpy.load_file(tmp_path / "m")
     assert {name: array.shape for name, array in stored.items()} == {
         "params/Dense_0/kernel": (2, 3),
@@ -150,13 +153,13 @@ for _ in range(100):
 )
 def test_what_a_file_can_not_hold_is_refused(tmp_path, tree, message):
     with pytest.raises(ValueError, match=message):
-        save_packed(tmp_path / "m", tree, {}, model={"name": "mine"})
+        save_packed(tmp_path / "m", Weights(variables=tree, qparams={}), model={"name": "mine"})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_mask_of_infinities_is_kept(tmp_path):
     tree = {"masks": {"causal": jnp.where(jnp.tri(3) > 0, 0.0, -jnp.inf)}}
-    save_packed(tmp_path / "m", tree, {}, model={"name": "mine"})
+    save_packed(tmp_path / "m", Weights(variables=tree, qparams={}), model={"name": "mine"})
     same(load_packed(tmp_path / "m", Empty()).variables, tree)
 
 
@@ -216,7 +219,12 @@ def test_quantized_outputs_are_the_simulated_ones_in_every_dtype(tmp_path, dtype
     assert set(qparams) == {"a/b", "Dense_0"}
     expected = quantize.predict(model, plain, qparams, X)
     for inputs in (None, X[:1]):
-        save_packed(tmp_path / "m", variables, qparams, model={"name": "mine"}, inputs=inputs)
+        save_packed(
+            tmp_path / "m",
+            Weights(variables=variables, qparams=qparams),
+            model={"name": "mine"},
+            inputs=inputs,
+        )
         loaded = load_packed(tmp_path / "m", model)
         outputs = loaded(X)
         assert outputs.dtype == expected.dtype
@@ -233,7 +241,9 @@ def test_a_weight_that_can_not_be_packed_is_named(tmp_path):
     kernel = variables["params"]["a/b"]["kernel"].astype(jnp.float8_e4m3fn)
     variables["params"]["a/b"]["kernel"] = kernel
     with pytest.raises(ValueError, match=r"layer 'a/b': its weight is float8_e4m3fn: expected one"):
-        save_packed(tmp_path / "m", variables, qparams, model={"name": "mine"})
+        save_packed(
+            tmp_path / "m", Weights(variables=variables, qparams=qparams), model={"name": "mine"}
+        )
 
 
 # Files of version 3, byte by byte.

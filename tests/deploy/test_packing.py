@@ -50,9 +50,9 @@ def test_a_code_that_does_not_fit(code):
 
 @pytest.mark.parametrize("bits", [0, 9, -1])
 def test_bits_out_of_range(bits):
-    with pytest.raises(ValueError, match=rf"bits={bits}: want 1 to 8"):
+    with pytest.raises(ValueError, match=rf"bits={bits}: expected 1 to 8"):
         pack(np.array([0]), bits)
-    with pytest.raises(ValueError, match=rf"bits={bits}: want 1 to 8"):
+    with pytest.raises(ValueError, match=rf"bits={bits}: expected 1 to 8"):
         unpack(np.zeros(1, np.uint8), bits, 1)
 
 

@@ -408,6 +408,24 @@ def test_files_that_are_there_are_timed_again_beside_new_ones(tiny_config, copie
     assert again == json.loads(json.dumps(both))  # nothing was left to do
 
 
+def test_sums_are_multiplied_by_fixed_point_numbers_if_the_config_says_so(tiny_config, copied):
+    def run(**export):
+        export = {"formats": ("stablehlo",), "examples": 50, "agreement": 0.5, **export}
+        frozen = config.freeze({**tiny_config(), "export": export})
+        return by_arm(experiment.run(frozen, copied, arms=["ptq"]))["ptq"].exports["stablehlo"]
+
+    fixed, folder = run(fixed_point=True), copied / "ptq" / "0"
+    assert fixed["fixed_point"]
+    packed = deploy.load_packed(folder / "model.safetensors")
+    shape = packed.inputs[0].shape[1:]
+    images = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)
+    outputs = deploy.load_stablehlo(folder / "export" / "model.stablehlo")(images)
+    np.testing.assert_array_equal(outputs, packed.lower(images, fixed_point=True)(images))
+    by_float = run()  # it is made anew
+    assert "fixed_point" not in by_float
+    assert by_float["sha256"] != fixed["sha256"]
+
+
 @pytest.mark.slow
 def test_an_export_that_fails_keeps_no_other_from_being_made(tiny_config, copied, monkeypatch):
     def save(path, source):

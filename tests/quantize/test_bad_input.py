@@ -63,7 +63,7 @@ def test_nan_is_refused_with_the_layer(observer, where):
 @pytest.mark.parametrize("batches", [[], (), iter([])], ids=["list", "tuple", "iterator"])
 def test_no_data_is_refused(batches):
     model, variables = _dense()
-    with pytest.raises(ValueError, match="calibrate got no batches: want at least one"):
+    with pytest.raises(ValueError, match="calibrate got no batches: expected at least one"):
         calibrate(model, variables, uniform_rules(4, 4), batches)
 
 
@@ -146,9 +146,9 @@ def test_groups_that_do_not_divide_are_refused_with_the_layer(size):
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 4.0, True, "4"])
 def test_bits_that_are_none_are_refused(bits):
-    with pytest.raises(ValueError, match=f"bits={bits!r}: want a whole number from 1 to 8"):
+    with pytest.raises(ValueError, match=f"bits={bits!r}: expected a whole number from 1 to 8"):
         TensorSpec(bits=bits)
-    with pytest.raises(ValueError, match="want a whole number from 1 to 8"):
+    with pytest.raises(ValueError, match="expected a whole number from 1 to 8"):
         uniform_rules(4, bits)
 
 

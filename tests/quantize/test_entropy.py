@@ -168,7 +168,7 @@ def test_what_is_not_finite_is_refused_with_the_layer(bad):
     rules = (QuantizationRule(path=".*", activations=spec),)
     with pytest.raises(ValueError, match="NaN or infinity in the input of layer ''"):
         calibrate(nn.Dense(2), variables, rules, [x])
-    with pytest.raises(ValueError, match="candidates=0: want at least 1"):
+    with pytest.raises(ValueError, match="candidates=0: expected at least 1"):
         Entropy(candidates=0)
 
 

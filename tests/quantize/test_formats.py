@@ -115,9 +115,9 @@ def test_all_zero_weights_stay_zero(name):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"bits=4, format='nf4': want one or the other"):
+    with pytest.raises(ValueError, match=r"bits=4, format='nf4': expected one or the other"):
         TensorSpec(bits=4, format="nf4")
-    with pytest.raises(ValueError, match=r"format='fp7': want one of"):
+    with pytest.raises(ValueError, match=r"format='fp7': expected one of"):
         TensorSpec(format="fp7")
     with pytest.raises(ValueError, match=r"has groups of 32: 16"):
         TensorSpec(format="mxfp4", granularity="per_group", group_size=16)

@@ -126,5 +126,5 @@ def test_points_are_all_numbers_of_a_grid_in_order():
     assert len(of_format) == 16
     assert float(of_format[0]) == -1.0
     per_channel = grid.from_range(-jnp.ones((1, 2)), jnp.ones((1, 2)), 4)
-    with pytest.raises(ValueError, match=r"one scale, given \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"one scale, got \(1, 2\)"):
         grid.points(per_channel)

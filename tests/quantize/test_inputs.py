@@ -11,6 +11,7 @@ import pytest
 from kdq import deploy, quantize
 from kdq.quantize import Inputs
 from kdq.quantize.inputs import as_batches, as_inputs
+from kdq.quantize.network import Weights
 from kdq.quantize.ptq import chain
 from kdq.quantize.ptq.errors import layer_errors
 
@@ -102,10 +103,12 @@ def test_listing_calibrating_simulating_lowering_and_tables(name, tmp_path):
     )
     summary = quantize.summary(model, variables, qparams, call)
     assert [row.path for row in summary.rows] == list(layers)
-    integer = deploy.lower(model, variables, qparams, inputs, **kwargs)
+    integer = deploy.lower(model, Weights(variables=variables, qparams=qparams), inputs, **kwargs)
     if name != "keywords of the batch":
         assert close(integer(inputs), expected)
-    masked = deploy.lower(model, variables, qparams, inputs, **kwargs)(inputs)
+    masked = deploy.lower(model, Weights(variables=variables, qparams=qparams), inputs, **kwargs)(
+        inputs
+    )
     simulated = quantize.apply(model, integer.simulated(variables), qparams, inputs, **kwargs)
     simulated = simulated[0] if "mutable" in kwargs else simulated
     np.testing.assert_allclose(masked, simulated, atol=0.01 * np.abs(expected).max())
@@ -134,7 +137,7 @@ def test_each_batch_may_have_a_mask_of_its_own():
 def test_an_integer_model_takes_another_mask_with_its_inputs():
     model, variables, inputs, kwargs, _, _ = network("mask by keyword")
     qparams = quantize.calibrate(model, variables, RULES, [X], check=False)
-    integer = deploy.lower(model, variables, qparams, inputs, **kwargs)
+    integer = deploy.lower(model, Weights(variables=variables, qparams=qparams), inputs, **kwargs)
     for mask in (MASK, 1 - MASK):
         expected = np.asarray(model.apply(variables, X, mask=mask))
         assert close(integer(Inputs(X, mask=mask)), expected)
@@ -181,13 +184,17 @@ def test_methods_give_boxes_back(method, name):
 
 def test_a_batch_without_examples_and_one_that_is_no_list_are_refused():
     model, variables = network("a tuple")[:2]
-    with pytest.raises(ValueError, match="calibrate: batch 1 is empty: want at least one example"):
+    with pytest.raises(
+        ValueError, match="calibrate: batch 1 is empty: expected at least one example"
+    ):
         quantize.calibrate(model, variables, RULES, [X, X[:0]])
-    with pytest.raises(ValueError, match="sqnr got no batches: want at least one"):
+    with pytest.raises(ValueError, match="sqnr got no batches: expected at least one"):
         quantize.sqnr(model, variables, {}, iter(()))
-    with pytest.raises(TypeError, match=r"calibrate wants batches, got one dict: give \[batch\]"):
+    with pytest.raises(
+        TypeError, match=r"calibrate expected batches, got one dict: give \[batch\]"
+    ):
         quantize.calibrate(model, variables, RULES, {"x": X})
-    with pytest.raises(ValueError, match="want inputs with at least one example"):
+    with pytest.raises(ValueError, match="expected inputs with at least one example"):
         quantize.list_layers(model, variables, X[:0])
     with pytest.raises(TypeError, match=r"the batch has \['mask'\] by keyword already"):
         quantize.apply(model, variables, {}, Inputs(X, mask=MASK), mask=MASK)

@@ -158,11 +158,11 @@ def test_what_is_not_finite_is_never_forgotten(observer, bad, when):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MovingAverage(1.0), "momentum=1.0: want 0 <= momentum < 1"),
+        (lambda: MovingAverage(1.0), "momentum=1.0: expected 0 <= momentum < 1"),
         (lambda: MovingAverage(-0.1), "momentum=-0.1"),
-        (lambda: Percentile(50), "percentile=50: want 50 < percentile <= 100"),
+        (lambda: Percentile(50), "percentile=50: expected 50 < percentile <= 100"),
         (lambda: Percentile(100.1), "percentile=100.1"),
-        (lambda: MSE(candidates=0), "candidates=0: want at least 1"),
+        (lambda: MSE(candidates=0), "candidates=0: expected at least 1"),
     ],
 )
 def test_refuses_options_that_mean_nothing(make, message):

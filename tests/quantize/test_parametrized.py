@@ -10,6 +10,7 @@ import pytest
 
 from kdq import deploy, quantize
 from kdq.quantize import QuantizationRule, TensorSpec
+from kdq.quantize.network import Weights
 
 X = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
 RULES = quantize.uniform_rules(8, 8)
@@ -117,7 +118,7 @@ def test_a_computed_weight_stays_in_float_wherever_the_model_goes(kind, tmp_path
     assert "kernel" in quantize.list_unquantized(model, variables, X)["hidden"]
     qparams = quantize.calibrate(model, variables, RULES, [X])
     assert list(qparams) == ["head"]
-    integer = deploy.lower(model, variables, qparams, X, train=False)
+    integer = deploy.lower(model, Weights(variables=variables, qparams=qparams), X)
     assert set(integer.in_float) >= {"hidden"}
     trained = quantize.prepare(variables, qparams, "lsq")
     outputs = {
@@ -125,7 +126,11 @@ def test_a_computed_weight_stays_in_float_wherever_the_model_goes(kind, tmp_path
         "trained": quantize.apply(model, *trained, X),
         "integer": integer(X),
     }
-    deploy.save_packed(tmp_path / "file", variables, qparams, model={"name": "somebody's"})
+    deploy.save_packed(
+        tmp_path / "file",
+        Weights(variables=variables, qparams=qparams),
+        model={"name": "somebody's"},
+    )
     packed = deploy.load_packed(tmp_path / "file", model)
     outputs |= {"packed": packed(X), "packed, lowered": packed.lower(X)(X)}
     for name, array in outputs.items():
@@ -152,7 +157,7 @@ def test_a_rule_for_such_a_layer_and_quantizers_of_an_old_file_are_refused_with_
         quantize.calibrate(model, variables, (rule,), [X])
     plain = quantize.calibrate(model, variables, RULES, [X])
     with pytest.raises(ValueError, match=r"'hidden', which must stay in float: .*; calibrate anew"):
-        deploy.lower(model, variables, {"hidden": plain["head"]}, X)
+        deploy.lower(model, Weights(variables=variables, qparams={"hidden": plain["head"]}), X)
 
 
 def test_what_is_beside_a_computed_weight_in_one_wrapper_stays_in_float_too():
@@ -201,7 +206,7 @@ def test_a_subclass_that_multiplies_by_its_kernel_is_a_layer_as_before():
     variables = model.init(jax.random.key(0), X)
     assert list(quantize.list_layers(model, variables, X)) == [""]
     qparams = quantize.calibrate(model, variables, RULES, [X])
-    integer = deploy.lower(model, variables, qparams, X)
+    integer = deploy.lower(model, Weights(variables=variables, qparams=qparams), X)
     assert integer.in_float == {"": "it also computes with ['down', 'up']"}
     expected = np.asarray(model.apply(variables, X))
     assert np.abs(np.asarray(integer(X)) - expected).max() < 0.03 * np.abs(expected).max()

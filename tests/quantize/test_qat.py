@@ -12,6 +12,7 @@ from kdq.deploy import load_packed, save_packed
 from kdq.models import build
 from kdq.quantize import Quantizer, Training, fake_quantize, grid, qat
 from kdq.quantize.layers import list_layers
+from kdq.quantize.network import Weights
 from kdq.quantize.ste import transformed
 
 RNG = np.random.default_rng(0)
@@ -196,7 +197,8 @@ def test_every_method_ends_in_a_file_that_says_what_was_trained(method, tmp_path
     np.testing.assert_allclose(
         quantize.predict(model, *finished, images), expected, rtol=1e-4, atol=1e-4
     )
-    save_packed(tmp_path / "m", *finished, model={"name": "mlp", "num_classes": 3, "widths": (12,)})
+    weights = Weights(variables=finished[0], qparams=finished[1])
+    save_packed(tmp_path / "m", weights, model={"name": "mlp", "num_classes": 3, "widths": (12,)})
     np.testing.assert_allclose(load_packed(tmp_path / "m")(images), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from kdq import deploy, quantize
 from kdq.quantize import Percentile, QuantizationRule, TensorSpec
+from kdq.quantize.network import Weights
 from kdq.quantize.ptq.adaround import adaround
 from kdq.quantize.ptq.gptq import gptq
 from kdq.quantize.simulate import quantize_params
@@ -246,7 +247,7 @@ def test_methods_and_tables_take_cells():
 def test_integers_compute_what_the_simulation_does(cell):
     model, variables = network(cell)
     qparams = quantize.calibrate(model, variables, rules(signed=True), [X], check=False)
-    integer = deploy.lower(model, variables, qparams, X)
+    integer = deploy.lower(model, Weights(variables=variables, qparams=qparams), X)
     simulated = quantize.apply(model, integer.simulated(variables), qparams, X)
     np.testing.assert_allclose(integer(X), simulated, atol=0.01 * float(jnp.abs(simulated).max()))
     assert not any("cell" in path for path in integer.in_float)
@@ -270,5 +271,5 @@ def test_a_locally_connected_layer():
     outputs = np.asarray(quantize.apply(model, variables, qparams, x))
     expected += np.float64(variables["params"]["bias"])
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
-    integer = deploy.lower(model, variables, qparams, x)
+    integer = deploy.lower(model, Weights(variables=variables, qparams=qparams), x)
     np.testing.assert_allclose(integer(x), expected, atol=0.02)

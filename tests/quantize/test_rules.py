@@ -71,7 +71,7 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_both_numbers():
 
 @pytest.mark.parametrize("bits", [0, 9, -1, True, 2.5, 4.0, "4"])
 def test_bits_are_whole_numbers_from_1_to_8(bits):
-    with pytest.raises(ValueError, match=re.escape(f"bits={bits!r}: want a whole number")):
+    with pytest.raises(ValueError, match=re.escape(f"bits={bits!r}: expected a whole number")):
         _spec(bits)
     assert [_spec(b).bits for b in (1, 8)] == [1, 8]
 
@@ -79,10 +79,10 @@ def test_bits_are_whole_numbers_from_1_to_8(bits):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"granularity": "per_row"}, r"'per_row': want one of .*per_channel"),
+        ({"granularity": "per_row"}, r"'per_row': expected one of .*per_channel"),
         ({"granularity": "per_group"}, "group_size=None"),
         ({"group_size": 4}, "group_size=4 with granularity='per_tensor'"),
-        ({"granularity": "per_group", "group_size": 0}, "group_size=0: want at least 1"),
+        ({"granularity": "per_group", "group_size": 0}, "group_size=0: expected at least 1"),
         ({"narrow": True, "signed": False}, "narrow=True"),
         ({"narrow": True, "symmetric": False}, "narrow=True"),
     ],
@@ -95,7 +95,7 @@ def test_options_that_contradict_each_other(fields, message):
 def test_rules_refuse_a_broken_pattern_and_groups_of_activations():
     with pytest.raises(ValueError, match=r"'conv_\(' is no regular expression"):
         _rule("conv_(")
-    with pytest.raises(ValueError, match=r"rule 'head': per_group activations want dynamic"):
+    with pytest.raises(ValueError, match=r"rule 'head': per_group activations need dynamic"):
         QuantizationRule(path="head", activations=_spec(8, granularity="per_group", group_size=4))
 
 

@@ -18,6 +18,7 @@ from kdq.quantize import (
     list_layers,
     summary,
 )
+from kdq.quantize.network import Weights
 
 
 class Layer(nn.Module):
@@ -103,7 +104,7 @@ def test_rows_by_hand(net):
 def test_bytes_are_those_of_the_packed_file(net, tmp_path):
     model, variables, tokens, qparams = net
     path = tmp_path / "model.safetensors"
-    size = save_packed(path, variables, qparams, model={"name": "net"})
+    size = save_packed(path, Weights(variables=variables, qparams=qparams), model={"name": "net"})
     arrays = safetensors.numpy.load_file(path)
     for given in (qparams, RULES):
         found = summary(model, variables, given, tokens)

@@ -178,7 +178,11 @@ def test_trains_with_quantizers_and_packs(case, tmp_path):
         before, after = (jax.tree.leaves(q[path]) for q in (qparams, state.quantizers))
         assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True)), path
     simulated = quantize.apply(model, state.variables, state.quantizers, inputs)
-    save_packed(tmp_path / "m", state.variables, state.quantizers, model={"name": "Unseen"})
+    save_packed(
+        tmp_path / "m",
+        Weights(variables=state.variables, qparams=state.quantizers),
+        model={"name": "Unseen"},
+    )
     packed = load_packed(tmp_path / "m", model)
     np.testing.assert_allclose(packed(inputs), simulated, rtol=1e-4, atol=1e-5)
     arrays = safetensors.numpy.load_file(tmp_path / "m")

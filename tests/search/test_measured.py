@@ -7,7 +7,7 @@ import students
 
 from kdq import deploy, models, quantize
 from kdq.deploy.measure import latency
-from kdq.quantize import MSE, as_network
+from kdq.quantize import MSE, Weights, as_network
 from kdq.search import bank, measured
 from kdq.search.cost import CostTable
 from kdq.search.measured import METADATA, Files, fit_additive
@@ -54,7 +54,8 @@ def packed_bytes(trained, chosen, path, metadata=METADATA):
         rules.append(quantize.QuantizationRule(path=layer, weights=weights, activations=inputs))
     qparams = quantize.calibrate(model, variables, rules, [calibration], check=False)
     image = calibration[:1]  # as the files of arms state it
-    deploy.save_packed(path, variables, qparams, model=CONFIG, inputs=image, metadata=metadata)
+    weights = Weights(variables=variables, qparams=qparams)
+    deploy.save_packed(path, weights, model=CONFIG, inputs=image, metadata=metadata)
     return path.stat().st_size
 
 

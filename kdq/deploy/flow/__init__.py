@@ -1,1 +1,1 @@
-"""Codes that flow between layers without a float in between."""
+"""The flow of codes between layers: a traced model without calls, its grids, and its run."""

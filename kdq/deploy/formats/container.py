@@ -23,13 +23,7 @@ class ContainerError(ValueError):
 def write(
     path: str | os.PathLike[str], document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> int:
-    """Writes a file, atomically; returns its size in bytes.
-
-    Args:
-      path: where; its folder is made if need be.
-      document: JSON-able, without NaN.
-      arrays: by name.
-    """
+    """Writes a document (JSON-able, no NaN) and arrays, atomically; returns the file's size."""
     text = _text({**document, "sha256": _checksum(document, arrays)})
     data = safetensors.numpy.save(dict(arrays), metadata={KEY: text})
     files.write_atomic(path, data)
@@ -37,7 +31,7 @@ def write(
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """`(document, arrays)` of a file that is what was written.
+    """Returns the document and the arrays of a file that is what was written.
 
     Raises:
       ContainerError: it is not.
@@ -95,10 +89,10 @@ def _text(document: Mapping[str, Any]) -> str:
 
 
 def _checksum(document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of the document and of the arrays with their names, dtypes and shapes."""
-    found = hashlib.sha256(_text(document).encode())
+    """Returns the SHA-256 of the document and of the arrays with their names, dtypes and shapes."""
+    digest = hashlib.sha256(_text(document).encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
-        found.update(json.dumps([name, str(array.dtype), arrays[name].shape]).encode())
-        found.update(array.reshape(-1).view(np.uint8))
-    return found.hexdigest()
+        digest.update(json.dumps([name, str(array.dtype), arrays[name].shape]).encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ import numpy as np
 
 from kdq import quantize
 from kdq.quantize.inputs import Batch, Inputs, as_inputs
+from kdq.quantize.network import Network
 from kdq.types import Array, QParams, Variables
 
 # Collections in which an infinity is as bad as NaN; others may hold masks.
@@ -67,14 +68,14 @@ def check_finite(variables: Variables) -> None:
             raise ValueError(f"{path} holds {values[is_bad].flat[0]}: expected finite numbers")
 
 
-def check(model: nn.Module, variables: Variables, qparams: QParams, inputs: Batch) -> None:
+def check(network: Network, variables: Variables, qparams: QParams, inputs: Batch) -> None:
     """Compares names, shapes and dtypes of all arrays with the model's own.
 
     Arrays may have another precision than the model's where both are floats, as networks that were
     cast have; those of collections that a model makes in training alone may be there or not.
 
     Args:
-      model: any module that takes `train`.
+      network: the module and how it is called.
       variables: what may be its own.
       qparams: of its layers' inputs.
       inputs: what it takes (arrays or ShapeDtypeStructs); only shapes and dtypes matter.
@@ -84,12 +85,12 @@ def check(model: nn.Module, variables: Variables, qparams: QParams, inputs: Batc
     """
     call = jax.eval_shape(lambda call: call, as_inputs(inputs))
     leaves = _leaves(variables)
-    expected = _leaves(_initial(model, call, len(leaves), train=False))
+    expected = _leaves(_initial(network, call, len(leaves), train=False))
     for path in expected:
         if path not in leaves:
             raise MisfitError(f"there is no {path}, which the model has")
     if leaves.keys() - expected.keys():
-        expected = _leaves(_initial(model, call, 2 * len(leaves), train=True)) | expected
+        expected = _leaves(_initial(network, call, 2 * len(leaves), train=True)) | expected
     for path, leaf in leaves.items():
         if path not in expected:
             raise MisfitError(f"{path} is none of the model's arrays")
@@ -98,7 +99,7 @@ def check(model: nn.Module, variables: Variables, qparams: QParams, inputs: Batc
                 f"{path} is {_text(leaf)}, the model's {_text(expected[path])}"
                 + _OF_OLD * (leaf.shape == (1,) and expected[path].shape == ())
             )
-    predict = lambda *args: quantize.predict(model, *args)
+    predict = lambda *args: quantize.predict(network, *args)
     _traced("compute with", call, predict, variables, qparams, call)
 
 
@@ -106,7 +107,7 @@ _EVERY, _MOST_CALLS = 200, 100_000  # calls of modules between two looks, and in
 _OF_OLD = "; a file of an older kdq, which lost the shape of scalars: pack the model again"
 
 
-def _initial(model: nn.Module, call: Inputs, most: int, *, train: bool) -> Any:
+def _initial(network: Network, call: Inputs, most: int, *, train: bool) -> Any:
     """Returns the shapes of the variables that a model begins with, so many arrays at most.
 
     It stops there: a model with a depth of 10**9 would take days.
@@ -126,7 +127,7 @@ def _initial(model: nn.Module, call: Inputs, most: int, *, train: bool) -> Any:
 
     def init(key: Array, call: Inputs) -> Any:
         with nn.intercept_methods(counted):
-            return model.init(key, *call.args, **{**call.kwargs, "train": train})
+            return network.init(key, call, train=train)
 
     return _traced("begin with", call, init, jax.random.key(0), call)
 

@@ -8,7 +8,7 @@ so an output may be a code away from that of integer JAX.
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,11 @@ from kdq import files
 from kdq.deploy import extras
 from kdq.deploy.contraction import Conv
 from kdq.deploy.formats import litert_program, rounded
-from kdq.deploy.lower.lowering import IntegerModel
+from kdq.deploy.formats.rounded import ChannelWeight
+from kdq.deploy.formats.runtime import Runtime, example_specs, flatten_inputs
+from kdq.deploy.lower.model import IntegerModel
 from kdq.deploy.qtensor import InputGrid
-from kdq.quantize.inputs import as_inputs
+from kdq.quantize.inputs import Batch, Inputs
 from kdq.types import Array
 
 MARK = "kdq_rounded_"
@@ -31,20 +33,20 @@ class _Types(rounded.Rounding):
     """The quantized types of a program, each by the number of its mark."""
 
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.types: list[str] = []
 
-    apart = staticmethod(litert_program.apart)
+    set_apart = staticmethod(litert_program.set_apart)
     bind = staticmethod(litert_program.bind)
     product = staticmethod(litert_program.product)
 
     def _marked(self, x: Array, quantized: str) -> Array:
-        """`x`, marked to be rounded to a quantized element type."""
-        self.found.append(quantized)
-        name = f"{MARK}{len(self.found) - 1}"
+        """Returns `x`, marked to be rounded to a quantized element type."""
+        self.types.append(quantized)
+        name = f"{MARK}{len(self.types) - 1}"
         return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(x.shape, jnp.float32))(x)
 
     def input(self, x: Array, grid: InputGrid, of_two: bool) -> Array:
-        """int8 codes, those of kdq less 128."""
+        """Rounds to int8 codes, those of kdq less 128."""
         if of_two and int(grid.top) < 255:
             # Its kernel for a product of two inputs rounds twice, which moves codes of few bits.
             return _on_grid(x, grid)
@@ -54,39 +56,36 @@ class _Types(rounded.Rounding):
             x = jnp.clip(x, low, high)
         return self._marked(x, f"!quant.uniform<i8:f32, {float(scale)!r}:{int(zero) - 128}>")
 
-    def weight(self, codes: np.ndarray, scale: np.ndarray, axis: int, bits: int) -> Array:
-        """With one scale if all are alike."""
-        shape = [1] * codes.ndim
-        shape[axis] = -1
-        scale = np.float32(scale)
+    def weight(self, weight: ChannelWeight) -> Array:
+        """Returns the numbers of a weight, with one scale if all are alike."""
+        shape = [1] * weight.codes.ndim
+        shape[weight.axis] = -1
+        scale = np.float32(weight.scale)
         with jax.ensure_compile_time_eval():
-            values = jnp.asarray(codes.astype(np.float32) * scale.reshape(shape))
+            values = jnp.asarray(weight.codes.astype(np.float32) * scale.reshape(shape))
+        element = f"!quant.uniform<i{weight.bits}:f32"
         if (scale == scale[0]).all():
-            kind = f"!quant.uniform<i{bits}:f32, {float(scale[0])!r}>"
-        else:
-            scales = ", ".join(repr(float(one)) for one in scale)
-            kind = f"!quant.uniform<i{bits}:f32:{axis}, {{{scales}}}>"
-        return self._marked(values, kind)
+            return self._marked(values, f"{element}, {float(scale[0])!r}>")
+        scales = ", ".join(repr(float(number)) for number in scale)
+        return self._marked(values, f"{element}:{weight.axis}, {{{scales}}}>")
 
-    def convolve(
-        self, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
-    ) -> Array:
-        """In 8 bits: its kernel for convolutions with 4 is a hundred times slower, and inexact."""
-        return super().convolve(kernel, x, codes, scale, 8)
+    def convolve(self, kernel: Conv, x: Array, weight: ChannelWeight) -> Array:
+        """Convolves in 8 bits: LiteRT's kernel for 4 is a hundred times slower, and inexact."""
+        return super().convolve(kernel, x, weight._replace(bits=8))
 
 
 def _on_grid(x: Array, grid: InputGrid) -> Array:
-    """An input rounded to its grid by operations on floats."""
+    """Rounds an input to its grid by operations on floats."""
     scale, zero, top = (np.float32(v) for v in (grid.scale, grid.zero_point, grid.top))
     return (jnp.clip(jnp.round(x / scale) + zero, 0, top) - zero) * scale
 
 
-def to_litert(lowered: IntegerModel, inputs: Array | tuple) -> bytes:
-    """The contents of a .tflite file, for one example at a time.
+def to_litert(lowered: IntegerModel, inputs: Batch) -> bytes:
+    """Returns the contents of a .tflite file, for one example at a time.
 
     Args:
       lowered: see `lower`.
-      inputs: an array with a leading batch axis, or a tuple of these; only the shapes matter.
+      inputs: of one batch, arrays with a leading batch axis; only the shapes matter.
 
     Raises:
       ImportError: litert-converter is not installed; says how to.
@@ -98,15 +97,14 @@ def to_litert(lowered: IntegerModel, inputs: Array | tuple) -> bytes:
         "litert_converter.mlir.passmanager",
         "litert_converter.mlir._mlir_libs.converter_api_ext",
     )
-    specs = as_inputs(inputs).shapes(1)
-    types = _Types()
-
-    forward = jax.jit(rounded.forward(lowered, types), keep_unused=True)
-    text = forward.lower(*specs).as_text(dialect="stablehlo")
+    rounding = _Types()
+    run = lambda inputs: rounded.run(lowered, rounding, inputs)
+    forward, specs = flatten_inputs(run, example_specs(inputs, 1))
+    text = jax.jit(forward, keep_unused=True).lower(*specs).as_text(dialect="stablehlo")
     context = ir.Context()
     converter.prepare_mlir_context(context)
     with context:
-        module = ir.Module.parse(_with_types(text, types.found))
+        module = ir.Module.parse(_with_types(text, rounding.types))
         options = converter.ConvertToTFLConfig()
         options.qdq_conversion_mode = "STATIC"
         options.strict_qdq_mode = True  # inputs and outputs stay floats
@@ -131,10 +129,10 @@ def _in_short(error: Exception) -> str:
 
 
 def _with_types(text: str, types: Sequence[str]) -> str:
-    """StableHLO with the marks replaced by quantization."""
+    """Replaces the marks of StableHLO by quantization."""
 
-    def replaced(found: re.Match) -> str:
-        result, number, operand, shape = found.groups()
+    def write_pair(mark: re.Match) -> str:
+        result, number, operand, shape = mark.groups()
         float_type = f"tensor<{shape}f32>"
         quantized = f"tensor<{shape}{types[int(number)]}>"
         return (
@@ -147,23 +145,18 @@ def _with_types(text: str, types: Sequence[str]) -> str:
         rf"(%\w+) = stablehlo\.custom_call @{MARK}(\d+)\((%\w+)\).*"
         r" : \(tensor<((?:\d+x)*)f32>\) -> .*"
     )
-    return re.sub(pattern, replaced, text)
+    return re.sub(pattern, write_pair, text)
 
 
-def save_litert(path: str | os.PathLike[str], lowered: IntegerModel, inputs: Array | tuple) -> int:
+def save_litert(path: str | os.PathLike[str], lowered: IntegerModel, inputs: Batch) -> int:
     """Writes a .tflite file, atomically; returns its size in bytes. See `to_litert`."""
     data = to_litert(lowered, inputs)
     files.write_atomic(path, data)
     return len(data)
 
 
-def litert_model(
-    model: str | os.PathLike[str] | bytes, *, threads: int | None = None
-) -> Callable[[Any], Any]:
-    """A function of a batch that LiteRT computes, one example after the other.
-
-    It takes an array, or a tuple of arrays if the model does, and returns an array, or a tuple of
-    all that the model makes, as `jax.tree.leaves` has it.
+def load_litert(model: str | os.PathLike[str] | bytes, *, threads: int | None = None) -> Runtime:
+    """Loads a file into LiteRT, which computes one example of a batch after the other.
 
     Args:
       model: the file, or what is in it.
@@ -176,25 +169,22 @@ def litert_model(
     interpreter.allocate_tensors()
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
 
-    def run(batch: Any) -> Any:
-        arrays = [np.asarray(array) for array in as_inputs(batch).args]
-        made: list[list[np.ndarray]] = [[] for _ in outputs]
+    def run(batch: Inputs) -> tuple[np.ndarray, ...]:
+        arrays = jax.tree.leaves(batch)
+        rows: list[list[np.ndarray]] = [[] for _ in outputs]
         for i in range(len(arrays[0])):
             for detail, array in zip(inputs, arrays, strict=True):
                 interpreter.set_tensor(detail["index"], array[i : i + 1].astype(detail["dtype"]))
             interpreter.invoke()
-            for detail, results in zip(outputs, made, strict=True):
+            for detail, results in zip(outputs, rows, strict=True):
                 results.append(interpreter.get_tensor(detail["index"]))
-        whole = tuple(np.concatenate(results) for results in made)
-        return whole[0] if len(whole) == 1 else whole
+        return tuple(map(np.concatenate, rows))
 
-    return run
+    return Runtime(run, {"inputs": _describe(inputs), "outputs": _describe(outputs)})
 
 
-def signature(model: str | os.PathLike[str] | bytes) -> dict[str, list[dict[str, Any]]]:
-    """The "inputs" and "outputs" of a file: names, shapes and dtypes."""
-    interpreter = _interpreter(model, None)
-    about = lambda details: [
+def _describe(details: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
         {
             "name": detail["name"],
             "shape": [int(size) for size in detail["shape"]],
@@ -202,10 +192,6 @@ def signature(model: str | os.PathLike[str] | bytes) -> dict[str, list[dict[str,
         }
         for detail in details
     ]
-    return {
-        "inputs": about(interpreter.get_input_details()),
-        "outputs": about(interpreter.get_output_details()),
-    }
 
 
 def _interpreter(model: str | os.PathLike[str] | bytes, threads: int | None) -> Any:

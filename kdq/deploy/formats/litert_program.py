@@ -11,9 +11,10 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from kdq.deploy import contraction, primitives
+from kdq.deploy import contraction, jaxprs, primitives
 from kdq.deploy.contraction import Conv, Dot, Kernel
 from kdq.deploy.formats import rounded
+from kdq.deploy.qtensor import QTensor
 from kdq.types import Array
 
 # The least normal number: to add it changes no number, and the converter, which lets a rounding
@@ -22,8 +23,8 @@ LEAST = np.finfo(np.float32).tiny
 MOST_AXES = 3  # of an array that a matrix multiplies
 
 
-def apart(x: Array) -> Array:
-    """An array that nothing before is rounded for: its rounding stays where it is written.
+def set_apart(x: Array) -> Array:
+    """Returns an array that nothing before is rounded for: its rounding stays where it is written.
 
     The converter would round what a maximum, a mean or a concatenation is made of, to the grid of
     the result, and with it all else that takes it.
@@ -32,7 +33,7 @@ def apart(x: Array) -> Array:
 
 
 def product(kernel: Kernel, x: Array, w: Array) -> Array:
-    """The product of two arrays of floats."""
+    """Returns the product of two arrays of floats."""
     if isinstance(kernel, Conv):
         return _convolution(kernel, x, w)
     (summed, shared) = kernel.dimension_numbers
@@ -47,7 +48,7 @@ def product(kernel: Kernel, x: Array, w: Array) -> Array:
 
 
 def _convolution(kernel: Conv, x: Array, w: Array) -> Array:
-    """A transposed one with all that it makes, then cut: its own way to pad is another one."""
+    """Computes a transposed one whole, then cuts it: LiteRT pads these in another way."""
     if set(kernel.input_dilation) == {1}:
         return rounded.product(kernel, x, w)
     numbers = kernel.dimension_numbers
@@ -60,29 +61,28 @@ def _convolution(kernel: Conv, x: Array, w: Array) -> Array:
     if set(kernel.strides) != {1}:
         whole = list(kernel.padding)
     total = rounded.product(dataclasses.replace(kernel, padding=tuple(whole)), x, w)
-    for axis, wanted, made in zip(numbers.out_spec[2:], kernel.padding, whole, strict=True):
-        low, high = made[0] - wanted[0], made[1] - wanted[1]
+    for axis, kept, padded in zip(numbers.out_spec[2:], kernel.padding, whole, strict=True):
+        low, high = padded[0] - kept[0], padded[1] - kept[1]
         total = lax.slice_in_dim(total, low, total.shape[axis] - high, axis=axis)
     return total
 
 
-def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-    """An equation on other values, in a form that the converter gets right."""
+def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+    """Runs an equation in a form that the converter gets right."""
     if any(isinstance(value, jax.core.Tracer) for value in values):
         if eqn.primitive.name == "conv_general_dilated":
             if eqn.params["batch_group_count"] == 1:
-                return product(contraction.conv(eqn.params), *values)
+                return [product(contraction.conv(eqn.params), *values)]
         elif eqn.primitive.name == "dot_general":
             kernel = Dot(eqn.params["dimension_numbers"], eqn.invars[0].aval.ndim)
-            return product(kernel, *values)
-        elif eqn.primitive is primitives.rows_p:
-            return _rows(*values, structure=eqn.params["structure"])
-    return contraction.bind(eqn, values)
+            return [product(kernel, *values)]
+        elif eqn.primitive is primitives.rows.primitive:
+            return [_rows(*jax.tree.unflatten(eqn.params["structure"], values))]
+    return jaxprs.bind(eqn, values)
 
 
-def _rows(indices: Array, *leaves: Any, structure: Any) -> Array:
-    """Rows of a table of 8 bits: it looks up no fewer."""
-    table = jax.tree.unflatten(structure, leaves)
+def _rows(indices: Array, table: QTensor) -> Array:
+    """Returns rows of a table of 8 bits: LiteRT looks up no fewer."""
     with jax.ensure_compile_time_eval():
         table = table.replace(codes=table.codes.astype(jnp.int8))
     return table.rows(indices)

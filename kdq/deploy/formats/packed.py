@@ -30,11 +30,13 @@ from kdq.deploy.formats.packed_layers import (
     quantizer_json,
     unpack_weight,
 )
-from kdq.deploy.lower.lowering import IntegerModel, lower
+from kdq.deploy.lower.lower import lower
+from kdq.deploy.lower.model import IntegerModel
 from kdq.fields import ConfigError, Mistake, build
 from kdq.quantize import grid
 from kdq.quantize.inputs import Batch, as_inputs
 from kdq.quantize.kinds import WEIGHT_NAMES
+from kdq.quantize.network import Network, Weights, as_network
 from kdq.quantize.paths import keys_of_layer
 from kdq.types import Array, QParams, Variables
 
@@ -72,7 +74,7 @@ class PackedModel:
     model's, and raises PackedFileError if they do not fit.
     """
 
-    model: nn.Module
+    network: Network
     variables: Variables  # quantized weights already as the numbers their codes stand for
     qparams: QParams  # the quantizers of the layers' inputs
     weight_quantizers: QParams  # those that made the codes: what `variables` are on the grids of
@@ -82,20 +84,20 @@ class PackedModel:
     _fits: list[bool] = dataclasses.field(default_factory=list, compare=False)  # once compared
 
     def __call__(self, inputs: Batch) -> Array:
-        """The outputs in evaluation mode, [batch, classes] for our models."""
+        """Returns the outputs in evaluation mode, [batch, classes] for kdq's own models."""
         self.check(inputs)
-        return quantize.predict(self.model, self.variables, self.qparams, inputs)
+        return quantize.predict(self.network, self.variables, self.qparams, inputs)
 
     def lower(self, inputs: Batch, *, fixed_point: bool = False) -> IntegerModel:
-        """The integer model, in evaluation mode; see `lower`. Only the shapes of inputs matter."""
+        """Returns the integer model; see `lower`. Only the shapes of inputs matter."""
         self.check(inputs)
         paths = {*self.qparams, *self.weight_quantizers}
         qparams = {
             path: {**self.weight_quantizers.get(path, {}), **self.qparams.get(path, {})}
             for path in paths
         }
-        variables = nn.meta.unbox(self.variables)
-        return lower(self.model, variables, qparams, inputs, fixed_point=fixed_point, train=False)
+        weights = Weights(variables=nn.meta.unbox(self.variables), qparams=qparams)
+        return lower(self.network, weights, inputs, fixed_point=fixed_point)
 
     def check(self, inputs: Batch) -> None:
         """Compares all arrays with those that the model has for such inputs, once.
@@ -106,7 +108,7 @@ class PackedModel:
         if self._fits:
             return
         try:
-            fitting.check(self.model, self.variables, self.qparams, inputs)
+            fitting.check(self.network, self.variables, self.qparams, inputs)
         except fitting.MisfitError as error:
             raise PackedFileError(f"{self.path} does not fit its model: {error}") from error
         self._fits.append(True)
@@ -114,7 +116,7 @@ class PackedModel:
     def __repr__(self) -> str:
         sizes = [np.size(leaf) for leaf in jax.tree.leaves(self.variables)]
         parts = [
-            _described(self.model),
+            _describe(self.network.module),
             f"{len(sizes)} arrays of {sum(sizes):,} numbers",
             f"weights: {_widths(self.weight_quantizers)}",
             f"inputs: {_widths(self.qparams)}",
@@ -127,7 +129,7 @@ class PackedModel:
         return f"PackedModel({'; '.join(parts)})"
 
 
-def _described(model: nn.Module) -> str:
+def _describe(model: nn.Module) -> str:
     """Returns the model's class and fields in a line."""
     fields = []
     for field in dataclasses.fields(model):
@@ -146,21 +148,20 @@ def _widths(qparams: QParams) -> str:
 
 def save_packed(
     path: str | os.PathLike[str],
-    variables: Variables,
-    qparams: QParams,
+    weights: Weights,
     *,
     model: Mapping[str, Any],
-    inputs: Array | tuple | None = None,
+    inputs: Batch | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes a model, atomically; returns the size of the file in bytes.
 
     Args:
       path: where; its folder must exist.
-      variables: float variables. Weights that `qparams` quantizes are rounded and packed, all
-        other arrays are kept as they are, in any dtype. Of containers, dicts (a FrozenDict becomes
-        one), lists, tuples and Flax's boxes for partitioned arrays are kept.
-      qparams: the quantizers; {} for a float model.
+      weights: float variables, and the quantizers, {} for a float model. Weights that have a
+        quantizer are rounded and packed, all other arrays are kept as they are, in any dtype. Of
+        containers, dicts (a FrozenDict becomes one), lists, tuples and Flax's boxes for partitioned
+        arrays are kept.
       model: `{"name": a module of kdq.models, **fields}`, `kdq.models.describe` of your own model,
         or any other description of it; JSON-able.
       inputs: what the model takes, an array or a tuple of them (or ShapeDtypeStructs): their shapes
@@ -172,10 +173,10 @@ def save_packed(
       ValueError: what a file can't hold, as a scale that its format does not, a weight that is not
         finite, or an object that is no array; names the layer or the array.
     """
+    variables, layers = weights.variables, {}
     arrays, structure = trees.flatten(variables)
     fitting.check_finite(variables)
-    layers = {}
-    for layer, quantizers in quantize.plain(qparams).items():
+    for layer, quantizers in quantize.plain(weights.qparams).items():
         layers[layer] = entry = {}
         try:
             if "weights" in quantizers:
@@ -200,7 +201,7 @@ def save_packed(
 
 def load_packed(
     path: str | os.PathLike[str],
-    model: nn.Module | None = None,
+    network: Network | nn.Module | None = None,
     *,
     allow_models: Sequence[str] = (),
 ) -> PackedModel:
@@ -208,8 +209,8 @@ def load_packed(
 
     Args:
       path: the file.
-      model: the module to load into; None builds it from the name and fields in the file, a class
-        of your own only if its module is imported already, or allowed.
+      network: the module to load into, or a `Network`; None builds it from the name and fields in
+        the file, a class of your own only if its module is imported already, or allowed.
       allow_models: modules ("package.module") that may be imported if the file names them.
 
     Raises:
@@ -221,7 +222,7 @@ def load_packed(
     if not path.is_file():
         raise FileNotFoundError(f"no packed model at {path}")
     try:
-        packed = _load(path, model, allow_models)
+        packed = _load(path, network, allow_models)
     except ModelNotImportedError:
         raise
     except (
@@ -237,7 +238,9 @@ def load_packed(
     return packed
 
 
-def _load(path: Path, model: nn.Module | None, allow_models: Sequence[str]) -> PackedModel:
+def _load(
+    path: Path, network: Network | nn.Module | None, allow_models: Sequence[str]
+) -> PackedModel:
     document, arrays = container.read(path)
     version = document["format"]
     if type(version) is not int or version not in READABLE:
@@ -263,10 +266,10 @@ def _load(path: Path, model: nn.Module | None, allow_models: Sequence[str]) -> P
         inputs = fitting.read(header.inputs)
     except (ValueError, OverflowError) as error:
         raise PackedFileError(str(error)) from error
-    if model is None:
-        model = _build(path, header.model, allow_models)
+    if network is None:
+        network = _build(path, header.model, allow_models)
     return PackedModel(
-        model=model,
+        network=as_network(network),
         variables=variables,
         qparams=qparams,
         weight_quantizers=weight_quantizers,

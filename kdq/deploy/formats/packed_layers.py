@@ -1,4 +1,4 @@
-"""How a packed file holds quantized layers: codes and scales of weights, quantizers of inputs."""
+"""Quantized layers in a packed file: codes and scales of weights, quantizers of inputs."""
 
 import dataclasses
 import math
@@ -18,6 +18,7 @@ LARGEST_CODE = 2**24
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # below, 1 / scale overflows
 DYNAMIC = ("per_tensor", "per_token", "per_group")
 DTYPES = ("float32", "bfloat16", "float16")  # of weights that can be packed
+FIELDS = ("scale", "zero_point", "qmin", "qmax")  # of a quantizer, that are arrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ def unpack_weight(
     """
     shape, size = info.shape, math.prod(info.shape)
     if any(axis < 0 for axis in shape):
-        raise ValueError(f"weight.shape={shape}: want no negative number")
+        raise ValueError(f"weight.shape={shape}: expected no negative number")
     if info.dtype not in DTYPES:
         raise ValueError(f"weight.dtype={info.dtype!r}: expected one of {DTYPES}")
     codes = unpack(arrays.pop(name), info.bits, size).reshape(shape)
@@ -149,8 +150,7 @@ def check_quantizer(quantizer: grid.Quantizer) -> None:
     """Raises ValueError for a quantizer with no grid: scales that are not positive, not finite or
     too small to divide by, codes that float32 does not hold, levels that do not ascend."""
     scale, zero_point, qmin, qmax = (
-        np.asarray(getattr(quantizer, name), np.float32)
-        for name in ("scale", "zero_point", "qmin", "qmax")
+        np.asarray(getattr(quantizer, name), np.float32) for name in FIELDS
     )
     wrong = scale[~(np.isfinite(scale) & (scale >= SMALLEST_SCALE))]
     if wrong.size:
@@ -171,14 +171,14 @@ def check_quantizer(quantizer: grid.Quantizer) -> None:
             raise ValueError("levels: expected finite numbers that ascend")
     if quantizer.scale_format not in ("", *scale_formats.ROUNDINGS):
         valid = tuple(scale_formats.ROUNDINGS)
-        raise ValueError(f"scale_format={quantizer.scale_format!r}: want one of {valid}")
+        raise ValueError(f"scale_format={quantizer.scale_format!r}: expected one of {valid}")
 
 
 def quantizer_json(quantizer: grid.Quantizer) -> dict[str, Any]:
     """Returns the quantizer of an input as the fields of `Input`; what it trains by is not part of
     a finished model. Raises ValueError for one that has no grid."""
     check_quantizer(quantizer)
-    document = {k: _json(getattr(quantizer, k)) for k in ("scale", "zero_point", "qmin", "qmax")}
+    document = {k: _json(getattr(quantizer, k)) for k in FIELDS}
     if quantizer.levels is not None:
         document["levels"] = _json(quantizer.levels)
     if quantizer.scale_format:
@@ -190,31 +190,22 @@ def quantizer_json(quantizer: grid.Quantizer) -> dict[str, Any]:
 
 def input_quantizer(operand: str, info: Input) -> grid.Quantizer:
     """Returns the quantizer of an input. Raises ValueError for one that has no grid."""
-    names = [
-        "scale",
-        "zero_point",
-        "qmin",
-        "qmax",
-        *(["levels"] if info.levels is not None else []),
-    ]
+    where, how = f"inputs.{operand}", info.dynamic
+    names = [*FIELDS, *(["levels"] if info.levels is not None else [])]
     if operand == "weights":
-        raise ValueError(f"inputs.{operand}: no input has that name")
-    arrays = {k: _floats(getattr(info, k), f"inputs.{operand}.{k}") for k in names}
-    how = info.dynamic
+        raise ValueError(f"{where}: no input has that name")
+    arrays = {k: _floats(getattr(info, k), f"{where}.{k}") for k in names}
     if how is not None:
-        if how.granularity not in DYNAMIC:
-            raise ValueError(
-                f"inputs.{operand}.dynamic.granularity={how.granularity!r}: want one of {DYNAMIC}"
-            )
-        if how.granularity == "per_group" and not (how.group_size or 0) >= 1:
-            raise ValueError(
-                f"inputs.{operand}.dynamic.group_size={how.group_size}: want 1 or more"
-            )
+        kind, size = how.granularity, how.group_size
+        if kind not in DYNAMIC:
+            raise ValueError(f"{where}.dynamic.granularity={kind!r}: expected one of {DYNAMIC}")
+        if kind == "per_group" and not (size or 0) >= 1:
+            raise ValueError(f"{where}.dynamic.group_size={size}: expected 1 or more")
     quantizer = grid.Quantizer(**arrays, scale_format=info.scale_format, dynamic=how)
     try:
         check_quantizer(quantizer)
     except ValueError as error:
-        raise ValueError(f"inputs.{operand}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     return quantizer
 
 
@@ -225,7 +216,7 @@ def _pack_scale(
     name = quantizer.scale_format
     if not name:
         return quantizer, {"scale": np.asarray(quantizer.scale)}
-    of_layer = lambda _, q: (grid.with_rounded_scale(q).scale, scale_formats.of_tensor(q.scale))
+    of_layer = lambda _, q: (grid.with_rounded_scale(q).scale, scale_formats.tensor_scale(q.scale))
     scale, shared = map(np.asarray, grid.over_stack(of_layer, quantizer)(weight, quantizer))
     quantizer = quantizer.replace(scale=scale, scale_format="")
     if name not in scale_formats.STORED:
@@ -242,15 +233,17 @@ def _unpack_scale(
     if not scale_format:
         scale = arrays.pop(f"{name}:scale")
         if scale.dtype != np.float32:
-            raise ValueError(f"scale: want float32, got {scale.dtype}")
+            raise ValueError(f"scale: expected float32, got {scale.dtype}")
         return scale
     if scale_format not in scale_formats.STORED:
-        raise ValueError(f"{scale_format=}: want one of {tuple(scale_formats.STORED)}")
+        raise ValueError(f"{scale_format=}: expected one of {tuple(scale_formats.STORED)}")
     codes, shared = arrays.pop(f"{name}:scale_{scale_format}"), np.float32(1)
     if scale_formats.STORED[scale_format].shared:
         shared = arrays.pop(f"{name}:scale_tensor")
         if (shared.dtype, shared.shape) != (np.float32, stack):
-            raise ValueError(f"scale_tensor: want float32 {stack}: {shared.dtype} {shared.shape}")
+            raise ValueError(
+                f"scale_tensor: expected float32 {stack}: {shared.dtype} {shared.shape}"
+            )
     return scale_formats.decode(codes, _over_stack(shared, codes), scale_format)
 
 
@@ -273,9 +266,9 @@ def _floats(value: Any, where: str) -> np.ndarray:
         with np.errstate(over="ignore"):
             array = np.asarray(value, np.float32)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{where}={str(value)[:60]}: want numbers") from error
+        raise ValueError(f"{where}={str(value)[:60]}: expected numbers") from error
     if not np.isfinite(array).all():
-        raise ValueError(f"{where}={str(value)[:60]}: want finite float32 numbers")
+        raise ValueError(f"{where}={str(value)[:60]}: expected finite float32 numbers")
     return array
 
 

@@ -31,14 +31,15 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
       ValueError: bits out of range, or not the number of bytes that `count` codes take.
     """
     _check(bits)
-    want = packed_bytes(count, bits)
-    if packed.dtype != np.uint8 or packed.shape != (want,):
+    expected = packed_bytes(count, bits)
+    if packed.dtype != np.uint8 or packed.shape != (expected,):
         raise ValueError(
-            f"{count} codes of {bits} bits take uint8 [{want}], got {packed.dtype} {packed.shape}"
+            f"{count} codes of {bits} bits take uint8 [{expected}], "
+            f"got {packed.dtype} {packed.shape}"
         )
     groups = -(-count // 8)  # eight codes begin and end with a byte
     padded = np.zeros(groups * bits, np.uint8)
-    padded[:want] = packed
+    padded[:expected] = packed
     padded, codes = padded.reshape(groups, bits), np.empty((groups, 8), np.uint8)
     for i in range(8):
         byte, shift = divmod(i * bits, 8)
@@ -56,4 +57,4 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def _check(bits: int) -> None:
     if not 1 <= bits <= 8:
-        raise ValueError(f"bits={bits}: want 1 to 8")
+        raise ValueError(f"bits={bits}: expected 1 to 8")

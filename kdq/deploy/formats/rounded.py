@@ -5,8 +5,8 @@ operation says what an input or a weight is rounded to, and they make an integer
 pairs and of what is between.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,143 +14,129 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from kdq.deploy import contraction
-from kdq.deploy.contraction import Conv, Dot, Kernel
-from kdq.deploy.flow import network
-from kdq.deploy.integer_layer import IntegerLayer
-from kdq.deploy.lower.lowering import IntegerModel
+from kdq.deploy import jaxprs
+from kdq.deploy.contraction import Conv, Dot, Kernel, align, follow, list_axes
+from kdq.deploy.flow.layer import layer_p
+from kdq.deploy.flow.propagate import assign_grids
+from kdq.deploy.lower.model import IntegerModel
 from kdq.deploy.qtensor import InputGrid
+from kdq.quantize.inputs import Inputs
 from kdq.types import Array
 
 
+class ChannelWeight(NamedTuple):
+    """A weight as codes around 0, with a scale for each channel."""
+
+    codes: np.ndarray
+    scale: np.ndarray  # [channels] float32
+    axis: int  # of the channels
+    bits: int  # 4, if the codes have no more, or 8
+
+
 class Rounding:
-    """How a format writes what is rounded."""
+    """The operations of a format that rounds. Arrays are floats."""
 
     def input(self, x: Array, grid: InputGrid, of_two: bool) -> Array:
-        """An input of a layer on its grid; `of_two`: of a product of two inputs."""
+        """Rounds an input of a layer to its grid; `of_two`: of a product of two inputs."""
         raise NotImplementedError
 
-    def apart(self, x: Array) -> Array:
-        """An input that is also used otherwise, or is not made by a layer, before it is rounded."""
+    def weight(self, weight: ChannelWeight) -> Array:
+        """Returns the numbers of a weight."""
+        raise NotImplementedError
+
+    def set_apart(self, x: Array) -> Array:
+        """Returns an input that is also used otherwise, or is not made by a layer."""
         return x
 
-    def bind(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-        """An equation between layers."""
-        return contraction.bind(eqn, values)
+    def bind(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+        """Runs an equation between layers."""
+        return jaxprs.bind(eqn, values)
 
-    def weight(self, codes: np.ndarray, scale: np.ndarray, axis: int, bits: int) -> Array:
-        """A weight of these codes, with a scale for each channel along an axis.
-
-        Args:
-          codes: its codes around 0.
-          scale: [channels] float32.
-          axis: of the channels.
-          bits: 4, if its codes have no more, or 8.
-        """
-        raise NotImplementedError
-
-    def convolve(
-        self, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
-    ) -> Array:
-        """A convolution with a weight, see `weight`, in the layout that it has."""
-        axis = kernel.dimension_numbers.rhs_spec[0]
-        return self.product(kernel, x, self.weight(codes, scale, axis, bits))
+    def convolve(self, kernel: Conv, x: Array, weight: ChannelWeight) -> Array:
+        """Returns a convolution with a weight in the layout that it has."""
+        return self.product(kernel, x, self.weight(weight))
 
     def product(self, kernel: Kernel, x: Array, w: Array) -> Array:
-        """A product of floats."""
+        """Returns a product of floats."""
         return product(kernel, x, w)
 
 
-def forward(lowered: IntegerModel, rounding: Rounding) -> Callable[..., Array]:
-    """The model as a function of its inputs, to be traced; layers of a stack are unrolled."""
+def run(lowered: IntegerModel, rounding: Rounding, inputs: Inputs) -> Any:
+    """Returns a model's outputs, to be traced; layers of a stack are unrolled."""
 
-    def binder(program: core.Jaxpr) -> Callable[..., Any]:
-        alone = {*network.codes_alone(program), *program.invars}
+    def binder(program: core.Jaxpr) -> jaxprs.RunEquation:
+        rounded_alone = {*assign_grids(program), *program.invars}
 
-        def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-            if eqn.primitive is not network.layer_p:
+        def run_equation(eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+            if eqn.primitive is not layer_p:
                 return rounding.bind(eqn, values)
-            count = len(eqn.params["call"].operands)
-            inputs = [
-                x if isinstance(atom, core.Literal) or atom in alone else rounding.apart(x)
-                for x, atom in zip(values[:count], eqn.invars, strict=False)
-            ]
-            return _layer(eqn, [*inputs, *values[count:]], rounding)
+            for i, atom in enumerate(eqn.invars[: len(eqn.params["call"].operands)]):
+                if not isinstance(atom, core.Literal) and atom not in rounded_alone:
+                    values[i] = rounding.set_apart(values[i])
+            return [_run_layer(eqn, values, rounding)]
 
-        return bind
+        return run_equation
 
-    return lambda *arrays: lowered.evaluate(arrays, binder)
+    return lowered.evaluate(inputs, binder)
 
 
-def _layer(eqn: core.JaxprEqn, values: Sequence[Any], rounding: Rounding) -> Array:
-    """A layer between floats."""
+def _run_layer(eqn: core.JaxprEqn, values: list[Any], rounding: Rounding) -> Array:
+    """Runs a layer on the floats that its codes stand for."""
     call = eqn.params["call"]
-    inputs, layer = network.split(values, call)
-    given = {
-        role: rounding.input(x, layer.inputs[name], layer.weight is None)
-        for role, x, name in zip(
-            (contraction.INPUT, contraction.OTHER), inputs, call.operands, strict=False
-        )
-    }
-    if layer.weight is not None:
-        given[contraction.WEIGHT] = layer.weight.codes
-    operands = [(role, given.get(role)) for role in call.roles]
-    result = contraction.follow(call.traced, operands, _Floats(layer, rounding), {})[1]
-    return result.astype(eqn.outvars[0].aval.dtype)
+    inputs, layer = call.split(values)
+    rounded = [
+        rounding.input(x, layer.inputs[name], layer.weight is None)
+        for x, name in zip(inputs, call.operands, strict=True)
+    ]
 
-
-class _Floats(contraction.Steps):
-    """A layer on the floats that its codes stand for."""
-
-    def __init__(self, layer: IntegerLayer, rounding: Rounding):
-        self.layer, self.rounding = layer, rounding
-
-    def multiply(self, kernel: Kernel, left: Array, right: Array) -> Array:
-        layer = self.layer
+    def multiply(kernel: Kernel, left: Array, right: Array) -> Array:
         if layer.weight is None:
-            total = self.rounding.product(kernel, left, right)
+            total = rounding.product(kernel, left, right)
         elif layer.weight_zero is not None:
             raise ValueError("it has weights around 0 only, and a layer's have a zero point")
         else:
             bits = 4 if layer.weight.codes.dtype in (jnp.int2, jnp.int4) else 8
-            by_weight = self._convolve if isinstance(kernel, Conv) else self._matrix
+            by_weight = _convolve if isinstance(kernel, Conv) else _multiply_matrix
             scale = np.asarray(layer.weight_scale, np.float32)
-            total = by_weight(kernel, left, np.asarray(right), scale, bits)
+            total = by_weight(rounding, kernel, left, np.asarray(right), scale, bits)
         if layer.bias is None:
             return total
         with jax.ensure_compile_time_eval():
             bias = layer.bias.astype(jnp.float32) * layer.scale
         return total + bias
 
-    def add_bias(self, result: Any, bias: Any) -> Any:
-        return result  # it is in the sum already
+    codes = None if layer.weight is None else layer.weight.codes
+    result = follow(call.traced, call.place_operands(rounded, codes), multiply)[1]
+    return result.astype(eqn.outvars[0].aval.dtype)
 
-    def _convolve(
-        self, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
-    ) -> Array:
-        channels = codes.shape[kernel.dimension_numbers.rhs_spec[0]]
-        scale = np.broadcast_to(scale.ravel(), channels)
-        return self.rounding.convolve(kernel, x, codes, scale, bits)
 
-    def _matrix(
-        self, kernel: Dot, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
-    ) -> Array:
-        """By a weight of one axis of terms and one of channels: a scale has one axis."""
-        axes = contraction.axes(kernel, codes.ndim)
-        if axes.x_shared:
-            raise ValueError("it has no weight for each example")
-        height, width = [x.shape[a] for a in axes.x_free], [codes.shape[a] for a in axes.w_free]
-        scale = contraction.aligned(scale, len(axes.order)).transpose(axes.back)
-        scale = np.broadcast_to(scale, [1] * len(height) + width).ravel()
-        codes = codes.transpose([*axes.w_summed, *axes.w_free]).reshape(-1, len(scale))
-        x = x.transpose([*axes.x_free, *axes.x_summed]).reshape([*height, len(codes)])
-        matrix = self.rounding.weight(codes, scale, 1, bits)
-        total = self.rounding.product(Dot((((x.ndim - 1,), (0,)), ((), ())), x.ndim), x, matrix)
-        return total.reshape([*height, *width]).transpose(axes.order)
+def _convolve(
+    rounding: Rounding, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
+) -> Array:
+    axis = kernel.dimension_numbers.rhs_spec[0]
+    scale = np.broadcast_to(scale.ravel(), codes.shape[axis])
+    return rounding.convolve(kernel, x, ChannelWeight(codes, scale, axis, bits))
+
+
+def _multiply_matrix(
+    rounding: Rounding, kernel: Dot, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
+) -> Array:
+    """Multiplies by a weight of one axis of terms and one of channels: a scale has one axis."""
+    axes = list_axes(kernel, codes.ndim)
+    if axes.x_shared:
+        raise ValueError("it has no weight for each example")
+    height, width = [x.shape[a] for a in axes.x_free], [codes.shape[a] for a in axes.w_free]
+    scale = align(scale, len(axes.order)).transpose(axes.back)  # [1 for each of height, *width]
+    scale = np.broadcast_to(scale, [1] * len(height) + width).ravel()  # [channels]
+    codes = codes.transpose([*axes.w_summed, *axes.w_free]).reshape(-1, len(scale))
+    x = x.transpose([*axes.x_free, *axes.x_summed]).reshape([*height, len(codes)])
+    matrix = rounding.weight(ChannelWeight(codes, scale, 1, bits))  # [terms, channels]
+    total = rounding.product(Dot((((x.ndim - 1,), (0,)), ((), ())), x.ndim), x, matrix)
+    return total.reshape([*height, *width]).transpose(axes.order)
 
 
 def product(kernel: Kernel, x: Array, w: Array) -> Array:
-    """The product of two arrays of floats."""
+    """Returns the product of two arrays of floats."""
     if isinstance(kernel, Conv):
         return lax.conv_general_dilated(
             x,

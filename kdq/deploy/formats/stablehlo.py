@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq.deploy.formats import container, packing
-from kdq.deploy.lower.lowering import IntegerModel
-from kdq.quantize.inputs import as_inputs
+from kdq.deploy.formats.runtime import Runtime, any_batch, example_specs, flatten_inputs
+from kdq.deploy.lower.model import IntegerModel
+from kdq.quantize.inputs import Batch
 from kdq.types import Array
 
 FORMAT_VERSION = 1
@@ -26,15 +27,19 @@ FEW_BITS = {"int2": 2, "int4": 4}
 
 @dataclasses.dataclass(eq=False)
 class Program:
-    """A program that was loaded, with what it computes with."""
+    """A loaded program, with what it computes with."""
 
     exported: jax.export.Exported
     arguments: tuple[Array, ...]
     metadata: Mapping[str, Any]
 
     def __call__(self, *inputs: Array) -> Array:
-        """The outputs, for a batch of any size; compiled once for each."""
+        """Returns the outputs, for a batch of any size; compiled once for each."""
         return self._call(self.arguments, *inputs)
+
+    def runtime(self) -> Runtime:
+        """Returns the program as a function of a batch, as other formats are loaded."""
+        return Runtime(lambda inputs: self(*jax.tree.leaves(inputs)))
 
     @functools.cached_property
     def _call(self) -> Callable[..., Array]:
@@ -44,7 +49,7 @@ class Program:
 def save_stablehlo(
     path: str | os.PathLike[str],
     lowered: IntegerModel,
-    inputs: Array | tuple,
+    inputs: Batch,
     *,
     platforms: Sequence[str] = ("cpu", "cuda"),
     metadata: Mapping[str, Any] | None = None,
@@ -54,40 +59,38 @@ def save_stablehlo(
     Args:
       path: where.
       lowered: see `lower`.
-      inputs: an array with a leading batch axis, or a tuple of these; only the shapes matter.
+      inputs: of one batch, arrays with a leading batch axis; only the shapes matter.
       platforms: on which it will run; none of them has to be here.
       metadata: JSON-able, kept in the file.
     """
     leaves, structure = jax.tree.flatten(lowered)
-    given = [_argument(leaf) for leaf in leaves]
+    specs = example_specs(inputs, any_batch())
 
     def function(leaves: tuple[Array, ...], *arrays: Array) -> Any:
-        return jax.tree.unflatten(structure, leaves).apply(arrays)
+        model = jax.tree.unflatten(structure, leaves)
+        return flatten_inputs(model.apply, specs)[0](*arrays)
 
-    (batch,) = jax.export.symbolic_shape("batch")
-    specs = as_inputs(inputs).shapes(batch)
-    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in given)
-    exported = jax.export.export(jax.jit(function), platforms=platforms)(shapes, *specs)
+    shapes = tuple(jax.eval_shape(_as_argument, leaf) for leaf in leaves)
+    export = jax.export.export(jax.jit(function), platforms=platforms)
+    exported = export(shapes, *jax.tree.leaves(specs))
     document = {
         "format": FORMAT_VERSION,
         "arguments": [{"dtype": leaf.dtype.name, "shape": leaf.shape} for leaf in leaves],
         "metadata": dict(metadata or {}),
     }
-    arrays = {f"{i:05}": _stored(np.asarray(leaf)) for i, leaf in enumerate(leaves)}
+    arrays = {f"{i:05}": _pack(np.asarray(leaf)) for i, leaf in enumerate(leaves)}
     arrays["program"] = np.frombuffer(exported.serialize(), np.uint8)
     return container.write(path, document, arrays)
 
 
-def _argument(array: Array) -> Array:
-    """An array as a program takes it: `jax.export` has no int2."""
+def _as_argument(array: Array) -> Array:
+    """Returns an array as a program takes it: `jax.export` has no int2."""
     return array.astype(jnp.int4) if array.dtype == jnp.int2 else array
 
 
-def _stored(array: np.ndarray) -> np.ndarray:
+def _pack(array: np.ndarray) -> np.ndarray:
     bits = FEW_BITS.get(array.dtype.name)
-    if bits is None:
-        return array
-    return packing.pack(array.astype(np.int8) + 2 ** (bits - 1), bits)
+    return array if bits is None else packing.pack(array.astype(np.int8) + 2 ** (bits - 1), bits)
 
 
 def load_stablehlo(path: str | os.PathLike[str]) -> Program:
@@ -107,7 +110,7 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Program:
                 f"format={document['format']!r}; this kdq reads {FORMAT_VERSION}"
             )
         arguments = tuple(
-            _loaded(arrays[f"{i:05}"], **one) for i, one in enumerate(document["arguments"])
+            _unpack(arrays[f"{i:05}"], **about) for i, about in enumerate(document["arguments"])
         )
         exported = jax.export.deserialize(bytearray(arrays["program"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -115,9 +118,9 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Program:
     return Program(exported, arguments, document["metadata"])
 
 
-def _loaded(array: np.ndarray, dtype: str, shape: Sequence[int]) -> Array:
+def _unpack(array: np.ndarray, dtype: str, shape: Sequence[int]) -> Array:
     bits = FEW_BITS.get(dtype)
     if bits is None:
         return jnp.asarray(array.reshape(shape))
     codes = packing.unpack(array, bits, int(np.prod(shape))).astype(np.int8) - 2 ** (bits - 1)
-    return _argument(jnp.asarray(codes.reshape(shape)).astype(dtype))
+    return _as_argument(jnp.asarray(codes.reshape(shape)).astype(dtype))

@@ -46,9 +46,8 @@ class Structure:
     # names of its axes: {"partitioned": [null, "model"]}
     nodes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of arrays kept as bytes
-    weak: tuple[
-        str, ...
-    ] = ()  # arrays that are weakly typed: they take the dtype of what they meet
+    # Arrays that are weakly typed: they take the dtype of what they meet.
+    weak: tuple[str, ...] = ()
 
 
 def name_of(path: Sequence[str]) -> str:
@@ -91,13 +90,8 @@ def unflatten(
 ) -> dict[str, Any]:
     """Returns the tree that was flattened, with JAX arrays.
 
-    Args:
-      arrays: by name.
-      structure: of the same tree.
-      encoded: whether names are percent-encoded, as they were not always.
-
-    Raises:
-      ValueError: names or a structure that are no tree's.
+    Names are percent-encoded (`encoded`), as they were not always. Raises ValueError for names or a
+    structure that are no tree's.
     """
     for name in {*structure.dtypes, *structure.weak} - arrays.keys():
         raise ValueError(f"dtypes, weak: there is no array {name!r}")

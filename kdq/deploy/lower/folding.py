@@ -4,7 +4,6 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from kdq.deploy.integer_layer import Rounded
-from kdq.quantize.calls import ModuleCall, run
+from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import LayerInfo
+from kdq.quantize.network import Network, Weights
 from kdq.quantize.paths import at_path
 from kdq.quantize.ptq import norms as norms_lib
 from kdq.quantize.ptq.norms import Norm, list_norms
@@ -22,18 +22,15 @@ from kdq.quantize.ptq.watch import output_channels
 from kdq.types import Array, Variables
 
 
-def foldable(
-    model: nn.Module,
-    variables: Variables,
-    inputs: Inputs,
-    layers: Mapping[str, LayerInfo],
+def list_foldable(
+    network: Network, variables: Variables, inputs: Inputs, layers: Mapping[str, LayerInfo]
 ) -> dict[str, Norm]:
-    """{layer: the batch norm that is all that its output goes to}."""
+    """Returns the batch norm of each layer whose output goes to that norm alone."""
     if "batch_stats" not in variables:
         return {}
     norms = {
         norm.source: norm
-        for norm in list_norms(model, variables, inputs).values()
+        for norm in list_norms(network, variables, inputs).values()
         if norm.source in layers and norm.stack == layers[norm.source].stack
     }
     behind = {norm.path for norm in norms.values()}
@@ -48,7 +45,7 @@ def foldable(
         return outputs
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
-        return run(model, variables, inputs, tag)[0]
+        return network.run(Weights(variables=variables, qparams={}), inputs, tag)[0]
 
     uses: collections.Counter[str] = collections.Counter()
     _count_uses(jax.make_jaxpr(forward)(variables, inputs).jaxpr, uses)
@@ -56,7 +53,7 @@ def foldable(
 
 
 def _count_uses(jaxpr: core.Jaxpr, uses: collections.Counter) -> None:
-    """How often each named array is used."""
+    """Counts how often each named array is used."""
     names = {
         eqn.outvars[0]: eqn.params["name"] for eqn in jaxpr.eqns if eqn.primitive.name == "name"
     }
@@ -71,8 +68,8 @@ def _count_uses(jaxpr: core.Jaxpr, uses: collections.Counter) -> None:
     uses.update(names[a] for a in jaxpr.outvars if isinstance(a, core.Var) and a in names)
 
 
-def spread(values: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
-    """`values`, one axis each for `axes` (negative) of an array of so many, aligned with it."""
+def broadcast_to_axes(values: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
+    """Aligns values, one axis each for `axes` (negative), with an array of so many axes."""
     shape = [1] * rank
     values = values.transpose(np.argsort(axes))
     for size, axis in zip(values.shape, sorted(axes), strict=True):
@@ -80,10 +77,11 @@ def spread(values: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
     return values.reshape(shape)
 
 
-def of_bias(values: np.ndarray, norm: Norm, layer: LayerInfo, rank: int) -> np.ndarray:
-    """Aligns what a norm has of each channel with the bias of the layer before it."""
+def align_with_bias(values: np.ndarray, norm: Norm, layer: LayerInfo, rank: int) -> np.ndarray:
+    """Aligns numbers of a norm's channels with the bias of the layer before it."""
     places = list(output_channels(layer))
-    return spread(values, [places.index(axis) - len(places) for axis in norm.axes], rank)
+    axes = [places.index(axis) - len(places) for axis in norm.axes]
+    return broadcast_to_axes(values, axes, rank)
 
 
 def rounded_biases(
@@ -92,35 +90,33 @@ def rounded_biases(
     norm: Norm | None,
     rounded: Sequence[Rounded | None],
 ) -> dict[str, Array]:
-    """{path: the bias} of a layer, or of the norm behind it, that is what an integer layer adds.
+    """Returns the bias, by path, that an integer layer adds: its own, or else that of its norm.
 
-    Args:
-      variables: float.
-      layer: the integer one.
-      norm: the batch norm that is part of it. Where the layer has no bias, the norm's changes.
-      rounded: what rounding adds, of each layer of a stack; None of one without a bias.
+    `rounded` has the change by rounding for each layer of a stack; None for one without a bias.
     """
     biases: dict[str, Array] = {}
     factor = None if norm is None else norms_lib.affine(norm, variables)[0]
-    of_norm = {} if norm is None else norms_lib.params_of(norm, variables)
+    norm_params = {} if norm is None else norms_lib.params_of(norm, variables)
     for place, change in zip(np.ndindex(layer.stack), rounded, strict=False):
         if change is None:
             continue
         if change.index is not None:
             bias = biases.get(layer.path, at_path(variables["params"], layer.path)["bias"])
-            added = change.of_bias(bias[place].shape)
+            added = change.sum_up(bias[place].shape)
             if factor is not None:
-                by = np.broadcast_to(of_bias(factor[place], norm, layer, added.ndim), added.shape)
+                by = np.broadcast_to(
+                    align_with_bias(factor[place], norm, layer, added.ndim), added.shape
+                )
                 added = np.divide(added, by, out=np.zeros_like(added), where=by != 0)
-            biases[layer.path] = _plus(bias, place, added)
-        elif "bias" in of_norm and change.added.size == factor[place].size:
+            biases[layer.path] = _add_at(bias, place, added)
+        elif "bias" in norm_params and change.added.size == factor[place].size:
             added = change.added.reshape(factor[place].shape)
-            biases[norm.path] = _plus(biases.get(norm.path, of_norm["bias"]), place, added)
+            biases[norm.path] = _add_at(biases.get(norm.path, norm_params["bias"]), place, added)
     return biases
 
 
-def _plus(array: Array, place: tuple[int, ...], added: np.ndarray) -> Array:
-    """The array with something added to one of its stack."""
+def _add_at(array: Array, place: tuple[int, ...], added: np.ndarray) -> Array:
+    """Returns a stack of arrays with something added to one of them."""
     total = np.array(array, np.float64)
     total[place] += added
     return jnp.asarray(total, array.dtype)

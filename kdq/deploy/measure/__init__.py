@@ -1,1 +1,1 @@
-"""What an exported network costs, and whether it computes the same."""
+"""Measurements of an exported network: its costs, and its agreement with the simulation."""

@@ -34,22 +34,22 @@ class Energy:
 
     @property
     def total(self) -> float:
-        """Of the three."""
+        """The sum of the three."""
         return self.arithmetic + self.weights + self.activations
 
 
 def integer_add(bits: int) -> float:
-    """Picojoules of an addition."""
+    """Returns the picojoules of an addition."""
     return 0.003125 * bits
 
 
 def integer_multiply(bits: int, other_bits: int) -> float:
-    """Picojoules of a product; of equal bits the fit of QKeras, which grows with their product."""
+    """Returns the picojoules of a product; of equal bits it is the fit of QKeras."""
     return 0.0029948 * bits * other_bits + 0.0010417 * (bits + other_bits) / 2
 
 
 def modelled(layers: Mapping[str, LayerInfo], qparams: QParams) -> dict[str, Energy]:
-    """The energy of each layer for one example, by path.
+    """Returns the energy of each layer for one example, by path.
 
     A layer computes with integers if weight and input both have bits, else with float32. Weights
     are in the smallest memory that holds those of all layers, activations in the smallest that
@@ -60,28 +60,28 @@ def modelled(layers: Mapping[str, LayerInfo], qparams: QParams) -> dict[str, Ene
       qparams: the quantizers; what has none is float32.
     """
     bits = {path: layer_bits(qparams, path) for path in layers}
-    found = memories(layers, bits)
-    return {path: of_layer(layer, *bits[path], found) for path, layer in layers.items()}
+    reads = memories(layers, bits)
+    return {path: layer_energy(layer, *bits[path], reads) for path, layer in layers.items()}
 
 
 def memories(
     layers: Mapping[str, LayerInfo], bits: Mapping[str, Sequence[int]]
 ) -> tuple[float, float]:
-    """Picojoules of a read of 64 bits of weights, and of activations.
+    """Returns the picojoules of a read of 64 bits of weights, and of activations.
 
     Args:
       layers: from `list_layers`.
       bits: (weight bits, activation bits) of each.
     """
-    of_weights = sum(layer.weight_count * bits[path][0] for path, layer in layers.items())
+    weight_bits = sum(layer.weight_count * bits[path][0] for path, layer in layers.items())
     moved = [moved_bits(layer, bits[path][1]) for path, layer in layers.items()]
-    return _read(of_weights / 8), _read(max(moved, default=0) / 8)
+    return _read(weight_bits / 8), _read(max(moved, default=0) / 8)
 
 
-def of_layer(
+def layer_energy(
     layer: LayerInfo, weight_bits: int, activation_bits: int, memories: tuple[float, float]
 ) -> Energy:
-    """The energy of one layer for one example; `memories` are those of the whole model."""
+    """Returns the energy of one layer for one example; `memories` are those of the whole model."""
     if FLOAT_BITS in (weight_bits, activation_bits):
         multiply, add = FLOAT_MULTIPLY, FLOAT_ADD
     else:
@@ -96,25 +96,25 @@ def of_layer(
 
 
 def moved_bits(layer: LayerInfo, bits: int) -> int:
-    """Bits of what one layer reads and writes for one example; outputs as wide as inputs."""
+    """Returns the bits that a layer reads and writes for one example, outputs as wide as inputs."""
     return bits * _moved(layer)
 
 
 def _moved(layer: LayerInfo) -> int:
-    """Numbers that one layer reads and writes for one example."""
+    """Returns how many numbers a layer reads and writes for one example."""
     shapes = (layer.input_shape, layer.other_shape, layer.output_shape)
     return sum(math.prod(shape[1:]) for shape in shapes if shape)
 
 
 def _read(size: float) -> float:
-    """Picojoules of a read of 64 bits from a memory that holds `size` bytes."""
+    """Returns the picojoules of a read of 64 bits from a memory that holds `size` bytes."""
     return next((energy for most, energy in SRAM if size <= most), DRAM)
 
 
 def measured(
     call: Callable[[], Any], *, seconds: float = 2.0, root: Path = Path("/sys/class/powercap")
 ) -> dict[str, Any] | None:
-    """Joules of a call, by the counters of the processor (RAPL) or else of an NVIDIA GPU.
+    """Measures the joules of a call, by the counters of the processor (RAPL) or of an NVIDIA GPU.
 
     Everything else that the machine does in the meantime is counted too.
 
@@ -141,15 +141,15 @@ def measured(
 
 
 def _rapl(root: Path) -> dict[str, tuple[float, float]] | None:
-    """`{package: (joules, at which it starts again from 0)}`."""
-    found = {}
+    """Reads `{package: (joules, at which it starts again from 0)}`."""
+    counters = {}
     for zone in sorted(root.glob("intel-rapl:?")):  # those with a second number are parts of these
         try:
             joules = 1e-6 * int((zone / "energy_uj").read_text())
-            found[zone.name] = joules, 1e-6 * int((zone / "max_energy_range_uj").read_text())
+            counters[zone.name] = joules, 1e-6 * int((zone / "max_energy_range_uj").read_text())
         except (OSError, ValueError):  # root alone may read it
             continue
-    return found or None
+    return counters or None
 
 
 def _nvml() -> dict[str, tuple[float, float]] | None:

@@ -12,16 +12,17 @@ import jax
 import numpy as np
 
 from kdq import provenance
+from kdq.quantize.inputs import Batch
 
 Call = Callable[[], Any]  # does its work once, to the end
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Of one of those that took turns."""
+    """The time of a call, and how it compares with the base's."""
 
     milliseconds: float  # median of a call
-    ratio: float  # median over the rounds of the base's time over its own: how many times faster
+    ratio: float  # median over the rounds of the base's time over its time: how many times faster
     quartiles: tuple[float, float]  # of that ratio
 
 
@@ -42,18 +43,18 @@ def take_turns(
       warmup: rounds before them.
       least_seconds: a call that takes less is repeated within its turn.
     """
-    measured = seconds(calls, rounds=rounds, warmup=warmup, least_seconds=least_seconds)
-    found = {}
-    for name, own in measured.items():
-        low, mid, high = np.percentile(measured[base] / own, (25, 50, 75))
-        found[name] = Timing(1e3 * float(np.median(own)), float(mid), (float(low), float(high)))
-    return found
+    times = seconds(calls, rounds=rounds, warmup=warmup, least_seconds=least_seconds)
+    timings = {}
+    for name, taken in times.items():
+        low, mid, high = map(float, np.percentile(times[base] / taken, (25, 50, 75)))
+        timings[name] = Timing(1e3 * float(np.median(taken)), mid, (low, high))
+    return timings
 
 
 def seconds(
     calls: Mapping[str, Call], *, rounds: int, warmup: int, least_seconds: float
 ) -> dict[str, np.ndarray]:
-    """The seconds of each call in each round that counts; arguments of `take_turns`."""
+    """Returns the seconds of each call in each round that counts; arguments of `take_turns`."""
     repeats = {name: _repeats(call, least_seconds) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + warmup):
@@ -64,11 +65,11 @@ def seconds(
             for _ in range(count):
                 call()
             times[name].append((time.perf_counter() - start) / count)
-    return {name: np.array(own[warmup:]) for name, own in times.items()}
+    return {name: np.array(taken[warmup:]) for name, taken in times.items()}
 
 
 def _repeats(call: Call, least_seconds: float) -> int:
-    """How often a call fits into the time, after the first, which may compile."""
+    """Returns how often a call fits into the time, after the first, which may compile."""
     if not least_seconds:
         return 1
     call()
@@ -80,46 +81,46 @@ def _repeats(call: Call, least_seconds: float) -> int:
 
 def measure(
     runtimes: Mapping[str, Callable[[Any], Any]],
-    images: Any,
+    inputs: Batch,
     *,
     base: str,
     batches: Sequence[int] = (1, 64),
     **turns: Any,
 ) -> dict[str, dict[int, Timing]]:
-    """Times runtimes on batches of images: `{name: {batch size: timing}}`.
+    """Times runtimes on batches: `{name: {batch size: timing}}`.
 
     Args:
       runtimes: functions of a batch that return when its outputs are there.
-      images: [examples, ...] as the models take them, or a tuple of arrays; repeated for a larger
-        batch.
+      inputs: examples as the models take them, arrays with a leading axis of examples; repeated
+        for a larger batch.
       base: one of the runtimes.
       batches: sizes.
       **turns: of `take_turns`.
     """
-    found: dict[str, dict[int, Timing]] = {name: {} for name in runtimes}
+    timings: dict[str, dict[int, Timing]] = {name: {} for name in runtimes}
     for size in batches:
-        batch = jax.tree.map(functools.partial(_resized, size=size), images)
+        batch = jax.tree.map(functools.partial(_resize, size=size), inputs)
         calls = {name: lambda run=run, batch=batch: run(batch) for name, run in runtimes.items()}
         for name, timing in take_turns(calls, base, **turns).items():
-            found[name][size] = timing
-    return found
+            timings[name][size] = timing
+    return timings
 
 
-def _resized(array: np.ndarray, size: int) -> np.ndarray:
-    """As many examples, repeated if there are fewer."""
+def _resize(array: np.ndarray, size: int) -> np.ndarray:
+    """Returns as many examples, repeated if there are fewer."""
     return np.ascontiguousarray(np.resize(array, (size, *array.shape[1:])))
 
 
 def cores(threads: int | None) -> list[int]:
-    """The first cores that this process may use, as many as threads; None is all.
+    """Returns the first cores that this process may use, as many as threads; None is all.
 
     Raises:
       ValueError: there are not as many.
     """
-    found = sorted(os.sched_getaffinity(0))
-    if threads is not None and not 1 <= threads <= len(found):
-        raise ValueError(f"threads={threads}: this process has {len(found)} cores")
-    return found[:threads]
+    allowed = sorted(os.sched_getaffinity(0))
+    if threads is not None and not 1 <= threads <= len(allowed):
+        raise ValueError(f"threads={threads}: this process has {len(allowed)} cores")
+    return allowed[:threads]
 
 
 @contextlib.contextmanager
@@ -137,5 +138,5 @@ def pinned(cores: Collection[int]) -> Iterator[None]:
 
 
 def conditions(cores: Sequence[int]) -> dict[str, Any]:
-    """What latencies were measured under, for their record."""
+    """Returns the conditions of latencies that are measured now, for their record."""
     return {"device": provenance.device(), "cores": list(cores), "load": os.getloadavg()[0]}

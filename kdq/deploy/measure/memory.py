@@ -1,4 +1,4 @@
-"""Memory: what a model's numbers take when it is loaded, and while it runs."""
+"""Memory: the bytes of a model's numbers when it is loaded, and while it runs."""
 
 from typing import Any
 
@@ -6,29 +6,29 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from kdq.deploy.lower.lowering import IntegerModel
-from kdq.quantize.inputs import as_inputs
-from kdq.types import Array
+from kdq.deploy.formats.runtime import example_specs
+from kdq.deploy.lower.model import IntegerModel
+from kdq.quantize.inputs import Batch
 
 
 def weight_bytes(lowered: IntegerModel) -> int:
-    """Bytes of the loaded model: codes in their own bits, scales, biases and all else."""
+    """Returns the bytes of the loaded model: codes in their own bits, scales, biases, all else."""
     loaded = jax.tree.leaves((lowered.variables, lowered.keywords))
     return -(-sum(map(_bits, loaded)) // 8)
 
 
-def activation_bytes(lowered: IntegerModel, inputs: Array | tuple) -> int:
-    """The most bytes that are alive at once between the operations on one example.
+def activation_bytes(lowered: IntegerModel, inputs: Batch) -> int:
+    """Returns the most bytes that are alive at once between the operations on one example.
 
     An array is alive from the operation that makes it, or from the start if it is an input, to the
     last that takes it. A layer is one operation: what its kernel needs inside is not counted.
 
     Args:
       lowered: see `lower`.
-      inputs: an array with a leading batch axis, or a tuple of these; only the shapes matter.
+      inputs: of one batch, arrays with a leading batch axis; only the shapes matter.
     """
-    specs = as_inputs(inputs).shapes(1)
-    program = jax.make_jaxpr(lambda *arrays: lowered.apply(arrays, unroll=True))(*specs).jaxpr
+    forward = lambda call: lowered.apply(call, unroll=True)
+    program = jax.make_jaxpr(forward)(example_specs(inputs, 1)).jaxpr
     needed = _needed(program)
     last = {atom: i for i, eqn in enumerate(needed) for atom in _variables(eqn.invars)}
     last |= dict.fromkeys(_variables(program.outvars), len(needed))
@@ -44,11 +44,11 @@ def activation_bytes(lowered: IntegerModel, inputs: Array | tuple) -> int:
 
 
 def _needed(program: core.Jaxpr) -> list[core.JaxprEqn]:
-    """The equations that the outputs need, of the inputs and not of weights alone."""
-    wanted, kept = set(_variables(program.outvars)), []
+    """Returns the equations that the outputs need, of the inputs and not of weights alone."""
+    needed_variables, kept = set(_variables(program.outvars)), []
     for eqn in reversed(program.eqns):
-        if not wanted.isdisjoint(eqn.outvars):
-            wanted |= set(_variables(eqn.invars))
+        if not needed_variables.isdisjoint(eqn.outvars):
+            needed_variables |= set(_variables(eqn.invars))
             kept.append(eqn)
     reached, needed = set(program.invars), []
     for eqn in reversed(kept):

@@ -1,4 +1,4 @@
-"""How alike they are: the simulation, the integer model, and a file in its own runtime."""
+"""Differences between the simulation, the integer model, and a file in its own runtime."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,15 +9,16 @@ import numpy as np
 
 from kdq import quantize
 from kdq.deploy.formats.packed import PackedModel
-from kdq.deploy.lower.lowering import IntegerModel
+from kdq.deploy.lower.model import IntegerModel
 from kdq.quantize import grid
 from kdq.quantize.calls import ModuleCall
-from kdq.quantize.network import Network, Weights
-from kdq.types import Array
+from kdq.quantize.inputs import Batch
+from kdq.quantize.network import Weights
+from kdq.types import Array, QParams, Variables
 
 
-def of_outputs(outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """Of two arrays of outputs [examples, ..., classes]."""
+def compare_outputs(outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Compares two arrays of outputs [examples, ..., classes]."""
     same = (outputs.argmax(-1) == expected.argmax(-1)).mean()
     return {
         "argmax_agreement": float(same),
@@ -26,23 +27,23 @@ def of_outputs(outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
 
 
 def leaves(outputs: Any) -> list[np.ndarray]:
-    """All arrays of what a model returns, in the order of `jax.tree.leaves`."""
+    """Returns all arrays that a model returns, in the order of `jax.tree.leaves`."""
     return [np.asarray(array) for array in jax.tree.leaves(outputs)]
 
 
-def of_all(outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> dict[str, float]:
-    """Of all outputs of a model: the least agreement, and the largest difference."""
-    each = [of_outputs(*pair) for pair in zip(outputs, expected, strict=True)]
+def compare_all(outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> dict[str, float]:
+    """Compares all outputs of a model; returns the least agreement and the largest difference."""
+    each = [compare_outputs(*pair) for pair in zip(outputs, expected, strict=True)]
     return {
         "argmax_agreement": min(entry["argmax_agreement"] for entry in each),
         "max_logit_difference": max(entry["max_logit_difference"] for entry in each),
     }
 
 
-def of_integers(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> dict[str, Any]:
-    """Of what layers take and make, by name: uint8 codes, and int32 sums.
+def compare_integers(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> dict[str, Any]:
+    """Compares what layers take and make, by name: uint8 codes, and int32 sums.
 
-    What the first has not is left out.
+    Names that `ours` lacks are left out.
     """
     apart = {
         name: np.abs(np.asarray(ours[name]).astype(np.int64) - np.asarray(array))
@@ -64,47 +65,46 @@ def of_integers(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> dict[
 
 
 @jax.jit
-def made(integer: IntegerModel, images: Array) -> dict[str, Array]:
-    """What each integer layer takes and makes; see `IntegerModel.apply`."""
-    found: dict[str, Array] = {}
-    integer.apply(images, unroll=True, made=found)
-    return found
+def layer_integers(integer: IntegerModel, inputs: Batch) -> dict[str, Array]:
+    """Returns what each integer layer takes and makes; see `IntegerModel.apply`."""
+    integers: dict[str, Array] = {}
+    integer.apply(inputs, unroll=True, integers=integers)
+    return integers
 
 
-def simulated(packed: PackedModel, integer: IntegerModel, images: Array) -> Any:
-    """The outputs that a file in its runtime is compared with: those of the simulation.
+def simulated_outputs(packed: PackedModel, integer: IntegerModel, inputs: Batch) -> Any:
+    """Returns the outputs that a file in its runtime is compared with: those of the simulation.
 
     Its biases are those of the integer model, whatever the file's are.
     """
     variables = integer.simulated(packed.variables)
-    return quantize.predict(packed.model, variables, packed.qparams, images)
+    return quantize.predict(packed.network, variables, packed.qparams, inputs)
 
 
-def simulated_codes(packed: PackedModel, integer: IntegerModel, images: Array) -> dict[str, Array]:
-    """What the simulation rounds the inputs of layers to, named as by `made`.
+def simulated_codes(packed: PackedModel, integer: IntegerModel, inputs: Batch) -> dict[str, Array]:
+    """Returns what the simulation rounds layers' inputs to, named as by `layer_integers`.
 
     It has the biases of the integer model (`IntegerModel.simulated`), as the packed files of arms
-    have by themselves. Of layers in a stack nothing.
+    have by themselves. Layers in a stack are left out.
     """
-    wanted = set(jax.eval_shape(made, integer, images))
+    names = set(jax.eval_shape(layer_integers, integer, inputs))
 
-    def simulate(variables: Any, qparams: Any, images: Array) -> dict[str, Array]:
-        found: dict[str, Array] = {}
+    def simulate(variables: Variables, qparams: QParams, inputs: Batch) -> dict[str, Array]:
+        codes: dict[str, Array] = {}
 
         def record(call: ModuleCall) -> Any:
             quantizers = qparams.get(call.path, {})
             name, calls = call.path, 1
-            while any(f"{name}/{operand}" in found for operand in quantizers):
+            while any(f"{name}/{operand}" in codes for operand in quantizers):
                 calls += 1
                 name = f"{call.path}#{calls}"
             for operand, x in call.operands.items():
-                if f"{name}/{operand}" in wanted and operand in quantizers:
-                    codes = grid.to_codes(x, quantizers[operand]) - quantizers[operand].qmin
-                    found[f"{name}/{operand}"] = codes.astype(jnp.uint8)
+                if f"{name}/{operand}" in names and operand in quantizers:
+                    rounded = grid.to_codes(x, quantizers[operand]) - quantizers[operand].qmin
+                    codes[f"{name}/{operand}"] = rounded.astype(jnp.uint8)
             return call.run()
 
-        Network(packed.model).run(Weights(variables=variables, qparams=qparams), images, record)
-        return found
+        packed.network.run(Weights(variables=variables, qparams=qparams), inputs, record)
+        return codes
 
-    variables = integer.simulated(packed.variables)
-    return jax.jit(simulate)(variables, packed.qparams, images)
+    return jax.jit(simulate)(integer.simulated(packed.variables), packed.qparams, inputs)

@@ -34,17 +34,13 @@ def step(
 ) -> State:
     """The state after one more step; to be called in a `jit`.
 
-    Args:
-      loss: (parameters, number) -> scalar.
-      state: from `start` or the step before.
-      rates: learning rates, one for each tree of the parameters.
-      number: of this step, from 0.
-      until: the rates fall in a straight line from step 0 to nothing here.
+    `loss` is (parameters, number) -> scalar, `number` that of this step, from 0. There is a rate
+    for each tree of the parameters; they fall in a straight line from step 0 to nothing at `until`.
     """
     parameters, moments = state
     updates, moments = _MOMENTS.update(jax.grad(loss)(parameters, number), moments)
     moved = (
-        jax.tree.map(lambda p, u, rate=rate * (1 - number / until): p - rate * u, own, update)
-        for own, update, rate in zip(parameters, updates, rates, strict=True)
+        jax.tree.map(lambda p, u, rate=rate * (1 - number / until): p - rate * u, tree, update)
+        for tree, update, rate in zip(parameters, updates, rates, strict=True)
     )
     return tuple(moved), moments

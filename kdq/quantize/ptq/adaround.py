@@ -1,24 +1,25 @@
 """AdaRound: each layer's rounding, learned so that its output moves least (arXiv:2004.10568)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 from absl import logging
 
-from kdq.quantize.inputs import Batch, reboxed, unboxed
-from kdq.quantize.network import Network, as_network
-from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
-from kdq.quantize.ptq.order import prefixes, stack_roots
+from kdq.quantize.inputs import Inputs
+from kdq.quantize.network import Network
+from kdq.quantize.ptq.options import Progress, ptq_method, quiet
+from kdq.quantize.ptq.order import prefixes
 from kdq.quantize.ptq.reconstruct import Settings, reconstruct
 from kdq.quantize.ptq.units import Unit, Watch, describe, why_not
 from kdq.types import QParams, Variables
 
 
+@ptq_method()
 def adaround(
-    network: Network | nn.Module,
+    network: Network,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Batch],
+    batches: Sequence[Inputs],
     *,
     target: Variables | None = None,
     steps: int = 1000,
@@ -39,60 +40,35 @@ def adaround(
     already and h(V) from 0 to 1 stands between rounding down and up (see `rounding`). The paper's
     error is not divided and its second term is a sum, times 0.01: here neither the size of the
     outputs nor the number of weights matters to `regularization`. β falls from 20 to 2. A layer
-    whose learned rounding does not have the smaller error on the batches is rounded to nearest.
+    whose learned rounding does not have the smaller error on the batches is rounded to nearest, as
+    are embeddings that are only looked up.
 
     The activation function after a layer, which the paper includes, is not seen here; `brecq` does.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its variables, with float weights.
-      qparams: from `calibrate`; layers without quantized weights stay as they are.
-      batches: unlabelled inputs of the model, of one shape; arrays or tuples of arguments.
-      target: the float model's, where `variables` have been changed since; None: `variables`.
+    Args beside those of `options.ptq_method`:
       steps: of Adam, a layer.
       learning_rate: of V.
       batch_size: rows of a layer's input in a step.
       regularization: how strongly V is made to decide.
       seed: of the choice of rows.
-      progress: (items, description) -> items.
-
-    Returns:
-      variables whose quantized weights are on their grids, and `qparams`. Embeddings that are only
-      looked up are rounded to nearest, which is their best.
-
-    Raises:
-      ValueError: no batches, an option out of range, values that are not finite (names the layer).
     """
-    batches = as_list(batches, "adaround")
-    network, boxed, variables = as_network(network), variables, unboxed(variables)
-    check_positive("adaround", steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     settings = Settings(
+        method="adaround",
         steps=steps,
         learning_rate=learning_rate,
         batch_size=batch_size,
         regularization=regularization,
         seed=seed,
     )
-    target = variables if target is None else unboxed(target)
-    weighted = [path for path, own in qparams.items() if "weights" in own]
+    weighted = [path for path, quantizers in qparams.items() if "weights" in quantizers]
     paths = dict.fromkeys(p for path in weighted for p in prefixes(path))
     units = describe(network, variables, batches[0], paths, qparams)
-    chosen = alone("adaround", weighted, units)
-    variables, qparams = reconstruct(
-        Watch(network, tuple(u.path for u in chosen), batches),
-        variables,
-        qparams,
-        target,
-        chosen,
-        stack_roots(network, variables, batches[0]),
-        settings,
-        name="adaround",
-        progress=progress,
-    )
-    return reboxed(variables, boxed), qparams
+    units = choose_layers("adaround", weighted, units)
+    watch = Watch(network, tuple(unit.path for unit in units), batches)
+    return reconstruct(watch, variables, qparams, target, units, settings, progress=progress)
 
 
-def alone(name: str, paths: Sequence[str], units: dict[str, Unit]) -> list[Unit]:
+def choose_layers(method: str, paths: Sequence[str], units: dict[str, Unit]) -> list[Unit]:
     """The units of the layers whose rounding can be learned alone; logs why not of the others."""
     chosen = []
     for path in paths:
@@ -104,7 +80,7 @@ def alone(name: str, paths: Sequence[str], units: dict[str, Unit]) -> list[Unit]
         else:
             reason = why_not(unit)
         if reason:
-            logging.info("%s: %r is rounded to nearest: %s", name, path, reason)
+            logging.info("%s: %r is rounded to nearest: %s", method, path, reason)
         else:
             chosen.append(unit)
     return sorted(chosen, key=list(units.values()).index)

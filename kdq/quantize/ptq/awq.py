@@ -1,23 +1,22 @@
 """AWQ: weights that meet large activations get finer steps."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from kdq.quantize.calibrate import weight_quantizer
-from kdq.quantize.inputs import Batch, reboxed, unboxed
+from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import LayerInfo, list_layers
-from kdq.quantize.network import Network, as_network
+from kdq.quantize.network import Network
 from kdq.quantize.observe import observe
 from kdq.quantize.ptq import matrices
 from kdq.quantize.ptq.channels import Consumer, Rescaling, rescale
-from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet, refuse_quantizers
+from kdq.quantize.ptq.options import Progress, check_positive, ptq_method, quiet
 from kdq.quantize.ptq.rescale import find_rescalings
 from kdq.quantize.rules import QuantizationRule, TensorSpec, match, uniform_rules
 from kdq.quantize.ste import fake_quantize
@@ -26,11 +25,12 @@ from kdq.types import Array, QParams, Variables
 FOUR_BITS = uniform_rules(4, None)
 
 
+@ptq_method(before_calibration=True)
 def awq(
-    network: Network | nn.Module,
+    network: Network,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Batch],
+    batches: Sequence[Inputs],
     *,
     rules: Sequence[QuantizationRule] = FOUR_BITS,
     candidates: int = 20,
@@ -49,32 +49,20 @@ def awq(
 
     The layers' Gram matrices are kept all at once: 4 · inputs² bytes for each group of each.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its float variables.
-      qparams: {}; calibrate afterwards.
-      batches: inputs of the model, all of one shape.
+    Args beside those of `options.ptq_method`:
       rules: how the weights will be quantized; those for `calibrate`.
       candidates: values of `a`.
       seed: of the search for channels; see `find_rescalings`.
-      progress: `progress(layer paths, description)` yields the paths.
-
-    Returns:
-      `(variables, qparams)`.
 
     Raises:
-      ValueError: no batches, quantizers, no candidates, a rule that fits no layer, NaN in an input
-        or groups that do not divide (name the layer).
+      ValueError: a rule that fits no layer, or groups that do not divide; names the layer.
     """
-    refuse_quantizers(qparams, "awq")
     check_positive("awq", candidates=candidates)
-    batches = as_list(batches, "awq")
-    network, boxed, variables = as_network(network), variables, unboxed(variables)
     all_layers = list_layers(network, variables, batches[0])
     specs = {path: rule.weights for path, rule in match(rules, all_layers).items() if rule.weights}
-    found = find_rescalings(network, variables, batches[0], seed=seed, progress=progress)
+    rescalings = find_rescalings(network, variables, batches[0], seed=seed, progress=progress)
     takes = lambda pair: any(c.layer.path in specs for c in pair.consumers)
-    pairs = {pair.producer.path: pair for pair in found if takes(pair)}
+    pairs = {pair.producer.path: pair for pair in rescalings if takes(pair)}
     layers = {c.layer.path: c.layer for pair in pairs.values() for c in pair.consumers}
     for path in specs:
         if all_layers[path].weight_name and path not in layers:
@@ -87,11 +75,11 @@ def awq(
         variables = rescale(variables, pair, 1 / factors)
         for consumer in pair.consumers:  # the next pair may make the same inputs
             seen[consumer.layer.path] = _divided(seen[consumer.layer.path], consumer, factors)
-    return reboxed(jax.tree.map(jnp.asarray, variables), boxed), qparams
+    return jax.tree.map(jnp.asarray, variables), qparams
 
 
 def _observe(network, variables, layers, batches) -> dict[str, tuple[Array, Array]]:
-    """Of each layer's inputs: Σ|x| and number by channel, and their Gram matrices."""
+    """The mean |x| of each layer's inputs by channel, and their Gram matrices."""
     watchers, states = {}, {}
     for path, layer in layers.items():
         form = matrices.form(layer)
@@ -170,7 +158,7 @@ def _output_error(gram, weight, quantizer, inputs, form):
 def _divided(
     seen: tuple[Array, Array], consumer: Consumer, factors: np.ndarray
 ) -> tuple[Array, Array]:
-    """What was seen of inputs, as if they were divided by `factors`."""
+    """The means and Gram matrices of inputs, as if they were divided by `factors`."""
     form = matrices.form(consumer.layer)
     inputs = consumer.inputs(factors)
 

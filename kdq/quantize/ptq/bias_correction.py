@@ -1,32 +1,32 @@
 """The mean error that quantization adds to each output channel, taken out of the bias."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from kdq.quantize.inputs import Batch, reboxed, unboxed
+from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import LayerInfo, list_layers
-from kdq.quantize.network import Network, Weights, as_network
+from kdq.quantize.network import Network, Weights
 from kdq.quantize.paths import at_path, copied
 from kdq.quantize.ptq.norms import Norm, list_norms
-from kdq.quantize.ptq.options import Progress, as_list, quiet
+from kdq.quantize.ptq.options import Progress, ptq_method, quiet
 from kdq.quantize.ptq.order import in_order, stack_roots
 from kdq.quantize.ptq.watch import output_channels, outputs_of
 from kdq.types import Array, QParams, Variables
 
 
+@ptq_method()
 def bias_correction(
-    network: Network | nn.Module,
+    network: Network,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Batch],
+    batches: Sequence[Inputs],
     *,
     target: Variables | None = None,
     progress: Progress = quiet,
@@ -44,22 +44,8 @@ def bias_correction(
     What has neither (Embed, products of activations, layers with `use_bias=False`) is left as it
     is, with a log line.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its float variables.
-      qparams: the quantizers.
-      batches: inputs of the model, all of one shape.
-      target: the float model's, where `variables` have been changed since; None: `variables`.
-      progress: see `options`.
-
-    Returns:
-      Variables with other biases, and `qparams`.
-
-    Raises:
-      ValueError: no batches, or outputs that are not finite; names the layer.
+    Arguments, returns and errors: see `options.ptq_method`.
     """
-    batches = as_list(batches, "bias_correction")
-    network, boxed, variables = as_network(network), variables, unboxed(variables)
     inputs = batches[0]
     layers = list_layers(network, variables, inputs)
     norms = {}
@@ -75,19 +61,19 @@ def bias_correction(
             biases[path] = shifted
     if not biases:
         logging.warning("bias_correction: no quantized layer has a bias to correct")
-        return boxed, qparams
+        return variables, qparams
     kept = tuple((path, tuple(output_channels(layers[path]))) for path in biases)
     run = partial(_mean_outputs, network, batches=batches, kept=kept)
-    wanted = run(variables if target is None else unboxed(target), {})
+    expected = run(variables if target is None else target, {})
     order = in_order(
         {path: layers[path].stack for path in biases},
         stack_roots(network, variables, inputs),
     )
     for path, index in progress(list(order), "bias_correction"):
-        error = np.zeros_like(wanted[path])
-        error[index] = (wanted[path] - run(variables, qparams)[path])[index]
+        error = np.zeros_like(expected[path])
+        error[index] = (expected[path] - run(variables, qparams)[path])[index]
         variables = biases[path].shifted(variables, error)
-    return reboxed(variables, boxed), qparams
+    return variables, qparams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +87,14 @@ class _Bias:
 
     def shifted(self, variables: Variables, error: np.ndarray) -> Variables:
         changed = dict(variables[self.collection])
-        own = copied(changed, self.path, "biases")
-        old = own[self.name]
-        own[self.name] = jnp.asarray(np.float64(old) + self.sign * error, old.dtype)
+        arrays = copied(changed, self.path, "biases")
+        old = arrays[self.name]
+        arrays[self.name] = jnp.asarray(np.float64(old) + self.sign * error, old.dtype)
         return {**variables, self.collection: changed}
 
 
 def _shifted(layer: LayerInfo, norm: Norm | None, variables: Variables) -> _Bias | str:
-    """What to correct, or why there is nothing."""
+    """Returns the bias to correct, or the reason why there is none."""
     channels = output_channels(layer)
     if not channels:
         return f"{layer.kind} has no bias"
@@ -125,8 +111,8 @@ def _mean_outputs(network, variables, qparams, *, batches, kept) -> dict[str, np
     """{path: [*stack, *channels] float64}: the mean output of each channel over all batches."""
     sums: dict[str, Any] = {}
     for inputs in batches:
-        found = _batch_sums(variables, qparams, inputs, network=network, kept=kept)
-        for path, calls in found.items():
+        batch_sums = _batch_sums(variables, qparams, inputs, network=network, kept=kept)
+        for path, calls in batch_sums.items():
             for call in calls:
                 call = [np.asarray(v, np.float64) for v in call]
                 before = sums.get(path, (0.0, 0.0))

@@ -1,7 +1,7 @@
 """BRECQ: rounding learned block by block (arXiv:2102.05426), with QDrop (arXiv:2203.05740)."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,27 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from kdq.entropy import kl
 from kdq.quantize import calls
 from kdq.quantize.calls import ModuleCall
-from kdq.quantize.inputs import Batch, Inputs, reboxed, unboxed
-from kdq.quantize.network import Network, Weights, as_network
-from kdq.quantize.ptq.adaround import alone
-from kdq.quantize.ptq.divergence import check_logits, kl
-from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
-from kdq.quantize.ptq.order import prefixes, stack_roots
-from kdq.quantize.ptq.reconstruct import Settings, plain, reconstruct
+from kdq.quantize.inputs import Inputs
+from kdq.quantize.network import Network, Weights
+from kdq.quantize.ptq.adaround import choose_layers
+from kdq.quantize.ptq.options import Progress, check_logits, ptq_method, quiet
+from kdq.quantize.ptq.order import prefixes
+from kdq.quantize.ptq.reconstruct import Settings, reconstruct, run_quantized
 from kdq.quantize.ptq.units import UNSEEN, Unit, Watch, describe, run_watched, why_not
 from kdq.quantize.ptq.weights import put_weights, weights_of
 from kdq.quantize.ste import fake_quantize
-from kdq.quantize.walk import BESIDE, place
+from kdq.quantize.walk import EXTRAS, place
 from kdq.types import Array, QParams, Variables
 
 
+@ptq_method()
 def brecq(
-    network: Network | nn.Module,
+    network: Network,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Batch],
+    batches: Sequence[Inputs],
     *,
     target: Variables | None = None,
     blocks: Sequence[str] | None = None,
@@ -50,12 +51,7 @@ def brecq(
     As `adaround`, of which this has the objective, but all layers of a block are learned at once
     from the block's output. The logarithms of its activations' scales are learned along.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its variables, with float weights.
-      qparams: from `calibrate`.
-      batches: unlabelled inputs of the model, of one shape; arrays or tuples of arguments.
-      target: the float model's, where `variables` have been changed since; None: `variables`.
+    Args beside those of `options.ptq_method`:
       blocks: patterns; modules whose whole path matches one are blocks ("" is the whole model).
         None: the smallest modules, but not the model itself, with two or more quantized layers.
         Layers in no block are blocks of their own.
@@ -70,27 +66,14 @@ def brecq(
       batch_size: rows of a block's input in a step.
       regularization: how strongly the rounding is made to decide.
       seed: of the choice of rows and of what is dropped.
-      progress: (items, description) -> items.
-
-    Returns:
-      variables whose quantized weights are on their grids, and qparams.
 
     Raises:
-      ValueError: no batches, an option out of range, a pattern that matches no module, blocks
-        inside of blocks, values that are not finite (names the module).
+      ValueError: a pattern that matches no module, or blocks inside of blocks.
     """
-    batches = as_list(batches, "brecq")
-    network, boxed, variables = as_network(network), variables, unboxed(variables)
-    check_positive("brecq", steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     if not 0 <= drop < 1:
-        raise ValueError(f"brecq: drop={drop!r}: want at least 0 and less than 1")
-    target = variables if target is None else unboxed(target)
-    paths = dict.fromkeys(p for path in qparams for p in prefixes(path))
-    units = describe(network, variables, batches[0], paths, qparams)
-    wanted = smallest(list(qparams)) if blocks is None else matching(blocks, list(paths))
-    chosen = _choose(wanted, units, qparams)
-    watch = Watch(network, tuple(unit.path for unit in chosen), batches)
+        raise ValueError(f"brecq: drop={drop!r}: expected at least 0 and less than 1")
     settings = Settings(
+        method="brecq",
         steps=steps,
         learning_rate=learning_rate,
         scale_learning_rate=scale_learning_rate,
@@ -99,20 +82,22 @@ def brecq(
         seed=seed,
         drop=drop,
     )
-    variables, qparams = reconstruct(
+    paths = dict.fromkeys(p for path in qparams for p in prefixes(path))
+    units = describe(network, variables, batches[0], paths, qparams)
+    block_paths = smallest(list(qparams)) if blocks is None else matching(blocks, list(paths))
+    units = _choose(block_paths, units, qparams)
+    watch = Watch(network, tuple(unit.path for unit in units), batches)
+    return reconstruct(
         watch,
         variables,
         qparams,
         target,
-        chosen,
-        stack_roots(network, variables, batches[0]),
+        units,
         settings,
-        name="brecq",
-        runner=dropping if drop else plain,
-        importance=_fisher(watch, target, chosen) if fisher else None,
+        runner=dropping if drop else run_quantized,
+        importance=partial(_importance, watch, target or variables, units) if fisher else None,
         progress=progress,
     )
-    return reboxed(variables, boxed), qparams
 
 
 def smallest(layers: Sequence[str]) -> list[str]:
@@ -133,18 +118,18 @@ def matching(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
                 f"brecq: blocks pattern {pattern!r} matches no module with a quantized layer; "
                 f"these are {list(paths)}"
             )
-    found = [path for path in paths if any(re.fullmatch(p, path) for p in patterns)]
-    for path in found:
+    matched = [path for path in paths if any(re.fullmatch(p, path) for p in patterns)]
+    for path in matched:
         for outer in prefixes(path)[:-1]:
-            if outer in found:
+            if outer in matched:
                 raise ValueError(f"brecq: block {path!r} is inside of block {outer!r}")
-    return found
+    return matched
 
 
-def _choose(wanted: Sequence[str], units: dict[str, Unit], qparams: QParams) -> list[Unit]:
+def _choose(block_paths: Sequence[str], units: dict[str, Unit], qparams: QParams) -> list[Unit]:
     """The blocks that can be run alone, and the layers outside of these; in order."""
     chosen = []
-    for path in wanted:
+    for path in block_paths:
         reason = why_not(units[path]) if path in units else "the model does not call it"
         if reason:
             logging.warning("brecq: the layers of block %r are learned alone: %s", path, reason)
@@ -153,8 +138,9 @@ def _choose(wanted: Sequence[str], units: dict[str, Unit], qparams: QParams) -> 
         else:
             chosen.append(units[path])
     inside = {unit.full(layer) for unit in chosen for layer in unit.layers}
-    rest = [path for path, own in qparams.items() if "weights" in own and path not in inside]
-    return sorted([*chosen, *alone("brecq", rest, units)], key=list(units.values()).index)
+    rest = [path for path, q in qparams.items() if "weights" in q and path not in inside]
+    chosen += choose_layers("brecq", rest, units)
+    return sorted(chosen, key=list(units.values()).index)
 
 
 def dropping(
@@ -171,17 +157,17 @@ def dropping(
 
     The keys travel as the quantizers do: each layer of a stack has its own.
     """
-    beside = {}
+    extras = {}
     for i, (path, quantizers) in enumerate(qparams.items()):
         stack = jnp.shape(next(iter(quantizers.values())).qmin)
         keys = jax.random.split(jax.random.fold_in(key, i), stack)
-        beside[path] = quantizers, jax.random.key_data(keys)
+        extras[path] = quantizers, jax.random.key_data(keys)
 
     def drop_some(call: ModuleCall) -> Any:
         operands = call.operands
-        if not operands or not call.module.has_variable("params", BESIDE):
+        if not operands or not call.module.has_variable("params", EXTRAS):
             return call.run()
-        quantizers, key_data = call.module.get_variable("params", BESIDE)
+        quantizers, key_data = call.module.get_variable("params", EXTRAS)
         key, values = jax.random.wrap_key_data(key_data), {}
         for i, name in enumerate(name for name in operands if name in quantizers):
             x = operands[name]
@@ -189,35 +175,37 @@ def dropping(
             values[name] = jnp.where(kept, x, fake_quantize(x, quantizers[name]))
         return call.with_operands(**values).run()
 
-    return calls.run(module, place(variables, beside), Inputs(*args, **kwargs), drop_some)[0]
+    return calls.run(module, place(variables, extras), Inputs(*args, **kwargs), drop_some)[0]
 
 
-def _fisher(watch: Watch, target: Variables, units: Sequence[Unit]) -> Callable:
-    """The importance of a unit's outputs; see `reconstruct`."""
-
-    def importance(variables, qparams, unit, index):
-        # Weights of units already done are rounded in `variables`, those of later ones are float.
-        inputs = {p: {k: q for k, q in own.items() if k != "weights"} for p, own in qparams.items()}
-        own = {p: qparams[p] for p in map(unit.full, unit.layers) if "weights" in qparams[p]}
-        floats = weights_of(variables["params"], own)
-        nearest = {p: fake_quantize(w, own[p]["weights"]) for p, w in floats.items()}
-        mixed = {p: jnp.asarray(w).at[index].set(nearest[p][index]) for p, w in floats.items()}
-        now = {**variables, "params": put_weights(variables["params"], mixed)}
-        parts = []
-        for batch in watch.batches:
-            gradients = _gradients(
-                target,
-                now,
-                {p: own for p, own in inputs.items() if own},
-                batch,
-                network=watch.network,
-                units=tuple((u.path, u.calls) for u in units),
-            )[unit.path]
-            parts.append(jax.tree.map(lambda g: g[index].astype(jnp.float32) ** 2, gradients))
-        joined = jax.tree.map(lambda *g: jnp.concatenate(g), *parts)
-        return [_mean_1(joined[str(i)]) for i in range(len(unit.calls))]
-
-    return importance
+def _importance(
+    watch: Watch,
+    target: Variables,
+    units: Sequence[Unit],
+    variables: Variables,
+    qparams: QParams,
+    unit: Unit,
+    index: tuple[int, ...],
+) -> list[list[Array]]:
+    """The squared gradients of KL at a unit's outputs, mean 1; see `reconstruct`."""
+    # Weights of units already done are rounded in `variables`, those of later ones are float.
+    inputs = {p: {k: q for k, q in of.items() if k != "weights"} for p, of in qparams.items()}
+    weighted = {p: qparams[p] for p in map(unit.full, unit.layers) if "weights" in qparams[p]}
+    floats = weights_of(variables["params"], weighted)
+    nearest = {p: fake_quantize(w, weighted[p]["weights"]) for p, w in floats.items()}
+    mixed = {p: jnp.asarray(w).at[index].set(nearest[p][index]) for p, w in floats.items()}
+    weights = Weights(
+        variables={**variables, "params": put_weights(variables["params"], mixed)},
+        qparams={path: quantizers for path, quantizers in inputs.items() if quantizers},
+    )
+    calls_of = tuple((u.path, u.calls) for u in units)
+    parts = []
+    for batch in watch.batches:
+        gradients = _gradients(target, weights, batch, network=watch.network, units=calls_of)
+        square = lambda g: g[index].astype(jnp.float32) ** 2
+        parts.append(jax.tree.map(square, gradients[unit.path]))
+    joined = jax.tree.map(lambda *g: jnp.concatenate(g), *parts)
+    return [_mean_1(joined[str(i)]) for i in range(len(unit.calls))]
 
 
 def _mean_1(weights: list[Array]) -> list[Array]:
@@ -228,13 +216,13 @@ def _mean_1(weights: list[Array]) -> list[Array]:
 
 
 @partial(jax.jit, static_argnames=("network", "units"))
-def _gradients(target, variables, qparams, inputs, *, network, units):
+def _gradients(target, weights, inputs, *, network, units):
     """By unit and call: the gradient of Σ KL(float ‖ quantized) at its float outputs."""
     reference = network.select_prediction(
         network.run(Weights(variables=target, qparams={}), inputs)[0]
     )
     check_logits("brecq: fisher=True", "the model's outputs", reference)
-    weights, calls_of = Weights(variables=variables, qparams=qparams), dict(units)
+    calls_of = dict(units)
     go = partial(run_watched, network, weights, inputs)
     _, shapes = jax.eval_shape(lambda: go(dict.fromkeys(calls_of, UNSEEN)))
     zeros = {

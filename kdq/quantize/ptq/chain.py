@@ -68,9 +68,9 @@ def check(steps: Sequence[Mapping[str, Any]], where: str) -> None:
                 f"{here}: {name!r} changes float weights and must come before {tuple(AFTER)}"
             )
         calibrated = calibrated or name in AFTER
-        for given in GIVEN:
-            if given in options:
-                raise ConfigError(f"{here}.{given}: not an option of {name!r}")
+        for option in GIVEN:
+            if option in options:
+                raise ConfigError(f"{here}.{option}: not an option of {name!r}")
         check_arguments(METHODS[name], options | dict.fromkeys(_required(name)), here)
 
 
@@ -106,20 +106,16 @@ def run(
         options = dict(step)
         method = METHODS[options.pop("method")]
         takes = inspect.signature(method).parameters
-        given = {k: v for k, v in (shared | more).items() if k in takes}
-        return method(network, variables, qparams, batches, **given, **options)
+        options |= {k: v for k, v in (shared | more).items() if k in takes}
+        return method(network, variables, qparams, batches, **options)
 
-    for step in _of(steps, BEFORE):
+    for step in (step for step in steps if step["method"] in BEFORE):
         variables, _ = go(step, variables, {}, rules=rules)
     target = variables
     qparams = calibrate(network, variables, rules, batches, check=False)
-    for step in _of(steps, AFTER):
+    for step in (step for step in steps if step["method"] in AFTER):
         variables, qparams = go(step, variables, qparams, target=target, teacher=teacher)
     return Outcome(target=target, variables=variables, qparams=qparams)
-
-
-def _of(steps: Sequence[Mapping[str, Any]], methods: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [step for step in steps if step["method"] in methods]
 
 
 def _required(name: str) -> list[str]:

@@ -56,28 +56,18 @@ class Rescaling:
     consumers: tuple[Consumer, ...]
 
     def largest(self, values: Sequence[Array]) -> np.ndarray:
-        """By channel of the producer, the largest of the consumers' `values`, which are >= 0.
-
-        Args:
-          values: one array a consumer, of the shape of its `channel`.
-        """
-        found = np.zeros(self.producer.factors, np.float32)
-        for consumer, own in zip(self.consumers, values, strict=True):
+        """By channel of the producer, the largest of `values` >= 0, an array a consumer."""
+        most = np.zeros(self.producer.factors, np.float32)
+        for consumer, array in zip(self.consumers, values, strict=True):
             used = consumer.channel >= 0
-            np.maximum.at(found, consumer.channel[used], np.asarray(own)[used])
-        return found
+            np.maximum.at(most, consumer.channel[used], np.asarray(array)[used])
+        return most
 
 
 def rescale(variables: Variables, rescaling: Rescaling, factors: np.ndarray) -> Variables:
     """The producer's channels times `factors`, and the consumers' weights divided by them.
 
-    Args:
-      variables: of the model; unchanged.
-      rescaling: one of `find_rescalings`.
-      factors: [producer.factors] positive float.
-
-    Returns:
-      Variables of which those that changed are NumPy arrays.
+    `factors` are [producer.factors], positive. What changed is NumPy arrays.
     """
     factors = np.asarray(factors, np.float32)
     variables = _produce(variables, rescaling.producer, factors)
@@ -99,32 +89,34 @@ def output_axes(layer: LayerInfo, form: matrices.Form) -> matrices.Axes:
 def output_reach(variables: Variables, producer: Producer) -> np.ndarray:
     """Largest absolute weight of each output channel of a layer: [producer.factors]."""
     form = matrices.form(producer.layer)
-    one = lambda w: matrices.reach(w, form, output_axes(producer.layer, form))
+    reach = lambda w: matrices.reach(w, form, output_axes(producer.layer, form))
     weight = np.asarray(matrices.weight_of(variables, producer.layer))
-    return _each(one, producer.stack, weight).reshape(-1)
+    return _each(reach, producer.stack, weight).reshape(-1)
 
 
 def input_reach(variables: Variables, consumer: Consumer) -> np.ndarray:
     """Largest absolute weight of each input channel: [*stack, input channels]."""
     form = matrices.form(consumer.layer)
-    one = lambda w: matrices.reach(w, form, form.channels)
+    reach = lambda w: matrices.reach(w, form, form.channels)
     weight = np.asarray(matrices.weight_of(variables, consumer.layer))
-    return _each(one, consumer.layer.stack, weight)
+    return _each(reach, consumer.layer.stack, weight)
 
 
 def _produce(variables: Variables, producer: Producer, factors: np.ndarray) -> Variables:
     """The producer's channels, and with them what is added to them, times `factors`."""
-    own = at_path(variables["params"], producer.path)
+    params = at_path(variables["params"], producer.path)
     factors = factors.reshape(*producer.stack, producer.channels)
     flat = ("scale", "bias") if producer.layer is None else ("bias",)
-    changed = {n: np.asarray(own[n]) * factors.reshape(own[n].shape) for n in flat if n in own}
+    changed = {
+        n: np.asarray(params[n]) * factors.reshape(params[n].shape) for n in flat if n in params
+    }
     if producer.layer is not None:
         form = matrices.form(producer.layer)
         axes = output_axes(producer.layer, form)
         multiply = lambda w, f: matrices.scaled(w, form, axes, f)
         weight = np.asarray(matrices.weight_of(variables, producer.layer))
         changed[producer.layer.weight_name] = _each(multiply, producer.stack, weight, factors)
-    changed = {name: value.astype(own[name].dtype) for name, value in changed.items()}
+    changed = {name: value.astype(params[name].dtype) for name, value in changed.items()}
     variables = matrices.replaced(variables, producer.path, **changed)
     return variables if producer.norm is None else _shift(variables, producer.norm, factors)
 
@@ -135,10 +127,10 @@ def _shift(variables: Variables, path: str, factors: np.ndarray) -> Variables:
     for collection, name in (("batch_stats", "mean"), ("params", "bias")):
         changed = dict(variables[collection])
         if has_path(changed, path):
-            own = copied(changed, path, "the norm")
-            if name in own:
-                old = np.asarray(own[name])
-                own[name] = (old * factors.reshape(old.shape)).astype(old.dtype)
+            arrays = copied(changed, path, "the norm")
+            if name in arrays:
+                old = np.asarray(arrays[name])
+                arrays[name] = (old * factors.reshape(old.shape)).astype(old.dtype)
         shifted[collection] = changed
     return shifted
 

@@ -4,27 +4,27 @@ What per-tensor scales lose on weights of uneven channels comes back, at no cost
 runs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from kdq.quantize.inputs import Batch, reboxed, unboxed
-from kdq.quantize.network import Network, as_network
+from kdq.quantize.inputs import Inputs
+from kdq.quantize.network import Network
 from kdq.quantize.ptq.channels import Rescaling, input_reach, output_reach, rescale
-from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet, refuse_quantizers
+from kdq.quantize.ptq.options import Progress, check_positive, ptq_method, quiet
 from kdq.quantize.ptq.rescale import find_rescalings
 from kdq.types import QParams, Variables
 
 
+@ptq_method(before_calibration=True)
 def equalize(
-    network: Network | nn.Module,
+    network: Network,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Batch],
+    batches: Sequence[Inputs],
     *,
     iterations: int = 100,
     tolerance: float = 1e-3,
@@ -39,29 +39,15 @@ def equalize(
     row disturb one another, so it is repeated until nothing moves. A channel with a range of 0
     stays. Normalizations are no layers here: fold batch norm before.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its float variables.
-      qparams: {}; calibrate afterwards.
-      batches: inputs of the model; the first is enough.
+    Args beside those of `options.ptq_method`:
       iterations: at most.
       tolerance: stop when no factor is further from 1.
       seed: of the search for channels; see `find_rescalings`.
-      progress: `progress(layer paths, description)` yields the paths.
-
-    Returns:
-      `(variables, qparams)`.
-
-    Raises:
-      ValueError: no batches, quantizers, NaN in an input, an option out of range.
     """
-    refuse_quantizers(qparams, "equalize")
     check_positive("equalize", iterations=iterations)
-    network, boxed, variables = as_network(network), variables, unboxed(variables)
-    inputs = as_list(batches, "equalize")[0]
-    found = find_rescalings(network, variables, inputs, seed=seed, progress=progress)
-    pairs = [rescaling for rescaling in found if rescaling.producer.layer is not None]
-    for rescaling in found:
+    rescalings = find_rescalings(network, variables, batches[0], seed=seed, progress=progress)
+    pairs = [rescaling for rescaling in rescalings if rescaling.producer.layer is not None]
+    for rescaling in rescalings:
         if rescaling.producer.layer is None:
             logging.info("equalize leaves %r: a normalization", rescaling.producer.path)
     total = [np.ones(pair.producer.factors) for pair in pairs]
@@ -81,7 +67,7 @@ def equalize(
     # All at once from the weights as they were: products of many factors would gather rounding.
     for pair, product in zip(pairs, total, strict=True):
         variables = rescale(variables, pair, 1 / product)
-    return reboxed(jax.tree.map(jnp.asarray, variables), boxed), qparams
+    return jax.tree.map(jnp.asarray, variables), qparams
 
 
 def _factors(variables: Variables, pair: Rescaling) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""What quantization does to each layer's output and to the model's: a report, before and after."""
+"""Errors of quantization in each layer's output and in the model's: before and after."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.quantize.inputs import Batch, Inputs, unboxed
+from kdq.entropy import kl
+from kdq.quantize.inputs import Batch, Inputs, as_batches, unboxed
 from kdq.quantize.layers import LayerInfo, list_layers
 from kdq.quantize.network import Network, Weights, as_network
-from kdq.quantize.ptq.divergence import kl
-from kdq.quantize.ptq.options import Progress, as_list, quiet
+from kdq.quantize.ptq.options import Progress, quiet
 from kdq.quantize.ptq.watch import outputs_of
 from kdq.quantize.table import aligned
 from kdq.types import Array, QParams, Variables
@@ -81,20 +81,19 @@ def layer_errors(
     Raises:
       ValueError: no batches, or a float output that is not finite; names the layer.
     """
-    batches = as_list(batches, "layer_errors")
+    batches = list(as_batches(batches, "layer_errors"))
     plain = unboxed(variables)
     pairs = ((plain, before), (plain if target is None else unboxed(target), after))
     network = as_network(network)
     layers, total = measure_energies(network, pairs, progress(batches, "measuring errors"))
     energies, _, divergence = total
-    sqnr = {}
-    for path in layers:  # a `jit` sorts its dicts
-        ratios = energies[path]
-        if not all(np.isfinite(signal).all() for signal, _ in ratios):
+    for path in layers:
+        if not all(np.isfinite(signal).all() for signal, _ in energies[path]):
             raise ValueError(f"layer_errors met NaN or infinity in the output of layer {path!r}")
-        for index in np.ndindex(ratios[0][0].shape):
-            name = path + "".join(f"[{i}]" for i in index)
-            sqnr[name] = tuple(decibel(signal[index], noise[index]) for signal, noise in ratios)
+    sqnr = {
+        name: tuple(decibel(signal[index], noise[index]) for signal, noise in energies[path])
+        for name, path, index in list_places(layers)
+    }
     if divergence is None:
         reason = "the model's output is not one array of logits"
         return LayerErrors(sqnr=sqnr, kl=None, reason=reason)
@@ -108,6 +107,13 @@ def decibel(signal: float, noise: float) -> float:
         return float(10 * np.log10(np.float64(signal) / np.float64(noise)))
 
 
+def list_places(layers: Mapping[str, LayerInfo]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """`(name, path, index)` of each layer of each stack, in the order in which they run."""
+    for path, layer in layers.items():  # a `jit` sorts its dicts
+        for index in np.ndindex(layer.stack):
+            yield path + "".join(f"[{i}]" for i in index), path, index
+
+
 Pair = tuple[Variables, tuple[Variables, QParams]]  # float, and a quantized model
 
 
@@ -116,15 +122,10 @@ def measure_energies(
 ) -> tuple[Mapping[str, LayerInfo], tuple[Any, Any, Any]]:
     """Sums over all batches of squared outputs, and of squared errors.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      pairs: each quantized model with the float one that it is compared with.
-      batches: of one shape.
-
-    Returns:
-      The layers, and `(energies, outputs, divergence)`. `energies`: {path: ((signal, noise) of each
-      pair)}, [*stack] each. `outputs`: the same of the model's own outputs. `divergence`: Σ KL of
-      each pair, and of how many examples; None where the output is not one array.
+    `pairs` are each quantized model with the float one that it is compared with. Returns the
+    layers, and `(energies, outputs, divergence)`: {path: ((signal, noise) of each pair)}, [*stack]
+    each; the same of the model's own outputs; Σ KL of each pair and the number of examples, None
+    where the outputs have no prediction.
     """
     pairs = [(unboxed(clean), (unboxed(noisy), qparams)) for clean, (noisy, qparams) in pairs]
     layers, total = {}, None

@@ -1,29 +1,29 @@
 """Batch norms folded into the layers before them, without editing the model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
 
-from kdq.quantize.inputs import Batch, reboxed, unboxed
+from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import LayerInfo, list_layers
-from kdq.quantize.network import Network, Weights, as_network
+from kdq.quantize.network import Network, Weights
 from kdq.quantize.paths import copied
 from kdq.quantize.ptq import norms as norms_lib
 from kdq.quantize.ptq.norms import Norm, list_norms
-from kdq.quantize.ptq.options import Progress, as_list, quiet, refuse_quantizers
+from kdq.quantize.ptq.options import Progress, ptq_method, quiet
 from kdq.quantize.ptq.watch import output_channels
 from kdq.types import Array, QParams, Variables
 
 
+@ptq_method(before_calibration=True)
 def fold_batch_norm(
-    network: Network | nn.Module,
+    network: Network,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Batch],
+    batches: Sequence[Inputs],
     *,
     tolerance: float = 1e-5,
     progress: Progress = quiet,
@@ -39,29 +39,16 @@ def fold_batch_norm(
     of a layer, if its axis is no output channel of that, or if the model's output would change:
     that is how one finds a layer whose output is also used elsewhere.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its float variables.
-      qparams: {}; the weights are to be calibrated afterwards.
-      batches: inputs of the model; the first is what the output is compared on.
+    Args beside those of `options.ptq_method`:
       tolerance: allowed change of the output, relative to its largest magnitude. A model that
         computes in bfloat16 needs more.
-      progress: see `options`.
-
-    Returns:
-      `(variables, {})`.
-
-    Raises:
-      ValueError: qparams that are not empty, no batches, or an output that is not finite.
     """
-    refuse_quantizers(qparams, "fold_batch_norm")
-    inputs = as_list(batches, "fold_batch_norm")[0]
-    network, boxed, variables = as_network(network), variables, unboxed(variables)
+    inputs = batches[0]
     layers = list_layers(network, variables, inputs)
     norms = list_norms(network, variables, inputs)
     if not norms:
         logging.warning("fold_batch_norm: the model has no batch norm")
-        return boxed, {}
+        return variables, {}
     forward = jax.jit(
         lambda variables: network.run(Weights(variables=variables, qparams={}), inputs)[0]
     )
@@ -89,7 +76,7 @@ def fold_batch_norm(
                 "largest value (tolerance %.1e); is the output of %r used elsewhere?",
                 *(norm.path, change, tolerance, layer.path),
             )
-    return reboxed(folded, boxed), {}
+    return folded, {}
 
 
 def _why_not(norm: Norm, layers: Mapping[str, LayerInfo]) -> str:
@@ -109,7 +96,7 @@ def _fold(variables: Variables, norm: Norm, layer: LayerInfo) -> Variables:
     params, stats = dict(variables["params"]), dict(variables["batch_stats"])
     own_layer = copied(params, layer.path, "batch norms")
     own_stats = copied(stats, norm.path, "batch norms")
-    own = norms_lib.params_of(norm, variables)
+    norm_params = norms_lib.params_of(norm, variables)
     factor, offset = norms_lib.affine(norm, variables)
 
     channels, depth = output_channels(layer), len(layer.stack)
@@ -126,11 +113,11 @@ def _fold(variables: Variables, norm: Norm, layer: LayerInfo) -> Variables:
         offset = np.zeros_like(offset)
     variance = np.full_like(offset, norms_lib.identity_variance(norm))
     own_stats["var"] = _like(own_stats["var"], variance)
-    own_stats["mean"] = _like(own_stats["mean"], 0 * offset if "bias" in own else -offset)
-    if own:
+    own_stats["mean"] = _like(own_stats["mean"], 0 * offset if "bias" in norm_params else -offset)
+    if norm_params:
         own_norm = copied(params, norm.path, "batch norms")
         for name, value in (("scale", np.ones_like(offset)), ("bias", offset)):
-            if name in own:
+            if name in norm_params:
                 own_norm[name] = _like(own_norm[name], value)
     return {**variables, "params": params, "batch_stats": stats}
 

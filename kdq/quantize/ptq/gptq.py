@@ -1,33 +1,33 @@
 """GPTQ: each input's weights are rounded in turn, the others make up for the error."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from absl import logging
 
 from kdq.quantize import grid
 from kdq.quantize.grid import Quantizer
-from kdq.quantize.inputs import Batch, reboxed, unboxed
+from kdq.quantize.inputs import Inputs
 from kdq.quantize.kinds import Unsupported
 from kdq.quantize.layers import LayerInfo, list_layers
-from kdq.quantize.network import Network, as_network
+from kdq.quantize.network import Network
 from kdq.quantize.observe import observe
 from kdq.quantize.ptq import matrices
-from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
+from kdq.quantize.ptq.options import Progress, check_positive, ptq_method, quiet
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
 
 
+@ptq_method()
 def gptq(
-    network: Network | nn.Module,
+    network: Network,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Batch],
+    batches: Sequence[Inputs],
     *,
     damping: float = 0.01,
     act_order: bool = True,
@@ -43,41 +43,30 @@ def gptq(
     before it quantized, weights and activations; the layers of a stack are rounded together, and
     see the stack's other layers in float. An input that is always 0 is rounded to nearest.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its float variables.
-      qparams: from `calibrate`.
-      batches: inputs of the model, all of one shape.
+    Args beside those of `options.ptq_method`:
       damping: λ, as a part of the mean of the diagonal of 2 XᵀX.
       act_order: inputs of large energy first, instead of in their order.
       block_size: inputs between two updates of the rest; changes the time, not the result.
-      progress: `progress(layer paths, description)` yields the paths.
-
-    Returns:
-      `(variables, qparams)`: weights on their grids, and the same quantizers.
 
     Raises:
-      ValueError: no batches, NaN or infinity in a layer's input, a Hessian that is singular at this
-        damping (both name the layer), an option out of range.
+      ValueError: a Hessian that is singular at this damping; names the layer.
     """
     if not damping >= 0:
-        raise ValueError(f"damping={damping!r}: want 0 or more")
+        raise ValueError(f"gptq: damping={damping!r}: expected 0 or more")
     check_positive("gptq", block_size=block_size)
-    batches = as_list(batches, "gptq")
-    network, boxed, variables = as_network(network), variables, unboxed(variables)
     layers = list_layers(network, variables, batches[0])
     if unknown := [path for path in qparams if path not in layers]:
         raise ValueError(f"qparams have {unknown}; the layers are {list(layers)}")
     paths = [path for path in layers if "weights" in qparams.get(path, {})]
     for path in progress(paths, "gptq"):
-        layer, own = layers[path], qparams[path]
+        layer, quantizers = layers[path], qparams[path]
         before = {p: qparams[p] for p in _until(layers, path) if p in qparams}
         weight = jnp.asarray(matrices.weight_of(variables, layer))
         if reason := _why_not(layer):
             logging.warning("gptq rounds layer %r to nearest: %s", path, reason)
-            rounded = fake_quantize(weight, own["weights"])
+            rounded = fake_quantize(weight, quantizers["weights"])
         else:
-            state = (matrices.empty_gram(layer), own.get("activations"))
+            state = (matrices.empty_gram(layer), quantizers.get("activations"))
             key = (path, "activations")
             seen = observe(
                 network,
@@ -88,10 +77,10 @@ def gptq(
                 batches,
             )
             rounded = _rounded(
-                layer, weight, own["weights"], seen[key][0], damping, act_order, block_size
+                layer, weight, quantizers["weights"], seen[key][0], damping, act_order, block_size
             )
         variables = matrices.replaced(variables, path, **{layer.weight_name: rounded})
-    return reboxed(variables, boxed), qparams
+    return variables, qparams
 
 
 def _until(layers: dict[str, LayerInfo], path: str) -> list[str]:
@@ -143,11 +132,11 @@ def _rounded(
 
     flat, quantizer = matrices.over_stack(prepare, layer.stack)(weight, quantizer)
     solve = partial(_solve, act_order=act_order, block=min(block_size, form.size(form.inputs)))
-    solve = jax.vmap(solve, in_axes=(0, 0, 0, 0, None, None))  # over groups
+    solve = jax.vmap(solve, in_axes=(0, 0, 0, None, None))  # over groups
     for _ in layer.stack:
-        solve = jax.vmap(solve, in_axes=(0, 0, 0, 0, 0, None))
+        solve = jax.vmap(solve, in_axes=(0, 0, 0, 0, None))
     limits = quantizer.replace(scale=None, zero_point=None)
-    rounded = solve(hessian, *flat, limits, jnp.float32(damping))
+    rounded = solve(hessian, flat[0], flat[1:], limits, jnp.float32(damping))
     if not jnp.isfinite(rounded).all():
         raise ValueError(
             f"the Hessian of layer {layer.path!r} is singular with damping={damping}: raise it"
@@ -157,17 +146,22 @@ def _rounded(
 
 
 @partial(jax.jit, static_argnames=("act_order", "block"))
-def _solve(hessian, weight, scale, zero_point, limits, damping, *, act_order, block):
-    """One group: hessian [inputs, inputs], the others [inputs, outputs]; returns as weight."""
+def _solve(hessian, weight, steps, limits, damping, *, act_order, block):
+    """Rounds the weight of one group, [inputs, outputs].
+
+    `hessian` is [inputs, inputs]; `steps` are the scale and the zero point of each weight.
+    """
     inputs, outputs = weight.shape
+    # Inputs of large energy first: their errors can be made up for by many others.
     diagonal = jnp.diagonal(hessian)
     order = jnp.argsort(-diagonal) if act_order else jnp.arange(inputs)
     upper = _factor(hessian[order][:, order], damping)
+    # Whole blocks: the padded inputs have weight 0 and touch no others (an identity in U).
     whole = -(-inputs // block) * block
     more = whole - inputs
     upper = jnp.eye(whole).at[:inputs, :inputs].set(upper)
     pad = lambda a, value: jnp.pad(a[order], ((0, more), (0, 0)), constant_values=value)
-    columns = (pad(scale, 1), pad(zero_point, 0))
+    columns = (pad(steps[0], 1), pad(steps[1], 0))
 
     def step(i, carry):
         remaining, rounded = carry
@@ -175,10 +169,11 @@ def _solve(hessian, weight, scale, zero_point, limits, damping, *, act_order, bl
         cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, block)
         rows = cut(upper)
         square = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
-        one, errors = _round_block(cut(remaining), *map(cut, columns), square, limits)
-        # What is before the block changes too: by 0, since `upper` is triangular.
+        block_rounded, errors = _round_block(cut(remaining), *map(cut, columns), square, limits)
+        # The lazy update of the paper: the block's errors E, spread over all later inputs by
+        # W -= U[block, :]ᵀ E. What is before the block changes too: by 0, `upper` is triangular.
         remaining -= jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST)
-        return remaining, jax.lax.dynamic_update_slice_in_dim(rounded, one, start, 0)
+        return remaining, jax.lax.dynamic_update_slice_in_dim(rounded, block_rounded, start, 0)
 
     start = (pad(weight, 0), jnp.zeros((whole, outputs)))
     rounded = jax.lax.fori_loop(0, whole // block, step, start)[1]
@@ -194,6 +189,7 @@ def _factor(hessian: Array, damping: Array) -> Array:
     diagonal = jnp.diagonal(hessian)
     mean = diagonal.mean()
     normal = hessian / jnp.where(mean > 0, mean, 1)
+    # Dampen the Hessian. An input that is always 0 gets a diagonal of its own.
     normal += jnp.diag(damping + (diagonal == 0))
     lower = jnp.linalg.cholesky(normal[::-1, ::-1])
     inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(lower)), lower=True)
@@ -204,9 +200,11 @@ def _round_block(weight, scale, zero_point, upper, limits):
     """A block of inputs, one by one; returns what they are rounded to, and the errors to spread."""
 
     def step(i, carry):
+        # Input i is rounded; δ = (w - q) / U[i, i] goes to the block's later ones by U[i, :].
+        # Invariant: rows before i are done, rows from i on are float and already corrected.
         weight, rounded, errors = carry
-        own = limits.replace(scale=scale[i], zero_point=zero_point[i])
-        nearest = grid.from_codes(grid.to_codes(weight[i], own), own)
+        quantizer = limits.replace(scale=scale[i], zero_point=zero_point[i])
+        nearest = grid.from_codes(grid.to_codes(weight[i], quantizer), quantizer)
         error = (weight[i] - nearest) / upper[i, i]
         weight -= jnp.outer(upper[i], error)
         return weight, rounded.at[i].set(nearest), errors.at[i].set(error)

@@ -1,7 +1,7 @@
 """A layer as matrix products: `patches @ matrix`, one for each of its groups.
 
 What GPTQ, AWQ and the rescaling of channels need to know of a layer is where its inputs, its
-outputs and its groups are in the weight, and that alone is told here, a function a kind. `along`,
+outputs and its groups are in the weight, and only that stands here, a function a kind. `along`,
 `scaled` and `reach` take arrays of JAX and of NumPy alike.
 """
 
@@ -62,27 +62,27 @@ def from_matrix(matrix: Array, form: Form, shape: tuple[int, ...]) -> Array:
 
 
 def patches(layer: LayerInfo, x: Array) -> Array:
-    """What each row of the matrix is multiplied by: [groups, samples, inputs] float32.
+    """Returns what each row of the matrix is multiplied by: [groups, samples, inputs] float32.
 
     A convolution's come from the layer itself, channel by channel, with a kernel that has an output
     for each of its taps, so that padding, strides and dilations of any sort are its own.
     """
-    own = form(layer)
-    taps = tuple(axis for axis in own.inputs if axis not in own.channels)
-    rows = jnp.moveaxis(x, own.input_axes, range(len(own.input_axes)))
+    layout = form(layer)
+    taps = tuple(axis for axis in layout.inputs if axis not in layout.channels)
+    rows = jnp.moveaxis(x, layout.input_axes, range(len(layout.input_axes)))
     if taps:
-        rows = _taps(layer, own, rows[..., None])
+        rows = _taps(layer, layout, rows[..., None])
     # The axes of `split` that the rows have, -1 for their samples; in order, and as they are to be.
-    found = (*own.channels, -1, *taps)
-    wanted = (*own.groups, -1, *own.inputs)
-    rows = rows.reshape([-1 if axis < 0 else own.split[axis] for axis in found])
-    rows = rows.transpose([found.index(axis) for axis in wanted])
-    groups, inputs = own.size(own.groups), own.size(own.inputs)
+    axes = (*layout.channels, -1, *taps)
+    ordered = (*layout.groups, -1, *layout.inputs)
+    rows = rows.reshape([-1 if axis < 0 else layout.split[axis] for axis in axes])
+    rows = rows.transpose([axes.index(axis) for axis in ordered])
+    groups, inputs = layout.size(layout.groups), layout.size(layout.inputs)
     return rows.reshape(groups, -1, inputs).astype(jnp.float32)
 
 
 def _taps(layer: LayerInfo, form: Form, x: Array) -> Array:
-    """Of each element of the output, the inputs under the kernel: [..., 1] -> [..., taps]."""
+    """For each element of the output, the inputs under the kernel: [..., 1] -> [..., taps]."""
     ones = (*form.groups, *form.channels)
     split = [1 if axis in ones else size for axis, size in enumerate(form.split)]
     count = math.prod(split[axis] for axis in form.inputs)
@@ -147,9 +147,9 @@ def gram(layer: LayerInfo, x: Array) -> Array:
 
 def empty_gram(layer: LayerInfo) -> Array:
     """The Gram matrices of no inputs: [*stack, groups, inputs, inputs] float32."""
-    own = form(layer)
-    inputs = own.size(own.inputs)
-    return jnp.zeros((*layer.stack, own.size(own.groups), inputs, inputs), jnp.float32)
+    layout = form(layer)
+    inputs = layout.size(layout.inputs)
+    return jnp.zeros((*layer.stack, layout.size(layout.groups), inputs, inputs), jnp.float32)
 
 
 def check_finite(seen: Mapping[str, Array], method: str) -> None:

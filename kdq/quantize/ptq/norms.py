@@ -37,21 +37,16 @@ def list_norms(
 
     A norm and a layer belong together if the norm's input is the very array that the layer
     returned. Shared ones do too, where each call of the one goes with a call of the other.
-
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its variables, or their shapes.
-      inputs: of one batch, or their shapes.
     """
     # The arrays themselves: kept alive, so that none is mistaken for a later one at its address.
     outputs: list[tuple[Any, str]] = []
     calls: dict[str, list[str | None]] = {}
     norms: dict[str, Norm] = {}
 
-    def record(call: ModuleCall, beside: Any) -> tuple[Any, Any]:
+    def record(call: ModuleCall, extras: Any) -> tuple[Any, Any]:
         result = call.run()
         if call.method != "__call__":
-            return result, beside
+            return result, extras
         if kind_of(call.module) is not None:
             outputs.append((result, call.path))
         elif isinstance(call.module, nn.BatchNorm):
@@ -59,7 +54,7 @@ def list_norms(
             source = next((path for output, path in outputs if output is x), None)
             calls.setdefault(call.path, []).append(source)
             norms[call.path] = _describe(call.module, call.path, x.ndim, variables)
-        return result, beside
+        return result, extras
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
         weights = Weights(variables=variables, qparams={})
@@ -72,13 +67,13 @@ def list_norms(
 
 def _describe(module: nn.BatchNorm, path: str, rank: int, variables: Variables) -> Norm:
     axes = module.axis if isinstance(module.axis, Sequence) else (module.axis,)
-    own = module.get_variable("batch_stats", "mean").shape
+    shape = module.get_variable("batch_stats", "mean").shape
     whole = at_path(variables["batch_stats"], path)["mean"].shape
     return Norm(
         path=path,
         axes=tuple(sorted({axis % rank - rank for axis in axes})),
         epsilon=module.epsilon,
-        stack=tuple(whole[: len(whole) - len(own)]),
+        stack=tuple(whole[: len(whole) - len(shape)]),
         source=None,
         reason="",
     )
@@ -92,7 +87,7 @@ def _pair(norm: Norm, calls: Mapping[str, list[str | None]], runs: Mapping[str, 
     (source,) = sources
     if source is None:
         return dataclasses.replace(norm, reason="its input is not the output of a layer")
-    others = [path for path, found in calls.items() if source in found and path != norm.path]
+    others = [path for path, met in calls.items() if source in met and path != norm.path]
     if others:
         return dataclasses.replace(norm, reason=f"the output of {source!r} also goes to {others}")
     if runs[source] != len(calls[norm.path]):
@@ -102,11 +97,11 @@ def _pair(norm: Norm, calls: Mapping[str, list[str | None]], runs: Mapping[str, 
 
 
 def is_folded(norm: Norm, variables: Variables) -> bool:
-    """Whether the norm multiplies by exactly 1, as `fold_batch_norm` leaves it."""
+    """Returns whether the norm multiplies by exactly 1, as `fold_batch_norm` leaves it."""
     var = np.asarray(at_path(variables["batch_stats"], norm.path)["var"])
-    own = params_of(norm, variables)
+    params = params_of(norm, variables)
     return bool(
-        (var == identity_variance(norm)).all() and (np.asarray(own.get("scale", 1)) == 1).all()
+        (var == identity_variance(norm)).all() and (np.asarray(params.get("scale", 1)) == 1).all()
     )
 
 
@@ -117,9 +112,9 @@ def affine(norm: Norm, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
     """
     stats = at_path(variables["batch_stats"], norm.path)
     mean, var = (np.asarray(stats[name], np.float64) for name in ("mean", "var"))
-    own = {k: np.asarray(v, np.float64) for k, v in params_of(norm, variables).items()}
-    factor = own.get("scale", 1.0) / np.sqrt(var + np.float64(np.float32(norm.epsilon)))
-    return factor, own.get("bias", 0.0) - mean * factor
+    params = {k: np.asarray(v, np.float64) for k, v in params_of(norm, variables).items()}
+    factor = params.get("scale", 1.0) / np.sqrt(var + np.float64(np.float32(norm.epsilon)))
+    return factor, params.get("bias", 0.0) - mean * factor
 
 
 def identity_variance(norm: Norm) -> np.float32:

@@ -19,9 +19,7 @@ def in_order(
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Each piece at each place of its stack; under one root all of the first place come first.
 
-    Args:
-      stacks: {path: leading axes of its parameters}, in the order in which the model calls them.
-      roots: see `stack_roots`.
+    `stacks` are {path: leading axes of its parameters} in the order in which the model calls them.
     """
     groups: dict[Any, list[tuple[str, tuple[int, ...]]]] = {}
     for path, stack in stacks.items():
@@ -35,7 +33,7 @@ def stack_roots(network: Network, variables: Variables, inputs: Inputs) -> list[
     """Paths of the outermost modules whose parameters a lifted transform slices."""
     sliced: list[str] = []
 
-    def record(call: ModuleCall, beside: Any) -> tuple[Any, Any]:
+    def record(call: ModuleCall, extras: Any) -> tuple[Any, Any]:
         path = call.path
         if has_path(variables["params"], path):
             shapes = [a.shape for a in jax.tree.leaves(call.module.variables.get("params", {}))]
@@ -43,7 +41,7 @@ def stack_roots(network: Network, variables: Variables, inputs: Inputs) -> list[
             # Some calls of lifted transforms are made on a module that has nothing yet.
             if shapes and shapes != whole and not any(_inside(path, root) for root in sliced):
                 sliced.append(path)
-        return call.run(), beside
+        return call.run(), extras
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
         return walk(network, Weights(variables=variables, qparams={}), inputs, record)[0]

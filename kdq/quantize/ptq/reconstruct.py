@@ -2,8 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -16,8 +15,8 @@ from kdq.quantize.inputs import Inputs
 from kdq.quantize.kinds import weight_name
 from kdq.quantize.paths import at_path
 from kdq.quantize.ptq import adam, rounding
-from kdq.quantize.ptq.options import Progress
-from kdq.quantize.ptq.order import in_order
+from kdq.quantize.ptq.options import Progress, check_positive, quiet
+from kdq.quantize.ptq.order import in_order, stack_roots
 from kdq.quantize.ptq.units import Call, Unit, Watch
 from kdq.quantize.ptq.weights import put_weights, rounded, weights_of
 from kdq.quantize.scales import replace_scales, scales
@@ -26,14 +25,16 @@ from kdq.types import Array, QParams, Variables
 
 # (module, variables, quantizers of inputs, args, key, drop, **kwargs) -> outputs
 Runner = Callable[..., Any]
-# By call: arrays in, and what is wanted of each float array out; by array out its weights or None.
-Data = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Numbers of a reconstruction; all but the batch size are data to the compiled function."""
+    """Numbers of a reconstruction; all but batch size and seed are data to the compiled function.
 
+    Raises ValueError for one that is not above 0.
+    """
+
+    method: str  # for messages
     steps: int
     learning_rate: float
     batch_size: int
@@ -42,14 +43,40 @@ class Settings:
     scale_learning_rate: float = 0.0  # of log scales of activations; 0 keeps them
     drop: float = 0.0
 
+    def __post_init__(self):
+        names = ("steps", "learning_rate", "batch_size")
+        check_positive(self.method, **{name: getattr(self, name) for name in names})
+
     def arrays(self) -> dict[str, Array]:
-        """What the compiled function gets."""
-        own = dataclasses.asdict(self)
-        del own["batch_size"], own["seed"]
-        return jax.tree.map(jnp.asarray, own)
+        """The numbers that are data."""
+        fields = dataclasses.asdict(self)
+        for name in ("method", "batch_size", "seed"):
+            del fields[name]
+        return jax.tree.map(jnp.asarray, fields)
 
 
-def plain(module, variables, qparams, args, key, drop, /, **kwargs) -> Any:
+class Example(NamedTuple):
+    """The data of one call of a unit: a row for each row of all batches."""
+
+    arrays: list[Array]  # in, as the quantized layers before the unit make them
+    float_arrays: list[Array]  # in, of the float model
+    targets: list[Array]  # the unit's float outputs in the float model
+    importance: list[Array] | None  # weights of the squared errors, of the shapes of `targets`
+
+    def pick(self, call: Call, rows: Array) -> "Example":
+        """Some rows; an array in that has none stays."""
+        take = lambda arrays: [
+            a[rows] if has else a for a, has in zip(arrays, call.rows, strict=True)
+        ]
+        return Example(
+            arrays=take(self.arrays),
+            float_arrays=take(self.float_arrays),
+            targets=[target[rows] for target in self.targets],
+            importance=None if self.importance is None else [w[rows] for w in self.importance],
+        )
+
+
+def run_quantized(module, variables, qparams, args, key, drop, /, **kwargs) -> Any:
     """The runner that quantizes inputs as they will be."""
     return simulate.run(module, variables, qparams, Inputs(*args, **kwargs))[0]
 
@@ -58,15 +85,13 @@ def reconstruct(
     watch: Watch,
     variables: Variables,
     qparams: QParams,
-    target: Variables,
+    target: Variables | None,
     units: Sequence[Unit],
-    roots: Sequence[str],
     settings: Settings,
     *,
-    name: str,
-    runner: Runner = plain,
+    runner: Runner = run_quantized,
     importance: Callable[..., list[list[Array]]] | None = None,
-    progress: Progress,
+    progress: Progress = quiet,
 ) -> tuple[Variables, QParams]:
     """Learns the rounding of each unit in order; all other quantized weights go to the nearest.
 
@@ -78,44 +103,47 @@ def reconstruct(
       watch: the model and its batches.
       variables: with float weights.
       qparams: calibrated.
-      target: of the float model whose outputs are aimed at.
+      target: of the float model whose outputs are aimed at; None: `variables`.
       units: see `units.describe`.
-      roots: of stacks; see `order.stack_roots`.
       settings: numbers.
-      name: of the method, for messages.
       runner: how a unit is run while it trains.
       importance: (variables, qparams, unit, index) -> by call, by float output, [rows, ...] >= 0.
       progress: (items, description) -> items.
     """
-    floats = variables
+    floats, target = variables, variables if target is None else target
     key = jax.random.key(settings.seed)
     by_path = {unit.path: unit for unit in units}
+    roots = stack_roots(watch.network, variables, watch.batches[0])
     order = in_order({path: unit.stack(variables) for path, unit in by_path.items()}, roots)
-    for path, index in progress(list(order), name):
+    for path, index in progress(list(order), settings.method):
         unit = by_path[path]
-        data = [
-            {"arrays": arrays, "weights": None}
-            for arrays, _ in watch.seen(variables, qparams, unit, index)
-        ]
-        for own, (arrays, outputs) in zip(data, watch.seen(target, {}, unit, index), strict=True):
-            own |= {"float_arrays": arrays, "targets": outputs}
+        quantized = watch.seen(variables, qparams, unit, index)
+        in_float = watch.seen(target, {}, unit, index)
+        weights = [None] * len(unit.calls)
         if importance is not None:
-            for own, weights in zip(data, importance(variables, qparams, unit, index), strict=True):
-                own["weights"] = weights
-        key, own_key = jax.random.split(key)
+            weights = importance(variables, qparams, unit, index)
+        key, unit_key = jax.random.split(key)
         piece = _Piece(
             variables=unit.variables(floats, index),
             qparams=unit.qparams(qparams, index),
-            data=data,
+            data=[
+                Example(arrays, float_arrays, targets, of_call)
+                for (arrays, _), (float_arrays, targets), of_call in zip(
+                    quantized, in_float, weights, strict=True
+                )
+            ],
             module=unit.module,
             calls=unit.calls,
             batch_size=settings.batch_size,
             trains_scales=settings.scale_learning_rate > 0,
+            runner=runner,
         )
-        weights, trained, before, after = _train(piece, settings, own_key, runner)
-        where = f"{unit.path}{list(index) if index else ''}"
-        logging.info("%s: %s: error %.4g, nearest %.4g", name, where, float(after), float(before))
-        variables = _with_weights(variables, unit, index, weights)
+        learned, trained, before, after = _train(piece, settings, unit_key)
+        logging.info(
+            "%s: %s%s: error %.4g, nearest %.4g",
+            *(settings.method, unit.path, list(index) if index else "", after, before),
+        )
+        variables = _with_weights(variables, unit, index, learned)
         qparams = _with_scales(qparams, unit, index, trained)
     return rounded(variables, qparams), qparams
 
@@ -123,8 +151,8 @@ def reconstruct(
 def _with_weights(variables, unit, index, weights) -> Variables:
     whole = {}
     for layer, weight in weights.items():
-        own = at_path(variables["params"], unit.full(layer))
-        old = jnp.asarray(own[weight_name(own)])
+        params = at_path(variables["params"], unit.full(layer))
+        old = jnp.asarray(params[weight_name(params)])
         whole[unit.full(layer)] = old.at[index].set(weight.astype(old.dtype))
     return {**variables, "params": put_weights(variables["params"], whole)}
 
@@ -132,8 +160,8 @@ def _with_weights(variables, unit, index, weights) -> Variables:
 def _with_scales(qparams, unit, index, trained) -> QParams:
     whole = {
         unit.full(layer): {
-            name: {"scale": qparams[unit.full(layer)][name].scale.at[index].set(own["scale"])}
-            for name, own in by_name.items()
+            name: {"scale": qparams[unit.full(layer)][name].scale.at[index].set(arrays["scale"])}
+            for name, arrays in by_name.items()
         }
         for layer, by_name in trained.items()
     }
@@ -143,92 +171,102 @@ def _with_scales(qparams, unit, index, trained) -> QParams:
 class _Piece(flax.struct.PyTreeNode):
     """A unit with its data."""
 
-    variables: Variables  # with float weights
+    variables: Any
     qparams: QParams
-    data: Data
+    data: list[Example]  # by call
     module: nn.Module = flax.struct.field(pytree_node=False)
     calls: tuple[Call, ...] = flax.struct.field(pytree_node=False)
     batch_size: int = flax.struct.field(pytree_node=False)
     trains_scales: bool = flax.struct.field(pytree_node=False)
+    runner: Runner = flax.struct.field(pytree_node=False)
 
     @property
     def floats(self) -> dict[str, Array]:
-        """The weights to round, by layer."""
+        """The float weights whose rounding is learned, by relative path of the layer."""
         return weights_of(self.variables["params"], self.qparams)
 
     @property
     def quantizers(self) -> dict[str, Any]:
-        """Of these weights."""
+        """The quantizers of these weights."""
         return {path: self.qparams[path]["weights"] for path in self.floats}
 
     @property
     def inputs(self) -> QParams:
-        """The quantizers of what layers get."""
-        found = {
-            path: {name: one for name, one in own.items() if name != "weights"}
-            for path, own in self.qparams.items()
+        """The quantizers of the layers' inputs."""
+        inputs = {
+            path: {name: q for name, q in quantizers.items() if name != "weights"}
+            for path, quantizers in self.qparams.items()
         }
-        return {path: by_name for path, by_name in found.items() if by_name}
+        return {path: by_name for path, by_name in inputs.items() if by_name}
 
     def log_scales(self) -> dict[str, Any]:
-        """Of the inputs whose scales train, as they were calibrated."""
+        """Logarithms of the inputs' scales that train, as they were calibrated."""
         if not self.trains_scales:
             return {}
         return {
-            path: {name: {"scale": jnp.log(own["scale"])} for name, own in by_name.items()}
+            path: {name: {"scale": jnp.log(arrays["scale"])} for name, arrays in by_name.items()}
             for path, by_name in scales(self.inputs).items()
-            if all("scale" in own for own in by_name.values())
+            if all("scale" in arrays for arrays in by_name.values())
         }
 
-    def outputs(self, call, weights, log_scales, arrays, key, drop, runner) -> list[Array]:
-        """The float outputs of a call with these weights and scales of activations."""
+    def row_errors(self, i, example, weights, log_scales, key, drop) -> Array:
+        """[rows]: the errors of the i-th call with these weights and scales of activations."""
+        call = self.calls[i]
         params = put_weights(self.variables["params"], weights)
-        args, kwargs = call.arguments(arrays)
+        args, kwargs = call.arguments(example.arrays)
         quantizers = replace_scales(self.inputs, jax.tree.map(jnp.exp, log_scales))
-        variables = {**self.variables, "params": params}
-        outputs = runner(
-            self.module, variables, quantizers, args, key, drop, method=call.method, **kwargs
+        outputs = self.runner(
+            self.module,
+            {**self.variables, "params": params},
+            quantizers,
+            args,
+            key,
+            drop,
+            method=call.method,
+            **kwargs,
         )
-        return [a for a, kept in zip(jax.tree.leaves(outputs), call.outputs, strict=True) if kept]
+        leaves = zip(jax.tree.leaves(outputs), call.outputs, strict=True)
+        return _row_errors([a for a, kept in leaves if kept], example)
 
     def errors(self, weights, log_scales) -> list[Array]:
-        """Of each call, the mean error over all rows; inputs are quantized as they will be."""
-        counts = [own["targets"][0].shape[0] for own in self.data]
+        """The mean error of each call over all rows; inputs are quantized as they will be."""
+        piece = self.replace(runner=run_quantized)
+        counts = [example.targets[0].shape[0] for example in self.data]
         starts = range(0, max(counts), self.batch_size)
-        sums = [_error_sums(self, weights, log_scales, start) for start in starts]
+        sums = [_error_sums(piece, weights, log_scales, start) for start in starts]
         totals = map(sum, zip(*sums, strict=True))
         return [total / count for total, count in zip(totals, counts, strict=True)]
 
-    def batch_error(self, weights, log_scales, before, key, drop, runner) -> Array:
+    def batch_error(self, weights, log_scales, before, key, drop) -> Array:
         """The mean error over random rows, as a part of `before`; the mean over the calls."""
         total = 0.0
-        for i, (call, own) in enumerate(zip(self.calls, self.data, strict=True)):
+        for i, (call, example) in enumerate(zip(self.calls, self.data, strict=True)):
             keys = jax.random.split(jax.random.fold_in(key, i), 3)
-            rows = jax.random.randint(keys[0], (self.batch_size,), 0, own["targets"][0].shape[0])
-            arrays, wanted, importance = _pick(call, own, rows)
-            if runner is not plain:
-                floats, *_ = _pick(call, own | {"arrays": own["float_arrays"]}, rows)
-                arrays = _mix(keys[1], drop, call, arrays, floats)
-            outputs = self.outputs(call, weights, log_scales, arrays, keys[2], drop, runner)
-            total += _row_errors(outputs, wanted, importance).mean() / _above_0(before[i])
+            count = example.targets[0].shape[0]
+            picked = example.pick(call, jax.random.randint(keys[0], (self.batch_size,), 0, count))
+            if self.runner is not run_quantized:
+                picked = picked._replace(arrays=_mix(keys[1], drop, call, picked))
+            errors = self.row_errors(i, picked, weights, log_scales, keys[2], drop)
+            total += errors.mean() / _above_0(before[i])
         return total / len(self.calls)
 
 
 def _train(
-    piece: _Piece, settings: Settings, key: Array, runner: Runner
-) -> tuple[dict[str, Array], Any, Array, Array]:
+    piece: _Piece, settings: Settings, key: Array
+) -> tuple[dict[str, Array], Any, float, float]:
     """Rounded weights, scales of activations, and the errors of nearest and learned rounding."""
     nearest, old_scales = _nearest(piece), piece.log_scales()
     before = piece.errors(nearest, old_scales)
     (state, codes), options = _start(piece), settings.arrays()
     for number in range(settings.steps):
-        state = _step(state, codes, piece, before, options, key, number, runner=runner)
+        state = _step(state, codes, piece, before, options, key, number)
     v, new_scales = state[0]
     learned = _decided(codes, v, piece.quantizers)
     after = piece.errors(learned, new_scales)
     ratio = sum(a / _above_0(b) for a, b in zip(after, before, strict=True)) / len(piece.calls)
-    found = (learned, new_scales, after) if ratio <= 1 else (nearest, old_scales, before)
-    return found[0], jax.tree.map(jnp.exp, found[1]), sum(before), sum(found[2])
+    if not ratio <= 1:
+        learned, new_scales, after = nearest, old_scales, before
+    return learned, jax.tree.map(jnp.exp, new_scales), float(sum(before)), float(sum(after))
 
 
 @jax.jit
@@ -242,37 +280,30 @@ def _start(piece: _Piece) -> tuple[adam.State, dict[str, Array]]:
     """The state before the first step, and the codes below each weight."""
     quantizers = piece.quantizers
     started = {path: rounding.start(w, quantizers[path]) for path, w in piece.floats.items()}
-    v = {path: own for path, (_, own) in started.items()}
+    v = {path: soft for path, (_, soft) in started.items()}
     codes = {path: below for path, (below, _) in started.items()}
     return adam.start((v, piece.log_scales())), codes
 
 
-@partial(jax.jit, static_argnames=("runner",), donate_argnames=("state",))
-def _step(
-    state: adam.State,
-    codes: dict[str, Array],
-    piece: _Piece,
-    before: list[Array],
-    options: dict[str, Array],
-    key: Array,
-    number: Array,
-    *,
-    runner: Runner,
-) -> adam.State:
+@jax.jit(donate_argnames=("state",))
+def _step(state, codes, piece, before, options, key, number) -> adam.State:
+    """One step of Adam on V and on the log scales."""
     quantizers = piece.quantizers
-    around = {path: rounding.neighbours(own, quantizers[path]) for path, own in codes.items()}
-    count = sum(own.size for own in codes.values())
+    around = {path: rounding.neighbours(below, quantizers[path]) for path, below in codes.items()}
+    count = sum(below.size for below in codes.values())
 
     def loss(trained: tuple, number: Array) -> Array:
         v, log_scales = trained
+        # Soft weights: between the numbers of the two codes around each, by h(V).
         soft = {
             path: low + rounding.rectified_sigmoid(v[path]) * (high - low)
             for path, (low, high) in around.items()
         }
-        own_key = jax.random.fold_in(key, number)
-        error = piece.batch_error(soft, log_scales, before, own_key, options["drop"], runner)
+        step_key = jax.random.fold_in(key, number)
+        error = piece.batch_error(soft, log_scales, before, step_key, options["drop"])
+        # The regularizer counts after the warm-up; β falls, so that each V must decide.
         beta, on = rounding.annealed_beta(number, options["steps"])
-        undecided = sum(rounding.regularizer(one, beta) for one in v.values()) / count
+        undecided = sum(rounding.regularizer(layer_v, beta) for layer_v in v.values()) / count
         return error + on * options["regularization"] * undecided
 
     rates = options["learning_rate"], options["scale_learning_rate"]
@@ -281,19 +312,19 @@ def _step(
 
 @jax.jit
 def _decided(codes: dict[str, Array], v: dict[str, Array], quantizers: dict[str, Any]):
-    return {path: rounding.hard(own, v[path], quantizers[path]) for path, own in codes.items()}
+    return {path: rounding.hard(below, v[path], quantizers[path]) for path, below in codes.items()}
 
 
 @jax.jit
 def _error_sums(piece: _Piece, weights, log_scales, start: Array) -> list[Array]:
-    """Of each call, the sum of the errors of a batch of its rows, from `start` on."""
+    """The sum of the errors of each call over a batch of its rows, from `start` on."""
     sums = []
-    for call, own in zip(piece.calls, piece.data, strict=True):
-        count = own["targets"][0].shape[0]
+    for i, (call, example) in enumerate(zip(piece.calls, piece.data, strict=True)):
+        count = example.targets[0].shape[0]
         rows = start + jnp.arange(piece.batch_size)
-        arrays, wanted, importance = _pick(call, own, jnp.minimum(rows, count - 1))
-        outputs = piece.outputs(call, weights, log_scales, arrays, None, 0, plain)
-        sums.append(jnp.where(rows < count, _row_errors(outputs, wanted, importance), 0).sum())
+        picked = example.pick(call, jnp.minimum(rows, count - 1))
+        errors = piece.row_errors(i, picked, weights, log_scales, None, 0)
+        sums.append(jnp.where(rows < count, errors, 0).sum())
     return sums
 
 
@@ -301,27 +332,22 @@ def _above_0(error: Array) -> Array:
     return jnp.where(error > 0, error, 1.0)
 
 
-def _pick(call: Call, own: dict[str, Any], rows: Array):
-    """Some rows of the arrays in, of the targets and of their weights."""
-    arrays = [a[rows] if has else a for a, has in zip(own["arrays"], call.rows, strict=True)]
-    weights = None if own["weights"] is None else [w[rows] for w in own["weights"]]
-    return arrays, [t[rows] for t in own["targets"]], weights
-
-
-def _mix(key: Array, drop: Array, call: Call, arrays: list[Array], floats: list[Array]):
-    """Each float element of the unit's own inputs that of the float model, with probability."""
+def _mix(key: Array, drop: Array, call: Call, example: Example) -> list[Array]:
+    """Arrays in, each float element of them that of the float model with probability `drop`."""
     mixed = []
-    for i, (x, y, has_rows) in enumerate(zip(arrays, floats, call.rows, strict=True)):
+    arrays = zip(example.arrays, example.float_arrays, call.rows, strict=True)
+    for i, (x, y, has_rows) in enumerate(arrays):
         if has_rows and jnp.issubdtype(x.dtype, jnp.floating):
             x = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), drop, x.shape), y, x)
         mixed.append(x)
     return mixed
 
 
-def _row_errors(outputs: list[Array], targets: list[Array], weights: list[Array] | None) -> Array:
+def _row_errors(outputs: list[Array], example: Example) -> Array:
     """[rows]: the mean squared error of each, over the elements of all arrays."""
-    squared = [(o - t).astype(jnp.float32) ** 2 for o, t in zip(outputs, targets, strict=True)]
-    if weights is not None:
-        squared = [s * w for s, w in zip(squared, weights, strict=True)]
+    pairs = zip(outputs, example.targets, strict=True)
+    squared = [(o - t).astype(jnp.float32) ** 2 for o, t in pairs]
+    if example.importance is not None:
+        squared = [s * w for s, w in zip(squared, example.importance, strict=True)]
     per_row = [s.reshape(len(s), -1) for s in squared]
     return sum(s.sum(1) for s in per_row) / sum(s.shape[1] for s in per_row)

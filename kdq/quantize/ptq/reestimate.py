@@ -1,31 +1,31 @@
 """Batch-norm statistics of the quantized model."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from kdq.quantize.calls import ModuleCall
-from kdq.quantize.inputs import Batch, reboxed, unboxed
-from kdq.quantize.network import Network, Weights, as_network
+from kdq.quantize.inputs import Inputs
+from kdq.quantize.network import Network, Weights
 from kdq.quantize.paths import copied
 from kdq.quantize.ptq.norms import is_folded, list_norms
-from kdq.quantize.ptq.options import Progress, as_list, quiet
+from kdq.quantize.ptq.options import Progress, ptq_method, quiet
 from kdq.quantize.walk import walk
 from kdq.types import QParams, Variables
 
 
+@ptq_method()
 def reestimate(
-    network: Network | nn.Module,
+    network: Network,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Batch],
+    batches: Sequence[Inputs],
     *,
     progress: Progress = quiet,
 ) -> tuple[Variables, QParams]:
@@ -38,21 +38,8 @@ def reestimate(
 
     A norm that was folded stays folded, with a log line.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its float variables.
-      qparams: the quantizers; {} for the float model.
-      batches: inputs of the model, all of one shape.
-      progress: see `options`.
-
-    Returns:
-      The variables with new "batch_stats", and `qparams`.
-
-    Raises:
-      ValueError: no batches, or a norm whose inputs are not finite.
+    Arguments, returns and errors: see `options.ptq_method`.
     """
-    batches = as_list(batches, "reestimate")
-    network, boxed, variables = as_network(network), variables, unboxed(variables)
     norms = list_norms(network, variables, batches[0])
     folded = tuple(path for path, norm in norms.items() if is_folded(norm, variables))
     for path in folded:
@@ -60,21 +47,21 @@ def reestimate(
     paths = tuple(path for path in norms if path not in folded)
     if not paths:
         logging.warning("reestimate: the model has no batch norm that could be re-estimated")
-        return boxed, qparams
+        return variables, qparams
     seen: dict[str, list] = {path: [] for path in paths}
     for inputs in progress(batches, "re-estimating batch norms"):
         weights = Weights(variables=variables, qparams=qparams)
-        found = _moments(weights, inputs, network=network, paths=paths)
+        moments = _moments(weights, inputs, network=network, paths=paths)
         for path in paths:
-            seen[path] += [[np.asarray(v, np.float64) for v in call] for call in found[path]]
+            seen[path] += [[np.asarray(v, np.float64) for v in call] for call in moments[path]]
     stats = dict(variables["batch_stats"])
     for path, calls in seen.items():
-        own = copied(stats, path, "batch norms")
+        arrays = copied(stats, path, "batch norms")
         for name, value in zip(("mean", "var"), _pooled(calls), strict=True):
             if not np.isfinite(value).all():
                 raise ValueError(f"reestimate met NaN or infinity in the input of norm {path!r}")
-            own[name] = jnp.asarray(value, own[name].dtype)
-    return reboxed({**variables, "batch_stats": stats}, boxed), qparams
+            arrays[name] = jnp.asarray(value, arrays[name].dtype)
+    return {**variables, "batch_stats": stats}, qparams
 
 
 def _pooled(calls: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -110,5 +97,5 @@ def _moments(weights, inputs, *, network, paths):
         elements = x.size if mask is None else jnp.broadcast_to(mask, x.shape).sum()
         return outputs, (*moments, (jnp.asarray(elements / mean.size, jnp.float32), mean, var))
 
-    beside = dict.fromkeys(paths, ())
-    return walk(network, weights, inputs, watch, beside, collection="batch_stats")[1]
+    extras = dict.fromkeys(paths, ())
+    return walk(network, weights, inputs, watch, extras, collection="batch_stats")[1]

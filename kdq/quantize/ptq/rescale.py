@@ -69,18 +69,18 @@ def find_rescalings(
     trial = _Trial(network, variables, inputs, np.random.default_rng(seed))
     matrices.check_finite(trial.energies(variables), "the search for channels")
     producers = _producers(network, variables, inputs, trial.layers)
-    found = []
+    rescalings = []
     for path in progress(list(producers), "channels to rescale"):
         consumers, reason = trial.consumers(producers[path])
         if not reason:
             rescaling = Rescaling(producer=producers[path], consumers=tuple(consumers))
             error = trial.error(rescaling)
             if error <= tolerance:
-                found.append(rescaling)
+                rescalings.append(rescaling)
                 continue
             reason = f"the model's output changes by {error:.1e}"
         logging.info("the channels of %r can't be rescaled: %s", path, reason)
-    return tuple(found)
+    return tuple(rescalings)
 
 
 def _producers(
@@ -95,26 +95,26 @@ def _producers(
     """
     producers: dict[str, Producer | None] = {}
 
-    def record(call: ModuleCall, beside: Any) -> tuple[Any, Any]:
+    def record(call: ModuleCall, extras: Any) -> tuple[Any, Any]:
         outputs, path = call.run(), call.path
         if path not in producers and call.method == "__call__":
             if path in layers and layers[path].weight_name:
                 producers[path] = _layer_producer(layers[path])
             elif isinstance(call.module, kinds.NORMS):
                 producers[path] = _norm_producer(call.module, path, variables)
-        return outputs, beside
+        return outputs, extras
 
     def forward(variables: Variables, inputs: Inputs) -> Any:
         return walk(network, Weights(variables=variables, qparams={}), inputs, record)[0]
 
     jax.eval_shape(forward, variables, inputs)
-    found = {path: producer for path, producer in producers.items() if producer is not None}
+    scalable = {path: producer for path, producer in producers.items() if producer is not None}
     if "batch_stats" in variables:
         for norm in list_norms(network, variables, inputs).values():
-            if norm.source in found and _only_adds(norm, layers[norm.source], variables):
-                found[norm.source] = dataclasses.replace(found[norm.source], norm=norm.path)
-                found.pop(norm.path, None)
-    return found
+            if norm.source in scalable and _only_adds(norm, layers[norm.source], variables):
+                scalable[norm.source] = dataclasses.replace(scalable[norm.source], norm=norm.path)
+                scalable.pop(norm.path, None)
+    return scalable
 
 
 def _only_adds(norm: Norm, layer: LayerInfo, variables: Variables) -> bool:
@@ -136,10 +136,10 @@ def _norm_producer(module: nn.Module, path: str, variables: Variables) -> Produc
     if not module.has_variable("params", "scale"):
         logging.info("the channels of %r can't be rescaled: it has no scale", path)
         return None
-    own = module.get_variable("params", "scale").shape
+    shape = module.get_variable("params", "scale").shape
     whole = at_path(variables["params"], path)["scale"].shape
-    stack = whole[: len(whole) - len(own)]
-    return Producer(path=path, channels=int(np.prod(own, dtype=int)), stack=stack)
+    stack = whole[: len(whole) - len(shape)]
+    return Producer(path=path, channels=int(np.prod(shape, dtype=int)), stack=stack)
 
 
 def _energy(state: Array, x: Array) -> Array:
@@ -228,18 +228,18 @@ class _Trial:
 
     def _noisy(self, producer: Producer) -> list[Variables]:
         """The variables with a producer none of whose channels is silent, and with it negated."""
-        own = at_path(self.variables["params"], producer.path)
+        params = at_path(self.variables["params"], producer.path)
         names = ("scale",) if producer.layer is None else (producer.layer.weight_name,)
         noisy = {}
-        for name in (*names, *(n for n in ("bias",) if n in own)):
-            value = np.asarray(own[name], np.float32)
-            size = np.sqrt(np.square(np.asarray(own[names[0]], np.float32)).mean()) or 0.1
+        for name in (*names, *(n for n in ("bias",) if n in params)):
+            value = np.asarray(params[name], np.float32)
+            size = np.sqrt(np.square(np.asarray(params[names[0]], np.float32)).mean()) or 0.1
             noisy[name] = value + 0.2 * size * self.rng.normal(size=value.shape)
         return [
             matrices.replaced(
                 self.variables,
                 producer.path,
-                **{n: jnp.asarray(sign * v, own[n].dtype) for n, v in noisy.items()},
+                **{n: jnp.asarray(sign * v, params[n].dtype) for n, v in noisy.items()},
             )
             for sign in (1, -1)
         ]
@@ -287,11 +287,11 @@ def _read(logs: np.ndarray, codes: np.ndarray) -> np.ndarray:
     near &= ((digits >= 0) & (digits < BASE)).all(0)
     powers = BASE ** np.arange(len(codes))
     numbers, order = np.unique(np.tensordot(powers, codes, 1), return_index=True)
-    wanted = np.tensordot(powers, digits, 1)
-    place = np.minimum(np.searchsorted(numbers, wanted), len(numbers) - 1)
-    found = np.where(near & (numbers[place] == wanted), order[place], -2)
+    read = np.tensordot(powers, digits, 1)
+    place = np.minimum(np.searchsorted(numbers, read), len(numbers) - 1)
+    channels = np.where(near & (numbers[place] == read), order[place], -2)
     still = (np.abs(logs) <= TOLERANCE) | np.isnan(logs)
-    return np.where(still.all(0), -1, found)
+    return np.where(still.all(0), -1, channels)
 
 
 @partial(jax.jit, static_argnames=("network",))

@@ -50,12 +50,7 @@ def annealed_beta(step: Array | int, steps: Array | int) -> tuple[Array, Array]:
 def start(weight: Array, quantizer: Quantizer) -> tuple[Array, Array]:
     """Where learning starts: the codes below `weight`, and the V whose soft weight is `weight`.
 
-    Args:
-      weight: any shape, float.
-      quantizer: of it.
-
-    Returns:
-      codes, V: float32, of the shape of `weight`. The codes are not clipped to the limits.
+    Both are float32 of the shape of `weight`; the codes are not clipped to the limits.
     """
     return grid.over_stack(_start, quantizer)(weight, quantizer)
 

@@ -1,29 +1,29 @@
 """SmoothQuant: what is hard to quantize in the activations moves into the weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from kdq.quantize.inputs import Batch, reboxed, unboxed
+from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import list_layers
-from kdq.quantize.network import Network, as_network
+from kdq.quantize.network import Network
 from kdq.quantize.observe import observe
 from kdq.quantize.ptq import matrices
 from kdq.quantize.ptq.channels import Rescaling, input_reach, rescale
-from kdq.quantize.ptq.options import Progress, as_list, quiet, refuse_quantizers
+from kdq.quantize.ptq.options import Progress, ptq_method, quiet
 from kdq.quantize.ptq.rescale import find_rescalings
 from kdq.types import Array, QParams, Variables
 
 
+@ptq_method(before_calibration=True)
 def smooth(
-    network: Network | nn.Module,
+    network: Network,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Batch],
+    batches: Sequence[Inputs],
     *,
     alpha: float = 0.5,
     seed: int = 0,
@@ -36,26 +36,12 @@ def smooth(
     layers that take it. What makes the channel is divided by `s`, the weights are multiplied. A
     channel with a maximum of 0 stays. Inputs that nothing can be divided for are logged and stay.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its float variables.
-      qparams: {}; calibrate afterwards.
-      batches: inputs of the model, all of one shape.
+    Args beside those of `options.ptq_method`:
       alpha: 0 to 1; how much of the range moves into the weights.
       seed: of the search for channels; see `find_rescalings`.
-      progress: `progress(layer paths, description)` yields the paths.
-
-    Returns:
-      `(variables, qparams)`.
-
-    Raises:
-      ValueError: no batches, quantizers, an alpha out of range, NaN in an input (names the layer).
     """
-    refuse_quantizers(qparams, "smooth")
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha!r}: want 0 to 1")
-    batches = as_list(batches, "smooth")
-    network, boxed, variables = as_network(network), variables, unboxed(variables)
+        raise ValueError(f"alpha={alpha!r}: expected 0 to 1")
     pairs = find_rescalings(network, variables, batches[0], seed=seed, progress=progress)
     layers = {c.layer.path: c.layer for pair in pairs for c in pair.consumers}
     for path, layer in list_layers(network, variables, batches[0]).items():
@@ -75,7 +61,7 @@ def smooth(
         for consumer in pair.consumers:  # the next pair may make the same inputs
             path = consumer.layer.path
             inputs[path] = inputs[path] / consumer.inputs(factors)
-    return reboxed(jax.tree.map(jnp.asarray, variables), boxed), qparams
+    return jax.tree.map(jnp.asarray, variables), qparams
 
 
 def _largest(state: Array, x: Array) -> Array:

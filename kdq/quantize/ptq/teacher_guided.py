@@ -1,32 +1,33 @@
 """Teacher-guided calibration: scales and rounding chosen for the outputs, not for the layers."""
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from absl import logging
 
-from kdq.quantize.inputs import Batch, Inputs, reboxed, unboxed
-from kdq.quantize.network import Network, Weights, as_network
+from kdq.entropy import kl
+from kdq.quantize.inputs import Inputs
+from kdq.quantize.network import Network, Weights
 from kdq.quantize.ptq import adam, rounding
-from kdq.quantize.ptq.divergence import check_logits, kl
-from kdq.quantize.ptq.options import Progress, as_list, check_positive, quiet
+from kdq.quantize.ptq.options import Progress, check_logits, check_positive, ptq_method, quiet
 from kdq.quantize.ptq.weights import put_weights, rounded, weights_of
-from kdq.quantize.scales import replace_scales, scales
+from kdq.quantize.scales import Scales, replace_scales, scales
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
 
 Teacher = Callable[[Any], Array]
 
 
+@ptq_method()
 def teacher_guided(
-    network: Network | nn.Module,
+    network: Network,
     variables: Variables,
     qparams: QParams,
-    batches: Iterable[Batch],
+    batches: Sequence[Inputs],
     *,
     target: Variables | None = None,
     teacher: Teacher | None = None,
@@ -52,12 +53,7 @@ def teacher_guided(
     the checks of both phases, and at the start, that with the smallest KL on these (its weights
     rounded) is returned; so it is never worse there than what came in, rounded to nearest.
 
-    Args:
-      network: any Linen module, or a `Network`, whose output is an array of logits [..., classes].
-      variables: its float variables.
-      qparams: from `calibrate`.
-      batches: two or more unlabelled inputs of the model, of one shape.
-      target: the float model's, where `variables` have been changed since; None: `variables`.
+    Args beside those of `options.ptq_method`:
       teacher: inputs -> logits [..., classes], of which only the softmax matters; None: the model
         with `target`.
       scale_steps: of the first phase; 0 leaves it out.
@@ -69,53 +65,50 @@ def teacher_guided(
         network is sure of, nearly all those it was trained on, T = 1 sees next to nothing.
       checks: in each phase, evenly spaced.
       seed: of the choice of batches, held out and in each step.
-      progress: (items, description) -> items.
-
-    Returns:
-      variables whose quantized weights are on their grids, and qparams with the scales found.
 
     Raises:
-      ValueError: fewer than two batches, an option out of range, outputs that are no logits, that
-        are not finite or differ in classes.
+      ValueError: fewer than two batches; outputs that are no logits [..., classes] or, of the
+        teacher, differ from the model's in shape.
     """
-    raw = list(batches)
-    batches = as_list(raw, "teacher_guided")
     check_positive(
         "teacher_guided", learning_rate=learning_rate, checks=checks, temperature=temperature
     )
     if len(batches) < 2:
-        raise ValueError("teacher_guided got 1 batch: want 2 or more, a quarter is held out")
-    network, boxed, variables = as_network(network), variables, unboxed(variables)
-    target = variables if target is None else unboxed(target)
+        raise ValueError(
+            "teacher_guided got 1 batch: expected 2 or more, a quarter of which is held out"
+        )
     key, order_key = jax.random.split(jax.random.key(seed))
-    order = [int(i) for i in jax.random.permutation(order_key, len(batches))]
-    batches, raw = [batches[i] for i in order], [raw[i] for i in order]
-    logits = None if teacher is None else [teacher(inputs) for inputs in raw]
-    wanted = _reference(network, target, logits, batches)
+    order = jax.random.permutation(order_key, len(batches))
+    batches = [batches[int(i)] for i in order]
+    logits = None if teacher is None else [teacher(inputs.batch) for inputs in batches]
+    reference = _reference(network, variables if target is None else target, logits, batches)
     held = max(1, len(batches) // 4)
-    unseen = list(zip(batches[:held], wanted[:held], strict=True))
-    fitted = jax.tree.map(lambda *a: jnp.stack(a), *batches[held:]), wanted[held:]
-    search = _Search(network, variables, qparams, fitted, unseen, jnp.float32(temperature))
+    unseen = list(zip(batches[:held], reference[:held], strict=True))
+    fitted = jax.tree.map(lambda *a: jnp.stack(a), *batches[held:]), reference[held:]
+    weights = Weights(variables=variables, qparams=qparams)
+    search = _Search(network, weights, fitted, unseen, jnp.float32(temperature))
     options = {
         "rates": (jnp.float32(learning_rate), jnp.float32(scale_learning_rate)),
         "regularization": jnp.float32(regularization),
     }
     for name, steps in (("scales", scale_steps), ("rounding", rounding_steps)):
         key, phase_key = jax.random.split(key)
-        search.phase(name, steps, checks, options, phase_key, progress)
+        options |= {"steps": jnp.float32(steps), "key": phase_key}
+        search.run_phase(name, steps, checks, options, progress)
     logging.info("teacher_guided: KL %.4g, nearest %.4g", search.best, search.first)
-    return reboxed(search.variables, boxed), search.qparams
+    return search.weights.variables, search.weights.qparams
 
 
 def _reference(
     network: Network, variables: Variables, logits: list[Array] | None, batches: Sequence[Inputs]
 ) -> Array:
     """[batches, ..., classes]: the logits of the teacher; None: of the model. Raises ValueError."""
-    shape = jax.eval_shape(partial(_logits, network), variables, {}, batches[0])
+    weights = Weights(variables=variables, qparams={})
+    shape = jax.eval_shape(partial(_logits, network), weights, batches[0])
     check_logits("teacher_guided", "the model's outputs", shape)
     if logits is None:
         forward = jax.jit(partial(_logits, network))
-        logits = [forward(variables, {}, inputs) for inputs in batches]
+        logits = [forward(weights, inputs) for inputs in batches]
     for array in logits:
         check_logits("teacher_guided", "the teacher's outputs", array, shape.shape)
     logits = jnp.stack(logits)
@@ -124,98 +117,81 @@ def _reference(
     return logits
 
 
-def _logits(network: Network, variables: Variables, qparams: QParams, inputs: Inputs) -> Array:
-    weights = Weights(variables=variables, qparams=qparams)
+def _logits(network: Network, weights: Weights, inputs: Inputs) -> Array:
     return network.select_prediction(network.run(weights, inputs)[0])
 
 
 class _Search:
-    """What was found best so far, and the phases that look for better."""
+    """The best weights so far, and the phases that look for better."""
 
-    def __init__(self, network, variables, qparams, fitted, unseen, temperature):
-        self._static = {"network": network}
-        self._float = variables
+    def __init__(self, network, weights, fitted, unseen, temperature):
+        self._network, self._float = network, weights.variables
         self._fitted, self._unseen, self._temperature = fitted, unseen, temperature
-        self.qparams = qparams
-        self.variables = rounded(variables, qparams)
-        self.first = self.best = self._measure(self.variables, qparams)
+        rounded_variables = rounded(weights.variables, weights.qparams)
+        self.weights = dataclasses.replace(weights, variables=rounded_variables)
+        self.first = self.best = self._measure(self.weights)
         if not jnp.isfinite(self.first):
             raise ValueError("teacher_guided: the quantized model's outputs are not finite")
         self._start_kl = jnp.float32(self.first) if self.first > 0 else jnp.float32(1)
 
-    def _measure(self, variables: Variables, qparams: QParams) -> float:
-        found = [
-            _held_out(variables, qparams, inputs, wanted, self._temperature, **self._static)
-            for inputs, wanted in self._unseen
+    def _measure(self, weights: Weights) -> float:
+        """The mean KL on the batches that are held out."""
+        values = [
+            _held_out(weights, inputs, reference, self._temperature, network=self._network)
+            for inputs, reference in self._unseen
         ]
-        return float(sum(found)) / len(found)
+        return float(sum(values)) / len(values)
 
-    def phase(self, name, steps, checks, options, key, progress) -> None:
-        """Steps from the best so far; keeps what a check finds better."""
+    def run_phase(self, name: str, steps: int, checks: int, options: dict, progress) -> None:
+        """Takes steps from the best so far; keeps what a check finds better."""
         if steps == 0:
             return
-        qparams = self.qparams
+        qparams = self.weights.qparams
         floats = weights_of(self._float["params"], qparams) if name == "rounding" else {}
         quantizers = {path: qparams[path]["weights"] for path in floats}
         started = {path: rounding.start(w, quantizers[path]) for path, w in floats.items()}
-        below = {path: codes for path, (codes, _) in started.items()}
-        trained = ({path: v for path, (_, v) in started.items()}, _to_log(scales(qparams)))
-        state = adam.start(trained)
-        options = {
-            **options,
-            "start": self._start_kl,
-            "steps": jnp.float32(steps),
-            "temperature": self._temperature,
-        }
+        phase = _Phase(
+            weights=Weights(variables=self._float, qparams=qparams),
+            below={path: codes for path, (codes, _) in started.items()},
+            data=self._fitted,
+            options={**options, "start": self._start_kl, "temperature": self._temperature},
+        )
+        state = adam.start(({p: v for p, (_, v) in started.items()}, _to_log(scales(qparams))))
         ends = sorted({round(steps * i / checks) for i in range(1, checks + 1)} - {0})
         step = 0
         for end in progress(ends, f"teacher_guided: {name}"):
             for number in range(step, end):
-                state = _step(
-                    state,
-                    self._float,
-                    qparams,
-                    below,
-                    self._fitted,
-                    options,
-                    key,
-                    number,
-                    **self._static,
-                )
+                state = _step(state, phase, number, network=self._network)
             step = end
-            self._keep(*_decide(state[0], self._float, qparams, below))
+            weights = _decide(state[0], phase)
+            if (value := self._measure(weights)) < self.best:
+                self.best, self.weights = value, weights
 
-    def _keep(self, variables: Variables, qparams: QParams) -> None:
-        found = self._measure(variables, qparams)
-        if found < self.best:
-            self.best, self.variables, self.qparams = found, variables, qparams
+
+class _Phase(NamedTuple):
+    """The data of one phase's steps."""
+
+    weights: Weights  # float variables, and the quantizers at its start
+    below: dict[str, Array]  # the codes below each weight whose rounding is soft
+    data: tuple[Inputs, Array]  # the batches, stacked, and the logits to reproduce
+    options: dict[str, Any]
 
 
 @partial(jax.jit, static_argnames=("network",))
-def _held_out(variables, qparams, inputs, wanted, temperature, *, network):
-    logits = _logits(network, variables, qparams, inputs)
-    return _softened(wanted, logits, temperature)
+def _held_out(weights, inputs, reference, temperature, *, network):
+    return _softened(reference, _logits(network, weights, inputs), temperature)
 
 
-def _softened(wanted: Array, logits: Array, temperature: Array) -> Array:
+def _softened(reference: Array, logits: Array, temperature: Array) -> Array:
     """T² KL at the temperature T, the mean over all examples."""
-    return temperature**2 * kl(wanted / temperature, logits / temperature).mean()
+    return temperature**2 * kl(reference / temperature, logits / temperature).mean()
 
 
 @partial(jax.jit, static_argnames=("network",), donate_argnames=("state",))
-def _step(
-    state,
-    variables,
-    qparams,
-    below,
-    data,
-    options,
-    key,
-    number,
-    *,
-    network,
-):
-    """One of Adam; rounding is soft where `below` has codes."""
+def _step(state, phase, number, *, network):
+    """One step of Adam; rounding is soft where there are codes below."""
+    variables, qparams = phase.weights.variables, phase.weights.qparams
+    options, below = phase.options, phase.below
     count = sum(codes.size for codes in below.values())
 
     def loss(trained, step):
@@ -223,45 +199,49 @@ def _step(
         now = replace_scales(qparams, _from_log(log_scales))
         soft = {p: rounding.soft(codes, v[p], now[p]["weights"]) for p, codes in below.items()}
         params = put_weights(variables["params"], soft)
+        # Weights that are soft already are not rounded once more.
         rest = {
-            path: {name: q for name, q in own.items() if name != "weights" or path not in soft}
-            for path, own in now.items()
+            path: {k: q for k, q in quantizers.items() if k != "weights" or path not in soft}
+            for path, quantizers in now.items()
         }
-        pick = jax.random.randint(jax.random.fold_in(key, step), (), 0, len(data[1]))
-        inputs, wanted = jax.tree.map(lambda a: a[pick], data)
-        logits = _logits(network, {**variables, "params": params}, rest, inputs)
-        total = _softened(wanted, logits, options["temperature"]) / options["start"]
+        batch_key = jax.random.fold_in(options["key"], step)
+        pick = jax.random.randint(batch_key, (), 0, len(phase.data[1]))
+        inputs, reference = jax.tree.map(lambda a: a[pick], phase.data)
+        weights = Weights(variables={**variables, "params": params}, qparams=rest)
+        logits = _logits(network, weights, inputs)
+        total = _softened(reference, logits, options["temperature"]) / options["start"]
         if not soft:
             return total
         beta, on = rounding.annealed_beta(step, options["steps"])
-        undecided = sum(rounding.regularizer(one, beta) for one in v.values()) / count
+        undecided = sum(rounding.regularizer(layer_v, beta) for layer_v in v.values()) / count
         return total + on * options["regularization"] * undecided
 
     return adam.step(loss, state, options["rates"], number, options["steps"])
 
 
 @jax.jit
-def _decide(trained, variables, qparams, below):
+def _decide(trained, phase):
     """The model as it would be returned: scales as they are, weights on their grids."""
     v, log_scales = trained
-    now = replace_scales(qparams, _from_log(log_scales))
-    weighted = {p: q["weights"] for p, q in now.items() if "weights" in q}
+    variables, below = phase.weights.variables, phase.below
+    now = replace_scales(phase.weights.qparams, _from_log(log_scales))
     floats = weights_of(variables["params"], now)
     weights = {
-        path: rounding.hard(below[path], v[path], quantizer)
+        path: rounding.hard(below[path], v[path], now[path]["weights"])
         if path in below
-        else fake_quantize(floats[path], quantizer)
-        for path, quantizer in weighted.items()
+        else fake_quantize(weight, now[path]["weights"])
+        for path, weight in floats.items()
     }
-    return {**variables, "params": put_weights(variables["params"], weights)}, now
+    params = put_weights(variables["params"], weights)
+    return Weights(variables={**variables, "params": params}, qparams=now)
 
 
-def _to_log(found):
+def _to_log(trained: Scales) -> Scales:
     """Scales by their logarithms, so that they stay positive; what else trains as it is."""
     log = lambda path, a: jnp.log(a) if path[-1].key == "scale" else a
-    return jax.tree.map_with_path(log, found)
+    return jax.tree.map_with_path(log, trained)
 
 
-def _from_log(found):
+def _from_log(trained: Scales) -> Scales:
     exp = lambda path, a: jnp.exp(a) if path[-1].key == "scale" else a
-    return jax.tree.map_with_path(exp, found)
+    return jax.tree.map_with_path(exp, trained)

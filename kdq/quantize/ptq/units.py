@@ -24,7 +24,7 @@ from kdq.quantize.layers import list_layers
 from kdq.quantize.network import Network, Weights
 from kdq.quantize.paths import at_path
 from kdq.quantize.ptq.order import prefixes
-from kdq.quantize.walk import walk, without_beside
+from kdq.quantize.walk import walk, without_extras
 from kdq.types import Array, QParams, Variables
 
 
@@ -34,7 +34,7 @@ class _Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """How a module is called: everything but the arrays. Hashable, for it is static."""
+    """A call of a module: everything but the arrays. Hashable, for it is static."""
 
     method: str
     structure: Any  # of (args, kwargs)
@@ -63,18 +63,18 @@ class Unit:
     def stack(self, variables: Variables) -> tuple[int, ...]:
         """Leading axes of its variables in the model's."""
         whole = jax.tree.leaves(at_path(variables["params"], self.path))[0].shape
-        own = jax.tree.leaves(self.shapes["params"])[0].shape
-        return whole[: len(whole) - len(own)]
+        shape = jax.tree.leaves(self.shapes["params"])[0].shape
+        return whole[: len(whole) - len(shape)]
 
     def variables(self, variables: Variables, index: tuple[int, ...]) -> dict[str, Any]:
         """Its own variables, at one place of its stack."""
 
-        def cut(own: Any, whole: Array) -> Array:
-            return whole[index] if len(own.shape) < whole.ndim else whole
+        def cut(shape: Any, whole: Array) -> Array:
+            return whole[index] if len(shape.shape) < whole.ndim else whole
 
         return {
-            name: jax.tree.map(cut, own, at_path(variables[name], self.path))
-            for name, own in self.shapes.items()
+            name: jax.tree.map(cut, shape, at_path(variables[name], self.path))
+            for name, shape in self.shapes.items()
         }
 
     def qparams(self, qparams: QParams, index: tuple[int, ...]) -> dict[str, Any]:
@@ -99,15 +99,15 @@ def describe(
     Nothing is computed. Modules in a loop over one set of weights (`nn.RNN`) are left out. Of a
     layer every method of its kind is a call; of a block only `__call__`.
     """
-    found: dict[str, tuple[nn.Module, Any, dict[str, Call]]] = {}
+    met: dict[str, tuple[nn.Module, Any, dict[str, Call]]] = {}
     layers = list_layers(network, variables, inputs)
     in_loop = [path for path, layer in layers.items() if layer.in_loop]
     around = {path for layer in in_loop for path in prefixes(layer)[1:-1]}
 
-    def run(paths: tuple[str, ...], found: dict) -> bool:
+    def run(paths: tuple[str, ...], met: dict) -> bool:
         def forward(variables: Variables, inputs: Inputs) -> Any:
             weights = Weights(variables=variables, qparams={})
-            return run_watched(network, weights, inputs, dict.fromkeys(paths, UNSEEN), found)
+            return run_watched(network, weights, inputs, dict.fromkeys(paths, UNSEEN), met)
 
         jax.eval_shape(forward, variables, inputs)
         return True
@@ -120,10 +120,10 @@ def describe(
             return False
 
     outside = lambda path: path not in in_loop and (path not in around or can_be_seen(path))
-    run(tuple(filter(outside, paths)), found)
+    run(tuple(filter(outside, paths)), met)
     order = list(qparams)
     units = {}
-    for path, (module, shapes, calls) in found.items():
+    for path, (module, shapes, calls) in met.items():
         if not shapes.get("params"):  # a product of activations
             continue
         inside = tuple(p for p in order if p == path or not path or p.startswith(path + "/"))
@@ -138,37 +138,37 @@ def describe(
     return {unit.path: unit for unit in sorted(units.values(), key=first)}
 
 
-class Beside(NamedTuple):
-    """What lies beside the parameters of a watched module."""
+class Extras(NamedTuple):
+    """The extras of a watched module; see `walk`."""
 
     seen: dict[str, Any]  # by number of the call: (arrays in, leaves out)
     nudges: dict[str, Any]  # by number of the call: arrays that are added to its float outputs
 
 
-UNSEEN = Beside({}, {})
+UNSEEN = Extras({}, {})
 
 
 def run_watched(
     network: Network,
     weights: Weights,
     inputs: Inputs,
-    beside: Mapping[str, Beside],
-    found: dict[str, tuple[nn.Module, Any, dict[str, Call]]] | None = None,
-) -> tuple[Any, dict[str, Beside]]:
-    """(outputs, what lies beside) after a run in which modules leave their calls beside them.
+    extras: Mapping[str, Extras],
+    met: dict[str, tuple[nn.Module, Any, dict[str, Call]]] | None = None,
+) -> tuple[Any, dict[str, Extras]]:
+    """(outputs, extras) after a run in which modules leave their calls among their extras.
 
-    Of a layer every method of its kind is a call; of a block only `__call__`. `found` gets (module,
+    Of a layer every method of its kind is a call; of a block only `__call__`. `met` gets (module,
     shapes of its variables, calls) by path.
     """
     active: list[str] = []
 
-    def watch(layer_call: ModuleCall, before: Beside | None) -> tuple[Any, Beside | None]:
+    def watch(layer_call: ModuleCall, before: Extras | None) -> tuple[Any, Extras | None]:
         module, path, method = layer_call.module, layer_call.path, layer_call.method
         watched = layer_call.kind if kind_of(module) else method == "__call__"
-        if path not in beside or not watched or path in active:
+        if path not in extras or not watched or path in active:
             return layer_call.run(), before
         shapes = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), without_beside(module.variables)
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), without_extras(module.variables)
         )
         active.append(path)
         outputs = layer_call.run()
@@ -184,13 +184,13 @@ def run_watched(
             pairs = zip(returned, call.outputs, strict=True)
             returned = [a + next(nudges) if kept else a for a, kept in pairs]
             outputs = jax.tree.unflatten(out_structure, returned)
-        if found is not None:
+        if met is not None:
             clone = module.clone(parent=None, name=None)
-            found.setdefault(path, (clone, shapes, {}))[2][number] = call
+            met.setdefault(path, (clone, shapes, {}))[2][number] = call
         seen = before.seen | {number: (arrays, tuple(returned))}
         return outputs, before._replace(seen=seen)
 
-    return walk(network, weights, inputs, watch, beside)
+    return walk(network, weights, inputs, watch, extras)
 
 
 def _is_array(leaf: Any) -> bool:

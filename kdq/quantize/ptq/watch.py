@@ -22,15 +22,9 @@ def outputs_of(
 ) -> tuple[Any, dict[str, tuple[Any, ...]]]:
     """The model's output, and what `takes` keep of the outputs of layers; to be called in a `jit`.
 
-    Args:
-      network: that runs.
-      weights: its unboxed variables, and the quantizers that are at work.
-      inputs: one batch.
-      takes: what to keep, by layer path.
-
-    Returns:
-      `(output, {path: (what was kept of the first call, of the second, ...)})`; of a stack of
-      layers with its axes in front, and of a loop over one set of weights with all turns in one.
+    `takes` say what to keep by layer path; variables are unboxed. Returns `(output, {path: (what
+    was kept of the first call, of the second, ...)})`; of a stack of layers with its axes in front,
+    of a loop over one set of weights with all turns in one.
     """
     layers = list_layers(network, weights.variables, inputs)  # traced once for a shape
     depths = {path: len(layers[path].stack) for path in takes if layers[path].in_loop}
@@ -43,8 +37,8 @@ def outputs_of(
             return tracing.see(path, outputs), taken
         return outputs, (*taken, takes[path](outputs))
 
-    beside = {path: () for path in takes if path not in depths}
-    outputs, left = walk(network, weights, inputs, watch, beside, collects=bool(depths))
+    extras = {path: () for path in takes if path not in depths}
+    outputs, left = walk(network, weights, inputs, watch, extras, collects=bool(depths))
     for path, depth in depths.items():
         take = takes[path]
         for _ in range(depth):

@@ -12,7 +12,7 @@ from kdq.types import Array, QParams, Variables
 def weights_of(params: Any, qparams: QParams) -> dict[str, Array]:
     """The weights that have quantizers, by layer path."""
     layers = {path: at_path(params, path) for path, q in qparams.items() if "weights" in q}
-    return {path: own[weight_name(own)] for path, own in layers.items()}
+    return {path: params[weight_name(params)] for path, params in layers.items()}
 
 
 def rounded(variables: Variables, qparams: QParams) -> Variables:

@@ -226,7 +226,7 @@ def test_bad_input():
     }
     with pytest.raises(ValueError, match="adaround got no batches"):
         adaround(Two(), variables, qparams, [])
-    with pytest.raises(ValueError, match="steps=0: want more than 0"):
+    with pytest.raises(ValueError, match="steps=0: expected more than 0"):
         adaround(Two(), variables, qparams, [x], steps=0)
     with pytest.raises(ValueError, match="NaN or infinity in the inputs or outputs of module 'a'"):
         adaround(Two(), variables, qparams, [x.at[1, 2].set(jnp.nan)])

@@ -201,7 +201,7 @@ def test_fisher_weights_are_the_squared_gradient_of_kl_at_the_blocks_output():
     units = describe(Network(Net()), variables, Inputs(x), paths, qparams)
     block = units["block"]
     watch = Watch(Network(Net()), ("block",), [Inputs(x[:32]), Inputs(x[32:])])
-    (found,) = module._fisher(watch, variables, [block])(variables, qparams, block, ())[0]
+    (found,) = module._importance(watch, variables, [block], variables, qparams, block, ())[0]
 
     # The block is rounded to nearest and the head float: dKL/dz = (softmax(z W + b) - p) Wᵀ.
     params, z = variables["params"], np.float64(x)
@@ -238,7 +238,7 @@ def test_fisher_weights_serve_the_logits():
 
 def test_bad_options():
     x, variables, qparams = _net()
-    with pytest.raises(ValueError, match=r"drop=1\.0: want at least 0 and less than 1"):
+    with pytest.raises(ValueError, match=r"drop=1\.0: expected at least 0 and less than 1"):
         brecq(Net(), variables, qparams, [x], drop=1.0)
     with pytest.raises(ValueError, match="brecq got no batches"):
         brecq(Net(), variables, qparams, [])

@@ -207,7 +207,7 @@ def test_bad_input_is_refused():
     )
     with pytest.raises(ValueError, match="gptq got no batches"):
         run([])
-    with pytest.raises(ValueError, match=r"damping=-1: want 0 or more"):
+    with pytest.raises(ValueError, match=r"damping=-1: expected 0 or more"):
         run([x], damping=-1)
     with pytest.raises(ValueError, match=r"block_size=0"):
         run([x], block_size=0)

@@ -165,7 +165,7 @@ def test_bad_input():
     go = lambda batches, **kwargs: teacher_guided(MODEL, variables, qparams, batches, **kwargs)
     with pytest.raises(ValueError, match="got no batches"):
         go([])
-    with pytest.raises(ValueError, match="want 2 or more, a quarter is held out"):
+    with pytest.raises(ValueError, match="expected 2 or more, a quarter of which is held out"):
         go(batches[:1])
     with pytest.raises(ValueError, match=r"have shape \(32, 2\), the model's have \(32, 3\)"):
         go(batches, teacher=lambda x: x[:, :2])

@@ -1,6 +1,6 @@
 """Nodes of ONNX graphs, and how jax2onnx finds what writes them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ class Graph:
         self.context = context
 
     def node(self, op: str, inputs: Sequence[Any], dtype: Any, shape: Sequence[Any], **attributes):
-        """The value of a new node."""
+        """Adds a node; returns its value."""
         build = getattr(self.context.builder, op)
         value = build(*inputs, _outputs=[self.context.fresh_name(op)], **attributes)
         value.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(np.dtype(dtype)))
@@ -27,17 +27,18 @@ class Graph:
         return value
 
     def constant(self, array: Any) -> Any:
+        """Adds an array that the file holds."""
         name = self.context.fresh_name("constant")
         return self.context.builder.add_initializer_from_array(name, np.asarray(array))
 
     def value(self, atom: Any) -> Any:
-        """What the graph knows an array of the program as."""
+        """Returns the value that an array of the program has in the graph."""
         return self.context.get_value_for_var(atom)
 
     def known(self, tree: Any) -> Any:
-        """The arrays of a pytree of atoms, which must not depend on the input."""
+        """Returns the arrays of a pytree of atoms, which must not depend on the input."""
 
-        def one(atom: Any) -> np.ndarray:
+        def array_of(atom: Any) -> np.ndarray:
             if isinstance(atom, core.Literal):
                 return np.asarray(atom.val)
             array = self.context.try_evaluate_const(atom)
@@ -45,7 +46,7 @@ class Graph:
                 raise NoForm("an ONNX model has the weights and scales of its layers as constants")
             return array
 
-        return jax.tree.map(one, tree)
+        return jax.tree.map(array_of, tree)
 
     def transpose(self, value: Any, permutation: Sequence[int], dtype: Any) -> Any:
         if list(permutation) == sorted(permutation):
@@ -54,34 +55,44 @@ class Graph:
         return self.node("Transpose", [value], dtype, shape, perm=list(map(int, permutation)))
 
     def reshape(self, value: Any, shape: Sequence[Any], dtype: Any) -> Any:
-        """To a shape with at most one size that is not a number."""
+        """Reshapes to a shape with at most one size that is not a number."""
         sizes = [size if isinstance(size, int) else -1 for size in shape]
         return self.node("Reshape", [value, self.constant(np.int64(sizes))], dtype, shape)
 
     def clip(self, codes: Any, grid: Any, shape: Sequence[Any]) -> Any:
-        """uint8 codes within those of a grid."""
+        """Clips uint8 codes to those of a grid."""
         if grid.top >= 255:
             return codes
         inputs = [codes, self.constant(np.uint8(0)), self.constant(np.uint8(grid.top))]
         return self.node("Clip", inputs, np.uint8, shape)
 
     def to_codes(self, value: Any, scale: Any, grid: Any, shape: Sequence[Any]) -> Any:
-        """uint8 codes of floats at a scale, all within those of a grid."""
+        """Makes uint8 codes of floats at a scale, all within those of a grid."""
         inputs = [value, self.constant(np.float32(scale)), self.constant(np.uint8(grid.zero_point))]
         return self.clip(self.node("QuantizeLinear", inputs, np.uint8, shape), grid, shape)
 
     def from_codes(self, codes: Any, scale: Any, zero: Any, shape: Sequence[Any], **at: Any) -> Any:
-        """floats of codes: `(codes - zero) * scale`; a weight without a zero finds no kernel."""
+        """Makes floats of codes, `(codes - zero) * scale`; a weight without zero has no kernel."""
         inputs = [codes, self.constant(np.float32(scale))]
         inputs += [] if zero is None else [self.constant(zero)]
         return self.node("DequantizeLinear", inputs, np.float32, shape, **at)
 
     def weight(self, codes: np.ndarray) -> Any:
-        """int8 codes, stored in as few bits as they have."""
+        """Adds int8 codes, stored in as few bits as they have."""
         stored = self.constant(codes)
-        if codes.dtype == np.int8:
-            return stored
-        return self.node("Cast", [stored], np.int8, codes.shape, to=onnx_ir.DataType.INT8.value)
+        return stored if codes.dtype == np.int8 else self.cast(stored, codes.shape, np.int8)
+
+    def cast(self, value: Any, shape: Sequence[Any], dtype: Any) -> Any:
+        """Makes an array of another type."""
+        to = onnx_ir.DataType.from_numpy(np.dtype(dtype)).value
+        return self.node("Cast", [value], dtype, shape, to=to)
+
+    def scaled(self, total: Any, scale: Any, shape: Sequence[Any]) -> Any:
+        """Multiplies int32 sums by a scale."""
+        return self.node("Mul", [self.cast(total, shape, np.float32), scale], np.float32, shape)
+
+
+Converter = Callable[[Graph, core.JaxprEqn], Any]  # returns the value of the equation's output
 
 
 def _dimension(size: Any) -> Any:
@@ -90,10 +101,10 @@ def _dimension(size: Any) -> Any:
     return size if isinstance(size, onnx_ir.SymbolicDim) else str(size)
 
 
-def convert(primitive: core.Primitive, operator: str):
-    """Registers a function `(graph, eqn) -> value` as the converter of a primitive."""
+def register(primitive: core.Primitive, operator: str) -> Callable[[Converter], Converter]:
+    """Registers a function as the converter of a primitive; `operator` is for jax2onnx's tables."""
 
-    def register(write):
+    def decorate(write: Converter) -> Converter:
         class Plugin(PrimitiveLeafPlugin):
             def lower(self, ctx: Any, eqn: core.JaxprEqn) -> None:
                 ctx.bind_value_for_var(eqn.outvars[0], write(Graph(ctx), eqn))
@@ -109,4 +120,4 @@ def convert(primitive: core.Primitive, operator: str):
         )(Plugin)
         return write
 
-    return register
+    return decorate

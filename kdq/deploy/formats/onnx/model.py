@@ -1,10 +1,9 @@
 """ONNX: an integer model as a file that ONNX Runtime executes with the same integers."""
 
 import contextlib
-import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from jax.extend import core
 
 from kdq import files
 from kdq.deploy import extras
-from kdq.deploy.flow import network
+from kdq.deploy.flow.layer import layer_p
 from kdq.deploy.formats import rounded
 from kdq.deploy.formats.onnx import program as onnx_program
-from kdq.deploy.lower.lowering import IntegerModel
-from kdq.quantize.inputs import as_inputs
+from kdq.deploy.formats.runtime import Runtime, any_batch, example_specs
+from kdq.deploy.lower.model import IntegerModel
+from kdq.quantize.inputs import Batch, Inputs
 from kdq.types import Array
 
 INPUT, OUTPUT = "input", "output"
@@ -30,19 +30,19 @@ DTYPES |= {f"tensor({kind})": kind for kind in ("int8", "uint8", "int32", "int64
 
 def to_onnx(
     lowered: IntegerModel,
-    inputs: Array | tuple,
+    inputs: Batch,
     *,
     each_layer: bool = False,
     symmetric: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Any:
-    """The model as an `onnx.ModelProto`, for batches of any size.
+    """Returns the model as an `onnx.ModelProto`, for batches of any size.
 
     Its inputs are `input` (`input_1`, ...), its outputs `output` (`output_1`, ...).
 
     Args:
       lowered: see `lower`.
-      inputs: an array with a leading batch axis, or a tuple of these; only the shapes matter.
+      inputs: of one batch, arrays with a leading batch axis; only the shapes matter.
       each_layer: further outputs, int32, with what each integer layer takes and makes; see
         `layer_names`.
       symmetric: for TensorRT and its like: layers multiply floats behind pairs of QuantizeLinear
@@ -60,57 +60,74 @@ def to_onnx(
         raise ValueError("ONNX has multipliers of sums in float32: lower without fixed_point")
     if symmetric and each_layer:
         raise ValueError("each_layer: a symmetric model has no integers between its layers")
-    jax2onnx, _ = extras.load("onnx", "jax2onnx", "kdq.deploy.formats.onnx.ops")
-    if symmetric:
-        specs = _specs(inputs)
-        program = jax.make_jaxpr(rounded.forward(lowered, onnx_program.Symmetric()))(*specs)
-    else:
-        program, specs, _ = _program(lowered, inputs, each_layer)
-    function = lambda *arrays: onnx_program.evaluate(program, arrays)
-    names = lambda base, count: [f"{base}_{i}" if i else base for i in range(count)]
-    convert = functools.partial(jax2onnx.to_onnx, model_name="kdq", opset=opset(lowered))
-    with _quiet("onnx_ir.serde"), unpatched():
-        try:
-            proto = convert(
-                function,
-                inputs=list(specs),
-                input_names=names(INPUT, len(specs)),
-                output_names=names(OUTPUT, len(program.jaxpr.outvars)),
-            )
-        except onnx_program.NoForm:
-            raise
-        except Exception as error:  # it has no exception of its own
-            raise ValueError(_refusal(program, error, convert)) from error
+    program, _ = _trace(lowered, inputs, each_layer, symmetric)
+    specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
+    number = lambda base, count: [f"{base}_{i}" if i else base for i in range(count)]
+    proto = convert(
+        program,
+        opset=opset(lowered),
+        input_names=number(INPUT, len(specs)),
+        output_names=number(OUTPUT, len(program.jaxpr.outvars)),
+    )
     _compact(proto.graph)
     for key, value in (metadata or {}).items():
         proto.metadata_props.add(key=key, value=value)
     return proto
 
 
-def _refusal(program: core.ClosedJaxpr, error: Exception, convert: Callable[..., Any]) -> str:
+CONVERTERS = [f"kdq.deploy.formats.onnx.{name}" for name in ("elementwise", "products", "windows")]
+
+
+def convert(program: core.ClosedJaxpr, **options: Any) -> Any:
+    """Returns a program as an `onnx.ModelProto`, by jax2onnx and the converters of this folder.
+
+    Args:
+      program: its inputs become the model's.
+      **options: of `jax2onnx.to_onnx`.
+
+    Raises:
+      ImportError: jax2onnx is not installed; says how to.
+      ValueError: a part of the program has no form in ONNX; names it.
+    """
+    jax2onnx, *_ = extras.load("onnx", "jax2onnx", *CONVERTERS)
+
+    def write(function: Callable[..., Any], avals: Sequence[Any], **names: Any) -> Any:
+        inputs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+        return jax2onnx.to_onnx(function, inputs=inputs, model_name="kdq", **names, **options)
+
+    names = {key: options.pop(key) for key in ("input_names", "output_names") if key in options}
+    with _quiet("onnx_ir.serde"), _unpatched():
+        try:
+            run = lambda *arrays: onnx_program.evaluate(program, arrays)
+            return write(run, program.in_avals, **names)
+        except onnx_program.NoForm:
+            raise
+        except Exception as error:  # it has no exception of its own
+            raise ValueError(_refusal(program, error, write)) from error
+
+
+def _refusal(program: core.ClosedJaxpr, error: Exception, write: Callable[..., Any]) -> str:
     """Says in a line why jax2onnx did not write a program, and which equation it stops at."""
-    what = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first_line = lambda error: (str(error).strip() or type(error).__name__).splitlines()[0]
     for eqn in program.jaxpr.eqns:
         atoms = [atom for atom in eqn.invars if isinstance(atom, core.Var)]
         if eqn.primitive.name.startswith("kdq_") or not atoms:
             continue
 
-        def alone(*arrays: Any, eqn=eqn, atoms=atoms) -> Any:
+        def run_alone(*arrays: Any, eqn=eqn, atoms=atoms) -> Any:
             known = dict(zip(atoms, arrays, strict=True))
             value = lambda atom: atom.val if isinstance(atom, core.Literal) else known[atom]
             return onnx_program.bind(eqn, [value(atom) for atom in eqn.invars])
 
-        specs = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in atoms]
         try:
-            convert(alone, inputs=specs)
+            write(run_alone, [atom.aval for atom in atoms])
         except Exception as reason:
-            what = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-            return f"jax2onnx has no form for {eqn.primitive.name!r}: {what}"
-    return f"jax2onnx: {what}"
+            return f"jax2onnx has no form for {eqn.primitive.name!r}: {first_line(reason)}"
+    return f"jax2onnx: {first_line(error)}"
 
 
 def _compact(graph: Any) -> None:
-    """Leaves out what a runtime finds itself: shapes, names, a second copy of a constant.
+    """Leaves out what a runtime infers: shapes, names, a second copy of a constant.
 
     int8 constants have no second use: session.x64quantprecision rewrites each for its own.
     """
@@ -133,7 +150,7 @@ def _compact(graph: Any) -> None:
 
 
 @contextlib.contextmanager
-def unpatched() -> Iterator[None]:
+def _unpatched() -> Iterator[None]:
     """Puts back what jax2onnx replaces in JAX: it forgets jnp.cumsum, and its own does less."""
     cumsum = jnp.cumsum
     try:
@@ -144,55 +161,57 @@ def unpatched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Without warnings: jax2onnx leaves the type of some values to be inferred."""
-    found = logging.getLogger(logger)
-    level = found.level
-    found.setLevel(logging.ERROR)
+    """Silences warnings: jax2onnx leaves the type of some values to be inferred."""
+    quiet = logging.getLogger(logger)
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        found.setLevel(level)
+        quiet.setLevel(level)
 
 
-def layer_names(lowered: IntegerModel, inputs: Array | tuple) -> list[str]:
-    """The names of what `each_layer` of `to_onnx` adds, and `IntegerModel.apply` has in `made`."""
-    return _program(lowered, inputs, True)[2]
+def layer_names(lowered: IntegerModel, inputs: Batch) -> list[str]:
+    """Returns the names of the outputs that `each_layer` of `to_onnx` adds, in their order.
+
+    They are those that `IntegerModel.apply` has in `integers`.
+    """
+    return _trace(lowered, inputs, each_layer=True)[1]
 
 
-def _specs(inputs: Array | tuple) -> list[jax.ShapeDtypeStruct]:
-    """Of inputs with a batch of any size."""
-    (batch,) = jax.export.symbolic_shape("batch")
-    return as_inputs(inputs).shapes(batch)
-
-
-def _program(lowered: IntegerModel, inputs: Array | tuple, each_layer: bool) -> tuple:
-    """The model with a batch of any size: its program, the inputs, the names of its layers."""
-    specs = _specs(inputs)
+def _trace(
+    lowered: IntegerModel, inputs: Batch, each_layer: bool = False, symmetric: bool = False
+) -> tuple[core.ClosedJaxpr, list[str]]:
+    """Traces a model with a batch of any size; returns the program and the names of its layers."""
     names: list[str] = []
 
-    def forward(*arrays: Array) -> Any:
-        made: dict[str, Array] = {}
-        outputs = lowered.apply(arrays, unroll=True, made=made)
-        names.extend(made)
+    def forward(call: Inputs) -> Any:
+        if symmetric:
+            return rounded.run(lowered, onnx_program.Symmetric(), call)
+        integers: dict[str, Array] = {}
+        outputs = lowered.apply(call, unroll=True, integers=integers)
+        names.extend(integers)
         if not each_layer:
             return outputs
         # Added to, as jax2onnx loses outputs that are transposed back for the next layer.
-        return outputs, [array.astype(jnp.int32) + 0 for array in made.values()]
+        return outputs, [array.astype(jnp.int32) + 0 for array in integers.values()]
 
-    program = jax.make_jaxpr(forward)(*specs)
+    program = jax.make_jaxpr(forward)(example_specs(inputs, any_batch()))
+    if symmetric:
+        return program, names
     for eqn in program.jaxpr.eqns:
         of_codes = any(atom.aval.dtype == jnp.int8 for atom in eqn.invars)
         multiplies = eqn.primitive.name in ("dot_general", "conv_general_dilated")
-        if eqn.primitive is network.layer_p or (of_codes and multiplies):
+        if eqn.primitive is layer_p or (of_codes and multiplies):
             raise ValueError(
                 "an integer layer inside nn.vmap, or a loop that is no scan, has no form in ONNX: "
                 "leave it in float"
             )
-    return program, specs, names
+    return program, names
 
 
 def opset(lowered: IntegerModel) -> int:
-    """The version of the operators that a model's file needs."""
+    """Returns the version of the operators that a model's file needs."""
     of_2_bits = any(leaf.dtype == jnp.int2 for leaf in jax.tree.leaves(lowered))
     return OPSET_INT2 if of_2_bits else OPSET
 
@@ -200,7 +219,7 @@ def opset(lowered: IntegerModel) -> int:
 def save_onnx(
     path: str | os.PathLike[str],
     lowered: IntegerModel,
-    inputs: Array | tuple,
+    inputs: Batch,
     *,
     symmetric: bool = False,
     metadata: Mapping[str, str] | None = None,
@@ -211,10 +230,19 @@ def save_onnx(
     return len(data)
 
 
-def signature(model: str | os.PathLike[str] | bytes) -> dict[str, list[dict[str, Any]]]:
-    """The "inputs" and "outputs" of a file: names, shapes and dtypes."""
-    session = onnx_session(model, integer=False)
-    about = lambda values: [
+def load_onnx(
+    model: str | os.PathLike[str] | bytes, *, threads: int | None = None, integer: bool = True
+) -> Runtime:
+    """Loads a file into ONNX Runtime; arguments of `onnx_session`."""
+    session = onnx_session(model, threads=threads, integer=integer)
+    inputs, outputs = _describe(session.get_inputs()), _describe(session.get_outputs())
+    names = [entry["name"] for entry in inputs]
+    run = lambda call: session.run(None, dict(zip(names, jax.tree.leaves(call), strict=True)))
+    return Runtime(run, {"inputs": inputs, "outputs": outputs})
+
+
+def _describe(values: Sequence[Any]) -> list[dict[str, Any]]:
+    return [
         {
             "name": value.name,
             "shape": list(value.shape),
@@ -222,7 +250,6 @@ def signature(model: str | os.PathLike[str] | bytes) -> dict[str, list[dict[str,
         }
         for value in values
     ]
-    return {"inputs": about(session.get_inputs()), "outputs": about(session.get_outputs())}
 
 
 def onnx_session(
@@ -233,7 +260,7 @@ def onnx_session(
     round_floats: bool = True,
     integer: bool = True,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU.
+    """Returns an `onnxruntime.InferenceSession` on the CPU.
 
     Args:
       model: the file, or what is in it.

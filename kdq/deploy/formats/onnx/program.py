@@ -1,6 +1,6 @@
 """A program on its way to ONNX: equations in place of those that ONNX Runtime is slow at.
 
-`kdq.deploy.formats.onnx.ops` has the operators that its primitives become.
+The converters beside this file have the operators that its primitives become.
 """
 
 import collections
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from kdq.deploy import arithmetic, primitives
+from kdq.deploy import arithmetic, jaxprs, primitives
 from kdq.deploy.contraction import Conv, Dot
-from kdq.deploy.flow import network
-from kdq.deploy.formats import rounded
+from kdq.deploy.formats.rounded import ChannelWeight, Rounding
+from kdq.deploy.primitives import ProductParts
 from kdq.deploy.qtensor import InputGrid
 from kdq.types import Array
 
@@ -26,12 +26,38 @@ class NoForm(ValueError):
     """Something that there is no form for in ONNX; the message says what."""
 
 
+primitive = primitives.primitive
 # jax2onnx computes the shapes of these at every run of the model, if the batch has any size.
-reshape_p = primitives.primitive("kdq_reshape", lambda x, *, shape: x.reshape(shape))
-slice_p = primitives.primitive("kdq_slice", lambda x, **params: jax.lax.slice_p.bind(x, **params))
+reshape_p = primitive("kdq_reshape", lambda x, *, shape: x.reshape(shape))
+slice_p = primitive("kdq_slice", jax.lax.slice_p.bind)
 # jax2onnx adds a scalar 0 to it, with which ONNX Runtime has no kernel for weights of few bits.
-matmul_p = primitives.primitive("kdq_matmul", jnp.matmul)
-add_p = primitives.primitive("kdq_add", jnp.add)  # of a bias without axes of one element
+matmul_p = primitive("kdq_matmul", jnp.matmul)
+add_p = primitive("kdq_add", jnp.add)  # of a bias without axes of one element
+pad_p = primitive("kdq_pad", jax.lax.pad_p.bind)  # jax2onnx pads no batch of any size
+remainder_p = primitive("kdq_remainder", jax.lax.rem)  # jax2onnx has none of a batch of any size
+# jax2onnx does not pick from the axis of the batch and another one at once.
+pick_p = primitive("kdq_pick", jax.lax.gather_p.bind)
+
+# jax2onnx has convolutions of these layouts.
+PLAIN = ((0, 1, 2), (0, 2, 1), (0, 1, 2, 3), (0, 3, 1, 2))
+PLAIN_KERNELS = ((0, 1, 2), (2, 1, 0), (0, 1, 2, 3), (3, 2, 0, 1))
+conv_p = primitive("kdq_conv", jax.lax.conv_general_dilated_p.bind)
+
+REDUCERS = {"max": jax.lax.max, "min": jax.lax.min, "add": jax.lax.add, "mul": jax.lax.mul}
+IDENTITIES = {"max": -np.inf, "min": np.inf, "sum": 0}  # of floats, by what JAX calls the window
+WINDOW = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+
+
+def _window(x: Array, init: Array, *, reducer: str, **window: Any) -> Array:
+    return jax.lax.reduce_window(x, init, REDUCERS[reducer], *[window[name] for name in WINDOW])
+
+
+# jax2onnx pools over all axes, which ONNX Runtime does not, and floats alone.
+window_p = primitive("kdq_window", _window)
+
+
+def _product_to_float(x: Array, w: Array, parts: ProductParts, scale: Array, **params: Any):
+    return arithmetic.to_float(primitives.product(x, w, parts, **params), scale)
 
 
 def _round_int8(x: Array, scale: Array) -> Array:
@@ -43,50 +69,16 @@ def _int8_weight(codes: Array, scale: Array, *, axis: int) -> Array:
     return codes.astype(jnp.float32) * scale.reshape(shape)
 
 
-def _multiply_to_float(x: Array, w: Array, *leaves: Array, **params: Any) -> Array:
-    *leaves, scale = leaves
-    return arithmetic.to_float(primitives.multiply_p.bind(x, w, *leaves, **params), scale)
+product_to_float = primitives.Operation("kdq_product_to_float", _product_to_float)
+round_int8_p = primitive("kdq_round_int8", _round_int8)
+int8_weight_p = primitive("kdq_int8_weight", _int8_weight)
 
 
-REDUCERS = {"max": jax.lax.max, "min": jax.lax.min, "add": jax.lax.add, "mul": jax.lax.mul}
-IDENTITIES = {"max": -np.inf, "min": np.inf, "sum": 0}  # of floats, by what JAX calls the window
-WINDOW = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
-
-
-def _window(x: Array, init: Array, *, reducer: str, **window: Any) -> Array:
-    window = [window[name] for name in WINDOW]
-    return jax.lax.reduce_window(x, init, REDUCERS[reducer], *window)
-
-
-# jax2onnx pools over all axes, which ONNX Runtime does not, and floats alone.
-window_p = primitives.primitive("kdq_window", _window)
-# jax2onnx pads no batch of any size.
-pad_p = primitives.primitive(
-    "kdq_pad", lambda x, fill, **params: jax.lax.pad_p.bind(x, fill, **params)
-)
-
-# jax2onnx has convolutions of these layouts.
-PLAIN = ((0, 1, 2), (0, 2, 1), (0, 1, 2, 3), (0, 3, 1, 2))
-PLAIN_KERNELS = ((0, 1, 2), (2, 1, 0), (0, 1, 2, 3), (3, 2, 0, 1))
-conv_p = primitives.primitive(
-    "kdq_conv", lambda x, w, **params: jax.lax.conv_general_dilated_p.bind(x, w, **params)
-)
-# jax2onnx has no remainder of a batch of any size.
-remainder_p = primitives.primitive("kdq_remainder", jax.lax.rem)
-# jax2onnx does not pick from the axis of the batch and another one at once.
-pick_p = primitives.primitive(
-    "kdq_pick", lambda x, indices, **params: jax.lax.gather_p.bind(x, indices, **params)
-)
-
-multiply_to_float_p = primitives.primitive("kdq_multiply_to_float", _multiply_to_float)
-round_int8_p = primitives.primitive("kdq_round_int8", _round_int8)
-int8_weight_p = primitives.primitive("kdq_int8_weight", _int8_weight)
-
-
-class Symmetric(rounded.Rounding):
-    """Pairs of QuantizeLinear and DequantizeLinear, of int8 around 0: what TensorRT reads."""
+class Symmetric(Rounding):
+    """Pairs of QuantizeLinear and DequantizeLinear, of int8 around 0, which TensorRT reads."""
 
     def input(self, x: Array, grid: InputGrid, of_two: bool) -> Array:
+        """See `Rounding.input`. Raises ValueError for codes that int8 around 0 does not hold."""
         scale, zero, top = np.float32(grid.scale), int(grid.zero_point), int(grid.top)
         low, high = -zero, top - zero
         if low < -128 or high > 127:
@@ -98,23 +90,22 @@ class Symmetric(rounded.Rounding):
             x = jnp.clip(x, low * scale, high * scale)
         return round_int8_p.bind(x, scale)
 
-    def weight(self, codes: np.ndarray, scale: np.ndarray, axis: int, bits: int) -> Array:
-        return int8_weight_p.bind(codes.astype(np.int8), scale, axis=axis)
+    def weight(self, weight: ChannelWeight) -> Array:
+        """See `Rounding.weight`."""
+        return int8_weight_p.bind(weight.codes.astype(np.int8), weight.scale, axis=weight.axis)
 
-    def convolve(
-        self, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
-    ) -> Array:
-        """With the channels first, so that nothing is between a weight and its convolution."""
+    def convolve(self, kernel: Conv, x: Array, weight: ChannelWeight) -> Array:
+        """Convolves with the channels first: nothing is between a weight and its convolution."""
         numbers = kernel.dimension_numbers
         plain = jax.lax.ConvDimensionNumbers(*[tuple(range(x.ndim))] * 3)
         kernel = dataclasses.replace(kernel, dimension_numbers=plain)
-        x, codes = x.transpose(numbers.lhs_spec), codes.transpose(numbers.rhs_spec)
-        total = super().convolve(kernel, x, codes, scale, bits)
+        weight = weight._replace(codes=weight.codes.transpose(numbers.rhs_spec), axis=0)
+        total = super().convolve(kernel, x.transpose(numbers.lhs_spec), weight)
         return total.transpose(np.argsort(numbers.out_spec))
 
 
 def evaluate(program: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
-    """The outputs of a program, by operations that ONNX Runtime is fast at."""
+    """Returns the outputs of a program, by operations that ONNX Runtime is fast at."""
     uses = collections.Counter(
         atom
         for atoms in [*(eqn.invars for eqn in program.jaxpr.eqns), program.jaxpr.outvars]
@@ -123,45 +114,51 @@ def evaluate(program: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
     )
     makers = {eqn.outvars[0]: eqn for eqn in program.jaxpr.eqns}
     known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-    of_floats = {}  # products whose sums become floats at once, by that
+    # Products whose sums become floats at once, and nothing else: one operation makes the floats.
+    products = {}  # by the floats
     for eqn in program.jaxpr.eqns:
-        if eqn.primitive is primitives.to_float_p and uses[eqn.invars[0]] == 1:
+        if eqn.primitive is primitives.to_float.primitive and uses[eqn.invars[0]] == 1:
             maker = makers.get(eqn.invars[0])
             if maker is not None and _is_gemm_to_float(maker, known.get(eqn.invars[1]), known):
-                of_floats[eqn.outvars[0]] = maker
-    joined = {maker.outvars[0] for maker in of_floats.values()}
+                products[eqn.outvars[0]] = maker
+    joined = {maker.outvars[0] for maker in products.values()}
 
-    def one(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
+    def run_equation(eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
         if eqn.outvars[0] in joined:
-            return values  # for the one below
-        if eqn.outvars[0] in of_floats:
+            return [values]  # for the equation that makes floats of it
+        if eqn.outvars[0] in products:
             operands, scale = values
-            params = of_floats[eqn.outvars[0]].params
-            return multiply_to_float_p.bind(*operands, scale, **params)
-        return bind(eqn, values)
+            params = dict(products[eqn.outvars[0]].params)
+            operands = jax.tree.unflatten(params.pop("structure"), operands)
+            return [product_to_float(*operands, scale, **params)]
+        outputs = bind(eqn, values)
+        return outputs if eqn.primitive.multiple_results else [outputs]
 
-    return network.evaluate(program, arrays, one)
+    return jaxprs.evaluate(program, arrays, run_equation)
 
 
 def _is_gemm_to_float(eqn: core.JaxprEqn, scale: Any, known: Mapping[core.Var, Any]) -> bool:
-    """Whether an equation is the product of rows and a matrix, whose sums have this scale."""
-    if eqn.primitive is not primitives.multiply_p or scale is None:
+    """Returns whether an equation multiplies rows and a matrix, whose sums have this scale."""
+    if eqn.primitive is not primitives.product.primitive or scale is None:
         return False
-    parts = jax.tree.unflatten(eqn.params["structure"], eqn.invars[2:])
+    _, _, parts = primitives.arguments(eqn)
     kernel = eqn.params["kernel"]
     if not isinstance(kernel, Dot) or kernel.dimension_numbers[1][0]:
         return False
-    if any(parts[name] is not None for name in ("grid", "other", "w_zero")):
+    if any(part is not None for part in (parts.grid, parts.other, parts.w_zero)):
         return False
-    factors = [known.get(atom) for atom in (parts["x"].scale, parts["w_scale"])]
+    factors = [known.get(atom) for atom in (parts.x.scale, parts.w_scale)]
     if any(factor is None for factor in factors):
         return False
-    own = np.float32(factors[0]) * np.float32(factors[1])
-    return np.shape(own) == np.shape(scale) and bool((own == np.asarray(scale)).all())
+    product = np.float32(factors[0]) * np.float32(factors[1])
+    return np.shape(product) == np.shape(scale) and bool((product == np.asarray(scale)).all())
 
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-    """An equation on other values, by an operation that runs faster if there is one."""
+    """Runs an equation, by an operation that jax2onnx writes better if there is one.
+
+    Returns its output, or a list of them as the primitive does.
+    """
     name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
     if name == "concatenate" and any(0 in atom.aval.shape for atom in eqn.invars):
         # jax2onnx reshapes to sizes of 0, which in ONNX are those of before.
@@ -192,14 +189,14 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
     if eqn.invars and [isinstance(size, int) for size in shape].count(False) == 1:
         if name in ("reshape", "squeeze", "expand_dims"):
             return reshape_p.bind(values[0], shape=shape)
-        given = eqn.invars[0].aval.shape
-        same_count = math.prod(given) == math.prod(shape)
+        before = eqn.invars[0].aval.shape
+        same_count = math.prod(before) == math.prod(shape)
         if name == "broadcast_in_dim" and len(values) == 1 and same_count:
             return reshape_p.bind(values[0], shape=shape)
         if name == "slice" and all(
             isinstance(size, int) or (start == 0 and limit == size)
             for start, limit, size in zip(
-                params["start_indices"], params["limit_indices"], given, strict=True
+                params["start_indices"], params["limit_indices"], before, strict=True
             )
         ):
             return slice_p.bind(values[0], **params)
@@ -237,7 +234,7 @@ def _picks(eqn: core.JaxprEqn) -> bool:
 
 
 def _bind_window(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
-    """A reduction of windows by one of `REDUCERS`; a list of it where JAX has several results."""
+    """Reduces windows by one of `REDUCERS`; returns a list where JAX has several results."""
     window = {name: eqn.params[name] for name in WINDOW}
     dtype, kind = eqn.invars[0].aval.dtype, eqn.primitive.name.removeprefix("reduce_window_")
     if kind in IDENTITIES:
@@ -256,7 +253,7 @@ def _bind_window(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
 
 
 def _is_matmul(eqn: core.JaxprEqn) -> bool:
-    """Whether a product is that of float rows and a matrix."""
+    """Returns whether a product is that of float rows and a matrix."""
     x, matrix = (atom.aval for atom in eqn.invars)
     numbers = (((x.ndim - 1,), (0,)), ((), ()))
     floats = x.dtype == matrix.dtype == eqn.outvars[0].aval.dtype == jnp.float32

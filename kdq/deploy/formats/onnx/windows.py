@@ -8,16 +8,15 @@ the elements of the window, one after the other.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import onnx_ir
 from jax.extend import core
 
 from kdq.deploy.formats.onnx import program as onnx_program
-from kdq.deploy.formats.onnx.graph import Graph, convert
+from kdq.deploy.formats.onnx.graph import Graph, register
 from kdq.deploy.formats.onnx.program import NoForm
 
 MOST_AXES = 3  # that ONNX Runtime pools over
@@ -29,12 +28,6 @@ WIDER = {"float16": np.float32, "bfloat16": np.float32, "bool": np.uint8, "uint1
 WIDER |= dict.fromkeys(("int2", "int4", "int8", "int16", "uint2", "uint4", "uint8"), np.int32)
 
 
-def cast(graph: Graph, value: Any, shape: Sequence[Any], dtype: Any) -> Any:
-    """An array of another type."""
-    to = onnx_ir.DataType.from_numpy(np.dtype(dtype)).value
-    return graph.node("Cast", [value], dtype, shape, to=to)
-
-
 def pad(
     graph: Graph,
     value: Any,
@@ -43,15 +36,10 @@ def pad(
     fill: Any,
     dtype: Any,
 ) -> tuple[Any, list[Any]]:
-    """An array with more around and between its elements, or less around; and its shape.
+    """Writes an array with more around and between its elements, or less around; and its shape.
 
-    Args:
-      graph: where.
-      value: the array.
-      shape: its shape.
-      config: `(low, high, interior)` for each axis, as `jax.lax.pad` takes them.
-      fill: the value of a scalar.
-      dtype: of both; one that ONNX Runtime pads.
+    `config` has `(low, high, interior)` for each axis, as `jax.lax.pad` takes them; ONNX Runtime
+    must pad the type.
     """
     shape = list(shape)
     ends = np.int64([(low, high) for low, high, _ in config]).T
@@ -80,80 +68,103 @@ def pad(
     return around(value, ends, shape), shape
 
 
-@convert(onnx_program.pad_p, "Pad")
+@register(onnx_program.pad_p, "Pad")
 def _pad(graph: Graph, eqn: core.JaxprEqn) -> Any:
     operand, fill = eqn.invars
-    aval, dtype = operand.aval, operand.aval.dtype
-    value, fill, wide = graph.value(operand), graph.value(fill), WIDER.get(dtype.name)
-    if wide is not None and dtype.name not in ("int8", "uint8", "float16"):
-        value, fill = cast(graph, value, aval.shape, wide), cast(graph, fill, (), wide)
-    else:
-        wide = None
-    padded, shape = pad(graph, value, aval.shape, eqn.params["padding_config"], fill, wide or dtype)
-    return padded if wide is None else cast(graph, padded, shape, dtype)
-
-
-@convert(onnx_program.window_p, "MaxPool")
-def _window(graph: Graph, eqn: core.JaxprEqn) -> Any:
-    params, aval = eqn.params, eqn.invars[0].aval
-    reducer, dtype, shape = params["reducer"], np.dtype(aval.dtype), list(aval.shape)
-    value, init, out = graph.value(eqn.invars[0]), graph.known(eqn.invars[1]), eqn.outvars[0].aval
-    pooled = dtype.type in POOLED.get(reducer, ()) and _is_identity(reducer, init, dtype)
-    wide = dtype if pooled else np.dtype(WIDER.get(dtype.name, dtype))
-    if wide != dtype:
-        value = cast(graph, value, shape, wide)
-        pooled = wide.type in POOLED.get(reducer, ()) and _is_identity(reducer, init, dtype)
-    windows = _Windows.from_params(params)
-    axes = windows.axes
-    # A pool pads by itself, if by less than a window: with what never is its result.
-    inside = [
-        interior == 0 and max(low, high) < size and min(low, high) >= 0
-        for (low, high, interior), size in zip(windows.padding, windows.sizes, strict=True)
-    ]
-    unknown = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
-    if len(axes) > MOST_AXES or len(unknown) > 1 or not {*axes}.isdisjoint(unknown):
-        pooled = False
-    if not pooled or not all(inside):
-        fill = graph.constant(np.asarray(init).astype(wide))
-        value, shape = pad(graph, value, shape, windows.padding, fill, wide)
-        windows = windows.without_padding()
-    write = _pool if pooled else _taps
-    value = write(graph, reducer, value, shape, windows, list(out.shape), wide)
-    if not pooled and not _is_identity(reducer, init, dtype):
-        init = graph.constant(np.asarray(init).astype(wide))
-        value = graph.node(STEPS[reducer], [value, init], wide, out.shape)
-    return value if wide == dtype else cast(graph, value, out.shape, dtype)
+    shape, dtype = operand.aval.shape, operand.aval.dtype
+    value, fill, config = graph.value(operand), graph.value(fill), eqn.params["padding_config"]
+    wide = WIDER.get(dtype.name)
+    if wide is None or dtype.name in ("int8", "uint8", "float16"):
+        return pad(graph, value, shape, config, fill, dtype)[0]
+    value, fill = graph.cast(value, shape, wide), graph.cast(fill, (), wide)
+    padded, shape = pad(graph, value, shape, config, fill, wide)
+    return graph.cast(padded, shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Windows:
-    """Windows over the axes of an array: a number, or what pads it, for each axis."""
+    """A reduction of windows over the axes of an array."""
 
-    sizes: Sequence[int]
+    reducer: str  # a key of STEPS
+    shape: Sequence[Any]  # of the array
+    out_shape: Sequence[Any]
+    sizes: Sequence[int]  # for each axis, as are the next
     strides: Sequence[int]
     dilation: Sequence[int]
     padding: Sequence[tuple[int, int, int]]  # low, high, between elements
 
     @classmethod
-    def from_params(cls, params: Mapping[str, Any]) -> "_Windows":
-        """Returns those of a primitive of JAX."""
+    def from_equation(cls, eqn: core.JaxprEqn) -> "_Windows":
+        """Returns those of `window_p`."""
+        params = eqn.params
         padding = zip(params["padding"], params["base_dilation"], strict=True)
-        padding = [(low, high, step - 1) for (low, high), step in padding]
-        sizes, strides = params["window_dimensions"], params["window_strides"]
-        return cls(tuple(sizes), tuple(strides), tuple(params["window_dilation"]), padding)
-
-    def without_padding(self) -> "_Windows":
-        return dataclasses.replace(self, padding=[(0, 0, 0)] * len(self.sizes))
+        return cls(
+            params["reducer"],
+            list(eqn.invars[0].aval.shape),
+            list(eqn.outvars[0].aval.shape),
+            tuple(params["window_dimensions"]),
+            tuple(params["window_strides"]),
+            tuple(params["window_dilation"]),
+            [(low, high, step - 1) for (low, high), step in padding],
+        )
 
     @property
     def axes(self) -> list[int]:
-        """On which anything happens."""
-        of_axes = zip(self.sizes, self.strides, self.padding, strict=True)
-        return [axis for axis, of in enumerate(of_axes) if of != (1, 1, (0, 0, 0))]
+        """The axes on which anything happens."""
+        changes = zip(self.sizes, self.strides, self.padding, strict=True)
+        return [axis for axis, change in enumerate(changes) if change != (1, 1, (0, 0, 0))]
+
+    @property
+    def pads_itself(self) -> bool:
+        """True if a pool can pad: by less than a window, with what never is its result."""
+        return all(
+            interior == 0 and max(low, high) < size and min(low, high) >= 0
+            for (low, high, interior), size in zip(self.padding, self.sizes, strict=True)
+        )
+
+    def chosen(self, numbers: Sequence[int]) -> list[int]:
+        """Returns the numbers of the axes on which anything happens."""
+        return [int(numbers[axis]) for axis in self.axes]
+
+    def can_pool(self, init: Any, dtype: np.dtype, wide: np.dtype) -> bool:
+        """Returns whether ONNX Runtime has a pool for it, of numbers of the type `wide`."""
+        unknown = [axis for axis, size in enumerate(self.shape) if not isinstance(size, int)]
+        return (
+            wide.type in POOLED.get(self.reducer, ())
+            and _is_identity(self.reducer, init, dtype)
+            and len(self.axes) <= MOST_AXES
+            and len(unknown) <= 1
+            and {*self.axes}.isdisjoint(unknown)
+        )
+
+
+@register(onnx_program.window_p, "MaxPool")
+def _window(graph: Graph, eqn: core.JaxprEqn) -> Any:
+    windows, dtype = _Windows.from_equation(eqn), np.dtype(eqn.invars[0].aval.dtype)
+    value, init = graph.value(eqn.invars[0]), graph.known(eqn.invars[1])
+    wide = dtype
+    if dtype.type not in POOLED.get(windows.reducer, ()) or not _is_identity(
+        windows.reducer, init, dtype
+    ):
+        wide = np.dtype(WIDER.get(dtype.name, dtype))
+    if wide != dtype:
+        value = graph.cast(value, windows.shape, wide)
+    pools = windows.can_pool(init, dtype, wide)
+    if not pools or not windows.pads_itself:
+        fill = graph.constant(np.asarray(init).astype(wide))
+        value, shape = pad(graph, value, windows.shape, windows.padding, fill, wide)
+        no_padding = [(0, 0, 0)] * len(shape)
+        windows = dataclasses.replace(windows, shape=shape, padding=no_padding)
+    if windows.axes:  # else nothing but padding happens
+        value = (_pool if pools else _reduce_taps)(graph, windows, value, wide)
+    if not pools and not _is_identity(windows.reducer, init, dtype):
+        init = graph.constant(np.asarray(init).astype(wide))
+        value = graph.node(STEPS[windows.reducer], [value, init], wide, windows.out_shape)
+    return value if wide == dtype else graph.cast(value, windows.out_shape, dtype)
 
 
 def _is_identity(reducer: str, init: Any, dtype: np.dtype) -> bool:
-    """Returns whether a reduction that starts with it is that of the elements alone."""
+    """Returns whether a reduction that starts with `init` is that of the elements alone."""
     init = np.asarray(init)
     if reducer in ("add", "mul"):
         return bool(init == (0 if reducer == "add" else 1))
@@ -162,78 +173,56 @@ def _is_identity(reducer: str, init: Any, dtype: np.dtype) -> bool:
     return bool(init <= limit if reducer == "max" else init >= limit)
 
 
-def _pool(
-    graph: Graph,
-    reducer: str,
-    value: Any,
-    shape: Sequence[Any],
-    windows: _Windows,
-    out_shape: list[Any],
-    dtype: np.dtype,
-) -> Any:
-    """One node of ONNX's pools, between what arranges its axes."""
-    axes = windows.axes
-    if not axes:
-        return value
+def _pool(graph: Graph, windows: _Windows, value: Any, dtype: np.dtype) -> Any:
+    """Writes one node of ONNX's pools, between what arranges its axes."""
+    axes, shape, chosen = windows.axes, windows.shape, windows.chosen
     others = [axis for axis in range(len(shape)) if axis not in axes]
     # Two axes come first: that of the batch, or all that are of no known size, and all others.
-    unknown = [shape[axis] for axis in others if not isinstance(shape[axis], int)]
-    known = [shape[axis] for axis in others if isinstance(shape[axis], int)]
-    order = [axis for axis in others if not isinstance(shape[axis], int)]
-    order += [axis for axis in others if isinstance(shape[axis], int)] + axes
-    leading = [*(unknown or [1]), math.prod(known)]
+    unknown = [axis for axis in others if not isinstance(shape[axis], int)]
+    known = [axis for axis in others if isinstance(shape[axis], int)]
+    order = [*unknown, *known, *axes]
+    sizes = [shape[axis] for axis in order[: len(others)]]
+    leading = [*([shape[axis] for axis in unknown] or [1]), math.prod(shape[a] for a in known)]
     value = graph.transpose(value, order, dtype)
-    if [*unknown, *known] != leading:
-        value = graph.reshape(value, [*leading, *(shape[axis] for axis in axes)], dtype)
-    pooled = [*leading, *(out_shape[axis] for axis in axes)]
     before = [*leading, *(shape[axis] for axis in axes)]
-    chosen = lambda of: [int(of[axis]) for axis in axes]
+    if sizes != leading:
+        value = graph.reshape(value, before, dtype)
+    pooled = [*leading, *(windows.out_shape[axis] for axis in axes)]
     attributes = {
         "kernel_shape": chosen(windows.sizes),
         "strides": chosen(windows.strides),
         "dilations": chosen(windows.dilation),
         "pads": [windows.padding[axis][end] for end in (0, 1) for axis in axes],
     }
-    if reducer == "add":  # the mean, of what is padded too, times how many there are
+    if windows.reducer == "add":  # the mean, of what is padded too, times how many there are
         value = graph.node("AveragePool", [value], dtype, pooled, count_include_pad=1, **attributes)
         count = graph.constant(np.asarray(math.prod(windows.sizes), dtype))
         value = graph.node("Mul", [value, count], dtype, pooled)
     else:
         turned = "Neg" if dtype == np.float32 else "BitwiseNot"  # either turns the order around
-        if reducer == "min":
+        if windows.reducer == "min":
             value = graph.node(turned, [value], dtype, before)
         value = graph.node("MaxPool", [value], dtype, pooled, **attributes)
-        if reducer == "min":
+        if windows.reducer == "min":
             value = graph.node(turned, [value], dtype, pooled)
-    arranged = [out_shape[axis] for axis in order]
+    arranged = [windows.out_shape[axis] for axis in order]
     if arranged != pooled:
         value = graph.reshape(value, arranged, dtype)
     return graph.transpose(value, list(np.argsort(order)), dtype)
 
 
-def _taps(
-    graph: Graph,
-    reducer: str,
-    value: Any,
-    shape: Sequence[Any],
-    windows: _Windows,
-    out_shape: list[Any],
-    dtype: np.dtype,
-) -> Any:
-    """Each element of the window as an array, reduced one after the other."""
-    axes = windows.axes
-    if not axes:
-        return value
-    if not all(isinstance(shape[axis], int) for axis in axes):
+def _reduce_taps(graph: Graph, windows: _Windows, value: Any, dtype: np.dtype) -> Any:
+    """Writes each element of the window as an array, and reduces one after the other."""
+    axes, out_shape = windows.axes, windows.out_shape
+    if not all(isinstance(windows.shape[axis], int) for axis in axes):
         raise NoForm("it has a window over the examples of a batch of any size")
-    at = graph.constant(np.int64(axes))
-    chosen = lambda of: np.int64([of[axis] for axis in axes])
-    steps, dilation = chosen(windows.strides), chosen(windows.dilation)
+    chosen = lambda numbers: np.int64(windows.chosen(numbers))
+    at, steps = graph.constant(np.int64(axes)), chosen(windows.strides)
     reach = (chosen(out_shape) - 1) * steps + 1
-    taken = []
+    taps = []
     for tap in np.ndindex(*chosen(windows.sizes)):
-        start = np.multiply(tap, dilation)
+        start = np.multiply(tap, chosen(windows.dilation))
         bounds = [graph.constant(start), graph.constant(start + reach), at, graph.constant(steps)]
-        taken.append(graph.node("Slice", [value, *bounds], dtype, out_shape))
-    join = lambda a, b: graph.node(STEPS[reducer], [a, b], dtype, out_shape)
-    return functools.reduce(join, taken)
+        taps.append(graph.node("Slice", [value, *bounds], dtype, out_shape))
+    join = lambda a, b: graph.node(STEPS[windows.reducer], [a, b], dtype, out_shape)
+    return functools.reduce(join, taps)

@@ -1,0 +1,260 @@
+"""Products in ONNX: converters that jax2onnx calls for `kdq.deploy.primitives.product`.
+
+Where ONNX Runtime has an integer kernel for a whole layer, the layer is written as
+DequantizeLinear, Conv or Gemm, QuantizeLinear, which it fuses into one; anything else as
+MatMulInteger, of the windows of a convolution too (its ConvInteger takes four times as long, and is
+left for groups of channels). Each computes what `arithmetic` does, bit for bit. Weights are stored
+in their own 2, 4 or 8 bits.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from kdq.deploy import contraction, primitives
+from kdq.deploy.contraction import Conv, Dot
+from kdq.deploy.formats.onnx import program as onnx_program
+from kdq.deploy.formats.onnx.graph import Graph, register
+from kdq.deploy.formats.onnx.windows import pad
+from kdq.deploy.primitives import ProductParts
+
+
+@register(onnx_program.conv_p, "Conv")
+def _float_conv(graph: Graph, eqn: core.JaxprEqn) -> Any:
+    """Writes a convolution of floats over any number of axes, of any layout."""
+    kernel, out = contraction.conv(eqn.params), eqn.outvars[0].aval
+    numbers, dtype = kernel.dimension_numbers, np.dtype(out.dtype)
+    x, w = (graph.value(atom) for atom in eqn.invars)
+    shape = [eqn.invars[0].aval.shape[axis] for axis in numbers.lhs_spec]
+    x = graph.transpose(x, numbers.lhs_spec, dtype)
+    # What is between the elements of the input, or cut off around them, has an operator of its own.
+    config = [
+        (min(low, 0), min(high, 0), step - 1)
+        for (low, high), step in zip(kernel.padding, kernel.input_dilation, strict=True)
+    ]
+    fill = graph.constant(np.zeros((), dtype))
+    x, _ = pad(graph, x, shape, [(0, 0, 0)] * 2 + config, fill, dtype)
+    around = [(max(low, 0), max(high, 0)) for low, high in kernel.padding]
+    sizes = [eqn.invars[1].aval.shape[axis] for axis in numbers.rhs_spec]
+    factors = [x, graph.transpose(w, numbers.rhs_spec, dtype)]
+    shape = [out.shape[axis] for axis in numbers.out_spec]
+    result = graph.node("Conv", factors, dtype, shape, **_attributes(kernel, around, sizes[2:]))
+    return graph.transpose(result, list(np.argsort(numbers.out_spec)), dtype)
+
+
+def _attributes(
+    kernel: Conv, padding: Sequence[tuple[int, int]], sizes: Sequence[int]
+) -> dict[str, Any]:
+    """Returns what ONNX's convolutions are told beside their arrays."""
+    return {
+        "pads": [low for low, _ in padding] + [high for _, high in padding],
+        "strides": list(kernel.strides),
+        "dilations": list(kernel.kernel_dilation),
+        "group": kernel.groups,
+        "kernel_shape": list(sizes),
+    }
+
+
+@register(onnx_program.product_to_float.primitive, "Gemm")
+@register(primitives.product.primitive, "QLinearConv")
+def _product(graph: Graph, eqn: core.JaxprEqn) -> Any:
+    x, w, parts, *_ = primitives.arguments(eqn)
+    parts, kernel, out = graph.known(parts), eqn.params["kernel"], eqn.outvars[0].aval
+    if isinstance(kernel, Conv):
+        return _conv(graph, kernel, graph.value(x), graph.known(w), parts, out)
+    return _dot(graph, kernel, x, w, parts, out)
+
+
+def _finish(graph: Graph, total: Any, parts: ProductParts, out: Any) -> Any:
+    """Writes what makes the layer's output of int32 sums without a bias."""
+    if parts.bias is not None:
+        total = graph.node("Add", [total, graph.constant(parts.bias)], np.int32, out.shape)
+    if parts.grid is None:
+        return total
+    multiplier = graph.constant(np.float32(parts.scale) / np.float32(parts.grid.scale))
+    return graph.to_codes(graph.scaled(total, multiplier, out.shape), 1, parts.grid, out.shape)
+
+
+def _multiply_weight(
+    graph: Graph, multiply: Callable, w: np.ndarray, parts: ProductParts, out: Any
+) -> Any:
+    """Writes `multiply(w)`, in the layout of the result, less what the weight's zeros add."""
+    total = multiply(w)
+    if parts.w_zero is not None:
+        sums, zeros = multiply(np.ones_like(w, np.int8)), graph.constant(parts.w_zero)
+        moved = graph.node("Mul", [sums, zeros], np.int32, out.shape)
+        total = graph.node("Sub", [total, moved], np.int32, out.shape)
+    return _finish(graph, total, parts, out)
+
+
+def _fuse(
+    graph: Graph,
+    op: str,
+    x: Any,
+    w: np.ndarray,
+    parts: ProductParts,
+    by_channel: Callable[[Any], np.ndarray],
+    shape: Sequence[Any],
+    **attributes: Any,
+) -> Any:
+    """Writes a layer from codes to codes, or floats, that ONNX Runtime has one kernel for.
+
+    `w` is [channels, ...] for Conv, [terms, channels] for Gemm; `by_channel` makes a list of what
+    broadcasts with the result.
+    """
+    scale, axis = by_channel(parts.w_scale), {"Conv": 0, "Gemm": 1}[op]
+    zeros = np.zeros(len(scale), np.int8)
+    floats = [
+        graph.from_codes(x, parts.x.scale, np.uint8(parts.x.zero_point), x.shape),
+        graph.from_codes(graph.weight(w), scale, zeros, w.shape, axis=axis),
+    ]
+    if parts.bias is not None:
+        bias = graph.constant(by_channel(parts.bias))
+        sum_scale = np.float32(parts.x.scale) * scale
+        floats.append(graph.from_codes(bias, sum_scale, None, [len(scale)], axis=0))
+    result = graph.node(op, floats, np.float32, shape, **attributes)
+    if parts.grid is None:
+        return result
+    return graph.to_codes(result, parts.grid.scale, parts.grid, shape)
+
+
+def _conv(graph: Graph, kernel: Conv, x: Any, w: np.ndarray, parts: ProductParts, out: Any) -> Any:
+    numbers = kernel.dimension_numbers
+    w = np.transpose(w, numbers.rhs_spec)  # [output channels, input channels, *window]
+    fused = parts.grid is not None and parts.w_zero is None
+    if not fused and kernel.groups == 1:
+        return _conv_by_matmul(graph, kernel, x, w, parts, out)
+    x = graph.transpose(x, numbers.lhs_spec, np.uint8)  # [examples, channels, ...]
+    x, padding = _dilate(graph, kernel, x, 2, parts.x.zero_point)
+    shape = [out.shape[axis] for axis in numbers.out_spec]
+    attributes = _attributes(kernel, padding, w.shape[2:])
+    back = np.argsort(numbers.out_spec)
+    if fused:
+
+        def by_channel(array: Any) -> np.ndarray:
+            array = contraction.align(array, len(shape)).transpose(numbers.out_spec)
+            return np.broadcast_to(array, [1, len(w), *[1] * (len(shape) - 2)]).ravel()
+
+        codes = _fuse(graph, "Conv", x, w, parts, by_channel, shape, **attributes)
+        return graph.transpose(codes, back, np.uint8)
+    zero = graph.constant(np.uint8(parts.x.zero_point))
+
+    def multiply(w: np.ndarray) -> Any:
+        factors = [x, graph.weight(w), zero]
+        total = graph.node("ConvInteger", factors, np.int32, shape, **attributes)
+        return graph.transpose(total, back, np.int32)
+
+    return _multiply_weight(graph, multiply, w, parts, out)
+
+
+def _conv_by_matmul(
+    graph: Graph, kernel: Conv, x: Any, w: np.ndarray, parts: ProductParts, out: Any
+) -> Any:
+    """Writes a convolution as a product of matrices; `w`: [output channels, input channels, ...].
+
+    A row of the left matrix is all that a window meets, an element of the window after the other.
+    """
+    numbers, zero = kernel.dimension_numbers, graph.constant(np.uint8(parts.x.zero_point))
+    channels_last = lambda spec: [spec[0], *spec[2:], spec[1]]
+    x = graph.transpose(x, channels_last(numbers.lhs_spec), np.uint8)  # [examples, ..., channels]
+    x, padding = _dilate(graph, kernel, x, 1, parts.x.zero_point)
+    config = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+    x, _ = pad(graph, x, x.shape, config, zero, np.uint8)
+    order = channels_last(numbers.out_spec)
+    shape, size = [out.shape[axis] for axis in order], w.shape[2:]
+    axes = graph.constant(np.arange(1, len(size) + 1))
+    steps = graph.constant(np.int64(kernel.strides))
+    reach = np.multiply(np.subtract(shape[1:-1], 1), kernel.strides) + 1
+    taps = []
+    for tap in np.ndindex(*size):
+        start = np.multiply(tap, kernel.kernel_dilation)
+        bounds = [graph.constant(np.int64(start)), graph.constant(np.int64(start + reach))]
+        at = [*shape[:-1], w.shape[1]]
+        taps.append(graph.node("Slice", [x, *bounds, axes, steps], np.uint8, at))
+    terms = w.shape[1] * len(taps)
+    windows = graph.node("Concat", taps, np.uint8, [*shape[:-1], terms], axis=len(shape) - 1)
+
+    def multiply(w: np.ndarray) -> Any:
+        # [*window, input channels, output channels] -> [terms, output channels]
+        matrix = np.moveaxis(w, (0, 1), (-1, -2)).reshape(terms, -1)
+        factors = [windows, graph.weight(matrix), zero]
+        total = graph.node("MatMulInteger", factors, np.int32, shape)
+        return graph.transpose(total, np.argsort(order), np.int32)
+
+    return _multiply_weight(graph, multiply, w, parts, out)
+
+
+def _dilate(
+    graph: Graph, kernel: Conv, x: Any, first: int, zero: Any
+) -> tuple[Any, Sequence[tuple[int, int]]]:
+    """Puts the zeros of a transposed convolution between its codes; returns the padding left.
+
+    `first` is the first axis of those that are convolved.
+    """
+    if set(kernel.input_dilation) == {1} and min(min(pair) for pair in kernel.padding) >= 0:
+        return x, kernel.padding
+    config = [(0, 0, 0)] * len(x.shape)
+    for axis, (step, pair) in enumerate(
+        zip(kernel.input_dilation, kernel.padding, strict=True), first
+    ):
+        config[axis] = (*pair, step - 1)
+    x, _ = pad(graph, x, x.shape, config, graph.constant(np.uint8(zero)), np.uint8)
+    return x, [(0, 0)] * len(kernel.padding)
+
+
+def _dot(graph: Graph, kernel: Dot, x_atom: Any, w_atom: Any, parts: ProductParts, out: Any) -> Any:
+    """Writes a product of the input [*shared, height, terms] and a weight [*shared, terms, width].
+
+    Both are brought into that form, and the result into the layout that the layer has.
+    """
+    axes = contraction.list_axes(kernel, len(w_atom.aval.shape))
+    sizes = lambda atom, axes: [atom.aval.shape[axis] for axis in axes]
+    shared, terms = sizes(x_atom, axes.x_shared), math.prod(sizes(x_atom, axes.x_summed))
+    rows, columns = sizes(x_atom, axes.x_free), sizes(w_atom, axes.w_free)
+    height, width = math.prod(rows), math.prod(columns)
+
+    def as_matrices(value: Any, order: Sequence[int], shape: Sequence[Any], split: int) -> Any:
+        """Arranges codes in one axis of rows and one of columns; `split` is where these begin."""
+        value = graph.transpose(value, order, np.uint8)
+        if len(order) == len(shared) + 2 and split == len(shared) + 1:
+            return value
+        return graph.reshape(value, [*shared, *shape], np.uint8)
+
+    def lay_out(value: Any, dtype: Any) -> Any:
+        """Brings [*shared, height, width] into the layout of the result."""
+        if len(rows) != 1 or len(columns) != 1:
+            value = graph.reshape(value, [*shared, *rows, *columns], dtype)
+        return graph.transpose(value, axes.order, dtype)
+
+    order = [*axes.x_shared, *axes.x_free, *axes.x_summed]
+    x = as_matrices(graph.value(x_atom), order, [height, terms], len(shared) + len(rows))
+    x_zero = graph.constant(np.uint8(parts.x.zero_point))
+    order = [*axes.w_shared, *axes.w_summed, *axes.w_free]
+    if parts.other is not None:
+        split = len(shared) + len(axes.w_summed)
+        w = as_matrices(graph.value(w_atom), order, [terms, width], split)
+        factors = [x, w, x_zero, graph.constant(np.uint8(parts.other.zero_point))]
+        total = graph.node("MatMulInteger", factors, np.int32, [*shared, height, width])
+        return _finish(graph, lay_out(total, np.int32), parts, out)
+    w = np.transpose(graph.known(w_atom), order)
+    w = w.reshape(*sizes(w_atom, axes.w_shared), terms, width)
+    to_float = out.dtype == jnp.float32
+    if to_float or (parts.grid is not None and parts.w_zero is None and not shared):
+
+        def by_channel(array: Any) -> np.ndarray:
+            array = contraction.align(array, len(axes.order)).transpose(axes.back)
+            return np.broadcast_to(array, [1] * len(rows) + columns).ravel()
+
+        result = _fuse(graph, "Gemm", x, w, parts, by_channel, [height, width])
+        return lay_out(result, np.float32 if to_float else np.uint8)
+
+    def multiply(w: np.ndarray) -> Any:
+        factors = [x, graph.weight(w), x_zero]
+        total = graph.node("MatMulInteger", factors, np.int32, [*shared, height, width])
+        return lay_out(total, np.int32)
+
+    return _multiply_weight(graph, multiply, w, parts, out)
