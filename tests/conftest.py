@@ -1,9 +1,12 @@
 """What several test folders share: a prepared data set, and an experiment that runs in seconds."""
 
 import contextlib
+import fcntl
+import gc
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -29,7 +32,7 @@ import jax
 import pytest
 from playwright.sync_api import sync_playwright
 
-from kdq import config, data, provenance
+from kdq import config, data, experiment, provenance
 from kdq.arms import kl
 
 # The same examples each time: a commit passes or it does not.
@@ -79,11 +82,49 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a folder by a function of its path once a session; other workers wait and share it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if is_worker else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def make(name: str, fill: Callable[[Path], Any]) -> Path:
+        folder, finished = shared / name, shared / f"{name}.finished"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker whose function failed
+                fill(folder)
+                finished.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_dir(make_once: Callable[..., Path]) -> Path:
     """A TFDS folder with `digits` in it."""
-    directory = tmp_path_factory.mktemp("tfds")
-    data.open_split("digits", "train", data_dir=directory)
-    return directory
+    return make_once("tfds", lambda path: data.open_split("digits", "train", data_dir=path))
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tiny_config: Callable[..., dict[str, Any]],
+    make_once: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[config.Experiment, Path, list[Any]]:
+    """The tiny experiment, a folder in which it is finished, and its records."""
+    frozen = config.freeze(tiny_config())
+    shared = make_once("finished", lambda path: experiment.run(frozen, path))
+    workdir = tmp_path_factory.mktemp("finished") / "run"  # a worker's own: runs lock their folder
+    shutil.copytree(shared, workdir)
+    return frozen, workdir, experiment.run(frozen, workdir)  # nothing is left to do
+
+
+@pytest.fixture
+def copied(finished: tuple[config.Experiment, Path, list[Any]], tmp_path: Path) -> Path:
+    """A copy of the folder of `finished`, to change."""
+    return shutil.copytree(finished[1], tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
@@ -152,13 +193,18 @@ def tiny_experiment(tiny_config: Callable[..., dict[str, Any]]) -> config.Experi
 
 CACHE_DAYS = 14  # programs that no test asked for in this time are deleted
 is_worker = "PYTEST_XDIST_WORKER" in os.environ
-# Files of whole runs and of processes. A worker takes files one after another: these are begun
-# first, so that at the end the workers end together.
+# Files of whole runs and of processes, by their seconds of the processor. A worker takes files one
+# after another: these are begun first, so that at the end the workers end together.
 LONGEST = (
-    *("tests/test_launch_compress.py", "tests/test_launch_sweep.py", "tests/test_launch_search.py"),
-    *("tests/notebooks/test_notebooks.py", "tests/docs/test_snippets.py"),
+    *("tests/deploy/test_zoo.py", "tests/test_launch_sweep.py", "tests/test_launch_compress.py"),
+    *("tests/golden/test_record.py", "tests/notebooks/test_notebooks.py"),
+    *("tests/docs/test_snippets.py", "tests/experiment/test_meshes.py"),
     *("tests/experiment/test_searching.py", "tests/experiment/test_runner.py"),
-    *("tests/deploy/test_zoo.py", "tests/deploy/test_onnx.py", "tests/deploy/test_lowering.py"),
+    *("tests/experiment/test_teaching.py", "tests/test_launch_search.py"),
+    *("tests/deploy/test_onnx.py", "tests/deploy/test_litert.py", "tests/deploy/test_lowering.py"),
+    *("tests/experiment/test_sharing.py", "tests/experiment/test_uniform.py"),
+    *("tests/experiment/test_store.py", "tests/test_own.py", "tests/train/test_loop.py"),
+    *("tests/quantize/test_bad_input.py", "tests/deploy/test_export.py"),
 )
 
 
@@ -167,10 +213,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
 
 
+def pytest_collection_finish() -> None:
+    # What is imported and collected stays: the collector need not visit it again and again.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
 def pytest_configure() -> None:
     # Whoever runs the tests in the background has Ctrl-C ignored, and children would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Bytecode outlives the run, even if the environment says otherwise: without it each worker
+    # rewrites the assertions of every test file, and each launched program compiles kdq.
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     folder = compilation_cache()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))

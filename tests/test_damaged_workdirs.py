@@ -87,9 +87,10 @@ DAMAGES = (cut, flip, replace, edit, edit, drop, drop, edit_unsealed, edit_unsea
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_config):
-    """A finished workdir, and the config file that it is of."""
-    folder = tmp_path_factory.mktemp("finished")
+def searched(finished, tmp_path_factory, tiny_config):
+    """A finished workdir with a search, and the config file that it is of."""
+    folder = tmp_path_factory.mktemp("searched")
+    shutil.copytree(finished[1], folder / "run")
     config = tiny_config()
     config["searches"] = {
         "exact": {
@@ -122,10 +123,10 @@ def programs(workdir, config, out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_damage_ends_in_one_line_or_is_made_again(finished, tmp_path, part):
+def test_damage_ends_in_one_line_or_is_made_again(searched, tmp_path, part):
     """An exception that no line is made of would leave `run`, and fail here."""
     chance = random.Random(part)
-    done, config = finished
+    done, config = searched
     files = sorted(path.relative_to(done) for path in done.rglob("*.json*"))
     files = [file for file in files if not {"compiled", "checkpoints"} & set(file.parts)]
     refused = 0

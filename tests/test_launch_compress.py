@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from programs import children, is_there, refusal, wait_for
+from programs import children, is_there, refusal, run, wait_for
 
 from kdq import config, files, lock
 
@@ -64,6 +64,18 @@ def launch(data_dir):
 
     run.start = start
     return run
+
+
+@pytest.fixture
+def program(data_dir, monkeypatch, capsys):
+    """Runs a script of launch/ in this process; returns the line of its mistake and its output."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+
+    def start(script, *arguments):
+        capsys.readouterr()
+        return run(script, *arguments), capsys.readouterr().out
+
+    return start
 
 
 def compress_flags(narrowed, workdir):
@@ -154,14 +166,13 @@ def test_the_page_of_a_run_shows_what_was_measured(unbroken, visit):
 
 
 @slow
-def test_report_combines_folders_and_its_commands_run(unbroken, launch, tmp_path):
+def test_report_combines_folders_and_its_commands_run(unbroken, program, tmp_path):
     _, workdir = unbroken
-    process = launch("report", f"--workdirs={workdir}", f"--out={tmp_path / 'out'}")
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == places(tmp_path / "out")
+    answer = program("report", f"--workdirs={workdir}", f"--out={tmp_path / 'out'}")
+    assert answer == (None, places(tmp_path / "out"))
     saved = f"--config=configs/saved/workdir.py:{workdir}"
-    again = launch("train", saved, f"--workdir={tmp_path / 'again'}", "--arm=kd", "--seed=0")
-    assert again.returncode == 0, again.stderr
+    flags = (saved, f"--workdir={tmp_path / 'again'}", "--arm=kd", "--seed=0")
+    assert program("train", *flags)[0] is None
     file = Path("kd", "0", "model.safetensors")
     assert (tmp_path / "again" / file).read_bytes() == (workdir / file).read_bytes()
     assert refusal("report", f"--workdirs={tmp_path}", f"--out={tmp_path / 'none'}") == (
@@ -171,21 +182,23 @@ def test_report_combines_folders_and_its_commands_run(unbroken, launch, tmp_path
 
 
 @slow
-def test_the_same_command_again_trains_nothing(unbroken, launch, narrowed):
+def test_the_same_command_again_trains_nothing(unbroken, program, narrowed):
     first, workdir = unbroken
     models = {arm: (workdir / arm / "0" / "model.safetensors").stat().st_mtime_ns for arm in ARMS}
     started = time.monotonic()
-    again = launch("compress", *compress_flags(narrowed, workdir))
-    assert again.returncode == 0, again.stderr
-    assert table_of(again.stdout) == table_of(first.stdout)
-    assert "6 arms and seeds to run, all of them done before" in again.stdout
+    mistake, output = program("compress", *compress_flags(narrowed, workdir))
+    assert mistake is None
+    assert table_of(output) == table_of(first.stdout)
+    assert "6 arms and seeds to run, all of them done before" in output
     for arm, changed in models.items():
         assert (workdir / arm / "0" / "model.safetensors").stat().st_mtime_ns == changed
     assert time.monotonic() - started < 120
 
 
 @slow
-def test_a_killed_run_that_is_started_again_gives_the_same(unbroken, launch, narrowed, tmp_path):
+def test_a_killed_run_that_is_started_again_gives_the_same(
+    unbroken, launch, program, narrowed, tmp_path
+):
     _, expected = unbroken
     checkpoints = tmp_path / "kd" / "0" / "checkpoints"
     command = compress_flags(narrowed, tmp_path)
@@ -200,8 +213,7 @@ def test_a_killed_run_that_is_started_again_gives_the_same(unbroken, launch, nar
     assert not (tmp_path / "kd" / "0" / "result.json").exists()
     assert (tmp_path / "student" / "0" / "result.json").exists()
 
-    again = launch("compress", *command)
-    assert again.returncode == 0, again.stderr
+    assert program("compress", *command)[0] is None
     results = [files.read_json(w / "results.json") for w in (tmp_path, expected)]
     assert comparable(results[0]) == comparable(results[1])
     assert packed_bytes(tmp_path) == packed_bytes(expected)
@@ -259,11 +271,11 @@ def test_a_run_in_two_processes_that_is_stopped_leaves_none_and_goes_on(
 
 
 @slow
-def test_train_runs_one_arm_and_what_it_needs(unbroken, launch, narrowed, tmp_path):
+def test_train_runs_one_arm_and_what_it_needs(unbroken, program, narrowed, tmp_path):
     command = (*compress_flags(narrowed, tmp_path), "--arm=ptq_w4a4_student_mse", "--seed=0")
-    process = launch("train", *command)
-    assert process.returncode == 0, process.stderr
-    assert "ptq_w4a4_student_mse" in process.stdout
+    mistake, output = program("train", *command)
+    assert mistake is None
+    assert "ptq_w4a4_student_mse" in output
     arms = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
     assert arms == ["ptq_w4a4_student_mse", "student", "teacher"]
     for arm in arms:  # the same files as launch/compress.py makes
@@ -339,15 +351,15 @@ def test_a_second_program_in_a_workdir_is_told_who_holds_it(launch, tmp_path, pr
 
 
 @pytest.mark.slow
-def test_export_writes_files_and_says_what_they_do(unbroken, launch, tmp_path):
+def test_export_writes_files_and_says_what_they_do(unbroken, program, tmp_path):
     _, workdir = unbroken
     arguments = (f"--workdir={workdir}", "--arm=qat_w4a4", f"--out={tmp_path / 'out'}")
-    process = launch("export", *arguments, "--format=packed,stablehlo")
-    assert process.returncode == 0, process.stderr
+    mistake, output = program("export", *arguments, "--format=packed,stablehlo")
+    assert mistake is None
     record = json.loads((workdir / "qat_w4a4" / "0" / "result.json").read_text())
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert set(manifest["files"]) == {"packed", "stablehlo"}
-    lines = [line.split() for line in process.stdout.splitlines()]
+    lines = [line.split() for line in output.splitlines()]
     accuracies = {cells[1]: cells[4] for cells in lines if cells and cells[0] == "0"}
     # What the record says was measured on the same weights, by the simulation.
     assert accuracies == dict.fromkeys(manifest["files"], f"{100 * record['accuracy']:.2f}")
@@ -355,22 +367,19 @@ def test_export_writes_files_and_says_what_they_do(unbroken, launch, tmp_path):
 
 @pytest.mark.slow
 def test_a_format_that_fails_is_a_line_and_a_status_when_all_others_are_written(
-    unbroken, launch, tmp_path
+    unbroken, program, tmp_path
 ):
     pytest.importorskip("jax2onnx")
     arguments = (f"--workdir={unbroken[1]}", "--arm=qat_w4a4", f"--out={tmp_path / 'out'}")
-    process = launch("export", *arguments, "--format=onnx_int8,packed")
-    assert process.returncode == 1
-    assert process.stderr.startswith(
-        "error: onnx_int8, seed 0: format 'onnx_int8': it has integers"
-    )
-    assert process.stderr.count("\n") == 1
+    mistake, output = program("export", *arguments, "--format=onnx_int8,packed")
+    assert mistake.startswith("error: onnx_int8, seed 0: format 'onnx_int8': it has integers")
+    assert "\n" not in mistake
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    rows = [line.split() for line in process.stdout.splitlines()]
+    rows = [line.split() for line in output.splitlines()]
     assert {row[1] for row in rows if row and row[0] == "0"} == {"onnx_int8", "packed"}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert set(manifest["files"]) == {"packed"}
-    assert process.stderr.strip().endswith(manifest["failed"]["onnx_int8"])
+    assert mistake.endswith(manifest["failed"]["onnx_int8"])
 
 
 EXPORT_MISTAKES = {
@@ -435,14 +444,14 @@ def test_an_arm_that_diverges_is_a_row_and_no_crash(launch, narrowed, tmp_path):
 
 
 @slow
-def test_the_quick_config_as_shipped(launch, tmp_path):
-    process = launch("compress", QUICK, f"--workdir={tmp_path}")
-    assert process.returncode == 0, process.stderr
+def test_the_quick_config_as_shipped(program, tmp_path):
+    mistake, output = program("compress", QUICK, f"--workdir={tmp_path}")
+    assert mistake is None
     records = files.read_json(tmp_path / "results.json")
     loaded = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("quick")
     assert [r["arm"] for r in records] == list(loaded.arms)
     assert {r["status"] for r in records} == {"ok"}
-    printed = {line.split()[0] for line in process.stdout.splitlines() if line.split()}
+    printed = {line.split()[0] for line in output.splitlines() if line.split()}
     assert set(loaded.arms) <= printed
     sizes = {r["arm"]: r["size_bytes"] for r in records}
     names = [f"ptq_w{b}a{b}_student_mse" for b in (2, 3, 4, 8)]

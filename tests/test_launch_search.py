@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import refusal
+from programs import refusal, run
 
 from kdq import files
 from kdq.deploy import load_packed
@@ -51,35 +51,49 @@ def launch(data_dir):
     """Runs a script of launch/ from the root of the repository."""
     environment = os.environ | {"TFDS_DATA_DIR": str(data_dir)}
 
-    def run(script, *arguments):
+    def start(script, *arguments):
         command = [sys.executable, f"launch/{script}.py", *map(str, arguments)]
         return subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550
         )
 
-    return run
+    start.data_dir = str(data_dir)
+    return start
 
 
 @pytest.fixture(scope="module")
 def searched(launch, config, tmp_path_factory):
-    """`(processes, folder)` of two methods, one after the other."""
+    """`(process, folder)` of two methods, one after the other; the process of the second."""
     pytest.importorskip("jax2onnx")
     workdir = tmp_path_factory.mktemp("launch") / "run"
     command = (f"--config={config}:quick", f"--workdir={workdir}")
-    done = [launch("search", *command, f"--config.search.method={name}") for name in NAMES]
-    return done, workdir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", launch.data_dir)
+        assert run("search", *command, f"--config.search.method={NAMES[0]}") is None
+    return launch("search", *command, f"--config.search.method={NAMES[1]}"), workdir
+
+
+@pytest.fixture
+def program(data_dir, monkeypatch, capsys):
+    """Runs a script of launch/ in this process; returns what it prints."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+
+    def start(script, *arguments):
+        assert run(script, *arguments) is None
+        return capsys.readouterr().out
+
+    return start
 
 
 @slow
 def test_methods_join_one_table(searched):
-    processes, workdir = searched
-    for process in processes:
-        assert process.returncode == 0, process.stderr
+    process, workdir = searched
+    assert process.returncode == 0, process.stderr
     records = {r["arm"]: r for r in json.loads((workdir / "results.json").read_text())}
     arms = [f"{name}_{stage}" for name in NAMES for stage in ("ptq", "qad")]
     assert set(arms) <= set(records)
     table = (workdir / "table.md").read_text()
-    printed = processes[1].stdout
+    printed = process.stdout
     for arm in arms:
         assert records[arm]["status"] == "ok"
         stage = arm.rsplit("_", 1)[1]
@@ -124,40 +138,37 @@ def test_what_was_trained_is_exported(searched):
 
 
 @slow
-def test_the_same_command_again_searches_nothing(searched, launch, config):
+def test_the_same_command_again_searches_nothing(searched, program, config):
     _, workdir = searched
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("evaluations-*.jsonl")}
     assert len(before) == 3  # of the two methods, and of the uniform bits of both
-    again = launch(
+    program(
         "search",
         *(f"--config={config}:quick", f"--workdir={workdir}", "--config.search.method=knapsack"),
     )
-    assert again.returncode == 0, again.stderr
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("evaluations-*.jsonl")} == before
 
 
 @slow
-def test_a_measured_table_is_taken_for_a_search(searched, launch, config, tmp_path):
+def test_a_measured_table_is_taken_for_a_search(searched, program, config, tmp_path):
     _, workdir = searched
     path = tmp_path / "costs.json"
     how = f"--config={config}:quick", "--metrics=size"
-    process = launch("cost_table", *how, f"--out={path}")
-    assert process.returncode == 0, process.stderr
+    output = program("cost_table", *how, f"--out={path}")
     table = files.read_json(path)
     assert set(table["metrics"]["size"]["layers"]) == {"conv_0", "conv_1", "head"}
     size = table["metrics"]["size"]
-    shown = [line.split() for line in process.stdout.splitlines() if line.split()]
+    shown = [line.split() for line in output.splitlines() if line.split()]
     of_head = [f"{size['layers']['head'][bits]:.5g}" for bits in ("W2A8", "W8A8")]
     assert ["head", *of_head] in shown
     # Something that only this file says: a search goes by it.
     size["constant"] += 50_000
     path.write_text(json.dumps(table))
-    process = launch(
+    program(
         "search",
         *(f"--config={config}:quick", f"--workdir={workdir}", "--name=by_table"),
         *("--config.search.method=uniform", f"--config.search.cost_tables=('{path}',)"),
     )
-    assert process.returncode == 0, process.stderr
     found = json.loads((workdir / "searches" / "by_table" / "0" / "result.json").read_text())
     assert found["costs"]["size"] > 50_000
 

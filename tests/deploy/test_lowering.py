@@ -22,8 +22,7 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "bits"), [case.values for case in CASES])
+@pytest.mark.parametrize(("name", "bits"), CASES)
 def test_does_as_the_simulated_model(name, bits):
     model, variables, images = network(name)
     qparams = quantize.calibrate(

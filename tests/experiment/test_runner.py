@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -16,21 +15,6 @@ from kdq.data.sources.digits import split_ids
 from kdq.report import table
 
 ARMS = ["teacher", "student", "kd", "ptq", "qat", "qad"]
-
-
-@pytest.fixture(scope="session")
-def finished(tiny_config, tmp_path_factory):
-    """The experiment, its folder and its records; tests that change the folder copy it."""
-    workdir = tmp_path_factory.mktemp("finished")
-    frozen = config.freeze(tiny_config())
-    return frozen, workdir, experiment.run(frozen, workdir)
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(finished[1], workdir)
-    return workdir
 
 
 def by_arm(records):
@@ -295,11 +279,11 @@ def test_another_config_is_refused_and_nothing_touched(copied, tiny_config):
     assert every_file(copied) == before
 
 
-def test_a_new_reference_needs_no_run(finished, tiny_config):
+def test_a_new_reference_needs_no_run(copied, tiny_config):
     changed = tiny_config()
     changed["arms"]["qad"]["reference"] = "qat"
     watcher = Watcher()
-    records = experiment.run(config.freeze(changed), finished[1], progress=watcher)
+    records = experiment.run(config.freeze(changed), copied, progress=watcher)
     assert watcher.ran == []
     assert by_arm(records)["qad"].reference == "qat"
 

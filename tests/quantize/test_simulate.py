@@ -190,7 +190,6 @@ class Counted(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
-@pytest.mark.slow
 def test_one_compilation_for_fifty_bit_policies():
     rng = np.random.default_rng(0)
     model, images = Counted(), jax.random.normal(jax.random.key(0), (4, 6, 6, 2))

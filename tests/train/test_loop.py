@@ -119,7 +119,6 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(unbroken, tmp_path, step):
     assert_same_run(result, again, workdir, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_killed_process_ends_as_the_unbroken_one(unbroken, tmp_path):
     result, workdir = unbroken
     command = [sys.executable, resume_training.__file__, str(tmp_path), "14"]

@@ -145,7 +145,6 @@ def test_gradients_through_quantizers_in_closed_form():
         np.testing.assert_allclose(state.scales["head"][half]["scale"], expected, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_recompiles_for_new_shapes_only(net):
     """alpha, temperature, rate, seed, steps and bit-widths are numbers: one compiled step."""
     batch = net.batch(0)
