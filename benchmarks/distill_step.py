@@ -7,7 +7,6 @@ turns, step by step, in one process; a ratio is the median over rounds of the va
 that of the step with labels alone.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -18,12 +17,13 @@ from interleaved import Step, publish, run, show, take_turns
 from kdq import config, models
 from kdq.distill import capture, sparse, term
 from kdq.distill.methods import METHODS
-from kdq.distill.teacher import Model, Stored
-from kdq.quantize.network import as_network
+from kdq.distill.teacher import NO_TEACHER, Model, Stored, Teacher
+from kdq.quantize.network import Weights, as_network
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
 from kdq.train.step import train_step
+from kdq.train.training import Training
 
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
 ROUNDS = flags.DEFINE_integer("rounds", 30, "Timed rounds.")
@@ -69,19 +69,20 @@ def variants() -> dict[str, Step]:
     batch = make_batch()
     image = batch["image"][:1]
     init = lambda model, seed: as_network(model).init(jax.random.key(seed), image)
-    variables, arguments = init(student, 0), {"variables": init(teacher, 1), "qparams": {}}
+    weights, teacher_weights = (
+        Weights(variables=init(model, i), qparams={}) for i, model in enumerate((student, teacher))
+    )
     shapes = [
-        capture.list_outputs(model, own, image)
-        for model, own in ((student, variables), (teacher, arguments["variables"]))
+        capture.list_outputs(model, arrays.variables, image)
+        for model, arrays in ((student, weights), (teacher, teacher_weights))
     ]
 
-    def step(entry: dict[str, Any] | None, taught_by: Any, batch: dict[str, jax.Array]) -> Step:
+    def step(entry: dict[str, Any] | None, taught_by: Teacher, batch: dict[str, jax.Array]) -> Step:
         terms = (term.build("term", entry, "term"),) if entry else ()
         objective = Objective(terms=terms, steps=np.float32(10_000))
         adapters, memory = objective.init(jax.random.key(2), *shapes, EXAMPLES)
         state = create_state(
-            variables,
-            {},
+            weights,
             OPTIMIZER,
             seed=0,
             steps=10_000,
@@ -89,26 +90,24 @@ def variants() -> dict[str, Step]:
             adapters=adapters,
             memory=memory,
         )
-        live = isinstance(taught_by, Model)
-        run = functools.partial(
-            train_step,
-            model=student,
-            teacher=taught_by,
-            objective=objective,
+        training = Training(
+            network=student,
             optimizer=make_optimizer(OPTIMIZER),
+            objective=objective,
+            teacher=taught_by,
         )
 
         def take():
             nonlocal state
-            state, metrics = run(state, arguments if live else None, batch)
+            state, metrics = train_step(training, state, batch)
             return state, metrics
 
         return take
 
-    live = Model(teacher)
+    live = Model(teacher, teacher_weights)
     soft = {"temperature": TEMPERATURE}
     found = {
-        "labels": step(None, None, batch),
+        "labels": step(None, NO_TEACHER, batch),
         "KD, live teacher": step({"loss": "kl", **soft}, live, batch),
         "KD, cached logits": step({"loss": "kl", **soft}, Stored(), batch),
         "KD, top-5 cache": step({"loss": "top_k_kl", **soft}, Stored(), batch),

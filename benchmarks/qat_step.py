@@ -20,11 +20,13 @@ from interleaved import Step, publish, run, show, take_turns
 
 from kdq import config, models, quantize
 from kdq.distill.capture import Outputs
+from kdq.quantize.network import Weights
 from kdq.quantize.qat import METHODS
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
 from kdq.train.step import train_step
+from kdq.train.training import Training
 
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
 ROUNDS = flags.DEFINE_integer("rounds", 60, "Timed rounds of each model.")
@@ -84,25 +86,18 @@ def kdq_step(
         qparams = quantize.calibrate(model, variables, rules, [batch["image"]])
         variables, qparams = quantize.prepare(variables, qparams, method)
     state = create_state(
-        variables,
-        qparams,
+        Weights(variables=variables, qparams=qparams),
         optimizer,
         seed=0,
         steps=10_000,
         learning_rate=1e-3,
         fixed_scales=fixed_scales,
     )
-    step = functools.partial(
-        train_step,
-        model=model,
-        teacher=None,
-        objective=Objective(),
-        optimizer=make_optimizer(optimizer),
-    )
+    training = Training(network=model, optimizer=make_optimizer(optimizer), objective=Objective())
 
     def take():
         nonlocal state
-        state, metrics = step(state, None, batch)
+        state, metrics = train_step(training, state, batch)
         return state, metrics
 
     return take
@@ -127,7 +122,7 @@ def qwix_step(model: nn.Module, variables, batch, bits: str) -> Step:
             logits, updated = quantized.apply(
                 {"params": params, **others}, batch["image"], train=True, mutable=list(others)
             )
-            loss, *_ = Objective()(Outputs(logits=logits), batch, None)
+            loss, *_ = Objective()(Outputs(logits=logits), None, batch)
             return loss, updated
 
         (loss, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)

@@ -23,12 +23,13 @@ from absl import flags
 from interleaved import publish, run, show, take_turns
 
 from kdq import config, models, quantize, schema
+from kdq.quantize.network import Weights
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.sharding import make_layout
 from kdq.train.state import create_state
-from kdq.train.together import program_of
-from kdq.train.training import Training
+from kdq.train.together import make_program
+from kdq.train.training import Plan, Training
 
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
 ROUNDS = flags.DEFINE_integer("rounds", 30, "Timed rounds of each network.")
@@ -46,13 +47,13 @@ def main(_: list[str]) -> None:
         ("teacher", "teacher", 0),
     ):
         model = models.build(**experiment.models[name])
-        given = [_begin(experiment, model, bits, seed) for seed in range(max(SEEDS))]
+        begun = [_begin(experiment, model, bits, seed) for seed in range(max(SEEDS))]
         one, both = jax.devices()[:1], jax.devices()
-        steps = {"one": _repeated(given[:1], one), "one, cut": _repeated(_cut(given[:1]), both)}
+        steps = {"one": _repeated(begun[:1], one), "one, cut": _repeated(_cut(begun[:1]), both)}
         for count in SEEDS:
-            steps[f"{count} on one device"] = _repeated(given[:count], one)
-        steps["2 on two devices"] = _repeated(given[:2], both)
-        steps["4 on two devices"] = _repeated(given[:4], both)
+            steps[f"{count} on one device"] = _repeated(begun[:count], one)
+        steps["2 on two devices"] = _repeated(begun[:2], both)
+        steps["4 on two devices"] = _repeated(begun[:4], both)
         found = take_turns(steps, "one", rounds=ROUNDS.value)
         for form, row in found.items():
             seeds = 1 if form.startswith("one") else int(form.split()[0])
@@ -66,7 +67,7 @@ def main(_: list[str]) -> None:
 
 
 def _begin(experiment, model, bits, seed):
-    """`(task, state, batch)` of a seed."""
+    """Returns `(plan, state, batch)` of a seed."""
     rng = np.random.default_rng(seed)
     size = experiment.data.batch_size
     images = rng.normal(size=(size, 8, 8, 1)).astype(np.float32)
@@ -76,31 +77,37 @@ def _begin(experiment, model, bits, seed):
         qparams = quantize.calibrate(model, variables, rules, [images])
         variables, qparams = quantize.prepare(variables, qparams, "lsq")
     rates = {"seed": seed, "steps": 10_000, "learning_rate": 1e-3}
-    state = create_state(variables, qparams, experiment.optimizer, **rates)
-    task = Training(
-        model=model,
-        optimizer=make_optimizer(experiment.optimizer),
-        objective=Objective(),
+    weights = Weights(variables=variables, qparams=qparams)
+    state = create_state(weights, experiment.optimizer, **rates)
+    training = Training(
+        network=model, optimizer=make_optimizer(experiment.optimizer), objective=Objective()
+    )
+    plan = Plan(
+        training=training,
         dataset=None,
         steps=10_000,
         eval_every=10_000,
         validate=None,
     )
-    return task, state, {"image": images, "label": rng.integers(0, 10, size).astype(np.int32)}
+    return plan, state, {"image": images, "label": rng.integers(0, 10, size).astype(np.int32)}
 
 
-def _cut(given):
+def _cut(begun):
     """With batches cut over two devices (`config.mesh.data=2`)."""
     layout = make_layout(schema.Mesh(data=2))
-    place = lambda task, state, batch: (dataclasses.replace(task, layout=layout), state, batch)
-    return [place(*one) for one in given]
+    training = lambda plan: plan.training.replace(layout=layout)
+    return [
+        (dataclasses.replace(plan, training=training(plan)), state, batch)
+        for plan, state, batch in begun
+    ]
 
 
-def _repeated(given, devices):
+def _repeated(begun, devices):
     """A step of the benchmark: ten of training, each of which ends before the next begins."""
-    tasks, states, batches = zip(*given, strict=True)
-    program = program_of(tasks, states, devices=devices)
-    states = [task.layout.place(state) for task, state in zip(tasks, states, strict=True)]
+    plans, states, batches = zip(*begun, strict=True)
+    program = make_program(plans, states, devices=devices)
+    layout = plans[0].training.layout
+    states = [layout.place(state) for state in states]
     state = jax.tree.map(jnp.copy, program.join(states))
 
     def take():

@@ -50,10 +50,9 @@ from kdq.experiment.teaching import Teaching
 from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.loop import LOG_EVERY
-from kdq.train.optimizer import make_optimizer
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Of the images where the data set is not there.
@@ -128,7 +127,7 @@ def random_source(shape: tuple[int, int, int], examples: int = 4096) -> Source:
     return data.from_arrays(images, labels, name="random", classes=10)
 
 
-def begin(setting: Setting, kind: str) -> tuple[Training, TrainState]:
+def begin(setting: Setting, kind: str) -> tuple[Plan, TrainState]:
     """What the runner has for an arm, but for the teacher's weights, which are fresh."""
     experiment, inputs = setting.experiment, setting.inputs
     name, cached = KINDS[kind]
@@ -150,9 +149,9 @@ def begin(setting: Setting, kind: str) -> tuple[Training, TrainState]:
         teaching = Teaching(teacher=Stored(), extra={"teacher_logits": logits})
     elif arm.teacher:
         teacher = built[experiment.arms[arm.teacher].model]
-        arguments = {"variables": fresh(teacher, 1), "qparams": {}}
-        teaching = Teaching(teacher=Model(teacher), arguments=arguments)
-    return training.begin(
+        weights = Weights(variables=fresh(teacher, 1), qparams={})
+        teaching = Teaching(teacher=Model(teacher, weights))
+    return training.make_plan(
         experiment,
         name,
         0,
@@ -160,30 +159,19 @@ def begin(setting: Setting, kind: str) -> tuple[Training, TrainState]:
         model=model,
         inputs=inputs,
         teaching=teaching,
-        optimizer=make_optimizer(experiment.optimizer),
         validate=lambda weights: {"accuracy": 0.0, "nll": 0.0},
         steps=STEPS,
     )
 
 
-def kdq_take(task: Training, state: TrainState, batch: Callable[[], Any]) -> Take:
-    """Steps of the task as `fit` takes them, with the batches that it is given."""
+def kdq_take(plan: Plan, state: TrainState, batch: Callable[[], Any]) -> Take:
+    """Returns steps of the plan as `fit` takes them, with the batches that it is given."""
     state = jax.tree.map(jnp.copy, state)  # the step donates it
-    step = functools.partial(
-        train_step,
-        model=task.model,
-        teacher=task.teacher,
-        objective=task.objective,
-        optimizer=task.optimizer,
-        regime=task.regime,
-        freeze_norm=False,
-        layout=task.layout,
-    )
 
     def take(count: int) -> None:
         nonlocal state
         for _ in range(count):
-            state, metrics = step(state, task.teacher_arguments, batch())
+            state, metrics = train_step(plan.training, state, batch())
         jax.block_until_ready((state, metrics))
 
     return take
@@ -225,9 +213,9 @@ def measure_steps(
     takes: dict[str, Take] = {}
     failures: dict[str, str] = {}
     for kind, arm in KINDS.items():
-        task, state = begin(setting, kind)
-        batch = jax.device_put(task.dataset[0])
-        rows = {f"{kind}, kdq": kdq_take(task, state, lambda batch=batch: batch)}
+        plan, state = begin(setting, kind)
+        batch = jax.device_put(plan.dataset[0])
+        rows = {f"{kind}, kdq": kdq_take(plan, state, lambda batch=batch: batch)}
         for by, compiled in {"PyTorch eager": False, "torch.compile": True}.items():
             if not torch_take:
                 continue
@@ -283,18 +271,18 @@ def measure_pipeline(setting: Setting, steps: Mapping[str, Any]) -> dict[str, di
     return found
 
 
-def loop_seconds(task: Training, state: TrainState, logs: int) -> float:
+def loop_seconds(plan: Plan, state: TrainState, logs: int) -> float:
     """Seconds a step of `fit`, between two of its logs."""
     first, last = LOG_EVERY + 1, (logs + 1) * LOG_EVERY + 1
     marks = {}
-    task = dataclasses.replace(task, steps=last, eval_every=last)
+    plan = dataclasses.replace(plan, steps=last, eval_every=last)
 
     def mark(step: int) -> None:
         if step in (first, last):
             marks[step] = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
-        loop.fit(task, jax.tree.map(jnp.copy, state), Path(folder), on_step=mark)
+        loop.fit(plan, jax.tree.map(jnp.copy, state), Path(folder), on_step=mark)
     return (marks[last] - marks[first]) / (last - first)
 
 
@@ -302,18 +290,18 @@ def measure_loop(setting: Setting, steps: Mapping[str, Any]) -> dict[str, dict[s
     """Rows of the loop, with the share of its time that is outside of the compiled step."""
     found = {}
     for kind in IN_LOOP:
-        task, state = begin(setting, kind)
+        plan, state = begin(setting, kind)
         count = 300 / steps[f"{kind}, kdq"]["milliseconds"]  # of 0.3 seconds
         logs = max(1, round(count / LOG_EVERY))  # of long steps fewer, and fewer rounds
-        batch, batches = jax.device_put(task.dataset[0]), data.iterate(task.dataset)
-        fixed = kdq_take(task, state, lambda batch=batch: batch)
-        piped = kdq_take(task, state, functools.partial(next, batches))
+        batch, batches = jax.device_put(plan.dataset[0]), data.iterate(plan.dataset)
+        fixed = kdq_take(plan, state, lambda batch=batch: batch)
+        piped = kdq_take(plan, state, functools.partial(next, batches))
         turns = {
             "step": functools.partial(seconds_a_step, fixed, logs * LOG_EVERY),
             "step on the pipeline's batches": functools.partial(
                 seconds_a_step, piped, logs * LOG_EVERY
             ),
-            "loop": functools.partial(loop_seconds, task, state, logs),
+            "loop": functools.partial(loop_seconds, plan, state, logs),
         }
         measured = in_turns(turns, ROUNDS.value if logs > 1 else max(2, ROUNDS.value // 4))
         for name, seconds in measured.items():

@@ -1,7 +1,7 @@
 """The vocabulary every package shares: aliases and Protocols, nothing else."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,5 +20,13 @@ Variables = Mapping[str, Any]
 # second factor of a product of activations.
 QParams = Mapping[str, Mapping[str, Any]]
 
-# Scalars by name.
-Metrics = Mapping[str, Array]
+
+class Mean(NamedTuple):
+    """A mean over predictions or examples, not divided yet: those of parts of a batch add up."""
+
+    total: Array
+    count: Array
+
+
+# Scalars of a step by name, and means over its batch, divided on the host.
+Metrics = Mapping[str, Array | Mean]

@@ -1,45 +1,36 @@
 """A teacher's outputs on disk, which are refused rather than used for what they were not made for.
 
-A cache is a directory of array_record shards and a `metadata.json` with its format, its key, its
-length and, for each shard, its number of records, size and SHA-256. It is written next to its final
-name and renamed when complete: under the final name there is a whole cache or nothing.
+A cache is a directory of `records.npy`, one array of records that is mapped into memory, and a
+`metadata.json` with its format, its key, its length, and the size and SHA-256 of the array's file.
+It is written next to its final name and renamed when complete: under the final name there is a
+whole cache or nothing.
 
-A record has a fixed size. It holds, little-endian and packed: the example's id (int32), then by
-kind "logits" float32 [classes]; or "indices" int32 [k] and "log_probs" float32 [k]; or "indices"
-int32 [samples] and "weights" float32 [samples]. Record i of shard s has the index
-s * records_per_shard + i. The index is an example's id if the teacher sees every image as it is; if
-it sees augmented images, other ones each epoch, the index is the position in the training stream
-(see `kdq.data.train_dataset`).
+A record is the example's id (int32), then by kind "logits" float32 [classes]; or "indices" int32
+[k] and "log_probs" float32 [k]; or "indices" int32 [samples] and "weights" float32 [samples], all
+little-endian and packed. The index of a record is an example's id if the teacher sees every image
+as it is; if it sees augmented images, other ones each epoch, the index is the position in the
+training stream (see `kdq.data.train_dataset`).
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import itertools
-import math
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from numpy.typing import ArrayLike
 
 from kdq import files
 from kdq.data import DataError
 from kdq.distill.cache_key import CacheKey
 
-FORMAT = 1
-_METADATA = "metadata.json"
-_LOCK = "lock"
-# Floats do not compress. Groups of 16 keep the overhead of a record of 10 classes to a fifth.
-_WRITER_OPTIONS = "group_size:16,uncompressed"
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # what random access wants
-_LOAD_CHUNK = 8192  # records a read while loading into memory
+FORMAT = 2
+_METADATA, _RECORDS, _LOCK = "metadata.json", "records.npy", "lock"
 _LOGARITHMS = ("logits", "log_probs")  # where −inf is a probability of 0
 
 
@@ -53,12 +44,11 @@ class Cache:
 
     directory: Path
     key: CacheKey
-    length: int
-    records_per_shard: int
-    readers: Sequence[ArrayRecordReader] = dataclasses.field(repr=False)
+    records: np.ndarray = dataclasses.field(repr=False)  # [length], mapped into memory
+    version: tuple[int, int] = dataclasses.field(repr=False)  # see `_version`
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.records)
 
     def read(self, indices: ArrayLike, ids: ArrayLike | None = None) -> dict[str, np.ndarray]:
         """Reads records by index, in the order given.
@@ -74,7 +64,7 @@ class Cache:
         Raises:
           IndexError: an index out of range.
           ValueError: no ids for a cache by position, or another number of them.
-          CacheError: another example than the caller has, or a shard that cannot be read.
+          CacheError: another example than the caller has, or a file that has changed.
         """
         indices = np.asarray(indices)
         if ids is None:
@@ -89,7 +79,8 @@ class Cache:
         ids = np.asarray(ids)
         if ids.shape != indices.shape:
             raise ValueError(f"ids {ids.shape} must be one for each of the indices {indices.shape}")
-        rows = self._rows(indices)
+        self._check_unchanged()
+        rows = self.records[indices]
         wrong = np.flatnonzero(rows["id"] != ids)
         if wrong.size:
             first = wrong[0]
@@ -106,34 +97,83 @@ class Cache:
         `kdq.data.train_dataset`. By position, it is for the caller to compare "id".
 
         Raises:
-          CacheError: more than `limit_bytes`, or a shard that cannot be read.
+          CacheError: more than `limit_bytes`, or a file that has changed.
         """
-        size = len(self) * self.key.record.itemsize
-        if size > limit_bytes:
+        if self.records.nbytes > limit_bytes:
             raise CacheError(
-                f"{self.directory} takes {size} bytes in memory, the limit is {limit_bytes}; "
-                "raise it or read batches"
+                f"{self.directory} takes {self.records.nbytes} bytes in memory, the limit is "
+                f"{limit_bytes}; raise it or read batches"
             )
-        rows = np.empty(len(self), self.key.record)
-        for start in range(0, len(self), _LOAD_CHUNK):
-            chunk = np.arange(start, min(start + _LOAD_CHUNK, len(self)))
-            rows[chunk] = self._rows(chunk)
-        return _columns(rows)
+        self._check_unchanged()
+        return _columns(self.records)
 
-    def _rows(self, indices: np.ndarray) -> np.ndarray:
-        rows = np.empty(len(indices), self.key.record)
-        shards, offsets = np.divmod(indices, self.records_per_shard)
-        for shard in np.unique(shards):
-            here = shards == shard
-            path = self.directory / _shard_name(shard, len(self.readers))
-            try:
-                records = b"".join(self.readers[shard].read(offsets[here].tolist()))
-            except RuntimeError as error:
-                raise CacheError(f"{path} has changed since it was opened: {error}") from error
-            if len(records) != here.sum() * rows.itemsize:  # array_record may stop without a word
-                raise CacheError(f"{path} has changed since it was opened: records are missing")
-            rows[here] = np.frombuffer(records, rows.dtype)
-        return rows
+    def _check_unchanged(self) -> None:
+        """Raises CacheError for a changed file: to read pages that are gone ends the process."""
+        path = self.directory / _RECORDS
+        with contextlib.suppress(OSError):
+            if _version(path) == self.version:
+                return
+        raise CacheError(f"{path} has changed since it was opened")
+
+
+def _columns(rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: rows[name].copy() for name in rows.dtype.names}
+
+
+def _version(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def open_cache(directory: str | Path, key: CacheKey) -> Cache:
+    """Opens a cache after checking that it is whole and is that of `key`; reads every byte once.
+
+    Raises:
+      CacheError: no cache; another format; another key, every field that differs is named; a file
+        that is missing, truncated or damaged.
+    """
+    directory = Path(directory)
+    metadata = _read_metadata(directory)
+    expected, stored = key.to_json(), metadata["key"]
+    differences = [
+        f"{name}: expected {expected.get(name, 'nothing')!r}, found {stored.get(name, 'nothing')!r}"
+        for name in sorted(expected | stored)
+        if name not in expected or name not in stored or expected[name] != stored[name]
+    ]
+    if differences:
+        raise CacheError(f"{directory} is a cache of something else: {'; '.join(differences)}")
+    path = directory / _RECORDS
+    if not path.exists():
+        raise CacheError(f"{path} is missing")
+    version = _version(path)
+    if version[0] != metadata["bytes"]:
+        raise CacheError(f"{path} has {version[0]} bytes, not {metadata['bytes']}")
+    with open(path, "rb") as file:
+        sha = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha != metadata["sha256"]:
+        raise CacheError(f"{path} is damaged: its SHA-256 is not the one of {_METADATA}")
+    records = np.load(path, mmap_mode="r").view(np.ndarray)
+    if records.dtype != key.record or records.shape != (metadata["length"],):
+        raise CacheError(f"{directory / _METADATA} is damaged: its length is not {records.shape}")
+    return Cache(directory=directory, key=key, records=records, version=version)
+
+
+def _read_metadata(directory: Path) -> dict[str, Any]:
+    path = directory / _METADATA
+    try:
+        metadata = files.read_json(path)
+        if metadata["format"] == FORMAT:
+            fields = ("key", "length", "bytes", "sha256")
+            return {"key": dict(metadata["key"])} | {name: metadata[name] for name in fields[1:]}
+    except FileNotFoundError as error:
+        raise CacheError(f"no cache in {directory}: there is no {_METADATA}") from error
+    except files.DamagedError as error:
+        raise CacheError(str(error)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{path} is damaged: {error!r}") from error
+    raise CacheError(
+        f"{directory} has format {metadata['format']!r}; this version reads {FORMAT}: delete it"
+    )
 
 
 def write_cache(
@@ -141,8 +181,6 @@ def write_cache(
     key: CacheKey,
     batches: Iterable[Mapping[str, ArrayLike]],
     length: int,
-    *,
-    records_per_shard: int = 65536,
 ) -> Cache:
     """Writes a cache, or opens the one that is there if its key and length are these.
 
@@ -153,7 +191,6 @@ def write_cache(
         exists, or once another process that is writing it has finished. By position they may go on
         for ever, the last one is cut.
       length: number of records: the split's size, or the number of positions.
-      records_per_shard: records a file.
 
     Returns:
       The cache, opened.
@@ -163,17 +200,17 @@ def write_cache(
         or an index that is no class; a directory that holds something else.
     """
     directory = Path(directory)
-    if length < 1 or records_per_shard < 1:
-        raise ValueError(f"length {length}, records_per_shard {records_per_shard}: at least 1")
+    if length < 1:
+        raise ValueError(f"expected a length of at least 1, got {length}")
     if directory.exists():
-        return _existing(directory, key, length)
+        return _open_existing(directory, key, length)
     partial = directory.with_name(f".{directory.name}.partial")
-    with _locked(partial):
+    with _lock(partial):
         if directory.exists():  # it was finished since we looked
             shutil.rmtree(partial, ignore_errors=True)
-            return _existing(directory, key, length)
+            return _open_existing(directory, key, length)
         try:
-            _write(partial, key, batches, length, records_per_shard)
+            _write(partial, key, batches, length)
             partial.rename(directory)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -182,73 +219,7 @@ def write_cache(
     return open_cache(directory, key)
 
 
-def open_cache(directory: str | Path, key: CacheKey) -> Cache:
-    """Opens a cache after checking that it is whole and is that of `key`; reads every byte once.
-
-    Raises:
-      CacheError: no cache; another format; another key, every field that differs is named; a shard
-        that is missing, truncated or damaged.
-    """
-    directory = Path(directory)
-    found, length, shards = _read_metadata(directory)
-    expected = key.to_json()
-    differences = [
-        f"{name}: expected {expected.get(name, 'nothing')!r}, found {found.get(name, 'nothing')!r}"
-        for name in sorted(expected | found)
-        if name not in expected or name not in found or expected[name] != found[name]
-    ]
-    if differences:
-        raise CacheError(f"{directory} is a cache of something else: {'; '.join(differences)}")
-    counts = [shard.records for shard in shards]
-    if sum(counts) != length or set(counts[:-1]) - {counts[0]} or counts[-1] > counts[0]:
-        raise CacheError(f"{directory / _METADATA} is damaged: {counts} records, {length} in all")
-    return Cache(
-        directory=directory,
-        key=key,
-        length=length,
-        records_per_shard=counts[0],
-        readers=[_open_shard(directory, shard) for shard in shards],
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    name: str
-    records: int
-    bytes: int
-    sha256: str
-
-
-def _read_metadata(directory: Path) -> tuple[dict[str, Any], int, list[_Shard]]:
-    """Returns key, length and shards as they were written down."""
-    path = directory / _METADATA
-    try:
-        metadata = files.read_json(path)
-        version = metadata["format"]
-        if version == FORMAT:
-            shards = [_Shard(**entry) for entry in metadata["shards"]]
-            _check_metadata(metadata["length"], shards)
-            return dict(metadata["key"]), metadata["length"], shards
-    except FileNotFoundError as error:
-        raise CacheError(f"no cache in {directory}: there is no {_METADATA}") from error
-    except files.DamagedError as error:
-        raise CacheError(str(error)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is damaged: {error!r}") from error
-    raise CacheError(f"{directory} has format {version!r}; this version reads {FORMAT}")
-
-
-def _check_metadata(length: Any, shards: Sequence[_Shard]) -> None:
-    """Raises ValueError for what `_write` did not write down."""
-    counts = [length, *(count for shard in shards for count in (shard.records, shard.bytes))]
-    if not shards or any(type(count) is not int or count < 1 for count in counts):
-        raise ValueError(f"counts {counts}")
-    for shard in shards:
-        if not re.fullmatch(r"[\w.-]+", str(shard.name)):
-            raise ValueError(f"a shard is called {shard.name!r}")
-
-
-def _locked(partial: Path) -> TextIO:
+def _lock(partial: Path) -> TextIO:
     """Makes a folder that is this process's alone until it closes the lock, or ends.
 
     Waits for another one that writes there.
@@ -265,7 +236,7 @@ def _locked(partial: Path) -> TextIO:
                 return lock
 
 
-def _existing(directory: Path, key: CacheKey, length: int) -> Cache:
+def _open_existing(directory: Path, key: CacheKey, length: int) -> Cache:
     try:
         cache = open_cache(directory, key)
         if len(cache) != length:
@@ -276,76 +247,51 @@ def _existing(directory: Path, key: CacheKey, length: int) -> Cache:
 
 
 def _write(
-    partial: Path,
-    key: CacheKey,
-    batches: Iterable[Mapping[str, ArrayLike]],
-    length: int,
-    records_per_shard: int,
+    partial: Path, key: CacheKey, batches: Iterable[Mapping[str, ArrayLike]], length: int
 ) -> None:
     for stale in set(partial.iterdir()) - {partial / _LOCK}:
         stale.unlink()
-    records = _records(key, batches, length)
-    total = math.ceil(length / records_per_shard)
-    shards = [
-        _write_shard(
-            partial / _shard_name(shard, total), itertools.islice(records, records_per_shard)
-        )
-        for shard in range(total)
-    ]
-    next(records, None)  # sees that no batch is left
+    path = partial / _RECORDS
+    header = {
+        "descr": np.lib.format.dtype_to_descr(key.record),
+        "fortran_order": False,
+        "shape": (length,),
+    }
+    # Not by a map: a write to one where the disk is full ends the process.
+    with open(path, "w+b") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in _check_batches(key, batches, length):
+            file.write(rows.tobytes())
+        file.seek(0)
+        sha = hashlib.file_digest(file, "sha256").hexdigest()
     metadata = {
         "format": FORMAT,
         "key": key.to_json(),
         "length": length,
-        "shards": [dataclasses.asdict(shard) for shard in shards],
+        "bytes": path.stat().st_size,
+        "sha256": sha,
     }
     files.write_json(partial / _METADATA, metadata)
 
 
-def _shard_name(shard: int, total: int) -> str:
-    return f"{shard:05}-of-{total:05}.array_record"
-
-
-def _write_shard(path: Path, records: Iterable[bytes]) -> _Shard:
-    count = 0
-    with contextlib.closing(ArrayRecordWriter(str(path), _WRITER_OPTIONS)) as writer:
-        for count, record in enumerate(records, start=1):  # noqa: B007 (how many there were)
-            writer.write(record)
-    return _Shard(path.name, count, path.stat().st_size, _sha(path))
-
-
-def _open_shard(directory: Path, shard: _Shard) -> ArrayRecordReader:
-    path = directory / shard.name
-    if not path.exists():
-        raise CacheError(f"{path} is missing")
-    if path.stat().st_size != shard.bytes:
-        raise CacheError(f"{path} has {path.stat().st_size} bytes, not {shard.bytes}")
-    if _sha(path) != shard.sha256:
-        raise CacheError(f"{path} is damaged: its SHA-256 is not the one of {_METADATA}")
-    reader = ArrayRecordReader(str(path), _READER_OPTIONS)
-    if reader.num_records() != shard.records:
-        raise CacheError(f"{path} has {reader.num_records()} records, not {shard.records}")
-    return reader
-
-
-def _records(
+def _check_batches(
     key: CacheKey, batches: Iterable[Mapping[str, ArrayLike]], length: int
-) -> Iterator[bytes]:
-    """Yields the bytes of exactly `length` records, or says what is wrong with the batches."""
+) -> Iterator[np.ndarray]:
+    """Yields exactly `length` records, batch by batch, or says what is wrong with the batches."""
     done = 0
     for batch in batches:
-        rows = _batch_rows(key, batch, done)
+        rows = _make_rows(key, batch, done)
         done += len(rows)
         if done > length and not key.by_position:
             raise CacheError(f"the batches have {done} examples or more, length is {length}")
-        yield from (row.tobytes() for row in rows[: len(rows) - max(done - length, 0)])
+        yield rows[: len(rows) - max(done - length, 0)]
         if done >= length and key.by_position:
             return  # the stream has no end
     if done < length:
         raise CacheError(f"the batches have {done} examples, length is {length}")
 
 
-def _batch_rows(key: CacheKey, batch: Mapping[str, ArrayLike], first: int) -> np.ndarray:
+def _make_rows(key: CacheKey, batch: Mapping[str, ArrayLike], first: int) -> np.ndarray:
     """Returns a batch as records; `first` is the index that its first row must have."""
     index = "position" if key.by_position else "id"
     names = {*key.record.names, index}
@@ -370,18 +316,8 @@ def _batch_rows(key: CacheKey, batch: Mapping[str, ArrayLike], first: int) -> np
         if not finite.all():
             raise CacheError(f"{name} is not finite, in the batch from {index} {first} on")
         place[...] = array
-    if (
-        "indices" in arrays
-        and not ((arrays["indices"] >= 0) & (arrays["indices"] < key.num_classes)).all()
-    ):
-        raise CacheError(f"indices must be in [0, {key.num_classes})")
+    if "indices" in arrays:
+        indices = arrays["indices"]
+        if not ((indices >= 0) & (indices < key.num_classes)).all():
+            raise CacheError(f"indices must be in [0, {key.num_classes})")
     return rows
-
-
-def _columns(rows: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: rows[name].copy() for name in rows.dtype.names}
-
-
-def _sha(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

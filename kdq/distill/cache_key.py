@@ -1,4 +1,4 @@
-"""What is in a cache of a teacher's outputs: its key, the kinds of record, and how to make them."""
+"""The contents of a cache of a teacher's outputs: its key, and the kinds of record."""
 
 import dataclasses
 import hashlib
@@ -97,7 +97,7 @@ class CacheKey:
 
     @property
     def by_position(self) -> bool:
-        """Whether the index is the position in the training stream, not the example's id."""
+        """True if the index is the position in the training stream, not the example's id."""
         return self.stream_seed is not None
 
     @property
@@ -106,7 +106,7 @@ class CacheKey:
         return np.dtype([("id", "<i4"), *self.target.layout(self.num_classes)])
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON gives them back, those of the target and its "kind" among them."""
+        """Returns the fields as JSON gives them back, with the target's fields and "kind"."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         target = fields.pop("target")
         fields |= {"kind": target.kind, **dataclasses.asdict(target)}
@@ -136,7 +136,7 @@ def make_records(
     positions: ArrayLike | None = None,
     mask: ArrayLike | None = None,
 ) -> dict[str, np.ndarray]:
-    """What `write_cache` takes, from a batch of the teacher's logits.
+    """Makes what `write_cache` takes, from a batch of the teacher's logits.
 
     Args:
       key: says which arrays to make.

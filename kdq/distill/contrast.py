@@ -11,7 +11,7 @@ from kdq.types import Array
 
 
 class ContrastiveMemory(flax.struct.PyTreeNode):
-    """What `contrastive` remembers of every training example.
+    """The memory of `contrastive`: embeddings of every training example.
 
     The rows of both banks have length 1. The normalizers are -inf until the first batch with an
     example that counts, and constant from then on.

@@ -1,4 +1,4 @@
-"""What every loss on features does with its arrays before it compares them."""
+"""Preparation of the arrays that losses on features compare."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""What each loss needs besides two arrays: labels, layers, adapters, a memory.
+"""Methods of distillation: losses with all they need besides two arrays.
+
+Labels, layers, adapters, a memory.
 
 A method is one way to learn from a teacher. To add one, write its loss as a pure function in
 `losses.py` or `features.py` and give it a line in `METHODS`.
@@ -19,14 +21,14 @@ from kdq.types import Array, Batch
 Shape = tuple[int, ...]
 
 
-class Given(typing.NamedTuple):
-    """What a method sees of one batch: logits, or the features of its layers."""
+class LossInputs(typing.NamedTuple):
+    """The arrays of one batch that a method compares: logits, or the features of its layers."""
 
     student: tuple[Array, ...]
     teacher: tuple[Array, ...]
     batch: Batch
-    mask: Array | None  # [batch], 0 on examples that do not count
-    key: Array  # random, of this step and term
+    weights: Array  # of the predictions, in the shape of a loss on logits; 0: it does not count
+    mask: Array | None  # [batch], of the examples; None: all count
 
 
 class Method(Protocol):
@@ -37,21 +39,30 @@ class Method(Protocol):
     adapter: str  # by default: a key of adapters.KINDS, or "" where it takes none
 
     def options(self) -> Mapping[str, inspect.Parameter]:
-        """What a config may set."""
+        """Returns the parameters that a config may set."""
 
     def init(
         self, key: Array, student: tuple[Shape, ...], teacher: tuple[Shape, ...], **context: Any
     ) -> tuple[Any, Any]:
-        """`(params, memory)`: what trains beside the student, and what it remembers."""
+        """Returns `(params, memory)`: what trains beside the student, and what it remembers."""
 
     def __call__(
-        self, params: Any, memory: Any, given: Given, options: Mapping[str, Any]
+        self,
+        params: Any,
+        memory: Any,
+        inputs: LossInputs,
+        key: Array | None,
+        options: Mapping[str, Any],
     ) -> tuple[Array, Any]:
-        """`(values [batch], memory)`."""
+        """Returns `(values, memory)`, masked values in the shape of the method's mask.
+
+        That is `inputs.weights` for a method on logits, and `inputs.mask` for one on features.
+        `key` is random, of this step and term.
+        """
 
 
 def options_of(function: Callable, arrays: int) -> dict[str, inspect.Parameter]:
-    """The parameters of a loss that a config may set: all but its first arrays, mask, reduction."""
+    """Returns the parameters of a loss that a config may set: all but arrays, mask, reduction."""
     parameters = list(inspect.signature(function, eval_str=True).parameters.items())[arrays:]
     return {k: v for k, v in parameters if k not in ("mask", "reduction", "token_mask")}
 
@@ -76,10 +87,10 @@ class OnLogits:
     def init(self, key, student, teacher, **context):
         return {}, {}
 
-    def __call__(self, params, memory, given, options):
-        arrays = [*given.student, *(given.teacher if self.needs_logits else ())]
-        arrays += [given.batch[name] for name in self.extra]
-        return self.loss(*arrays, mask=given.mask, **options), memory
+    def __call__(self, params, memory, inputs, key, options):
+        arrays = [*inputs.student, *(inputs.teacher if self.needs_logits else ())]
+        arrays += [inputs.batch[name] for name in self.extra]
+        return self.loss(*arrays, mask=inputs.weights, **options), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,10 +109,10 @@ class OnFeatures:
         params = adapters.KINDS[adapter](key, student[0], teacher[0])
         return ({"adapter": params} if params else {}), {}
 
-    def __call__(self, params, memory, given, options):
-        (student,), (teacher,) = given.student, given.teacher
+    def __call__(self, params, memory, inputs, key, options):
+        (student,), (teacher,) = inputs.student, inputs.teacher
         student = adapters.adapt(params.get("adapter", {}), student, teacher.shape)
-        return self.loss(student, teacher, mask=given.mask, **options), memory
+        return self.loss(student, teacher, mask=inputs.mask, **options), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,10 +130,10 @@ class Variational(OnFeatures):
         raw = jnp.full(teacher[0][-1], jnp.log(jnp.expm1(5.0)), jnp.float32)
         return {**params, "raw_variance": raw}, memory
 
-    def __call__(self, params, memory, given, options):
-        (student,), (teacher,) = given.student, given.teacher
+    def __call__(self, params, memory, inputs, key, options):
+        (student,), (teacher,) = inputs.student, inputs.teacher
         mean = adapters.adapt(params.get("adapter", {}), student, teacher.shape)
-        values = self.loss(mean, teacher, params["raw_variance"], mask=given.mask, **options)
+        values = self.loss(mean, teacher, params["raw_variance"], mask=inputs.mask, **options)
         return values, memory
 
 
@@ -148,16 +159,16 @@ class Embedded:
         }
         return heads, {}
 
-    def embed(self, params, given):
-        pairs = (("student", given.student[0]), ("teacher", given.teacher[0]))
+    def embed(self, params, inputs):
+        pairs = (("student", inputs.student[0]), ("teacher", inputs.teacher[0]))
         for name, feature in pairs:
             feature = feature.astype(jnp.float32)
             vector = feature.mean(tuple(range(1, feature.ndim - 1)))
             yield adapters.adapt(params[name], vector, vector.shape)
 
-    def __call__(self, params, memory, given, options):
+    def __call__(self, params, memory, inputs, key, options):
         options = {k: v for k, v in options.items() if k != "dim"}
-        return self.loss(*self.embed(params, given), mask=given.mask, **options), memory
+        return self.loss(*self.embed(params, inputs), mask=inputs.mask, **options), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,14 +190,14 @@ class Contrastive(Embedded):
         )
         return heads, memory
 
-    def __call__(self, params, memory, given, options):
+    def __call__(self, params, memory, inputs, key, options):
         options = {k: v for k, v in options.items() if k != "dim"}
-        ids = given.batch["id"]
+        ids = inputs.batch["id"]
         num_examples = memory.student_bank.shape[0]
         count = options.pop("negatives", 1024)
-        negatives = features.draw_negatives(given.key, ids, num_examples, count)
+        negatives = features.draw_negatives(key, ids, num_examples, count)
         return self.loss(
-            *self.embed(params, given), memory, ids, negatives, mask=given.mask, **options
+            *self.embed(params, inputs), memory, ids, negatives, mask=inputs.mask, **options
         )
 
 
@@ -205,19 +216,19 @@ class Relation:
     def init(self, key, student, teacher, **context):
         return {}, {}
 
-    def __call__(self, params, memory, given, options):
-        arrays = [jnp.swapaxes(x, 1, 2) for x in (*given.student, *given.teacher)]
-        tokens = given.batch.get("token_mask")
-        return self.loss(*arrays, token_mask=tokens, mask=given.mask, **options), memory
+    def __call__(self, params, memory, inputs, key, options):
+        arrays = [jnp.swapaxes(x, 1, 2) for x in (*inputs.student, *inputs.teacher)]
+        tokens = inputs.batch.get("token_mask")
+        return self.loss(*arrays, token_mask=tokens, mask=inputs.mask, **options), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens(OnFeatures):
     """Features of tokens, of which the batch may say which are padding."""
 
-    def __call__(self, params, memory, given, options):
-        tokens = {"token_mask": given.batch.get("token_mask")}
-        return super().__call__(params, memory, given, {**options, **tokens})
+    def __call__(self, params, memory, inputs, key, options):
+        tokens = {"token_mask": inputs.batch.get("token_mask")}
+        return super().__call__(params, memory, inputs, key, {**options, **tokens})
 
 
 def _option(name: str, kind: type, default: Any) -> inspect.Parameter:

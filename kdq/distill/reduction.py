@@ -1,4 +1,4 @@
-"""What every distillation loss does with masked examples, and with its values at the end."""
+"""Masks and reductions, as every distillation loss has them."""
 
 import jax.numpy as jnp
 

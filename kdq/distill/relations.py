@@ -159,7 +159,7 @@ def _over_rows(function: Callable[[Any], Array], rows: Any, chunk: int | None) -
 
 
 def _distances(row: Array, x: Array) -> Array:
-    """Of `row` [features] from each of `x` [batch, features]: [batch]."""
+    """Returns distances [batch] of `row` [features] from each of `x` [batch, features]."""
     # Not by way of inner products: for points close together these cancel.
     squares = jnp.sum(jnp.square(x - row), axis=-1)
     apart = squares > 0  # the square root has no gradient at 0

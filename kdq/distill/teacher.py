@@ -1,118 +1,194 @@
-"""Who teaches: what stands behind the logits and features that a student is to match.
+"""Teachers: the sources of the logits and features that a student is to match.
 
-A teacher is a static, hashable object; what it computes with is an argument, never closed over.
+A teacher is a pytree. Its structure is static: a compiled step is keyed by it. Its leaves, a frozen
+network's weights, are data that no step changes. What steps do change is its `TeacherState`.
 """
 
-import dataclasses
 from collections.abc import Collection
 from typing import Any, Protocol
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from kdq.distill import capture
 from kdq.distill.capture import Outputs
-from kdq.types import Array, Batch
+from kdq.distill.streams import with_streams
+from kdq.quantize.network import Network, Weights
+from kdq.types import Array, Batch, Variables
+
+
+class TeacherState(flax.struct.PyTreeNode):
+    """The arrays of a teacher that change while the student trains; {} of a frozen one."""
+
+    params: Any = flax.struct.field(default_factory=dict)
+    model_state: Any = flax.struct.field(default_factory=dict)  # other collections, "batch_stats"
+    # Whether the optimizer trains `params`, towards what the student says.
+    learns: bool = flax.struct.field(default=False, pytree_node=False)
+
+    @property
+    def variables(self) -> Variables:
+        return {"params": self.params, **self.model_state}
 
 
 class Teacher(Protocol):
-    """`(arguments, batch, layers) -> Outputs`, in evaluation mode."""
+    """The contract of a teacher: a pytree with these three methods, called within `jit`."""
 
-    def __call__(self, arguments: Any, batch: Batch, layers: Collection[str]) -> Outputs:
-        """What the teacher says of the batch, with the features of `layers`."""
+    def init(self, params: Any, model_state: Any) -> TeacherState:
+        """Returns the state before the first step of a student with these arrays."""
+
+    def ask(
+        self,
+        state: TeacherState,
+        batch: Batch,
+        inputs: tuple[Array, ...] = (),
+        layers: Collection[str] = (),
+        key: Array | None = None,
+    ) -> tuple[Outputs | None, TeacherState]:
+        """Returns its outputs for a batch, with the features of `layers`, and its state after it.
+
+        Args:
+          state: its own.
+          batch: training batch; a cache's outputs are part of it.
+          inputs: the arguments of the network, of the same examples.
+          layers: module paths.
+          key: random, of this step.
+        """
+
+    def update(self, state: TeacherState, params: Any, model_state: Any) -> TeacherState:
+        """Returns the state after a step that ended with these arrays of the student."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
+class Frozen(flax.struct.PyTreeNode):
+    """A teacher without a state, but for `ask`."""
+
+    def init(self, params: Any, model_state: Any) -> TeacherState:
+        return TeacherState()
+
+    def update(self, state: TeacherState, params: Any, model_state: Any) -> TeacherState:
+        return state
+
+
+class NoTeacher(Frozen):
+    """The place of a teacher where a student learns from labels alone."""
+
+    def ask(self, state, batch, inputs=(), layers=(), key=None):
+        return None, state
+
+
+NO_TEACHER = NoTeacher()
+
+
+class Model(Frozen):
     """One network that does not change: a trained one, or one loaded from a packed file."""
 
-    module: nn.Module
+    network: Network | nn.Module = flax.struct.field(pytree_node=False)
+    weights: Weights
 
-    def __call__(self, arguments: Any, batch: Batch, layers: Collection[str] = ()) -> Outputs:
-        """`arguments`: {"variables", "qparams"}, the latter {} for a float network."""
-        outputs, _ = capture.run(
-            self.module,
-            arguments["variables"],
-            arguments["qparams"],
-            batch["image"],
-            layers,
-        )
-        return outputs
+    def ask(self, state, batch, inputs=(), layers=(), key=None):
+        return _evaluate(self.network, self.weights, inputs, layers), state
 
 
-@dataclasses.dataclass(frozen=True)
-class Ensemble:
+class Ensemble(Frozen):
     """The weighted average of several networks' probabilities or logits."""
 
-    modules: tuple[nn.Module, ...]
-    average: str  # a key of AVERAGES
+    networks: tuple[Network | nn.Module, ...] = flax.struct.field(pytree_node=False)
+    members: tuple[Weights, ...]  # of `networks`
+    shares: Array  # [members], in any unit
+    average: str = flax.struct.field(pytree_node=False)  # a key of AVERAGES
 
-    def __call__(self, arguments: Any, batch: Batch, layers: Collection[str] = ()) -> Outputs:
-        """`arguments`: {"members": one a module as for `Model`, "weights" [members]}."""
-        if layers:
-            raise ValueError(f"an ensemble has no layers of its own, asked for {sorted(layers)}")
+    def ask(self, state, batch, inputs=(), layers=(), key=None):
+        _refuse_layers("an ensemble has no layers of its own", layers)
         logits = [
-            Model(module)(own, batch).logits.astype(jnp.float32)
-            for module, own in zip(self.modules, arguments["members"], strict=True)
+            _evaluate(network, weights, inputs).logits.astype(jnp.float32)
+            for network, weights in zip(self.networks, self.members, strict=True)
         ]
-        weights = arguments["weights"] / jnp.sum(arguments["weights"])
-        return Outputs(logits=AVERAGES[self.average](jnp.stack(logits), weights))
+        shares = self.shares / jnp.sum(self.shares)
+        return Outputs(logits=AVERAGES[self.average](jnp.stack(logits), shares)), state
 
 
-def _mean_logits(logits: Array, weights: Array) -> Array:
-    return jnp.tensordot(weights, logits, 1)
+def _mean_logits(logits: Array, shares: Array) -> Array:
+    return jnp.tensordot(shares, logits, 1)
 
 
-def _mean_probability(logits: Array, weights: Array) -> Array:
-    """The logarithm of the mean probability, which is a logit of it."""
-    return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0, b=weights[:, None, None])
+def _mean_probability(logits: Array, shares: Array) -> Array:
+    """Returns the logarithm of the mean probability, which is a logit of it."""
+    shares = shares.reshape(shares.shape + (1,) * (logits.ndim - 1))
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0, b=shares)
 
 
 AVERAGES = {"logit": _mean_logits, "probability": _mean_probability}
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
+class Stored(Frozen):
     """Logits computed before, which the batch carries: "teacher_logits", or sparse targets."""
 
-    def __call__(self, arguments: Any, batch: Batch, layers: Collection[str] = ()) -> Outputs:
-        if layers:
-            raise ValueError(f"stored logits have no features, asked for {sorted(layers)}")
-        return Outputs(logits=batch.get("teacher_logits"))
+    def ask(self, state, batch, inputs=(), layers=(), key=None):
+        _refuse_layers("stored logits have no features", layers)
+        return Outputs(logits=batch.get("teacher_logits")), state
 
 
-@dataclasses.dataclass(frozen=True)
-class MovingAverage:
+class MovingAverage(flax.struct.PyTreeNode):
     """The exponential moving average of the student's own weights (arXiv:1703.01780).
 
-    Its weights are part of the training state: after each step `decay` of what they were, plus the
-    rest of what the student's are. Batch statistics are the student's own.
+    After each step it is `decay` of what it was, plus the rest of what the student's weights are.
+    Batch statistics are the student's own.
     """
 
-    module: nn.Module
-    decay: float
+    network: Network | nn.Module = flax.struct.field(pytree_node=False)
+    decay: float = flax.struct.field(pytree_node=False)
 
-    def __call__(self, arguments: Any, batch: Batch, layers: Collection[str] = ()) -> Outputs:
-        """`arguments`: {"params", "model_state"}."""
-        variables = {"params": arguments["params"], **arguments["model_state"]}
-        return Model(self.module)({"variables": variables, "qparams": {}}, batch, layers)
+    def init(self, params: Any, model_state: Any) -> TeacherState:
+        return TeacherState(params=params, model_state=model_state)
 
-    def follow(self, average: Any, params: Any, model_state: Any) -> Any:
-        """The average after a step that ended with the student's `params` and `model_state`."""
+    def ask(self, state, batch, inputs=(), layers=(), key=None):
+        weights = Weights(variables=state.variables, qparams={})
+        return _evaluate(self.network, weights, inputs, layers), state
+
+    def update(self, state: TeacherState, params: Any, model_state: Any) -> TeacherState:
         mix = lambda mean, new: self.decay * mean + (1 - self.decay) * new
-        return {
-            "params": jax.tree.map(mix, average["params"], params),
-            "model_state": model_state,
-        }
+        average = jax.tree.map(mix, state.params, params)
+        return state.replace(params=average, model_state=model_state)
 
 
-@dataclasses.dataclass(frozen=True)
-class Peer:
+class Peer(Frozen):
     """A network that is trained at once and learns from the student as the student does from it.
 
-    (Deep mutual learning, arXiv:1706.00384.) Its weights are part of the training state, and the
-    step runs it in training mode.
+    (Deep mutual learning, arXiv:1706.00384.) It runs in training mode.
     """
 
-    module: nn.Module
+    network: Network | nn.Module = flax.struct.field(pytree_node=False)
+    start: Variables  # before the first step
+
+    def init(self, params: Any, model_state: Any) -> TeacherState:
+        others = {name: tree for name, tree in self.start.items() if name != "params"}
+        return TeacherState(params=self.start["params"], model_state=others, learns=True)
+
+    def ask(self, state, batch, inputs=(), layers=(), key=None):
+        _refuse_layers("a peer is compared by its logits", layers)
+        run = lambda rngs: capture.run(
+            self.network,
+            state.variables,
+            {},
+            inputs,
+            train=True,
+            mutable=list(state.model_state),
+            rngs=rngs,
+        )
+        outputs, model_state = with_streams(run, key)
+        return outputs, state.replace(model_state=model_state)
+
+
+def _evaluate(
+    network: Network | nn.Module,
+    weights: Weights,
+    inputs: tuple[Array, ...],
+    layers: Collection[str] = (),
+) -> Outputs:
+    return capture.run(network, weights.variables, weights.qparams, inputs, layers)[0]
+
+
+def _refuse_layers(why: str, layers: Collection[str]) -> None:
+    if layers:
+        raise ValueError(f"{why}, asked for {sorted(layers)}")

@@ -1,4 +1,4 @@
-"""One summand of what a student is taught by: a loss, its weight, and where it looks."""
+"""A term of the objective: a loss, its weight, and the layers that it looks at."""
 
 import inspect
 import typing
@@ -7,11 +7,12 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kdq.distill import adapters, schedule
 from kdq.distill.capture import Outputs
-from kdq.distill.methods import METHODS, Given, Method
+from kdq.distill.methods import METHODS, LossInputs, Method
 from kdq.distill.schedule import Schedule
 from kdq.fields import LARGEST, ConfigError, Limits, limits_of_parameter, unknown
 from kdq.schema import HEAVIEST
@@ -45,7 +46,7 @@ class Term(flax.struct.PyTreeNode):
     def init(
         self, key: Array, student: Shapes, teacher: Shapes, num_examples: int
     ) -> tuple[Any, Any]:
-        """`(params, memory)`: what trains beside the student, and what the method remembers.
+        """Returns `(params, memory)`: what trains with the student, what the method remembers.
 
         Args:
           key: random.
@@ -78,32 +79,47 @@ class Term(flax.struct.PyTreeNode):
                 f"{where}, student layer {self.student}, teacher layer {self.teacher}: {error}"
             ) from error
 
-    def __call__(
-        self,
-        params: Any,
-        memory: Any,
-        student: Outputs,
-        teacher: Outputs,
-        batch: Batch,
-        key: Array,
-    ) -> tuple[Array, Any]:
-        """`(values [batch], memory)`, not yet weighted."""
-        look = lambda outputs, paths: (
+    def count(self, batch: Batch, weights: Array) -> Array:
+        """Returns the number of values that count: predictions on logits, examples on features.
+
+        Args:
+          batch: has "mask" [batch] where some examples do not count.
+          weights: of the predictions, see `Task.weights`.
+        """
+        if not self.method.layers:
+            return jnp.sum(weights)
+        return jnp.sum(batch["mask"]) if "mask" in batch else jnp.float32(len(weights))
+
+    def look(self, student: Outputs, teacher: Outputs, batch: Batch, weights: Array) -> LossInputs:
+        """Returns what the method compares of a batch, with no gradient to the teacher."""
+        see = lambda outputs, paths: (
             tuple(self._feature(outputs.features[path]) for path in paths)
             if paths
             else (outputs.logits,)
         )
-        given = Given(
-            student=look(student, self.student),
-            teacher=jax.lax.stop_gradient(look(teacher, self.teacher)),
+        return LossInputs(
+            student=see(student, self.student),
+            teacher=jax.lax.stop_gradient(see(teacher, self.teacher)),
             batch=batch,
+            weights=weights,
             mask=batch.get("mask"),
-            key=key,
         )
-        return self.method(params, memory, given, {**self.options, **dict(self.fixed)})
+
+    def __call__(
+        self, params: Any, memory: Any, inputs: LossInputs, key: Array | None
+    ) -> tuple[Array, Any]:
+        """Returns `(values, memory)`: one for each that `count` counts, masked, not weighted."""
+        options = {**self.options, **dict(self.fixed)}
+        values, memory = self.method(params, memory, inputs, key, options)
+        shape = inputs.weights.shape[: 1 if self.method.layers else None]
+        if values.shape != shape:
+            raise ValueError(
+                f"term {self.name!r} ({self.loss}): expected values {shape}, got {values.shape}"
+            )
+        return values, memory
 
     def _feature(self, feature: Array) -> Array:
-        """As the loss sees it: [batch, channels] if pooled."""
+        """Returns a feature as the loss sees it: [batch, channels] if pooled."""
         return feature.mean(tuple(range(1, feature.ndim - 1))) if self.pool else feature
 
     def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -111,7 +127,7 @@ class Term(flax.struct.PyTreeNode):
 
 
 def build(name: str, config: Mapping[str, Any], where: str) -> Term:
-    """A term from its entry in a config.
+    """Builds a term from its entry in a config.
 
     The entry has "loss", a key of METHODS; "weight", a number or a schedule (`schedule.build`); for
     the losses on features "student" and "teacher", layer paths, "adapter", and "pool" (false: maps
@@ -161,19 +177,19 @@ def _paths(value: Any, count: int, where: str, loss: str) -> tuple[str, ...]:
 
 
 def _options(
-    valid: Mapping[str, inspect.Parameter], given: Mapping[str, Any], where: str
+    valid: Mapping[str, inspect.Parameter], fields: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
-    """`(numbers, the rest)`: what the annotation calls a float is data, the rest is static."""
+    """Returns `(numbers, the rest)`: what is annotated as a float is data, the rest is static."""
     numbers, fixed = {}, {}
-    for name in given:
+    for name in fields:
         if name not in valid:
             raise ConfigError(unknown(f"option of {where}:", name, valid))
     for name, parameter in valid.items():
-        value = given.get(name, parameter.default)
+        value = fields.get(name, parameter.default)
         hint, limits = limits_of_parameter(parameter.annotation)
         kinds = typing.get_args(hint) or (hint,)
         if value is inspect.Parameter.empty:
-            raise ConfigError(f"{where} needs {name!r}; given: {sorted(given)}")
+            raise ConfigError(f"{where} needs {name!r}; got {sorted(fields)}")
         if parameter.annotation is inspect.Parameter.empty:
             raise ConfigError(
                 f"{where}: the loss does not annotate {name!r}; want {name}: float in its "
@@ -191,6 +207,6 @@ def _options(
                 limits.check(value, f"{where}.{name}")
             fixed[name] = value
         else:
-            wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-            raise ConfigError(f"{where}.{name}={value!r}: want {wanted}")
+            names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+            raise ConfigError(f"{where}.{name}={value!r}: expected {names}")
     return numbers, tuple(sorted(fixed.items()))

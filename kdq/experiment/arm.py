@@ -23,7 +23,7 @@ from kdq.train import loop, together
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
 from kdq.train.state import TrainState
-from kdq.train.training import Training
+from kdq.train.training import Plan
 from kdq.types import Variables
 
 log = logging.getLogger(__name__)
@@ -114,18 +114,17 @@ class ArmRun:
             progress=self.context.progress,
         )
 
-    def make_training(self) -> tuple[Training, TrainState]:
-        """Returns its training and the state before the first step."""
+    def make_plan(self) -> tuple[Plan, TrainState]:
+        """Returns the plan of its training and the state before the first step."""
         context, model = self.context, self.context.model(self.arm)
-        return training.begin(
+        return training.make_plan(
             self.experiment,
             self.name,
             self.seed,
             self.weights,
             model=model,
             inputs=context.inputs,
-            teaching=processes.in_turn(lambda: context.teachers.of(self.name, self.seed)),
-            optimizer=context.optimizer,
+            teaching=processes.in_turn(lambda: context.teachers.teaching(self.name, self.seed)),
             validate=lambda weights: measure.evaluate(model, weights, context.validation),
             layout=context.layout,
         )
@@ -226,11 +225,10 @@ def train(runs: Sequence[ArmRun]) -> list[Fit | NonFiniteError]:
     arm = context.experiment.arms[name]
     if not context.inputs.steps(arm):
         return [run.keep_start() for run in runs]
-    groups: dict[Hashable, dict[int, tuple[Training, TrainState]]] = {}
+    groups: dict[Hashable, dict[int, tuple[Plan, TrainState]]] = {}
     for run in runs:
-        training_of_run, state = run.make_training()
-        signature = together.signature(training_of_run, state)
-        groups.setdefault(signature, {})[run.seed] = training_of_run, state
+        plan, state = run.make_plan()
+        groups.setdefault(together.signature(plan, state), {})[run.seed] = plan, state
     fits: dict[int, Fit | NonFiniteError] = {}
     for group in groups.values():
         context.progress.arm(name, list(group), context.inputs.last_step(arm))

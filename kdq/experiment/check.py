@@ -70,9 +70,9 @@ def check(context: Context, arms: Sequence[str]) -> None:
         where = f"config.qat.{key}"
         if recipe.method not in qat.METHODS:
             raise ConfigError(unknown(f"{where}.method:", recipe.method, qat.METHODS))
-        regime.of_recipe(recipe, 1, where)
+        regime.build(recipe, 1, where)
     for key, recipe in experiment.distill.items():  # those of no arm too
-        objective.of_recipe(vars(recipe), 1, f"config.distill.{key}")
+        objective.build(vars(recipe), 1, f"config.distill.{key}")
     for key in experiment.rules:
         rules_of_entries(experiment.rules[key], OBSERVERS["mse"], f"config.rules.{key}")
     for key in {arm.model for arm in experiment.arms.values() if arm.bits}:
@@ -260,7 +260,7 @@ def _check_rules(
 def _check_taught(context: Context, name: str) -> None:
     experiment, inputs, teachers = context.experiment, context.inputs, context.teachers
     arm, where = experiment.arms[name], f"config.arms.{name}"
-    aim = objective.of_arm(experiment, name, steps=1)
+    aim = objective.arm_objective(experiment, name, steps=1)
     module = teachers.module(name)
     if aim.teacher_layers and module is None:
         raise ConfigError(

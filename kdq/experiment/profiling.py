@@ -18,7 +18,7 @@ from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Plan
 
 WARM_UP = 10  # steps before the trace: the first compiles
 STEP = "jit_train_step"  # what XLA calls the compiled step
@@ -68,14 +68,14 @@ def _profile(
 ) -> Profile:
     if needs := parents(experiment, arm):
         runner.run(experiment, workdir, arms=needs, progress=progress)
-    task, state = runner.first_step(experiment, workdir, arm, seed)
+    plan, state = runner.first_step(experiment, workdir, arm, seed)
     last = WARM_UP + steps
-    if task.steps < last:
+    if plan.steps < last:
         raise ConfigError(
-            f"arm {arm!r} trains for {task.steps} steps: expected {last}, {WARM_UP} of them to "
+            f"arm {arm!r} trains for {plan.steps} steps: expected {last}, {WARM_UP} of them to "
             "warm up"
         )
-    names = _names(task, state)
+    names = _names(plan, state)
     folder = workdir / "profile" / arm
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -90,15 +90,15 @@ def _profile(
         jax.profiler.stop_trace()  # here the loop has waited for the last step
         return {"accuracy": 0.0, "nll": 0.0}
 
-    task = dataclasses.replace(task, steps=last, eval_every=last, validate=stop)
+    plan = dataclasses.replace(plan, steps=last, eval_every=last, validate=stop)
     with tempfile.TemporaryDirectory() as scratch:
-        loop.fit(task, state, Path(scratch), on_step=on_step)
+        loop.fit(plan, state, Path(scratch), on_step=on_step)
     trace = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     return read(trace, names)
 
 
 def read(trace: Path, names: Mapping[str, str]) -> Profile:
-    """What a trace says; `names` tells of operations what they are of."""
+    """Reads a profile from a trace; `names` are of operations."""
     spans: dict[Any, tuple[float, float]] = {}  # of runs of the step
     costs: dict[str, float] = defaultdict(float)
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
@@ -133,43 +133,33 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _names(task: Training, state: TrainState) -> dict[str, str]:
-    """What each operation of the compiled step is of: "backward conv_1 conv_general_dilated"."""
-    compiled = train_step.lower(
-        state,
-        task.teacher_arguments,
-        task.dataset[0],
-        model=task.model,
-        teacher=task.teacher,
-        objective=task.objective,
-        optimizer=task.optimizer,
-        regime=task.regime,
-        compute=task.compute,
-    ).compile()
+def _names(plan: Plan, state: TrainState) -> dict[str, str]:
+    """Returns readable names of the compiled step's operations: "backward conv_1 dot"."""
+    compiled = train_step.lower(plan.training, state, plan.dataset[0]).compile()
     return names_of(compiled.as_text())
 
 
 def names_of(program: str) -> dict[str, str]:
-    """Names of the operations of a program in XLA's text form; of a fusion, its dearest part's."""
-    found, within, computation = {}, {}, ""
+    """Returns the names of a program's operations, from XLA's text; a fusion has its dearest's."""
+    names, within, computation = {}, {}, ""
     for line in program.splitlines():
         if opened := re.match(r"\s*(?:ENTRY )?%(\S+) \(.*\{$", line):
             computation = opened[1]
-        if not (one := re.match(r"\s*(?:ROOT )?%(\S+) = ", line)):
+        if not (operation := re.match(r"\s*(?:ROOT )?%(\S+) = ", line)):
             continue
         name = re.search(r'op_name="([^"]+)"', line)
         called = re.search(r"calls=%([\w.-]+)", line)
         if called and called[1] in within:
-            found[one[1]] = within[called[1]]
+            names[operation[1]] = within[called[1]]
         elif name:
-            found[one[1]] = _readable(name[1])
+            names[operation[1]] = _readable(name[1])
         if name and (computation not in within or re.search(r" (convolution|dot)\(", line)):
             within[computation] = _readable(name[1])
-    return found
+    return names
 
 
 def _readable(name: str) -> str:
-    """Of "jit(train_step)/transpose(jvp(CNN))/conv_1/dot": "backward conv_1/dot"."""
+    """Makes "backward conv_1/dot" of "jit(train_step)/transpose(jvp(CNN))/conv_1/dot"."""
     name = name.removeprefix("jit(train_step)/")
     way = "backward" if "transpose(" in name else "forward" if "jvp(" in name else "other"
     parts = [part for part in name.split("/") if "(" not in part]

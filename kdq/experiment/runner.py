@@ -17,7 +17,7 @@ from kdq.fields import expand_user
 from kdq.record import ArmRecord
 from kdq.train import metrics_writer
 from kdq.train.state import TrainState
-from kdq.train.training import Training
+from kdq.train.training import Plan
 
 
 def run(
@@ -59,7 +59,7 @@ def run(
 
 def first_step(
     experiment: Experiment, workdir: str | Path, name: str, seed: int
-) -> tuple[Training, TrainState]:
+) -> tuple[Plan, TrainState]:
     """Returns an arm's training and the state before it, once what it needs has been run.
 
     Raises ConfigError for an arm that does not train.
@@ -69,7 +69,7 @@ def first_step(
     started = ArmRun(Context(experiment, Path(workdir)), name, seed)
     variables, _ = started.start()
     started.weights, _ = started.calibrate(variables)
-    return started.make_training()
+    return started.make_plan()
 
 
 def _run(

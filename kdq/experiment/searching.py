@@ -274,20 +274,18 @@ def _finetuning_scorer(
     context: Context, search: Search, students: Sequence[PreparedStudent], seed: int
 ) -> run.Score:
     experiment, name = context.experiment, search.finetune
-    teaching = context.teachers.of(name, seed)
+    teaching = context.teachers.teaching(name, seed)
     finetunes = [
         Finetune(
             evaluator=student.evaluator,
             begin=functools.partial(
-                training.begin,
+                training.make_plan,
                 experiment,
                 name,
                 seed,
                 model=student.evaluator.network.module,
                 inputs=context.inputs,
                 teaching=teaching,
-                optimizer=context.optimizer,
-                validate=lambda weights: {},
                 steps=search.steps,
             ),
             method=recipe(experiment, experiment.arms[name]).method,

@@ -1,9 +1,8 @@
-"""Who teaches an arm, and from what: a network at every step, or outputs computed before."""
+"""Teachers of arms: a network at every step, or outputs computed before."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,29 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import data
+from kdq import data, quantize
 from kdq.config import Arm, Experiment
 from kdq.distill import cache, cache_key
 from kdq.distill.cache import Cache
 from kdq.distill.cache_key import CacheKey
-from kdq.distill.teacher import Ensemble, Model, MovingAverage, Peer, Stored, Teacher
+from kdq.distill.teacher import NO_TEACHER, Ensemble, Model, MovingAverage, Peer, Stored, Teacher
 from kdq.evaluate import metrics
 from kdq.experiment import initial
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.store import Store, load
-from kdq.types import Array, Batch, Variables
+from kdq.quantize.network import Weights
+from kdq.types import Array, Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teaching:
-    """What an arm's training needs of its teacher; nothing, for labels alone."""
+    """An arm's teacher, and its outputs where they were computed before."""
 
-    teacher: Teacher | Peer | None = None
-    arguments: Any = None  # what it computes with at every step
+    teacher: Teacher = NO_TEACHER
     extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # stored, by example id
     lookup: data.Lookup | None = None  # stored, by position in the stream
-    average: bool = False  # whether the state keeps the student's moving average
-    peer: Variables | None = None  # what a peer starts from
 
 
 class Teachers:
@@ -54,8 +51,8 @@ class Teachers:
             "shuffled": self._shuffled,
         }
 
-    def of(self, name: str, seed: int) -> Teaching:
-        """What teaches the arm `name` in the run of `seed`."""
+    def teaching(self, name: str, seed: int) -> Teaching:
+        """Returns the teaching of the arm `name` in the run of `seed`."""
         arm = self._experiment.arms[name]
         if not arm.teacher:
             return Teaching()
@@ -77,13 +74,13 @@ class Teachers:
         return load(config.path).model if config.kind == "packed" else None
 
     def offers(self, name: str) -> tuple[str, ...]:
-        """What the terms of the arm `name` may read of its teacher, layers apart."""
+        """Returns what terms of the arm `name` may read of its teacher, layers apart."""
         kind = self._stored_as(name)
         names = {"top_k": ("indices", "log_probs"), "sampled": ("indices", "weights")}
         return tuple(f"teacher_{array}" for array in names.get(kind, ("logits",)))
 
     def by_example(self, name: str) -> bool:
-        """Whether what teaches the arm is stored by example, whatever became of its image."""
+        """Returns whether the outputs are stored by example, whatever became of its image."""
         return self._stored_as(name) in ("memory", "shuffled")
 
     def _stored_as(self, name: str) -> str:
@@ -100,7 +97,7 @@ class Teachers:
     def _arm(self, arm: Arm, seed: int, kind: str) -> Teaching:
         if kind == "none":
             module = self._models[self._experiment.arms[arm.teacher].model]
-            return Teaching(teacher=Model(module), arguments=self._arguments(arm.teacher, seed))
+            return Teaching(teacher=Model(module, self._weights(arm.teacher, seed)))
         if kind == "memory":
             logits = self.logits(arm.teacher, seed, "train")
             return Teaching(teacher=Stored(), extra={"teacher_logits": logits})
@@ -114,37 +111,36 @@ class Teachers:
     def _ensemble(self, config, arm: Arm, seed: int) -> Teaching:
         members = [self._experiment.arms[name].model for name in config.arms]
         return Teaching(
-            teacher=Ensemble(tuple(self._models[m] for m in members), config.average),
-            arguments={
-                "members": tuple(self._arguments(name, seed) for name in config.arms),
-                "weights": jnp.asarray(config.weights or [1.0] * len(members), jnp.float32),
-            },
+            teacher=Ensemble(
+                networks=tuple(self._models[model] for model in members),
+                members=tuple(self._weights(name, seed) for name in config.arms),
+                shares=jnp.asarray(config.weights or [1.0] * len(members), jnp.float32),
+                average=config.average,
+            )
         )
 
     def _moving_average(self, config, arm: Arm, seed: int) -> Teaching:
         module = self._models[arm.model]
-        return Teaching(teacher=MovingAverage(module, config.decay), average=True)
+        return Teaching(teacher=MovingAverage(module, config.decay))
 
     def _peer(self, config, arm: Arm, seed: int) -> Teaching:
         module = self._models[config.model]
         if config.init:
-            return Teaching(teacher=Peer(module), peer=self._store.weights(config.init, seed))
+            return Teaching(teacher=Peer(module, self._store.weights(config.init, seed)))
         # Another key than that of the student, which may be of the same model.
         key = jax.random.fold_in(jax.random.key(seed + arm.seed_offset), 1)
         images = self._inputs.split("train", 1)[0]["image"]
-        return Teaching(teacher=Peer(module), peer=initial.variables(module, key, images))
+        return Teaching(teacher=Peer(module, initial.variables(module, key, images)))
 
     def _former_peer(self, config, arm: Arm, seed: int) -> Teaching:
         module = self._models[kdq_config.peer_of(self._experiment, config.arm).model]
         variables = self._store.peer_weights(config.arm, seed)
-        return Teaching(teacher=Model(module), arguments={"variables": variables, "qparams": {}})
+        return Teaching(teacher=Model(module, Weights(variables=variables, qparams={})))
 
     def _packed(self, config, arm: Arm, seed: int) -> Teaching:
         packed = load(config.path)
-        return Teaching(
-            teacher=Model(packed.model),
-            arguments={"variables": packed.variables, "qparams": packed.qparams},
-        )
+        weights = Weights(variables=packed.variables, qparams=packed.qparams)
+        return Teaching(teacher=Model(packed.model, weights))
 
     def _shuffled(self, config, arm: Arm, seed: int) -> Teaching:
         logits = self.logits(config.arm, seed, "train")
@@ -158,17 +154,19 @@ class Teachers:
 
     # Outputs of arms.
 
-    def _arguments(self, name: str, seed: int) -> dict[str, Any]:
-        return {"variables": self._store.weights(name, seed), "qparams": {}}
+    def _weights(self, name: str, seed: int) -> Weights:
+        return Weights(variables=self._store.weights(name, seed), qparams={})
 
-    def _apply(self, name: str):
+    def _apply(self, name: str) -> Callable[[Weights, Array], Array]:
         module = self._models[self._experiment.arms[name].model]
-        return functools.partial(_logits, Model(module))
+        return lambda weights, images: quantize.predict(
+            module, weights.variables, weights.qparams, images
+        )
 
     def _predict(self, name: str, seed: int, split: str) -> np.ndarray:
         """Logits [examples, classes] of an arm's selected weights, unrounded, on a whole split."""
-        arguments = self._arguments(name, seed)
-        return metrics.predict(self._apply(name), arguments, self._inputs.split(split))
+        weights = self._weights(name, seed)
+        return metrics.predict(self._apply(name), weights, self._inputs.split(split))
 
     def _on_disk(self, arm: Arm, seed: int) -> Cache:
         """The teacher's outputs in a cache under its folder, made now if they are not there."""
@@ -177,9 +175,9 @@ class Teachers:
         own_seed = seed + arm.seed_offset
         source = inputs.splits["train"]
         taught_by = self._experiment.arms[arm.teacher]
-        arguments = self._arguments(arm.teacher, seed)
+        weights = self._weights(arm.teacher, seed)
         key = CacheKey(
-            teacher=cache_key.digest_variables(arguments["variables"]),
+            teacher=cache_key.digest_variables(weights.variables),
             teacher_model=kdq_config.to_json(self._experiment.models[taught_by.model]),
             dataset=self._experiment.data.name,
             split=_describe_split(self._experiment.data.train, arm if augmented else None),
@@ -199,7 +197,7 @@ class Teachers:
         folder = self._store.folder(arm.teacher, seed) / "caches" / name
         apply = self._apply(arm.teacher)
         batches = self._batches_to_store(arm, own_seed, augmented)
-        records = (_records(key, apply(arguments, b["image"]), b) for b in batches)
+        records = (_records(key, apply(weights, b["image"]), b) for b in batches)
         return cache.write_cache(folder, key, records, length)
 
     def _batches_to_store(self, arm: Arm, seed: int, augmented: bool) -> Iterator[Batch]:
@@ -212,7 +210,7 @@ class Teachers:
 
 
 def _describe_split(split: str, arm: Arm | None) -> str:
-    """What a stream is made of: of a whole split, unless the arm leaves classes out."""
+    """Names the split of a stream, and the classes that the arm leaves out."""
     if arm is None or not arm.without_classes:
         return split
     return f"{split} without classes {sorted(set(arm.without_classes))}"
@@ -229,11 +227,6 @@ def _target(
         ),
     }
     return makers[config.kind](config.size, config.temperature)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(model: Model, arguments: Any, images: Array) -> Array:
-    return model(arguments, {"image": images}).logits
 
 
 def _records(key: CacheKey, logits: Array, batch: Batch) -> dict[str, np.ndarray]:

@@ -1,11 +1,10 @@
-"""What an arm trains on, with whom and towards what; a search's short runs do so too."""
+"""Makes the training of an arm from its config; a search's short runs use it too."""
 
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import optax
 
 from kdq.config import Experiment
 from kdq.experiment import check
@@ -14,13 +13,13 @@ from kdq.experiment.quantized import recipe
 from kdq.experiment.teaching import Teaching
 from kdq.quantize.network import Weights
 from kdq.train import objective, regime
-from kdq.train.objective import Objective
+from kdq.train.optimizer import make_optimizer
 from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.train.state import TrainState, create_state
-from kdq.train.training import Training
+from kdq.train.training import Plan, Training
 
 
-def begin(
+def make_plan(
     experiment: Experiment,
     name: str,
     seed: int,
@@ -29,12 +28,11 @@ def begin(
     model: nn.Module,
     inputs: Inputs,
     teaching: Teaching,
-    optimizer: optax.GradientTransformation,
-    validate: Callable[[Weights], dict[str, float]],
+    validate: Callable[[Weights], dict[str, float]] = lambda weights: {},
     steps: int | None = None,
     layout: Layout = ONE_DEVICE,
-) -> tuple[Training, TrainState]:
-    """What there is to do, and the state before the first step.
+) -> tuple[Plan, TrainState]:
+    """Makes the plan of an arm's training, and the state before its first step.
 
     Args:
       experiment: has the arm.
@@ -44,62 +42,61 @@ def begin(
       model: of these.
       inputs: the data.
       teaching: who teaches.
-      optimizer: see `make_optimizer`.
-      validate: see `Training`.
+      validate: see `Plan`; by default there is nothing to score.
       steps: a schedule of so many; None: the arm's own.
       layout: the devices that train.
     """
-    arm, own_seed = experiment.arms[name], seed + experiment.arms[name].seed_offset
+    arm, arm_seed = experiment.arms[name], seed + experiment.arms[name].seed_offset
     last_step = inputs.last_step(arm) if steps is None else steps
     steps = inputs.steps(arm) if steps is None else steps
-    aim = objective.of_arm(experiment, name, steps)
     qat = recipe(experiment, arm)
-    adapters, memory = _beside(aim, model, inputs, start, teaching, own_seed)
+    training = Training(
+        network=model,
+        optimizer=make_optimizer(experiment.optimizer),
+        objective=objective.arm_objective(experiment, name, steps),
+        teacher=teaching.teacher,
+        regime=regime.build(qat, steps, f"config.qat.{arm.qat}"),
+        layout=layout,
+        compute=experiment.compute,
+    )
+    adapters, memory = _init_terms(training, inputs, start, arm_seed)
     state = create_state(
-        start.variables,
-        start.qparams,
+        start,
         experiment.optimizer,
-        seed=own_seed,
+        seed=arm_seed,
         steps=steps,
         learning_rate=arm.learning_rate,
         fixed_scales=experiment.quantize.fixed_scales,
         adapters=adapters,
         memory=memory,
-        average=teaching.average,
-        peer=teaching.peer,
+        teacher=teaching.teacher,
         track_oscillations=qat.track_oscillations or bool(qat.freeze),
     )
-    task = Training(
-        model=model,
-        optimizer=optimizer,
-        objective=aim,
+    plan = Plan(
+        training=training,
         dataset=inputs.stream(
-            arm, own_seed, extra=teaching.extra, lookup=teaching.lookup, layout=layout
+            arm, arm_seed, extra=teaching.extra, lookup=teaching.lookup, layout=layout
         ),
         steps=last_step,
         eval_every=max(1, -(-last_step // experiment.evaluations)),
         validate=validate,
-        teacher=teaching.teacher,
-        teacher_arguments=teaching.arguments,
-        regime=regime.of_recipe(qat, steps, f"config.qat.{arm.qat}"),
         freeze_norm_at=round(qat.freeze_norm * steps),
-        layout=layout,
-        compute=experiment.compute,
     )
-    return task, state
+    return plan, state
 
 
-def _beside(
-    aim: Objective, model: nn.Module, inputs: Inputs, start: Weights, teaching: Teaching, seed: int
+def _init_terms(
+    training: Training, inputs: Inputs, start: Weights, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`(adapters, memory)` of the objective's terms."""
-    if not aim.student_layers:  # losses on logits have neither
+    """Returns `(adapters, memory)` of the objective's terms."""
+    objective, teacher = training.objective, training.teacher
+    if not objective.student_layers:  # losses on logits have neither
         return {}, {}
-    student = check.layers(model, start.variables, inputs.image)
+    student = check.layers(training.network, start.variables, inputs.image)
     taught_by = {}
-    if aim.teacher_layers:
-        module, arguments = teaching.teacher.module, teaching.arguments
-        variables = start.variables if arguments is None else arguments["variables"]
-        taught_by = check.layers(module, variables, inputs.image)
+    if objective.teacher_layers:
+        # A moving average has the student's variables.
+        weights = getattr(teacher, "weights", start)
+        taught_by = check.layers(teacher.network, weights.variables, inputs.image)
     key = jax.random.fold_in(jax.random.key(seed), 2)
-    return aim.init(key, student, taught_by, inputs.num_examples)
+    return objective.init(key, student, taught_by, inputs.num_examples)

@@ -10,8 +10,7 @@ from kdq.search.evaluate import Evaluator, score
 from kdq.search.objectives import OBJECTIVES, WORST
 from kdq.train import loop
 from kdq.train.state import TrainState
-from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Plan, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +21,7 @@ class Finetune:
     """
 
     evaluator: Evaluator  # of the student
-    begin: Callable[[Weights], tuple[Training, TrainState]]
+    begin: Callable[[Weights], tuple[Plan, TrainState]]
     method: str  # of quantization-aware training
     distilled: tuple[str, ...]  # terms that a policy may leave out
 
@@ -36,37 +35,21 @@ class Finetune:
         student = self.evaluator
         qparams = banks.choose(student.bank, student.chosen(policy))
         variables, qparams = quantize.prepare(student.variables, qparams, self.method)
-        task, state = self.begin(Weights(variables=variables, qparams=qparams))
-        task = without_terms(task, [n for n, k in zip(self.distilled, kept, strict=True) if not k])
-        state = _train(task, state)
+        plan, state = self.begin(Weights(variables=variables, qparams=qparams))
+        left_out = [name for name, keep in zip(self.distilled, kept, strict=True) if not keep]
+        plan = dataclasses.replace(plan, training=without_terms(plan.training, left_out))
+        state = loop.take_steps(plan, state)
         if bool(state.halted):
             return dict.fromkeys(OBJECTIVES, WORST)
         return score(student.network, loop.weights(state), student.held)
 
 
-def without_terms(task: Training, names: Sequence[str]) -> Training:
-    """Returns the task with the weight of some terms 0."""
+def without_terms(training: Training, names: Sequence[str]) -> Training:
+    """Returns the training with the weight of some terms 0."""
     terms = tuple(
         term.replace(weight=term.weight.replace(values=0 * term.weight.values))
         if term.name in names
         else term
-        for term in task.objective.terms
+        for term in training.objective.terms
     )
-    return dataclasses.replace(task, objective=task.objective.replace(terms=terms))
-
-
-def _train(task: Training, state: TrainState) -> TrainState:
-    for step in range(task.steps):
-        state, _ = train_step(
-            state,
-            task.teacher_arguments,
-            task.dataset[step],
-            model=task.model,
-            teacher=task.teacher,
-            objective=task.objective,
-            optimizer=task.optimizer,
-            regime=task.regime,
-            freeze_norm=step >= task.freeze_norm_at,
-            compute=task.compute,
-        )
-    return state
+    return training.replace(objective=training.objective.replace(terms=terms))

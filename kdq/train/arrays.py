@@ -11,12 +11,12 @@ import numpy as np
 
 from kdq import data
 from kdq.config import Optimizer
-from kdq.distill.teacher import Stored
+from kdq.distill.teacher import NO_TEACHER, Stored
 from kdq.quantize.network import Weights, as_network
 from kdq.train import loop, objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
-from kdq.train.training import Training
+from kdq.train.training import Plan, Training
 
 
 def fit_arrays(
@@ -59,8 +59,8 @@ def fit_arrays(
     inputs, labels = np.asarray(images, np.float32), np.asarray(labels, np.int32)
     if (teacher_logits is None) != (recipe is None):
         raise ValueError("fit_arrays: want teacher_logits and recipe, or neither")
-    taught = {} if teacher_logits is None else {"teacher_logits": np.float32(teacher_logits)}
-    lengths = {name: len(x) for name, x in {"image": inputs, "label": labels, **taught}.items()}
+    stored = {} if teacher_logits is None else {"teacher_logits": np.float32(teacher_logits)}
+    lengths = {name: len(x) for name, x in {"image": inputs, "label": labels, **stored}.items()}
     if len(set(lengths.values())) > 1 or len(inputs) < batch_size:
         raise ValueError(f"fit_arrays: want {batch_size} examples or more, as many each: {lengths}")
     if start is None:
@@ -71,28 +71,28 @@ def fit_arrays(
         return start
     config = Optimizer()
     state = create_state(
-        start.variables,
-        start.qparams,
+        start,
         config,
         seed=seed,
         steps=steps,
         learning_rate=learning_rate,
         fixed_scales=fixed_scales,
     )
-    task = Training(
-        model=model,
+    training = Training(
+        network=model,
         optimizer=make_optimizer(config),
-        objective=objective.of_recipe(recipe, steps, "recipe"),
-        dataset=data.train_dataset(
-            data.from_arrays(inputs, labels),
-            batch_size=batch_size,
-            seed=seed,
-            extra=taught,
-        ),
+        objective=objective.build(recipe, steps, "recipe"),
+        teacher=Stored() if stored else NO_TEACHER,
+    )
+    dataset = data.train_dataset(
+        data.from_arrays(inputs, labels), batch_size=batch_size, seed=seed, extra=stored
+    )
+    plan = Plan(
+        training=training,
+        dataset=dataset,
         steps=steps,
         eval_every=steps,
         validate=lambda _: {"accuracy": 0.0, "nll": 0.0},
-        teacher=Stored() if taught else None,
     )
     with tempfile.TemporaryDirectory() as folder:
-        return loop.fit(task, state, Path(folder)).last
+        return loop.fit(plan, state, Path(folder)).last

@@ -155,10 +155,10 @@ class Checkpointer:
                 self._manager.delete(later)
 
     def _on_host(self, step: int, name: str) -> Any:
-        """What a tree of a checkpoint is like, as NumPy arrays without memory of their own."""
+        """Returns a tree of a checkpoint in shape, as NumPy arrays without memory of their own."""
         path = epath.Path(self._directory) / str(step) / name
-        found = ocp.StandardCheckpointHandler().metadata(path).tree
-        return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), found)
+        arrays = ocp.StandardCheckpointHandler().metadata(path).tree
+        return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), arrays)
 
     def wait(self) -> None:
         """Returns when everything saved is on disk; raises what went wrong in the background.
@@ -197,7 +197,7 @@ class Checkpointer:
 
 
 def _alone() -> ocp.CheckpointManagerOptions:
-    """Of a manager that waits for no other process."""
+    """Makes options of a manager that waits for no other process."""
     if jax.process_count() == 1:
         return ocp.CheckpointManagerOptions(create=False)
     process = jax.process_index()
@@ -280,10 +280,10 @@ def _read_digests(path: str) -> _Expected | None:
         files.read_json(os.path.join(folder, f"{i}.json")) for i in range(1, first["processes"])
     ]
     names = first["trees"]
-    every = [first, *others]
+    parts = [first, *others]
     return _Expected(
         trees={
-            name: digests.merged(digests.from_json(one["trees"][name]) for one in every)
+            name: digests.merge(digests.from_json(part["trees"][name]) for part in parts)
             for name in names
         },
         record=first["record"],
@@ -325,12 +325,12 @@ class _DigestsHandler(ocp.AsyncCheckpointHandler):
         self.save(directory, args)
 
     def save(self, directory: epath.Path, args: "_DigestsSave") -> None:
-        trees = {name: digests.of_tree(tree) for name, tree in args.trees.items()}
+        trees = {name: digests.make_digests(tree) for name, tree in args.trees.items()}
         document = {
             "format": FORMAT,
             "orbax": ocp.__version__,
             "processes": jax.process_count(),
-            "trees": {name: digests.to_json(found) for name, found in trees.items()},
+            "trees": {name: digests.to_json(tree) for name, tree in trees.items()},
             "record": _seal_of(args.record),
         }
         path = directory / f"{jax.process_index()}.json"

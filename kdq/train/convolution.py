@@ -36,7 +36,7 @@ def fast_convolutions() -> Iterator[None]:
 
 
 def convolve(
-    images: Array, kernel: Array, strides: Sequence[int], padding: Any, **given: Any
+    images: Array, kernel: Array, strides: Sequence[int], padding: Any, **options: Any
 ) -> Array:
     """`jax.lax.conv_general_dilated` as `nn.Conv` calls it, differentiated by the fastest forms.
 
@@ -45,22 +45,22 @@ def convolve(
       kernel: [...window, channels, features].
       strides: of the window.
       padding: as for `jax.lax.conv_general_dilated`.
-      **given: the rest of its arguments.
+      **options: the rest of its arguments.
 
     Returns:
       [batch, ...positions, features].
     """
     window = kernel.shape[:-2]
-    dilations = (*given["lhs_dilation"], *given["rhs_dilation"])
-    if given["feature_group_count"] > 1 or set(dilations) != {1}:
-        return jax.lax.conv_general_dilated(images, kernel, strides, padding, **given)
+    dilations = (*options["lhs_dilation"], *options["rhs_dilation"])
+    if options["feature_group_count"] > 1 or set(dilations) != {1}:
+        return jax.lax.conv_general_dilated(images, kernel, strides, padding, **options)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(images.shape[1:-1], window, strides, padding)
     how = _How(
         window=window,
         strides=tuple(strides),
         pads=tuple((int(low), int(high)) for low, high in padding),
-        given=tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in given.items()),
+        options=tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items()),
     )
     forms = _fastest(how, images, kernel)
     if set(forms) == {_xla}:
@@ -70,19 +70,19 @@ def convolve(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _How:
-    """What of a convolution is no array."""
+    """The static part of a convolution."""
 
     window: tuple[int, ...]
     strides: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
-    given: tuple[tuple[str, Any], ...]  # further arguments of `conv_general_dilated`
+    options: tuple[tuple[str, Any], ...]  # further arguments of `conv_general_dilated`
 
 
 Form = Callable[[_How, Array, Array], Array]
 
 
 def _fastest(how: _How, images: Array, kernel: Array) -> tuple[Form, Form, Form]:
-    """The forms of the convolution, of the gradient of its images, and of its kernel's.
+    """Returns the forms of the convolution, of its images' gradient and of its kernel's.
 
     By measurement on two processors. XLA is slow at one to three channels, at the gradient of the
     images of a strided convolution, most of which it multiplies by zeros, and at that of a kernel,
@@ -137,20 +137,20 @@ _by_forms.defvjp(_forward, _backward)
 
 
 def _xla(how: _How, images: Array, kernel: Array) -> Array:
-    """XLA's own."""
-    return jax.lax.conv_general_dilated(images, kernel, how.strides, how.pads, **dict(how.given))
+    """Computes it as XLA does."""
+    return jax.lax.conv_general_dilated(images, kernel, how.strides, how.pads, **dict(how.options))
 
 
 def _patches(how: _How, images: Array, kernel: Array) -> Array:
-    """One product: of what each position of the output sees, with the kernel."""
+    """Computes one product: of what each position of the output sees, with the kernel."""
     seen = jnp.concatenate(list(itertools.chain(*_seen(how, images))), axis=-1)
     return _product(how, seen, kernel)
 
 
 def _rows(how: _How, images: Array, kernel: Array) -> Array:
-    """A product for each row of the window."""
+    """Computes a product for each row of the window."""
     seen = [jnp.concatenate(row, axis=-1) for row in _seen(how, images)]
-    products = [_product(how, row, own) for row, own in zip(seen, kernel, strict=True)]
+    products = [_product(how, row, part) for row, part in zip(seen, kernel, strict=True)]
     return functools.reduce(jnp.add, products)
 
 
@@ -158,12 +158,12 @@ def _product(how: _How, seen: Array, kernel: Array) -> Array:
     # Of matrices: XLA takes twice as long where the backward pass sums over several axes.
     rows = seen.reshape(-1, seen.shape[-1])
     columns = kernel.reshape(-1, kernel.shape[-1])
-    found = jnp.matmul(rows, columns, precision=dict(how.given)["precision"])
-    return found.reshape(*seen.shape[:-1], kernel.shape[-1])
+    product = jnp.matmul(rows, columns, precision=dict(how.options)["precision"])
+    return product.reshape(*seen.shape[:-1], kernel.shape[-1])
 
 
 def _seen(how: _How, images: Array) -> list[list[Array]]:
-    """By row of the window, what its places see: [batch, ...positions, channels] each."""
+    """Returns, by row of the window, what its places see: [batch, ...positions, channels]."""
     padded = jnp.pad(images, ((0, 0), *how.pads, (0, 0)))
     room = [n - k for n, k in zip(padded.shape[1:-1], how.window, strict=True)]
     spans = [r // stride * stride + 1 for r, stride in zip(room, how.strides, strict=True)]

@@ -1,4 +1,4 @@
-"""Where NaN or infinity came from."""
+"""Finds where NaN or infinity came from."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from kdq import quantize
-from kdq.distill.capture import Outputs
+from kdq.distill.streams import with_streams
 from kdq.train.state import TrainState
-from kdq.train.streams import with_streams
+from kdq.train.training import Training
 from kdq.types import Array, Batch
 
 
@@ -18,19 +18,37 @@ class NonFiniteError(RuntimeError):
     """Training met NaN or infinity."""
 
 
-def _finite(tree: Any) -> Array:
+def _is_finite(tree: Any) -> Array:
     leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
     return jnp.stack(leaves).all() if leaves else jnp.bool_(True)
 
 
-def first_nonfinite(
-    model: nn.Module, state: TrainState, batch: Batch, teacher: Outputs | None
-) -> str:
-    """The first place, in the order of the forward pass, that holds NaN or infinity, in words."""
-    if not _finite(batch["image"]):
+def first_nonfinite(training: Training, state: TrainState, batch: Batch) -> str:
+    """Returns the first place, in the order of a step, that holds NaN or infinity, in words."""
+    objective = training.objective
+    inputs = objective.task.inputs(batch)
+    if not _is_finite(inputs):
         return "the input images"
-    if not _finite(teacher):
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    taught, _ = training.teacher.ask(
+        state.teacher, batch, inputs, objective.teacher_layers, jax.random.fold_in(key, 1)
+    )
+    if not _is_finite(taught):
         return "what the teacher says"
+    for path, parts in _check_layers(training, state, inputs, key).items():
+        for part, is_finite in parts.items():
+            if not is_finite:
+                return f"the {part} of layer {path!r}" if path else f"the model's {part}"
+    for name, params in state.adapters.items():
+        if not _is_finite(params):
+            return f"the adapter of term {name!r}"
+    return "the loss or a gradient (every layer's output is finite)"
+
+
+def _check_layers(
+    training: Training, state: TrainState, inputs: tuple[Array, ...], key: Array
+) -> dict[str, dict[str, Array]]:
+    """Returns whether parameters and output of each layer are finite, in the order of calls."""
     finite: dict[str, dict[str, Array]] = {}
     trained: dict[str, list[Array]] = {}
     for (*layer, _), leaf in traverse_util.flatten_dict(state.params).items():
@@ -41,28 +59,22 @@ def first_nonfinite(
         if context.method_name == "__call__":
             path = "/".join(context.module.path)
             # Those that train as well: rounding clips infinity.
-            own = context.module.variables.get("params", {}), trained.get(path)
-            finite.setdefault(path, {"parameters": _finite(own), "output": _finite(outputs)})
+            params = context.module.variables.get("params", {}), trained.get(path)
+            checks = {"parameters": _is_finite(params), "output": _is_finite(outputs)}
+            finite.setdefault(path, checks)
         return outputs
 
     def forward(rngs: dict[str, Array]) -> None:
         quantize.apply(
-            model,
+            training.network,
             state.variables,
             state.quantizers,
-            batch["image"],
+            inputs,
             train=True,
             mutable=list(state.model_state),
             rngs=rngs,
         )
 
     with nn.intercept_methods(watch):
-        with_streams(forward, jax.random.fold_in(jax.random.key(state.seed), state.step))
-    for path, parts in finite.items():
-        for part, is_finite in parts.items():
-            if not is_finite:
-                return f"the {part} of layer {path!r}" if path else f"the model's {part}"
-    for name, params in state.adapters.items():
-        if not _finite(params):
-            return f"the adapter of term {name!r}"
-    return "the loss or a gradient (every layer's output is finite)"
+        with_streams(forward, key)
+    return finite

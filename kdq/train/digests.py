@@ -17,7 +17,7 @@ Digests = dict[Path, tuple[str, dict[Bounds, str]]]
 EMPTY = "empty"
 
 
-def of_tree(tree: Any) -> Digests:
+def make_digests(tree: Any) -> Digests:
     """Returns the digests of what this process has to tell of a tree of arrays.
 
     Of an array that is cut up over several processes each tells of its own parts; a part that
@@ -35,7 +35,7 @@ def difference(tree: Any, expected: Digests) -> str | None:
 
     Args:
       tree: of arrays.
-      expected: from `of_tree`, of all processes.
+      expected: from `make_digests`, of all processes.
     """
     leaves = dict(_leaves(tree))
     empty = {path for path, (description, _) in expected.items() if description == EMPTY}
@@ -56,13 +56,13 @@ def difference(tree: Any, expected: Digests) -> str | None:
     return wrong
 
 
-def merged(several: Iterable[Digests]) -> Digests:
+def merge(several: Iterable[Digests]) -> Digests:
     """Returns the digests of all processes as those of one."""
-    found: Digests = {}
+    merged: Digests = {}
     for digests in several:
         for path, (description, parts) in digests.items():
-            found.setdefault(path, (description, {}))[1].update(parts)
-    return found
+            merged.setdefault(path, (description, {}))[1].update(parts)
+    return merged
 
 
 def to_json(digests: Digests) -> list[dict[str, Any]]:
@@ -132,8 +132,9 @@ def _cut(x: Any, parts: Iterable[Bounds]) -> Iterator[tuple[Bounds, Any]]:
             for bounds in parts:
                 if _is_within(bounds, place):
                     starts = [start for start, _ in place]
-                    own = zip(bounds, starts, strict=True)
-                    yield bounds, shard.data[tuple(slice(a - at, b - at) for (a, b), at in own)]
+                    offsets = zip(bounds, starts, strict=True)
+                    cut = tuple(slice(a - at, b - at) for (a, b), at in offsets)
+                    yield bounds, shard.data[cut]
 
 
 def _bounds(x: Any, index: tuple[slice, ...] | None) -> Bounds:
@@ -148,7 +149,7 @@ def _is_within(bounds: Bounds, place: Bounds) -> bool:
 
 def _covered(bounds: Bounds, parts: Iterable[Bounds]) -> bool:
     """Returns whether parts, which do not overlap, make up the whole."""
-    size = lambda one: int(np.prod([b - a for a, b in one]))
+    size = lambda part: int(np.prod([b - a for a, b in part]))
     return sum(map(size, parts)) == size(bounds)
 
 

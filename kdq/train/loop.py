@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 
@@ -14,16 +15,16 @@ from kdq import processes, quantize
 from kdq.data import iterate
 from kdq.quantize.network import Weights
 from kdq.stopwatch import Stopwatch
+from kdq.tasks.base import Metric
 from kdq.train import together
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError, first_nonfinite
 from kdq.train.metrics_writer import MetricsWriter
 from kdq.train.state import TrainState
-from kdq.train.step import ask_teacher
-from kdq.train.together import Program
-from kdq.train.training import Training
+from kdq.train.step import train_step
+from kdq.train.training import Plan
+from kdq.types import Mean, Metrics
 
-OF_THE_STEP = ("grad_norm", "oscillating", "frozen")  # metrics that are no sums over examples
 LOG_EVERY = 50  # steps between two reads of the metrics
 LOG_LAG = 16  # of which so many are left for the next: the device stays busy meanwhile
 
@@ -40,7 +41,7 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What training ended with."""
+    """The end of a training."""
 
     last: Weights
     last_step: int
@@ -52,50 +53,33 @@ class Fit:
 
 
 def is_better(metrics: dict[str, float], than: dict[str, float]) -> bool:
-    """More accurate on validation; between equals, the lower negative log-likelihood."""
+    """Returns whether accuracy on validation is higher; between equals, the nll is lower."""
     return (metrics["accuracy"], -metrics["nll"]) > (than["accuracy"], -than["nll"])
 
 
-def fit(
-    task: Training,
-    state: TrainState,
-    workdir: Path,
-    *,
-    checkpoint_seconds: float = 30.0,
-    on_step: Callable[[int], None] = lambda step: None,
-    tensorboard: bool = False,
-) -> Fit:
-    """Trains from `state`, or from the newest checkpoint in `workdir`, to `task.steps`.
+def fit(plan: Plan, state: TrainState, workdir: Path, **options: Any) -> Fit:
+    """Trains from `state`, or from the newest checkpoint in `workdir`, to `plan.steps`.
 
     A run that was killed and is started again ends with the parameters of one that was not, on
-    other devices too. Of several processes each calls this, and gets the whole weights.
+    other devices too. Every process calls this; each receives the full weights.
 
     Args:
-      task: what to train.
+      plan: of the training.
       state: the state before the first step.
       workdir: holds "checkpoints/" and "metrics.jsonl".
-      checkpoint_seconds: least time between two checkpoints; they fall on validations.
-      on_step: called with the number of steps taken, for progress.
-      tensorboard: whether "tensorboard/" is to have the metrics as events, too.
+      **options: of `fit_together`.
 
     Raises:
       NonFiniteError: a loss or gradient was NaN or infinite; says at which step, and where first.
     """
-    (found,) = fit_together(
-        [task],
-        [state],
-        [workdir],
-        checkpoint_seconds=checkpoint_seconds,
-        on_step=on_step,
-        tensorboard=tensorboard,
-    )
-    if isinstance(found, NonFiniteError):
-        raise found
-    return found
+    (result,) = fit_together([plan], [state], [workdir], **options)
+    if isinstance(result, NonFiniteError):
+        raise result
+    return result
 
 
 def fit_together(
-    tasks: Sequence[Training],
+    plans: Sequence[Plan],
     states: Sequence[TrainState],
     workdirs: Sequence[Path],
     *,
@@ -109,40 +93,64 @@ def fit_together(
     one fails with is returned in its place, and the others go on. Seeds that were cut off at
     different steps resume from the newest one that all of them have.
 
-    Raises ValueError for tasks that are not alike.
+    Args:
+      plans: of the seeds.
+      states: theirs before the first step.
+      workdirs: each holds "checkpoints/" and "metrics.jsonl" of its seed.
+      checkpoint_seconds: least time between two checkpoints; they fall on validations.
+      on_step: called with the number of steps taken, for progress.
+      tensorboard: whether "tensorboard/" is to have the metrics as events, too.
+
+    Raises:
+      ValueError: plans that are not alike.
     """
     with contextlib.ExitStack() as stack:
-        given = zip(tasks, states, workdirs, strict=True)
-        runs = [stack.enter_context(_Run(*one)) for one in given]
-        _resume(runs)
-        program = together.program_of(tasks, states)
-        _Loop(runs, program, checkpoint_seconds, on_step).to_the_end(tensorboard)
-        return [run.error or run.fit() for run in runs]
+        seeds = []
+        for plan, state, workdir in zip(plans, states, workdirs, strict=True):
+            checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints"))
+            seeds.append(_Seed(plan, plan.training.layout.place(state), checkpointer))
+        _resume(seeds)
+        trainer = Trainer(seeds, checkpoint_seconds, on_step)
+        for seed, workdir in zip(seeds, workdirs, strict=True):
+            events = workdir / "tensorboard" if tensorboard else None
+            writer = MetricsWriter(workdir / "metrics.jsonl", after_step=seed.step, events=events)
+            seed.writer = stack.enter_context(writer)
+        trainer.run()
+        return [seed.error or _finish(seed) for seed in seeds]
 
 
-class _Run:
-    """What one seed has to itself: data, curve, selection and checkpoints."""
+@dataclasses.dataclass
+class _Seed:
+    """One seed's own part of a run."""
 
-    def __init__(self, task: Training, state: TrainState, workdir: Path):
-        self.task, self.layout, self.workdir = task, task.layout, workdir
-        self.state = task.layout.place(state)
-        self.step, self.seconds = 0, 0.0
-        self.compile_seconds: float | None = 0.0
-        self.best: dict[str, Any] = _parts(self.state)
-        self.best_record: dict[str, Any] | None = None
-        self.batches = iterate(task.dataset)
-        self.error: NonFiniteError | None = None
+    plan: Plan
+    state: TrainState
+    checkpointer: Checkpointer
+    writer: MetricsWriter | None = None
+    step: int = 0
+    seconds: float = 0.0
+    compile_seconds: float | None = 0.0
+    best_record: dict[str, Any] | None = None  # "step" and "metrics" of the selection
+    error: NonFiniteError | None = None
+    batches: grain.DatasetIterator = dataclasses.field(init=False)
+    best: dict[str, Any] = dataclasses.field(init=False)  # the selection, as `_parts`
 
-    def __enter__(self) -> "_Run":
-        self.checkpointer = Checkpointer(self.workdir / "checkpoints")
-        return self
+    def __post_init__(self):
+        self.batches = iterate(self.plan.dataset)
+        self.best = _parts(self.state)
 
-    def __exit__(self, *error: Any) -> None:
-        self.checkpointer.__exit__(*error)
+    @property
+    def trees(self) -> dict[str, Any]:
+        return {"state": self.state, "selected": self.best}
 
-    def saved(self, step: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """`(trees, record)` of the checkpoint of a step; None if that can't be read."""
-        return self.checkpointer.read(step, {"state": self.state, "selected": self.best})
+    def save(self) -> None:
+        record = {
+            "selected": self.best_record,
+            "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds,
+            "data": self.batches.get_state(),
+        }
+        self.checkpointer.save(self.step, self.trees, record)
 
     def resume(self, step: int, trees: dict[str, Any], record: dict[str, Any]) -> None:
         self.step, self.state, self.best = step, trees["state"], trees["selected"]
@@ -151,174 +159,166 @@ class _Run:
         self.batches.set_state(record["data"])
         self.checkpointer.drop_after(step)
 
-    def save(self, step: int) -> None:
-        record = {
-            "selected": self.best_record,
-            "seconds": self.seconds,
-            "compile_seconds": self.compile_seconds,
-            "data": self.batches.get_state(),
-        }
-        self.checkpointer.save(step, {"state": self.state, "selected": self.best}, record)
 
-    def took(self, seconds: float, compile_seconds: float) -> None:
-        self.seconds += seconds
-        if self.compile_seconds is not None:
-            self.compile_seconds += compile_seconds
-
-    def validate(self, step: int) -> dict[str, float]:
-        """What the state scores; keeps the weights if they are the best so far."""
-        metrics = self.task.validate(weights(self.state))
-        if not np.isfinite(metrics["nll"]):
-            raise NonFiniteError(f"NaN or infinity on validation after step {step}")
-        if self.best_record is None or is_better(metrics, self.best_record["metrics"]):
-            self.best = jax.tree.map(jax.numpy.copy, _parts(self.state))
-            self.best_record = {"step": step, "metrics": metrics}
-        return metrics
-
-    def blame(self, step: int) -> str:
-        """Where what halted the state at a step came from."""
-        task, batch = self.task, self.layout.batch(self.task.dataset[step - 1])
-        arguments = self.layout.place(task.teacher_arguments)
-        taught = ask_teacher(task.teacher, arguments, self.state, batch, task.objective)
-        place = first_nonfinite(task.model, self.state, batch, taught)
-        return f"NaN or infinity at step {step}, first in {place}"
-
-    def fit(self) -> Fit:
-        self.checkpointer.wait()
-        return Fit(
-            last=self.layout.fetch(weights(self.state)),
-            last_step=self.task.steps,
-            selected=Selection(
-                weights=self.layout.fetch(_weights(self.state, self.best)),
-                peer=self.layout.fetch(self.best.get("peer")),
-                **self.best_record,
-            ),
-            seconds=self.seconds,
-            compile_seconds=self.compile_seconds,
-        )
-
-
-def _resume(runs: Sequence[_Run]) -> None:
-    """From the newest checkpoint that all have and that can be read of all."""
-    while common := set.intersection(*(set(run.checkpointer.steps()) for run in runs)):
+def _resume(seeds: Sequence[_Seed]) -> None:
+    """Goes back to the newest checkpoint that all have and that can be read of all."""
+    while common := set.intersection(*(set(seed.checkpointer.steps()) for seed in seeds)):
         step = max(common)
-        found = [run.saved(step) for run in runs]
-        if None not in found:
-            for run, (trees, record) in zip(runs, found, strict=True):
-                run.resume(step, trees, record)
+        contents = [seed.checkpointer.read(step, seed.trees) for seed in seeds]
+        if None not in contents:
+            for seed, (trees, record) in zip(seeds, contents, strict=True):
+                seed.resume(step, trees, record)
             return
 
 
-class _Loop:
-    """The steps of runs that are at the same one."""
+def _finish(seed: _Seed) -> Fit:
+    seed.checkpointer.wait()
+    fetch = seed.plan.training.layout.fetch
+    return Fit(
+        last=fetch(weights(seed.state)),
+        last_step=seed.plan.steps,
+        selected=Selection(
+            weights=fetch(_weights(seed.state, seed.best)),
+            peer=fetch(seed.best.get("peer")),
+            **seed.best_record,
+        ),
+        seconds=seed.seconds,
+        compile_seconds=seed.compile_seconds,
+    )
+
+
+class Trainer:
+    """Takes the steps of seeds that are at the same one."""
 
     def __init__(
-        self,
-        runs: Sequence[_Run],
-        program: Program,
-        checkpoint_seconds: float,
-        on_step: Callable[[int], None],
+        self, seeds: Sequence[_Seed], checkpoint_seconds: float, on_step: Callable[[int], None]
     ):
-        self.runs, self.program = runs, program
-        self.checkpoint_seconds, self.on_step = checkpoint_seconds, on_step
-        self.task, self.step = runs[0].task, runs[0].step
-        self.state = program.join([run.state for run in runs])
-        self.pending: list[tuple[int, Any]] = []
+        self._seeds, self._plan, self._step = seeds, seeds[0].plan, seeds[0].step
+        self._checkpoint_seconds, self._on_step = checkpoint_seconds, on_step
+        states = [seed.state for seed in seeds]
+        self._program = together.make_program([seed.plan for seed in seeds], states)
+        self._state = self._program.join(states)
+        self._pending: list[tuple[int, Metrics]] = []
 
-    def to_the_end(self, tensorboard: bool) -> None:
-        with contextlib.ExitStack() as stack:
-            self.writers = [
-                stack.enter_context(
-                    MetricsWriter(
-                        run.workdir / "metrics.jsonl",
-                        after_step=self.step,
-                        events=run.workdir / "tensorboard" if tensorboard else None,
-                    )
-                )
-                for run in self.runs
-            ]
-            self._take_steps()
-
-    def _take_steps(self) -> None:
-        task, self.watch = self.task, Stopwatch()
+    def run(self) -> None:
+        """Trains to the last step, or until all seeds have failed."""
+        plan, self._watch = self._plan, Stopwatch()
         saved_at = time.monotonic()
-        while self.step < task.steps and not all(run.error for run in self.runs):
-            batches = [next(run.batches) for run in self.runs]
-            freeze_norm = self.step >= task.freeze_norm_at
-            if self.step - 1 < task.freeze_norm_at <= self.step:
-                self._log()  # before another program is compiled, what was begun is to be over
-            self.state, metrics = self.program(self.state, batches, freeze_norm=freeze_norm)
-            self.step += 1
-            self.pending.append((self.step, metrics))
-            self.on_step(self.step)
-            if self.step % LOG_EVERY == 0:
-                self._log(keep=LOG_LAG)
-            if self.step % task.eval_every == 0 or self.step == task.steps:
+        while self._step < plan.steps and not all(seed.error for seed in self._seeds):
+            self._take_step()
+            is_last = self._step == plan.steps
+            if self._step % plan.eval_every == 0 or is_last:
                 self._log()
                 self._validate()
-                due = processes.agree(time.monotonic() - saved_at >= self.checkpoint_seconds)
-                if due or self.step == task.steps:
-                    self._note_time()
-                    for run in self.runs:
-                        if not run.error:
-                            run.save(self.step)
+                due = time.monotonic() - saved_at >= self._checkpoint_seconds
+                if processes.agree(due) or is_last:
+                    self._save()
                     saved_at = time.monotonic()
         self._note_time()
 
-    def _note_time(self) -> None:
-        """Gives each run its share of the time since this was last done."""
-        seconds, compile_seconds = self.watch.working, self.watch.compiling
-        self.watch = Stopwatch()
-        for run in self.runs:
-            run.took(seconds / len(self.runs), compile_seconds / len(self.runs))
+    def _take_step(self) -> None:
+        batches = [next(seed.batches) for seed in self._seeds]
+        freeze_norm = self._step >= self._plan.freeze_norm_at
+        if freeze_norm and self._step - 1 < self._plan.freeze_norm_at:
+            self._log()  # before another program is compiled, what was begun is to be over
+        self._state, metrics = self._program(self._state, batches, freeze_norm=freeze_norm)
+        self._step += 1
+        self._pending.append((self._step, metrics))
+        self._on_step(self._step)
+        if self._step % LOG_EVERY == 0:
+            self._log(keep=LOG_LAG)
 
     def _log(self, keep: int = 0) -> None:
-        ready = self.pending[: len(self.pending) - keep]
-        self.pending = self.pending[len(ready) :]
-        for step, sums in jax.device_get(ready):
-            for run, writer, own in zip(
-                self.runs, self.writers, self.program.split(sums), strict=True
-            ):
-                if run.error:
+        """Writes the metrics of the steps that are over, all but the newest `keep`."""
+        primary = self._plan.training.objective.task.primary
+        ready = self._pending[: len(self._pending) - keep]
+        self._pending = self._pending[len(ready) :]
+        for step, metrics in jax.device_get(ready):
+            of_seeds = self._program.split(metrics)
+            for seed, own_metrics in zip(self._seeds, of_seeds, strict=True):
+                if seed.error:
                     continue
-                if np.isfinite(own["loss"]) and np.isfinite(own["grad_norm"]):
-                    writer.write(step, _means(own))
+                values = _divide(own_metrics, primary)
+                if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
+                    seed.writer.write(step, values)
                 else:
-                    self._share()
-                    run.error = NonFiniteError(run.blame(step))
+                    self._share_state()
+                    seed.error = NonFiniteError(_explain_halt(seed, step))
 
     def _validate(self) -> None:
-        self._share()
-        for run, writer in zip(self.runs, self.writers, strict=True):
-            if run.error:
+        """Scores each seed's weights, and keeps those that are the best so far."""
+        self._share_state()
+        for seed in self._seeds:
+            if seed.error:
                 continue
-            try:
-                metrics = run.validate(self.step)
-            except NonFiniteError as error:
-                run.error = error
-            else:
-                writer.write(self.step, {f"validation_{k}": v for k, v in metrics.items()})
+            metrics = seed.plan.validate(weights(seed.state))
+            if not np.isfinite(metrics["nll"]):
+                seed.error = NonFiniteError(
+                    f"NaN or infinity on validation after step {self._step}"
+                )
+                continue
+            if seed.best_record is None or is_better(metrics, seed.best_record["metrics"]):
+                seed.best = jax.tree.map(jax.numpy.copy, _parts(seed.state))
+                seed.best_record = {"step": self._step, "metrics": metrics}
+            seed.writer.write(self._step, {f"validation_{k}": v for k, v in metrics.items()})
 
-    def _share(self) -> None:
-        """Gives each run its own state."""
-        for run, state in zip(self.runs, self.program.split(self.state), strict=True):
-            run.state = state
+    def _save(self) -> None:
+        self._note_time()
+        for seed in self._seeds:
+            if not seed.error:
+                seed.step = self._step
+                seed.save()
+
+    def _note_time(self) -> None:
+        """Gives each seed its share of the time since this was last done."""
+        seconds, compile_seconds = self._watch.working, self._watch.compiling
+        self._watch = Stopwatch()
+        for seed in self._seeds:
+            seed.seconds += seconds / len(self._seeds)
+            if seed.compile_seconds is not None:
+                seed.compile_seconds += compile_seconds / len(self._seeds)
+
+    def _share_state(self) -> None:
+        """Gives each seed its own state."""
+        for seed, state in zip(self._seeds, self._program.split(self._state), strict=True):
+            seed.state = state
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
-    """What makes up the weights, finished: as they are evaluated, packed and started from."""
-    variables, _ = quantize.finish(state.variables, state.quantizers)
-    return {
-        "params": variables["params"],
-        "model_state": state.model_state,
-        "scales": state.scales,
-        **({"peer": state.peer} if state.peer else {}),
-    }
+def take_steps(plan: Plan, state: TrainState) -> TrainState:
+    """Returns the state after `plan.steps` steps without validations, checkpoints or a curve."""
+    for step in range(plan.steps):
+        training = plan.training.replace(freeze_norm=step >= plan.freeze_norm_at)
+        state, _ = train_step(training, state, plan.dataset[step])
+    return state
+
+
+def _explain_halt(seed: _Seed, step: int) -> str:
+    """Names the place where what halted the state at a step came from."""
+    training = seed.plan.training.place()
+    batch = training.layout.batch(seed.plan.dataset[step - 1])
+    place = first_nonfinite(training, seed.state, batch)
+    return f"NaN or infinity at step {step}, first in {place}"
 
 
 def weights(state: TrainState) -> Weights:
-    """What a state evaluates, packs and hands on as."""
+    """Returns the weights of a state as they are evaluated, packed and handed on."""
     return _weights(state, _parts(state))
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """Returns the arrays that make up the weights, finished."""
+    variables, _ = quantize.finish(state.variables, state.quantizers)
+    parts = {
+        "params": variables["params"],
+        "model_state": state.model_state,
+        "scales": state.scales,
+    }
+    if state.teacher.learns:
+        parts["peer"] = {
+            "params": state.teacher.params,
+            "model_state": state.teacher.model_state,
+        }
+    return parts
 
 
 def _weights(state: TrainState, parts: dict[str, Any]) -> Weights:
@@ -326,10 +326,12 @@ def _weights(state: TrainState, parts: dict[str, Any]) -> Weights:
     return Weights(variables={"params": parts["params"], **parts["model_state"]}, qparams=qparams)
 
 
-def _means(sums: dict[str, Any]) -> dict[str, float]:
-    """Masked sums of one step as means; "correct" becomes "accuracy"."""
-    count = float(sums["count"])
-    whole = {k: float(sums[k]) for k in OF_THE_STEP if k in sums}
-    means = {k: float(v) / count for k, v in sums.items() if k not in (*OF_THE_STEP, "count")}
-    means["accuracy"] = means.pop("correct")
-    return {**means, **whole}
+def _divide(metrics: Metrics, primary: Metric) -> dict[str, float]:
+    """Returns the metrics of a step as numbers, with the primary metric in place of its scores."""
+    double = lambda x: np.asarray(x, np.float64)
+    values = {
+        name: double(x.total) / double(x.count) if isinstance(x, Mean) else double(x)
+        for name, x in metrics.items()
+    }
+    score = primary.from_means(*(values.pop(name) for name in primary.scores))
+    return {name: float(value) for name, value in values.items()} | {primary.name: score}

@@ -1,4 +1,4 @@
-"""What training minimizes: the task and what a teacher adds, summed to one scalar."""
+"""The objective that training minimizes: the task's loss and the terms of a teacher."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,131 +6,162 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdq.config import Distill, Experiment
-from kdq.distill import losses, schedule, term
+from kdq.distill import schedule
+from kdq.distill import term as term_lib
 from kdq.distill.capture import Outputs
 from kdq.distill.schedule import Schedule
 from kdq.distill.term import Term
 from kdq.fields import limits_of
-from kdq.types import Array, Batch, Metrics
+from kdq.tasks.base import Task
+from kdq.tasks.classification import Classification
+from kdq.types import Array, Batch
 
 LABELS = schedule.constant(1.0)
 
 
 class Objective(flax.struct.PyTreeNode):
-    """`task(t) · CE(labels) + Σ weight_i(t) · term_i`, averaged over the batch.
+    """`task_weight(t) · mean(task's loss) + Σ weight_i(t) · mean(term_i)`.
 
-    Weights, temperatures and the like are data, not constants: one compiled step serves them all.
+    Each mean is over what its own loss is of: predictions, or examples. Weights, temperatures and
+    the like are data, not constants: one compiled step serves them all.
     """
 
-    task: Schedule = LABELS  # weight of the cross-entropy with the labels
+    task: Task = flax.struct.field(default=Classification(), pytree_node=False)
+    task_weight: Schedule = LABELS
     terms: tuple[Term, ...] = ()
-    label_smoothing: Array | float = 0.0
+    # Keywords of the task's loss, such as "label_smoothing".
+    options: Mapping[str, Array | float] = flax.struct.field(default_factory=dict)
     steps: Array | float = 1.0  # of the whole training, for the schedules
 
     @property
     def student_layers(self) -> frozenset[str]:
-        return frozenset(path for one in self.terms for path in one.student)
+        return frozenset(path for term in self.terms for path in term.student)
 
     @property
     def teacher_layers(self) -> frozenset[str]:
-        return frozenset(path for one in self.terms for path in one.teacher)
+        return frozenset(path for term in self.terms for path in term.teacher)
 
-    def init(self, key: Array, student: term.Shapes, teacher: term.Shapes, num_examples: int):
-        """`(adapters, memory)` by the name of the term, of the terms that have any; see `Term`."""
-        found = {
-            one.name: one.init(jax.random.fold_in(key, i), student, teacher, num_examples)
-            for i, one in enumerate(self.terms)
-        }
-        return tuple(
-            {name: parts[i] for name, parts in found.items() if jax.tree.leaves(parts[i])}
-            for i in range(2)
-        )
+    def init(
+        self, key: Array, student: term_lib.Shapes, teacher: term_lib.Shapes, num_examples: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns `(adapters, memory)` by the names of the terms that have any; see `Term.init`."""
+        adapters, memory = {}, {}
+        for i, term in enumerate(self.terms):
+            term_key = jax.random.fold_in(key, i)
+            params, remembered = term.init(term_key, student, teacher, num_examples)
+            if jax.tree.leaves(params):
+                adapters[term.name] = params
+            if jax.tree.leaves(remembered):
+                memory[term.name] = remembered
+        return adapters, memory
+
+    def counts(self, batch: Batch) -> dict[str, Array]:
+        """Returns the number of values that count of the task's loss and of each term.
+
+        Under the names of their totals. They depend on the batch alone, so that those of a whole
+        batch can divide the totals of its parts.
+        """
+        weights = self.task.weights(batch)
+        terms = {f"{term.name}_loss": term.count(batch, weights) for term in self.terms}
+        return {"task_loss": jnp.sum(weights), **terms}
 
     def __call__(
         self,
         student: Outputs,
-        batch: Batch,
         teacher: Outputs | None,
+        batch: Batch,
         *,
-        adapters: dict[str, Any] | None = None,
-        memory: dict[str, Any] | None = None,
+        counts: Mapping[str, Array] | None = None,
+        adapters: Mapping[str, Any] = {},
+        memory: Mapping[str, Any] = {},
         step: Array | int = 0,
         key: Array | None = None,
-    ) -> tuple[Array, Metrics, dict[str, Any]]:
-        """The scalar loss, sums over the examples that count, and the memory of the terms.
+    ) -> tuple[Array, dict[str, Array], dict[str, Any]]:
+        """Returns the scalar loss, the totals it is made of, and the memory of the terms.
 
         Args:
-          student: its logits [batch, classes], and the features that the terms look at.
-          batch: "label" [batch]; "mask" [batch], if there, weighs the examples.
+          student: its logits [batch, ..., classes], and the features that the terms look at.
           teacher: the same of the teacher; None for labels only.
+          batch: what the task reads; "mask" [batch], if there, weighs the examples.
+          counts: of the whole batch that `batch` is a part of; None: of `batch`.
           adapters: the terms' own parameters, by name, as `init` made them.
           memory: what the terms remember, by name.
           step: steps taken.
           key: random, of this step.
 
         Returns:
-          The mean loss; `{"loss", "task_loss", "correct", "count"}` and for each term its
-          "NAME_loss" (not weighted), each a masked sum; and the memory after this step.
+          The loss; masked sums, not weighted: "task_loss", the scores that the task's primary
+          metric is of, and "NAME_loss" of each term; and the memory after this step.
         """
         if self.terms and teacher is None:
-            raise ValueError(f"terms {[one.name for one in self.terms]} want a teacher: given None")
+            raise ValueError(f"terms {[t.name for t in self.terms]} need a teacher, got None")
+        counts = self.counts(batch) if counts is None else counts
         progress = jnp.asarray(step, jnp.float32) / self.steps
-        task = losses.cross_entropy(student.logits, batch["label"], self.label_smoothing)
-        values = {"task_loss": task, "correct": student.logits.argmax(-1) == batch["label"]}
-        loss = self.task(progress) * task
-        memory = dict(memory or {})
-        for i, one in enumerate(self.terms):
-            own, remembered = one(
-                (adapters or {}).get(one.name, {}),
-                memory.get(one.name, {}),
-                student,
-                teacher,
-                batch,
+        # A weight goes before the division: without a mask the gradients are, to the bit, those of
+        # the mean over the batch of weighted sums.
+        mean = lambda weight, name: weight * totals[name] / jnp.maximum(counts[name], 1)
+        weights = self.task.weights(batch)
+        scores = self.task.scores(student.logits, batch)
+        values = {
+            "task_loss": self.task.loss(student.logits, batch, **self.options),
+            **{name: scores[name] for name in self.task.primary.scores},
+        }
+        totals = {name: _sum(value, weights) for name, value in values.items()}
+        loss = mean(self.task_weight(progress), "task_loss")
+        memory = dict(memory)
+        for i, term in enumerate(self.terms):
+            name = f"{term.name}_loss"
+            values, remembered = term(
+                adapters.get(term.name, {}),
+                memory.get(term.name, {}),
+                term.look(student, teacher, batch, weights),
                 None if key is None else jax.random.fold_in(key, i),
             )
-            if one.name in memory:
-                memory[one.name] = remembered
-            values[f"{one.name}_loss"] = own
-            loss = loss + one.weight(progress) * own
-        values["loss"] = loss
-        mask = batch.get("mask", jnp.ones_like(task))
-        sums = {name: jnp.sum(mask * value) for name, value in values.items()}
-        sums["count"] = jnp.sum(mask)
-        mean = sums["loss"] / jnp.maximum(sums["count"], 1)
-        return mean, jax.lax.stop_gradient(sums), jax.lax.stop_gradient(memory)
+            totals[name] = jnp.sum(values)
+            if term.name in memory:
+                memory[term.name] = remembered
+            loss += mean(term.weight(progress), name)
+        return loss, jax.lax.stop_gradient(totals), jax.lax.stop_gradient(memory)
 
 
-def of_arm(experiment: Experiment, name: str, steps: int) -> Objective:
-    """The objective of an arm that trains for `steps`: of labels alone, or with a recipe's terms.
+def _sum(values: Array, weights: Array) -> Array:
+    """Returns the weighted sum over predictions, of each output where those are scored apart."""
+    outputs = (1,) * (values.ndim - weights.ndim)
+    return jnp.sum(weights.reshape(weights.shape + outputs) * values, range(weights.ndim))
 
-    Raises ConfigError for what the recipe gets wrong.
+
+def arm_objective(experiment: Experiment, name: str, steps: int) -> Objective:
+    """Builds the objective of an arm that trains for `steps`.
+
+    Raises ConfigError for what its recipe gets wrong.
     """
     arm = experiment.arms[name]
-    own = experiment.distill[arm.distill] if arm.distill else None
-    found = of_recipe(own and vars(own), steps, f"config.distill.{arm.distill}")
-    return found.replace(label_smoothing=jnp.float32(arm.label_smoothing))
+    recipe = vars(experiment.distill[arm.distill]) if arm.distill else None
+    objective = build(recipe, steps, f"config.distill.{arm.distill}")
+    return objective.replace(options={"label_smoothing": np.float32(arm.label_smoothing)})
 
 
-def of_recipe(recipe: Mapping[str, Any] | None, steps: int, where: str) -> Objective:
-    """The objective of a recipe, an entry of `config.distill`; of labels alone if there is none.
+def build(recipe: Mapping[str, Any] | None, steps: int, where: str) -> Objective:
+    """Builds the objective of a recipe, an entry of `config.distill`; of labels alone if None.
 
     Args:
       recipe: "task", a number or a schedule, and "terms" by name.
       steps: of the whole training.
-      where: it is, for messages.
+      where: the recipe's key, for messages.
 
     Raises:
       ConfigError: what the recipe gets wrong.
     """
-    objective = Objective(label_smoothing=jnp.float32(0), steps=jnp.float32(steps))
+    objective = Objective(steps=jnp.float32(steps))
     if recipe is None:
         return objective
-    terms = (
-        term.build(key, fields, f"{where}.terms.{key}") for key, fields in recipe["terms"].items()
-    )
     return objective.replace(
-        task=schedule.build(recipe["task"], f"{where}.task", limits_of(Distill, "task")),
-        terms=tuple(terms),
+        task_weight=schedule.build(recipe["task"], f"{where}.task", limits_of(Distill, "task")),
+        terms=tuple(
+            term_lib.build(name, fields, f"{where}.terms.{name}")
+            for name, fields in recipe["terms"].items()
+        ),
     )

@@ -35,10 +35,10 @@ def relative() -> optax.GradientTransformation:
 
 
 def _labels(trainable: dict) -> dict:
-    """What of `TrainState.trainable` trains how; what is beside the student trains as it does."""
-    of_field = lambda path, _: path[-1].key
+    """Labels the parts of `TrainState.trainable`; adapters and a peer train as the student does."""
+    name_field = lambda path, _: path[-1].key
     return {
-        k: jax.tree.map_with_path(of_field, v) if k == "scales" else "params"
+        k: jax.tree.map_with_path(name_field, v) if k == "scales" else "params"
         for k, v in trainable.items()
     }
 

@@ -1,4 +1,4 @@
-"""How the quantizers change while a network trains with them."""
+"""The course of the quantizers while a network trains with them."""
 
 from typing import Any
 
@@ -23,21 +23,21 @@ class Regime(flax.struct.PyTreeNode):
     steps: Array | float = 1.0  # of the whole training
 
     def quantizers(self, qparams: QParams, step: Array) -> QParams:
-        """The quantizers that this step computes with."""
+        """Returns the quantizers that this step computes with."""
         if self.least_bits is None:
             return qparams
         return quantize.widened(qparams, self.least_bits(self._progress(step)))
 
     def penalty(self, params: Any, qparams: QParams, step: Array) -> Array | float:
-        """What is added to the loss."""
+        """Returns a summand of the loss."""
         if self.dampen is None:
             return 0.0
         return self.dampen(self._progress(step)) * oscillation.dampening(params, qparams)
 
-    def settle(
+    def track_oscillations(
         self, state: dict[str, Any], params: Any, qparams: QParams, step: Array
     ) -> tuple[dict[str, Any], Any, Metrics]:
-        """Oscillations after an update, the parameters with frozen weights, and shares of both."""
+        """Returns oscillations after an update, parameters with frozen weights, and shares."""
         if not state:
             return state, params, {}
         threshold = 1.0 if self.freeze is None else self.freeze(self._progress(step))
@@ -48,8 +48,8 @@ class Regime(flax.struct.PyTreeNode):
         return jnp.asarray(step, jnp.float32) / self.steps
 
 
-def of_recipe(recipe: Qat, steps: int, where: str) -> Regime:
-    """The regime of an arm that trains for `steps`. Raises ConfigError for a bad schedule."""
+def build(recipe: Qat, steps: int, where: str) -> Regime:
+    """Builds the regime of an arm that trains for `steps`; ConfigError for a bad schedule."""
     parts = {
         name: schedule.build(getattr(recipe, name), f"{where}.{name}", limits_of(Qat, name))
         for name in ("least_bits", "dampen", "freeze")

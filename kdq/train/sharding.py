@@ -34,17 +34,17 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """How many devices there are in it."""
+        """Number of devices in the mesh."""
         return self.mesh.size if self.mesh else 1
 
     @property
     def batch_parts(self) -> int:
-        """How many parts a batch is cut into."""
+        """Number of parts that a batch is cut into."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
 
     @property
     def must_wait(self) -> bool:
-        """Whether each step has to end before the next: virtual CPU devices of one process can
+        """True if each step has to end before the next: virtual CPU devices of one process can
         deadlock in a collective when several steps are under way."""
         if not self.mesh:
             return False
@@ -89,8 +89,8 @@ class Layout:
         if len(starts) * (batch_size // self.batch_parts) != size or min(starts) % size:
             raise ConfigError(
                 f"config.mesh {dict(self.mesh.shape)}: a process would need rows {sorted(starts)} "
-                f"of a batch of {batch_size}, which lie apart; want `tensor` times the processes "
-                "to fit the devices of each"
+                f"of a batch of {batch_size}, which lie apart: `tensor` times the processes "
+                "must fit the devices of each"
             )
         return min(starts) // size, batch_size // size
 
@@ -117,7 +117,7 @@ class Layout:
             return tree
         whole_again = lambda axis: axis if axis == "tensor" else None
         shardings = jax.tree.map(
-            lambda one: self._named(*(whole_again(axis) for axis in one.spec)),
+            lambda sharding: self._named(*(whole_again(axis) for axis in sharding.spec)),
             self.shardings(tree),
         )
         return jax.lax.with_sharding_constraint(tree, shardings)
@@ -185,7 +185,7 @@ def make_layout(config: schema.Mesh) -> Layout:
     devices, sizes = jax.devices(), [config.data, config.fsdp, config.tensor]
     where = f"config.mesh data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ConfigError(f"{where}: want sizes of at least 1, or one -1 for all that are left")
+        raise ConfigError(f"{where}: expected sizes of at least 1, or one -1 for all that are left")
     known = int(np.prod([size for size in sizes if size != -1]))
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     count = int(np.prod(sizes))

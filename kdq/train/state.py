@@ -10,7 +10,9 @@ import optax
 
 from kdq import config as kdq_config
 from kdq import quantize
+from kdq.distill.teacher import NO_TEACHER, Teacher, TeacherState
 from kdq.quantize import oscillation
+from kdq.quantize.network import Weights
 from kdq.train.optimizer import init_optimizer
 from kdq.types import Array, QParams, Variables
 
@@ -26,9 +28,8 @@ class TrainState(flax.struct.PyTreeNode):
     qparams: QParams  # quantizers as calibrated; `quantizers` has them with the trained scales
     adapters: dict[str, Any]  # of the terms of the objective, by name: they train, and stay behind
     memory: dict[str, Any]  # what those terms remember, by name; does not train
-    average: dict[str, Any]  # {"params", "model_state"}: the student's moving average, or {}
-    peer: dict[str, Any]  # {"params", "model_state"} of a network that is trained at once, or {}
-    oscillation: dict[str, Any]  # of quantized weights, see kdq.quantize.oscillation; {} if untold
+    teacher: TeacherState
+    oscillation: dict[str, Any]  # of quantized weights; {} unless tracked
     opt_state: optax.OptState
     halted: Array  # bool scalar: a step met NaN or infinity; nothing changes any more
 
@@ -38,19 +39,21 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def trainable(self) -> dict[str, Any]:
-        """What the optimizer changes, by the names of its parts."""
+        """Returns what the optimizer changes, by the names of its parts."""
         return {
             "params": self.params,
             "scales": self.scales,
             "adapters": self.adapters,
-            "peer": self.peer.get("params", {}),
+            "peer": self.teacher.params if self.teacher.learns else {},
         }
 
     def replace_trainable(self, trainable: dict[str, Any], **changes: Any) -> "TrainState":
-        """The state with what `trainable` returned, changed, and with other changes."""
-        peer = {**self.peer, "params": trainable["peer"]} if self.peer else {}
+        """Returns the state with what `trainable` returned, changed, and with other changes."""
         parts = {k: v for k, v in trainable.items() if k != "peer"}
-        return self.replace(**{"peer": peer, **parts, **changes})
+        state = self.replace(**parts, **changes)
+        if not state.teacher.learns:
+            return state
+        return state.replace(teacher=state.teacher.replace(params=trainable["peer"]))
 
     @property
     def quantizers(self) -> QParams:
@@ -58,8 +61,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def create_state(
-    variables: Variables,
-    qparams: QParams,
+    weights: Weights,
     optimizer: kdq_config.Optimizer,
     *,
     seed: int,
@@ -68,15 +70,13 @@ def create_state(
     fixed_scales: Sequence[str] = (),
     adapters: dict[str, Any] | None = None,
     memory: dict[str, Any] | None = None,
-    average: bool = False,
-    peer: Variables | None = None,
+    teacher: Teacher = NO_TEACHER,
     track_oscillations: bool = False,
 ) -> TrainState:
-    """The state before the first of `steps` steps; owns copies, since the step donates it.
+    """Makes the state before the first of `steps` steps; owns copies, since the step donates it.
 
     Args:
-      variables: of the student.
-      qparams: its quantizers; {} for none.
+      weights: of the student, with its quantizers.
       optimizer: the config that `steps` and `learning_rate` complete.
       seed: of dropout and of all else that is random in a step.
       steps: of the whole training.
@@ -84,33 +84,27 @@ def create_state(
       fixed_scales: patterns of quantizers whose scale does not train, see `quantize.scales`.
       adapters: see `Objective.init`.
       memory: see `Objective.init`.
-      average: whether to keep the moving average of the student's weights.
-      peer: variables of a network that is trained at once.
+      teacher: that of the `Training`; its own state may begin with the student's weights.
       track_oscillations: whether to count those of the quantized weights.
     """
     # With its dtype, or a weakly typed array would stay so and compile a step of its own.
     copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, x.dtype), tree)
+    params, qparams = weights.variables["params"], weights.qparams
+    model_state = {name: tree for name, tree in weights.variables.items() if name != "params"}
+    oscillations = oscillation.init(params, qparams) if track_oscillations else {}
     state = TrainState(
         step=jnp.int32(0),
         halted=jnp.bool_(False),
         seed=jnp.uint32(seed),
-        params=copy(variables["params"]),
+        params=copy(params),
         scales=copy(quantize.scales(qparams, fixed=fixed_scales)),
-        model_state=copy(_split(variables)["model_state"]),
+        model_state=copy(model_state),
         qparams=copy(qparams),
         adapters=copy(adapters or {}),
         memory=copy(memory or {}),
-        average=copy(_split(variables)) if average else {},
-        peer=copy(_split(peer)) if peer else {},
-        oscillation=copy(oscillation.init(variables["params"], qparams))
-        if track_oscillations
-        else {},
+        teacher=copy(teacher.init(params, model_state)),
+        oscillation=copy(oscillations),
         opt_state=(),
     )
     rates = {"learning_rate": learning_rate, "steps": steps}
     return state.replace(opt_state=init_optimizer(optimizer, state.trainable, **rates))
-
-
-def _split(variables: Variables) -> dict[str, Any]:
-    others = {name: tree for name, tree in variables.items() if name != "params"}
-    return {"params": variables["params"], "model_state": others}

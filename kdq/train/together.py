@@ -8,19 +8,13 @@ import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 
-import flax.linen as nn
 import jax
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kdq.distill.teacher import Peer, Teacher
-from kdq.schema import Compute
-from kdq.train.objective import Objective
-from kdq.train.regime import Regime
 from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Plan, Training
 from kdq.types import Batch, Metrics
 
 SEEDS = PartitionSpec("seeds")
@@ -31,58 +25,57 @@ class Program(Protocol):
     """The steps of one or more seeds."""
 
     def join(self, trees: Sequence[T]) -> T:
-        """The states of all seeds as one, where steps want it."""
+        """Returns the states of all seeds as one, where steps take it."""
 
     def split(self, tree: T) -> list[T]:
-        """What `join` and steps return, by seed."""
+        """Returns what `join` and steps return, by seed."""
 
     def __call__(
         self, state: TrainState, batches: Sequence[Batch], *, freeze_norm: bool
     ) -> tuple[TrainState, Metrics]:
-        """A step of each seed; see `train_step`."""
+        """Takes a step of each seed; see `train_step`."""
 
 
-def program_of(
-    tasks: Sequence[Training],
+def make_program(
+    plans: Sequence[Plan],
     states: Sequence[TrainState],
     devices: Sequence[jax.Device] | None = None,
 ) -> Program:
-    """The program of one task or several.
+    """Makes the program of one plan or several.
 
     Args:
-      tasks: as many as there are seeds.
+      plans: as many as there are seeds.
       states: of these.
       devices: that several may use; None is all of this process.
 
     Raises:
-      ValueError: the tasks can't share a program.
+      ValueError: the plans can't share a program.
     """
-    if len({signature(*one) for one in zip(tasks, states, strict=True)}) > 1:
-        raise ValueError("tasks of one program must be alike in all but seed, data and weights")
-    if len(tasks) == 1:
-        return Alone(tasks[0])
-    return Together(tasks, jax.local_devices() if devices is None else devices)
+    if len({signature(*pair) for pair in zip(plans, states, strict=True)}) > 1:
+        raise ValueError("plans of one program must be alike in all but seed, data and weights")
+    trainings = [plan.training for plan in plans]
+    if len(trainings) == 1:
+        return Alone(trainings[0])
+    return Together(trainings, jax.local_devices() if devices is None else devices)
 
 
-def signature(task: Training, state: TrainState) -> Hashable:
-    """Equal for tasks that can share a program."""
-    leaves, structure = jax.tree.flatten((state, task.teacher_arguments))
-    numbers, aim = jax.tree.flatten((task.objective, task.regime))
+def signature(plan: Plan, state: TrainState) -> Hashable:
+    """Returns a value that is equal for plans that can share a program."""
+    training = plan.training
+    leaves, structure = jax.tree.flatten((state, training.teacher))
+    numbers = jax.tree.leaves((training.objective, training.regime))
     return (
-        *(task.model, task.teacher, task.optimizer, task.compute, task.layout),
-        *(task.steps, task.eval_every, task.freeze_norm_at),
+        *(jax.tree.structure(training), plan.steps, plan.eval_every, plan.freeze_norm_at),
         *(structure, tuple((np.shape(x), str(x.dtype)) for x in leaves)),
-        *(aim, tuple(np.asarray(x).tobytes() for x in numbers)),
+        tuple(np.asarray(x).tobytes() for x in numbers),
     )
 
 
 class Alone:
-    """One seed, on the mesh of its task."""
+    """One seed, on the mesh of its training."""
 
-    def __init__(self, task: Training):
-        self._task, self._layout = task, task.layout
-        self._objective, self._regime = task.layout.copy((task.objective, task.regime))
-        self._arguments = task.layout.place(task.teacher_arguments)
+    def __init__(self, training: Training):
+        self._training = training.place()
 
     def join(self, trees: Sequence[T]) -> T:
         return trees[0]
@@ -93,21 +86,9 @@ class Alone:
     def __call__(
         self, state: TrainState, batches: Sequence[Batch], *, freeze_norm: bool
     ) -> tuple[TrainState, Metrics]:
-        task = self._task
-        state, metrics = train_step(
-            state,
-            self._arguments,
-            self._layout.batch(batches[0]),
-            model=task.model,
-            teacher=task.teacher,
-            objective=self._objective,
-            optimizer=task.optimizer,
-            regime=self._regime,
-            freeze_norm=freeze_norm,
-            layout=self._layout,
-            compute=task.compute,
-        )
-        if self._layout.must_wait:
+        training = self._training.replace(freeze_norm=freeze_norm)
+        state, metrics = train_step(training, state, training.layout.batch(batches[0]))
+        if training.layout.must_wait:
             jax.block_until_ready(metrics)
         return state, metrics
 
@@ -115,19 +96,21 @@ class Alone:
 class Together:
     """Several seeds."""
 
-    def __init__(self, tasks: Sequence[Training], devices: Sequence[jax.Device]):
-        self._task, self._count = tasks[0], len(tasks)
+    def __init__(self, trainings: Sequence[Training], devices: Sequence[jax.Device]):
+        self._count = len(trainings)
         used = max(n for n in range(1, len(devices) + 1) if self._count % n == 0)
         self._mesh = None
         if used > 1:
             self._mesh = jax.make_mesh(
                 (used,), tuple(SEEDS), axis_types=(AxisType.Auto,), devices=devices[:used]
             )
-        self._arguments = self.join([task.teacher_arguments for task in tasks])
+        # Numbers are the same for all seeds; teachers are not.
+        teachers = self.join([training.teacher for training in trainings])
+        self._training = trainings[0].replace(teacher=teachers)
 
     def join(self, trees: Sequence[T]) -> T:
         sharding = NamedSharding(self._mesh, SEEDS) if self._mesh else None
-        return jax.tree.map(lambda *own: jax.device_put(np.stack(own), sharding), *trees)
+        return jax.tree.map(lambda *arrays: jax.device_put(np.stack(arrays), sharding), *trees)
 
     def split(self, tree: T) -> list[T]:
         host = jax.device_get(tree)
@@ -136,62 +119,29 @@ class Together:
     def __call__(
         self, state: TrainState, batches: Sequence[Batch], *, freeze_norm: bool
     ) -> tuple[TrainState, Metrics]:
-        task = self._task
-        return _steps(
-            state,
-            self._arguments,
-            jax.tree.map(lambda *own: np.stack(own), *batches),  # placed with the call: faster
-            model=task.model,
-            teacher=task.teacher,
-            objective=task.objective,
-            optimizer=task.optimizer,
-            regime=task.regime,
-            freeze_norm=freeze_norm,
-            compute=task.compute,
-            mesh=self._mesh,
-        )
+        batch = jax.tree.map(lambda *rows: np.stack(rows), *batches)  # placed with the call: faster
+        training = self._training.replace(freeze_norm=freeze_norm)
+        return _steps(training, state, batch, mesh=self._mesh)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "teacher", "optimizer", "freeze_norm", "compute", "mesh"),
-    donate_argnames=("state",),
-)
+@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("state",))
 def _steps(
-    state: TrainState,
-    teacher_arguments: Any,
-    batch: Batch,
-    *,
-    model: nn.Module,
-    teacher: Teacher | Peer | None,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    regime: Regime | None,
-    freeze_norm: bool,
-    compute: Compute,
-    mesh: Mesh | None,
+    training: Training, state: TrainState, batch: Batch, *, mesh: Mesh | None
 ) -> tuple[TrainState, Metrics]:
-    """`train_step` along the first axis of state, teacher's arguments and batch."""
+    """`train_step` along the first axis of the teacher's arrays, of state and of batch."""
+    by_part = lambda shared, own: training.replace(objective=shared, regime=shared, teacher=own)
+    side_by_side = jax.vmap(train_step, in_axes=(by_part(None, 0), 0, 0))
 
-    def step(shared: Any, *own: Any) -> tuple[TrainState, Metrics]:
-        objective, regime = shared
-        static = {"model": model, "teacher": teacher, "optimizer": optimizer, "compute": compute}
-        return train_step(
-            *own, objective=objective, regime=regime, freeze_norm=freeze_norm, **static
-        )
-
-    side_by_side = jax.vmap(step, in_axes=(None, 0, 0, 0))
-
-    def steps(shared: Any, *own: Any) -> tuple[TrainState, Metrics]:
-        if len(state.step) > mesh.size:
-            return side_by_side(shared, *own)
+    def steps(training: Training, state: TrainState, batch: Batch) -> Any:
+        if len(state.step) > 1:
+            return side_by_side(training, state, batch)
         # One a device; convolutions of a vmap are slower.
-        alone = jax.tree.map(lambda x: x[0], own)
-        return jax.tree.map(lambda x: x[None], step(shared, *alone))
+        first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+        alone = training.replace(teacher=first(training.teacher))
+        return jax.tree.map(lambda x: x[None], train_step(alone, first(state), first(batch)))
 
-    given = ((objective, regime), state, teacher_arguments, batch)
     if mesh is None:
-        return side_by_side(*given)
-    specs = (PartitionSpec(), SEEDS, SEEDS, SEEDS)
+        return side_by_side(training, state, batch)
+    specs = (by_part(PartitionSpec(), SEEDS), SEEDS, SEEDS)
     spread = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=SEEDS, check_vma=False)
-    return spread(*given)
+    return spread(training, state, batch)

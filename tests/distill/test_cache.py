@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 from kdq import files
-from kdq.distill import cache
 from kdq.distill.cache import CacheError, open_cache, write_cache
 from kdq.distill.cache_key import CacheKey, Dense, Sampled, TopK, make_records
 
@@ -48,8 +48,8 @@ def batches(key, size=5):
             yield make_records(key, LOGITS[rows], rows, mask=mask.astype(np.float32))
 
 
-def write(directory, key=BY_ID, **kwargs):
-    return write_cache(directory, key, batches(key), LENGTH, **{"records_per_shard": 8, **kwargs})
+def write(directory, key=BY_ID):
+    return write_cache(directory, key, batches(key), LENGTH)
 
 
 def expected_arrays(target, positions):
@@ -63,12 +63,11 @@ def expected_arrays(target, positions):
     return result
 
 
-@pytest.mark.parametrize("records_per_shard", [8, LENGTH, 100, 1])
 @pytest.mark.parametrize("target", [Dense(), TOP_K, SAMPLED], ids=lambda t: t.kind)
 @pytest.mark.parametrize("by_position", [False, True])
-def test_round_trip(tmp_path, target, by_position, records_per_shard):
+def test_round_trip(tmp_path, target, by_position):
     key = dataclasses.replace(KEY if by_position else BY_ID, target=target)
-    write(tmp_path / "deep" / "cache", key, records_per_shard=records_per_shard)
+    write(tmp_path / "deep" / "cache", key)
     opened = open_cache(tmp_path / "deep" / "cache", key)
     assert len(opened) == LENGTH
     indices = np.array([22, 0, 7, 8, 7, 16])
@@ -170,26 +169,25 @@ def test_all_differences_are_named_at_once(tmp_path):
 def test_every_damage_is_named(tmp_path):
     directory = tmp_path / "cache"
     write(directory)
-    shard = directory / "00001-of-00003.array_record"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1])
-    with pytest.raises(CacheError, match=f"{shard} has {len(whole) - 1} bytes, not {len(whole)}"):
+    path = directory / "records.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(CacheError, match=f"{path} has {len(whole) - 1} bytes, not {len(whole)}"):
         open_cache(directory, BY_ID)
     for place in (0, len(whole) // 2, len(whole) - 1):
         flipped = bytearray(whole)
         flipped[place] ^= 1
-        shard.write_bytes(flipped)
-        with pytest.raises(CacheError, match=f"{shard} is damaged"):
+        path.write_bytes(flipped)
+        with pytest.raises(CacheError, match=f"{path} is damaged"):
             open_cache(directory, BY_ID)
-    other = (directory / "00000-of-00003.array_record").read_bytes()
-    assert len(other) == len(whole)
-    shard.write_bytes(other)
-    with pytest.raises(CacheError, match=f"{shard} is damaged"):
+    size = 4 + 4 * CLASSES
+    path.write_bytes(whole[:-size] + whole[-2 * size : -size])  # a record twice
+    with pytest.raises(CacheError, match=f"{path} is damaged"):
         open_cache(directory, BY_ID)
-    shard.unlink()
-    with pytest.raises(CacheError, match=f"{shard} is missing"):
+    path.unlink()
+    with pytest.raises(CacheError, match=f"{path} is missing"):
         open_cache(directory, BY_ID)
-    shard.write_bytes(whole)
+    path.write_bytes(whole)
     open_cache(directory, BY_ID)
     (directory / "metadata.json").unlink()
     with pytest.raises(CacheError, match=r"there is no metadata\.json"):
@@ -214,29 +212,25 @@ def test_no_damage_of_the_metadata_goes_unseen(tmp_path):
         open_cache(directory, BY_ID)
 
 
-def test_another_format_is_refused_as_such(tmp_path):
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_format_is_refused_as_such(tmp_path, version):
     write(tmp_path / "cache")
     path = tmp_path / "cache" / "metadata.json"
     metadata = json.loads(path.read_text())
-    path.write_text(json.dumps({"format": 2, "contents": metadata["key"]}))
-    with pytest.raises(CacheError, match="format 2; this version reads 1"):
+    path.write_text(json.dumps({"format": version, "contents": metadata["key"]}))
+    words = f"format {version}; this version reads 2: delete it"
+    with pytest.raises(CacheError, match=words):
         open_cache(tmp_path / "cache", BY_ID)
+    with pytest.raises(CacheError, match=f"{words}.*in the way"):
+        write(tmp_path / "cache")
 
 
-def test_shards_of_another_length_are_refused(tmp_path):
+def test_an_array_of_another_length_is_refused(tmp_path):
     write(tmp_path / "cache")
     path = tmp_path / "cache" / "metadata.json"
-    metadata = json.loads(path.read_text())
-    for records, pattern in (
-        ([8, 8], r"\[8, 8\] records, 23 in all"),
-        ([8, 7, 8], r"\[8, 7, 8\] records"),
-        ([9, 9, 5], r"00000-of-00003\.array_record has 8 records, not 9"),
-    ):
-        shards = zip(metadata["shards"], records, strict=False)
-        changed = [{**shard, "records": count} for shard, count in shards]
-        files.write_json(path, {**metadata, "shards": changed})
-        with pytest.raises(CacheError, match=pattern):
-            open_cache(tmp_path / "cache", BY_ID)
+    files.write_json(path, {**json.loads(path.read_text()), "length": LENGTH + 1})
+    with pytest.raises(CacheError, match=rf"damaged: its length is not \({LENGTH},\)"):
+        open_cache(tmp_path / "cache", BY_ID)
 
 
 def broken_off(key, count):
@@ -249,9 +243,7 @@ def broken_off(key, count):
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_an_interrupted_write_leaves_nothing(tmp_path, count):
     with pytest.raises(KeyboardInterrupt):
-        write_cache(
-            tmp_path / "cache", BY_ID, broken_off(BY_ID, count), LENGTH, records_per_shard=8
-        )
+        write_cache(tmp_path / "cache", BY_ID, broken_off(BY_ID, count), LENGTH)
     assert list(tmp_path.iterdir()) == []
     np.testing.assert_array_equal(write(tmp_path / "cache").load()["logits"], LOGITS)
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
@@ -266,7 +258,7 @@ def killed():
     yield from list(t.batches(t.BY_ID))[:4]
     os._exit(9)
 
-t.write_cache(sys.argv[1], t.BY_ID, killed(), t.LENGTH, records_per_shard=8)
+t.write_cache(sys.argv[1], t.BY_ID, killed(), t.LENGTH)
 """
 
 
@@ -277,11 +269,12 @@ def test_a_killed_write_leaves_nothing_under_the_final_name(tmp_path, request):
     assert subprocess.run(command).returncode == 9
     (left,) = tmp_path.iterdir()
     assert left.name == ".cache.partial"
-    assert len(list(left.glob("*.array_record"))) == 3
-    write(tmp_path / "cache", records_per_shard=LENGTH)  # other names than the killed one's
+    assert sorted(p.name for p in left.iterdir()) == ["lock", "records.npy"]
+    (left / "00000-of-00001.array_record").touch()  # of another version
+    write(tmp_path / "cache")
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
     names = sorted(p.name for p in (tmp_path / "cache").iterdir())
-    assert names == ["00000-of-00001.array_record", "metadata.json"]
+    assert names == ["metadata.json", "records.npy"]
 
 
 @pytest.mark.parametrize("finishes", [True, False])
@@ -315,7 +308,7 @@ def test_an_equal_cache_is_reused_and_another_length_is_not(tmp_path):
     np.testing.assert_array_equal(opened.load()["logits"], LOGITS)
     with pytest.raises(CacheError, match=r"length: expected 24, found 23.*in the way"):
         write_cache(tmp_path / "cache", BY_ID, untouched, 24)
-    (tmp_path / "cache" / "00000-of-00003.array_record").unlink()
+    (tmp_path / "cache" / "records.npy").unlink()
     with pytest.raises(CacheError, match=r"is missing\. It is in the way"):
         write(tmp_path / "cache")
 
@@ -351,14 +344,13 @@ def test_batches_that_do_not_fit_are_refused(tmp_path, key, change, pattern):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", [8, 10, 100])
-def test_the_number_of_examples_must_be_the_length(tmp_path, size):
+def test_the_number_of_examples_must_be_the_length(tmp_path):
     directory = tmp_path / "cache"
     for length, found in ((22, "23 examples or more"), (20, "23 examples or more"), (24, "23 ex")):
         with pytest.raises(CacheError, match=f"{found}.*length is {length}"):
-            write_cache(directory, BY_ID, batches(BY_ID), length, records_per_shard=size)
+            write_cache(directory, BY_ID, batches(BY_ID), length)
     # A stream has no end: it is cut, in the middle of a batch.
-    opened = write_cache(directory, KEY, batches(KEY), 11, records_per_shard=size)
+    opened = write_cache(directory, KEY, batches(KEY), 11)
     np.testing.assert_array_equal(opened.load()["id"], IDS[:11])
     with pytest.raises(CacheError, match="have 23 examples, length is 24"):
         write_cache(tmp_path / "longer", KEY, batches(KEY), 24)
@@ -388,26 +380,32 @@ def test_load_has_a_limit(tmp_path):
 
 
 def test_threads_may_read_together(tmp_path):
-    opened = write(tmp_path / "cache", records_per_shard=3)
+    opened = write(tmp_path / "cache")
     orders = [np.random.default_rng(seed).integers(0, LENGTH, 200) for seed in range(16)]
     with futures.ThreadPoolExecutor(4) as pool:
         for order, got in zip(orders, pool.map(opened.read, orders), strict=True):
             np.testing.assert_array_equal(got["logits"], LOGITS[order])
 
 
-def test_a_shard_that_changes_under_an_open_cache_is_an_error(tmp_path):
+@pytest.mark.parametrize("change", ["cut", "replaced", "deleted"])
+def test_a_file_that_changes_under_an_open_cache_is_an_error(tmp_path, change):
     opened = write(tmp_path / "cache")
-    shard = tmp_path / "cache" / "00000-of-00003.array_record"
-    with open(shard, "r+b") as file:
-        file.truncate(10)
-    with pytest.raises(CacheError, match=f"{shard} has changed since it was opened"):
-        opened.read([0])
+    path = tmp_path / "cache" / "records.npy"
+    if change == "cut":
+        with open(path, "r+b") as file:
+            file.truncate(10)
+    elif change == "replaced":
+        os.utime(path, ns=(0, 0))
+    else:
+        path.unlink()
+    for read in (opened.load, lambda: opened.read([0])):
+        with pytest.raises(CacheError, match=f"{path} has changed since it was opened"):
+            read()
 
 
 def test_the_format_is_the_documented_one(tmp_path):
     write(tmp_path / "cache")
-    reader = cache.ArrayRecordReader(str(tmp_path / "cache" / "00001-of-00003.array_record"))
-    assert reader.num_records() == 8
-    record = reader.read([2])[0]
-    reader.close()
-    assert record == np.array(10, "<i4").tobytes() + LOGITS[10].astype("<f4").tobytes()
+    records = np.load(tmp_path / "cache" / "records.npy")
+    assert records.shape == (LENGTH,)
+    record = np.array(10, "<i4").tobytes() + LOGITS[10].astype("<f4").tobytes()
+    assert records[10].tobytes() == record

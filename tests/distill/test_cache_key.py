@@ -138,7 +138,7 @@ def test_a_replay_of_the_augmented_stream_has_the_cached_logits(tmp_path, data_d
     records = (
         make_records(key(5), logits, ids, positions) for positions, ids, logits in stream(5, 100)
     )
-    write_cache(tmp_path / "cache", key(5), records, length, records_per_shard=256)
+    write_cache(tmp_path / "cache", key(5), records, length)
     opened = open_cache(tmp_path / "cache", key(5))
     seen, epochs = 0, np.empty((length, 10))
     for positions, ids, live in stream(5, 48):  # the batch size is no part of the stream

@@ -11,6 +11,7 @@ from kdq.fields import ConfigError
 
 RNG = np.random.default_rng(0)
 B, C = 6, 5
+KEY = jax.random.key(1)
 
 
 def _shapes(**layers):
@@ -58,6 +59,12 @@ DEFAULT = ("kl", "dkd", "hint", "contrastive", "top_k_kl", "attention_relation")
 EVERY = [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in methods.METHODS]
 
 
+def _values(built, params, memory, student, teacher, batch, key=None):
+    """`(values, memory)` of a term."""
+    weights = jnp.asarray(batch.get("mask", np.ones(B, np.float32)))
+    return built(params, memory, built.look(student, teacher, batch, weights), key)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_method_teaches_from_a_config_entry(name):
     """A finite value, none of it from masked examples, and a gradient to the student alone."""
@@ -67,7 +74,7 @@ def test_every_method_teaches_from_a_config_entry(name):
 
     @jax.jit
     def total(student, teacher, params):
-        values, remembered = one(params, memory, student, teacher, BATCH, jax.random.key(1))
+        values, remembered = _values(one, params, memory, student, teacher, BATCH, KEY)
         return jnp.sum(values), (values, remembered)
 
     (_, (values, remembered)), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(
@@ -88,7 +95,7 @@ def test_values_are_the_loss_of_the_adapted_feature():
     one = term.build("h", {"loss": "hint", "student": "maps", "teacher": "maps"}, "w")
     params, _ = one.init(jax.random.key(0), STUDENT, TEACHER, 1)
     student, teacher = _outputs(STUDENT, 1), _outputs(TEACHER, 2)
-    values, _ = one(params, {}, student, teacher, {}, None)
+    values, _ = _values(one, params, {}, student, teacher, {})
     adapter = jax.tree.map(lambda x: np.asarray(x, np.float64), params["adapter"])
     adapted = student.features["maps"][:, ::2, ::2] @ adapter["kernel"] + adapter["bias"]
     expected = ((adapted - teacher.features["maps"]) ** 2).mean((1, 2, 3))
@@ -99,13 +106,13 @@ def test_pooled_features_are_compared_by_their_means():
     entry = {"loss": "relational_distance", "student": "maps", "teacher": "same", "pool": True}
     one = term.build("r", entry, "w")
     student, teacher = _outputs(STUDENT, 1), _outputs(TEACHER, 2)
-    values, _ = one({}, {}, student, teacher, {}, None)
+    values, _ = _values(one, {}, {}, student, teacher, {})
     means = [o.features[k].mean((1, 2)) for o, k in ((student, "maps"), (teacher, "same"))]
     np.testing.assert_allclose(values, features.relational_distance(*means), rtol=1e-5)
     hint = term.build("h", entry | {"loss": "hint", "teacher": "maps"}, "w")
     params, _ = hint.init(jax.random.key(0), STUDENT, TEACHER, 1)
     assert params["adapter"]["kernel"].shape == (3, 8)
-    assert np.isfinite(hint(params, {}, student, teacher, {}, None)[0]).all()
+    assert np.isfinite(_values(hint, params, {}, student, teacher, {})[0]).all()
 
 
 def test_a_variance_starts_at_five_and_memory_at_unit_length():
@@ -125,7 +132,7 @@ def test_numbers_are_data_and_the_rest_is_not():
         return term.build("t", {"loss": "kl", **options}, "w")
 
     student, teacher = _outputs(STUDENT, 1), _outputs(TEACHER, 2)
-    call = jax.jit(lambda one: one({}, {}, student, teacher, {}, None)[0])
+    call = jax.jit(lambda one: _values(one, {}, {}, student, teacher, {})[0])
     for temperature in (1.0, 4, 7.5):
         np.testing.assert_allclose(
             call(build(temperature=temperature, weight=temperature)),
@@ -137,7 +144,7 @@ def test_numbers_are_data_and_the_rest_is_not():
     chunked = term.build("t", {**entry, "chunk": 2}, "w")
     assert dict(chunked.fixed) == {"chunk": 2}
     np.testing.assert_allclose(
-        chunked({}, {}, student, teacher, {}, None)[0],
+        _values(chunked, {}, {}, student, teacher, {})[0],
         features.relational_angle(student.features["maps"], teacher.features["maps"]),
         rtol=1e-4,
     )

@@ -18,7 +18,7 @@ from kdq.experiment.context import Context
 from kdq.experiment.searching import SearchResult
 from kdq.quantize.layers import layer_bits
 from kdq.quantize.network import Weights
-from kdq.search import bank, evaluate, finetune
+from kdq.search import bank, evaluate
 from kdq.search.cost import load
 from kdq.train import loop
 
@@ -373,20 +373,18 @@ def test_two_steps_by_hand(trained, folder):
     evaluator = student.evaluator
     qparams = bank.choose(evaluator.bank, dict.fromkeys(evaluator.choices, np.int32(1)))
     start = Weights(variables=evaluator.variables, qparams=qparams)
-    task, state = training.begin(
+    plan, state = training.make_plan(
         context.experiment,
         "qad",
         0,
         start,
         model=evaluator.network.module,
         inputs=context.inputs,
-        teaching=context.teachers.of("qad", 0),
-        optimizer=context.optimizer,
-        validate=lambda weights: {},
+        teaching=context.teachers.teaching("qad", 0),
         steps=2,
     )
-    assert task.steps == 2
-    state = finetune._train(task, state)
+    assert plan.steps == 2
+    state = loop.take_steps(plan, state)
     variables = {**evaluator.variables, "params": state.params}
     quantizers = loop.weights(state).qparams
     by_hand = evaluate.score(

@@ -129,7 +129,7 @@ def test_shuffled_logits_are_those_of_other_examples_of_the_class(tiny_config, m
     base = tiny(tiny_config, {"by_moved": {"teacher": "moved"}}, teachers=teachers)
     context = Context(config.freeze(base), workdir)
     logits = context.teachers.logits("teacher", 0, "train")
-    moved = context.teachers.of("by_moved", 0).extra["teacher_logits"]
+    moved = context.teachers.teaching("by_moved", 0).extra["teacher_logits"]
     labels = Inputs(config.freeze(base)).splits["train"].read(np.arange(len(logits)))["label"]
     assert (np.abs(moved - logits).max(1) > 0).mean() > 0.9
     for label in range(10):

@@ -10,10 +10,12 @@ import safetensors.numpy
 from kdq import config, quantize
 from kdq.deploy import load_packed, save_packed
 from kdq.quantize import QuantizationRule, TensorSpec
+from kdq.quantize.network import Weights
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
 from kdq.train.step import train_step
+from kdq.train.training import Training
 
 
 class Block(nn.Module):
@@ -164,19 +166,13 @@ def test_trains_with_quantizers_and_packs(case, tmp_path):
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(4, 8), [inputs])
     batch = {"image": inputs, "label": jnp.arange(BATCH, dtype=jnp.int32)}
     settings = config.Optimizer(warmup=0.0)
-    state = create_state(variables, qparams, settings, seed=0, steps=20, learning_rate=0.01)
+    weights = Weights(variables=variables, qparams=qparams)
+    state = create_state(weights, settings, seed=0, steps=20, learning_rate=0.01)
+    training = Training(network=model, optimizer=make_optimizer(settings), objective=Objective())
     losses = []
     for _ in range(20):
-        state, metrics = train_step(
-            state,
-            None,
-            batch,
-            model=model,
-            teacher=None,
-            objective=Objective(),
-            optimizer=make_optimizer(settings),
-        )
-        losses.append(float(metrics["loss"]) / BATCH)
+        state, metrics = train_step(training, state, batch)
+        losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.6 * losses[0]
     for path in ("layers/up", "layers/attention/qk", "members", "embed"):
         before, after = (jax.tree.leaves(q[path]) for q in (qparams, state.quantizers))

@@ -8,11 +8,13 @@ import pytest
 
 from kdq import config, models, quantize
 from kdq.distill import schedule, term
-from kdq.distill.teacher import Model, Stored
+from kdq.distill.teacher import NO_TEACHER, Model, Stored
+from kdq.quantize.network import Weights
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
 from kdq.train.step import train_step
+from kdq.train.training import Training
 
 OPTIMIZER = config.Optimizer()
 
@@ -43,28 +45,29 @@ class Net:
 
     def state(self, qparams=None, optimizer=OPTIMIZER, **fields):
         fields = {"seed": 0, "steps": 20, "learning_rate": 0.01, **fields}
-        return create_state(self.variables, qparams or {}, optimizer, **fields)
+        weights = Weights(variables=self.variables, qparams=qparams or {})
+        return create_state(weights, optimizer, **fields)
 
     def objective(self, alpha, temperature):
         """`(1 - alpha) CE + alpha T² KL`."""
         fields = {"loss": "kl", "weight": alpha, "temperature": temperature}
         return Objective(
-            task=schedule.constant(1 - alpha), terms=(term.build("kl", fields, "terms.kl"),)
+            task_weight=schedule.constant(1 - alpha), terms=(term.build("kl", fields, "terms.kl"),)
         )
 
     def step(self, state, batch, objective, *, teacher=False, optimizer=OPTIMIZER):
-        """`teacher`: False, True for the live one, or "stored" for the logits in the batch."""
-        teachers = {False: None, True: Model(self.teacher), "stored": Stored()}
-        arguments = {"variables": self.teacher_variables, "qparams": {}}
-        return train_step(
-            state,
-            arguments if teacher is True else None,
-            batch,
-            model=self.model,
-            teacher=teachers[teacher],
-            objective=objective,
+        """`teacher`: False, True for the live one, "stored" for the logits in the batch, or any."""
+        weights = Weights(variables=self.teacher_variables, qparams={})
+        if isinstance(teacher, bool | str):
+            live = Model(self.teacher, weights)
+            teacher = {False: NO_TEACHER, True: live, "stored": Stored()}[teacher]
+        training = Training(
+            network=self.model,
             optimizer=make_optimizer(optimizer),
+            objective=objective,
+            teacher=teacher,
         )
+        return train_step(training, state, batch)
 
 
 @pytest.fixture(scope="session")

@@ -16,16 +16,17 @@ import scipy.special
 from kdq import config, data, models, quantize
 from kdq.distill import schedule, term
 from kdq.distill.teacher import Model
+from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
-from kdq.train.training import Training
+from kdq.train.training import Plan, Training
 
 STEPS, EVAL_EVERY, EXAMPLES, BATCH = 24, 4, 40, 8
 OPTIMIZER = config.Optimizer(weight_decay=1e-3)
 OBJECTIVE = Objective(
-    task=schedule.constant(0.5),
+    task_weight=schedule.constant(0.5),
     terms=(term.build("kl", {"loss": "kl", "weight": 0.5, "temperature": 2.0}, "kl"),),
 )
 
@@ -70,7 +71,7 @@ def validate(weights):
 
 
 def make(learning_rate=0.01, wrap=lambda dataset: dataset, seed=0, optimizer=OPTIMIZER):
-    """The task (with a live teacher and batch norm) and the state before its first step.
+    """The plan (with a live teacher and batch norm) and the state before its first step.
 
     Seeds differ in their data, their weights and their teacher's.
     """
@@ -78,21 +79,22 @@ def make(learning_rate=0.01, wrap=lambda dataset: dataset, seed=0, optimizer=OPT
     variables, teacher_variables = jax.tree.map(
         lambda x: x * (1 + 0.1 * seed), (variables, teacher_variables)
     )
-    task = Training(
-        model=MODEL,
+    training = Training(
+        network=MODEL,
         optimizer=make_optimizer(optimizer),
         objective=OBJECTIVE,
+        teacher=Model(TEACHER, Weights(variables=teacher_variables, qparams={})),
+    )
+    plan = Plan(
+        training=training,
         dataset=wrap(data.train_dataset(source(), batch_size=BATCH, seed=3 + seed, **NORMALIZE)),
         steps=STEPS,
         eval_every=EVAL_EVERY,
         validate=validate,
-        teacher=Model(TEACHER),
-        teacher_arguments={"variables": teacher_variables, "qparams": {}},
     )
-    state = create_state(
-        variables, qparams, optimizer, seed=seed, steps=STEPS, learning_rate=learning_rate
-    )
-    return task, state
+    weights = Weights(variables=variables, qparams=qparams)
+    state = create_state(weights, optimizer, seed=seed, steps=STEPS, learning_rate=learning_rate)
+    return plan, state
 
 
 def main(workdir: Path, kill_after: int) -> None:

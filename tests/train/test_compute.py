@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from kdq import config, models, quantize
+from kdq.quantize.network import Weights
 from kdq.schema import AT_ONCE, Compute
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.remat import rematerialized
 from kdq.train.state import create_state
 from kdq.train.step import train_step
+from kdq.train.training import Training
 
 SGD = config.Optimizer(name="sgd", scale_rule="sgd")
 
@@ -24,7 +26,7 @@ def batch(size=12, shape=(8, 8, 1)):
     return {"image": images, "label": rng.integers(0, 5, size).astype(np.int32)}
 
 
-def step(model, compute, *, bits=0, steps=3, **task):
+def step(model, compute, *, bits=0, steps=3):
     """`(state, metrics of the last step)`."""
     given = batch()
     variables = model.init(jax.random.key(1), given["image"][:1], train=False)
@@ -32,19 +34,13 @@ def step(model, compute, *, bits=0, steps=3, **task):
     if bits:
         rules = quantize.uniform_rules(bits, bits)
         qparams = quantize.calibrate(model, variables, rules, [given["image"]])
-    state = create_state(variables, qparams, SGD, seed=3, steps=10, learning_rate=0.1)
+    weights = Weights(variables=variables, qparams=qparams)
+    state = create_state(weights, SGD, seed=3, steps=10, learning_rate=0.1)
+    training = Training(
+        network=model, optimizer=make_optimizer(SGD), objective=Objective(), compute=compute
+    )
     for _ in range(steps):
-        state, metrics = train_step(
-            state,
-            None,
-            given,
-            model=model,
-            teacher=None,
-            objective=Objective(),
-            optimizer=make_optimizer(SGD),
-            compute=compute,
-            **task,
-        )
+        state, metrics = train_step(training, state, given)
     return state, metrics
 
 
@@ -58,7 +54,7 @@ def test_a_batch_in_parts_is_the_batch(parts, bits):
         jax.tree.leaves(cut.trainable), jax.tree.leaves(whole.trainable), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-    assert own["count"] == metrics["count"] == 12
+    assert own["correct"].count == metrics["correct"].count == 12
     for name in ("loss", "correct", "grad_norm"):
         np.testing.assert_allclose(own[name], metrics[name], rtol=1e-4)
 

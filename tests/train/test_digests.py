@@ -32,7 +32,7 @@ def tree():
 
 
 def test_a_digest_is_the_sha256_of_dtype_shape_path_and_bytes():
-    found = digests.of_tree(tree())
+    found = digests.make_digests(tree())
     assert set(found) == {("a", "w"), ("n",), ("half",), ("none",)}
     assert found["none",] == ("empty", {})
     assert found["a", "w"] == (
@@ -49,8 +49,8 @@ def test_a_digest_is_the_sha256_of_dtype_shape_path_and_bytes():
 def test_a_dataclass_is_as_the_dicts_that_it_is_read_as():
     state = State(params={"w": W}, moments=Moments(mean=W, count=np.int32(1)))
     read = {"params": {"w": W}, "moments": {"mean": W, "count": np.int32(1)}}
-    assert digests.difference(read, digests.of_tree(state)) is None
-    assert digests.difference([W], digests.of_tree({"0": W})) is None
+    assert digests.difference(read, digests.make_digests(state)) is None
+    assert digests.difference([W], digests.make_digests({"0": W})) is None
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_dataclass_is_as_the_dicts_that_it_is_read_as():
 )
 def test_what_differs_is_named(change, message):
     assert np.signbit(-W).any()  # -0.0 == 0.0, and is another value
-    difference = digests.difference({**tree(), **change}, digests.of_tree(tree()))
+    difference = digests.difference({**tree(), **change}, digests.make_digests(tree()))
     assert difference is not None
     assert re.match(message, difference), difference
 
@@ -124,8 +124,8 @@ def scattered(monkeypatch):
 
 def of_both(array, axes):
     """The digests of both processes, and those of each."""
-    each = [digests.of_tree({"w": Scattered(array, axes, process)}) for process in (0, 1)]
-    return digests.merged(each), each
+    each = [digests.make_digests({"w": Scattered(array, axes, process)}) for process in (0, 1)]
+    return digests.merge(each), each
 
 
 def test_each_part_has_a_digest_once():
@@ -163,14 +163,14 @@ def test_an_array_may_be_cut_up_in_another_way_when_it_is_read(saved, read):
 def test_a_part_that_nobody_told_of_is_noticed():
     expected, (first, second) = of_both(ARRAY, ("x",))
     assert digests.difference({"w": ARRAY}, first) == "w has parts without a digest"
-    assert digests.difference({"w": ARRAY}, digests.merged([first, second])) is None
+    assert digests.difference({"w": ARRAY}, digests.merge([first, second])) is None
     assert digests.difference({"w": ARRAY}, expected) is None
 
 
 def test_a_part_without_arrays_is_told_of_too():
     """A flipped bit renamed one, and a tree came back that is none of what was saved."""
     tree = {"params": {"w": np.ones(2, np.float32)}, "adapters": {}}
-    expected = digests.from_json(digests.to_json(digests.of_tree(tree)))
+    expected = digests.from_json(digests.to_json(digests.make_digests(tree)))
     assert digests.difference(tree, expected) is None
     renamed = {"params": tree["params"], "adaptery": {}}
     assert digests.difference(renamed, expected) == "an empty part is not there: adapters"

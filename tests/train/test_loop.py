@@ -37,8 +37,8 @@ def at(step):
 
 def fit(workdir, on_step=lambda step: None, checkpoint_seconds=0.0, **options):
     workdir.mkdir(exist_ok=True)
-    task, state = resume_training.make(**options)
-    return loop.fit(task, state, workdir, checkpoint_seconds=checkpoint_seconds, on_step=on_step)
+    plan, state = resume_training.make(**options)
+    return loop.fit(plan, state, workdir, checkpoint_seconds=checkpoint_seconds, on_step=on_step)
 
 
 def final_state(workdir):
@@ -96,11 +96,11 @@ def test_the_unbroken_run_learns_and_logs_each_step(unbroken):
     assert result.selected.step == best["step"]
     assert result.selected.metrics["nll"] == best["validation_nll"]
     assert result.last_step == STEPS
-    task, start = resume_training.make()
-    before = task.validate(Weights(variables=start.variables, qparams=start.quantizers))
+    plan, start = resume_training.make()
+    before = plan.validate(Weights(variables=start.variables, qparams=start.quantizers))
     assert result.selected.metrics["nll"] < before["nll"]
     # What was selected is what was measured.
-    assert task.validate(result.selected.weights) == result.selected.metrics
+    assert plan.validate(result.selected.weights) == result.selected.metrics
 
 
 # Before any checkpoint; between two; at the last step.
@@ -185,11 +185,12 @@ class SlowToTrace(type(resume_training.MODEL)):
 
 
 def timed(workdir):
-    task, state = resume_training.make()
+    plan, state = resume_training.make()
     fields = {"num_classes": 3, "widths": (3, 4), "batch_norm": True}
-    task = dataclasses.replace(task, model=SlowToTrace(**fields))
+    training = plan.training.replace(network=SlowToTrace(**fields))
+    plan = dataclasses.replace(plan, training=training)
     workdir.mkdir()
-    return loop.fit(task, state, workdir, on_step=lambda _: time.sleep(EACH_STEP))
+    return loop.fit(plan, state, workdir, on_step=lambda _: time.sleep(EACH_STEP))
 
 
 def test_compiling_is_no_part_of_the_seconds_of_training(tmp_path):
@@ -222,18 +223,18 @@ def test_a_checkpoint_that_does_not_tell_compiling_apart_is_gone_on_from(tmp_pat
 # NaN and infinity.
 
 
-def poisoned(task, state, layer):
+def poisoned(plan, state, layer):
     params = jax.tree.map(lambda p: p, state.params)
     params[layer]["kernel"] = params[layer]["kernel"].at[0].set(jnp.inf)
-    return task, state.replace(params=params)
+    return plan, state.replace(params=params)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [pytest.param("conv_1", marks=pytest.mark.slow), "head"])
 def test_infinity_in_a_weight_is_named(tmp_path, layer):
-    task, state = poisoned(*resume_training.make(), layer)
+    plan, state = poisoned(*resume_training.make(), layer)
     with pytest.raises(NonFiniteError, match=rf"at step 1, first in the parameters of .*'{layer}'"):
-        loop.fit(task, state, tmp_path)
+        loop.fit(plan, state, tmp_path)
 
 
 def spoil(step, **values):
@@ -271,18 +272,18 @@ def test_nan_from_a_cached_teacher_is_named(tmp_path):
 
         return dataset.map_with_index(add)
 
-    task, state = resume_training.make(wrap=wrap)
-    task = dataclasses.replace(task, teacher=Stored(), teacher_arguments=None)
+    plan, state = resume_training.make(wrap=wrap)
+    plan = dataclasses.replace(plan, training=plan.training.replace(teacher=Stored()))
     with pytest.raises(NonFiniteError, match=r"at step 3, first in what the teacher says"):
-        loop.fit(task, state, tmp_path)
+        loop.fit(plan, state, tmp_path)
 
 
 def test_nan_from_a_live_teacher_is_named(tmp_path):
-    task, state = resume_training.make()
-    spoiled = jax.tree.map(lambda p: p * np.nan, task.teacher_arguments)
-    task = dataclasses.replace(task, teacher_arguments=spoiled)
+    plan, state = resume_training.make()
+    spoiled = jax.tree.map(lambda p: p * np.nan, plan.training.teacher)
+    plan = dataclasses.replace(plan, training=plan.training.replace(teacher=spoiled))
     with pytest.raises(NonFiniteError, match=r"at step 1, first in what the teacher says"):
-        loop.fit(task, state, tmp_path)
+        loop.fit(plan, state, tmp_path)
 
 
 def test_a_rate_that_explodes_is_named(tmp_path):
@@ -292,7 +293,7 @@ def test_a_rate_that_explodes_is_named(tmp_path):
 
 def test_weights_that_explode_in_the_last_step_are_no_result(tmp_path):
     """The step's own loss is finite; what it leaves behind is not."""
-    task, state = resume_training.make(learning_rate=1e36)
-    task = dataclasses.replace(task, steps=1)
+    plan, state = resume_training.make(learning_rate=1e36)
+    plan = dataclasses.replace(plan, steps=1)
     with pytest.raises(NonFiniteError, match="NaN or infinity on validation after step 1"):
-        loop.fit(task, state, tmp_path)
+        loop.fit(plan, state, tmp_path)

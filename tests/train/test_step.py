@@ -12,10 +12,12 @@ from compilations import count_compilations
 
 from kdq import config, models, quantize
 from kdq.quantize import QuantizationRule, TensorSpec
+from kdq.quantize.network import Weights
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
 from kdq.train.step import train_step
+from kdq.train.training import Training
 
 
 def assert_trees_equal(a, b):
@@ -73,9 +75,9 @@ def test_equals_plain_flax_and_optax(net, teacher):
         batch = net.batch(i)
         state, metrics = net.step(state, batch, objective, teacher=teacher)
         params, stats, opt_state, loss, grads = plain_step(params, stats, opt_state, batch)
-        np.testing.assert_allclose(metrics["loss"] / metrics["count"], loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
         np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
-        assert metrics["count"] == len(batch["label"])
+        assert metrics["correct"].count == len(batch["label"])
     assert int(state.step) == 4
     assert not state.halted
     assert state.scales == {}
@@ -105,16 +107,10 @@ def test_gradients_through_quantizers_in_closed_form():
         quantizer = qparams["head"][half]
         qparams["head"][half] = quantizer.replace(scale=0.7 * quantizer.scale)
     settings = config.Optimizer(name="sgd", warmup=0.0, scale_rate=2.0)
-    state = create_state(variables, qparams, settings, seed=0, steps=10, learning_rate=0.1)
-    state, _ = train_step(
-        state,
-        None,
-        {"image": images, "label": labels},
-        model=model,
-        teacher=None,
-        objective=Objective(),
-        optimizer=make_optimizer(settings),
-    )
+    weights = Weights(variables=variables, qparams=qparams)
+    state = create_state(weights, settings, seed=0, steps=10, learning_rate=0.1)
+    training = Training(network=model, optimizer=make_optimizer(settings), objective=Objective())
+    state, _ = train_step(training, state, {"image": images, "label": labels})
 
     def rounded(x, scale, bits):
         v, top = np.asarray(x, np.float64) / scale, 2 ** (bits - 1)
@@ -290,22 +286,16 @@ def test_dropout_differs_by_step_and_seed():
     batch = {"image": np.ones((4, 6), np.float32), "label": np.zeros(4, np.int32)}
     variables = model.init(jax.random.key(0), batch["image"])
     settings = config.Optimizer()
+    training = Training(network=model, optimizer=make_optimizer(settings), objective=Objective())
 
     def loss(seed, step):
-        state = create_state(variables, {}, settings, seed=seed, steps=9, learning_rate=0.1)
-        _, metrics = train_step(
-            state.replace(step=jnp.int32(step)),
-            None,
-            batch,
-            model=model,
-            teacher=None,
-            objective=Objective(),
-            optimizer=make_optimizer(settings),
-        )
+        weights = Weights(variables=variables, qparams={})
+        state = create_state(weights, settings, seed=seed, steps=9, learning_rate=0.1)
+        _, metrics = train_step(training, state.replace(step=jnp.int32(step)), batch)
         return float(metrics["loss"])
 
     key = jax.random.fold_in(jax.random.key(5), 3)
     logits = model.apply(variables, batch["image"], train=True, rngs={"dropout": key})
-    expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).sum()
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
     np.testing.assert_allclose(loss(5, 3), expected, rtol=1e-5)
     assert len({loss(5, 3), loss(5, 4), loss(6, 3)}) == 3

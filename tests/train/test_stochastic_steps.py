@@ -9,15 +9,17 @@ from compilations import count_compilations
 
 from kdq import config, data, models, quantize
 from kdq.quantize import QuantizationRule, TensorSpec
+from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Plan, Training
 
 MODEL = models.build("mlp", num_classes=3, widths=(6,))
 OPTIMIZER = config.Optimizer()
+TRAINING = Training(network=MODEL, optimizer=make_optimizer(OPTIMIZER), objective=Objective())
 NUMBERS = {"seed": 0, "steps": 8, "learning_rate": 0.01}
 # Integers, and in the last layer a number format.
 RULES = (
@@ -43,21 +45,14 @@ def start(dataset):
     images = dataset[0]["image"]
     variables = MODEL.init(jax.random.key(0), images)
     calibrated = quantize.calibrate(MODEL, variables, RULES, [images])
-    return quantize.prepare(variables, calibrated, "stochastic")
+    variables, qparams = quantize.prepare(variables, calibrated, "stochastic")
+    return Weights(variables=variables, qparams=qparams)
 
 
 def test_each_step_and_seed_draws_its_own_without_a_compilation(start, dataset):
     def loss(seed, step):
-        state = create_state(*start, OPTIMIZER, **{**NUMBERS, "seed": seed})
-        _, metrics = train_step(
-            state.replace(step=jnp.int32(step)),
-            None,
-            dataset[0],
-            model=MODEL,
-            teacher=None,
-            objective=Objective(),
-            optimizer=make_optimizer(OPTIMIZER),
-        )
+        state = create_state(start, OPTIMIZER, **{**NUMBERS, "seed": seed})
+        _, metrics = train_step(TRAINING, state.replace(step=jnp.int32(step)), dataset[0])
         return float(metrics["loss"])
 
     first = loss(0, 0)
@@ -70,10 +65,8 @@ def test_each_step_and_seed_draws_its_own_without_a_compilation(start, dataset):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_as_the_unbroken_one(start, dataset, tmp_path):
-    task = Training(
-        model=MODEL,
-        optimizer=make_optimizer(OPTIMIZER),
-        objective=Objective(),
+    plan = Plan(
+        training=TRAINING,
         dataset=dataset,
         steps=NUMBERS["steps"],
         eval_every=4,
@@ -85,8 +78,8 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(start, dataset, tmp_path):
 
     def fit(workdir, on_step=lambda step: None):
         workdir.mkdir(exist_ok=True)
-        state = create_state(*start, OPTIMIZER, **NUMBERS)
-        return loop.fit(task, state, workdir, checkpoint_seconds=0.0, on_step=on_step)
+        state = create_state(start, OPTIMIZER, **NUMBERS)
+        return loop.fit(plan, state, workdir, checkpoint_seconds=0.0, on_step=on_step)
 
     def stop(step):
         if step == 6:  # two steps after a checkpoint
@@ -100,5 +93,5 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(start, dataset, tmp_path):
     for a, b in ((unbroken.last, again.last), (unbroken.selected.weights, again.selected.weights)):
         jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
         # Nothing is left of the chance.
-        assert jax.tree.structure(b.qparams) == jax.tree.structure(quantize.plain(start[1]))
+        assert jax.tree.structure(b.qparams) == jax.tree.structure(quantize.plain(start.qparams))
     assert unbroken.selected.metrics == again.selected.metrics

@@ -11,11 +11,10 @@ import resume_training
 
 from kdq.distill import capture, term
 from kdq.distill.teacher import Model, MovingAverage, Peer
+from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.objective import Objective
-from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
-from kdq.train.step import train_step
 
 RATE, STEPS = 0.01, 20
 
@@ -79,7 +78,7 @@ def test_a_hint_trains_the_student_and_its_adapter_as_plain_jax_would(net):
     for i in range(3):
         state, metrics = net.step(state, net.batch(i), objective, teacher=True)
         (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(plain, stats, net.batch(i))
-        np.testing.assert_allclose(metrics["loss"] / metrics["count"], loss, rtol=1e-4)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
         updates, opt_state = adam.update(grads, opt_state)
         plain = optax.apply_updates(plain, updates)
     _assert_close(state.params, plain["params"])
@@ -105,17 +104,10 @@ def test_clipping_counts_the_adapters(net):
 @pytest.mark.slow
 def test_peers_learn_from_each_other_as_two_plain_models_do(net):
     objective = net.objective(0.5, 2.0)
-    state = net.state(steps=STEPS, learning_rate=RATE, peer=net.teacher_variables)
+    peer = Peer(net.teacher, net.teacher_variables)
+    state = net.state(steps=STEPS, learning_rate=RATE, teacher=peer)
     batch = net.batch(0)
-    new, metrics = train_step(
-        state,
-        None,
-        batch,
-        model=net.model,
-        teacher=Peer(net.teacher),
-        objective=objective,
-        optimizer=make_optimizer(resume_training.config.Optimizer()),
-    )
+    new, metrics = net.step(state, batch, objective, teacher=peer)
 
     def both(params):
         student = net.model.apply(
@@ -137,12 +129,12 @@ def test_peers_learn_from_each_other_as_two_plain_models_do(net):
 
     start = {"student": net.variables["params"], "peer": net.teacher_variables["params"]}
     grads, own = jax.grad(both, has_aux=True)(start)
-    np.testing.assert_allclose(metrics["loss"] / metrics["count"], own, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], own, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
     # Adam's first step has the gradient's sign; where that is clear, both models took it.
     for after, gradient, before in (
         (new.params, grads["student"], start["student"]),
-        (new.peer["params"], grads["peer"], start["peer"]),
+        (new.teacher.params, grads["peer"], start["peer"]),
     ):
         for a, g, b in zip(*map(jax.tree.leaves, (after, gradient, before)), strict=True):
             clear = np.abs(g) > 1e-5
@@ -152,9 +144,8 @@ def test_peers_learn_from_each_other_as_two_plain_models_do(net):
 def test_a_moving_average_teaches_from_the_state(net):
     objective = net.objective(0.5, 2.0)
     teacher = MovingAverage(net.model, decay=0.9)
-    state = net.state(steps=STEPS, learning_rate=0.1, average=True)
+    state = net.state(steps=STEPS, learning_rate=0.1, teacher=teacher)
     expected = jax.tree.map(np.array, net.variables["params"])
-    optimizer = make_optimizer(resume_training.config.Optimizer())
     for i in range(3):
         batch = net.batch(i)
         variables = {"params": expected, **jax.tree.map(np.array, state.model_state)}
@@ -164,24 +155,16 @@ def test_a_moving_average_teaches_from_the_state(net):
         ]
         log_p, log_q = jax.nn.log_softmax(said / 2), jax.nn.log_softmax(own / 2)
         kl = 4 * (jnp.exp(log_p) * (log_p - log_q)).sum()
-        state, metrics = train_step(
-            state,
-            None,
-            batch,
-            model=net.model,
-            teacher=teacher,
-            objective=objective,
-            optimizer=optimizer,
-        )
-        np.testing.assert_allclose(metrics["kl_loss"], kl, rtol=1e-3, atol=1e-5)
+        state, metrics = net.step(state, batch, objective, teacher=teacher)
+        np.testing.assert_allclose(metrics["kl_loss"].total, kl, rtol=1e-3, atol=1e-5)
         expected = jax.tree.map(lambda m, p: 0.9 * m + 0.1 * np.array(p), expected, state.params)
-        _assert_close(state.average["params"], expected)
+        _assert_close(state.teacher.params, expected)
     assert optax.tree.norm(optax.tree.sub(expected, state.params)) > 1e-2
 
 
-def _task(terms, teacher, arguments, **fields):
-    """Of `resume_training`, taught another way."""
-    task, _ = resume_training.make()
+def _plan(terms, teacher):
+    """That of `resume_training`, taught another way."""
+    plan, _ = resume_training.make()
     variables, teacher_variables, qparams, validation = resume_training.start()
     image = validation[0]["image"][:1]
     objective = _objective(*terms)
@@ -193,18 +176,17 @@ def _task(terms, teacher, arguments, **fields):
         num_examples=resume_training.EXAMPLES,
     )
     state = create_state(
-        variables,
-        qparams,
+        Weights(variables=variables, qparams=qparams),
         resume_training.OPTIMIZER,
         seed=0,
         steps=resume_training.STEPS,
         learning_rate=0.01,
         adapters=adapters,
         memory=memory,
-        **fields,
+        teacher=teacher,
     )
-    changes = {"objective": objective, "teacher": teacher, "teacher_arguments": arguments}
-    return dataclasses.replace(task, **changes), state
+    training = plan.training.replace(objective=objective, teacher=teacher)
+    return dataclasses.replace(plan, training=training), state
 
 
 FEATURES = (
@@ -222,14 +204,14 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path, kind):
 
     def make():
         if kind == "features":
-            arguments = {"variables": teacher_variables, "qparams": {}}
+            weights = Weights(variables=teacher_variables, qparams={})
             terms = [f | {"teacher": "conv_0"} for f in FEATURES]
             terms[0] = terms[0] | {"student": "conv_0", "adapter": "conv"}
-            return _task(terms, Model(resume_training.TEACHER), arguments)
+            return _plan(terms, Model(resume_training.TEACHER, weights))
         kl = [{"loss": "kl", "weight": 0.5, "temperature": 2.0}]
         if kind == "peer":
-            return _task(kl, Peer(resume_training.TEACHER), None, peer=teacher_variables)
-        return _task(kl, MovingAverage(resume_training.MODEL, 0.9), None, average=True)
+            return _plan(kl, Peer(resume_training.TEACHER, teacher_variables))
+        return _plan(kl, MovingAverage(resume_training.MODEL, 0.9))
 
     class Stop(Exception):
         pass

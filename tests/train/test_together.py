@@ -80,13 +80,16 @@ def test_compiling_is_shared_and_no_part_of_the_seconds(tmp_path):
     begun = [make(seed=seed) for seed in SEEDS]
     tracing = 3.0  # far more than what a busy machine adds to the seconds of a run
 
-    class SlowToTrace(type(begun[0][0].model)):
+    class SlowToTrace(type(begun[0][0].training.network)):
         def __call__(self, *inputs, **options):
             time.sleep(tracing)
             return super().__call__(*inputs, **options)
 
     model = SlowToTrace(num_classes=3, widths=(3, 4), batch_norm=True)
-    begun = [(dataclasses.replace(task, model=model), state) for task, state in begun]
+    begun = [
+        (dataclasses.replace(plan, training=plan.training.replace(network=model)), state)
+        for plan, state in begun
+    ]
     fits = fit(begun, workdirs, on_step=lambda _: time.sleep(pause))
     again = fit(begun, folders(tmp_path / "again"), on_step=lambda _: time.sleep(pause))
     assert sum(one.compile_seconds for one in fits) >= tracing
@@ -140,21 +143,22 @@ def test_runs_without_a_step_in_common_begin_again(by_themselves, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"steps": STEPS + 1}, {"eval_every": EVAL_EVERY + 1}])
-def test_unlike_tasks_are_refused(tmp_path, change):
-    first, (task, state) = make(), make(seed=1)
+def test_unlike_plans_are_refused(tmp_path, change):
+    first, (plan, state) = make(), make(seed=1)
     with pytest.raises(ValueError, match="must be alike"):
-        fit([first, (dataclasses.replace(task, **change), state)], folders(tmp_path, 2))
+        fit([first, (dataclasses.replace(plan, **change), state)], folders(tmp_path, 2))
 
 
-def test_what_tells_tasks_apart():
+def test_what_tells_plans_apart():
     alike = together.signature(*make())
     assert together.signature(*make(seed=1)) == alike
-    task, state = make(learning_rate=0.1)  # in the state: a number as weights are
-    assert together.signature(task, state) == alike
-    doubled = jax.tree.map(lambda x: 2 * x, task.objective)
-    assert together.signature(dataclasses.replace(task, objective=doubled), state) != alike
+    plan, state = make(learning_rate=0.1)  # in the state: a number as weights are
+    assert together.signature(plan, state) == alike
+    doubled = jax.tree.map(lambda x: 2 * x, plan.training.objective)
+    training = plan.training.replace(objective=doubled)
+    assert together.signature(dataclasses.replace(plan, training=training), state) != alike
     wider = state.replace(params={**state.params, "more": np.zeros(1, np.float32)})
-    assert together.signature(task, wider) != alike
+    assert together.signature(plan, wider) != alike
 
 
 def test_spread_over_devices(by_themselves, tmp_path):
@@ -175,7 +179,7 @@ def test_spread_over_devices(by_themselves, tmp_path):
 def main(root):
     """Four seeds on the devices that there are."""
     states = [make(seed=seed)[1] for seed in range(4)]
-    program = together.program_of([make(seed=seed)[0] for seed in range(4)], states)
+    program = together.make_program([make(seed=seed)[0] for seed in range(4)], states)
     print(len(program.join(states).step.sharding.device_set), "devices")
     fit([make(seed=seed) for seed in range(4)], folders(root, 4))
 

@@ -16,7 +16,7 @@ _MISSING = re.compile(r'needs PRNG for "([^"]*)"')
 
 
 def with_streams(forward: Callable[[dict[str, Array]], T], key: Array) -> T:
-    """`forward(rngs)` with a key for every stream that the model asks `make_rng` for.
+    """Returns `forward(rngs)`, with a key for every stream that the model asks `make_rng` for.
 
     "dropout" gets `key`; each other the key folded in with its name, so that a stream's numbers
     depend on the step (which `key` is of) and on its name alone.

@@ -11,11 +11,13 @@ import pytest
 from flax.errors import InvalidRngError
 
 from kdq import config
+from kdq.distill.streams import with_streams
+from kdq.quantize.network import Weights
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.state import create_state
 from kdq.train.step import train_step
-from kdq.train.streams import with_streams
+from kdq.train.training import Training
 
 
 class Dropping(nn.Module):
@@ -78,21 +80,16 @@ def test_a_stream_that_a_transform_keeps_out_is_flax_own_error():
 def test_a_step_trains_by_the_gradient_with_these_streams():
     """Two steps of SGD: the second draws other numbers, and a run again draws the same."""
     settings = config.Optimizer(name="sgd", warmup=0.0)
-    optimizer = make_optimizer(settings)
+    training = Training(
+        network=Dropping(), optimizer=make_optimizer(settings), objective=Objective()
+    )
 
     def run():
-        state = create_state(VARIABLES, {}, settings, seed=5, steps=10, learning_rate=0.1)
+        weights = Weights(variables=VARIABLES, qparams={})
+        state = create_state(weights, settings, seed=5, steps=10, learning_rate=0.1)
         norms = []
         for _ in range(2):
-            state, metrics = train_step(
-                state,
-                None,
-                {"image": IMAGES, "label": LABELS},
-                model=Dropping(),
-                teacher=None,
-                objective=Objective(),
-                optimizer=optimizer,
-            )
+            state, metrics = train_step(training, state, {"image": IMAGES, "label": LABELS})
             norms.append(float(metrics["grad_norm"]))
         return norms
 
