@@ -1,4 +1,4 @@
-"""What the entry points share: the config flag, and mistakes answered in one line.
+"""Shared parts of the entry points: the config flag, and mistakes answered in one line.
 
 An entry point imports at its top what defines its flags, and in `main` what needs JAX, so that
 --help and most mistakes are answered at once; nor does this file import JAX before a program runs.
@@ -44,7 +44,7 @@ def define_config() -> flags.FlagHolder:
 
 
 class _PathParser(flags.ArgumentParser):
-    """Of a file or folder: `~` is the user's own folder, which shells leave in --workdir=~/runs."""
+    """A file or folder: `~` is the user's own folder, which shells leave in --workdir=~/runs."""
 
     syntactic_help = "a path"
 
@@ -158,15 +158,15 @@ def _prepare() -> None:
 
     from kdq import processes, provenance
 
-    given = flags.FLAGS
-    if given.distributed or given.coordinator_address:
+    values = flags.FLAGS
+    if values.distributed or values.coordinator_address:
         try:
-            processes.start(given.coordinator_address, given.num_processes, given.process_id)
+            processes.start(values.coordinator_address, values.num_processes, values.process_id)
         except ValueError as error:
             sys.exit(f"error: --distributed, --coordinator_address and the like: {error}")
-    if jax.config.jax_compilation_cache_dir and not given.compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir and not values.compilation_cache_dir:
         return  # by JAX's own environment variables
-    folder = Path(given.compilation_cache_dir or Path(given.workdir) / "compiled")
+    folder = Path(values.compilation_cache_dir or Path(values.workdir) / "compiled")
     jax.config.update("jax_compilation_cache_dir", str(folder / provenance.processor_digest()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # A full disk is said by what else is written; this would be said for every program.
@@ -185,8 +185,8 @@ def _parse(argv: list[str]) -> list[str]:
     path = (_values(argv, "config") or [""])[-1]
     file = path.partition(":")[0]
     if path and not Path(file).is_file():
-        beside = sorted(map(str, Path(file).parent.glob("*.py")))
-        sys.exit(f"error: {config.unknown('config file', file, beside)}")
+        neighbours = sorted(map(str, Path(file).parent.glob("*.py")))
+        sys.exit(f"error: {config.unknown('config file', file, neighbours)}")
     if _names_libraries(argv):
         importlib.import_module("kdq.experiment")
     try:
@@ -237,10 +237,10 @@ def _names_libraries(argv: list[str]) -> bool:
 
 
 def _unknown_key(argv: list[str], path: str) -> str | None:
-    """What is wrong with the first --config.KEY that the config does not have; None if none is."""
+    """Returns what is wrong with the first --config.KEY that the config lacks; None if none is."""
     file, *argument = path.split(":", 1)
-    for given in argv[1:]:
-        override = re.match(r"--?(?:no)?config\.([^=]+)", given)
+    for argument_given in argv[1:]:
+        override = re.match(r"--?(?:no)?config\.([^=]+)", argument_given)
         if override is None:
             continue
         place, seen = runpy.run_path(file)["get_config"](*argument), "config"

@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from kdq.fields import ConfigError, build, did_you_mean, unknown
+from kdq.fields import ConfigError, build, check_references, did_you_mean, unknown
 from kdq.schema import (
     SEEDS,
     TEACHERS,
@@ -108,7 +108,7 @@ def resources(**fields: Any) -> dict[str, Any]:
 
 
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """What a config file says and what it leaves at its default, which flags can override then."""
+    """Returns a config with fields that it leaves out at their defaults, for flags to set."""
     for field in dataclasses.fields(Experiment):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
@@ -130,12 +130,13 @@ def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
     experiment = build(Experiment, config, "config")
-    teachers = {name: _teacher(name, one) for name, one in experiment.teachers.items()}
+    teachers = {name: _teacher(name, entry) for name, entry in experiment.teachers.items()}
     models, compute = dict(experiment.models), experiment.compute
     if compute.dtype:
         models = {name: {**fields, "dtype": compute.dtype} for name, fields in models.items()}
         compute = dataclasses.replace(compute, dtype="")
     experiment = dataclasses.replace(experiment, teachers=teachers, models=models, compute=compute)
+    check_references(experiment, experiment, "config")
     _check(experiment)
     return experiment
 
@@ -150,14 +151,9 @@ def _teacher(name: str, fields: Any) -> TeacherConfig:
 
 def _check(experiment: Experiment) -> None:
     """Raises ConfigError for fields that do not fit each other; each by itself `build` has seen."""
-    if experiment.teacher not in experiment.arms:
-        raise ConfigError(unknown("config.teacher: arm", experiment.teacher, experiment.arms))
     for name, model in experiment.models.items():
         if "name" not in model:
             raise ConfigError(f"config.models.{name}.name is missing: a module of kdq.models")
-    for name in experiment.export.arms:
-        if name not in experiment.arms:
-            raise ConfigError(unknown("config.export.arms: arm", name, experiment.arms))
     for section in ("rules", "searches"):
         for name in getattr(experiment, section):
             if re.fullmatch(BITS, name):
@@ -177,38 +173,36 @@ def _check(experiment: Experiment) -> None:
     ancestors(experiment, *experiment.arms)  # whose parents are all there
 
 
-def _check_search(experiment: Experiment, one: Search, where: str) -> None:
-    if not one.students:
+def _check_search(experiment: Experiment, search: Search, where: str) -> None:
+    if not search.students:
         raise ConfigError(f"{where}.students is empty: expected a float arm or more")
-    for field in ("students", "teacher", "finetune"):
-        value = getattr(one, field)
+    for field in ("students", "teacher"):
+        value = getattr(search, field)
         for arm in value if field == "students" else filter(None, (value,)):
-            if arm not in experiment.arms:
-                raise ConfigError(unknown(f"{where}.{field}: arm", arm, experiment.arms))
-            if field != "finetune" and experiment.arms[arm].bits:
+            if experiment.arms[arm].bits:
                 raise ConfigError(f"{where}.{field}: {arm!r} is quantized; expected a float arm")
-    if not one.teacher:
+    if not search.teacher:
         raise ConfigError(f"{where}.teacher is missing: the arm that policies are compared with")
-    for i, bits in enumerate(one.choices):
+    for i, bits in enumerate(search.choices):
         parse_bits(bits, f"{where}.choices[{i}]")
-    for pattern, bits in one.fixed.items():
+    for pattern, bits in search.fixed.items():
         parse_bits(bits, f"{where}.fixed[{pattern!r}]")
-    if not one.most.set and not one.share.set:
+    if not search.most.set and not search.share.set:
         raise ConfigError(
             f"{where}: no budget; expected `most` or `share`, e.g. most.average_bits=3"
         )
-    if both := one.most.set.keys() & one.share.set.keys():
+    if both := search.most.set.keys() & search.share.set.keys():
         raise ConfigError(f"{where}: expected `most` or `share` of {sorted(both)}, not both")
-    if one.steps and not one.finetune:
-        raise ConfigError(f"{where}.steps={one.steps}: needs `finetune`, the arm to train as")
-    if one.distilled and not one.steps:
+    if search.steps and not search.finetune:
+        raise ConfigError(f"{where}.steps={search.steps}: needs `finetune`, the arm to train as")
+    if search.distilled and not search.steps:
         raise ConfigError(
-            f"{where}.distilled={one.distilled}: only a finetune tells, expected steps"
+            f"{where}.distilled={search.distilled}: only a finetune tells, expected steps"
         )
-    if one.distilled:
-        recipe = experiment.arms[one.finetune].distill
+    if search.distilled:
+        recipe = experiment.arms[search.finetune].distill
         terms = experiment.distill[recipe].terms if recipe in experiment.distill else ()
-        for term in one.distilled:
+        for term in search.distilled:
             if term not in terms:
                 raise ConfigError(unknown(f"{where}.distilled: term", term, terms))
 
@@ -223,29 +217,24 @@ def _check_cache(cache: Cache) -> None:
 
 
 def _check_teacher(experiment: Experiment, name: str) -> None:
-    where, one = f"config.teachers.{name}", experiment.teachers[name]
+    where, teacher = f"config.teachers.{name}", experiment.teachers[name]
     if name in experiment.arms:
         raise ConfigError(
             f"{where}: there is an arm of that name; an arm's teacher names one of them"
         )
-    for arm in one.needs:
-        if arm not in experiment.arms:
-            raise ConfigError(unknown(f"{where}: arm", arm, experiment.arms))
-    if one.kind == "ensemble" and one.weights and len(one.weights) != len(one.arms):
+    if teacher.kind == "ensemble" and teacher.weights and len(teacher.weights) != len(teacher.arms):
         raise ConfigError(
-            f"{where}.weights={one.weights}: expected {len(one.arms)} numbers, or none"
+            f"{where}.weights={teacher.weights}: expected {len(teacher.arms)} numbers, or none"
         )
-    if one.kind == "peer" and one.model not in experiment.models:
-        raise ConfigError(unknown(f"{where}.model:", one.model, experiment.models))
-    if one.kind == "peer" and one.init:
-        start = experiment.arms[one.init]
-        if start.model != one.model or start.bits:
+    if teacher.kind == "peer" and teacher.init:
+        start = experiment.arms[teacher.init]
+        if start.model != teacher.model or start.bits:
             raise ConfigError(
-                f"{where}.init={one.init!r} is a {start.bits or 'float'} {start.model!r}: expected "
-                f"a float {one.model!r}"
+                f"{where}.init={teacher.init!r} is a {start.bits or 'float'} {start.model!r}: "
+                f"expected a float {teacher.model!r}"
             )
-    if one.kind == "former_peer" and not peer_of(experiment, one.arm):
-        raise ConfigError(f"{where}.arm={one.arm!r}: it is not taught by a peer")
+    if teacher.kind == "former_peer" and not peer_of(experiment, teacher.arm):
+        raise ConfigError(f"{where}.arm={teacher.arm!r}: it is not taught by a peer")
 
 
 def peer_of(experiment: Experiment, name: str) -> Peer | None:
@@ -255,72 +244,57 @@ def peer_of(experiment: Experiment, name: str) -> Peer | None:
 
 
 def _check_arm(experiment: Experiment, name: str) -> None:
-    where, one = f"config.arms.{name}", experiment.arms[name]
-    if one.model not in experiment.models:
-        raise ConfigError(unknown(f"{where}.model:", one.model, experiment.models))
-    for field in ("init", "reference"):
-        other = getattr(one, field)
-        if other and other not in experiment.arms:
-            raise ConfigError(unknown(f"{where}.{field}: arm", other, experiment.arms))
-    if one.reference == name:
+    where, arm = f"config.arms.{name}", experiment.arms[name]
+    if arm.reference == name:
         raise ConfigError(f"{where}.reference={name!r}: expected another arm, or none")
-    if one.init and experiment.arms[one.init].model != one.model:
+    if arm.init and experiment.arms[arm.init].model != arm.model:
         raise ConfigError(
-            f"{where}.init={one.init!r} is a {experiment.arms[one.init].model!r}, "
-            f"but the arm is a {one.model!r}: expected an arm of the same model"
+            f"{where}.init={arm.init!r} is a {experiment.arms[arm.init].model!r}, "
+            f"but the arm is a {arm.model!r}: expected an arm of the same model"
         )
-    if one.init and experiment.arms[one.init].bits and not one.bits:
-        raise ConfigError(f"{where}.init={one.init!r} is quantized, but the arm is float")
-    if one.bits in experiment.searches and one.init not in experiment.searches[one.bits].students:
-        students = experiment.searches[one.bits].students
+    if arm.init and experiment.arms[arm.init].bits and not arm.bits:
+        raise ConfigError(f"{where}.init={arm.init!r} is quantized, but the arm is float")
+    if arm.bits in experiment.searches and arm.init not in experiment.searches[arm.bits].students:
+        students = experiment.searches[arm.bits].students
         raise ConfigError(
-            f"{where}.init={one.init!r}: expected a student of its search, of {students}"
+            f"{where}.init={arm.init!r}: expected a student of its search, of {students}"
         )
-    if one.bits not in (*experiment.rules, *experiment.searches):
+    if arm.bits not in (*experiment.rules, *experiment.searches):
         valid = (*experiment.rules, *experiment.searches)
-        parse_bits(one.bits, where=f"{where}.bits", rules=valid)
-    if one.init and one.load:
-        raise ConfigError(f"{where}: init={one.init!r} and load={one.load!r}; expected one of them")
-    if not (one.epochs or one.init or one.load):
+        parse_bits(arm.bits, where=f"{where}.bits", rules=valid)
+    if arm.init and arm.load:
+        raise ConfigError(f"{where}: init={arm.init!r} and load={arm.load!r}; expected one of them")
+    if not (arm.epochs or arm.init or arm.load):
         raise ConfigError(
-            f"{where}.epochs={one.epochs}: expected more than 0, or an init or load to keep"
+            f"{where}.epochs={arm.epochs}: expected more than 0, or an init or load to keep"
         )
     for field in ("label_smoothing", "without_classes"):
-        if getattr(one, field) and not one.epochs:
-            raise ConfigError(f"{where}.{field}={getattr(one, field)}: needs epochs to train in")
-    if one.stop > one.epochs:
-        raise ConfigError(f"{where}.stop={one.stop}: expected 0 to the {one.epochs} epochs")
+        if getattr(arm, field) and not arm.epochs:
+            raise ConfigError(f"{where}.{field}={getattr(arm, field)}: needs epochs to train in")
+    if arm.stop > arm.epochs:
+        raise ConfigError(f"{where}.stop={arm.stop}: expected 0 to the {arm.epochs} epochs")
     for seed in experiment.seeds:
-        if not 0 <= seed + one.seed_offset < SEEDS:
+        if not 0 <= seed + arm.seed_offset < SEEDS:
             raise ConfigError(
-                f"{where}.seed_offset={one.seed_offset}: with the seed {seed} that is "
-                f"{seed + one.seed_offset}; expected 0 to below {SEEDS}"
+                f"{where}.seed_offset={arm.seed_offset}: with the seed {seed} that is "
+                f"{seed + arm.seed_offset}; expected 0 to below {SEEDS}"
             )
 
 
 def _check_taught(experiment: Experiment, name: str) -> None:
-    where, one = f"config.arms.{name}", experiment.arms[name]
-    if one.teacher and one.teacher not in (*experiment.arms, *experiment.teachers):
-        valid = (*experiment.arms, *experiment.teachers)
-        raise ConfigError(unknown(f"{where}.teacher: arm or teacher", one.teacher, valid))
-    guided = one.ptq and not one.epochs and one.teacher in experiment.arms
-    if bool(one.teacher) != bool(one.distill) and not guided:
+    where, arm = f"config.arms.{name}", experiment.arms[name]
+    guided = arm.ptq and not arm.epochs and arm.teacher in experiment.arms
+    if bool(arm.teacher) != bool(arm.distill) and not guided:
         raise ConfigError(
-            f"{where}: teacher={one.teacher!r} with distill={one.distill!r}; expected both or "
+            f"{where}: teacher={arm.teacher!r} with distill={arm.distill!r}; expected both or "
             "neither"
         )
-    if one.ptq and not one.bits:
-        raise ConfigError(f"{where}.ptq={one.ptq!r}: needs bits")
-    if one.ptq and one.ptq not in experiment.ptq:
-        raise ConfigError(unknown(f"{where}.ptq:", one.ptq, experiment.ptq))
-    if one.distill and not one.epochs:
-        raise ConfigError(f"{where}.distill={one.distill!r}: needs epochs, in which it is taught")
-    if one.qat and not (one.bits and one.epochs):
-        raise ConfigError(f"{where}.qat={one.qat!r}: needs bits and epochs")
-    if one.qat and one.qat not in experiment.qat:
-        raise ConfigError(unknown(f"{where}.qat:", one.qat, experiment.qat))
-    if one.distill and one.distill not in experiment.distill:
-        raise ConfigError(unknown(f"{where}.distill:", one.distill, experiment.distill))
+    if arm.ptq and not arm.bits:
+        raise ConfigError(f"{where}.ptq={arm.ptq!r}: needs bits")
+    if arm.distill and not arm.epochs:
+        raise ConfigError(f"{where}.distill={arm.distill!r}: needs epochs, in which it is taught")
+    if arm.qat and not (arm.bits and arm.epochs):
+        raise ConfigError(f"{where}.qat={arm.qat!r}: needs bits and epochs")
 
 
 def ancestors(experiment: Experiment, *names: str) -> tuple[str, ...]:
@@ -353,14 +327,14 @@ def _shortened(text: str) -> str:
 
 def parents(experiment: Experiment, name: str) -> tuple[str, ...]:
     """The arms that `name` starts from, is taught by, or whose search needs them."""
-    one = experiment.arms[name]
-    found = [one.init, *_needed_by(experiment, one.teacher)]
-    if one.bits in experiment.searches:
-        search = experiment.searches[one.bits]
-        found += [*search.students, search.teacher]
+    arm = experiment.arms[name]
+    names = [arm.init, *_needed_by(experiment, arm.teacher)]
+    if arm.bits in experiment.searches:
+        search = experiment.searches[arm.bits]
+        names += [*search.students, search.teacher]
         if search.steps:
-            found += _needed_by(experiment, experiment.arms[search.finetune].teacher)
-    return tuple(dict.fromkeys(filter(None, found)))
+            names += _needed_by(experiment, experiment.arms[search.finetune].teacher)
+    return tuple(dict.fromkeys(filter(None, names)))
 
 
 def _needed_by(experiment: Experiment, teacher: str) -> tuple[str, ...]:
@@ -377,13 +351,13 @@ def parse_bits(
 
     Raises ConfigError for anything else; it names `rules`, which would have been valid too.
     """
-    found = re.fullmatch(BITS, bits)
-    if not found:
+    match = re.fullmatch(BITS, bits)
+    if not match:
         names = "".join(f", {name!r}" for name in rules)
         raise ConfigError(
             f"{where}={bits!r}: expected 'W4A4', 'W4', 'A8' or '' with bits from 1 to 8{names}"
         )
-    weights, activations = found.groups()
+    weights, activations = match.groups()
     return (int(weights) if weights else None, int(activations) if activations else None)
 
 

@@ -32,28 +32,28 @@ class ConfigError(Mistake, ValueError):
     """A config that can't be run; the message says which key, what it held, what it may hold."""
 
 
-def unknown(what: str, given: Any, valid: Iterable[str]) -> str:
+def unknown(what: str, value: Any, valid: Iterable[str]) -> str:
     """The message for a name that is none of the valid ones."""
     valid = list(valid)
-    hint = did_you_mean(given, valid)
-    return f"unknown {what} {given!r}{hint}; valid: {', '.join(valid) or 'none'}"
+    hint = did_you_mean(value, valid)
+    return f"unknown {what} {value!r}{hint}; valid: {', '.join(valid) or 'none'}"
 
 
-def did_you_mean(given: Any, valid: Iterable[str]) -> str:
+def did_you_mean(name: Any, valid: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the valid name closest to `given`, or an empty string."""
-    close = difflib.get_close_matches(str(given), list(valid), n=1)
+    close = difflib.get_close_matches(str(name), list(valid), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def check_arguments(function: Callable, given: Iterable[str], where: str) -> None:
-    """Raises ConfigError if `function` can't be called with the arguments named `given`."""
+def check_arguments(function: Callable, names: Iterable[str], where: str) -> None:
+    """Raises ConfigError if `function` can't be called with the arguments of these names."""
     parameters = inspect.signature(function).parameters
-    given = list(given)
-    for name in given:
+    names = list(names)
+    for name in names:
         if name not in parameters:
             raise ConfigError(unknown(f"key in {where}:", name, parameters))
     for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in given:
+        if parameter.default is inspect.Parameter.empty and name not in names:
             raise ConfigError(f"{where}.{name} is missing")
 
 
@@ -74,6 +74,8 @@ class Limits:
     distinct: bool = False  # a sequence without repetitions
     folders: tuple[str, ...] | None = None  # keys that name folders, but none of these
     path: bool = False  # of a file or folder, in which ~ is the user's own folder
+    # Sections of the whole config; a value is a key of one of them, or "" if that is the default.
+    refers: tuple[str, ...] = ()
 
     def converted(self, value: Any, where: str) -> Any:
         """The value, and of a path what it stands for. Raises ConfigError beyond the limits."""
@@ -168,8 +170,8 @@ def limits_of_parameter(annotation: Any) -> tuple[Any, Limits]:
     """`(the type, the limits)` of an annotation, which may be `Annotated[type, Limits(...)]`."""
     if typing.get_origin(annotation) is not typing.Annotated:
         return annotation, NO_LIMITS
-    found = [value for value in annotation.__metadata__ if isinstance(value, Limits)]
-    return annotation.__origin__, found[0] if found else NO_LIMITS
+    limits = [value for value in annotation.__metadata__ if isinstance(value, Limits)]
+    return annotation.__origin__, limits[0] if limits else NO_LIMITS
 
 
 def build(cls: type, fields: Any, where: str) -> Any:
@@ -184,6 +186,32 @@ def build(cls: type, fields: Any, where: str) -> Any:
         if required and field.name not in fields:
             raise ConfigError(f"{where}.{field.name} is missing")
     return cls(**{name: convert(cls, name, v, f"{where}.{name}") for name, v in fields.items()})
+
+
+def check_references(config: Any, part: Any, where: str) -> None:
+    """Raises ConfigError if a field names an entry of another section that is not there.
+
+    Args:
+      config: the whole, a dataclass with the sections that `Limits.refers` names.
+      part: it, or a dataclass in it.
+      where: the place of the part.
+    """
+    for field in dataclasses.fields(part):
+        value, place = getattr(part, field.name), f"{where}.{field.name}"
+        if sections := limits_of(type(part), field.name).refers:
+            valid = [name for section in sections for name in getattr(config, section)]
+            optional = value == field.default == ""
+            for name in () if optional else value if isinstance(value, tuple) else (value,):
+                if name not in valid:
+                    noun = " or ".join(s.removesuffix("s") for s in sections)
+                    shown = f"{place}: {noun}" if "arms" in sections else f"{place}:"
+                    raise ConfigError(unknown(shown, name, valid))
+        elif dataclasses.is_dataclass(value):
+            check_references(config, value, place)
+        elif isinstance(value, Mapping):
+            for key, entry in value.items():
+                if dataclasses.is_dataclass(entry):
+                    check_references(config, entry, f"{place}.{key}")
 
 
 def convert(cls: type, name: str, value: Any, where: str) -> Any:

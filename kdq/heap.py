@@ -26,5 +26,5 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # another C library, another system
         return False
     settings = {_M_TRIM_THRESHOLD: -1, _M_MMAP_MAX: 0, _M_ARENA_MAX: 1}
-    told = [mallopt(name, value) for name, value in settings.items()]
-    return all(told)
+    accepted = [mallopt(name, value) for name, value in settings.items()]
+    return all(accepted)

@@ -83,7 +83,7 @@ def hold(workdir: str | os.PathLike[str], *, alone: bool = False) -> Iterator[No
                 del _holds[name]
 
 
-def of_workdir(function: Callable[P, T]) -> Callable[P, T]:
+def hold_workdir(function: Callable[P, T]) -> Callable[P, T]:
     """Makes a function hold its keyword argument `workdir` while it runs."""
 
     @functools.wraps(function)

@@ -25,7 +25,7 @@ from kdq.report.workdirs import read_json
 from kdq.types import Variables
 
 
-@lock.of_workdir
+@lock.hold_workdir
 def compress(
     teacher: nn.Module,
     student: nn.Module | None = None,
@@ -123,9 +123,9 @@ def compress(
         )
     whole = dataclasses.replace(checked, seeds=_seeds(workdir, checked))
     experiment.finished(whole, workdir)  # raises where it can't be gone on with
-    wanted = [name for name, arm in checked.arms.items() if not arm.bits or arm.bits in widths]
+    to_run = [name for name, arm in checked.arms.items() if not arm.bits or arm.bits in widths]
     with progress.reporter() as reporter:
-        experiment.run(checked, workdir, arms=wanted, progress=reporter)
+        experiment.run(checked, workdir, arms=to_run, progress=reporter)
     records = experiment.finished(whole, workdir)
     write.write_report(records, workdir)
     return records
@@ -204,14 +204,15 @@ def _arms(
 
 def _quantize(model: nn.Module, inputs: np.ndarray) -> dict[str, Any]:
     """The first and the last layer keep 8 bits where there are others, the inputs their scale."""
-    one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32)
+    example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32)
     try:
-        shapes = jax.eval_shape(quantize.as_network(model).init, jax.random.key(0), one)
+        shapes = jax.eval_shape(quantize.as_network(model).init, jax.random.key(0), example)
     except Exception as error:  # whatever a module of anybody's raises
         raise config.ConfigError(
-            f"{type(model).__name__} can't take inputs {one.shape}: {type(error).__name__}: {error}"
+            f"{type(model).__name__} can't take inputs {example.shape}: "
+            f"{type(error).__name__}: {error}"
         ) from error
-    layers = [re.escape(path) for path in quantize.list_layers(model, shapes, one)]
+    layers = [re.escape(path) for path in quantize.list_layers(model, shapes, example)]
     if not layers:
         raise config.ConfigError(f"{type(model).__name__} has no layer that can be quantized")
     return {

@@ -1,4 +1,4 @@
-"""What a number came from: the commit, the package versions, the device."""
+"""The origin of numbers: the commit, the package versions, the device."""
 
 import functools
 import hashlib

@@ -27,14 +27,14 @@ def main(_: list[str]) -> None:
     from kdq.report import exports
 
     seeds = () if SEED.value is None else (SEED.value,)
-    found = experiment.export(
+    exported = experiment.export(
         WORKDIR.value, ARM.value, formats=FORMAT.value, out=OUT.value, seeds=seeds
     )
-    exports.print_table(found)
+    exports.print_table(exported)
     raise_failures(
         {
             f"{name}, seed {seed}": entry["failed"]
-            for seed, entries in found.items()
+            for seed, entries in exported.items()
             for name, entry in entries.items()
             if "failed" in entry
         }

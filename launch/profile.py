@@ -24,7 +24,7 @@ def main(_: list[str]) -> None:
 
     CONFIG.value.seeds = (SEED.value,)
     with progress.reporter() as reporter:
-        found = experiment.profile(
+        profiled = experiment.profile(
             config.freeze(CONFIG.value),
             WORKDIR.value,
             ARM.value,
@@ -32,7 +32,7 @@ def main(_: list[str]) -> None:
             steps=STEPS.value,
             progress=reporter,
         )
-    profile.print_profile(found, TOP.value)
+    profile.print_profile(profiled, TOP.value)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,15 @@ SLURM = flags.DEFINE_multi_string("slurm", [], "slurm: a parameter of sbatch, pa
 
 
 def options(executor: str) -> dict:
-    """What the flags say to an executor."""
+    """Returns the options of an executor that the flags set."""
     if executor == "ray":
         return {"workers": WORKERS.value, "address": ADDRESS.value}
     if executor == "slurm":
         pairs = [text.partition("=") for text in SLURM.value]
         parameters = {name: value if equals else True for name, equals, value in pairs}
         folder = Path(WORKDIR.value, "slurm")
-        own = {"folder": folder, "cluster": CLUSTER.value, "parameters": parameters}
-        return {"workers": WORKERS.value, **own}
+        of_slurm = {"folder": folder, "cluster": CLUSTER.value, "parameters": parameters}
+        return {"workers": WORKERS.value, **of_slurm}
     return {"workers": WORKERS.value}
 
 

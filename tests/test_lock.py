@@ -101,7 +101,7 @@ def test_a_file_system_without_locks_is_named_and_written(tmp_path, monkeypatch,
 
 
 def test_a_function_holds_its_workdir(tmp_path):
-    @lock.of_workdir
+    @lock.hold_workdir
     def work(value, *, workdir):
         with pytest.raises(BlockingIOError), open(workdir / "lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,7 +12,7 @@ import pytest
 
 from kdq import messages
 from kdq.config import ConfigError
-from kdq.experiment.found import Found
+from kdq.experiment.searching import SearchResult
 from kdq.quantize import grid
 from kdq.quantize.network import Weights
 from kdq.train.diagnose import NonFiniteError
@@ -33,7 +33,7 @@ VALUES = [
     (1e300, math.inf, -0.0),
     {"a": {"list": [1]}, "dict": 3},
     np.float64(0.1),
-    Found(name="s", chosen={"student": "kd", "conv_0": "W4A8"}, observer="mse", told={"n": 3}),
+    SearchResult(name="s", chosen={"conv_0": "W4A8"}, observer="mse", description={"n": 3}),
 ]
 
 

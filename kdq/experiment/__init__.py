@@ -7,7 +7,7 @@ has epochs, selected on validation, packed, loaded back, and measured on test. I
 """
 
 from kdq.experiment.adding import arms_of_search, cost_table, finished, with_search
-from kdq.experiment.exports import of_workdir as export
+from kdq.experiment.exports import export_arm as export
 from kdq.experiment.profiling import Profile, profile
 from kdq.experiment.progress import Progress, Unit
 from kdq.experiment.runner import run

@@ -20,7 +20,7 @@ def arms_of_search(experiment: Experiment, name: str) -> list[str]:
     """Returns the arms that a search ends in, calibrated and trained, each after the same arm of
     uniform bits that it is compared with."""
     baseline = plan.baseline_of(experiment, name)
-    pairs = zip(*(_names(one) for one in (baseline, name) if one), strict=True)
+    pairs = zip(*(_names(search) for search in (baseline, name) if search), strict=True)
     return [arm for stage in pairs for arm in stage]
 
 
@@ -52,8 +52,9 @@ def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Exper
     uniform = _uniform(experiment, before, name, search)
     searches = {**before, name: search, **uniform}  # what is wrong is said of the first one
     arms = {}
-    for own in (*before, *uniform, name):
-        arms |= _arms(experiment, own, searches[own], _baseline(searches, searches[own]))
+    for added in (*before, *uniform, name):
+        baseline = _baseline(searches, searches[added])
+        arms |= _arms(experiment, added, searches[added], baseline)
     if taken := arms.keys() & experiment.arms.keys():
         raise ConfigError(f"config.arms has {sorted(taken)} already: choose another --name")
     export = experiment.export
@@ -76,12 +77,12 @@ def _uniform(
     if search.method == plan.UNIFORM or _baseline(before, search):
         return {}
     taken = {*experiment.searches, *before, name}
-    own = plan.UNIFORM if plan.UNIFORM not in taken else f"{name}_{plan.UNIFORM}"
+    uniform = plan.UNIFORM if plan.UNIFORM not in taken else f"{name}_{plan.UNIFORM}"
     # All uniform policies there are: each choice, and with the most bits at both ends.
     policies = 2 * len(search.choices) * len(search.students)
     evaluations = max(search.evaluations, policies)
     added = dataclasses.replace(search, method=plan.UNIFORM, options={}, evaluations=evaluations)
-    return {own: added}
+    return {uniform: added}
 
 
 def _baseline(searches: Mapping[str, Search], search: Search) -> str:
@@ -128,17 +129,17 @@ def _before(experiment: Experiment, workdir: Path, name: str) -> dict[str, Searc
         raise ConfigError(f"{path}: {error}") from error
     known = {*experiment.searches, name}
     return {
-        own: search
-        for own, search in old.searches.items()
-        if own not in known and search.finetune in experiment.arms
+        other: search
+        for other, search in old.searches.items()
+        if other not in known and search.finetune in experiment.arms
     }
 
 
 def finished(experiment: Experiment, workdir: str | Path) -> list[ArmRecord]:
     """The records of all arms and seeds of an experiment that a workdir has."""
     store = Store(experiment, Path(workdir))
-    found = [store.finished(name, seed) for name in experiment.arms for seed in experiment.seeds]
-    return [record for record in found if record is not None]
+    records = [store.finished(name, seed) for name in experiment.arms for seed in experiment.seeds]
+    return [record for record in records if record is not None]
 
 
 def cost_table(

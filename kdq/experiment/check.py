@@ -1,4 +1,4 @@
-"""What can be wrong with a config once the data are open: said before anything trains."""
+"""Checks of a config that need the data or the models; they run before anything trains."""
 
 import functools
 import itertools
@@ -62,27 +62,8 @@ def check(context: Context, arms: Sequence[str]) -> None:
         _check_outputs(models[key], inputs.image, classes, f"config.models.{key}")
         _warn_of_script(fields["name"], f"config.models.{key}")
     _check_compute(context)
-    for name, arm in experiment.arms.items():
-        if not set(arm.without_classes) <= set(range(classes)):
-            raise ConfigError(
-                f"config.arms.{name}.without_classes={arm.without_classes}: "
-                f"{experiment.data.name} has the classes 0 to {classes - 1}"
-            )
-        if not len(inputs.ids(arm)):
-            raise ConfigError(f"config.arms.{name}.without_classes leaves no example to train on")
-        if inputs.steps(arm) > MOST_STEPS:
-            raise ConfigError(
-                f"config.arms.{name}.epochs={arm.epochs} are {inputs.steps(arm):.3g} steps of "
-                f"{experiment.data.batch_size} examples; expected at most {MOST_STEPS}"
-            )
-        if arm.epochs and not inputs.last_step(arm):
-            raise ConfigError(
-                f"config.arms.{name}.epochs={arm.epochs} is not one step of "
-                f"{experiment.data.batch_size} examples"
-            )
-        if arm.load:
-            where = f"config.arms.{name}.load={arm.load!r}"
-            _check_loaded(load(arm.load), models[arm.model], inputs.image, where)
+    for name in experiment.arms:
+        _check_arm(context, name)
     for key, steps in experiment.ptq.items():
         chain.check(steps, f"config.ptq.{key}")
     for key, recipe in experiment.qat.items():
@@ -108,6 +89,31 @@ def check(context: Context, arms: Sequence[str]) -> None:
     for name in dict.fromkeys(experiment.arms[arm].bits for arm in arms):
         if name in experiment.searches:
             _check_search(context, experiment.searches[name], f"config.searches.{name}")
+
+
+def _check_arm(context: Context, name: str) -> None:
+    experiment, inputs = context.experiment, context.inputs
+    arm, where = experiment.arms[name], f"config.arms.{name}"
+    classes = len(inputs.splits["train"].facts["class_names"])
+    if not set(arm.without_classes) <= set(range(classes)):
+        raise ConfigError(
+            f"{where}.without_classes={arm.without_classes}: "
+            f"{experiment.data.name} has the classes 0 to {classes - 1}"
+        )
+    if not len(inputs.ids(arm)):
+        raise ConfigError(f"{where}.without_classes leaves no example to train on")
+    if inputs.steps(arm) > MOST_STEPS:
+        raise ConfigError(
+            f"{where}.epochs={arm.epochs} are {inputs.steps(arm):.3g} steps of "
+            f"{experiment.data.batch_size} examples; expected at most {MOST_STEPS}"
+        )
+    if arm.epochs and not inputs.last_step(arm):
+        raise ConfigError(
+            f"{where}.epochs={arm.epochs} is not one step of {experiment.data.batch_size} examples"
+        )
+    if arm.load:
+        packed, where = load(arm.load), f"{where}.load={arm.load!r}"
+        _check_loaded(packed, context.model(arm), inputs.image, where)
 
 
 def _warn_of_script(name: str, where: str) -> None:
@@ -176,8 +182,9 @@ def _check_loaded(
     packed: PackedModel, model: nn.Module, image: jax.ShapeDtypeStruct, where: str
 ) -> None:
     if packed.network.module != model:
-        given, wanted = (" ".join(str(one).split()) for one in (packed.network.module, model))
-        raise ConfigError(f"{where} is {given}, but the arm's model is {wanted}")
+        modules = (packed.network.module, model)
+        loaded, expected = (" ".join(str(module).split()) for module in modules)
+        raise ConfigError(f"{where} is {loaded}, but the arm's model is {expected}")
     try:
         packed.check(image)
     except PackedFileError as error:
@@ -200,7 +207,7 @@ def _check_size(model: nn.Module, image: jax.ShapeDtypeStruct, where: str) -> No
 
 
 def _check_outputs(model: nn.Module, image: jax.ShapeDtypeStruct, classes: int, where: str) -> None:
-    """That a model takes the data, and has a logit for each class."""
+    """Raises ConfigError for a model that can't take the data, or has other outputs."""
     try:
         apply = functools.partial(quantize.apply, model)
         logits = jax.eval_shape(apply, _shapes(model, image), {}, image)
@@ -209,8 +216,8 @@ def _check_outputs(model: nn.Module, image: jax.ShapeDtypeStruct, classes: int, 
             f"{where} can't take inputs {image.shape}: {type(error).__name__}: {error}"
         ) from error
     if getattr(logits, "shape", None) != (1, classes):
-        given = getattr(logits, "shape", type(logits).__name__)
-        raise ConfigError(f"{where} has outputs {given} for one input; expected {(1, classes)}")
+        shape = getattr(logits, "shape", type(logits).__name__)
+        raise ConfigError(f"{where} has outputs {shape} for one input; expected {(1, classes)}")
 
 
 def layers(model: nn.Module, variables: Variables, image: jax.ShapeDtypeStruct) -> Shapes:
@@ -225,12 +232,12 @@ def _shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Variables:
 def _check_quantize(
     experiment: Experiment, key: str, model: nn.Module, image: jax.ShapeDtypeStruct
 ) -> None:
-    found = quantize.list_layers(model, _shapes(model, image), image)
+    layers_of_model = quantize.list_layers(model, _shapes(model, image), image)
     try:
-        match(quantize.uniform_rules(8, 8, keep=experiment.quantize.keep), found)
+        match(quantize.uniform_rules(8, 8, keep=experiment.quantize.keep), layers_of_model)
     except ValueError as error:
         raise ConfigError(f"config.quantize.keep, model {key!r}: {error}") from error
-    names = [f"{path}/{half}" for path in found for half in ("weights", "activations")]
+    names = [f"{path}/{half}" for path in layers_of_model for half in ("weights", "activations")]
     for pattern in experiment.quantize.fixed_scales:
         if not any(re.fullmatch(pattern, name) for name in names):
             raise ConfigError(
@@ -242,9 +249,9 @@ def _check_rules(
     experiment: Experiment, name: str, model: nn.Module, image: jax.ShapeDtypeStruct
 ) -> None:
     arm = experiment.arms[name]
-    found = quantize.list_layers(model, _shapes(model, image), image)
+    layers_of_model = quantize.list_layers(model, _shapes(model, image), image)
     try:
-        match(rules_of(experiment, arm), found)
+        match(rules_of(experiment, arm), layers_of_model)
     except ConfigError:
         raise
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What an arm's report shows beyond its record: confusions, reliability, layers, attributions.
+"""Details of an arm for reports, beyond its record: confusions, reliability, layers, attributions.
 
 `ARM/SEED/details.json`, a few kilobytes: JSON without NaN, maps no larger than 32 by 32.
 """

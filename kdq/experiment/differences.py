@@ -44,7 +44,7 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     """{"arms.kd.epochs": 4.0, ...}"""
     if not isinstance(value, Mapping):
         return {path: value}
-    found = {}
+    leaves = {}
     for key, inner in value.items():
-        found |= _leaves(inner, f"{path}.{key}" if path else key)
-    return found
+        leaves |= _leaves(inner, f"{path}.{key}" if path else key)
+    return leaves

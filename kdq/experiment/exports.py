@@ -45,19 +45,19 @@ def export(
                 raise
             manifest = error.manifest
     test, labels = (inputs.examples("test", key) for key in ("image", "label"))
-    found = {name: dict(entry) for name, entry in manifest["files"].items()}
+    entries = {name: dict(entry) for name, entry in manifest["files"].items()}
     if config.latency_batches:
-        for name, entry in found.items():
+        for name, entry in entries.items():
             entry["recommended"] = manifest["recommended"] == name
-    for name in [name for name in formats if name in found]:
-        run = deploy.FORMATS[name].load(folder / found[name]["file"], None, None)
+    for name in [name for name in formats if name in entries]:
+        run = deploy.FORMATS[name].load(folder / entries[name]["file"], None, None)
         parts = np.split(test, range(500, len(test), 500))
         accuracy = (np.concatenate([run(part) for part in parts]).argmax(-1) == labels).mean()
-        found[name]["accuracy"] = float(accuracy)
-    return found, manifest["failed"]
+        entries[name]["accuracy"] = float(accuracy)
+    return entries, manifest["failed"]
 
 
-def of_workdir(
+def export_arm(
     workdir: str | Path,
     arm: str,
     *,
@@ -95,7 +95,7 @@ def of_workdir(
     if models.is_own(model["name"]):
         trust.check(model["name"], str(Path(workdir, CONFIG)), allow_models)
         models.build(**model)  # imports it, which reading the file does not
-    seeds, inputs, found = seeds or sorted(packed), Inputs(experiment), {}
+    seeds, inputs, exported = seeds or sorted(packed), Inputs(experiment), {}
     if not seeds or not set(seeds) <= set(packed):
         raise ConfigError(
             f"{workdir} has the seeds {sorted(packed)} of arm {arm!r}, wanted {list(seeds)}"
@@ -107,8 +107,8 @@ def of_workdir(
             folder = Path(out) / str(seed) if len(seeds) > 1 else Path(out)
         files_there, failed = export(path, folder, formats, inputs, experiment.export)
         reasons = {name: {"failed": reason} for name, reason in failed.items()}
-        found[seed] = {name: (files_there | reasons)[name] for name in formats}
-    return found
+        exported[seed] = {name: (files_there | reasons)[name] for name in formats}
+    return exported
 
 
 def raise_failures(failures: Mapping[str, str]) -> None:

@@ -30,31 +30,31 @@ def digests(experiment: Experiment) -> dict[str, str]:
         "transfer": experiment.transfer,
         **_unless_default("compute", experiment.compute),
     }
-    found: dict[str, str] = {}
+    digests_of_arms: dict[str, str] = {}
     for name in in_order(experiment, experiment.arms):
         arm = experiment.arms[name]
         others = {
-            "init": found.get(arm.init, ""),
-            "teacher": _taught_by(experiment, name, found) if arm.teacher else "",
+            "init": digests_of_arms.get(arm.init, ""),
+            "teacher": _taught_by(experiment, name, digests_of_arms) if arm.teacher else "",
             "distill": experiment.distill[arm.distill] if arm.distill else "",
             "load": _file(arm.load, f"config.arms.{name}.load") if arm.load else "",
             # Fidelity of every arm but the teacher's own ancestors is measured against the teacher.
-            "measured_against": found.get(experiment.teacher, ""),
+            "measured_against": digests_of_arms.get(experiment.teacher, ""),
         }
-        found[name] = kdq_config.digest(
+        digests_of_arms[name] = kdq_config.digest(
             {
                 **shared,
                 "quantize": experiment.quantize if arm.bits else None,
                 "ptq": experiment.ptq[arm.ptq] if arm.ptq else None,
                 **({"rules": experiment.rules[arm.bits]} if arm.bits in experiment.rules else {}),
-                **_searched(experiment, arm, found),
+                **_searched(experiment, arm, digests_of_arms),
                 "qat": experiment.qat[arm.qat] if arm.qat else None,
                 "model": experiment.models[arm.model],
                 **_source(experiment.models[arm.model]["name"]),
                 "arm": {**kdq_config.to_json(arm), "reference": "", **kdq_config.to_json(others)},
             }
         )
-    return found
+    return digests_of_arms
 
 
 def _data(config: Data) -> Data:
@@ -66,18 +66,18 @@ def _data(config: Data) -> Data:
 
 
 def _source(model: str) -> dict[str, str]:
-    """Of a class that kdq has not, which can change with no commit of kdq's to tell."""
+    """Returns the digest of a user's class, which can change with no commit of kdq's to tell."""
     return {"source": models.source_digest(model)} if models.is_own(model) else {}
 
 
-def _searched(experiment: Experiment, arm: Arm, found: dict[str, str]) -> dict[str, Any]:
+def _searched(experiment: Experiment, arm: Arm, digests_of_arms: dict[str, str]) -> dict[str, Any]:
     if arm.bits not in experiment.searches:
         return {}
-    return {"search": search_digest(experiment, arm.bits, found)}
+    return {"search": search_digest(experiment, arm.bits, digests_of_arms)}
 
 
-def search_digest(experiment: Experiment, name: str, found: dict[str, str]) -> str:
-    """A digest of all that decides what a search finds; `found` are those of arms."""
+def search_digest(experiment: Experiment, name: str, digests_of_arms: dict[str, str]) -> str:
+    """A digest of all that decides what a search finds; `digests_of_arms` are those of arms."""
     search = experiment.searches[name]
     finetune = experiment.arms[search.finetune] if search.steps else None
     return kdq_config.digest(
@@ -86,8 +86,8 @@ def search_digest(experiment: Experiment, name: str, found: dict[str, str]) -> s
             "cost_tables": [
                 _file(path, f"config.searches.{name}.cost_tables") for path in search.cost_tables
             ],
-            "students": [found[student] for student in search.students],
-            "teacher": found[search.teacher],
+            "students": [digests_of_arms[student] for student in search.students],
+            "teacher": digests_of_arms[search.teacher],
             "calibration": experiment.quantize.calibration_examples,
             "finetune": finetune
             and [
@@ -95,7 +95,7 @@ def search_digest(experiment: Experiment, name: str, found: dict[str, str]) -> s
                 experiment.distill.get(finetune.distill),
                 experiment.qat.get(finetune.qat),
                 experiment.quantize,
-                finetune.teacher and _taught_by(experiment, search.finetune, found),
+                finetune.teacher and _taught_by(experiment, search.finetune, digests_of_arms),
             ],
         }
     )
@@ -113,12 +113,12 @@ def baseline_of(experiment: Experiment, name: str) -> str:
     return next((other for other in uniform if other != name), "")
 
 
-def _taught_by(experiment: Experiment, name: str, found: dict[str, str]) -> Any:
+def _taught_by(experiment: Experiment, name: str, digests_of_arms: dict[str, str]) -> Any:
     teacher = experiment.arms[name].teacher
     if teacher in experiment.arms:
-        return {"arm": found[teacher], "cache": experiment.cache}
+        return {"arm": digests_of_arms[teacher], "cache": experiment.cache}
     config = experiment.teachers[teacher]
-    parts = {"config": config, "arms": [found[arm] for arm in config.needs]}
+    parts = {"config": config, "arms": [digests_of_arms[arm] for arm in config.needs]}
     if config.kind == "packed":
         parts["file"] = _file(config.path, f"config.teachers.{teacher}.path")
         parts["config"] = config.kind  # the same file elsewhere is the same teacher

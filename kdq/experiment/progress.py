@@ -1,4 +1,4 @@
-"""What a run tells about itself as it goes."""
+"""Progress of a run, for whoever shows it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -16,7 +16,7 @@ class Progress:
         """These make up the run, each of so many steps; None: it has been run before."""
 
     def beside(self, process: int) -> "Progress":
-        """Who is told of what one of several processes does; `done` is told here."""
+        """Returns the progress of one of several processes; `done` is told here."""
         return self
 
     def prepare(self, name: str, seed: int) -> None:

@@ -64,7 +64,7 @@ def quantized(
     rules = rules_of(experiment, arm)
     steps = experiment.ptq[arm.ptq] if arm.ptq else ()
     watch = Stopwatch()
-    found = chain.run(
+    start = chain.run(
         steps,
         model,
         variables,
@@ -73,8 +73,8 @@ def quantized(
         teacher=guide,
         progress=progress.method,
     )
-    jax.block_until_ready((found.variables, found.qparams))
-    told: dict[str, Any] = {
+    jax.block_until_ready((start.variables, start.qparams))
+    fields: dict[str, Any] = {
         "calibration_seconds": watch.working,
         "compile_seconds": watch.compiling,
     }
@@ -84,31 +84,31 @@ def quantized(
             model,
             variables,
             (variables, plain),
-            (found.variables, found.qparams),
+            (start.variables, start.qparams),
             images,
-            target=found.target,
+            target=start.target,
             progress=progress.method,
         )
         log.info("%s, before and after:\n%s", arm.ptq, errors)
-        told["ptq_errors"] = errors.to_json()
-    variables, qparams = found.variables, found.qparams
+        fields["ptq_errors"] = errors.to_json()
+    variables, qparams = start.variables, start.qparams
     if not arm.epochs:  # what is trained on is to be measured afterwards
         warn_of_noise(
             model,
             variables,
             qparams,
             images[0],
-            target=found.target,
+            target=start.target,
             where=f"{arm.bits} by calibration",
         )
     else:
         method = recipe(experiment, arm).method
         variables, qparams = quantize.prepare(variables, qparams, method)
-    return Weights(variables=variables, qparams=qparams), told
+    return Weights(variables=variables, qparams=qparams), fields
 
 
 def recipe(experiment: Experiment, arm: Arm) -> Qat:
-    """How the arm's quantizers train."""
+    """Returns the recipe by which an arm's quantizers train."""
     return experiment.qat[arm.qat] if arm.qat else Qat()
 
 
@@ -142,8 +142,8 @@ def _rule(entry: Mapping[str, Any], observer: Observer, where: str) -> Quantizat
         check_arguments(TensorSpec, fields, f"{where}.{half}")
         if isinstance(fields["observer"], str):
             if fields["observer"] not in OBSERVERS:
-                given = fields["observer"]
-                raise ConfigError(unknown(f"{where}.{half}.observer:", given, OBSERVERS))
+                name = fields["observer"]
+                raise ConfigError(unknown(f"{where}.{half}.observer:", name, OBSERVERS))
             fields["observer"] = OBSERVERS[fields["observer"]]
         halves[half] = fields
     try:

@@ -1,4 +1,4 @@
-"""How a record names the arm, the weights and the file that it is about."""
+"""Digests by which a record names the weights and the file that it is about."""
 
 import hashlib
 from collections.abc import Mapping

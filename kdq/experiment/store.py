@@ -1,4 +1,4 @@
-"""What finished arms left in the workdir: records and weights."""
+"""Records and weights of finished arms in the workdir."""
 
 import dataclasses
 import functools
@@ -49,17 +49,17 @@ class Store:
         record = self.record(name, seed)
         path = self.folder(name, seed) / RESULT
         if record.arm_digest != self.digests[name]:
-            told = differences.between(self.workdir / CONFIG, self._experiment)
-            told = told or f"digest {record.arm_digest}, now {self.digests[name]}"
+            changed = differences.between(self.workdir / CONFIG, self._experiment)
+            changed = changed or f"digest {record.arm_digest}, now {self.digests[name]}"
             raise ConfigError(
-                f"{path} was made with another config ({told}): choose another workdir, or delete "
-                f"{path.parent}"
+                f"{path} was made with another config ({changed}): choose another workdir, or "
+                f"delete {path.parent}"
             )
         records.check_packed(record, path.parent / PACKED)
         return dataclasses.replace(record, reference=self._experiment.arms[name].reference)
 
     def save_config(self) -> None:
-        """What is run here, for those who look at it later."""
+        """Writes the config that is run here, for those who look at it later."""
         path = self.workdir / CONFIG
         text = files.json_text(kdq_config.to_json(self._experiment))
         if not path.is_file() or path.read_bytes() != text.encode():
@@ -115,7 +115,7 @@ class Store:
                 if parts is None:
                     continue
                 networks = _by_name(parts[0]["selected"]).items()
-                trees = {network: records.variables_of(own) for network, own in networks}
+                trees = {network: records.variables_of(part) for network, part in networks}
                 if records.is_about(record, trees, parts[1]["selected"]["step"]):
                     return trees
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What of its teacher a student has become: layers, attributions and decision boundaries."""
+"""Measures of transfer from teacher to student: layers, attributions, decision boundaries."""
 
 import math
 from typing import Any
@@ -27,7 +27,7 @@ class Network(flax.struct.PyTreeNode):
 
 
 class Comparison:
-    """What is measured of a teacher, once, to compare any number of students with it.
+    """Measures of a teacher, taken once, to compare any number of students with it.
 
     Args:
       teacher: it.
@@ -56,8 +56,8 @@ class Comparison:
         """
         matrix: dict[str, dict[str, float]] = {}
         layers = cka.layer_cka(_averaged(student, self._images), self._features)
-        for (own, other), value in layers.items():
-            matrix.setdefault(own, {})[other] = value
+        for (layer, other), value in layers.items():
+            matrix.setdefault(layer, {})[other] = value
         attributions = self._explanation.similarity(student)
         return {
             "cka": matrix,

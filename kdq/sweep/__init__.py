@@ -15,7 +15,7 @@ EXECUTORS = {"local": None, "ray": "ray", "slurm": "slurm"}
 
 
 def executor(name: str, **options: Any) -> Executor:
-    """What runs the jobs of a sweep: a key of EXECUTORS with its options.
+    """Returns an executor of jobs: a key of EXECUTORS with its options.
 
     Raises ConfigError for an unknown name or option, or if its extra is not installed.
     """

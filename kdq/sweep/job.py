@@ -76,7 +76,7 @@ def execute(
 
 
 def problem(status: int) -> str:
-    """What an exit status says: "" for 0."""
+    """Returns what went wrong by an exit status, "" for 0."""
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return f"exit status {status}" if status else ""

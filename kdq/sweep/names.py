@@ -1,4 +1,4 @@
-"""What a run is called: a folder's name that says which overrides it has."""
+"""The name of a run: a folder's name that says which overrides it has."""
 
 import re
 from collections.abc import Mapping

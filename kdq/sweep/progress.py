@@ -1,4 +1,4 @@
-"""How far a sweep is: a bar on a terminal, a line a run elsewhere."""
+"""Progress of a sweep: a bar on a terminal, a line a run elsewhere."""
 
 import contextlib
 import sys
@@ -51,7 +51,7 @@ def reporter(
 
 
 class _State(ProgressColumn):
-    """How many runs are running and failed. One has been started if its log was touched."""
+    """A column: how many runs are running, by their logs having been touched, and have failed."""
 
     def __init__(self, left: dict[str, Job], failed: list[str]):
         super().__init__()

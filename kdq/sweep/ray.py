@@ -43,7 +43,7 @@ def make(*, workers: int | None = None, address: str | None = None) -> Executor:
         environment = dict(os.environ)
         with _there(address) if address else _started(workers, jobs):
             pending = {
-                _task.options(**_options(job, own=not address)).remote(job, environment): job
+                _task.options(**_options(job, is_local=not address)).remote(job, environment): job
                 for job in jobs
             }
             try:
@@ -68,15 +68,15 @@ def _task(job: Job, environment: Mapping[str, str]) -> str:
     return problem(status)
 
 
-def _options(job: Job, *, own: bool) -> dict[str, Any]:
-    """What a run takes of the cluster. Without a word about cores: one of a foreign cluster's."""
-    wanted = job.resources
+def _options(job: Job, *, is_local: bool) -> dict[str, Any]:
+    """Returns the resources that a run takes; unstated cores are one of a foreign cluster's."""
+    resources = job.resources
     return {
         "name": job.name,
-        "num_cpus": wanted.cpus or (0 if own else 1),
-        "num_gpus": wanted.gpus,
-        **({"memory": int(wanted.memory_gib * 2**30)} if wanted.memory_gib else {}),
-        **({"resources": {"run": 1}} if own else {}),
+        "num_cpus": resources.cpus or (0 if is_local else 1),
+        "num_gpus": resources.gpus,
+        **({"memory": int(resources.memory_gib * 2**30)} if resources.memory_gib else {}),
+        **({"resources": {"run": 1}} if is_local else {}),
     }
 
 
@@ -148,8 +148,8 @@ def _check(jobs: Sequence[Job]) -> None:
     }
     for job in jobs:
         for key, most in there.items():
-            wanted = getattr(job.resources, key)
-            if wanted > most:
+            amount = getattr(job.resources, key)
+            if amount > most:
                 raise ConfigError(
-                    f"run {job.name}: config.resources.{key}={wanted}: this machine has {most:g}"
+                    f"run {job.name}: config.resources.{key}={amount}: this machine has {most:g}"
                 )

@@ -1,4 +1,4 @@
-"""What the runs of a sweep left: one list of records, one table."""
+"""Results of a sweep: one list of records, one table."""
 
 import collections
 import dataclasses
@@ -37,22 +37,22 @@ def offer_arms(runs: Sequence[Run], workdir: Path) -> None:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the run, started again, would find all that it makes, by the checks it makes itself.
+    """Returns whether the run, started again, would find all that it makes.
 
     Raises ConfigError as `records_of` does.
     """
-    found, wanted = records_of(run), run.experiment.export
-    if len(found) < len(run.arms) * len(run.experiment.seeds):
+    records, export = records_of(run), run.experiment.export
+    if len(records) < len(run.arms) * len(run.experiment.seeds):
         return False
-    for record in found:
-        exported = record.status == "ok" and record.arm in (wanted.arms or run.arms)
-        if exported and not set(wanted.formats) <= set(record.exports):
+    for record in records:
+        exported = record.status == "ok" and record.arm in (export.arms or run.arms)
+        if exported and not set(export.formats) <= set(record.exports):
             return False
     report = run.folder / "results.json"  # of launch/compress.py
     if run.arm or not report.is_file():
         return bool(run.arm)
     try:
-        return [ArmRecord.from_json(document) for document in read_json(report)] == found
+        return [ArmRecord.from_json(document) for document in read_json(report)] == records
     except (ConfigError, TypeError):  # damaged
         return False  # the run writes it again
 
@@ -72,16 +72,18 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
     groups: dict[str, list[dict[str, Any]]] = {}
     labels = {run.digest: run.label for run in reversed(runs)}
     for run in runs:
-        found = [record.to_json() for record in records_of(run)]
-        told = {"run": run.name, "overrides": to_json(run.overrides)}
-        documents += [{**told, **record} for record in found]
-        groups.setdefault(run.digest, []).extend(found)
+        run_documents = [record.to_json() for record in records_of(run)]
+        origin = {"run": run.name, "overrides": to_json(run.overrides)}
+        documents += [{**origin, **record} for record in run_documents]
+        groups.setdefault(run.digest, []).extend(run_documents)
     write_json(workdir / "results.json", documents)
     rows, shown = [], []
-    for digest, found in groups.items():
+    for digest, run_documents in groups.items():
         prefix = f"{labels[digest]}/" if len(groups) > 1 else ""
-        rows += [_named(row, prefix) for row in (table.rows(found) if found else [])]
-        shown += [{**record, "arm": prefix + record["arm"]} for record in found]
+        rows += [
+            _named(row, prefix) for row in (table.rows(run_documents) if run_documents else [])
+        ]
+        shown += [{**record, "arm": prefix + record["arm"]} for record in run_documents]
     copied = _copied(documents)
     lines = [f"- {escape(copied)}"] if copied else []
     lines += [f"- Run {escape(name)} failed: {escape(why)}." for name, why in failed.items()]

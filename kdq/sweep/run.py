@@ -25,11 +25,11 @@ def run(runs: Sequence[Run], executor: Executor, workdir: Path) -> bool:
       ConfigError: a run's folder holds another config's results, or another sweep writes in
         `workdir`; nothing has been started then.
     """
-    waiting = {one.name: one for one in runs if not results.is_finished(one)}
+    waiting = {planned.name: planned for planned in runs if not results.is_finished(planned)}
     failed: dict[str, str] = {}
     if waiting:
         results.offer_arms(runs, workdir)
-    jobs = [one.job for one in waiting.values()]
+    jobs = [planned.job for planned in waiting.values()]
     with (
         lock.hold(workdir, alone=True),
         _interruptible(),

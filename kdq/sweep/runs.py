@@ -47,21 +47,21 @@ class Run:
 
 
 def read(path: str) -> list[Mapping[str, Any]]:
-    """What `get_sweep` of a file yields; what comes after ":" in the path is its argument.
+    """Returns all that `get_sweep` of a file yields; after ":" in the path comes its argument.
 
     Raises ConfigError if there is no such file or function, or if it yields something else.
     """
     file, *argument = path.split(":", 1)
     if not Path(file).is_file():
-        beside = sorted(map(str, Path(file).parent.glob("*.py")))
-        raise ConfigError(kdq_config.unknown("sweep file", file, beside))
-    found = runpy.run_path(file)
-    if "get_sweep" not in found:
+        neighbours = sorted(map(str, Path(file).parent.glob("*.py")))
+        raise ConfigError(kdq_config.unknown("sweep file", file, neighbours))
+    module = runpy.run_path(file)
+    if "get_sweep" not in module:
         raise ConfigError(f"{file}: it has no function get_sweep, which yields overrides")
-    yielded = list(found["get_sweep"](*argument))
-    for i, one in enumerate(yielded):
-        if not isinstance(one, Mapping):
-            raise ConfigError(f"{file}: run {i} is {one!r}: expected a dict of overrides")
+    yielded = list(module["get_sweep"](*argument))
+    for i, overrides in enumerate(yielded):
+        if not isinstance(overrides, Mapping):
+            raise ConfigError(f"{file}: run {i} is {overrides!r}: expected a dict of overrides")
     if not yielded:
         raise ConfigError(f"{file}: get_sweep yields nothing")
     return yielded
@@ -91,11 +91,13 @@ def plan_runs(
         with the same seed of the same experiment.
     """
     runs: dict[str, Run] = {}
-    for given in sweep:
-        own = {str(path): _plain(value) for path, value in given.items()}
-        name = own.pop("name", "")
-        both = {**(shared or {}), **own}
-        decides = {path: value for path, value in own.items() if not path.startswith(RESOURCES)}
+    for changes in sweep:
+        overrides = {str(path): _plain(value) for path, value in changes.items()}
+        name = overrides.pop("name", "")
+        both = {**(shared or {}), **overrides}
+        decides = {
+            path: value for path, value in overrides.items() if not path.startswith(RESOURCES)
+        }
         folder = names.folder(decides, name)
         try:
             run = _run(config, both, workdir / "runs" / folder, launch, arm)
@@ -103,10 +105,12 @@ def plan_runs(
             raise ConfigError(f"run {folder}: {error}") from error
         if folder in runs:
             raise ConfigError(
-                f"two runs are called {folder!r}, {dict(runs[folder].overrides)} and {own}: "
+                f"two runs are called {folder!r}, {dict(runs[folder].overrides)} and {overrides}: "
                 'expected different ones, or a "name" in each'
             )
-        runs[folder] = dataclasses.replace(run, label=names.label(decides, name), overrides=own)
+        runs[folder] = dataclasses.replace(
+            run, label=names.label(decides, name), overrides=overrides
+        )
     _check_seeds(runs.values())
     return list(runs.values())
 
@@ -158,9 +162,11 @@ def _parsed(config: str, overrides: Mapping[str, Any], passed: Sequence[str]) ->
     plain.resources = {**kdq_config.resources(), **plain.get("resources", {})}
     for path, value in overrides.items():
         _check_path(plain, path, value)
-    found = _from_flags(config, passed).to_dict()
-    own = {p.removeprefix(RESOURCES): v for p, v in overrides.items() if p.startswith(RESOURCES)}
-    return {**found, "resources": {**plain.resources.to_dict(), **own}}
+    parsed = _from_flags(config, passed).to_dict()
+    resources = {
+        p.removeprefix(RESOURCES): v for p, v in overrides.items() if p.startswith(RESOURCES)
+    }
+    return {**parsed, "resources": {**plain.resources.to_dict(), **resources}}
 
 
 def _from_flags(config: str, passed: Sequence[str]) -> ConfigDict:

@@ -301,8 +301,8 @@ def test_test_labels_change_no_weight_and_a_seed_decides_them_all(finished, tmp_
             return source
 
         def read(ids):
-            images, labels = source.reader(ids)
-            return 255 - images, (labels + 1) % 10
+            batch = source.reader(ids)
+            return {**batch, "image": 255 - batch["image"], "label": (batch["label"] + 1) % 10}
 
         return dataclasses.replace(source, reader=read)
 

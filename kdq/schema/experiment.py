@@ -1,10 +1,11 @@
-"""The fields of a config: frozen dataclasses, a comment and the limits at each field."""
+"""The fields of a config but those of searches and teachers."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from kdq.fields import field
+from kdq.schema.search import Search
 
 SEEDS = 2**32  # random keys are made of 32 bits
 # What a workdir has beside the arms; names without a dot.
@@ -50,7 +51,7 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How a training step is computed."""
+    """The arithmetic of a training step, and what is kept for its backward pass."""
 
     # Of the arithmetic of all models; "" is what `models` say.
     dtype: str = field("", one_of=("", "float32", "bfloat16", "float16"))
@@ -130,18 +131,19 @@ class Distill:
 class Arm:
     """One cell of the experiment. All arms go the same way: start, calibrate, train, measure."""
 
-    model: str  # a key of `models`
-    init: str = ""  # arm whose selected weights this one starts from; "" is fresh weights
+    model: str = field(refers=("models",))
+    # Arm whose selected weights this one starts from; "" is fresh weights.
+    init: str = field("", refers=("arms",))
     load: str = field("", path=True)  # or a packed file: a network that was trained elsewhere
     # Arm that teaches, or a key of `teachers`; "" is labels only. With `ptq` and no epochs, the arm
     # that guides a method that asks a teacher; "" is the float model itself.
-    teacher: str = ""
-    distill: str = ""  # how: a key of `distill`; wanted with a teacher, and only then
+    teacher: str = field("", refers=("arms", "teachers"))
+    distill: str = field("", refers=("distill",))  # how; with a teacher, and only then
     # "W4A4", "W4" (weights only), a key of `rules` or of `searches`, or "" for float.
     bits: str = ""
     observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse, entropy
-    ptq: str = ""  # what is done beside calibration: a key of `ptq`; "" is nothing
-    qat: str = ""  # how quantizers train: a key of `qat`; "" is learned step sizes
+    ptq: str = field("", refers=("ptq",))  # done beside calibration; "" is nothing
+    qat: str = field("", refers=("qat",))  # how quantizers train; "" is learned step sizes
     epochs: float = field(0.0, at_least=0)  # passes over the training split; 0 only calibrates
     # End after this many of the epochs, the schedules unfinished; 0: at the end.
     stop: float = field(0.0, at_least=0)
@@ -152,11 +154,11 @@ class Arm:
     label_smoothing: float = field(0.0, at_least=0, below=1)
     seed_offset: int = 0  # added to the seed: an independent repetition of an equal arm
     augment: bool = True  # trains on images changed as `data.augment` says, if it says anything
-    reference: str = ""  # arm to compare with in the table, seed by seed
+    reference: str = field("", refers=("arms",))  # compared with in the table, seed by seed
 
     @property
     def kind(self) -> str:
-        """What the arm is, in the field's terms."""
+        """The arm's kind, in the field's terms."""
         if self.bits:
             return "PTQ" if not self.epochs else "QAD" if self.teacher else "QAT"
         return "KD" if self.teacher else "labels"
@@ -164,7 +166,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """How a teacher's outputs on the training split are kept; an arm that needs more runs it live.
+    """A teacher's outputs on the training split; an arm that needs more runs it live.
 
     More is: features of its layers, or a teacher that changes with the student.
     """
@@ -195,10 +197,10 @@ FORMATS = ("packed", "onnx", "onnx_int8", "litert", "stablehlo")  # see kdq.depl
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """What every arm becomes beside its packed file, in WORKDIR/ARM/SEED/export."""
+    """Files of every arm beside its packed one, in WORKDIR/ARM/SEED/export."""
 
     formats: tuple[str, ...] = ()  # keys of kdq.deploy.FORMATS
-    arms: tuple[str, ...] = ()  # only these; () is all
+    arms: tuple[str, ...] = field((), refers=("arms",))  # only these; () is all
     # The first of the validation split, on which a file is compared.
     examples: int = field(1000, at_least=1)
     # Least share of these with the class of the simulated model.
@@ -211,158 +213,8 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Budgets:
-    """Limits of costs, all of which hold; 0 is none."""
-
-    average_bits: float = field(0.0, at_least=0)  # bits of a weight, mean over all weights
-    size: float = field(0.0, at_least=0)  # bytes of the packed file
-    # Bytes of the parameters, weights in their own bits.
-    weight_memory: float = field(0.0, at_least=0)
-    # Bytes of the input and output of the layer where they are most.
-    activation_memory: float = field(0.0, at_least=0)
-    bops: float = field(0.0, at_least=0)  # bit operations for one example (arXiv:2005.07093)
-    energy: float = field(0.0, at_least=0)  # nJ for one example, modelled (deploy.measure.energy)
-    latency: float = field(0.0, at_least=0)  # ms for a batch in a runtime, measured
-
-    @property
-    def set(self) -> dict[str, float]:
-        """Those that there are."""
-        return {metric: limit for metric, limit in vars(self).items() if limit}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Search:
-    """A choice of bits for each layer under budgets; arms name one by its key in their `bits`.
-
-    It sees the training split (to calibrate, and to finetune if it does) and the first examples of
-    the validation split, by which policies are judged; never the test split.
-    """
-
-    method: str = "knapsack"  # a key of kdq.search.METHODS
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of that method
-    # Float arms whose weights may be quantized; of several, a policy names one: widths are searched
-    # too. Arms with these bits have one of them as their `init`, and get what the policy names.
-    students: tuple[str, ...] = field((), distinct=True)
-    teacher: str = ""  # arm that guides: what policies do to the student is measured against it
-    # Of a layer; "" is float.
-    choices: tuple[str, ...] = field(
-        ("W2A8", "W3A8", "W4A8", "W6A8", "W8A8"), some=True, distinct=True
-    )
-    # {path pattern: bits} of layers that are not searched; the first that matches a layer wins.
-    fixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    most: Budgets = Budgets()  # at most so much
-    # At most this share of what the costliest student costs with every layer at its last choice.
-    share: Budgets = Budgets()
-    objective: str = "kl"  # what policies are judged by: kl (to the teacher), loss, error or noise
-    sensitivity: str = "kl"  # of each layer alone: one of kdq.search.sensitivity.MEASURES
-    observer: str = "mse"  # calibration, see Arm
-    examples: int = field(1000, at_least=1)  # the first of the validation split
-    evaluations: int = field(200, at_least=1)  # of policies, those for sensitivities among them
-    # Arm that the arms of `launch/search.py` are trained as, by whose recipe policies are finetuned
-    # for `steps` before they are judged. 0 steps: calibration alone.
-    finetune: str = ""
-    steps: int = field(0, at_least=0, below=2**31)
-    distilled: tuple[str, ...] = ()  # terms of the recipe of `finetune` that a policy may leave out
-    # That one call of the device evaluates; 0: 1 on a CPU, else 16.
-    policies_at_once: int = field(0, at_least=0)
-    runtime: str = "onnx"  # where latencies are measured, a key of kdq.deploy.FORMATS
-    batch: int = field(1, at_least=1)  # examples at once in it
-    threads: int = field(1, at_least=1)
-    # Whose files are measured before one is chosen, if size or latency counts.
-    finalists: int = field(5, at_least=1)
-    # Files of launch/cost_table.py; what they do not have is measured here, if a budget asks.
-    cost_tables: tuple[str, ...] = field((), path=True)
-    other_device: bool = False  # allows tables that were measured on another device
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ensemble:
-    """Teachers that are averaged."""
-
-    kind: str = "ensemble"
-    arms: tuple[str, ...] = field(some=True)
-    weights: tuple[float, ...] = field((), above=0)  # one an arm; () is equal ones
-    average: str = field("probability", one_of=("probability", "logit"))
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The arms that have to be there."""
-        return self.arms
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MovingAverage:
-    """The exponential moving average of the student itself."""
-
-    kind: str = "moving_average"
-    decay: float = field(0.999, at_least=0, below=1)
-    needs = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Peer:
-    """A network trained at once, that learns from the student in turn."""
-
-    kind: str = "peer"
-    model: str
-    init: str = ""  # float arm whose selected weights it starts from; "" is fresh weights
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The arms that have to be there."""
-        return (self.init,) if self.init else ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FormerPeer:
-    """The peer of an arm, as it was at the step that the arm selected; it learns no more."""
-
-    kind: str = "former_peer"
-    arm: str  # one whose teacher is a peer
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The arms that have to be there."""
-        return (self.arm,)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Packed:
-    """A model in a packed file."""
-
-    kind: str = "packed"
-    path: str = field(some=True, path=True)
-    needs = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shuffled:
-    """A control: an arm's logits, each moved to another training example."""
-
-    kind: str = "shuffled"
-    arm: str
-    within_class: bool = True  # to one of the same label: the class is taught, the example is not
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The arms that have to be there."""
-        return (self.arm,)
-
-
-TeacherConfig = Ensemble | MovingAverage | Peer | FormerPeer | Packed | Shuffled
-TEACHERS = {
-    "ensemble": Ensemble,
-    "moving_average": MovingAverage,
-    "peer": Peer,
-    "former_peer": FormerPeer,
-    "packed": Packed,
-    "shuffled": Shuffled,
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one run of a sweep (launch/sweep.py) asks its executor for; 0 is unstated.
+    """Resources that a run of a sweep (launch/sweep.py) asks its executor for; 0 is unstated.
 
     They decide where a run runs, never its numbers.
     """
@@ -370,7 +222,7 @@ class Resources:
     cpus: int = field(0, at_least=0)  # cores
     gpus: int = field(0, at_least=0)
     memory_gib: float = field(0.0, at_least=0)  # main memory, GiB
-    minutes: int = field(0, at_least=0)  # longest time; Slurm wants it, others do not limit it
+    minutes: int = field(0, at_least=0)  # longest time; Slurm needs it, others do not limit it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -387,7 +239,8 @@ class Experiment:
     # {key: {"name": module of kdq.models, or "package.module:Class" of your own, **fields}}
     models: Mapping[str, Mapping[str, Any]] = field(some=True)
     arms: Mapping[str, Arm] = field(some=True, folders=FOLDERS)  # in the order of the table
-    teacher: str = "teacher"  # arm that fidelity and sizes are measured against
+    # Arm that fidelity and sizes are measured against.
+    teacher: str = field("teacher", refers=("arms",))
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
     mesh: Mesh = Mesh()
@@ -402,7 +255,9 @@ class Experiment:
     distill: Mapping[str, Distill] = dataclasses.field(default_factory=dict)
     # Bits by search: an arm whose `bits` is a key of these gets what is found with its seed.
     searches: Mapping[str, Search] = field(default_factory=dict, folders=())
-    search: Search = Search()  # what launch/search.py does, beside these
+    search: Search = dataclasses.field(
+        default_factory=Search
+    )  # what launch/search.py does, beside these
     # Teachers that are no arm: {key: {"kind": a key of TEACHERS, **its fields}}.
     teachers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cache: Cache = Cache()
