@@ -16,7 +16,7 @@ from interleaved import publish, run, show
 
 from kdq import models, quantize
 from kdq.search import bank, evaluate, measured, sensitivity, spaces
-from kdq.search.searchers import METHODS
+from kdq.search.searchers import METHODS, make
 
 SECONDS = flags.DEFINE_float("seconds", 20.0, "Of evaluating, each way.")
 MODEL = flags.DEFINE_enum("model", "cnn", ["cnn", "resnet"], "Digits' student, or Fashion-MNIST's.")
@@ -61,11 +61,11 @@ def _evaluator(config, shape):
     teacher = np.asarray(quantize.predict(model, variables, {}, images))
     batch = {"image": images, "label": teacher.argmax(-1), "mask": np.ones(len(images))}
     found = evaluate.Evaluator(
-        model=model,
+        network=model,
         variables=variables,
         choices=choices,
         bank=bank.fill(model, variables, choices, [images[:256]], quantize.MSE()),
-        held=evaluate.hold(model, variables, [batch], teacher),
+        held=evaluate.hold_out(model, variables, [batch], teacher),
     )
     return found, layers
 
@@ -108,9 +108,9 @@ def _searchers(config, shape, evaluator, layers) -> dict[str, dict[str, float]]:
     )
     problem = spaces.make_problem([student], {"average_bits": 3.0})
     found = {}
-    for name, method in METHODS.items():
+    for name in METHODS:
         start, inside = time.perf_counter(), 0.0
-        searcher = method(problem, seed=0, evaluations=EVALUATIONS.value)
+        searcher = make(name, problem, seed=0, evaluations=EVALUATIONS.value)
         first, count = None, 0
         while policies := searcher.propose():
             begun = time.perf_counter()

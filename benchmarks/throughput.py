@@ -93,7 +93,7 @@ class Setting:
     @property
     def title(self) -> str:
         """In words."""
-        shape = "x".join(map(str, self.inputs.splits["train"].image_shape))
+        shape = "x".join(map(str, self.inputs.splits["train"].spec["image"].shape))
         images = "" if self.has_data else ", random images"
         return f"{self.experiment.data.name}, {shape}, batch {self.batch_size}{images}"
 
@@ -124,17 +124,7 @@ def random_source(shape: tuple[int, int, int], examples: int = 4096) -> Source:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (examples, *shape), np.uint8)
     labels = rng.integers(0, 10, examples).astype(np.int32)
-    return Source(
-        name="random",
-        version="0",
-        split="train",
-        class_names=tuple("0123456789"),
-        image_shape=shape,
-        num_examples=examples,
-        in_memory=True,
-        digest="",
-        reader=lambda ids: (images[ids], labels[ids]),
-    )
+    return data.from_arrays(images, labels, name="random", classes=10)
 
 
 def begin(setting: Setting, kind: str) -> tuple[Plan, TrainState]:
@@ -154,7 +144,7 @@ def begin(setting: Setting, kind: str) -> tuple[Plan, TrainState]:
         )
     teaching = Teaching()
     if arm.teacher and cached:
-        shape = (inputs.num_examples, inputs.splits["train"].num_classes)
+        shape = (inputs.num_examples, len(inputs.splits["train"].facts["class_names"]))
         logits = 3 * np.random.default_rng(0).standard_normal(shape, np.float32)
         teaching = Teaching(teacher=Stored(), extra={"teacher_logits": logits})
     elif arm.teacher:

@@ -197,12 +197,20 @@ def _check_search(experiment: Experiment, one: Search, where: str) -> None:
         raise ConfigError(
             f"{where}: no budget; expected `most` or `share`, e.g. most.average_bits=3"
         )
+    if both := one.most.set.keys() & one.share.set.keys():
+        raise ConfigError(f"{where}: expected `most` or `share` of {sorted(both)}, not both")
     if one.steps and not one.finetune:
         raise ConfigError(f"{where}.steps={one.steps}: needs `finetune`, the arm to train as")
     if one.distilled and not one.steps:
         raise ConfigError(
             f"{where}.distilled={one.distilled}: only a finetune tells, expected steps"
         )
+    if one.distilled:
+        recipe = experiment.arms[one.finetune].distill
+        terms = experiment.distill[recipe].terms if recipe in experiment.distill else ()
+        for term in one.distilled:
+            if term not in terms:
+                raise ConfigError(unknown(f"{where}.distilled: term", term, terms))
 
 
 def _check_cache(cache: Cache) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from kdq import config, data, deploy, experiment, lock, models, quantize
 from kdq.arms import kl
-from kdq.data.arrays import Split
+from kdq.data.sources.arrays import Split
 from kdq.fields import expand_user
 from kdq.report import progress, write
 from kdq.report.page import read

@@ -11,8 +11,8 @@ from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # as Orbax does: there is no public way to the store
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from kdq import messages
 
@@ -20,7 +20,6 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20  # after so long without a sign of life a process counts as lost
 _LONG_MS = 7 * 24 * 3600 * 1000  # heartbeats tell sooner who is gone
-_PART_BYTES = 1 << 20  # gRPC refuses messages of some megabytes
 _ROUNDS = itertools.count()
 LOST = "a process of this run was lost or failed; start all of them again, and the run goes on"
 
@@ -50,12 +49,12 @@ def start(
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once: records, tables, metrics, packed files."""
+    """Returns whether this process writes what is written once: records, tables, files."""
     return jax.process_index() == 0
 
 
 def first(fn: Callable[[], T]) -> T:
-    """What `fn` returns in the first process, for all; or what it raises, in all.
+    """Returns in all processes what `fn` returns in the first one, or raises what it raises there.
 
     Only the first process calls it; `fn` computes on that process alone, so it must not use arrays
     of the whole mesh. What it returns or raises goes through `kdq.messages`.
@@ -80,17 +79,17 @@ def first(fn: Callable[[], T]) -> T:
 
 
 def in_turn(fn: Callable[[], T]) -> T:
-    """What `fn` returns here. The first process calls it before the others do, which may then read
-    what it wrote; if it raises there, it raises in all."""
+    """Returns what `fn` returns here. The first process calls it before the others do, which may
+    then read what it wrote; if it raises there, it raises in all."""
     if jax.process_count() == 1:
         return fn()
-    own: list[T] = []
-    first(lambda: own.append(fn()))
-    return own[0] if own else fn()
+    results: list[T] = []
+    first(lambda: results.append(fn()))
+    return results[0] if results else fn()
 
 
 def agree(value: bool) -> bool:
-    """What the first process says."""
+    """Returns what the first process says."""
     return value if jax.process_count() == 1 else _from_first(bytes([value])) == b"\1"
 
 
@@ -104,23 +103,16 @@ def any_of(value: bool) -> bool:
 def _from_first(data: bytes) -> bytes:
     """Returns the bytes of the first process.
 
-    By the coordinator's store: a collective of the devices would give up after half a minute of
-    waiting for the first process, and is no way for what it raises.
+    The others wait for it at a barrier of the coordinator's: a collective of the devices gives up
+    after half a minute of waiting, and so comes when all are there.
     """
-    client, name = distributed.global_state.client, f"kdq/{next(_ROUNDS)}"
+    multihost.get_barrier_sync_fn()(key=f"kdq/{next(_ROUNDS)}", timeout_ms=_LONG_MS)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    # Few different sizes, each of which is a program.
+    padded = np.zeros(max(64, 1 << (size - 1).bit_length()), np.uint8)
     if is_first():
-        parts = [data[i : i + _PART_BYTES] for i in range(0, len(data), _PART_BYTES)]
-        for i, part in enumerate(parts):
-            client.key_value_set_bytes(f"{name}/{i}", part)
-        client.key_value_set(f"{name}/count", str(len(parts)))
-    else:
-        count = int(client.blocking_key_value_get(f"{name}/count", _LONG_MS))
-        parts = [client.blocking_key_value_get_bytes(f"{name}/{i}", _LONG_MS) for i in range(count)]
-        data = b"".join(parts)
-    client.wait_at_barrier(name, _LONG_MS)
-    if is_first():
-        client.key_value_delete(name)
-    return data
+        padded[:size] = np.frombuffer(data, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].tobytes()
 
 
 def leave_if_lost(error: BaseException) -> None:

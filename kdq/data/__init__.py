@@ -2,26 +2,27 @@
 
 A batch's trip: `open_split` reads a prepared TFDS data set (`digits` prepares itself, the MNIST
 family is imported from IDX files by `prepare`) or NumPy arrays (`save_arrays`), `train_dataset`
-shuffles, batches, augments and normalizes it, `iterate` prefetches with a state that can be
-checkpointed, `eval_batches` walks a split once.
+shuffles, batches and transforms it, `iterate` prefetches with a state that can be checkpointed,
+`eval_batches` walks a split once.
 """
 
-from kdq.data.arrays import save_arrays
 from kdq.data.errors import DataError
-from kdq.data.idx import prepare, read_idx
 from kdq.data.pipeline import EvalBatches, Lookup, eval_batches, iterate, train_dataset
-from kdq.data.source import Source, from_arrays, open_split
+from kdq.data.source import Source, Spec
+from kdq.data.sources import open_split
+from kdq.data.sources.arrays import from_arrays, save_arrays
+from kdq.data.sources.idx import prepare, read_idx
 from kdq.data.transforms import (
-    Augmentation,
     Cutout,
     Flip,
     Normalize,
     Shift,
+    Transform,
+    Transforms,
     build_augmentations,
 )
 
 __all__ = [
-    "Augmentation",
     "Cutout",
     "DataError",
     "EvalBatches",
@@ -30,6 +31,9 @@ __all__ = [
     "Normalize",
     "Shift",
     "Source",
+    "Spec",
+    "Transform",
+    "Transforms",
     "build_augmentations",
     "eval_batches",
     "from_arrays",

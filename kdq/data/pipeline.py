@@ -1,4 +1,6 @@
-"""The Grain pipeline: shuffle, read, augment, normalize, prefetch, with a state to checkpoint.
+"""The Grain pipeline: shuffle, read, transform, prefetch, with a state to checkpoint.
+
+It knows no key of a batch but its own: "id" (index in the split), "mask" and "position".
 
 The element of the pipeline is a whole batch, from its step number on. Grain's own `shuffle` and
 `batch` work element by element in Python: about 30 µs an index here, so 500 batches of 64 a second
@@ -7,28 +9,30 @@ source is in memory or read record by record, and Grain still gives what it is h
 access by step, prefetching threads, an iterator whose state is saved and restored.
 """
 
+import dataclasses
 import functools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import grain
 import numpy as np
 
 from kdq.data.source import Source
-from kdq.data.transforms import Augmentation, Normalize, random_bits
-from kdq.data.transforms import augment as apply_augmentations
+from kdq.data.transforms import Transforms, random_bits, transform
+from kdq.fields import unknown
 
 # Stream positions [b] and example ids [b] to arrays [b, ...] by name.
 Lookup = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
-# To hand a batch from thread to thread takes 0.1 ms, and takes turns with the thread that keeps the
-# device busy; making a cheap one there is hidden behind the steps that are under way.
+# Handing a batch from thread to thread takes 0.1 ms and competes with the thread that keeps the
+# device busy; making a cheap one in that thread is hidden behind the steps under way.
 CHEAP_SECONDS = 1e-3
 
-_SHUFFLE = 0  # first part of the shuffle's random key after the seed; augmentations have 1, 2, ...
+_SHUFFLE = 0  # first part of the shuffle's random key after the seed; transforms have 1, 2, ...
 
 
 def train_dataset(
@@ -36,11 +40,9 @@ def train_dataset(
     *,
     batch_size: int,
     seed: int,
-    mean: float | Sequence[float],
-    std: float | Sequence[float],
-    augment: Sequence[Augmentation] = (),
+    transforms: Transforms = MappingProxyType({}),
     ids: np.ndarray | None = None,
-    extra: Mapping[str, np.ndarray] | None = None,
+    extra: Mapping[str, np.ndarray] = MappingProxyType({}),
     lookup: Lookup | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -54,10 +56,8 @@ def train_dataset(
     Args:
       source: the split to train on.
       batch_size: global, over all processes.
-      seed: of the order and of the augmentations, a nonnegative int.
-      mean: subtracted from the pixels; in units of the stored pixel.
-      std: divides the pixels; in units of the stored pixel.
-      augment: applied in turn to the uint8 images.
+      seed: of the order and of random transforms, a nonnegative int.
+      transforms: applied in turn to the arrays of a key.
       ids: [n] int, the examples that are used; None is all.
       extra: arrays [len(source), ...] whose rows join the batch by id, such as cached
         "teacher_logits".
@@ -67,11 +67,11 @@ def train_dataset(
       process_count: number of processes; must divide `batch_size`.
 
     Returns:
-      Elements {"image" float32 [b, height, width, channels], "label" int32 [b], "id" int32 [b]
-      (index in the split), ...extra}, with b = batch_size / process_count.
+      Elements {"id" int32 [b] (index in the split), ...the source's keys, ...extra}, with
+      b = batch_size / process_count.
 
     Raises:
-      ValueError: a batch size, seed, process or extra array that does not fit.
+      ValueError: a batch size, seed, process, key or extra array that does not fit.
     """
     rows = _process_rows(batch_size, process_index, process_count)
     if seed < 0:
@@ -85,8 +85,7 @@ def train_dataset(
     ids = ids.astype(np.int32)
     if not len(ids):
         raise ValueError(f"ids: {source.name} {source.split} would have no example left")
-    extra = _checked_extra(extra, source)
-    normalize = Normalize(mean, std)
+    _check_keys(source, transforms, extra)
 
     def locate(step: int) -> dict[str, np.ndarray]:
         first = step * batch_size
@@ -94,14 +93,11 @@ def train_dataset(
         return {"position": positions, "id": ids[_shuffled(positions, len(ids), seed)]}
 
     def load(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = lookup(batch["position"], batch["id"]) if lookup else {}
-        return {**batch, **_read(source, batch["id"], extra), **found}
+        stored = lookup(batch["position"], batch["id"]) if lookup else {}
+        return {**batch, **_read(source, batch["id"], extra), **stored}
 
     def finish(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        images = apply_augmentations(
-            batch["image"], batch.pop("position"), seed=seed, augmentations=augment
-        )
-        return {**batch, "image": normalize(images)}
+        return transform(batch, transforms, positions=batch.pop("position"), seed=seed)
 
     return grain.MapDataset.range(sys.maxsize // batch_size).map(locate).map(load).map(finish)
 
@@ -142,7 +138,7 @@ def iterate(
 
 
 def _seconds(dataset: grain.MapDataset) -> float:
-    """What one batch takes, once what is shared by batches has been made."""
+    """Returns the time of one batch, once the parts that batches share have been made."""
     taken = []
     for step in (0, 0, 1):
         start = time.perf_counter()
@@ -155,53 +151,52 @@ def eval_batches(
     source: Source,
     *,
     batch_size: int,
-    mean: float | Sequence[float],
-    std: float | Sequence[float],
-    extra: Mapping[str, np.ndarray] | None = None,
+    transforms: Transforms = MappingProxyType({}),
+    extra: Mapping[str, np.ndarray] = MappingProxyType({}),
+    limit: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> "EvalBatches":
     """Returns a split in order as batches of one shape, the last padded with example 0.
 
     Arguments and elements are those of `train_dataset`; each batch also has "mask" float32 [b],
-    1 on examples and 0 on padding.
+    1 on examples and 0 on padding. With a limit only so many first examples count.
+
+    Raises:
+      ValueError: as `train_dataset`; or a transform that is random.
     """
     rows = _process_rows(batch_size, process_index, process_count)
-    return EvalBatches(
-        source, batch_size, rows, Normalize(mean, std), _checked_extra(extra, source)
-    )
+    _check_keys(source, transforms, extra)
+    if random := [step for steps in transforms.values() for step in steps if step.draws]:
+        raise ValueError(f"batches to evaluate are transformed at random by {random[0]}")
+    count = len(source) if limit is None else min(limit, len(source))
+    return EvalBatches(source, count, batch_size, rows, transforms, extra)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class EvalBatches(Sequence):
     """The batches of one evaluation, made when asked for; can be walked many times."""
 
-    def __init__(
-        self,
-        source: Source,
-        batch_size: int,
-        rows: range,
-        normalize: Normalize,
-        extra: Mapping[str, np.ndarray],
-    ) -> None:
-        self._source, self._batch_size, self._rows = source, batch_size, rows
-        self._normalize, self._extra = normalize, extra
+    source: Source
+    examples: int
+    batch_size: int
+    rows: range  # of each batch, this process's
+    transforms: Transforms
+    extra: Mapping[str, np.ndarray]
 
     def __len__(self) -> int:
-        return math.ceil(len(self._source) / self._batch_size)
+        return math.ceil(self.examples / self.batch_size)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        first = index * self._batch_size
-        positions = np.arange(first + self._rows.start, first + self._rows.stop)
-        real = positions < len(self._source)
-        ids = np.where(real, positions, 0).astype(np.int32)
-        batch = {"id": ids, **_read(self._source, ids, self._extra)}
-        return {
-            **batch,
-            "image": self._normalize(batch["image"]),
-            "mask": real.astype(np.float32),
-        }
+        first = index * self.batch_size
+        positions = np.arange(first + self.rows.start, first + self.rows.stop)
+        counts = positions < self.examples
+        ids = np.where(counts, positions, 0).astype(np.int32)
+        batch = {"id": ids, **_read(self.source, ids, self.extra)}
+        batch = transform(batch, self.transforms, positions=positions, seed=0)
+        return {**batch, "mask": counts.astype(np.float32)}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self[index] for index in range(len(self)))
@@ -245,11 +240,13 @@ def _process_rows(batch_size: int, process_index: int, process_count: int) -> ra
     return range(process_index * size, (process_index + 1) * size)
 
 
-def _checked_extra(
-    extra: Mapping[str, np.ndarray] | None, source: Source
-) -> Mapping[str, np.ndarray]:
-    reserved = {"image", "label", "id", "mask", "position"}
-    for name, array in (extra or {}).items():
+def _check_keys(source: Source, transforms: Transforms, extra: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError for a key that nothing has, or that is taken; and for missing rows."""
+    for key in transforms:
+        if key not in source.spec:
+            raise ValueError(unknown(f"key of {source.name} in transforms:", key, source.spec))
+    reserved = {*source.spec, "id", "mask", "position"}
+    for name, array in extra.items():
         if name in reserved:
             raise ValueError(f"extra[{name!r}]: the name is taken; reserved: {sorted(reserved)}")
         if len(array) != len(source):
@@ -257,4 +254,3 @@ def _checked_extra(
                 f"extra[{name!r}] has {len(array)} rows; {source.name} {source.split} has "
                 f"{len(source)} examples"
             )
-    return dict(extra or {})

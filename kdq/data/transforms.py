@@ -1,4 +1,4 @@
-"""Augmentation and normalization of whole batches, in NumPy.
+"""Transforms of whole batches of arrays, in NumPy: augmentation and normalization.
 
 Randomness is counter based: every number drawn is a hash of (seed, ..., position of the example in
 the training stream). There is no generator and so no state: a batch is the same however it is
@@ -6,13 +6,12 @@ read, by whichever process, in the first run or in a replay.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from kdq.config import did_you_mean
+from kdq.fields import build, did_you_mean, field
 
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -38,26 +37,45 @@ def random_uniform(key: Sequence[int], counters: np.ndarray) -> np.ndarray:
     return (random_bits(key, counters) >> np.uint64(11)) * 2.0**-53
 
 
-class Augmentation(Protocol):
-    """A random change of images, each by its own uniform numbers."""
+class Transform(Protocol):
+    """A change of a batch's arrays of one key, with uniform numbers if it is random."""
 
-    draws: ClassVar[int]  # uniform numbers used for each example
+    draws: ClassVar[int]  # uniform numbers used for each example; 0 of what is not random
 
-    def __call__(self, images: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """Maps images uint8 [n, height, width, channels], uniforms [draws, n] to new images."""
+    def __call__(self, array: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """Maps an array [n, ...] and uniforms [draws, n] to a new array [n, ...]."""
+
+
+Transforms = Mapping[str, Sequence[Transform]]  # of each key that changes, in their order
+
+
+def transform(
+    batch: Mapping[str, np.ndarray], transforms: Transforms, *, positions: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    """Applies transforms in turn; arrays of other keys pass untouched.
+
+    Args:
+      batch: arrays [n, ...].
+      transforms: by key; each one's place among all is part of its random key.
+      positions: [n] int, each example's place in the training stream, counted over all epochs.
+      seed: with the positions it determines every number drawn.
+    """
+    batch, place = dict(batch), 0
+    for key, steps in transforms.items():
+        for step in steps:
+            place += 1
+            draws = [random_uniform((seed, place, draw), positions) for draw in range(step.draws)]
+            batch[key] = step(batch[key], np.array(draws))
+    return batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Shift:
     """Pads each side by `pixels` of value `fill`, then crops at random to the original size."""
 
-    pixels: int
-    fill: int = 0
+    pixels: int = field(at_least=1)
+    fill: int = field(0, at_least=0, at_most=255)
     draws: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        _check_range("Shift.pixels", self.pixels, 1, None)
-        _check_range("Shift.fill", self.fill, 0, 255)
 
     def __call__(self, images: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         n, height, width, channels = images.shape
@@ -87,13 +105,9 @@ class Flip:
 class Cutout:
     """Fills a square of `size` pixels centred anywhere, cut at the edges (arXiv:1708.04552)."""
 
-    size: int
-    fill: int = 0
+    size: int = field(at_least=1)
+    fill: int = field(0, at_least=0, at_most=255)
     draws: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        _check_range("Cutout.size", self.size, 1, None)
-        _check_range("Cutout.fill", self.fill, 0, 255)
 
     def __call__(self, images: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         inside = []
@@ -107,79 +121,26 @@ class Cutout:
         return result
 
 
-_AUGMENTATIONS = {"shift": Shift, "flip": Flip, "cutout": Cutout}
-
-
-def build_augmentations(config: Sequence[Mapping[str, Any]]) -> tuple[Augmentation, ...]:
-    """Builds augmentations from entries such as `{"name": "shift", "pixels": 2}`, in their order.
-
-    Raises:
-      ValueError: an unknown name or argument, a missing argument, a value out of range; the
-        message names the entry.
-    """
-    built = []
-    for index, entry in enumerate(config):
-        where = f"augment[{index}]"
-        arguments = dict(entry)
-        name = arguments.pop("name", None)
-        if name not in _AUGMENTATIONS:
-            raise ValueError(
-                f"{where}: no augmentation {name!r}; valid: {', '.join(_AUGMENTATIONS)}"
-                + did_you_mean(str(name), _AUGMENTATIONS)
-            )
-        signature = inspect.signature(_AUGMENTATIONS[name])
-        try:
-            signature.bind(**arguments)
-        except TypeError as error:
-            raise ValueError(f"{where}: {name}: {error}; it takes {signature}") from error
-        try:
-            built.append(_AUGMENTATIONS[name](**arguments))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
-    return tuple(built)
-
-
-def augment(
-    images: np.ndarray, positions: np.ndarray, *, seed: int, augmentations: Sequence[Augmentation]
-) -> np.ndarray:
-    """Applies augmentations in turn.
-
-    Args:
-      images: uint8 [n, height, width, channels].
-      positions: [n] int, each example's place in the training stream, counted over all epochs.
-      seed: with the positions it determines every number drawn.
-      augmentations: what to apply; an augmentation's own place in the list is part of the key.
-
-    Returns:
-      uint8 [n, height, width, channels].
-    """
-    for place, augmentation in enumerate(augmentations):
-        uniforms = [
-            random_uniform((seed, 1 + place, draw), positions) for draw in range(augmentation.draws)
-        ]
-        images = augmentation(images, np.stack(uniforms))
-    return images
-
-
 @dataclasses.dataclass(frozen=True)
 class Normalize:
     """`(image - mean) / std` in float32; mean and std in units of the stored pixel (0 .. 255)."""
 
     mean: float | Sequence[float]  # a scalar, or one a channel
     std: float | Sequence[float]
+    draws: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not np.all(np.asarray(self.std) > 0):
             raise ValueError(f"std must be positive, got {self.std}")
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Maps images uint8 [..., channels] to float32 [..., channels]."""
-        for field in ("mean", "std"):
-            shape = np.shape(getattr(self, field))
+    def __call__(self, images: np.ndarray, uniforms: np.ndarray | None = None) -> np.ndarray:
+        """Maps images [..., channels], most often uint8, to float32 [..., channels]."""
+        for name in ("mean", "std"):
+            shape = np.shape(getattr(self, name))
             if shape not in ((), (1,), images.shape[-1:]):
                 raise ValueError(
-                    f"{field} must be a scalar or one value for each of {images.shape[-1]} "
-                    f"channels, got {getattr(self, field)}"
+                    f"{name} must be a scalar or one value for each of {images.shape[-1]} "
+                    f"channels, got {getattr(self, name)}"
                 )
         # In place: one float copy of the batch, not three.
         result = images.astype(np.float32, order="C")
@@ -188,7 +149,24 @@ class Normalize:
         return result
 
 
-def _check_range(what: str, value: int, low: int, high: int | None) -> None:
-    if not isinstance(value, int) or value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"{low} to {high}"
-        raise ValueError(f"{what} must be an int, {bound}; got {value!r}")
+_AUGMENTATIONS = {"shift": Shift, "flip": Flip, "cutout": Cutout}
+
+
+def build_augmentations(config: Sequence[Mapping[str, Any]]) -> tuple[Transform, ...]:
+    """Returns random transforms of images from entries such as `{"name": "shift", "pixels": 2}`.
+
+    Raises:
+      ValueError: an unknown name or argument, a missing argument, a value out of range; the
+        message names the entry.
+    """
+    built = []
+    for index, entry in enumerate(config):
+        where, arguments = f"augment[{index}]", dict(entry)
+        name = arguments.pop("name", None)
+        if name not in _AUGMENTATIONS:
+            raise ValueError(
+                f"{where}: no augmentation {name!r}; valid: {', '.join(_AUGMENTATIONS)}"
+                + did_you_mean(str(name), _AUGMENTATIONS)
+            )
+        built.append(build(_AUGMENTATIONS[name], arguments, where))
+    return tuple(built)

@@ -3,13 +3,12 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from kdq import config as kdq_config
-from kdq import files, models
+from kdq import files
 from kdq.config import Arm, ConfigError, Experiment, Search
 from kdq.experiment import costing, plan
-from kdq.experiment.inputs import Inputs
+from kdq.experiment.context import Context
 from kdq.experiment.progress import Progress
 from kdq.experiment.store import CONFIG, Store
 from kdq.quantize import list_layers
@@ -165,8 +164,8 @@ def cost_table(
     for metric in metrics:
         if metric not in ("size", "latency"):
             raise ConfigError(kdq_config.unknown("metric", metric, ("size", "latency")))
-    inputs, search = Inputs(experiment), experiment.search
-    model: Any = models.build(**experiment.models[key])
-    layers = list_layers(model, costing.shapes(model, inputs), inputs.image)
-    choices = costing.choices_of(search, layers, "config.search")
-    return costing.build(experiment, key, search, choices, inputs, metrics, progress or Progress())
+    context = Context(experiment, Path(), progress)
+    model, image = context.models[key], context.inputs.image
+    layers = list_layers(model, costing.shapes(model, context.inputs), image)
+    choices = costing.choices_of(experiment.search, layers, "config.search")
+    return costing.build(context, key, experiment.search, choices, metrics)

@@ -6,25 +6,31 @@ import logging
 import math
 import os
 import re
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import processes, quantize
-from kdq.config import ConfigError, Data, Experiment, unknown
-from kdq.deploy import PackedFileError, PackedModel
+from kdq import deploy, processes, quantize
+from kdq.config import ConfigError, Data, Experiment, Search, unknown
+from kdq.deploy import PackedFileError, PackedModel, extras
+from kdq.deploy.measure import latency
 from kdq.distill import capture
 from kdq.distill.term import Shapes
+from kdq.experiment import costing
+from kdq.experiment.context import Context
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.quantized import OBSERVERS, rules_of, rules_of_entries
 from kdq.experiment.store import load
-from kdq.experiment.teaching import Teachers
+from kdq.fields import build
 from kdq.quantize import qat
 from kdq.quantize.ptq import chain
 from kdq.quantize.rules import match
+from kdq.search import sensitivity
+from kdq.search.objectives import OBJECTIVES
+from kdq.search.searchers import METHODS
 from kdq.train import objective, regime
-from kdq.train.sharding import Layout
 from kdq.types import Variables
 
 log = logging.getLogger(__name__)
@@ -32,22 +38,20 @@ log = logging.getLogger(__name__)
 MOST_STEPS = 2**31 - 1  # which counters on the device hold
 
 
-def check(
-    experiment: Experiment,
-    models: dict[str, nn.Module],
-    inputs: Inputs,
-    teachers: Teachers,
-    layout: Layout,
-) -> None:
-    """Raises ConfigError for a config that the data, the layers or the teachers do not fit."""
-    if inputs.augment and not inputs.splits["train"].is_images:
-        name, shape = experiment.data.name, inputs.splits["train"].image_shape
+def check(context: Context, arms: Sequence[str]) -> None:
+    """Raises ConfigError for a config that the data, the layers or the teachers do not fit.
+
+    Searches are checked as far as these arms need them.
+    """
+    experiment, models, inputs = context.experiment, context.models, context.inputs
+    spec = inputs.splits["train"].spec["image"]
+    if inputs.augment and (spec.dtype != np.uint8 or len(spec.shape) != 3):
         raise ConfigError(
-            f"config.data.augment changes images, uint8 [height, width, channels]; {name} has "
-            f"{inputs.splits['train'].dtype} {shape}"
+            "config.data.augment changes images, uint8 [height, width, channels]; "
+            f"{experiment.data.name} has {spec.dtype} {spec.shape}"
         )
     _check_data(experiment.data, inputs)
-    classes = inputs.splits["train"].num_classes
+    classes = len(inputs.splits["train"].facts["class_names"])
     for key, fields in experiment.models.items():
         if fields.get("num_classes", classes) != classes:
             raise ConfigError(
@@ -57,7 +61,7 @@ def check(
         _check_size(models[key], inputs.image, f"config.models.{key}")
         _check_outputs(models[key], inputs.image, classes, f"config.models.{key}")
         _warn_of_script(fields["name"], f"config.models.{key}")
-    _check_compute(experiment, models, inputs, layout)
+    _check_compute(context)
     for name, arm in experiment.arms.items():
         if not set(arm.without_classes) <= set(range(classes)):
             raise ConfigError(
@@ -97,7 +101,13 @@ def check(
             _check_rules(experiment, name, models[arm.model], inputs.image)
     for name, arm in experiment.arms.items():
         if arm.distill:
-            _check_taught(experiment, name, models, inputs, teachers)
+            _check_taught(context, name)
+    method = experiment.search.method  # of launch/search.py, whatever runs now
+    if method not in METHODS:
+        raise ConfigError(unknown("config.search.method:", method, METHODS))
+    for name in dict.fromkeys(experiment.arms[arm].bits for arm in arms):
+        if name in experiment.searches:
+            _check_search(context, experiment.searches[name], f"config.searches.{name}")
 
 
 def _warn_of_script(name: str, where: str) -> None:
@@ -127,13 +137,13 @@ def _check_data(config: Data, inputs: Inputs) -> None:
                 "could be trusted"
             )
     train = inputs.splits["train"]
-    if train.num_classes < 2:
+    if (classes := len(train.facts["class_names"])) < 2:
         raise ConfigError(
-            f"config.data.name={config.name!r} has {train.num_classes} class: expected two or "
+            f"config.data.name={config.name!r} has {classes} class: expected two or "
             "more, since every loss of one class is 0"
         )
     for field in ("mean", "std"):
-        values, channels = np.shape(getattr(config, field)), train.image_shape[-1:]
+        values, channels = np.shape(getattr(config, field)), train.spec["image"].shape[-1:]
         if values not in ((), (1,), channels):
             raise ConfigError(
                 f"config.data.{field}={getattr(config, field)}: expected a number, or one for each "
@@ -141,9 +151,8 @@ def _check_data(config: Data, inputs: Inputs) -> None:
             )
 
 
-def _check_compute(
-    experiment: Experiment, models: dict[str, nn.Module], inputs: Inputs, layout: Layout
-) -> None:
+def _check_compute(context: Context) -> None:
+    experiment, inputs, layout = context.experiment, context.inputs, context.layout
     compute, size = experiment.compute, experiment.data.batch_size
     if size % (layout.batch_parts * compute.accumulate):
         raise ConfigError(
@@ -154,7 +163,7 @@ def _check_compute(
     if compute.remat:
         paths = {
             path
-            for model in models.values()
+            for model in context.models.values()
             for path in layers(model, _shapes(model, inputs.image), inputs.image)
         }
         if not any(re.fullmatch(compute.remat, path) for path in paths):
@@ -242,13 +251,8 @@ def _check_rules(
         raise ConfigError(f"config.rules.{arm.bits}, arm {name!r}: {error}") from error
 
 
-def _check_taught(
-    experiment: Experiment,
-    name: str,
-    models: dict[str, nn.Module],
-    inputs: Inputs,
-    teachers: Teachers,
-) -> None:
+def _check_taught(context: Context, name: str) -> None:
+    experiment, inputs, teachers = context.experiment, context.inputs, context.teachers
     arm, where = experiment.arms[name], f"config.arms.{name}"
     aim = objective.arm_objective(experiment, name, steps=1)
     module = teachers.module(name)
@@ -258,7 +262,7 @@ def _check_taught(
             f"config.teachers.{arm.teacher} has none that it may look at"
         )
     taught_by = layers(module, _shapes(module, inputs.image), inputs.image) if module else {}
-    model = models[arm.model]
+    model = context.model(arm)
     student = layers(model, _shapes(model, inputs.image), inputs.image)
     try:
         jax.eval_shape(
@@ -280,3 +284,37 @@ def _check_taught(
             f"{where}.augment=True with config.data.augment and a teacher whose logits are kept by "
             "example: these do not fit augmented images; change one, or config.cache.kind"
         )
+
+
+def _check_search(context: Context, search: Search, where: str) -> None:
+    if search.method not in METHODS:
+        raise ConfigError(unknown(f"{where}.method:", search.method, METHODS))
+    method = METHODS[search.method]
+    try:
+        extras.load("search", *method.libraries)
+    except ImportError as error:
+        raise ConfigError(f"{where}.method={search.method!r}: {error}") from error
+    build(method.Settings, search.options, f"{where}.options")
+    for field, valid in (
+        ("objective", OBJECTIVES),
+        ("sensitivity", sensitivity.MEASURES),
+        ("observer", OBSERVERS),
+        ("runtime", deploy.FORMATS),
+    ):
+        if (value := getattr(search, field)) not in valid:
+            raise ConfigError(unknown(f"{where}.{field}:", value, valid))
+    if "pairs" in method.needs and search.sensitivity not in OBJECTIVES:
+        of_pairs = f"{where}.sensitivity of pairs:"
+        raise ConfigError(unknown(of_pairs, search.sensitivity, OBJECTIVES))
+    for student in search.students:
+        model = context.model(student)
+        layers = quantize.list_layers(
+            model, _shapes(model, context.inputs.image), context.inputs.image
+        )
+        costing.choices_of(search, layers, where)
+    if "latency" in (*search.most.set, *search.share.set):
+        try:
+            deploy.check_formats((search.runtime,))
+            latency.cores(search.threads)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{where}: a budget of latency: {error}") from error

@@ -17,8 +17,10 @@ from kdq import files, quantize
 from kdq.deploy import PackedModel
 from kdq.deploy.measure import energy
 from kdq.evaluate import attribution, classification, metrics
+from kdq.experiment.inputs import Inputs
 from kdq.experiment.transfer import Network
 from kdq.quantize.layers import LayerInfo, layer_bits
+from kdq.quantize.network import Weights
 from kdq.quantize.paths import at_path
 from kdq.search import bank, cost
 from kdq.types import Array, Batch, QParams, Variables
@@ -34,13 +36,11 @@ def write(
     folder: Path,
     packed: PackedModel,
     layers: Mapping[str, LayerInfo],
-    variables: Variables,
-    qparams: QParams,
+    weights: Weights,
     *,
     logits: np.ndarray,
     labels: np.ndarray,
-    images: Array,
-    validation: Batch,
+    inputs: Inputs,
 ) -> None:
     """Measures and writes the details of an arm.
 
@@ -48,23 +48,22 @@ def write(
       folder: of the arm and seed.
       packed: its file, loaded back.
       layers: of its model.
-      variables: its weights, before rounding.
-      qparams: its quantizers.
+      weights: its weights, before rounding, and quantizers.
       logits: [examples, classes] of the packed model on the test split.
       labels: [examples] int.
-      images: the first of that split; other inputs than [n, height, width, channels] have no maps.
-      validation: a batch of another.
+      inputs: the data; other inputs than [n, height, width, channels] have no maps.
     """
+    images = inputs.test[0]["image"]
     network = Network(variables=packed.variables, qparams=packed.qparams, model=packed.model)
-    found = {
+    shown = {
         "confusion": confusion(logits, labels),
         "reliability": _reliability(logits, labels),
-        "layers": layer_rows(layers, packed, variables, qparams, validation),
+        "layers": layer_rows(layers, packed, weights, inputs.validation[0]),
         "attributions": _attributions(network, images[:IMAGES], logits, labels)
         if images.ndim == 4
         else None,
     }
-    files.write_json(folder / FILE, _shortened(found), indent=None)
+    files.write_json(folder / FILE, _shortened(shown), indent=None)
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
@@ -76,30 +75,30 @@ def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
 
 
 def _reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    found = classification.reliability(
+    bins = classification.reliability(
         metrics.confidence(logits), metrics.correct(logits, labels), BINS
     )
-    return {name: getattr(found, name).tolist() for name in ("confidence", "accuracy", "count")}
+    return {name: getattr(bins, name).tolist() for name in ("confidence", "accuracy", "count")}
 
 
 def layer_rows(
     layers: Mapping[str, LayerInfo],
     packed: PackedModel,
-    variables: Variables,
-    qparams: QParams,
+    weights: Weights,
     validation: Batch,
 ) -> list[dict[str, Any]]:
-    """A dict a layer: its bits, what they do to it, and what it costs.
+    """Returns a dict for each layer: its bits, what they do to it, and what it costs.
 
     "sqnr_db" is 10 log10(Σ w² / Σ (w − ŵ)²) of its weights; "range" what its inputs' quantizer
     represents; "sensitivity" the KL [nats] to the outputs without any quantizer of those with this
     layer's alone, on examples of validation. None for what a layer does not have.
     """
+    variables, qparams = weights.variables, weights.qparams
     sensitivities = _sensitivities(packed, variables, validation)
-    joules, found = energy.modelled(layers, qparams), []
+    joules, rows = energy.modelled(layers, qparams), []
     for path, layer in layers.items():
         weight_bits, input_bits = layer_bits(qparams, path)
-        found.append(
+        rows.append(
             {
                 "path": path,
                 "kind": layer.kind,
@@ -115,7 +114,7 @@ def layer_rows(
                 "sensitivity": sensitivities.get(path),
             }
         )
-    return found
+    return rows
 
 
 def _sqnr(layer: LayerInfo, variables: Variables, packed: PackedModel) -> float | None:
@@ -160,8 +159,8 @@ def _sensitivities(
     rounded, plain = (traverse_util.flatten_dict(t, sep="/") for t in (packed.variables, variables))
 
     def outputs(path: str | None) -> Array:
-        own = lambda name: path is not None and name.startswith(f"params/{path}/")
-        mixed = {name: rounded[name] if own(name) else plain[name] for name in rounded}
+        is_inside = lambda name: path is not None and name.startswith(f"params/{path}/")
+        mixed = {name: rounded[name] if is_inside(name) else plain[name] for name in rounded}
         qparams = {**idle, **({path: packed.qparams[path]} if path in idle else {})}
         tree = traverse_util.unflatten_dict(mixed, sep="/")
         return quantize.predict(packed.model, tree, qparams, images)
@@ -174,8 +173,8 @@ def _sensitivities(
 
 @jax.jit
 def _idle(qparams: QParams) -> QParams:
-    is_one = lambda node: isinstance(node, quantize.Quantizer)
-    return jax.tree.map(bank.transparent, qparams, is_leaf=is_one)
+    is_quantizer = lambda node: isinstance(node, quantize.Quantizer)
+    return jax.tree.map(bank.identity_quantizer, qparams, is_leaf=is_quantizer)
 
 
 def _attributions(

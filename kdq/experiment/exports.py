@@ -27,7 +27,7 @@ def export(
     Returns:
       The files, and why those of other formats are not there.
     """
-    images = _images(inputs, "validation")[: config.examples]
+    images = inputs.examples("validation", "image", config.examples)
     with lock.hold(folder, alone=True):
         try:
             manifest = deploy.export(
@@ -43,8 +43,7 @@ def export(
             if error.manifest is None:
                 raise
             manifest = error.manifest
-    test, labels = _images(inputs, "test"), inputs.splits["test"]
-    labels = labels.read(np.arange(len(labels)))["label"]
+    test, labels = (inputs.examples("test", key) for key in ("image", "label"))
     found = {name: dict(entry) for name, entry in manifest["files"].items()}
     if config.latency_batches:
         for name, entry in found.items():
@@ -55,12 +54,6 @@ def export(
         accuracy = (np.concatenate([run(part) for part in parts]).argmax(-1) == labels).mean()
         found[name]["accuracy"] = float(accuracy)
     return found, manifest["failed"]
-
-
-def _images(inputs: Inputs, split: str) -> np.ndarray:
-    """All of a split, as a model takes them."""
-    batches = inputs.batches(split)
-    return np.concatenate([batch["image"][batch["mask"] > 0] for batch in batches])
 
 
 def of_workdir(

@@ -1,4 +1,4 @@
-"""The data of an experiment: its splits, as training streams and as batches to evaluate."""
+"""The data of an experiment: its splits, as training streams and as batches in order."""
 
 import functools
 
@@ -13,7 +13,7 @@ from kdq.types import Batch
 
 
 class Inputs:
-    """Splits are opened when first used."""
+    """The splits of an experiment, opened when they are first used."""
 
     def __init__(self, experiment: Experiment):
         self._config, self._quantize = experiment.data, experiment.quantize
@@ -21,6 +21,7 @@ class Inputs:
             self.augment = tuple(data.build_augmentations(self._config.augment))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config.data.augment: {error}") from error
+        self._normalize = data.Normalize(self._config.mean, self._config.std)
 
     @functools.cached_property
     def splits(self) -> dict[str, data.Source]:
@@ -33,34 +34,35 @@ class Inputs:
 
     @property
     def num_examples(self) -> int:
-        """Of the training split."""
+        """Examples of the training split."""
         return len(self.splits["train"])
 
     @property
     def image(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a batch of one image."""
-        return jax.ShapeDtypeStruct((1, *self.splits["train"].image_shape), np.float32)
+        """The shape and dtype of a batch of one image."""
+        return jax.ShapeDtypeStruct((1, *self.splits["train"].spec["image"].shape), np.float32)
 
     def ids(self, arm: Arm) -> np.ndarray:
-        """The examples that an arm trains on, by id in the training split."""
+        """Returns the examples that an arm trains on, by id in the training split."""
         if not arm.without_classes:  # no need to read the labels
             return np.arange(self.num_examples)
         return np.flatnonzero(~np.isin(self.labels, arm.without_classes))
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """Of the training split, [num_examples] int32."""
+        """The labels of the training split, [num_examples] int32."""
         return self.splits["train"].read(np.arange(self.num_examples))["label"]
 
     def steps(self, arm: Arm) -> int:
-        """Of an arm's whole schedule."""
+        """Returns the steps of an arm's whole schedule."""
         return round(arm.epochs * len(self.ids(arm)) / self._config.batch_size)
 
     def last_step(self, arm: Arm) -> int:
-        """The step at which an arm's training ends."""
+        """Returns the step at which an arm's training ends."""
         return round(self.steps(arm) * arm.stop / arm.epochs) if arm.stop else self.steps(arm)
 
     def augments(self, arm: Arm) -> bool:
+        """Returns whether an arm trains on changed images."""
         return bool(self.augment) and arm.augment
 
     def stream(
@@ -72,54 +74,64 @@ class Inputs:
         lookup: data.Lookup | None = None,
         layout: Layout = ONE_DEVICE,
     ) -> grain.MapDataset:
-        """The training stream of an arm, this process's rows of it; see `data.train_dataset`."""
+        """Returns this process's rows of an arm's training stream, see `data.train_dataset`."""
         index, count = layout.rows_of(self._config.batch_size)
         return data.train_dataset(
             self.splits["train"],
             batch_size=self._config.batch_size,
             seed=seed,
-            mean=self._config.mean,
-            std=self._config.std,
-            augment=self.augment if arm.augment else (),
+            transforms={"image": (*(self.augment if arm.augment else ()), self._normalize)},
             ids=self.ids(arm),
-            extra=extra,
+            extra=extra or {},
             lookup=lookup,
             process_index=index,
             process_count=count,
         )
 
-    def batches(
-        self, split: str, size: int | None = None, *, multiple: int = 1
+    def split(
+        self, name: str, size: int | None = None, *, limit: int | None = None, multiple: int = 1
     ) -> data.EvalBatches:
-        """A split in batches of at most `size`, rounded up to a multiple."""
-        size = min(size or self._config.eval_batch_size, len(self.splits[split]))
+        """Returns a split's examples in order, in batches of one size.
+
+        Args:
+          name: "train", "validation" or "test".
+          size: examples of a batch; None is `data.eval_batch_size`. At most those of the split.
+          limit: only so many examples, the first; None is all.
+          multiple: the size is rounded up to a multiple of it.
+        """
+        source = self.splits[name]
+        size = min(size or self._config.eval_batch_size, len(source))
         size = -(-size // multiple) * multiple
-        return data.eval_batches(
-            self.splits[split], batch_size=size, mean=self._config.mean, std=self._config.std
-        )
+        transforms = {"image": (self._normalize,)}
+        return data.eval_batches(source, batch_size=size, transforms=transforms, limit=limit)
+
+    def examples(self, name: str, key: str, limit: int | None = None) -> np.ndarray:
+        """Returns an array of the first examples of a split, [examples, ...], as models take it."""
+        batches = self.split(name, limit=limit)
+        return np.concatenate([batch[key][batch["mask"] > 0] for batch in batches])
 
     def calibration_images(self) -> list[np.ndarray]:
-        """The first examples of the training split, in four batches of one shape, or in more.
+        """Returns the first examples of the training split, in four batches of one shape, or more.
 
         So that a method can hold one of them out.
         """
         count = min(self._quantize.calibration_examples, self.num_examples)
-        batches = self.batches("train", size=min(max(1, count // 4), self._config.eval_batch_size))
-        return [batches[i]["image"] for i in range(max(1, count // len(batches[0]["label"])))]
+        size = min(max(1, count // 4), self._config.eval_batch_size)
+        return [b["image"] for b in self.split("train", size, limit=max(1, count // size) * size)]
 
     @functools.cached_property
     def validation(self) -> list[Batch]:
-        """On the device."""
-        return [jax.device_put(batch) for batch in self.batches("validation")]
+        """The validation split, on the device."""
+        return [jax.device_put(batch) for batch in self.split("validation")]
 
     def validation_on(self, layout: Layout) -> list[Batch]:
-        """With images cut up over a mesh; the rest of a batch each process has whole."""
+        """Returns the validation split with images cut up over a mesh, all else whole."""
         if layout == ONE_DEVICE:
             return self.validation
-        batches = self.batches("validation", multiple=layout.batch_parts)
+        batches = self.split("validation", multiple=layout.batch_parts)
         return [{**batch, "image": layout.whole_batch(batch["image"])} for batch in batches]
 
     @functools.cached_property
     def test(self) -> list[Batch]:
-        """On the device."""
-        return [jax.device_put(batch) for batch in self.batches("test")]
+        """The test split, on the device."""
+        return [jax.device_put(batch) for batch in self.split("test")]

@@ -1,7 +1,7 @@
 """The numbers of one arm: of the file it ends in, loaded back, on the test split."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from kdq import deploy, models, quantize
 from kdq.deploy.measure import energy
 from kdq.evaluate import classification, metrics
 from kdq.experiment import details
+from kdq.experiment.inputs import Inputs
 from kdq.quantize.network import Weights
 from kdq.search import cost
 from kdq.train.loop import Fit
-from kdq.types import Batch
+from kdq.types import Array, Batch
 
 FIDELITY = (
     "agreement",
@@ -28,82 +29,83 @@ FIDELITY = (
 )
 
 
-def measure(
-    fit: Fit,
+def pack(
+    weights: Weights,
     model: nn.Module,
-    test: Sequence[Batch],
+    images: Array,
     path: Path,
     *,
-    validation: Batch,
-    model_config: dict[str, Any],
-    metadata: dict[str, Any],
+    model_config: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+) -> Weights:
+    """Writes a packed file; returns the weights in it, which are those that integers compute with.
+
+    Args:
+      weights: that training (or calibration) selected.
+      model: the module of the weights.
+      images: some inputs, [n, ...].
+      path: the file.
+      model_config: the model's name and fields, as `kdq.models.build` takes them.
+      metadata: kept in the file.
+    """
+    variables, qparams = weights.variables, weights.qparams
+    if qparams:  # what the file simulates is what integers compute
+        variables = deploy.lower(model, variables, qparams, images).simulated(variables)
+    deploy.save_packed(
+        path, variables, qparams, model=model_config, inputs=images[:1], metadata=metadata
+    )
+    return Weights(variables=variables, qparams=qparams)
+
+
+def measure(
+    fit: Fit,
+    weights: Weights,
+    model: nn.Module,
+    inputs: Inputs,
+    path: Path,
+    *,
     teacher_logits: np.ndarray | None,
 ) -> dict[str, Any]:
-    """Packs the selected weights, loads the file back, and measures that.
-
-    Beside the file it leaves `details.FILE`, for reports.
+    """Loads a packed file back and measures it; leaves `details.FILE` beside it, for reports.
 
     Args:
       fit: what training (or calibration) ended with.
+      weights: from `pack`.
       model: the module of the weights.
-      test: batches of the test split.
-      path: the packed file to write.
-      validation: a batch of the validation split, for the details.
-      model_config: the model's name and fields, as `kdq.models.build` takes them.
-      metadata: kept in the file.
+      inputs: the data.
+      path: of the file.
       teacher_logits: [examples, classes] on the test split, or None for no fidelity.
 
     Returns:
-      The part of the record that is measured.
+      The fields of the record that are measured.
     """
-    selected = fit.selected
-    variables, qparams = selected.weights.variables, selected.weights.qparams
-    if qparams:  # what the file simulates is what integers compute
-        integer = deploy.lower(model, variables, qparams, test[0]["image"], train=False)
-        variables = integer.simulated(variables)
-    size = deploy.save_packed(
-        path,
-        variables,
-        qparams,
-        model=model_config,
-        inputs=test[0]["image"][:1],
-        metadata=metadata,
-    )
+    selected, test = fit.selected, inputs.test
+    variables, qparams = weights.variables, weights.qparams
     packed = deploy.load_packed(path)
-    of_file = Weights(variables=packed.variables, qparams=packed.qparams)
-    logits = predict(packed.model, of_file, test)
+    packed_weights = Weights(variables=packed.variables, qparams=packed.qparams)
+    logits = predict(packed.model, packed_weights, test)
     labels = _labels(test)
-    scores = metrics.score(logits, labels, teacher_logits)
-    found = classification.summarize(scores)
-    last = found
+    scores = classification.summarize(metrics.score(logits, labels, teacher_logits))
+    last = scores
     if fit.last_step != selected.step:
         last = evaluate(model, fit.last, test)
     layers = quantize.list_layers(model, variables, test[0]["image"])
-    details.write(
-        path.parent,
-        packed,
-        layers,
-        variables,
-        qparams,
-        logits=logits,
-        labels=labels,
-        images=test[0]["image"],
-        validation=validation,
-    )
+    details.write(path.parent, packed, layers, weights, logits=logits, labels=labels, inputs=inputs)
+    energies = energy.modelled(layers, qparams).values()
     return {
         "params": models.count_parameters(variables),
-        "accuracy": found["accuracy"],
-        "nll": found["nll"],
+        "accuracy": scores["accuracy"],
+        "nll": scores["nll"],
         "accuracy_last": last["accuracy"],
         "nll_last": last["nll"],
-        **{name: found.get(name, math.nan) for name in FIDELITY},
+        **{name: scores.get(name, math.nan) for name in FIDELITY},
         "accuracy_by_class": _by_class(logits, labels),
         "validation_accuracy": selected.metrics["accuracy"],
         "validation_nll": selected.metrics["nll"],
         "macs": cost.macs(layers),
         "bops": cost.bops(layers, qparams),
-        "energy_modelled_nj": sum(one.total for one in energy.modelled(layers, qparams).values()),
-        "size_bytes": size,
+        "energy_modelled_nj": sum(layer.total for layer in energies),
+        "size_bytes": path.stat().st_size,
         "train_seconds": fit.seconds,
         "steps": fit.last_step,
         "selected_step": selected.step,
@@ -118,7 +120,7 @@ def corrected(
     test: Sequence[Batch],
     classes: Sequence[int],
 ) -> dict[str, Any]:
-    """Test accuracy once the bias of classes that the arm never saw is chosen on validation."""
+    """Returns test accuracy once validation chose the bias of classes that the arm never saw."""
     logits, labels = predict(model, weights, test), _labels(test)
     before = predict(model, weights, validation)
     offset = classification.class_offset(before, _labels(validation), classes)
@@ -140,12 +142,12 @@ def _labels(batches: Sequence[Batch]) -> np.ndarray:
 
 
 def evaluate(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, float]:
-    """Accuracy and NLL of a float or quantized model."""
+    """Returns accuracy and NLL of a float or quantized model."""
     return metrics.evaluate(_apply(model, weights), weights.variables, batches)
 
 
 def predict(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> np.ndarray:
-    """Logits [examples, classes] of a float or quantized model."""
+    """Returns logits [examples, classes] of a float or quantized model."""
     return metrics.predict(_apply(model, weights), weights.variables, batches)
 
 

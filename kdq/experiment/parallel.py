@@ -5,7 +5,7 @@ as a single one does (`kdq.experiment.runner`), in the same workdir.
 """
 
 import contextlib
-import ctypes
+import functools
 import graphlib
 import multiprocessing
 import os
@@ -14,15 +14,14 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
+from kdq import child, heap, interrupts
 from kdq import config as kdq_config
-from kdq import heap, interrupts
 from kdq.config import ConfigError, Experiment
 from kdq.deploy.measure import latency
 from kdq.experiment import plan
@@ -38,11 +37,10 @@ SETTINGS = (
     "jax_persistent_cache_enable_xla_caches",
 )
 EVERY = 0.2  # seconds between two looks at what processes tell
-_PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
 def workers(experiment: Experiment) -> int:
-    """How many processes the arms of an experiment run in.
+    """Returns how many processes the arms of an experiment run in.
 
     `config.workers`, or by itself one for each seed as far as there are cores, where that pays: on
     a CPU, and without searches, which may time what they find.
@@ -78,35 +76,34 @@ def _is_meshed(experiment: Experiment) -> bool:
 
 
 def needs(experiment: Experiment, order: Sequence[str], seed: int) -> dict[Unit, list[Unit]]:
-    """{arm and seed: those that have to be there before}, of the arms in `order`.
+    """Returns {arm and seed: those that have to be there before}, of the arms in `order`.
 
     Beside what an arm is made of that is the teacher, which it is compared with; and of arms whose
     bits one search finds each waits for the one before, which searches for it.
     """
     before = kdq_config.ancestors(experiment, experiment.teacher)
-    found, searched = {}, {}
+    needed, searched = {}, {}
     for name in order:
-        own = list(kdq_config.parents(experiment, name))
+        others = list(kdq_config.parents(experiment, name))
         if name not in before:
-            own.append(experiment.teacher)
+            others.append(experiment.teacher)
         bits = experiment.arms[name].bits
         if bits in experiment.searches:
             # Uniform bits first: what is found is compared with them.
             first = (bits, plan.baseline_of(experiment, bits))
-            own += [searched[search] for search in first if search in searched]
+            others += [searched[search] for search in first if search in searched]
             searched[bits] = name
-        found[name, seed] = [(other, seed) for other in own]
-    return found
+        needed[name, seed] = [(other, seed) for other in others]
+    return needed
 
 
 def run(
     experiment: Experiment,
-    workdir: Path,
     order: Sequence[str],
     missing: Collection[Unit],
     count: int,
     *,
-    make: Callable[[Experiment, Path, Progress], Run],
+    make: Callable[[Progress], Run],
     progress: Progress,
 ) -> None:
     """Runs arms and seeds that are not finished, each after those that it needs.
@@ -115,7 +112,6 @@ def run(
 
     Args:
       experiment: of the arms.
-      workdir: where their records are left.
       order: of the arms, each after those it needs.
       missing: arms and seeds that are not finished.
       count: of processes.
@@ -129,24 +125,24 @@ def run(
     for seed in experiment.seeds:
         for unit, others in needs(experiment, order, seed).items():
             if unit in missing:
-                units[unit] = [one for one in others if one in missing]
+                units[unit] = [other for other in others if other in missing]
     sorter = graphlib.TopologicalSorter(units)
     sorter.prepare()
     places = {unit: i for i, unit in enumerate(units)}
     ready: list[Unit] = []
-    with _processes(experiment, workdir, min(count, len(units)), count, make) as (pools, told):
+    with _processes(min(count, len(units)), count, make) as (pools, queue):
         last: dict[int, int] = {}  # the seed of each process
         under_way: dict[futures.Future[ArmRecord], tuple[int, Unit]] = {}
         while sorter.is_active():
             ready += sorter.get_ready()
             for i in set(range(len(pools))) - {i for i, _ in under_way.values()}:
                 if ready:
-                    unit = min(ready, key=lambda one: _rank(one, i, last, places))
+                    unit = min(ready, key=lambda unit: _rank(unit, i, last, places))
                     ready.remove(unit)
                     last[i] = unit[1]
                     under_way[pools[i].submit(_run, *unit)] = i, unit
             ended, _ = futures.wait(under_way, EVERY, futures.FIRST_COMPLETED)
-            _hear(told, progress)
+            _forward(queue, progress)
             for future in ended:
                 _, unit = under_way.pop(future)
                 progress.done(future.result())
@@ -154,41 +150,39 @@ def run(
 
 
 def _rank(unit: Unit, process: int, last: Mapping[int, int], places: Mapping[Unit, int]) -> Any:
-    """Its own seed first, then one that no other process has begun."""
+    """Returns what sorts its own seed first, then one that no other process has begun."""
     seed = unit[1]
-    others = {own for i, own in last.items() if i != process}
+    others = {other for i, other in last.items() if i != process}
     return seed != last.get(process), seed in others, places[unit]
 
 
 @contextlib.contextmanager
 def _processes(
-    experiment: Experiment, workdir: Path, count: int, shares: int, make: Any
+    count: int, shares: int, make: Callable[[Progress], Run]
 ) -> Iterator[tuple[list[futures.ProcessPoolExecutor], Any]]:
-    """So many pools of one process each, which end with this one, and what they tell.
+    """Yields so many pools of one process each, which end with this one, and their queue.
 
     Args:
-      experiment: for `make`.
-      workdir: likewise.
       count: of processes.
       shares: that the cores are cut into; the same for fewer processes, so that a run that goes on
         computes with as many threads.
       make: see `run`.
     """
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
-    told = context.SimpleQueue()
+    queue = context.SimpleQueue()
     settings = {name: getattr(jax.config, name) for name in SETTINGS}
-    cores = [own.tolist() for own in np.array_split(latency.cores(None), shares)]
+    cores = [share.tolist() for share in np.array_split(latency.cores(None), shares)]
     pools = [
         futures.ProcessPoolExecutor(
             1,
             mp_context=context,
-            initializer=_begin,
-            initargs=(os.getpid(), i, cores[i], settings, told, experiment, workdir, make),
+            initializer=_start_worker,
+            initargs=(os.getpid(), i, cores[i], settings, queue, make),
         )
         for i in range(count)
     ]
     try:
-        yield pools, told
+        yield pools, queue
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "a process of this run was killed, or could not begin (its own output says why); the "
@@ -203,10 +197,11 @@ def _processes(
                 pool.shutdown(cancel_futures=True)
 
 
-def _hear(told: Any, progress: Progress) -> None:
-    while not told.empty():
-        process, what, given = told.get()
-        getattr(progress.beside(process), what)(*given)
+def _forward(queue: Any, progress: Progress) -> None:
+    """Tells `progress` what the processes have sent."""
+    while not queue.empty():
+        process, event, arguments = queue.get()
+        getattr(progress.beside(process), event)(*arguments)
 
 
 # In the processes.
@@ -214,19 +209,17 @@ def _hear(told: Any, progress: Progress) -> None:
 _run_here: Run | None = None
 
 
-def _begin(
+def _start_worker(
     parent: int,
     process: int,
     cores: Sequence[int],
     settings: Mapping[str, Any],
-    told: Any,
-    experiment: Experiment,
-    workdir: Path,
-    make: Callable[[Experiment, Path, Progress], Run],
+    queue: Any,
+    make: Callable[[Progress], Run],
 ) -> None:
     global _run_here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to hear
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    child.die_with_parent()
     if os.getppid() != parent:  # it has died already
         os._exit(1)
     os.sched_setaffinity(0, cores)  # before JAX counts them
@@ -234,7 +227,7 @@ def _begin(
     heap.keep_freed_memory()
     for name, value in settings.items():
         jax.config.update(name, value)
-    _run_here = make(experiment, workdir, _Told(process, told))
+    _run_here = make(_QueueProgress(process, queue))
 
 
 def _run(name: str, seed: int) -> ArmRecord:
@@ -242,37 +235,23 @@ def _run(name: str, seed: int) -> ArmRecord:
     return _run_here(name, seed)
 
 
-class _Told(Progress):
-    """Tells another process, of steps and parts of stages only now and then."""
+class _QueueProgress(Progress):
+    """Sends what happens to another process, of steps and parts of stages only now and then."""
 
     def __init__(self, process: int, queue: Any):
-        self._process, self._queue, self._told = process, queue, 0.0
+        self._process, self._queue, self._sent = process, queue, 0.0
 
-    def _tell(self, what: str, *given: Any) -> None:
-        self._queue.put((self._process, what, given))
+    def _send(self, event: str, *arguments: Any) -> None:
+        is_frequent = event == "step" or (event == "stage" and arguments[1] > 0)
+        if is_frequent and time.monotonic() - self._sent <= EVERY:
+            return
+        if is_frequent:
+            self._sent = time.monotonic()
+        self._queue.put((self._process, event, arguments))
 
-    def _is_due(self) -> bool:
-        due = time.monotonic() - self._told > EVERY
-        if due:
-            self._told = time.monotonic()
-        return due
-
-    def prepare(self, name: str, seed: int) -> None:
-        self._tell("prepare", name, seed)
-
-    def arm(self, name: str, seeds: Sequence[int], steps: int) -> None:
-        self._tell("arm", name, seeds, steps)
-
-    def step(self, step: int) -> None:
-        if self._is_due():
-            self._tell("step", step)
-
-    def stage(self, description: str, done: int, total: int) -> None:
-        if done == 0 or self._is_due():
-            self._tell("stage", description, done, total)
-
-    def search(self, name: str, seed: int, evaluations: int) -> None:
-        self._tell("search", name, seed, evaluations)
-
-    def evaluated(self, count: int, best: str) -> None:
-        self._tell("evaluated", count, best)
+    prepare = functools.partialmethod(_send, "prepare")
+    arm = functools.partialmethod(_send, "arm")
+    step = functools.partialmethod(_send, "step")
+    stage = functools.partialmethod(_send, "stage")
+    search = functools.partialmethod(_send, "search")
+    evaluated = functools.partialmethod(_send, "evaluated")

@@ -68,7 +68,7 @@ def _profile(
 ) -> Profile:
     if needs := parents(experiment, arm):
         runner.run(experiment, workdir, arms=needs, progress=progress)
-    plan, state = runner.task(experiment, workdir, arm, seed)
+    plan, state = runner.first_step(experiment, workdir, arm, seed)
     last = WARM_UP + steps
     if plan.steps < last:
         raise ConfigError(

@@ -20,8 +20,8 @@ from typing import Any
 from kdq import config as kdq_config
 from kdq import files
 from kdq.config import Experiment
-from kdq.experiment import exports
-from kdq.experiment.searching import Searches
+from kdq.experiment import exports, searching
+from kdq.experiment.context import Context
 from kdq.experiment.store import PACKED, RESULT, Store
 from kdq.record import ArmRecord
 from kdq.search.problem import InfeasibleError
@@ -137,20 +137,19 @@ class Shared:
         return copy(self._store, source, target, of_this_run)
 
 
-def of_equal_bits(
-    experiment: Experiment, store: Store, searches: Searches, identity: ArmRecord
-) -> ArmRecord | None:
-    """Returns the record of an arm whose search finds the bits of the arm that it is compared with.
+def copy_equal_bits(context: Context, identity: ArmRecord) -> ArmRecord | None:
+    """Copies the arm that an arm is compared with, if both searches chose the same bits.
 
-    If the arms are else alike, that one has been trained as this one would be, and is copied. None
-    if there is no such arm.
+    If the arms are else alike, that one has been trained as this one would be.
 
     Args:
-      experiment: of the arm.
-      store: of its workdir.
-      searches: of the experiment.
-      identity: the part of its record that is known before it is trained.
+      context: of the experiment.
+      identity: the record of the arm as far as it is known before it is trained.
+
+    Returns:
+      The record; None if there is no such arm.
     """
+    experiment, store = context.experiment, context.store
     name, seed = identity.arm, identity.seed
     arm, reference = experiment.arms[name], experiment.arms.get(experiment.arms[name].reference)
     if reference is None or {arm.bits, reference.bits} - experiment.searches.keys():
@@ -165,7 +164,7 @@ def of_equal_bits(
     if (record.status, record.arm_digest) != ("ok", store.digests[arm.reference]):
         return None
     try:
-        here, there = (searches.of(bits, seed) for bits in (arm.bits, reference.bits))
+        here, there = (searching.result(context, bits, seed) for bits in (arm.bits, reference.bits))
     except InfeasibleError:
         return None  # which is told when the arm is run
     if (here.chosen, here.observer) != (there.chosen, there.observer):

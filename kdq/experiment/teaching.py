@@ -129,7 +129,7 @@ class Teachers:
             return Teaching(teacher=Peer(module, self._store.weights(config.init, seed)))
         # Another key than that of the student, which may be of the same model.
         key = jax.random.fold_in(jax.random.key(seed + arm.seed_offset), 1)
-        images = self._inputs.batches("train")[0]["image"][:1]
+        images = self._inputs.split("train", 1)[0]["image"]
         return Teaching(teacher=Peer(module, initial.variables(module, key, images)))
 
     def _former_peer(self, config, arm: Arm, seed: int) -> Teaching:
@@ -166,7 +166,7 @@ class Teachers:
     def _predict(self, name: str, seed: int, split: str) -> np.ndarray:
         """Logits [examples, classes] of an arm's selected weights, unrounded, on a whole split."""
         weights = self._weights(name, seed)
-        return metrics.predict(self._apply(name), weights, self._inputs.batches(split))
+        return metrics.predict(self._apply(name), weights, self._inputs.split(split))
 
     def _on_disk(self, arm: Arm, seed: int) -> Cache:
         """The teacher's outputs in a cache under its folder, made now if they are not there."""
@@ -186,7 +186,7 @@ class Teachers:
             std=self._experiment.data.std,
             augment=self._experiment.data.augment if augmented else (),
             stream_seed=own_seed if augmented else None,
-            num_classes=source.num_classes,
+            num_classes=len(source.facts["class_names"]),
             target=_target(config, own_seed),
         )
         length = inputs.num_examples
@@ -202,7 +202,7 @@ class Teachers:
 
     def _batches_to_store(self, arm: Arm, seed: int, augmented: bool) -> Iterator[Batch]:
         if not augmented:
-            yield from self._inputs.batches("train")
+            yield from self._inputs.split("train")
             return
         size = self._experiment.data.batch_size
         for step, batch in enumerate(data.iterate(self._inputs.stream(arm, seed))):

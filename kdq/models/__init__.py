@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from kdq.config import unknown
+from kdq.fields import unknown
 from kdq.models._own import describe, find, is_imported, is_own, source_digest
 from kdq.models._product import Product
 from kdq.types import Variables
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The names that `build` accepts: the modules of this package."""
+    """Returns the names that `build` accepts: the modules of this package."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
@@ -70,7 +70,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     for key in hints.keys() & kwargs.keys():
         hint, value = hints[key], kwargs[key]
         if isinstance(value, bool) != (hint is bool) or not isinstance(value, _SIMPLE[hint]):
-            raise ValueError(f"{key}={value!r}: want {hint.__name__}")
+            raise ValueError(f"{key}={value!r}: expected {hint.__name__}")
     return model(**{key: _freeze(value) for key, value in kwargs.items()})
 
 
@@ -79,7 +79,7 @@ _SIMPLE = {bool: bool, int: int, float: (int, float), str: str}
 
 
 def _simple_hints(model: type) -> dict[str, type]:
-    """Of the fields that are annotated by one of `_SIMPLE`."""
+    """Returns the annotations of fields that are one of `_SIMPLE`."""
     try:
         hints = typing.get_type_hints(model)
     except Exception:  # of a user's class, whose annotations may be anything
@@ -90,7 +90,7 @@ def _simple_hints(model: type) -> dict[str, type]:
 
 
 def count_parameters(variables: Variables) -> int:
-    """The number of trained scalars: the "params" collection, without batch statistics."""
+    """Returns the number of trained scalars: the "params" collection, without batch statistics."""
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
-from kdq.config import ConfigError, unknown
+from kdq.fields import ConfigError, unknown
 
 LINEN = {"parent", "name"}  # the fields that every module has
 
 
 def is_own(name: Any) -> bool:
-    """Whether a model's name is that of a class elsewhere."""
+    """Returns if a model's name is that of a class elsewhere."""
     return isinstance(name, str) and ":" in name
 
 
 def is_imported(name: str) -> bool:
-    """Whether the class can be found without running what is not running already."""
+    """Returns if the class is in memory, so that finding it runs no code."""
     module, _, path = name.partition(":")
     place: Any = sys.modules.get(module)
     for part in path.split("."):
@@ -32,37 +32,37 @@ def is_imported(name: str) -> bool:
 
 
 def find(name: str) -> type[nn.Module]:
-    """The class; its module is imported. Raises ConfigError."""
+    """Returns the class, importing its module. Raises ConfigError if there is none."""
     module, _, path = name.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        place: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"model {name!r}: {error}; want package.module:Class of something that can be "
+            f"model {name!r}: {error}; expected package.module:Class of something that can be "
             "imported (PYTHONPATH, or pip install -e)"
         ) from error
     for part in path.split("."):
-        if not hasattr(found, part):
+        if not hasattr(place, part):
             if module == "__main__":
                 raise ConfigError(
                     f"model {name!r} is of another program, a script or notebook; a class that "
-                    "several use wants a module that they can import"
+                    "several use must be in a module that they can import"
                 )
-            classes = [key for key, value in vars(found).items() if _is_model(value)]
+            classes = [key for key, value in vars(place).items() if _is_model(value)]
             raise ConfigError(unknown(f"class of {module} in model {name!r}:", part, classes))
-        found = getattr(found, part)
-    if not _is_model(found):
-        raise ConfigError(f"model {name!r} is no class of flax.linen.Module: {found!r}")
-    if "train" not in (takes := inspect.signature(found.__call__).parameters):
+        place = getattr(place, part)
+    if not _is_model(place):
+        raise ConfigError(f"model {name!r} is no class of flax.linen.Module: {place!r}")
+    if "train" not in (takes := inspect.signature(place.__call__).parameters):
         raise ConfigError(
-            f"model {name!r}: __call__ takes {list(takes)[1:]}; want `train: bool` too, by keyword,"
+            f"model {name!r}: __call__ takes {list(takes)[1:]}; expected `train: bool` by keyword,"
             " e.g. def __call__(self, inputs, *, train: bool = False)"
         )
-    return found
+    return place
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What `build` makes a model of again: its name and fields.
+    """Returns the name and fields from which `build` makes the model again.
 
     Raises:
       ConfigError: a class that has no place in a module, or a field that no config can hold and
@@ -101,14 +101,14 @@ def _plain(value: Any) -> Any:
 
 
 def source_digest(name: str) -> str:
-    """A digest of the source of a class, and of what it calls of its own module."""
-    found = find(name)
+    """Returns a digest of the source of a class, and of all in its module that it calls."""
+    model = find(name)
     seen: dict[str, str] = {}
-    todo: list[Any] = [found]
+    todo: list[Any] = [model]
     while todo:
         part = todo.pop()
         key = part.__qualname__
-        if key in seen or part.__module__ != found.__module__:
+        if key in seen or part.__module__ != model.__module__:
             continue
         functions = _functions(part)
         seen[key] = "".join([*map(_source, functions), *_defaults(part)])
@@ -122,18 +122,18 @@ def source_digest(name: str) -> str:
 
 
 def _functions(part: Any) -> list[Any]:
-    """The functions in the body of a class (as written, not as Linen wraps them), or the one."""
+    """Returns the functions of a class body, not wrapped by Linen; or the function itself."""
     inner = map(inspect.unwrap, vars(part).values()) if inspect.isclass(part) else [part]
     functions = [f for f in inner if inspect.isfunction(f) and f.__module__ == part.__module__]
     return [f for f in functions if f.__code__.co_filename != "<string>"]  # not dataclasses' own
 
 
 def _defaults(part: Any) -> list[str]:
-    """Of the fields in a class's body: functions by their names, since addresses change."""
+    """Returns defaults of fields in a class's body; functions by name, since addresses change."""
     body = vars(part) if inspect.isclass(part) else {}
     names = body.get("__annotations__", {}).keys() - LINEN
-    given = {n: getattr(body[n], "__qualname__", body[n]) for n in sorted(names) if n in body}
-    return [re.sub(r" at 0x\w+", "", f"{name}={default!r}") for name, default in given.items()]
+    defaults = {n: getattr(body[n], "__qualname__", body[n]) for n in sorted(names) if n in body}
+    return [re.sub(r" at 0x\w+", "", f"{name}={default!r}") for name, default in defaults.items()]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kdq import quantize
 from kdq.config import parse_bits
-from kdq.quantize import Observer, Quantizer
+from kdq.quantize import Network, Observer, Quantizer
 from kdq.quantize.layers import FLOAT_BITS
 from kdq.types import Array, QParams, Variables
 
@@ -20,7 +20,7 @@ Bank = QParams
 
 
 def fill(
-    model: nn.Module,
+    network: Network | nn.Module,
     variables: Variables,
     choices: Choices,
     images: Sequence[Array],
@@ -28,39 +28,37 @@ def fill(
     *,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, description: items,
 ) -> Bank:
-    """Calibrates a model at every choice.
+    """Returns a model's quantizers, calibrated at every choice.
 
     Args:
-      model: any Linen module with a `train` keyword.
+      network: any Linen module, or a `Network`.
       variables: float.
       choices: of the layers that are searched.
       images: batches to calibrate on, of one shape.
       observer: of weights and inputs alike.
       progress: a bar.
     """
-    found = {}
-    all_bits = list(dict.fromkeys(bits for own in choices.values() for bits in own if bits))
-    for bits in progress(all_bits, "calibrating"):
-        rules = quantize.uniform_rules(*parse_bits(bits), observer=observer)
-        found[bits] = quantize.calibrate(model, variables, rules, images, check=False)
-    ranges = quantize.uniform_rules(8, 8)  # by the largest
-    float_ones = quantize.calibrate(model, variables, ranges, images, check=False)
-    bank = {}
-    for path, own in choices.items():
+    calibrate = lambda rules: quantize.calibrate(network, variables, rules, images, check=False)
+    calibrated: dict[str, QParams] = {"": {}}
+    every = list(dict.fromkeys(bits for layer in choices.values() for bits in layer if bits))
+    for bits in progress(every, "calibrating"):
+        calibrated[bits] = calibrate(quantize.uniform_rules(*parse_bits(bits), observer=observer))
+    ranges = calibrate(quantize.uniform_rules(8, 8))  # by the largest
+    bank: Bank = {}
+    for path, layer in choices.items():
         bank[path] = {}
-        for operand, reach in float_ones[path].items():
-            as_it_is = transparent(reach)
-            chosen = [found[b].get(path, {}).get(operand, as_it_is) if b else as_it_is for b in own]
-            chosen.append(as_it_is)
-            bank[path][operand] = jax.tree.map(lambda *arrays: jnp.stack(arrays), *chosen)
+        for operand, reach in ranges[path].items():
+            identity = identity_quantizer(reach)
+            chosen = [calibrated[bits].get(path, {}).get(operand, identity) for bits in layer]
+            bank[path][operand] = jax.tree.map(lambda *x: jnp.stack(x), *chosen, identity)
     return bank
 
 
-def transparent(quantizer: Quantizer) -> Quantizer:
-    """One that changes nothing but the last bits of a float32.
+def identity_quantizer(quantizer: Quantizer) -> Quantizer:
+    """Returns a quantizer that changes nothing but the last bits of a float32.
 
     Codes of 24 bits over 16 times the range of `quantizer`: the error is at most 2^-20 of that
-    range, and what was not seen in calibration is not clipped.
+    range, and values that were not seen in calibration are not clipped.
     """
     most = jnp.float32(2**23)
     reach = (
@@ -79,7 +77,7 @@ def transparent(quantizer: Quantizer) -> Quantizer:
 
 
 def choose(bank: Bank, chosen: Mapping[str, Array]) -> QParams:
-    """The quantizers of a policy; may be traced.
+    """Returns the quantizers of a policy; may be traced.
 
     Args:
       bank: see `fill`.
@@ -92,28 +90,23 @@ def choose(bank: Bank, chosen: Mapping[str, Array]) -> QParams:
 
 
 def bits_of(choice: str) -> tuple[int, int]:
-    """ "W4A8" -> (4, 8); 32 for what stays in float."""
+    """Returns the bits of weights and inputs: (4, 8) of "W4A8"; 32 for float."""
     weights, activations = parse_bits(choice)
     return weights or FLOAT_BITS, activations or FLOAT_BITS
 
 
 def to_rules(chosen: Mapping[str, str], observer: str) -> tuple[dict[str, Any], ...]:
-    """What an arm's `config.rules` says for a policy: {layer path: "W4A8"}."""
-    found = []
+    """Returns an arm's `config.rules` for a policy: {layer path: "W4A8"}."""
+    rules = []
     for path, choice in chosen.items():
-        weights, activations = parse_bits(choice)
         entry: dict[str, Any] = {"path": re.escape(path)}
-        if weights:
-            entry["weights"] = {
-                "bits": weights,
-                "granularity": "per_channel",
-                "observer": observer,
-            }
-        if activations:
-            entry["activations"] = {
-                "bits": activations,
-                "granularity": "per_tensor",
-                "observer": observer,
-            }
-        found.append(entry)
-    return tuple(found)
+        for tensor, granularity, bits in zip(
+            ("weights", "activations"),
+            ("per_channel", "per_tensor"),
+            parse_bits(choice),
+            strict=True,
+        ):
+            if bits:
+                entry[tensor] = {"bits": bits, "granularity": granularity, "observer": observer}
+        rules.append(entry)
+    return tuple(rules)

@@ -1,4 +1,4 @@
-"""What a model costs, layer by layer, at given bits: counted, modelled, measured."""
+"""Costs of a model, layer by layer, at given bits: counted, modelled, measured."""
 
 import dataclasses
 import os
@@ -15,12 +15,12 @@ from kdq.types import QParams
 
 
 def macs(layers: Mapping[str, LayerInfo]) -> int:
-    """Multiply-accumulates for one example."""
+    """Returns the multiply-accumulates for one example."""
     return sum(layer.macs for layer in layers.values())
 
 
 def bops(layers: Mapping[str, LayerInfo], qparams: QParams) -> int:
-    """Bit operations for one example: Σ MACs × weight bits × activation bits (arXiv:2005.07093)."""
+    """Returns Σ MACs × weight bits × activation bits for one example (arXiv:2005.07093)."""
     total = 0
     for path, layer in layers.items():
         weight_bits, activation_bits = layer_bits(qparams, path)
@@ -33,13 +33,13 @@ class Metric:
     """One kind of cost of each layer at each of its choices."""
 
     layers: Mapping[str, Mapping[str, float]]  # {path: {"W4A8": value}}
-    constant: float = 0.0  # of whatever the bits
+    constant: float = 0.0  # at any bits
     worst: bool = False  # the cost of a model is that of its worst layer, not the sum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostTable:
-    """What a network costs, as `{metric: {layer: {bits: value}}}`, and where that was found."""
+    """Costs of a network, as `{metric: {layer: {bits: value}}}`, and where they were measured."""
 
     model: Mapping[str, Any]  # the module's name and fields
     image_shape: tuple[int, ...]
@@ -49,10 +49,10 @@ class CostTable:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def total(self, metric: str, chosen: Mapping[str, str]) -> float:
-        """What a model costs with the layers at the bits `{path: "W4A8"}`."""
-        own = self.metrics[metric]
-        values = [own.layers[path][bits] for path, bits in chosen.items()]
-        return own.constant + (max(values) if own.worst else sum(values))
+        """Returns the cost of a model with the layers at the bits `{path: "W4A8"}`."""
+        table = self.metrics[metric]
+        values = [table.layers[path][bits] for path, bits in chosen.items()]
+        return table.constant + (max(values) if table.worst else sum(values))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON, atomically."""
@@ -60,7 +60,7 @@ class CostTable:
 
 
 def load(path: str | os.PathLike[str], *, device: str, other_device: bool = False) -> CostTable:
-    """Reads a table.
+    """Returns a table that was saved.
 
     Args:
       path: of the file.
@@ -68,7 +68,7 @@ def load(path: str | os.PathLike[str], *, device: str, other_device: bool = Fals
       other_device: whether measurements of another device will do.
 
     Raises:
-      ConfigError: no such file, no table, or one that was measured on another device.
+      ConfigError: no such file, no table, or a table that was measured on another device.
     """
     try:
         table = build(CostTable, files.read_json(path), str(path))
@@ -88,7 +88,7 @@ def load(path: str | os.PathLike[str], *, device: str, other_device: bool = Fals
 def counted(
     layers: Mapping[str, LayerInfo], choices: Choices, parameters: int
 ) -> dict[str, Metric]:
-    """The metrics that need no measuring.
+    """Returns the metrics that need no measuring.
 
     Args:
       layers: from `list_layers`.
@@ -96,30 +96,35 @@ def counted(
       parameters: of the whole model.
     """
     weights = sum(layer.weight_count for layer in layers.values())
+    # Each layer's memories are those that its most bits need: energy is at most too much.
+    most = {
+        path: [max(pair) for pair in zip(*(_bits(layers[path], b) for b in choice), strict=True)]
+        for path, choice in choices.items()
+    }
+    memories = energy.memories(layers, most)
     each = {
         "average_bits": lambda layer, w, a: layer.weight_count * w / max(weights, 1),
         "bops": lambda layer, w, a: float(layer.macs * w * a),
         "weight_memory": lambda layer, w, a: layer.weight_count * w / 8,
         "activation_memory": lambda layer, w, a: energy.moved_bits(layer, a) / 8,
-        "energy": _energy(layers, choices),
+        "energy": lambda layer, w, a: energy.of_layer(layer, w, a, memories).total,
     }
-    found = {
+    others = (parameters - weights) * FLOAT_BITS / 8  # that are no layer's weights
+    return {
         metric: Metric(
             layers={
-                path: {bits: value(layers[path], *_layer_bits(layers[path], bits)) for bits in own}
-                for path, own in choices.items()
+                path: {bits: value(layers[path], *_bits(layers[path], bits)) for bits in choice}
+                for path, choice in choices.items()
             },
+            constant=others if metric == "weight_memory" else 0.0,
             worst=metric == "activation_memory",
         )
         for metric, value in each.items()
     }
-    others = (parameters - weights) * FLOAT_BITS / 8
-    found["weight_memory"] = dataclasses.replace(found["weight_memory"], constant=others)
-    return found
 
 
-def _layer_bits(layer: LayerInfo, choice: str) -> tuple[int, int]:
-    """What `layer_bits` says of a layer at a choice.
+def _bits(layer: LayerInfo, choice: str) -> tuple[int, int]:
+    """Returns bits of weights and inputs of a layer at a choice, as `layer_bits` would.
 
     A product has inputs alone, the second in the place of the weight; a table that is only looked
     up has no input that is quantized.
@@ -128,13 +133,3 @@ def _layer_bits(layer: LayerInfo, choice: str) -> tuple[int, int]:
     if "activations" not in layer.operands:
         activations = FLOAT_BITS
     return weights if layer.weight_name else activations, activations
-
-
-def _energy(layers: Mapping[str, LayerInfo], choices: Choices):
-    """Of a layer; from the memories that the most bits would need, so at most too much."""
-    most = {
-        path: [max(pair) for pair in zip(*(_layer_bits(layers[path], b) for b in own), strict=True)]
-        for path, own in choices.items()
-    }
-    memories = energy.memories(layers, most)
-    return lambda layer, w, a: energy.of_layer(layer, w, a, memories).total

@@ -6,13 +6,13 @@ float32 would round is let past a limit.
 """
 
 import math
-from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from kdq.search.problem import ROUNDING, Policy, Problem
+from kdq.search.feasible import Feasible
+from kdq.search.problem import ROUNDING, Problem
 from kdq.types import Array
 
 LOW_BITS = 28  # of a whole number, in the second int32: several may be added before they carry
@@ -61,8 +61,9 @@ class State:
         return jnp.maximum(self.policy[0], 0)
 
 
-def build(problem: Problem) -> Environment:
-    """The environment of a problem; without sensitivities, what is observed of them is 0."""
+def build(feasible: Feasible) -> Environment:
+    """Returns the environment of a problem; without sensitivities, those observed are 0."""
+    problem = feasible.problem
     students, decisions, options = problem.valid.shape
     places = np.zeros((decisions, options, 2), np.float32)
     for i, decision in enumerate(problem.decisions):
@@ -70,7 +71,7 @@ def build(problem: Problem) -> Environment:
     exact = [_exact(problem, metric) for metric in problem.limits]
     costs = np.array([cost for cost, _ in exact], np.int64).reshape(-1, *problem.valid.shape)
     capacity = np.array([limit for _, limit in exact], np.int64).reshape(-1, students)
-    ways = problem.reserves  # [reserves, students, decisions]
+    ways = feasible.reserves  # [reserves, students, decisions]
     taken = costs[:, np.arange(students)[:, None], np.arange(decisions), ways]
     needs = np.zeros((*taken.shape[:-1], decisions + 1), np.int64)  # [metrics, reserves, ...]
     needs[..., :-1] = taken[..., ::-1].cumsum(-1)[..., ::-1]
@@ -80,7 +81,7 @@ def build(problem: Problem) -> Environment:
         needs=_split(needs.swapaxes(0, 1)),
         capacity=_split(capacity),
         most=jnp.asarray(costs.max(-1)[..., ::-1].cumsum(-1)[..., ::-1], jnp.float32),
-        reserve=jnp.asarray(problem.reserve, jnp.int32),
+        reserve=jnp.asarray(feasible.reserve, jnp.int32),
         places=jnp.asarray(places),
         features=jnp.asarray(problem.features, jnp.float32),
         sensitivity=jnp.asarray(_sensitivity(problem, places), jnp.float32),
@@ -88,7 +89,7 @@ def build(problem: Problem) -> Environment:
 
 
 def reset(env: Environment) -> State:
-    """The start of an episode."""
+    """Returns the start of an episode."""
     return State(
         position=jnp.int32(0),
         policy=jnp.full(env.decisions, -1, jnp.int32),
@@ -98,9 +99,9 @@ def reset(env: Environment) -> State:
 
 
 def allowed(env: Environment, state: State) -> Array:
-    """Which options of this decision leave a way to end within the limits, [options] bool.
+    """Returns which options of this decision leave a way to end within the limits, [options] bool.
 
-    Never none: whatever reserve an option was allowed for goes on with an option of its own.
+    At least one does: the reserve that an option was allowed for also has a next option.
     """
     options = jnp.arange(env.options)
     student = _student(env, state)
@@ -111,14 +112,14 @@ def allowed(env: Environment, state: State) -> Array:
     less = total[..., 0] < limit[..., 0]
     equal = total[..., 0] == limit[..., 0]
     within = less | (equal & (total[..., 1] <= limit[..., 1]))
-    found = within.all(1).any(0) & env.valid[at]
+    fits = within.all(1).any(0) & env.valid[at]
     # None at all, if only rounding kept the one policy there is from the limit: at the first
     # decision, so at every one.
-    return jnp.where(found.any(), found, options == env.reserve[state.position])
+    return jnp.where(fits.any(), fits, options == env.reserve[state.position])
 
 
 def observe(env: Environment, state: State) -> Array:
-    """What an agent sees before it decides, [observation] float32 between about 0 and 1.
+    """Returns what an agent sees before it decides, [observation] float32 between about 0 and 1.
 
     In this order: the problem's features of the decision; which decision it is, of the first 0 and
     of the last 1; of each budget, how much of what the rest could still spend is left, beyond what
@@ -141,13 +142,13 @@ def observe(env: Environment, state: State) -> Array:
 
 
 def nearest(env: Environment, state: State, action: Array) -> Array:
-    """The allowed option whose place is nearest to `action` ([2] float32, 0 to 1), int32."""
+    """Returns the allowed option whose place is nearest to `action` ([2] float32, 0 to 1)."""
     away = jnp.square(env.places[state.position] - action).sum(-1)
     return jnp.where(allowed(env, state), away, jnp.inf).argmin().astype(jnp.int32)
 
 
 def step(env: Environment, state: State, option: Array) -> State:
-    """The state after taking an allowed option; its `action` is the projected one."""
+    """Returns the state after taking an allowed option; its `action` is the projected one."""
     student = jnp.where(state.position == 0, option, state.student)
     cost = env.costs[:, student, state.position, option]
     return State(
@@ -158,20 +159,14 @@ def step(env: Environment, state: State, option: Array) -> State:
     )
 
 
-def checked(problem: Problem, policies: Iterable[np.ndarray]) -> list[Policy]:
-    """Policies that keep the limits in float64 too: those that would not, projected."""
-    found = [tuple(int(option) for option in policy) for policy in policies]
-    return [policy if problem.feasible(policy) else problem.projected(policy) for policy in found]
-
-
 def _student(env: Environment, state: State) -> Array:
-    """The student that each option means, [options] int32."""
+    """Returns the student that each option means, [options] int32."""
     students = jnp.minimum(jnp.arange(env.options), env.valid.shape[0] - 1)
     return jnp.where(state.position == 0, students, state.student)
 
 
 def _exact(problem: Problem, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """A metric in whole units: costs [students, decisions, options], capacity [students], int64.
+    """Returns whole units: costs [students, decisions, options], capacity [students], int64.
 
     A unit is a power of two and all together stay below 2**53 of them: costs that are integers are
     exact, and others rounded up.
@@ -191,7 +186,7 @@ def _exact(problem: Problem, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(x: np.ndarray) -> Array:
-    """Whole numbers below 2**56 as two int32."""
+    """Splits whole numbers below 2**56 into two int32."""
     return jnp.asarray(np.stack([x >> LOW_BITS, x & (2**LOW_BITS - 1)], -1), jnp.int32)
 
 
@@ -200,24 +195,24 @@ def _carry(x: Array) -> Array:
 
 
 def _number(x: Array) -> Array:
-    """Whole numbers as float32."""
+    """Returns whole numbers as float32."""
     return x[..., 0].astype(jnp.float32) * 2.0**LOW_BITS + x[..., 1].astype(jnp.float32)
 
 
 def _sensitivity(problem: Problem, places: np.ndarray) -> np.ndarray:
-    """How much worse than a decision's best option its least and its middle one are.
+    """Returns by how much a decision's least and middle option are worse than its best.
 
     [students, decisions, 2], on a logarithmic scale from 0 (a millionth of the worst) to 1.
     """
     students, decisions, _ = problem.valid.shape
-    found = np.zeros((students, decisions, 2))
+    harms = np.zeros((students, decisions, 2))
     if problem.sensitivity is None:
-        return found
+        return harms
     for s in range(students):
         for d in range(1, decisions):
             options = np.flatnonzero(problem.valid[s, d])
             options = options[places[d, options].sum(-1).argsort(kind="stable")]
             harm = problem.sensitivity[s, d, options]
-            found[s, d] = np.array([harm[0], harm[len(harm) // 2]]) - harm.min()
-    floor = max(found.max() * 1e-6, 1e-300)
-    return np.log(np.maximum(found, floor) / floor) / math.log(1e6)
+            harms[s, d] = np.array([harm[0], harm[len(harm) // 2]]) - harm.min()
+    floor = max(harms.max() * 1e-6, 1e-300)
+    return np.log(np.maximum(harms, floor) / floor) / math.log(1e6)

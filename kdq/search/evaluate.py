@@ -1,150 +1,126 @@
-"""How good a policy is: one compiled function for every layer, choice and policy."""
+"""Evaluates policies: one compiled function for every layer, choice and policy."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq import quantize
-from kdq.distill.losses import cross_entropy
-from kdq.quantize.ptq.divergence import kl
+from kdq.quantize import Network, Weights, as_network
 from kdq.search import bank as banks
 from kdq.search.bank import Bank, Choices
-from kdq.types import Array, Batch, QParams, Variables
-
-# What a policy is measured by, each the less the better: nats to the teacher, nats to the labels,
-# share of wrong classes, and noise over signal of the logits (the inverse of their SQNR).
-OBJECTIVES = ("kl", "loss", "error", "noise")
-
-WORST = 1e9  # the score of what is not finite: more than any other's, and JSON has it
-
-Scores = dict[str, np.ndarray]  # {objective: [policies]}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Held:
-    """A batch of held-out examples, and what is compared with."""
-
-    images: Array
-    labels: Array  # [examples] int
-    mask: Array  # [examples], 0 on what only pads
-    teacher: Array  # [examples, classes] logits
-    float_logits: Array  # [examples, classes], of the student itself
-
-
-jax.tree_util.register_dataclass(Held)
+from kdq.search.objectives import OBJECTIVES, HeldOut, Scores, means, sums_of
+from kdq.types import Array, Batch, Variables
 
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluator:
-    """Scores policies of one student on held-out examples; nothing is trained.
+    """Scores policies of one student on held-out examples; nothing is trained."""
 
-    Args:
-      model: the student.
-      variables: float.
-      choices: of its layers; others stay in float.
-      bank: see `banks.fill`.
-      held: batches of one shape.
-      at_once: policies that one call of the device evaluates.
-    """
-
-    model: nn.Module
-    variables: Variables
-    choices: Choices
+    network: Network | nn.Module
+    variables: Variables  # float
+    choices: Choices  # of its layers; others stay in float
     bank: Bank
-    held: Sequence[Held]
-    at_once: int = 1
+    held: Sequence[HeldOut]  # batches of one shape
+    at_once: int = 1  # policies that one call of the device evaluates
     evaluations: int = 0  # so far
 
+    def __post_init__(self) -> None:
+        self.network = as_network(self.network)
+
     def __call__(self, policies: Sequence[Sequence[int]]) -> Scores:
-        """Scores of policies, each the place of a choice for each layer; -1 is float."""
+        """Returns scores of policies, each the place of a choice for each layer; -1 is float."""
         self.evaluations += len(policies)
-        found: list[dict[str, np.ndarray]] = []
+        scores: list[Scores] = []
         for start in range(0, len(policies), self.at_once):
             part = np.asarray(policies[start : start + self.at_once], np.int32)
             whole = np.resize(part, (self.at_once, part.shape[1]))  # one shape for all calls
             chosen = {path: whole[:, i] for i, path in enumerate(self.choices)}
             # Dispatched for all batches before the first is waited for.
             sums = [
-                _evaluate(self.model, self.variables, self.bank, chosen, one) for one in self.held
+                _evaluate(self.network, self.variables, self.bank, chosen, h) for h in self.held
             ]
-            found.append({k: v[: len(part)] for k, v in means(sums).items()})
-        return {name: np.concatenate([part[name] for part in found]) for name in OBJECTIVES}
+            scores.append({name: values[: len(part)] for name, values in means(sums).items()})
+        return {name: np.concatenate([part[name] for part in scores]) for name in OBJECTIVES}
 
     @property
     def float_policy(self) -> tuple[int, ...]:
-        """No layer quantized."""
+        """The policy that quantizes no layer."""
         return (-1,) * len(self.choices)
 
-
-def sums_of(logits: Array, held: Held) -> dict[str, Array]:
-    """Sums over the examples that count."""
-    # A class that the student rules out, by a logit of −inf, is no part of the noise either.
-    possible = ~jnp.isneginf(held.float_logits)
-    signal = jnp.where(possible, held.float_logits, 0)
-    each = {
-        "kl": kl(held.teacher, logits),
-        "loss": cross_entropy(logits, held.labels),
-        "error": (logits.argmax(-1) != held.labels).astype(jnp.float32),
-        "signal": jnp.square(signal).sum(-1),
-        "noise": jnp.square(jnp.where(possible, logits, 0) - signal).sum(-1),
-        "count": jnp.ones_like(held.mask),
-    }
-    return {name: jnp.sum(held.mask * value) for name, value in each.items()}
+    def chosen(self, policy: Sequence[int]) -> dict[str, np.ndarray]:
+        """Returns {layer path: place of its choice} of a policy."""
+        return dict(zip(self.choices, np.asarray(policy, np.int32), strict=True))
 
 
-def means(sums: Sequence[Mapping[str, Array]]) -> Scores:
-    """Scores from the sums over batches; `WORST` of what is not finite."""
-    total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), 0), *sums)
-    over = {name: total["signal" if name == "noise" else "count"] for name in OBJECTIVES}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = {name: total[name] / over[name] for name in OBJECTIVES}
-    return {name: np.where(np.isfinite(v), v, WORST) for name, v in found.items()}
+def predict(network: Network, weights: Weights, inputs: Array, **options: Any) -> Array:
+    """Returns the prediction of a quantized student, [examples, ...]; may be traced."""
+    return network.select_prediction(network.apply(weights, inputs, **options))
 
 
-@partial(jax.jit, static_argnames=("model",))
+@partial(jax.jit, static_argnames=("network",))
 def _evaluate(
-    model: nn.Module, variables: Variables, bank: Bank, chosen: Mapping[str, Array], held: Held
+    network: Network, variables: Variables, bank: Bank, chosen: Mapping[str, Array], held: HeldOut
 ) -> dict[str, Array]:
-    def one(chosen: Mapping[str, Array]) -> dict[str, Array]:
-        qparams: QParams = banks.choose(bank, chosen)
-        return sums_of(quantize.apply(model, variables, qparams, held.images), held)
+    """Returns sums of policies, [policies] each, for chosen places [policies]."""
+
+    def evaluate(chosen: Mapping[str, Array]) -> dict[str, Array]:
+        weights = Weights(variables=variables, qparams=banks.choose(bank, chosen))
+        return sums_of(predict(network, weights, held.images), held)
 
     (count,) = {len(places) for places in chosen.values()}
     if count == 1:  # without the axis that makes other convolutions of them
-        found = one({path: places[0] for path, places in chosen.items()})
-        return jax.tree.map(lambda value: value[None], found)
-    return jax.vmap(one)(chosen)
+        sums = evaluate({path: places[0] for path, places in chosen.items()})
+        return jax.tree.map(lambda value: value[None], sums)
+    return jax.vmap(evaluate)(chosen)
 
 
-def hold(
-    model: nn.Module, variables: Variables, batches: Sequence[Batch], teacher: np.ndarray
-) -> list[Held]:
-    """Held-out batches with what policies are compared with.
+def score(network: Network, weights: Weights, held: Sequence[HeldOut]) -> dict[str, float]:
+    """Returns the scores of one quantized student by objective."""
+    sums = [_score(network, weights, batch) for batch in held]
+    return {name: float(value) for name, value in means(sums).items()}
+
+
+@partial(jax.jit, static_argnames=("network",))
+def _score(network: Network, weights: Weights, held: HeldOut) -> dict[str, Array]:
+    return sums_of(predict(network, weights, held.images), held)
+
+
+def hold_out(
+    network: Network | nn.Module,
+    variables: Variables,
+    batches: Sequence[Batch],
+    teacher: np.ndarray,
+) -> list[HeldOut]:
+    """Returns held-out batches with the outputs that policies are compared with.
 
     Args:
-      model: the student.
+      network: the student.
       variables: float.
       batches: with "image", "label" and "mask"; the last may be padded.
       teacher: [examples, classes], the teacher's logits on what is not padded, in order.
     """
-    found, done = [], 0
+    float_weights = Weights(variables=variables, qparams={})
+    float_logits = jax.jit(partial(predict, as_network(network), float_weights))
+    held, done = [], 0
     for batch in batches:
         mask = np.asarray(batch["mask"])
         count = int(mask.sum())
         logits = np.zeros((len(mask), teacher.shape[1]), np.float32)
         logits[:count] = teacher[done : done + count]
         done += count
-        held = Held(
-            images=jnp.asarray(batch["image"]),
-            labels=jnp.asarray(batch["label"]),
-            mask=jnp.asarray(mask),
-            teacher=jnp.asarray(logits),
-            float_logits=quantize.predict(model, variables, {}, jnp.asarray(batch["image"])),
+        images = jnp.asarray(batch["image"])
+        held.append(
+            HeldOut(
+                images=images,
+                labels=jnp.asarray(batch["label"]),
+                mask=jnp.asarray(mask),
+                teacher=jnp.asarray(logits),
+                float_logits=float_logits(images),
+            )
         )
-        found.append(held)
-    return found
+    return held

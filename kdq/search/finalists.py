@@ -1,4 +1,4 @@
-"""The end of a search: files of its best policies, measured, before one of them is chosen."""
+"""The end of a search: the files of its best policies, measured, before one of them is chosen."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def choose(
     files: Sequence[Files],
     tables: Sequence[CostTable],
 ) -> tuple[Evaluation, Measured]:
-    """The best policy whose own file keeps the budgets, and what was measured of that.
+    """Returns the best policy whose own file keeps the budgets, and the measurements of that file.
 
     Sizes and latencies of a table are predictions. The best few policies are written and timed, and
     if none of them keeps the budgets the next few.
@@ -37,16 +37,17 @@ def choose(
     Raises:
       InfeasibleError: no evaluated policy keeps the budgets when measured.
     """
-    distinct = list({one.policy: one for one in evaluations}.values())
-    ranked = sorted(distinct, key=lambda one: rank(one, search.objective, problem))
+    distinct = {evaluation.policy: evaluation for evaluation in evaluations}
+    ranked = sorted(distinct.values(), key=lambda e: rank(e, search.objective, problem))
     nearest = ""
     for start in range(0, len(ranked), search.finalists):
         part = ranked[start : start + search.finalists]
-        for one, found in zip(part, _measure(part, problem, search, files, tables), strict=True):
-            over = [metric for metric, value in found.items() if value > problem.limits[metric]]
+        measured = _measure(part, problem, search, files, tables)
+        for finalist, values in zip(part, measured, strict=True):
+            over = [metric for metric, value in values.items() if value > problem.limits[metric]]
             if not over:
-                return one, found
-            nearest = nearest or f"the best has {over[0]} {found[over[0]]:g}"
+                return finalist, values
+            nearest = nearest or f"the best has {over[0]} {values[over[0]]:g}"
     raise InfeasibleError(
         f"none of {len(ranked)} policies keeps the budgets {dict(problem.limits)} when its file is "
         f"measured; {nearest}"
@@ -54,31 +55,32 @@ def choose(
 
 
 def _measure(
-    policies: Sequence[Evaluation],
+    finalists: Sequence[Evaluation],
     problem: Problem,
     search: Search,
     files: Sequence[Files],
     tables: Sequence[CostTable],
 ) -> list[Measured]:
-    found: list[Measured] = [{} for _ in policies]
-    for i, one in enumerate(policies):
-        if "size" in problem.limits:
-            found[i]["size"] = float(files[one.policy[0]].size(files[one.policy[0]].of(one.policy)))
+    measured: list[Measured] = [{} for _ in finalists]
+    chosen = [files[e.policy[0]].choose(e.policy) for e in finalists]
+    if "size" in problem.limits:
+        for i, evaluation in enumerate(finalists):
+            measured[i]["size"] = float(files[evaluation.policy[0]].size(chosen[i]))
     if "latency" not in problem.limits:
-        return found
-    for s, (own, table) in enumerate(zip(files, tables, strict=True)):
-        places = [i for i, one in enumerate(policies) if one.policy[0] == s]
+        return measured
+    for s, table in enumerate(tables):
+        places = [i for i, evaluation in enumerate(finalists) if evaluation.policy[0] == s]
         if not places:
             continue
-        largest = {path: choices[-1] for path, choices in own.choices.items()}
-        taken = own.seconds(
-            [largest, *(own.of(policies[i].policy) for i in places)],
+        largest = {path: choices[-1] for path, choices in files[s].choices.items()}
+        first, *times = files[s].seconds(
+            [largest, *(chosen[i] for i in places)],
             runtime=search.runtime,
             batch=search.batch,
             cores=latency.cores(search.threads),
         )
         # As fast as the machine was when the table was made, by what the largest takes now.
-        unit = table.total("latency", largest) / np.median(taken[0])
-        for i, times in zip(places, taken[1:], strict=True):
-            found[i]["latency"] = float(unit * np.median(times))
-    return found
+        unit = table.total("latency", largest) / np.median(first)
+        for i, seconds in zip(places, times, strict=True):
+            measured[i]["latency"] = float(unit * np.median(seconds))
+    return measured

@@ -2,20 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-
-import flax.linen as nn
-import jax
-import numpy as np
 
 from kdq import quantize
 from kdq.quantize.network import Weights
 from kdq.search import bank as banks
-from kdq.search.evaluate import OBJECTIVES, WORST, Evaluator, Held, means, sums_of
+from kdq.search.evaluate import Evaluator, score
+from kdq.search.objectives import OBJECTIVES, WORST
 from kdq.train import loop
 from kdq.train.state import TrainState
 from kdq.train.training import Plan, Training
-from kdq.types import QParams, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +33,7 @@ class Finetune:
           kept: of each of `distilled`, whether it counts.
         """
         student = self.evaluator
-        chosen = dict(zip(student.choices, np.asarray(policy, np.int32), strict=True))
-        qparams = banks.choose(student.bank, chosen)
+        qparams = banks.choose(student.bank, student.chosen(policy))
         variables, qparams = quantize.prepare(student.variables, qparams, self.method)
         plan, state = self.begin(Weights(variables=variables, qparams=qparams))
         left_out = [name for name, keep in zip(self.distilled, kept, strict=True) if not keep]
@@ -47,8 +41,7 @@ class Finetune:
         state = loop.take_steps(plan, state)
         if bool(state.halted):
             return dict.fromkeys(OBJECTIVES, WORST)
-        trained = loop.weights(state)
-        return score(student.model, trained.variables, trained.qparams, student.held)
+        return score(student.network, loop.weights(state), student.held)
 
 
 def without_terms(training: Training, names: Sequence[str]) -> Training:
@@ -60,16 +53,3 @@ def without_terms(training: Training, names: Sequence[str]) -> Training:
         for term in training.objective.terms
     )
     return training.replace(objective=training.objective.replace(terms=terms))
-
-
-def score(
-    model: nn.Module, variables: Variables, qparams: QParams, held: Sequence[Held]
-) -> dict[str, float]:
-    """Returns the scores of a quantized model by objective."""
-    sums = [_sums(model, variables, qparams, batch) for batch in held]
-    return {name: float(value) for name, value in means(sums).items()}
-
-
-@partial(jax.jit, static_argnames=("model",))
-def _sums(model: nn.Module, variables: Variables, qparams: QParams, held: Held):
-    return sums_of(quantize.apply(model, variables, qparams, held.images), held)

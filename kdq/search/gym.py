@@ -10,6 +10,7 @@ import numpy as np
 from kdq.deploy import extras
 from kdq.fields import ConfigError, unknown
 from kdq.search import environment
+from kdq.search.feasible import Feasible
 from kdq.search.problem import Policy, Problem
 
 (gymnasium,) = extras.load("search", "gymnasium")
@@ -27,16 +28,16 @@ class BitsEnv(gymnasium.Env):
 
     Observations are those of `environment.observe`. A continuous action is two numbers from -1 to
     1: where the option is between the least and the most, of a layer's weights and of its inputs. A
-    discrete one is an option's index. Either way what is taken is the allowed option nearest to it,
-    so that no budget is ever exceeded. `info` has
+    discrete one is an option's index. Either way the allowed option nearest to it is taken, so that
+    no budget is ever exceeded. `info` has
 
-    - "action_mask": [options] int8, 1 of those allowed now, as `Discrete.sample` wants it; all 1
-      after the last step;
+    - "action_mask": [options] int8, 1 of those allowed now, for `Discrete.sample`; all 1 after the
+      last step;
     - after each step, "action": the projected one, which an agent had better learn from;
     - after the last, "policy", a tuple of options, "score", and "costs" by metric.
 
     Args:
-      problem: what is searched.
+      problem: decisions, costs and budgets.
       score: from policies to the objective of each; less is better.
       mode: "continuous" or "discrete".
     """
@@ -51,8 +52,8 @@ class BitsEnv(gymnasium.Env):
     ):
         if mode not in MODES:
             raise ConfigError(unknown("mode", mode, MODES))
-        self._problem, self._score, self._mode = problem, score, mode
-        self._env = environment.build(problem)
+        self._feasible, self._score, self._mode = Feasible(problem), score, mode
+        self._env = environment.build(self._feasible)
         self._state = environment.reset(self._env)
         size = _observe(self._env, self._state).size
         # The problem's features are about 0 to 1, not quite; all else is.
@@ -85,10 +86,11 @@ class BitsEnv(gymnasium.Env):
         }
         reward = 0.0
         if self._ended:
-            (policy,) = environment.checked(self._problem, [np.asarray(self._state.policy)])
+            policy = self._feasible.projected(np.asarray(self._state.policy))
             (score,) = self._score([policy])
+            costs = self._feasible.problem.total(policy)
+            info |= {"policy": policy, "score": float(score), "costs": costs}
             reward = -float(score)
-            info |= {"policy": policy, "score": float(score), "costs": self._problem.total(policy)}
         return self._observation(), reward, self._ended, False, info
 
     @property
@@ -100,7 +102,9 @@ class BitsEnv(gymnasium.Env):
             place = jnp.clip((jnp.asarray(action, jnp.float32) + 1) / 2, 0.0, 1.0)
             return int(_nearest(self._env, self._state, place))
         if not self.action_space.contains(action):
-            raise gymnasium.error.InvalidAction(f"{action!r}: want 0 to {self._env.options - 1}")
+            raise gymnasium.error.InvalidAction(
+                f"{action!r}: expected 0 to {self._env.options - 1}"
+            )
         if _allowed(self._env, self._state)[action]:
             return int(action)
         return int(_nearest(self._env, self._state, self._env.places[self._state.position, action]))

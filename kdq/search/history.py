@@ -1,4 +1,4 @@
-"""The log of a search: a line of JSON each evaluation, from which a killed search goes on."""
+"""The log of a search: a line of JSON an evaluation, from which a killed search resumes."""
 
 import dataclasses
 import logging
@@ -27,7 +27,7 @@ class History:
     """Evaluations in the order in which they were made; on disk before the next one begins."""
 
     def __init__(self, path: Path):
-        """Opens the log; what follows a line that was cut off or is damaged is made again."""
+        """Opens the log; from the first line that is damaged or cut off it is made again."""
         self._path = path
         self.evaluations: list[Evaluation] = []
         whole = b""
@@ -69,7 +69,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _evaluation(line: bytes) -> Evaluation:
-    """Returns what `History.add` wrote. Raises whatever comes first for something else."""
+    """Returns an evaluation that `History.add` wrote; raises some error for anything else."""
     fields = files.unseal(files.parse(line.decode()))
     evaluation = Evaluation(**{**fields, "policy": tuple(fields["policy"])})
     for numbers in (evaluation.scores, evaluation.costs, {"seconds": evaluation.seconds}):

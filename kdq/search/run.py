@@ -1,4 +1,4 @@
-"""The search: a searcher proposes, policies are evaluated and logged, the best one is found."""
+"""The search: a searcher proposes policies, which are evaluated and logged."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,7 +9,7 @@ from kdq.stopwatch import Stopwatch
 
 # Policies -> of each its scores by objective, less being better.
 Score = Callable[[Sequence[Policy]], list[Mapping[str, float]]]
-OnEvaluated = Callable[[int, Evaluation], None]  # how many there are, and the best of them
+OnEvaluated = Callable[[int, Evaluation], None]
 
 
 def run(
@@ -25,25 +25,24 @@ def run(
 ) -> list[Evaluation]:
     """Searches; returns all evaluations, those of `history` first.
 
-    A new searcher is told what the log says for as long as it proposes what is in it, and so gets
-    to where it was.
+    Replays the log: while the searcher proposes logged policies it is given the logged scores.
 
     Args:
       problem: with the budgets.
       searcher: of it; new.
       score: evaluates policies.
       history: of a search that was begun with the same searcher and seed, or empty.
-      objective: which of the scores the searcher is told.
+      objective: which of the scores the searcher is given.
       evaluations: at most so many.
       at_once: policies that are evaluated together; they are logged before the next ones are.
-      on_evaluated: told of each.
+      on_evaluated: called after each, with the number of evaluations and the best so far.
 
     Raises:
       InfeasibleError: the searcher has no policy that keeps the budgets.
       ValueError: the log is of another search.
     """
     known = list(history.evaluations)
-    scores = {one.policy: one.scores for one in known}
+    scores = {logged.policy: logged.scores for logged in known}
     before = known[-1].seconds if known else 0.0
     watch, count, best = Stopwatch(), 0, None
     while count < evaluations:
@@ -56,9 +55,9 @@ def run(
         for place, policy in enumerate(policies):
             if place % at_once == 0:
                 part = policies[place : place + at_once]
-                new = list(dict.fromkeys(one for one in part if one not in scores))
-                for one in new:
-                    assert problem.feasible(one), f"{type(searcher).__name__} proposed {one}"
+                new = list(dict.fromkeys(p for p in part if p not in scores))
+                for proposed in new:
+                    assert problem.feasible(proposed), f"{type(searcher)} proposed {proposed}"
                 if new:
                     scores |= dict(zip(new, score(new), strict=True))
             if count == len(history.evaluations):
@@ -82,13 +81,13 @@ def run(
 
 
 def better(
-    one: Evaluation | None, other: Evaluation, objective: str, problem: Problem
+    best: Evaluation | None, other: Evaluation, objective: str, problem: Problem
 ) -> Evaluation:
-    """The one with less of the objective; of equals the one that uses less of its budgets."""
-    return other if one is None else min(one, other, key=lambda e: rank(e, objective, problem))
+    """Returns the one with less of the objective; of equals the one with less of its budgets."""
+    return other if best is None else min(best, other, key=lambda e: rank(e, objective, problem))
 
 
 def rank(evaluation: Evaluation, objective: str, problem: Problem) -> tuple[float, float]:
-    """What evaluations are sorted by, the best first."""
+    """Returns a key that sorts evaluations, the best first."""
     used = sum(evaluation.costs[m] / (abs(limit) or 1.0) for m, limit in problem.limits.items())
     return evaluation.scores[objective], used

@@ -1,36 +1,45 @@
-"""What a searcher is."""
+"""The contract of searchers."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from kdq.search.problem import Policy, Problem
 
 
-class Searcher(Protocol):
-    """Proposes policies that keep the budgets, and learns from how good they are.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoSettings:
+    """Settings of a searcher without options."""
 
-    All that is random comes from the seed: told the same scores, it proposes the same policies. So
-    a search that was killed goes on by telling a new searcher what its log says.
+
+class Searcher(Protocol):
+    """Proposes policies that keep the budgets, and learns from their scores.
+
+    All that is random comes from the seed: given the same scores, it proposes the same policies. So
+    a search that was killed resumes by giving a new searcher the scores in its log.
     """
 
+    # A frozen dataclass of its options, each with a default: the keys of `config.search.options`.
+    Settings: ClassVar[type] = NoSettings
     needs: ClassVar[tuple[str, ...]] = ()  # of the problem: "sensitivity", "pairs"
-    # Modules of the extra kdq[search] that it takes; a searcher that takes none may leave this out.
-    libraries: ClassVar[tuple[str, ...]] = ()
+    libraries: ClassVar[tuple[str, ...]] = ()  # modules of the extra kdq[search]
 
-    def __init__(self, problem: Problem, *, seed: int, evaluations: int):
-        """A searcher; further keywords are its options.
+    def __init__(self, problem: Problem, *, seed: int, evaluations: int, settings: Any):
+        """Makes a new searcher.
 
         Args:
           problem: with what it `needs`.
           seed: of all that is random.
           evaluations: how many policies it may propose in all.
+          settings: a `Settings`.
         """
 
     def propose(self) -> list[Policy]:
-        """The next policies, to be evaluated together; none if there is nothing more to try."""
+        """Returns the next policies, to be evaluated together; none if nothing is left to try."""
+        raise NotImplementedError
 
     def observe(self, policies: Sequence[Policy], scores: Sequence[float]) -> None:
-        """What came of those proposed last.
+        """Learns from the policies proposed last; does nothing if a searcher does not learn.
 
         Args:
           policies: as proposed, or the first of them.

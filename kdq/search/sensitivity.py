@@ -1,27 +1,29 @@
-"""How much each layer's quantization, alone, moves the student: by choice, on held-out examples.
+"""The harm that each layer's quantization, alone, does to the student, on held-out examples.
 
-The teacher-guided measure, "kl", asks how far a choice takes the student from what its teacher
-says. All but "fisher" and "hessian" are differences of an objective with one layer quantized and
-with none: as many evaluations of policies as there are choices.
+The teacher-guided measure, "kl", is how far a choice takes the student from its teacher. All but
+"fisher" and "hessian" are differences of an objective with one layer quantized and with none: as
+many evaluations of policies as there are choices.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kdq import quantize
-from kdq.distill.losses import cross_entropy
 from kdq.fields import ConfigError, unknown
+from kdq.quantize import Network, Weights
 from kdq.quantize.kinds import weight_name
 from kdq.quantize.layers import list_layers
 from kdq.quantize.observe import observe
 from kdq.quantize.paths import at_path
 from kdq.search import bank as banks
 from kdq.search.bank import Bank
-from kdq.search.evaluate import OBJECTIVES, Evaluator, Held
+from kdq.search.evaluate import Evaluator, predict
+from kdq.search.objectives import OBJECTIVES, HeldOut, fisher_variance, mean_loss
 from kdq.types import Array, Variables
 
 MEASURES = (*OBJECTIVES, "fisher", "hessian")
@@ -32,7 +34,7 @@ Table = list[np.ndarray]  # of each layer, in the evaluator's order: [choices] f
 def measure(
     name: str, evaluator: Evaluator, *, probes: int = 32, seed: int = 0
 ) -> tuple[Table, float]:
-    """The sensitivity of each layer to each of its choices, and the value without any.
+    """Returns the sensitivity of each layer to each of its choices, and the value without any.
 
     Args:
       name: one of `MEASURES`. "kl", "loss", "error" and "noise" are the increase of these. "fisher"
@@ -42,6 +44,9 @@ def measure(
       evaluator: of the student.
       probes: random vectors of Hutchinson's estimate, for "hessian".
       seed: of these.
+
+    Raises:
+      ConfigError: an unknown measure.
     """
     if name not in MEASURES:
         raise ConfigError(unknown("sensitivity:", name, MEASURES))
@@ -49,17 +54,14 @@ def measure(
         return _fisher(evaluator), 0.0
     if name == "hessian":
         return _hessian(evaluator, probes, seed), 0.0
-    policies = [evaluator.float_policy, *_alone(evaluator)]
-    scores = evaluator(policies)[name]
-    increases = scores[1:] - scores[0]
-    sizes = [len(own) for own in evaluator.choices.values()]
-    return np.split(increases, np.cumsum(sizes)[:-1]), float(scores[0])
+    scores = evaluator([evaluator.float_policy, *_single_layers(evaluator)])[name]
+    return _split(evaluator, scores[1:] - scores[0]), float(scores[0])
 
 
 def pairs(
     name: str, evaluator: Evaluator, table: Table, base: float
 ) -> dict[tuple[int, int, int, int], float]:
-    """What two layers' choices add beyond the sum of each alone (arXiv:2307.05657).
+    """Returns the objective that two layers' choices add beyond their sum (arXiv:2307.05657).
 
     `{(layer, choice, other layer, its choice): f(both) - f(one) - f(other) + f(none)}`.
 
@@ -68,132 +70,139 @@ def pairs(
       evaluator: of the student.
       table: from `measure`, of that name.
       base: likewise.
+
+    Raises:
+      ConfigError: an unknown objective.
     """
     if name not in OBJECTIVES:
         raise ConfigError(unknown("pairs of layers are evaluated by:", name, OBJECTIVES))
-    sizes, keys, policies = [len(own) for own in evaluator.choices.values()], [], []
-    for i, j in zip(*np.triu_indices(len(sizes), 1), strict=True):
-        for a, b in np.ndindex(sizes[i], sizes[j]):
-            policy = list(evaluator.float_policy)
-            policy[i], policy[j] = a, b
-            policies.append(policy)
-            keys.append((int(i), a, int(j), b))
-    scores = evaluator(policies)[name]
+    sizes = [len(choices) for choices in evaluator.choices.values()]
+    keys = [
+        (int(i), a, int(j), b)
+        for i, j in zip(*np.triu_indices(len(sizes), 1), strict=True)
+        for a, b in np.ndindex(sizes[i], sizes[j])
+    ]
+    scores = evaluator([_policy(evaluator, {i: a, j: b}) for i, a, j, b in keys])[name]
     return {
         (i, a, j, b): float(score - base - table[i][a] - table[j][b])
         for (i, a, j, b), score in zip(keys, scores, strict=True)
     }
 
 
-def _alone(evaluator: Evaluator) -> list[tuple[int, ...]]:
-    """Policies that quantize one layer each."""
-    found = []
-    for i, own in enumerate(evaluator.choices.values()):
-        for choice in range(len(own)):
-            policy = list(evaluator.float_policy)
-            policy[i] = choice
-            found.append(tuple(policy))
-    return found
+def _policy(evaluator: Evaluator, chosen: Mapping[int, int]) -> tuple[int, ...]:
+    """Returns the policy that quantizes the layers {place: choice} alone."""
+    return tuple(chosen.get(i, -1) for i in range(len(evaluator.choices)))
+
+
+def _single_layers(evaluator: Evaluator) -> list[tuple[int, ...]]:
+    """Returns the policies that quantize one layer each."""
+    return [
+        _policy(evaluator, {i: choice})
+        for i, choices in enumerate(evaluator.choices.values())
+        for choice in range(len(choices))
+    ]
+
+
+def _split(evaluator: Evaluator, values: np.ndarray) -> Table:
+    """Splits values of `_single_layers` by layer."""
+    sizes = [len(choices) for choices in evaluator.choices.values()]
+    return np.split(values, np.cumsum(sizes)[:-1])
 
 
 def _fisher(evaluator: Evaluator) -> Table:
-    """½ E[Var_p(dz)]: dz is how the logits change to first order, p the student's own softmax.
+    """Returns ½ E[Var_p(dz)], with dz the change of the logits z to first order.
 
     That is the quadratic form of the Fisher matrix with the error of the quantized tensors, weights
     and inputs alike, without ever making the matrix: one forward-mode derivative a choice.
     """
-    found = []
-    for policy in _alone(evaluator):
-        chosen = {path: np.int32(at) for path, at in zip(evaluator.choices, policy, strict=True)}
-        sums = [
-            _variance(evaluator.model, evaluator.variables, evaluator.bank, chosen, held)
-            for held in evaluator.held
-        ]
+    values = []
+    for policy in _single_layers(evaluator):
+        args = evaluator.network, evaluator.variables, evaluator.bank, evaluator.chosen(policy)
+        sums = [_variance(*args, held) for held in evaluator.held]
         total, count = np.sum(np.asarray(sums, np.float64), 0)
-        found.append(0.5 * total / count)
-    sizes = [len(own) for own in evaluator.choices.values()]
-    return np.split(np.array(found), np.cumsum(sizes)[:-1])
+        values.append(0.5 * total / count)
+    return _split(evaluator, np.array(values))
 
 
-@partial(jax.jit, static_argnames=("model",))
-def _variance(model: nn.Module, variables: Variables, bank: Bank, chosen, held: Held):
-    qparams = banks.choose(bank, chosen)
+@partial(jax.jit, static_argnames=("network",))
+def _variance(
+    network: Network, variables: Variables, bank: Bank, chosen: Mapping[str, Array], held: HeldOut
+) -> Array:
+    """Returns the sum of the variance over a batch, and how many examples count, [2]."""
+    weights = Weights(variables=variables, qparams=banks.choose(bank, chosen))
 
     def logits(share: Array) -> Array:
-        """Of the model so far on the way from float to quantized."""
+        """Those with tensors so far on the way from float to quantized."""
 
         def rounding(x: Array, quantizer: quantize.Quantizer) -> Array:
             fixed = jax.lax.stop_gradient(x)
             return x + share * (quantize.fake_quantize(fixed, quantizer) - fixed)
 
-        return quantize.apply(model, variables, qparams, held.images, rounding=rounding)
+        return predict(network, weights, held.images, rounding=rounding)
 
     at, change = jax.jvp(logits, (jnp.float32(0),), (jnp.float32(1),))
-    p = jax.nn.softmax(at)
-    mean = jnp.sum(p * change, -1, keepdims=True)
-    variance = jnp.sum(p * jnp.square(change - mean), -1)
-    return jnp.stack([jnp.sum(held.mask * variance), jnp.sum(held.mask)])
+    return jnp.stack([jnp.sum(held.mask * fisher_variance(at, change)), jnp.sum(held.mask)])
 
 
 def _hessian(evaluator: Evaluator, probes: int, seed: int) -> Table:
-    """½ (Tr(H_t) / n_t) · ‖Q(t) - t‖² summed over a layer's quantized tensors t.
+    """Returns ½ (Tr(H_t) / n_t) · ‖Q(t) - t‖² summed over a layer's quantized tensors t.
 
     H_t is the Hessian of the mean loss with respect to the tensor: the weight, or the layer's
     input, each example's own.
     """
-    curvature = _curvatures(evaluator, probes, seed)
-    weights = _weight_errors(evaluator.variables, evaluator.bank)
-    inputs = _input_errors(evaluator)
-    found = []
+    curvatures = _curvatures(evaluator, probes, seed)
+    errors = _weight_errors(evaluator) | _input_errors(evaluator)
+    table = []
     for path in evaluator.choices:
         total = 0.0
-        for operand, own in curvature[path].items():
-            errors = weights[path] if operand == "weights" else inputs[path, operand]
-            total = total + 0.5 * own * np.asarray(errors, np.float64)
-        found.append(total[:-1])  # the last choice is float
-    return found
+        for operand, curvature in curvatures[path].items():
+            total = total + 0.5 * curvature * np.asarray(errors[path, operand], np.float64)
+        table.append(total[:-1])  # the last choice is float
+    return table
 
 
-def _weight_errors(variables: Variables, bank: Bank) -> dict[str, Array]:
-    """{path: [choices]}: the squared error of each weight, summed."""
-    found = {}
-    for path, quantizers in bank.items():
+def _weight_errors(evaluator: Evaluator) -> dict[tuple[str, str], Array]:
+    """Returns {(path, "weights"): [choices]}: the squared error of each weight, summed."""
+    errors = {}
+    for path, quantizers in evaluator.bank.items():
         if "weights" in quantizers:
-            layer = at_path(variables["params"], path)
-            weight = layer[weight_name(layer)]
-            errors = jax.vmap(
-                lambda q, w=weight: jnp.square(quantize.fake_quantize(w, q) - w).sum()
+            layer = at_path(evaluator.variables["params"], path)
+            errors[path, "weights"] = _squared_errors(
+                layer[weight_name(layer)], quantizers["weights"]
             )
-            found[path] = errors(quantizers["weights"])
-    return found
+    return errors
 
 
 def _input_errors(evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
-    """{(path, operand): [choices]}: the squared error of each input, mean of the examples."""
+    """Returns {(path, operand): [choices]}: the squared error of each input, mean of examples."""
     states = {}
     for path, quantizers in evaluator.bank.items():
         for operand in quantizers.keys() - {"weights"}:
             depth = quantizers[operand].qmin.ndim - 1  # a stack's axes go first, then the choices
-            one = jax.tree.map(lambda a, n=depth: jnp.moveaxis(a, 0, n), quantizers[operand])
-            energy = jnp.zeros(one.qmin.shape)
-            states[path, operand] = {"quantizers": one, "energy": energy}
+            last = jax.tree.map(lambda a, n=depth: jnp.moveaxis(a, 0, n), quantizers[operand])
+            states[path, operand] = {"quantizers": last, "energy": jnp.zeros(last.qmin.shape)}
     watchers = dict.fromkeys(states, _add_energy)
     batches = [held.images[np.asarray(held.mask) > 0] for held in evaluator.held]
-    found = observe(evaluator.model, evaluator.variables, {}, watchers, states, batches)
+    states = observe(evaluator.network, evaluator.variables, {}, watchers, states, batches)
     examples = sum(len(images) for images in batches)
     choices = lambda energy: np.asarray(energy).reshape(-1, energy.shape[-1]).sum(0)
-    return {key: choices(state["energy"]) / examples for key, state in found.items()}
+    return {key: choices(state["energy"]) / examples for key, state in states.items()}
 
 
-def _add_energy(state, x: Array):
-    errors = jax.vmap(lambda q: jnp.square(quantize.fake_quantize(x, q) - x).sum())
-    return {**state, "energy": state["energy"] + errors(state["quantizers"])}
+def _add_energy(state: dict[str, Any], x: Array) -> dict[str, Any]:
+    return {**state, "energy": state["energy"] + _squared_errors(x, state["quantizers"])}
+
+
+def _squared_errors(x: Array, quantizers: quantize.Quantizer) -> Array:
+    """Returns the summed squared error of `x` by each of stacked quantizers, [choices]."""
+    error = lambda q: jnp.square(quantize.fake_quantize(x, q) - x).sum()
+    return jax.vmap(error)(quantizers)
 
 
 def _curvatures(evaluator: Evaluator, probes: int, seed: int) -> dict[str, dict[str, float]]:
-    """{path: {operand: Tr(H) / n}}, by Hutchinson's estimate on the first batch."""
+    """Returns {path: {operand: Tr(H) / n}}, by Hutchinson's estimate on the first batch."""
     held = evaluator.held[0]
-    layers = list_layers(evaluator.model, evaluator.variables, held.images)
+    layers = list_layers(evaluator.network, evaluator.variables, held.images)
     zeros = {}
     for path, quantizers in evaluator.bank.items():
         layer = layers[path]
@@ -203,38 +212,39 @@ def _curvatures(evaluator: Evaluator, probes: int, seed: int) -> dict[str, dict[
     totals = None
     for probe in range(probes):
         key = jax.random.fold_in(jax.random.key(seed), probe)
-        found = _probe(evaluator.model, evaluator.variables, evaluator.bank, zeros, held, key)
-        totals = found if totals is None else jax.tree.map(jnp.add, totals, found)
+        products = _probe(evaluator.network, evaluator.variables, zeros, held, key)
+        totals = products if totals is None else jax.tree.map(jnp.add, totals, products)
     # An input is each example's own: the Hessian of the mean loss has a block for each, all of
     # which together are the loss's own, 1 / examples in size.
     size = lambda path, operand, zero: zero.size / (1 if operand == "weights" else len(held.images))
     return {
         path: {
             operand: float(total) / probes / size(path, operand, zeros[path][operand])
-            for operand, total in own.items()
+            for operand, total in products.items()
         }
-        for path, own in totals.items()
+        for path, products in totals.items()
     }
 
 
-@partial(jax.jit, static_argnames=("model",))
-def _probe(model: nn.Module, variables: Variables, bank: Bank, zeros, held: Held, key: Array):
-    """vᵀHv of each tensor, with v of signs by chance; between tensors it is 0 in the mean."""
-    names = [(path, operand) for path, own in zeros.items() for operand in own]
+@partial(jax.jit, static_argnames=("network",))
+def _probe(
+    network: Network, variables: Variables, zeros: dict[str, Any], held: HeldOut, key: Array
+) -> dict[str, dict[str, Array]]:
+    """Returns vᵀHv of each tensor, v of random signs; between tensors it is 0 in the mean."""
 
-    def loss(moves):
+    def loss(moves: dict[str, Any]) -> Array:
         """With each tensor moved; the moves are in the place of its quantizers."""
-        logits = quantize.apply(model, variables, moves, held.images, rounding=jnp.add)
-        each = cross_entropy(logits, held.labels)
-        return jnp.sum(held.mask * each) / jnp.sum(held.mask)
+        weights = Weights(variables=variables, qparams=moves)
+        return mean_loss(predict(network, weights, held.images, rounding=jnp.add), held)
 
+    names = [(path, operand) for path, tensors in zeros.items() for operand in tensors]
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     signs = {
         path: {
             operand: jax.random.rademacher(keys[path, operand], zero.shape, zero.dtype)
-            for operand, zero in own.items()
+            for operand, zero in tensors.items()
         }
-        for path, own in zeros.items()
+        for path, tensors in zeros.items()
     }
     product = jax.jvp(jax.grad(loss), (zeros,), (signs,))[1]
-    return jax.tree.map(lambda v, hv: jnp.vdot(v, hv), signs, product)
+    return jax.tree.map(jnp.vdot, signs, product)

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from kdq import child
 from kdq.schema import Resources
-
-CHILD = Path(__file__).with_name("child.py")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ def execute(
     numbers = ",".join(str(int(number)) for number in ignored)
     with job.log.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(CHILD), numbers, *job.command],
+            [sys.executable, "-I", "-S", child.__file__, numbers, *job.command],
             cwd=job.folder,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -88,8 +88,6 @@ def fit_arrays(
         data.from_arrays(inputs, labels),
         batch_size=batch_size,
         seed=seed,
-        mean=0.0,
-        std=1.0,
         extra=stored,
     )
     plan = Plan(

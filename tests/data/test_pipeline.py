@@ -5,10 +5,20 @@ import json
 import numpy as np
 import pytest
 
-from kdq.data import Cutout, Flip, Shift, eval_batches, iterate, train_dataset
+from kdq.data import (
+    Cutout,
+    Flip,
+    Normalize,
+    Shift,
+    eval_batches,
+    from_arrays,
+    iterate,
+    train_dataset,
+)
 
-SCALE = {"mean": 5.0, "std": 4.0}
-AUGMENT = (Shift(1), Flip(), Cutout(2))
+NORMALIZE = Normalize(5.0, 4.0)
+SCALE = {"transforms": {"image": (NORMALIZE,)}}
+AUGMENT = {"transforms": {"image": (Shift(1), Flip(), Cutout(2), NORMALIZE)}}
 
 
 def assert_same(ours: dict, theirs: dict) -> None:
@@ -68,7 +78,7 @@ def test_batch_holds_the_examples_of_its_ids(digits):
 
 def test_memory_and_records_give_the_same_batches(digits, digits_by_record):
     ours, theirs = (
-        train_dataset(source, batch_size=50, seed=7, augment=AUGMENT, **SCALE)
+        train_dataset(source, batch_size=50, seed=7, **AUGMENT)
         for source in (digits, digits_by_record)
     )
     plain = train_dataset(digits, batch_size=50, seed=7, **SCALE)
@@ -78,20 +88,20 @@ def test_memory_and_records_give_the_same_batches(digits, digits_by_record):
 
 
 def test_augmentation_changes_from_epoch_to_epoch(digits):
-    dataset = train_dataset(digits, batch_size=360, seed=0, augment=AUGMENT, **SCALE)
+    dataset = train_dataset(digits, batch_size=360, seed=0, **AUGMENT)
     first, second = (dataset[epoch]["image"][np.argsort(dataset[epoch]["id"])] for epoch in (0, 1))
     assert (first != second).any(axis=(1, 2, 3)).mean() > 0.5
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_restored_iterator_continues_the_unbroken_run(digits, num_threads):
-    dataset = train_dataset(digits, batch_size=50, seed=2, augment=AUGMENT, **SCALE)
+    dataset = train_dataset(digits, batch_size=50, seed=2, **AUGMENT)
     unbroken = iterate(dataset, num_threads=num_threads)
     for step in range(11):
         assert_same(next(unbroken), dataset[step])
     state = json.loads(json.dumps(unbroken.get_state()))
     expected = [next(unbroken) for _ in range(5)]
-    again = train_dataset(digits, batch_size=50, seed=2, augment=AUGMENT, **SCALE)
+    again = train_dataset(digits, batch_size=50, seed=2, **AUGMENT)
     restored = iterate(again, state=state, num_threads=num_threads)
     started = iterate(again, start_step=11, num_threads=num_threads)
     unbroken.set_state(state)
@@ -107,7 +117,7 @@ def test_iterate_takes_one_place_to_start(digits):
 
 
 def test_processes_share_out_the_global_batch(digits):
-    kwargs = {"batch_size": 48, "seed": 3, "augment": AUGMENT, **SCALE}
+    kwargs = {"batch_size": 48, "seed": 3, **AUGMENT}
     whole = train_dataset(digits, **kwargs)
     parts = [train_dataset(digits, process_index=p, process_count=3, **kwargs) for p in range(3)]
     for step in (0, 7, 20):
@@ -149,6 +159,36 @@ def test_eval_batches_of_processes(digits):
         assert_same({key: np.concatenate([p[key] for p in pieces]) for key in batch}, batch)
 
 
+def test_the_first_examples_alone_count_with_a_limit(digits):
+    whole = eval_batches(digits, batch_size=50, **SCALE)
+    first = eval_batches(digits, batch_size=50, limit=120, **SCALE)
+    assert len(first) == 3
+    assert [int(batch["mask"].sum()) for batch in first] == [50, 50, 20]
+    for ours, theirs in zip(first, whole, strict=False):
+        counts = ours["mask"] == 1
+        assert_same(
+            {k: v[counts] for k, v in ours.items()}, {k: v[counts] for k, v in theirs.items()}
+        )
+    assert len(eval_batches(digits, batch_size=50, limit=1000, **SCALE)) == len(whole)
+
+
+def test_arrays_of_keys_without_a_transform_pass_untouched():
+    tokens = np.arange(12, dtype=np.uint8).reshape(6, 2)
+    source = from_arrays(tokens, np.arange(6))
+    batch = train_dataset(source, batch_size=4, seed=0)[0]
+    assert batch["image"].dtype == np.uint8
+    np.testing.assert_array_equal(batch["image"], tokens[batch["id"]])
+    double = {"label": (Normalize(0.0, 0.5),)}
+    batch = eval_batches(source, batch_size=6, transforms=double)[0]
+    np.testing.assert_array_equal(batch["image"], tokens)
+    np.testing.assert_array_equal(batch["label"], 2.0 * np.arange(6))
+
+
+def test_batches_to_evaluate_are_not_changed_at_random(digits):
+    with pytest.raises(ValueError, match=r"at random by Shift\(pixels=1, fill=0\)"):
+        eval_batches(digits, batch_size=8, **AUGMENT)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -158,6 +198,7 @@ def test_eval_batches_of_processes(digits):
         ({"seed": -1}, "seed must not be negative"),
         ({"extra": {"teacher_logits": np.zeros((3, 10))}}, "has 3 rows; .* has 360 examples"),
         ({"extra": {"label": np.zeros(360)}}, "the name is taken"),
+        ({"transforms": {"pixels": (NORMALIZE,)}}, r"key of digits in .* 'pixels'; valid: image"),
     ],
 )
 def test_errors(digits, kwargs, message):

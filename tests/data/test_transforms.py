@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kdq.data import Cutout, Flip, Normalize, Shift, build_augmentations
-from kdq.data.transforms import _mix, augment, random_uniform
+from kdq.data.transforms import _mix, random_uniform, transform
 
 IMAGES = np.random.default_rng(0).integers(1, 256, (64, 7, 5, 3), np.uint8)
 UNIFORMS = np.random.default_rng(1).random((2, 64))
@@ -59,6 +59,14 @@ def test_cutout_fills_one_clipped_square(size):
     np.testing.assert_array_equal(IMAGES, original)
 
 
+def augment(images, positions, *, seed, augmentations):
+    batch = {"image": images, "label": positions}
+    changed = transform(batch, {"image": augmentations}, positions=positions, seed=seed)
+    assert batch["image"] is images
+    assert changed["label"] is positions
+    return changed["image"]
+
+
 def test_augment_depends_on_seed_and_position_not_on_the_batch():
     augmentations = (Shift(1), Flip(), Cutout(3))
     positions = np.arange(100, 164)
@@ -98,11 +106,11 @@ def test_build_augmentations():
     [
         ({"name": "shfit"}, r"augment\[1\]: no augmentation 'shfit'; valid: .*mean 'shift'"),
         ({"pixels": 2}, "no augmentation None"),
-        ({"name": "shift"}, "missing a required argument: 'pixels'"),
-        ({"name": "shift", "pixel": 2}, r"shift: .*it takes \(pixels: int, fill: int = 0\)"),
-        ({"name": "shift", "pixels": 0}, "Shift.pixels must be an int, at least 1; got 0"),
-        ({"name": "shift", "pixels": 1.5}, "got 1.5"),
-        ({"name": "cutout", "size": 1, "fill": 256}, "Cutout.fill must be an int, 0 to 255"),
+        ({"name": "shift"}, r"augment\[1\]\.pixels is missing"),
+        ({"name": "shift", "pixel": 2}, r"key in augment\[1\]: 'pixel' .*valid: pixels, fill"),
+        ({"name": "shift", "pixels": 0}, r"augment\[1\]\.pixels=0: .* at least 1"),
+        ({"name": "shift", "pixels": 1.5}, "pixels=1.5: .* int"),
+        ({"name": "cutout", "size": 1, "fill": 256}, "fill=256: .* 0 to 255"),
     ],
 )
 def test_build_augmentations_errors(entry, message):

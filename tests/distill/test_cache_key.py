@@ -129,9 +129,7 @@ def test_a_replay_of_the_augmented_stream_has_the_cached_logits(tmp_path, data_d
             source,
             batch_size=batch_size,
             seed=seed,
-            mean=4.9,
-            std=6.0,
-            augment=data.build_augmentations(config),
+            transforms={"image": (*data.build_augmentations(config), data.Normalize(4.9, 6.0))},
         )
         for step, batch in enumerate(dataset):
             positions = np.arange(step * batch_size, (step + 1) * batch_size)

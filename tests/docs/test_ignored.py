@@ -34,6 +34,6 @@ def test_what_commands_write_is_ignored():
     run = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True)
     assert set(files) - set(run.stdout.split()) == set()
     # Folders of these names inside the package are no output.
-    package = ["kdq/report/write.py", "kdq/data/idx.py"]
+    package = ["kdq/report/write.py", "kdq/data/sources/idx.py"]
     run = subprocess.run(["git", "check-ignore", *package], cwd=ROOT, capture_output=True)
     assert run.returncode == 1

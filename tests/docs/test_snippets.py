@@ -27,10 +27,10 @@ from blocks import ALL, INLINE_COMMANDS, ROOT
 from sklearn.datasets import load_digits
 
 from kdq import config, deploy, experiment, quantize
-from kdq.experiment import check, runner
-from kdq.experiment.progress import Progress
+from kdq.experiment import check
+from kdq.experiment.context import Context
 from kdq.report import write
-from kdq.search import problem
+from kdq.search import problem, searchers
 
 QUICKSTART = "docs/quickstart.md"
 ARMS = ("teacher", "student", "kd", "ptq_w4a4_student_mse", "qat_w4a4", "qad_w4a4_kd")
@@ -123,7 +123,6 @@ def tables_of_names():
     from kdq.experiment.quantized import OBSERVERS  # noqa: PLC0415
     from kdq.quantize import qat  # noqa: PLC0415
     from kdq.quantize.ptq import chain  # noqa: PLC0415
-    from kdq.search import searchers  # noqa: PLC0415
 
     tables = (
         methods.METHODS,
@@ -160,8 +159,7 @@ def check_config(made: ml_collections.ConfigDict, folder, deep: bool) -> None:
         made.arms[f"bits_{key}"] = config.arm(**{**quantized, "bits": key})
     frozen = config.freeze(made)
     if deep:
-        run = runner._Runner(frozen, folder / "nothing", Progress())
-        check.check(frozen, run.models, run.inputs, run.teachers, run.layout)
+        check.check(Context(frozen, folder / "nothing"), list(frozen.arms))
 
 
 @pytest.mark.parametrize("name", list(dict.fromkeys(block.page for block in PYTHON)))
@@ -181,7 +179,7 @@ def test_python_runs(page, folder, name):
             page.config.update_from_flattened_dict(overrides)
             config.freeze(page.config)
     if hasattr(page, "HillClimb"):
-        climb(page.HillClimb)
+        climb()
     if hasattr(page, "session"):
         check_session(page)
 
@@ -196,7 +194,7 @@ def check_session(page: types.ModuleType) -> None:
     assert page.taken["layout"] == "NHWC"
 
 
-def climb(searcher_class) -> None:
+def climb() -> None:
     """A searcher keeps the budget, ends, and finds better policies than its first."""
     rng = np.random.default_rng(0)
     layers = [
@@ -219,7 +217,7 @@ def climb(searcher_class) -> None:
         limits={"bits": 20.0},
         features=np.zeros((1, 6, 1), np.float32),
     )
-    searcher, scores = searcher_class(posed, seed=0, evaluations=60), []
+    searcher, scores = searchers.make("hill_climb", posed, seed=0, evaluations=60), []
     while policies := searcher.propose():
         assert all(posed.feasible(policy) for policy in policies)
         new = [sum(harm[i, option] for i, option in enumerate(policy)) for policy in policies]

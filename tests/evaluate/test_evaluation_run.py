@@ -205,6 +205,15 @@ def test_damaged_scores_are_refused(scores, tmp_path):
         Scores.load(tmp_path / "nowhere")
 
 
+def test_a_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "scores.npz"
+    Scores(arrays={"nll": np.zeros(10**6, np.float32)}, examples=np.arange(10**6)).save(path)
+    monkeypatch.setattr("kdq.evaluate.run._MOST_BYTES", 2**20)
+    monkeypatch.setattr("kdq.evaluate.run._MOST_RATIO", 1)
+    with pytest.raises(DamagedError, match="bytes would unpack to 120"):
+        Scores.load(path)
+
+
 def _arm(correct):
     return Scores(arrays={"correct": np.asarray(correct, np.float32)}, examples=np.arange(4))
 

@@ -7,7 +7,7 @@ import pytest
 
 from kdq import config, experiment
 from kdq.experiment import check
-from kdq.experiment.runner import _Runner
+from kdq.experiment.context import Context
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -26,9 +26,9 @@ def test_shipped_configs_fit_their_data_and_models(path, data_dir, tmp_path):
     shipped = runpy.run_path(str(path))["get_config"]()
     shipped.data.data_dir = str(data_dir)
     frozen = config.freeze(shipped)
-    runner = _Runner(frozen, tmp_path / "run", experiment.Progress())
-    check.check(frozen, runner.models, runner.inputs, runner.teachers, runner.layout)
-    assert all(runner.inputs.last_step(arm) > 0 for arm in frozen.arms.values() if arm.epochs)
+    context = Context(frozen, tmp_path / "run")
+    check.check(context, list(frozen.arms))
+    assert all(context.inputs.last_step(arm) > 0 for arm in frozen.arms.values() if arm.epochs)
     assert not (tmp_path / "run").exists()
 
 
@@ -38,7 +38,7 @@ def test_stopping_early_and_leaving_classes_out_shorten_the_training(tiny_config
     arms["short"] = arms["student"] | {"epochs": 4.0, "stop": 1.0}
     arms["without"] = arms["student"] | {"without_classes": (3, 5)}
     frozen = config.freeze(base)
-    inputs = _Runner(frozen, Path("nowhere"), experiment.Progress()).inputs
+    inputs = Context(frozen, Path("nowhere")).inputs
     steps = {name: inputs.steps(arm) for name, arm in frozen.arms.items()}
     last = {name: inputs.last_step(arm) for name, arm in frozen.arms.items()}
     # 1,077 examples in batches of 64.

@@ -89,9 +89,9 @@ def vanish():
 
 
 def in_two(one, workdir, missing, progress=None, **options):
-    make = functools.partial(noting, **options)
+    make = functools.partial(noting, one, workdir, **options)
     progress = progress or experiment.Progress()
-    parallel.run(one, workdir, ORDER, missing, 2, make=make, progress=progress)
+    parallel.run(one, ORDER, missing, 2, make=make, progress=progress)
 
 
 def noted(workdir):

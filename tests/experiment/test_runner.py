@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from sklearn.datasets import load_digits
 
 from kdq import config, data, deploy, experiment, files
-from kdq.data.digits import split_ids
+from kdq.data.sources.digits import split_ids
 from kdq.report import table
 
 ARMS = ["teacher", "student", "kd", "ptq", "qat", "qad"]

@@ -13,11 +13,14 @@ from scipy.special import log_softmax
 from kdq import config, data, deploy, experiment, files
 from kdq.config import ConfigError
 from kdq.experiment import inputs as inputs_module
-from kdq.experiment import runner
-from kdq.experiment.searching import Searches
+from kdq.experiment import searching, training
+from kdq.experiment.context import Context
+from kdq.experiment.searching import SearchResult
 from kdq.quantize.layers import layer_bits
-from kdq.search import bank, finetune
+from kdq.quantize.network import Weights
+from kdq.search import bank, evaluate
 from kdq.search.cost import load
+from kdq.train import loop
 
 EXAMPLES = 150  # of validation: a whole batch, and part of the next
 TAUGHT = {"teacher": "teacher", "distill": "kd"}
@@ -252,21 +255,21 @@ def trap(monkeypatch):
                 raise Trapped("len")
             return len(self._source)
 
-    open_split, of = inputs_module.data.open_split, Searches._of
+    open_split, search = inputs_module.data.open_split, searching._search
 
     def watched(name, split, **kwargs):
         source = open_split(name, split, **kwargs)
         return Watched(source) if split == "test" else source
 
-    def during(self, name, seed):
+    def during(*args):
         state["on"] = True
         try:
-            return of(self, name, seed)
+            return search(*args)
         finally:
             state["on"] = False
 
     monkeypatch.setattr(inputs_module.data, "open_split", watched)
-    monkeypatch.setattr(Searches, "_of", during)
+    monkeypatch.setattr(searching, "_search", during)
     return state
 
 
@@ -287,18 +290,18 @@ def test_a_search_never_sees_test_data(make, folder, trap, steps):
 
 def test_the_trap_is_one(make, folder, trap, monkeypatch):
     """A search that evaluates policies on the test split is caught."""
-    batches = inputs_module.Inputs.batches
+    split_of = inputs_module.Inputs.split
 
-    def cheating(self, split, size=None):
-        return batches(self, "test" if split == "validation" else split, size)
+    def cheating(self, name, *args, **kwargs):
+        return split_of(self, "test" if name == "validation" else name, *args, **kwargs)
 
-    def held_out(self, examples):
+    def make_evaluator(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(inputs_module.Inputs, "batches", cheating)
-            return honest(self, examples)
+            patch.setattr(inputs_module.Inputs, "split", cheating)
+            return honest(*args)
 
-    honest = Searches._held_out
-    monkeypatch.setattr(Searches, "_held_out", held_out)
+    honest = searching._make_evaluator
+    monkeypatch.setattr(searching, "_make_evaluator", make_evaluator)
     with pytest.raises(Trapped):
         experiment.run(config.freeze(make({"four": searched()})), folder, arms=["four_ptq"])
 
@@ -331,10 +334,10 @@ def trained(make):
 
 def scorer(fields, workdir):
     """The score of an experiment's one search, and what it is of."""
-    run = runner._Runner(config.freeze(fields), workdir, experiment.Progress())
-    (search,) = run.experiment.searches.values()
-    students = [run.searches._student(search, one, 0, ()) for one in search.students]
-    return run.searches._scorer(search, students, 0), students
+    context = Context(config.freeze(fields), workdir)
+    (search,) = context.experiment.searches.values()
+    students = [searching.prepare_student(context, search, arm, 0) for arm in search.students]
+    return searching.scorer(context, search, students, 0), students
 
 
 def test_policies_are_finetuned_by_one_compiled_step_and_always_alike(trained, folder):
@@ -366,37 +369,37 @@ def test_two_steps_by_hand(trained, folder):
     """The same scores from the loop's own pieces: the term is on, its weight as in the recipe."""
     score, (student,) = scorer(trained(), folder)
     (found,) = score([(0, 1, 1, 1, 1)])
-    run = runner._Runner(config.freeze(trained()), folder, experiment.Progress())
+    context = Context(config.freeze(trained()), folder)
     evaluator = student.evaluator
     qparams = bank.choose(evaluator.bank, dict.fromkeys(evaluator.choices, np.int32(1)))
-    start = runner.Weights(variables=evaluator.variables, qparams=qparams)
-    plan, state = runner.training.make_plan(
-        run.experiment,
+    start = Weights(variables=evaluator.variables, qparams=qparams)
+    plan, state = training.make_plan(
+        context.experiment,
         "qad",
         0,
         start,
-        model=evaluator.model,
-        inputs=run.inputs,
-        teaching=run.teachers.teaching("qad", 0),
+        model=evaluator.network.module,
+        inputs=context.inputs,
+        teaching=context.teachers.teaching("qad", 0),
         steps=2,
     )
     assert plan.steps == 2
-    state = runner.loop.take_steps(plan, state)
+    state = loop.take_steps(plan, state)
     variables = {**evaluator.variables, "params": state.params}
-    quantizers = runner.loop.weights(state).qparams
-    by_hand = finetune.score(evaluator.model, variables, quantizers, evaluator.held)
+    quantizers = loop.weights(state).qparams
+    by_hand = evaluate.score(
+        evaluator.network, Weights(variables=variables, qparams=quantizers), evaluator.held
+    )
     for objective, value in by_hand.items():
         assert found[objective] == pytest.approx(value, rel=1e-4)
 
 
 def test_an_arm_leaves_out_the_terms_that_were(trained):
-    from kdq.experiment.searching import Found  # noqa: PLC0415
-
     frozen = config.freeze(trained())
     base = {"conv_0": "W2A8", "conv_1": "W4A8", "head": ""}
     for kept, terms in (("on", ["kl", "soft"]), ("off", ["kl"])):
         chosen = {"student": "wide", **base, "distill/soft": kept}
-        found = Found(name="tuned", chosen=chosen, observer="mse", told={})
+        found = SearchResult(name="tuned", chosen=chosen, observer="mse", description={})
         assert found.layers == base
         applied = found.applied(frozen, "qad")
         assert list(applied.distill["kd"].terms) == terms

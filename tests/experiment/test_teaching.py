@@ -9,8 +9,8 @@ from safetensors import safe_open
 from kdq import config, deploy, experiment
 from kdq.config import ConfigError
 from kdq.experiment import transfer
+from kdq.experiment.context import Context
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.runner import _Runner
 
 HINT = {"loss": "hint", "student": "conv_1", "teacher": "norm_1", "adapter": "linear"}
 
@@ -127,9 +127,9 @@ def test_shuffled_logits_are_those_of_other_examples_of_the_class(tiny_config, m
     workdir, _ = many
     teachers = {"moved": TEACHERS["moved"]}
     base = tiny(tiny_config, {"by_moved": {"teacher": "moved"}}, teachers=teachers)
-    runner = _Runner(config.freeze(base), workdir, experiment.Progress())
-    logits = runner.teachers.logits("teacher", 0, "train")
-    moved = runner.teachers.teaching("by_moved", 0).extra["teacher_logits"]
+    context = Context(config.freeze(base), workdir)
+    logits = context.teachers.logits("teacher", 0, "train")
+    moved = context.teachers.teaching("by_moved", 0).extra["teacher_logits"]
     labels = Inputs(config.freeze(base)).splits["train"].read(np.arange(len(logits)))["label"]
     assert (np.abs(moved - logits).max(1) > 0).mean() > 0.9
     for label in range(10):
@@ -170,7 +170,7 @@ def test_every_seed_is_compared_with_its_own_teacher_asked_once(tiny_config, tmp
     frozen = config.freeze({**tiny(tiny_config, arms, **sections), "seeds": (0, 1)})
     records = {(r.arm, r.seed): r for r in experiment.run(frozen, tmp_path)}
     assert len(made) == 2
-    images = Inputs(frozen).batches("test", size=64)[0]["image"]
+    images = Inputs(frozen).split("test", 64)[0]["image"]
     for seed in (0, 1):
         # The files of float arms hold exactly what was compared.
         networks = {

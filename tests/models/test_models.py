@@ -109,10 +109,10 @@ def test_lists_become_tuples_so_that_a_model_can_be_a_static_argument():
         ("vit", {"num_classes": 2, "depth": 0}, "depth must be at least 1, given 0"),
         ("cnn", {"num_classes": 2, "strides": (1, 2)}, "one entry a convolution"),
         ("cnn", {"num_classes": 2, "strides": (1, 3, 1)}, "strides must be 1 or 2"),
-        ("cnn", {"num_classes": 2, "pool": -0.5}, "pool=-0.5: want bool"),
-        ("cnn", {"num_classes": 2, "pool": 1}, "pool=1: want bool"),
-        ("cnn", {"num_classes": True}, "num_classes=True: want int"),
-        ("cnn", {"num_classes": 2.0}, "num_classes=2.0: want int"),
+        ("cnn", {"num_classes": 2, "pool": -0.5}, "pool=-0.5: expected bool"),
+        ("cnn", {"num_classes": 2, "pool": 1}, "pool=1: expected bool"),
+        ("cnn", {"num_classes": True}, "num_classes=True: expected int"),
+        ("cnn", {"num_classes": 2.0}, "num_classes=2.0: expected int"),
     ],
 )
 def test_errors_name_what_was_given_and_what_is_valid(name, kwargs, message):

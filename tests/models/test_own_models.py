@@ -63,14 +63,14 @@ def test_what_can_not_be_described():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_module:Net", r"No module named 'no_such_module'; want package.module:Class"),
+        ("no_such_module:Net", r"No module named 'no_such_module'; expected package.module:Class"),
         (f"{HERE}:Nett", r"unknown class of .* 'Nett' \(did you mean 'Net'\?\); valid: Net, Blind"),
         (
             "__main__:Netz",
-            "is of another program, a script .*; a class that several use wants a module",
+            "is of another program, a script .*; a class that several use must be in a module",
         ),
         (f"{HERE}:pytest", "is no class of flax.linen.Module"),
-        (f"{HERE}:Blind", r"__call__ takes \['inputs'\]; want `train: bool` too"),
+        (f"{HERE}:Blind", r"__call__ takes \['inputs'\]; expected `train: bool` by"),
     ],
 )
 def test_names_that_are_no_model(name, message):

@@ -1,11 +1,14 @@
 """Problems whose best policy is known, for the tests of searchers."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from kdq.search import programs
-from kdq.search.problem import Decision, Policy, Problem
+from kdq.search.feasible import Feasible
+from kdq.search.problem import ROUNDING, Decision, Policy, Problem
 from kdq.search.searcher import Searcher
 
 
@@ -72,14 +75,14 @@ def _layer(index: int, bits: Sequence[int]) -> Decision:
 
 
 def _limit(valid: np.ndarray, cost: np.ndarray, budget: float) -> float:
-    """Of the first student, so that it keeps every budget of 0 or more by itself."""
+    """Returns that of the first student, so that it keeps every budget of 0 or more by itself."""
     least = np.where(valid, cost, np.inf).min(-1).sum(-1)[0]
     most = np.where(valid, cost, -np.inf).max(-1).sum(-1)[0]
     return float(least + budget * (most - least))
 
 
 def _features(sizes: np.ndarray, students: int, layers: int) -> np.ndarray:
-    """Whether it is a layer, and its size on a logarithmic scale."""
+    """Returns if it is a layer, and its size on a logarithmic scale."""
     features = np.zeros((students, layers + 1, 2), np.float32)
     features[:, 1:, 0] = 1.0
     features[:, 1:, 1] = np.log2(sizes) / 16
@@ -88,23 +91,23 @@ def _features(sizes: np.ndarray, students: int, layers: int) -> np.ndarray:
 
 def random_policies(problem: Problem, count: int, seed: int) -> list[Policy]:
     """Uniformly random policies, projected in a random order: what a search has to beat."""
-    rng = np.random.default_rng(seed)
-    found = []
+    feasible, rng = Feasible(problem), np.random.default_rng(seed)
+    policies = []
     for _ in range(count):
-        wanted = [rng.integers(len(decision.options)) for decision in problem.decisions]
+        policy = [rng.integers(len(decision.options)) for decision in problem.decisions]
         order = 1 + rng.permutation(len(problem.decisions) - 1)
-        found.append(problem.projected(wanted, order.tolist()))
-    return found
+        policies.append(feasible.projected(policy, order.tolist()))
+    return policies
 
 
 def search(searcher: Searcher, score: Callable[[Policy], float]) -> dict[Policy, float]:
-    """All that a searcher proposes until it has no more, each with its score."""
-    found = {}
+    """Returns all policies that a searcher proposes until it has no more, with their scores."""
+    scored = {}
     while policies := searcher.propose():
         scores = [score(policy) for policy in policies]
-        found |= zip(policies, scores, strict=True)
+        scored |= zip(policies, scores, strict=True)
         searcher.observe(policies, scores)
-    return found
+    return scored
 
 
 def interacting(bits: Sequence[int]) -> tuple[Problem, Callable[[Policy], float]]:
@@ -119,3 +122,49 @@ def interacting(bits: Sequence[int]) -> tuple[Problem, Callable[[Policy], float]
         return problem.predicted(policy) + share * np.count_nonzero(np.diff(policy[1:]))
 
     return problem, score
+
+
+def limited(slack: float, seed: int, **sizes) -> Problem:
+    """Returns a problem with budgets that a random policy just keeps, or a little more."""
+    problem = layered(budget=1.0, seed=seed, **sizes)
+    rng = np.random.default_rng(seed)
+    policy = [
+        int(rng.choice(np.flatnonzero(problem.valid[0, i]))) for i in range(len(problem.decisions))
+    ]
+    policy[0] = int(rng.integers(problem.students))
+    limits = {metric: total(problem, policy, metric) * (1 + slack) for metric in problem.costs}
+    return dataclasses.replace(problem, limits=limits)
+
+
+# By loops, against which problems and programs are tested.
+
+
+def every_policy(problem: Problem) -> Iterator[Policy]:
+    return itertools.product(*(range(len(d.options)) for d in problem.decisions))
+
+
+def total(problem: Problem, policy: Policy, metric: str) -> float:
+    cost = problem.costs[metric]
+    return problem.constants[metric][policy[0]] + sum(
+        cost[policy[0], i, option] for i, option in enumerate(policy)
+    )
+
+
+def keeps(problem: Problem, policy: Policy, limits: Mapping[str, float]) -> bool:
+    """But for the rounding of sums of floats."""
+    within = all(total(problem, policy, m) <= limit * (1 + ROUNDING) for m, limit in limits.items())
+    return within and all(problem.valid[policy[0], i, o] for i, o in enumerate(policy))
+
+
+def feasible_policies(problem: Problem) -> set[Policy]:
+    return {p for p in every_policy(problem) if keeps(problem, p, problem.limits)}
+
+
+def predicted(problem: Problem, policy: Policy) -> float:
+    """Returns the objective in the integer program, summed in float64."""
+    value = problem.base[policy[0]]
+    for i, option in enumerate(policy):
+        value += problem.sensitivity[policy[0], i, option]
+    for (s, i, a, j, b), more in problem.pairs.items():
+        value += more * (policy[0] == s and policy[i] == a and policy[j] == b)
+    return value

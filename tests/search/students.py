@@ -43,11 +43,11 @@ def evaluator(
     count = sum(int(batch["mask"].sum()) for batch in batches)
     teacher = np.random.default_rng(teacher_seed).normal(size=(count, classes)).astype(np.float32)
     return Evaluator(
-        model=model,
+        network=model,
         variables=variables,
         choices=choices,
         bank=bank.fill(model, variables, choices, calibration, MSE()),
-        held=evaluate.hold(model, variables, batches, teacher),
+        held=evaluate.hold_out(model, variables, batches, teacher),
         **options,
     ), teacher
 

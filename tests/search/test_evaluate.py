@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 
 from kdq import quantize
 from kdq.search import bank, evaluate
-from kdq.search.evaluate import OBJECTIVES, WORST, means
+from kdq.search.objectives import OBJECTIVES, WORST, means
 
 CHOICES = ("W2A8", "W3A8", "W8A8", "")
 
@@ -28,7 +28,7 @@ def case():
 def logits_of(evaluator, policy, images):
     chosen = dict(zip(evaluator.choices, np.asarray(policy, np.int32), strict=True))
     qparams = bank.choose(evaluator.bank, chosen)
-    found = quantize.predict(evaluator.model, evaluator.variables, qparams, images)
+    found = quantize.predict(evaluator.network, evaluator.variables, qparams, images)
     return np.asarray(found, np.float64)
 
 
@@ -37,7 +37,7 @@ def expected(case, policy):
     evaluator, teacher, batches = case
     whole = [logits_of(evaluator, policy, b["image"])[b["mask"] > 0] for b in batches]
     logits = np.concatenate(whole)
-    plain = lambda b: evaluator.model.apply(evaluator.variables, b["image"], train=False)
+    plain = lambda b: evaluator.network.module.apply(evaluator.variables, b["image"], train=False)
     unquantized = np.concatenate([np.asarray(plain(b), np.float64)[b["mask"] > 0] for b in batches])
     labels = np.concatenate([b["label"][b["mask"] > 0] for b in batches])
     log_p, log_q = log_softmax(teacher.astype(np.float64), -1), log_softmax(logits, -1)
@@ -66,7 +66,7 @@ def test_padding_counts_for_nothing(case):
     padded = other[-1]["mask"] == 0
     other[-1]["image"] = np.where(padded[:, None, None, None], 100.0, other[-1]["image"])
     other[-1]["label"] = np.where(padded, 4, other[-1]["label"]).astype(np.int32)
-    held = evaluate.hold(evaluator.model, evaluator.variables, other, teacher)
+    held = evaluate.hold_out(evaluator.network, evaluator.variables, other, teacher)
     changed = evaluate.Evaluator(**{**vars(evaluator), "held": held})
     for name, scores in changed(POLICIES).items():
         np.testing.assert_allclose(scores, evaluator(POLICIES)[name], rtol=1e-6, err_msg=name)
@@ -95,7 +95,7 @@ def test_several_at_once_are_the_same(case):
 def test_one_compilation_for_all_policies(case, at_once):
     evaluator, teacher, _ = case
     batches = students.batches((7, 7), 7, seed=9)  # of a shape that was not there before
-    held = evaluate.hold(evaluator.model, evaluator.variables, batches, teacher)
+    held = evaluate.hold_out(evaluator.network, evaluator.variables, batches, teacher)
     other = evaluate.Evaluator(**{**vars(evaluator), "held": held, "at_once": at_once})
     with count_compilations("_evaluate") as compiled:
         for policies in ([(0, 0, 0)], POLICIES, [(-1, -1, -1)] * 9):

@@ -58,7 +58,7 @@ class Files:
         self._sizes, self._seconds, self._slower = sizes, seconds, slower
         self.asked = []
 
-    def of(self, policy):
+    def choose(self, policy):
         return {path: OPTIONS[place] for path, place in zip("ab", policy[1:], strict=True)}
 
     def size(self, chosen):

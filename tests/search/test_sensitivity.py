@@ -15,7 +15,7 @@ from kdq import quantize
 from kdq.config import ConfigError, parse_bits
 from kdq.quantize import MSE
 from kdq.search import sensitivity
-from kdq.search.evaluate import OBJECTIVES
+from kdq.search.objectives import OBJECTIVES
 
 CHOICES = ("W2A3", "W6A6", "W8A8")
 
@@ -35,7 +35,7 @@ def alone(case, path, bits):
     evaluator, _, batches = case
     rules = quantize.uniform_rules(*parse_bits(bits), observer=MSE())
     calibration = [students.images(16, 0)]
-    args = (evaluator.model, evaluator.variables)
+    args = (evaluator.network, evaluator.variables)
     qparams = quantize.calibrate(*args, rules, calibration, check=False)
     own = {path: qparams[path]} if bits else {}
     found = [quantize.predict(*args, own, batch["image"])[batch["mask"] > 0] for batch in batches]
@@ -97,7 +97,7 @@ def on_the_way(case, path, bits, share):
     """Logits with the tensors of one layer so far from float to quantized."""
     evaluator, _, batches = case
     rules = quantize.uniform_rules(*parse_bits(bits), observer=MSE())
-    args = (evaluator.model, evaluator.variables)
+    args = (evaluator.network, evaluator.variables)
     qparams = quantize.calibrate(*args, rules, [students.images(16, 0)], check=False)
     move = lambda x, q: x + share * (quantize.fake_quantize(x, q) - x)
     found = [

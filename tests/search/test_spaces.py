@@ -7,17 +7,19 @@ import math
 import jax
 import numpy as np
 import pytest
-from test_searchers import NAMES
 
 from kdq import models, quantize
 from kdq.config import ConfigError
 from kdq.search import cost, spaces
 from kdq.search.cost import CostTable
+from kdq.search.feasible import Feasible
 from kdq.search.problem import ROUNDING, InfeasibleError
-from kdq.search.searchers import METHODS
+from kdq.search.searchers import make
 from kdq.search.spaces import Student
 
 BITS = ("W2A4", "W4A8", "W8A2", "W8A8")
+# Agents compile for each problem; their contract is tested in test_searchers.py.
+NAMES = ("uniform", "random", "greedy", "knapsack", "knapsack_pairwise", "nsga2", "tpe")
 
 
 def make_student(name, widths, choices=BITS, seed=0):
@@ -77,15 +79,15 @@ def budgets(seed):
 def test_feasible_is_what_the_tables_say(seed):
     limits = budgets(seed)
     problem = spaces.make_problem(STUDENTS, limits)
-    found = {policy for policy in COSTS if problem.feasible(policy)}
-    assert found == within(limits)
+    feasible = {policy for policy in COSTS if problem.feasible(policy)}
+    assert feasible == within(limits)
     for policy in list(COSTS)[::17]:
         for metric, value in problem.total(policy).items():
             if metric != "activation_memory":
                 assert value == pytest.approx(COSTS[policy][metric])
-        projected = problem.projected(policy)
-        assert projected in found
-        assert projected == policy or policy not in found
+        projected = Feasible(problem).projected(policy)
+        assert projected in feasible
+        assert projected == policy or policy not in feasible
 
 
 def test_the_worst_layer_may_be_the_only_budget():
@@ -96,7 +98,7 @@ def test_the_worst_layer_may_be_the_only_budget():
     assert {policy for policy in COSTS if problem.feasible(policy)} == within(limits)
     assert 0 < len(within(limits)) < len(COSTS)
     for name in NAMES:
-        found = METHODS[name](problem, seed=0, evaluations=4).propose()
+        found = make(name, problem, seed=0, evaluations=4).propose()
         assert set(found) <= within(limits), name
         assert found or name == "uniform"
 
@@ -105,7 +107,7 @@ def test_the_worst_layer_may_be_the_only_budget():
 def test_searchers_keep_budgets_of_real_layers(name):
     for seed in range(8):
         limits = budgets(seed)
-        searcher = METHODS[name](spaces.make_problem(STUDENTS, limits), seed=seed, evaluations=12)
+        searcher = make(name, spaces.make_problem(STUDENTS, limits), seed=seed, evaluations=12)
         found = []
         while policies := searcher.propose():
             searcher.observe(policies, [float(sum(policy)) for policy in policies])
@@ -124,7 +126,7 @@ def test_the_best_of_two_students_by_brute_force(limit):
         return own.base + sum(of[option] for of, option in values)
 
     best = min(within(limits), key=predicted)
-    (found,) = METHODS["knapsack"](problem, seed=0, evaluations=1).propose()
+    (found,) = make("knapsack", problem, seed=0, evaluations=1).propose()
     assert found == best
     assert problem.predicted(found) == pytest.approx(predicted(best))
 
@@ -138,7 +140,7 @@ def test_a_student_that_no_bits_make_small_enough_leaves_the_other():
     assert {policy[0] for policy in within(limits)} == {1}
     for name in NAMES:
         if name != "uniform":
-            found = METHODS[name](problem, seed=0, evaluations=4).propose()
+            found = make(name, problem, seed=0, evaluations=4).propose()
             assert found, name
             assert set(found) <= within(limits), name
 
@@ -158,7 +160,7 @@ def test_the_nearest_budget_is_one_that_is_kept_and_no_less_is(metric):
     named = nearest(str(caught.value))
     assert within(named)
     assert not within({metric: named[metric] * (1 - 1e-5)})
-    assert spaces.make_problem(STUDENTS, named).reserve in within(named)
+    assert Feasible(spaces.make_problem(STUDENTS, named)).reserve in within(named)
 
 
 def test_shares_are_of_the_costliest_student_at_its_last_choices():

@@ -38,20 +38,10 @@ def source() -> data.Source:
     labels = (np.arange(EXAMPLES) % 3).astype(np.int32)
     for image, label in zip(images, labels, strict=True):
         image[2 * label : 2 * label + 2] += 55
-    return data.Source(
-        name="bands",
-        version="1.0.0",
-        split="train",
-        class_names=("a", "b", "c"),
-        image_shape=(6, 6, 1),
-        num_examples=EXAMPLES,
-        in_memory=True,
-        digest="",
-        reader=lambda ids: (images[ids], labels[ids]),
-    )
+    return data.from_arrays(images, labels, name="bands")
 
 
-NORMALIZE = {"mean": 100.0, "std": 60.0}
+NORMALIZE = {"transforms": {"image": (data.Normalize(100.0, 60.0),)}}
 MODEL = models.build("cnn", num_classes=3, widths=(3, 4), batch_norm=True)
 TEACHER = models.build("cnn", num_classes=3, widths=(5,))
 

@@ -13,269 +13,202 @@ from flax import struct
 
 from kdq.search import environment
 from kdq.search.environment import Environment, State
+from kdq.search.feasible import Feasible
 from kdq.search.problem import Policy, Problem
-from kdq.search.searchers.networks import MLP, rewards
+from kdq.search.searcher import Searcher
+from kdq.search.searchers import agents
+from kdq.search.searchers.agents import MLP, descend, rewards
 from kdq.types import Array
 
-# What is drawn for one proposal: the first with the noise that is due, and others, should that have
-# been proposed before, with more of it: at least this, each by this factor.
+# Episodes drawn for one proposal: the first with the noise that is due, and others, should that
+# policy have been proposed before, with more of it: at least LEAST, each by the factor MORE.
 DRAWS, LEAST, MORE = 8, 0.02, 1.15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Learner:
-    """How the agent learns; static, so that agents alike share what is compiled."""
+class Settings:
+    """Settings of DDPG; static, so that agents with equal ones share what is compiled."""
 
-    hidden: tuple[int, ...]
-    actor_learning_rate: float
-    critic_learning_rate: float
-    tau: float
-    batch_size: int
-    imitate: float
-
-    def act(self, params: Any, observation: Array) -> Array:
-        """[..., observation] to the action, [..., 2] in (0, 1)."""
-        return jax.nn.sigmoid(MLP(self.hidden, 2).apply(params, observation))
-
-    def value(self, params: Any, observation: Array, action: Array) -> Array:
-        """[..., observation] and [..., 2] to the rewards to come, [...]."""
-        inputs = jnp.concatenate([observation, action], -1)
-        return MLP(self.hidden, 1).apply(params, inputs)[..., 0]
+    hidden: tuple[int, ...] = (32, 32)  # widths of both networks
+    actor_learning_rate: float = 1e-3  # of Adam
+    critic_learning_rate: float = 1e-3  # of Adam
+    tau: float = 0.05  # share by which the target networks follow at each update
+    batch_size: int = 64  # transitions an update
+    updates: int = 25  # after each episode
+    replay: int = 1000  # episodes that the buffer holds
+    warmup: float = 0.1  # share of the evaluations with random actions, before anything is learned
+    noise: float = 0.3  # standard deviation after the warm-up
+    least_noise: float = 0.05  # and at the last tenth; it falls exponentially
+    # Weight of the squared distance to the actions of the best episodes, beside the actor's value.
+    imitate: float = 30.0
+    elite: int = 8  # how many episodes are the best
 
 
 @struct.dataclass
 class Agent:
     """All that learns, and the replay buffer."""
 
-    actor: Any
-    critic: Any
-    target_actor: Any
-    target_critic: Any
-    actor_state: optax.OptState
-    critic_state: optax.OptState
+    params: Any  # {"actor", "critic"}
+    targets: Any  # the same, following
+    states: dict[str, optax.OptState]  # of each
     observations: Array  # [replay, decisions, observation] float32
     actions: Array  # [replay, decisions, 2] float32: the projected ones
 
 
-def create(learner: Learner, env: Environment, replay: int, key: Array) -> Agent:
-    observation = environment.observe(env, environment.reset(env))
-    one, other = jax.random.split(key)
-    actor = MLP(learner.hidden, 2).init(one, observation)
-    critic = MLP(learner.hidden, 1).init(other, jnp.append(observation, jnp.zeros(2)))
+@struct.dataclass
+class Feedback:
+    """The knowledge of the episodes in the buffer, the last one included."""
+
+    rewards: Array  # [replay], of the episode in each slot
+    best: Array  # [elite] int32, slots of the best episodes
+    baseline: Array  # taken from each reward
+    count: Array  # episodes so far
+    updates: Array  # how many to make now
+
+
+def act(settings: Settings, actor: Any, observation: Array) -> Array:
+    """Returns the action, [..., 2] in (0, 1), for [..., observation]."""
+    return jax.nn.sigmoid(MLP(settings.hidden, 2).apply(actor, observation))
+
+
+def evaluate(settings: Settings, critic: Any, observation: Array, action: Array) -> Array:
+    """Returns the rewards to come, [...], for [..., observation] and [..., 2]."""
+    inputs = jnp.concatenate([observation, action], -1)
+    return MLP(settings.hidden, 1).apply(critic, inputs)[..., 0]
+
+
+def create(settings: Settings, env: Environment, key: Array) -> Agent:
+    """Returns a new agent with an empty buffer."""
+    params = agents.init(MLP(settings.hidden, 2), MLP(settings.hidden, 1), env, key, actions=2)
+    size = environment.observe(env, environment.reset(env)).size
+    rates = {"actor": settings.actor_learning_rate, "critic": settings.critic_learning_rate}
     return Agent(
-        actor=actor,
-        critic=critic,
-        target_actor=jax.tree.map(jnp.copy, actor),  # both are donated
-        target_critic=jax.tree.map(jnp.copy, critic),
-        actor_state=optax.adam(learner.actor_learning_rate).init(actor),
-        critic_state=optax.adam(learner.critic_learning_rate).init(critic),
-        observations=jnp.zeros((replay, env.decisions, observation.size)),
-        actions=jnp.zeros((replay, env.decisions, 2)),
+        params=params,
+        targets=jax.tree.map(jnp.copy, params),  # both are donated
+        states={name: optax.adam(rate).init(params[name]) for name, rate in rates.items()},
+        observations=jnp.zeros((settings.replay, env.decisions, size)),
+        actions=jnp.zeros((settings.replay, env.decisions, 2)),
     )
 
 
-@partial(jax.jit, static_argnames="learner")
+@partial(jax.jit, static_argnames="settings")
 def episodes(
-    learner: Learner, actor: Any, env: Environment, key: Array, noise: Array
+    settings: Settings, actor: Any, env: Environment, key: Array, noise: Array
 ) -> tuple[Array, Array, Array]:
-    """Policies, each with a noise of its own.
+    """Builds policies, each with its own `noise` [episodes] around the actor's actions.
 
-    Args:
-      learner: static.
-      actor: its params.
-      env: what is searched.
-      key: of the noise.
-      noise: [episodes], standard deviations of normal distributions around the actor's actions,
-        truncated to where actions are; infinite for uniform ones, 0 for none.
-
-    Returns:
-      Policies [episodes, decisions] int32, observations [episodes, decisions, observation], and
-      projected actions [episodes, decisions, 2].
+    The standard deviation of a normal distribution, truncated to where actions are; infinite for a
+    uniform one, 0 for none. Returns policies [episodes, decisions] int32, observations [episodes,
+    decisions, observation], and projected actions [episodes, decisions, 2].
     """
 
-    def one(key: Array, noise: Array) -> tuple[Array, Array, Array]:
+    def build(key: Array, noise: Array) -> tuple[Array, Array, Array, Any]:
         sigma = jnp.clip(noise, 1e-3, 1e3)
 
-        def decide(state: State, key: Array) -> tuple[State, tuple[Array, Array, Array]]:
-            observation = environment.observe(env, state)
-            mean = learner.act(actor, observation)
+        def decide(key: Array, state: State, observation: Array) -> tuple[Array, None]:
+            mean = act(settings, actor, observation)
             drawn = jax.random.truncated_normal(key, -mean / sigma, (1 - mean) / sigma, (2,))
             action = jnp.where(noise > 0, jnp.clip(mean + sigma * drawn, 0, 1), mean)
-            option = environment.nearest(env, state, action)
-            state = environment.step(env, state, option)
-            return state, (option, observation, state.action)
+            return environment.nearest(env, state, action), None
 
-        keys = jax.random.split(key, env.decisions)
-        return jax.lax.scan(decide, environment.reset(env), keys)[1]
+        return agents.episode(env, decide, key)
 
-    return jax.vmap(one)(jax.random.split(key, len(noise)), noise)
+    return jax.vmap(build)(jax.random.split(key, len(noise)), noise)[:3]
 
 
-@partial(jax.jit, static_argnames="learner", donate_argnames="agent")
+@partial(jax.jit, static_argnames="settings", donate_argnames="agent")
 def learn(
-    learner: Learner,
-    agent: Agent,
-    observations: Array,
-    actions: Array,
-    rewards: Array,
-    best: Array,
-    baseline: Array,
-    count: Array,
-    updates: Array,
-    key: Array,
+    settings: Settings, agent: Agent, episode: tuple[Array, Array], feedback: Feedback, key: Array
 ) -> Agent:
-    """Stores an episode, and trains actor and critic on transitions of the buffer.
-
-    Args:
-      learner: static.
-      agent: donated.
-      observations: [decisions, observation] of the episode.
-      actions: [decisions, 2].
-      rewards: [replay], of the episode in each slot of the buffer.
-      best: [elite] int32, slots of the best episodes.
-      baseline: what is taken from each reward.
-      count: how many episodes there have been, this one included.
-      updates: how many.
-      key: of the batches.
-    """
+    """Stores an episode (observations, actions), and trains on transitions of the buffer."""
     replay, decisions = agent.actions.shape[:2]
-    slot = (count - 1) % replay
+    slot = (feedback.count - 1) % replay
     agent = agent.replace(
-        observations=agent.observations.at[slot].set(observations),
-        actions=agent.actions.at[slot].set(actions),
+        observations=agent.observations.at[slot].set(episode[0]),
+        actions=agent.actions.at[slot].set(episode[1]),
     )
 
     def update(i: Array, agent: Agent) -> Agent:
+        # A batch of transitions: any stored episodes, at any of their decisions.
         keys = jax.random.split(jax.random.fold_in(key, i), 3)
-        shape = (learner.batch_size,)
-        which = jax.random.randint(keys[0], shape, 0, jnp.minimum(count, replay))
+        shape = (settings.batch_size,)
+        which = jax.random.randint(keys[0], shape, 0, jnp.minimum(feedback.count, replay))
         when = jax.random.randint(keys[1], shape, 0, decisions)
+        # The critic's target: the transition's share of the reward, and the value of the next.
         then = agent.observations[which, jnp.minimum(when + 1, decisions - 1)]
-        value = learner.value(agent.target_critic, then, learner.act(agent.target_actor, then))
-        target = (rewards[which] - baseline) / decisions
+        action = act(settings, agent.targets["actor"], then)
+        value = evaluate(settings, agent.targets["critic"], then, action)
+        target = (feedback.rewards[which] - feedback.baseline) / decisions
         target += jnp.where(when < decisions - 1, value, 0.0)
-        good = jax.random.choice(keys[2], best, shape)
-        return _descend(
-            learner,
+        good = jax.random.choice(keys[2], feedback.best, shape)
+        return _update(
+            settings,
             agent,
             (agent.observations[which, when], agent.actions[which, when], target),
             (agent.observations[good, when], agent.actions[good, when]),
         )
 
-    return jax.lax.fori_loop(0, updates, update, agent)
+    return jax.lax.fori_loop(0, feedback.updates, update, agent)
 
 
-def _descend(
-    learner: Learner,
+def _update(
+    settings: Settings,
     agent: Agent,
-    batch: tuple[Array, Array, Array],
-    best: tuple[Array, Array],
+    batch: tuple[Array, Array, Array],  # observations, actions, and the critic's targets
+    best: tuple[Array, Array],  # observations and actions that the actor imitates
 ) -> Agent:
-    """A step of the critic, then one of the actor; the targets follow.
-
-    Args:
-      learner: static.
-      agent: what steps.
-      batch: observations, actions, and the critic's targets.
-      best: observations and actions of the best episodes, that the actor imitates.
-    """
+    """Takes a step of the critic, then one of the actor; the targets follow."""
     observation, action, target = batch
 
-    def critic_loss(params: Any) -> Array:
-        return jnp.square(learner.value(params, observation, action) - target).mean()
+    def critic_loss(critic: Any) -> Array:
+        return jnp.square(evaluate(settings, critic, observation, action) - target).mean()
 
-    grads = jax.grad(critic_loss)(agent.critic)
-    optimizer = optax.adam(learner.critic_learning_rate)
-    updates, critic_state = optimizer.update(grads, agent.critic_state)
-    critic = optax.apply_updates(agent.critic, updates)
+    critic, critic_state = descend(
+        critic_loss, agent.params["critic"], agent.states["critic"], settings.critic_learning_rate
+    )
 
-    def actor_loss(params: Any) -> Array:
-        value = learner.value(critic, observation, learner.act(params, observation)).mean()
-        away = jnp.square(learner.act(params, best[0]) - best[1]).sum(-1).mean()
-        return learner.imitate * away - agent.actions.shape[1] * value
+    def actor_loss(actor: Any) -> Array:
+        value = evaluate(settings, critic, observation, act(settings, actor, observation)).mean()
+        away = jnp.square(act(settings, actor, best[0]) - best[1]).sum(-1).mean()
+        return settings.imitate * away - agent.actions.shape[1] * value
 
-    grads = jax.grad(actor_loss)(agent.actor)
-    optimizer = optax.adam(learner.actor_learning_rate)
-    updates, actor_state = optimizer.update(grads, agent.actor_state)
-    actor = optax.apply_updates(agent.actor, updates)
+    actor, actor_state = descend(
+        actor_loss, agent.params["actor"], agent.states["actor"], settings.actor_learning_rate
+    )
+    params = {"actor": actor, "critic": critic}
     return agent.replace(
-        actor=actor,
-        critic=critic,
-        target_actor=optax.incremental_update(actor, agent.target_actor, learner.tau),
-        target_critic=optax.incremental_update(critic, agent.target_critic, learner.tau),
-        actor_state=actor_state,
-        critic_state=critic_state,
+        params=params,
+        targets=optax.incremental_update(params, agent.targets, settings.tau),
+        states={"actor": actor_state, "critic": critic_state},
     )
 
 
-class DDPG:
+class DDPG(Searcher):
     """One episode a proposal: an actor that acts with noise, and a critic that learns its value.
 
     As in HAQ the reward of the whole policy is given to each of its transitions, less an average of
-    the last ones, γ is 1, and the noise is normal, truncated to where actions are. Of our own:
+    the last ones, γ is 1, and the noise is normal, truncated to where actions are. Unlike HAQ,
     rewards are ranks (see `rewards`), shared out over the decisions; the networks are normalized;
-    the actor also imitates the best episodes there were (arXiv:1709.10089, of its own instead of a
+    the actor also imitates the best episodes so far (arXiv:1709.10089, its own instead of a
     demonstrator's: most of what it learns from few evaluations comes of that); a policy that was
-    proposed before is drawn again, with more noise each time.
-
-    Args:
-      problem: with sensitivities, which the agent observes; zeros without.
-      seed: of networks, noise and batches.
-      evaluations: how many policies in all; in the last tenth the agent acts without noise.
-      hidden: widths of both networks.
-      actor_learning_rate: of Adam.
-      critic_learning_rate: of Adam.
-      tau: the share by which the target networks follow at each update.
-      batch_size: transitions an update.
-      updates: after each episode.
-      replay: episodes that the buffer holds.
-      warmup: share of the evaluations with random actions, before anything is learned.
-      noise: standard deviation after the warm-up.
-      least_noise: and at the last tenth; it falls exponentially.
-      imitate: weight of the squared distance to the actions of the best episodes, beside the value
-        of the actor's own.
-      elite: how many are the best.
+    proposed before is drawn again, with more noise each time. In the last tenth of the evaluations
+    the agent acts without noise. Without sensitivities in the problem it observes zeros.
     """
 
+    Settings = Settings
     needs: ClassVar[tuple[str, ...]] = ("sensitivity",)
 
-    def __init__(
-        self,
-        problem: Problem,
-        *,
-        seed: int,
-        evaluations: int,
-        hidden: Sequence[int] = (32, 32),
-        actor_learning_rate: float = 1e-3,
-        critic_learning_rate: float = 1e-3,
-        tau: float = 0.05,
-        batch_size: int = 64,
-        updates: int = 25,
-        replay: int = 1000,
-        warmup: float = 0.1,
-        noise: float = 0.3,
-        least_noise: float = 0.05,
-        imitate: float = 30.0,
-        elite: int = 8,
-    ):
-        self._problem, self._evaluations = problem, evaluations
-        self._learner = Learner(
-            hidden=tuple(hidden),
-            actor_learning_rate=actor_learning_rate,
-            critic_learning_rate=critic_learning_rate,
-            tau=tau,
-            batch_size=batch_size,
-            imitate=imitate,
-        )
-        self._env = environment.build(problem)
+    def __init__(self, problem: Problem, *, seed: int, evaluations: int, settings: Settings):
+        self._settings, self._evaluations = settings, evaluations
+        self._feasible = Feasible(problem)
+        self._env = environment.build(self._feasible)
         self._key = jax.random.key(seed)
-        self._replay, self._elite, self._updates = replay, elite, updates
-        self._agent = create(self._learner, self._env, replay, self._key)
-        self._warmup, self._last = round(warmup * evaluations), round(0.9 * evaluations)
-        self._noise, self._least_noise = noise, least_noise
+        self._agent = create(settings, self._env, self._key)
+        self._warmup = round(settings.warmup * evaluations)
+        self._last = round(0.9 * evaluations)
         self._policies: list[Policy] = []
         self._scores: list[float] = []
-        self._pending: list[Array] = []  # observations and actions of the policy proposed last
+        self._pending: tuple[Array, Array]  # observations and actions of the policy proposed last
 
     def propose(self) -> list[Policy]:
         count = len(self._policies)
@@ -283,46 +216,44 @@ class DDPG:
             return []
         noise = self._sigma(count)
         more = max(noise, LEAST) * MORE ** np.arange(DRAWS - 1)
-        drawn, *transitions = episodes(
-            self._learner,
-            self._agent.actor,
+        drawn, observations, actions = episodes(
+            self._settings,
+            self._agent.params["actor"],
             self._env,
             jax.random.fold_in(self._key, 2 * count),
             np.array([noise, *more], np.float32),
         )
-        policies = environment.checked(self._problem, np.asarray(drawn))
-        new = next((i for i, one in enumerate(policies) if one not in self._policies), 0)
+        policies = [self._feasible.projected(policy) for policy in np.asarray(drawn)]
+        new = next((i for i, policy in enumerate(policies) if policy not in self._policies), 0)
         self._policies.append(policies[new])
-        self._pending = [x[new] for x in transitions]
+        self._pending = observations[new], actions[new]
         return [policies[new]]
 
     def observe(self, policies: Sequence[Policy], scores: Sequence[float]) -> None:
         if not scores:
             return
         self._scores.extend(scores)
-        count = len(self._scores)
-        kept = np.arange(max(0, count - self._replay), count)
+        count, replay, elite = len(self._scores), self._settings.replay, self._settings.elite
+        kept = np.arange(max(0, count - replay), count)
         ranked = rewards(self._scores[kept[0] :], len(kept))
-        slots = np.zeros(self._replay, np.float32)
-        slots[kept % self._replay] = ranked
-        best = kept[np.argsort(-ranked, kind="stable")[: self._elite]] % self._replay
-        self._agent = learn(
-            self._learner,
-            self._agent,
-            *self._pending,
-            slots,
-            np.resize(best, self._elite),  # repeated, if there are fewer
-            np.float32(np.average(ranked, weights=0.95 ** (count - 1 - kept))),
-            count,
-            self._updates if count >= self._warmup else 0,
-            jax.random.fold_in(self._key, 2 * count - 1),
+        slots = np.zeros(replay, np.float32)
+        slots[kept % replay] = ranked
+        best = kept[np.argsort(-ranked, kind="stable")[:elite]] % replay
+        feedback = Feedback(
+            rewards=slots,
+            best=np.resize(best, elite),  # repeated, if there are fewer
+            baseline=np.float32(np.average(ranked, weights=0.95 ** (count - 1 - kept))),
+            count=count,
+            updates=self._settings.updates if count >= self._warmup else 0,
         )
+        key = jax.random.fold_in(self._key, 2 * count - 1)
+        self._agent = learn(self._settings, self._agent, self._pending, feedback, key)
 
     def _sigma(self, count: int) -> float:
-        """The noise of an episode, after so many."""
+        """Returns the noise of an episode after `count` others."""
         if count < self._warmup:
             return np.inf
         if count >= self._last:
             return 0.0
         through = (count - self._warmup) / max(self._last - self._warmup, 1)
-        return self._noise ** (1 - through) * self._least_noise**through
+        return self._settings.noise ** (1 - through) * self._settings.least_noise**through

@@ -1,42 +1,45 @@
 """The exact optimum of what sensitivities predict, as an integer program (arXiv:2011.10680)."""
 
-from collections.abc import Sequence
+import dataclasses
+from typing import ClassVar
 
 from kdq.search import programs
 from kdq.search.problem import Policy, Problem
+from kdq.search.searcher import Searcher
 
 AT_ONCE = 8
 
 
-class Knapsack:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Settings:
+    # Policies in all. Each is ruled out for those after it, which makes later programs harder.
+    pool: int = 20
+
+
+class Knapsack(Searcher):
     """The policy with the least predicted objective, then the next best, and so on.
 
     Sensitivities alone leave out what layers do to each other; so the first few of those that are
     predicted to be good are evaluated.
-
-    Args:
-      pool: how many. Each is ruled out for those after it, which makes later programs harder.
     """
 
-    needs: tuple[str, ...] = ("sensitivity",)
+    Settings = _Settings
+    needs: ClassVar[tuple[str, ...]] = ("sensitivity",)
 
-    def __init__(self, problem: Problem, *, seed: int, evaluations: int, pool: int = 20):
+    def __init__(self, problem: Problem, *, seed: int, evaluations: int, settings: _Settings):
         self._problem = problem
-        self._most = min(pool, evaluations)
-        self._found: list[Policy] = []
+        self._most = min(settings.pool, evaluations)
+        self._proposed: list[Policy] = []
 
     def propose(self) -> list[Policy]:
-        known = len(self._found)
-        while len(self._found) < min(self._most, known + AT_ONCE):
-            policy = programs.best(self._problem, exclude=self._found)
+        known = len(self._proposed)
+        while len(self._proposed) < min(self._most, known + AT_ONCE):
+            policy = programs.best(self._problem, exclude=self._proposed)
             if policy is None:
-                self._most = len(self._found)
+                self._most = len(self._proposed)
                 break
-            self._found.append(policy)
-        return self._found[known:]
-
-    def observe(self, policies: Sequence[Policy], scores: Sequence[float]) -> None:
-        """Sensitivities are all it goes by."""
+            self._proposed.append(policy)
+        return self._proposed[known:]
 
 
 class PairwiseKnapsack(Knapsack):
@@ -45,4 +48,4 @@ class PairwiseKnapsack(Knapsack):
     Its programs are larger: of ten layers with five choices each takes seconds.
     """
 
-    needs = ("sensitivity", "pairs")
+    needs: ClassVar[tuple[str, ...]] = ("sensitivity", "pairs")

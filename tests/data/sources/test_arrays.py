@@ -30,12 +30,16 @@ def test_arrays_come_back_by_id(tmp_path, given, kept, images):
     inputs, labels = splits["test"]
     ids = np.array([5, 0, 3])
     read = source.read(ids)
-    assert read["image"].dtype == source.dtype == kept
+    assert read["image"].dtype == source.spec["image"].dtype == kept
     assert read["label"].dtype == np.int32
     np.testing.assert_array_equal(read["image"], inputs[ids].astype(kept))
     np.testing.assert_array_equal(read["label"], labels[ids])
-    assert (source.num_classes, source.image_shape, len(source)) == (4, (4, 4, 1), 6)
-    assert source.is_images == images
+    assert source.facts == {"class_names": tuple("0123")}
+    assert (source.spec["image"].shape, source.spec["label"].shape, len(source)) == (
+        (4, 4, 1),
+        (),
+        6,
+    )
     read["image"][:] = 0
     np.testing.assert_array_equal(source.read(ids)["image"], inputs[ids].astype(kept))
 
@@ -43,7 +47,9 @@ def test_arrays_come_back_by_id(tmp_path, given, kept, images):
 def test_rows_of_features_go_through_the_pipeline(tmp_path):
     save_arrays(tmp_path / "mine.npz", **SPLITS)
     source = open_split(str(tmp_path / "mine.npz"), "train")
-    stream = data.train_dataset(source, batch_size=4, seed=0, mean=0.0, std=2.0)
+    stream = data.train_dataset(
+        source, batch_size=4, seed=0, transforms={"image": (data.Normalize(0.0, 2.0),)}
+    )
     seen = np.concatenate([stream[step]["id"] for step in range(3)])
     assert sorted(seen) == list(range(12))
     batch = stream[1]
@@ -93,21 +99,21 @@ NAN[7, 1] = np.nan
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ((X.astype(np.int64), Y), r"train: inputs are int64 \(12, 3\); want uint8 or floats"),
+        ((X.astype(np.int64), Y), r"train: inputs are int64 \(12, 3\); expected uint8 or floats"),
         ((X[:, 0], Y), r"train: inputs are float32 \(12,\)"),
         ((X[:0], Y[:0]), r"train: inputs are float32 \(0, 3\)"),
         ((NAN, Y), "train: input 7 is not finite"),
-        ((X, Y.astype(float)), r"labels are float64 \(12,\); want integers \(12,\)"),
+        ((X, Y.astype(float)), r"labels are float64 \(12,\); expected integers \(12,\)"),
         ((X, np.eye(4, dtype=int)[Y]), r"labels are int64 \(12, 4\)"),
-        ((X, Y[:-1]), r"labels are int64 \(11,\); want integers \(12,\)"),
-        ((X, Y - 1), "train: label -1 of example 0; want classes from 0 to 4194303"),
+        ((X, Y[:-1]), r"labels are int64 \(11,\); expected integers \(12,\)"),
+        ((X, Y - 1), "train: label -1 of example 0; expected classes from 0 to 4194303"),
         # Of 32 bits each is a valid class: 1, 0, -1 and 2^31 - 1.
-        ((X, np.where(Y == 1, 2**32 + 1, Y)), "train: label 4294967297 of example 1; want"),
-        ((X, np.where(Y == 2, -(2**32), Y)), "train: label -4294967296 of example 2; want"),
+        ((X, np.where(Y == 1, 2**32 + 1, Y)), "train: label 4294967297 of example 1; expected"),
+        ((X, np.where(Y == 2, -(2**32), Y)), "train: label -4294967296 of example 2; expected"),
         ((X, Y.astype(np.uint64) + np.uint64(2**64 - 4)), "label 18446744073709551612 of exampl"),
-        ((X, np.where(Y == 3, 2**31 - 1, Y)), "train: label 2147483647 of example 3; want"),
-        ((X, Y + 0.5), r"labels are float64 \(12,\); want integers"),
-        ((X, Y > 1), r"labels are bool \(12,\); want integers"),
+        ((X, np.where(Y == 3, 2**31 - 1, Y)), "train: label 2147483647 of example 3; expected"),
+        ((X, Y + 0.5), r"labels are float64 \(12,\); expected integers"),
+        ((X, Y > 1), r"labels are bool \(12,\); expected integers"),
         ((X.astype(np.float64) * 1e300, Y), "train: input 0 is not finite"),
         ((X, Y % 3), "validation has label 3, train only those up to 2"),
         ((X[:, :2], Y), r"inputs of validation are float32 \(3,\), of train float32 \(2,\)"),
@@ -123,7 +129,7 @@ def test_labels_of_a_file_of_somebody_elses_do_not_wrap_either(tmp_path):
     arrays = {f"{name}_inputs": X for name in SPLITS}
     labels = {f"{name}_labels": np.where(Y == 1, 2**32 + 1, Y) for name in SPLITS}
     np.savez(tmp_path / "mine.npz", **arrays, **labels)
-    with pytest.raises(DataError, match="train: label 4294967297 of example 1; want classes"):
+    with pytest.raises(DataError, match="train: label 4294967297 of example 1; expected classes"):
         open_split("mine.npz", "train", data_dir=tmp_path)
     with pytest.raises(DataError, match="arrays train: label 4294967297 of example 1"):
         data.from_arrays(X, labels["train_labels"])
@@ -139,7 +145,7 @@ def test_a_users_own_folder(tmp_path, monkeypatch):
 def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(DataError, match=r"there is no .*mine.npz"):
         open_split("mine.npz", "train", data_dir=tmp_path)
-    with pytest.raises(DataError, match=r"mine.zip: want a name that ends in .npz"):
+    with pytest.raises(DataError, match=r"mine.zip: expected a name that ends in .npz"):
         save_arrays(tmp_path / "mine.zip", **SPLITS)
     path = save_arrays(tmp_path / "mine.npz", **SPLITS)
     with pytest.raises(DataError, match=r"unknown split .*'trian' \(did you mean 'train'\?\)"):
@@ -148,7 +154,7 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(DataError, match=r"is no .npz file of arrays"):
         open_split(str(path), "train")
     np.savez(path, x=X, y=Y)
-    with pytest.raises(DataError, match=r"has \['x', 'y'\]: want train_inputs, train_labels"):
+    with pytest.raises(DataError, match=r"has \['x', 'y'\]: expected train_inputs, train_labels"):
         open_split(str(path), "train")
     np.savez(path, train_inputs=X, train_labels=np.array([{}] * 12))
     with pytest.raises(DataError, match=r"is no .npz file of arrays: Object arrays cannot"):

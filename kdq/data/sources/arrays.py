@@ -1,9 +1,10 @@
-"""Data sets of one's own: NumPy arrays of three splits in one `.npz` file.
+"""Your own data sets: NumPy arrays of three splits in one `.npz` file.
 
 For each split two arrays, `SPLIT_inputs` [n, ...] and `SPLIT_labels` [n]. `config.data.name` names
 the file, and everything else goes as with a data set of TFDS.
 """
 
+import hashlib
 import math
 import os
 import zipfile
@@ -14,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from kdq.data.errors import DataError
+from kdq.data.source import Source, hold_arrays
 from kdq.fields import expand_user, unknown
 
 # Files that unpack to more than both are bombs: arrays of data pack some 10 to 100 times smaller.
@@ -37,10 +39,10 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
     """
     path = Path(expand_user(path, "path"))
     if path.suffix != ".npz":
-        raise DataError(f"{path}: want a name that ends in .npz")
+        raise DataError(f"{path}: expected a name that ends in .npz")
     for name, split in splits.items():
         if not isinstance(split, tuple | list) or len(split) != 2:
-            raise DataError(f"{name}: want a pair (inputs, labels), got {type(split).__name__}")
+            raise DataError(f"{name}: expected a pair (inputs, labels), got {type(split).__name__}")
     checked = _checked({name: _split(name, *split) for name, split in splits.items()})
     arrays = {
         f"{name}_{part}": array
@@ -49,7 +51,7 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
     }
     if path.exists():
         there = _read(path)
-        differing = [name for name in {**arrays, **there} if not _is_same(name, arrays, there)]
+        differing = [k for k in {**arrays, **there} if not _is_same(arrays.get(k), there.get(k))]
         if not differing:
             return path
         raise DataError(
@@ -68,26 +70,59 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
     return path
 
 
-def _is_same(name: str, arrays: Mapping[str, np.ndarray], there: Mapping[str, np.ndarray]) -> bool:
-    if name not in arrays or name not in there:
-        return False
-    a, b = arrays[name], there[name]
-    return a.dtype == b.dtype and np.array_equal(a, b)
+def _is_same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and np.array_equal(a, b)
 
 
-def read_arrays(path: str | os.PathLike[str], split: str) -> tuple[Split, int]:
-    """A split of such a file, and the number of classes of all. Raises DataError."""
-    path = Path(path)
-    found, arrays = {}, _read(path)
+def open_file(path: Path, split: str) -> Source:
+    """Opens a split of a file that `save_arrays` wrote. Raises DataError."""
+    splits, arrays = {}, _read(path)
     for name in (key.removesuffix("_inputs") for key in arrays if key.endswith("_inputs")):
         if f"{name}_labels" not in arrays:
             raise DataError(f"{path} has {name}_inputs, but no {name}_labels")
-        found[name] = _split(f"{path}: {name}", *(arrays[f"{name}_{part}"] for part in PARTS))
-    if not found:
-        raise DataError(f"{path} has {sorted(arrays)}: want train_inputs, train_labels and so on")
-    if split not in found:
-        raise DataError(unknown(f"split of {path}:", split, found))
-    return _checked(found)[split], 1 + max(int(labels.max()) for _, labels in found.values())
+        splits[name] = _split(f"{path}: {name}", *(arrays[f"{name}_{part}"] for part in PARTS))
+    if not splits:
+        raise DataError(
+            f"{path} has {sorted(arrays)}: expected train_inputs, train_labels and so on"
+        )
+    if split not in splits:
+        raise DataError(unknown(f"split of {path}:", split, splits))
+    classes = 1 + max(int(labels.max()) for _, labels in _checked(splits).values())
+    return from_arrays(*splits[split], name=path.name, split=split, classes=classes)
+
+
+def from_arrays(
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    name: str = "arrays",
+    split: str = "train",
+    classes: int | None = None,
+) -> Source:
+    """Returns arrays in memory as a split.
+
+    Args:
+      inputs: [n, ...] uint8 or float32.
+      labels: [n] int, classes from 0.
+      name: of the data set.
+      split: of the split.
+      classes: how many there are; None is up to the largest label.
+
+    Raises:
+      DataError: labels that are no classes.
+    """
+    labels = as_labels(labels, f"{name} {split}")
+    digest = hashlib.sha256(repr((inputs.shape, inputs.dtype.name)).encode())
+    digest.update(np.ascontiguousarray(inputs))
+    digest.update(np.ascontiguousarray(labels))
+    return hold_arrays(
+        {"image": inputs, "label": labels},
+        name=name,
+        version="",
+        split=split,
+        facts={"class_names": tuple(map(str, range(classes or int(labels.max()) + 1)))},
+        digest=digest.hexdigest(),
+    )
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -106,8 +141,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_sizes(path: Path, file: BinaryIO) -> None:
-    """Raises DataError for arrays that are not as large as their headers state, or that take far
-    more memory than the file: before any of them is unpacked."""
+    """Raises DataError, before anything is unpacked, for arrays that are not as large as their
+    headers state, or that take far more memory than the file."""
     total = 0
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
@@ -133,47 +168,47 @@ def _check_sizes(path: Path, file: BinaryIO) -> None:
 
 
 def _split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
-    """Checked, of the types that kdq works with."""
+    """Returns arrays of the types that kdq works with; raises DataError for others."""
     inputs, labels = np.asarray(inputs), np.asarray(labels)
     if np.issubdtype(inputs.dtype, np.floating):
         with np.errstate(over="ignore"):  # what float32 can't hold is refused below
             inputs = inputs.astype(np.float32)
     if inputs.dtype not in (np.uint8, np.float32) or inputs.ndim < 2 or not inputs.size:
         raise DataError(
-            f"{where}: inputs are {inputs.dtype} {inputs.shape}; want uint8 or floats [n, ...]"
+            f"{where}: inputs are {inputs.dtype} {inputs.shape}; expected uint8 or floats [n, ...]"
         )
     if not np.isfinite(inputs).all():
         bad = int(np.argmin(np.isfinite(inputs).reshape(len(inputs), -1).all(-1)))
         raise DataError(f"{where}: input {bad} is not finite")
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != inputs.shape[:1]:
         raise DataError(
-            f"{where}: labels are {labels.dtype} {labels.shape}; want integers "
+            f"{where}: labels are {labels.dtype} {labels.shape}; expected integers "
             f"{inputs.shape[:1]}, a class for each input"
         )
     return np.ascontiguousarray(inputs), as_labels(labels, where)
 
 
 def as_labels(labels: np.ndarray, where: str) -> np.ndarray:
-    """Labels [n] as int32, which none of them leaves.
+    """Returns labels [n] as int32.
 
     Raises:
-      DataError: no integers, or a label that is no class; says which example has it.
+      DataError: no integers, or a label that is no class; names the example.
     """
     labels = np.asarray(labels)
     if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{where}: labels are {labels.dtype}; want integers")
+        raise DataError(f"{where}: labels are {labels.dtype}; expected integers")
     # Compared in their own type: in another, 2^32 + 1 could be 1.
     bad = (labels < 0) | (labels >= MOST_CLASSES)
     if bad.any():
         raise DataError(
-            f"{where}: label {labels[bad][0]} of example {int(bad.argmax())}; want classes from 0 "
-            f"to {MOST_CLASSES - 1}"
+            f"{where}: label {labels[bad][0]} of example {int(bad.argmax())}; expected classes "
+            f"from 0 to {MOST_CLASSES - 1}"
         )
     return labels.astype(np.int32)
 
 
 def _checked(splits: Mapping[str, Split]) -> Mapping[str, Split]:
-    """Splits that fit together."""
+    """Returns splits that fit together; raises DataError for others."""
     (first, (inputs, labels)), *others = splits.items()
     for name, (more, classes) in others:
         if more.shape[1:] != inputs.shape[1:] or more.dtype != inputs.dtype:

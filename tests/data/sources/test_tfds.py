@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from kdq.data import DataError, open_split
-from kdq.data.writing import write_dataset
+from kdq.data.sources.writing import write_dataset
 
 
 def test_both_ways_of_reading_agree(digits, digits_by_record):

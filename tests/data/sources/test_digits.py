@@ -6,7 +6,7 @@ import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
 from kdq.data import DataError, open_split
-from kdq.data import digits as digits_module
+from kdq.data.sources import digits as digits_module
 
 
 def test_split_is_disjoint_complete_and_stratified():

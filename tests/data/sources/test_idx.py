@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from kdq.data import DataError, idx, open_split, prepare, read_idx
+from kdq.data import DataError, open_split, prepare, read_idx
+from kdq.data.sources import idx
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 

@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from kdq.data import DataError, open_split, read_idx, save_arrays
-from kdq.data.writing import write_dataset
+from kdq.data.sources.writing import write_dataset
 
 MODULE = "evil_features"
 
@@ -177,7 +177,7 @@ def test_an_npz_bomb_is_not_unpacked(tmp_path, monkeypatch):
             archive.writestr(f"{split}_inputs.npy", npy_header((2**23,)) + ZEROS)
     assert path.stat().st_size < 2**16
     # What one of these takes must not depend on a gigabyte that a test would have to write.
-    monkeypatch.setattr("kdq.data.arrays._MOST_BYTES", 2**24)
+    monkeypatch.setattr("kdq.data.sources.arrays._MOST_BYTES", 2**24)
     assert peak(lambda: open_split(str(path), "train"), "unpacks to 25166208") < 2**20
 
 

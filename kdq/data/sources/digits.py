@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from kdq.data.errors import DataError
-from kdq.data.writing import write_dataset
+from kdq.data.sources.writing import write_dataset
 
 SPLIT_SEED = 20240229
 # sha256 over the ids (int32, little endian, ascending) of train, validation and test in turn. The

@@ -17,11 +17,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from kdq.config import did_you_mean
 from kdq.data.errors import DataError
 from kdq.data.progress import track
-from kdq.data.writing import default_data_dir, is_prepared, write_dataset
-from kdq.fields import expand_user
+from kdq.data.sources.writing import default_data_dir, is_prepared, write_dataset
+from kdq.fields import expand_user, unknown
 
 # The official numbers of examples, (train, test): others are accepted, but said aloud.
 _OFFICIAL = {
@@ -109,8 +108,8 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[int, ...]:
 
 def _check_packed_size(path: Path, shape: tuple[int, ...]) -> None:
     """Raises DataError if a file can't hold so many bytes: then no memory is taken for them."""
-    header, size = 4 + 4 * len(shape), path.stat().st_size
-    most = _MOST_GZIP_RATIO * size if path.suffix == ".gz" else size - header
+    size = path.stat().st_size
+    most = _MOST_GZIP_RATIO * size if path.suffix == ".gz" else size - 4 - 4 * len(shape)
     if math.prod(shape) > most:
         raise _truncated(path, most, shape)
 
@@ -139,10 +138,7 @@ def prepare(dataset: str, source_dir: str | Path, data_dir: str | Path | None = 
       DataError: an unknown data set, a missing, damaged, mislabelled or inconsistent file.
     """
     if dataset not in IDX_DATASETS:
-        raise DataError(
-            f"no IDX importer for data set {dataset!r}; valid: {', '.join(IDX_DATASETS)}"
-            + did_you_mean(dataset, IDX_DATASETS)
-        )
+        raise DataError(unknown("data set of IDX files", dataset, IDX_DATASETS))
     data_dir = default_data_dir() if data_dir is None else Path(expand_user(data_dir, "data_dir"))
     source_dir = Path(expand_user(source_dir, "source_dir"))
     builder = tfds.builder(dataset, data_dir=data_dir)
@@ -204,14 +200,14 @@ def _find(dataset: str, split: str, source_dir: Path, kind: str) -> Path:
     _, _, config = dataset.partition("/")
     stem = f"emnist-{config}-{split}" if config else {"train": "train", "test": "t10k"}[split]
     candidates = [source_dir / f"{stem}-{kind}{suffix}" for suffix in (".gz", "")]
-    found = [path for path in candidates if path.is_file()]
-    if not found:
+    paths = [path for path in candidates if path.is_file()]
+    if not paths:
         raise DataError(f"{dataset}: no {candidates[0].name} (nor without .gz) in {source_dir}")
-    if len(found) > 1:
+    if len(paths) > 1:
         raise DataError(
-            f"{dataset}: both {found[0].name} and {found[1].name} in {source_dir}; keep one"
+            f"{dataset}: both {paths[0].name} and {paths[1].name} in {source_dir}; keep one"
         )
-    return found[0]
+    return paths[0]
 
 
 def _importer(builder_class: type, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> type:
