@@ -15,7 +15,7 @@ from kdq.types import Array, QParams, Variables
 
 
 class Outputs(flax.struct.PyTreeNode):
-    """What a model says of a batch."""
+    """The outputs of a model for a batch."""
 
     logits: Array | None  # [batch, classes]; None where only sparse targets are stored
     features: dict[str, Array] = flax.struct.field(default_factory=dict)  # by layer path
@@ -49,8 +49,8 @@ def run(
     Raises:
       ValueError: a layer was not called, or was called more than once (a shared module).
     """
-    wanted = frozenset(layers)
-    capture = lambda module, method: method == "__call__" and "/".join(module.path) in wanted
+    paths = frozenset(layers)
+    capture = lambda module, method: method == "__call__" and "/".join(module.path) in paths
     network = as_network(network)
     outputs, state = quantize.apply(
         network,
@@ -62,12 +62,12 @@ def run(
         **kwargs,
     )
     captured = _by_path(state.pop("intermediates", {}))
-    for path in sorted(wanted):
+    for path in sorted(paths):
         calls = len(captured.get(path, ()))
         if calls != 1:
             raise ValueError(f"layer {path!r} was called {calls} times in one forward pass: want 1")
     logits = network.select_prediction(outputs)
-    return Outputs(logits=logits, features={path: captured[path][0] for path in wanted}), state
+    return Outputs(logits=logits, features={path: captured[path][0] for path in paths}), state
 
 
 def list_outputs(

@@ -115,7 +115,7 @@ class ArmRun:
         )
 
     def make_plan(self) -> tuple[Plan, TrainState]:
-        """Returns its training and the state before the first step."""
+        """Returns the plan of its training and the state before the first step."""
         context, model = self.context, self.context.model(self.arm)
         return training.make_plan(
             self.experiment,
@@ -228,8 +228,7 @@ def train(runs: Sequence[ArmRun]) -> list[Fit | NonFiniteError]:
     groups: dict[Hashable, dict[int, tuple[Plan, TrainState]]] = {}
     for run in runs:
         plan, state = run.make_plan()
-        signature = together.signature(plan, state)
-        groups.setdefault(signature, {})[run.seed] = plan, state
+        groups.setdefault(together.signature(plan, state), {})[run.seed] = plan, state
     fits: dict[int, Fit | NonFiniteError] = {}
     for group in groups.values():
         context.progress.arm(name, list(group), context.inputs.last_step(arm))

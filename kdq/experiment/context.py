@@ -54,7 +54,7 @@ class Context:
             if arm.observer not in OBSERVERS:
                 where = f"config.arms.{name}.observer:"
                 raise ConfigError(kdq_config.unknown(where, arm.observer, OBSERVERS))
-        make_optimizer(experiment.optimizer)  # raises for an unknown one
+        make_optimizer(experiment.optimizer)  # or say now that it is not valid
         self.layout = sharding.make_layout(experiment.mesh)
         if experiment.seeds_at_once > 1 and self.layout.mesh:
             raise ConfigError(

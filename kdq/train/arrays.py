@@ -85,10 +85,7 @@ def fit_arrays(
         teacher=Stored() if stored else NO_TEACHER,
     )
     dataset = data.train_dataset(
-        data.from_arrays(inputs, labels),
-        batch_size=batch_size,
-        seed=seed,
-        extra=stored,
+        data.from_arrays(inputs, labels), batch_size=batch_size, seed=seed, extra=stored
     )
     plan = Plan(
         training=training,

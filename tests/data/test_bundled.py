@@ -4,12 +4,12 @@ import hashlib
 
 import numpy as np
 import pytest
+from kdq.data.digits import split_ids
 from sklearn import datasets
 
 from kdq import tasks
 from kdq.data import DataError
 from kdq.data.bundled import BUNDLED, SPLITS, read_bundled
-from kdq.data.digits import split_ids
 from kdq.tasks.regression import target_facts
 
 # Of inputs' and labels' order: sha256 of the labels of train, validation and test, shortened.
