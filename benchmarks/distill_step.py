@@ -95,7 +95,7 @@ def variants() -> dict[str, Step]:
             optimizer=make_optimizer(OPTIMIZER),
             objective=objective,
             teacher=taught_by,
-        )
+        ).place()
 
         def take():
             nonlocal state

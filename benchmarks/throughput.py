@@ -166,12 +166,13 @@ def begin(setting: Setting, kind: str) -> tuple[Plan, TrainState]:
 
 def kdq_take(plan: Plan, state: TrainState, batch: Callable[[], Any]) -> Take:
     """Returns steps of the plan as `fit` takes them, with the batches that it is given."""
+    training = plan.training.place()
     state = jax.tree.map(jnp.copy, state)  # the step donates it
 
     def take(count: int) -> None:
         nonlocal state
         for _ in range(count):
-            state, metrics = train_step(plan.training, state, batch())
+            state, metrics = train_step(training, state, batch())
         jax.block_until_ready((state, metrics))
 
     return take

@@ -49,7 +49,7 @@ def kl(
     At least 0, in nats at T = 1. (Hinton et al., 2015, arXiv:1503.02531.)
     """
     log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
-    return reduce(_squared(temperature) * relative_entropy(log_p, log_q), mask, reduction)
+    return reduce(square(temperature) * relative_entropy(log_p, log_q), mask, reduction)
 
 
 def reverse_kl(
@@ -65,7 +65,7 @@ def reverse_kl(
     (MiniLLM, arXiv:2306.08543, where T = 1.)
     """
     log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
-    return reduce(_squared(temperature) * relative_entropy(log_q, log_p), mask, reduction)
+    return reduce(square(temperature) * relative_entropy(log_q, log_p), mask, reduction)
 
 
 def jensen_shannon(
@@ -90,7 +90,7 @@ def jensen_shannon(
     # At the ends m is q or p, and the divergence that does not vanish counts whole.
     value = jnp.where(beta == 0, 1, beta) * relative_entropy(log_p, log_m)
     value += jnp.where(beta == 1, 1, 1 - beta) * relative_entropy(log_q, log_m)
-    return reduce(_squared(temperature) * value, mask, reduction)
+    return reduce(square(temperature) * value, mask, reduction)
 
 
 def skew_kl(
@@ -109,7 +109,7 @@ def skew_kl(
     """
     log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
     log_m = _log_mixture(log_p, log_q, jnp.asarray(alpha, jnp.float32))
-    return reduce(_squared(temperature) * relative_entropy(log_p, log_m), mask, reduction)
+    return reduce(square(temperature) * relative_entropy(log_p, log_m), mask, reduction)
 
 
 def dkd(
@@ -139,7 +139,7 @@ def dkd(
     binary_p, others_p = _decouple(teacher / temperature, is_label)
     others = jnp.where(jnp.isneginf(others_p).all(-1), 0, relative_entropy(others_p, others_q))
     value = alpha * relative_entropy(binary_p, binary_q) + beta * others
-    return reduce(_squared(temperature) * nan_if_no_class(value, is_label), mask, reduction)
+    return reduce(square(temperature) * nan_if_no_class(value, is_label), mask, reduction)
 
 
 def dist(
@@ -173,7 +173,7 @@ def dist(
     columns = [v.reshape(-1, classes).T for v in (q, p)]
     intra = jnp.mean(1 - _pearson(*columns, examples))
     intra = jnp.where(jnp.sum(examples) > 1, intra, 0)
-    return reduce(_squared(temperature) * (beta * inter + gamma * intra), mask, reduction)
+    return reduce(square(temperature) * (beta * inter + gamma * intra), mask, reduction)
 
 
 def standardized_kl(
@@ -289,7 +289,8 @@ def _log_softmax(
     return jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
 
 
-def _squared(temperature: Scalar) -> Array:
+def square(temperature: Scalar) -> Array:
+    """Returns T² in float32, of a number or an array."""
     return jnp.square(jnp.asarray(temperature, jnp.float32))
 
 

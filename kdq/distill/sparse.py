@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.special import log_softmax
 
 from kdq.data.transforms import random_uniform
-from kdq.distill.losses import check_classes
+from kdq.distill.losses import check_classes, square
 from kdq.distill.options import Temperature
 from kdq.distill.reduction import hide, reduce
 from kdq.entropy import times_log
@@ -96,7 +96,7 @@ def top_k_kl(
     # With all classes in S there is no tail, and the logsumexp of nothing has no gradient.
     if tail and indices.shape[-1] < student_logits.shape[-1]:
         values += _tail_term(scaled, indices, log_mass)
-    return reduce(_square(temperature) * values, mask, reduction)
+    return reduce(square(temperature) * values, mask, reduction)
 
 
 def sample_targets(
@@ -190,7 +190,7 @@ def sampled_kl(
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
     log_q = jnp.take_along_axis(jax.nn.log_softmax(scaled), indices, axis=-1)
     values = -jnp.sum(times_log(weights, log_q), axis=-1)
-    return reduce(_square(temperature) * values, mask, reduction)
+    return reduce(square(temperature) * values, mask, reduction)
 
 
 def _tail_term(scaled: Array, indices: Array, log_mass: Array) -> Array:
@@ -211,10 +211,6 @@ def _tail_term(scaled: Array, indices: Array, log_mass: Array) -> Array:
 def _log1mexp(x: Array) -> Array:
     """log(1 - exp(x)) for x ≤ 0, without cancellation at either end."""
     return jnp.where(x > -jnp.log(2.0), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
-
-
-def _square(temperature: Temperature) -> Array:
-    return jnp.square(jnp.asarray(temperature, jnp.float32))
 
 
 def _check_shapes(student_logits: Array, indices: Array, values: Array, name: str) -> None:

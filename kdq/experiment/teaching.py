@@ -172,7 +172,7 @@ class Teachers:
         """The teacher's outputs in a cache under its folder, made now if they are not there."""
         config, inputs = self._experiment.cache, self._inputs
         augmented = inputs.augments(arm)
-        own_seed = seed + arm.seed_offset
+        arm_seed = seed + arm.seed_offset
         source = inputs.splits["train"]
         taught_by = self._experiment.arms[arm.teacher]
         weights = self._weights(arm.teacher, seed)
@@ -185,9 +185,9 @@ class Teachers:
             mean=self._experiment.data.mean,
             std=self._experiment.data.std,
             augment=self._experiment.data.augment if augmented else (),
-            stream_seed=own_seed if augmented else None,
+            stream_seed=arm_seed if augmented else None,
             num_classes=len(source.facts["class_names"]),
-            target=_target(config, own_seed),
+            target=_target(config, arm_seed),
         )
         length = inputs.num_examples
         if augmented:
@@ -196,8 +196,13 @@ class Teachers:
         name = f"{config.kind}-{kdq_config.digest([key.to_json(), length])}"
         folder = self._store.folder(arm.teacher, seed) / "caches" / name
         apply = self._apply(arm.teacher)
-        batches = self._batches_to_store(arm, own_seed, augmented)
-        records = (_records(key, apply(weights, b["image"]), b) for b in batches)
+        batches = self._batches_to_store(arm, arm_seed, augmented)
+        records = (
+            cache_key.make_records(
+                key, apply(weights, b["image"]), b["id"], b.get("position"), b.get("mask")
+            )
+            for b in batches
+        )
         return cache.write_cache(folder, key, records, length)
 
     def _batches_to_store(self, arm: Arm, seed: int, augmented: bool) -> Iterator[Batch]:
@@ -219,17 +224,10 @@ def _describe_split(split: str, arm: Arm | None) -> str:
 def _target(
     config: kdq_config.Cache, seed: int
 ) -> cache_key.Dense | cache_key.TopK | cache_key.Sampled:
-    makers = {
-        "dense": lambda size, temperature: cache_key.Dense(),
-        "top_k": lambda size, temperature: cache_key.TopK(k=size, temperature=temperature),
-        "sampled": lambda size, temperature: cache_key.Sampled(
-            samples=size, temperature=temperature, sampling_seed=seed
-        ),
-    }
-    return makers[config.kind](config.size, config.temperature)
-
-
-def _records(key: CacheKey, logits: Array, batch: Batch) -> dict[str, np.ndarray]:
-    return cache_key.make_records(
-        key, logits, batch["id"], batch.get("position"), batch.get("mask")
+    if config.kind == "dense":
+        return cache_key.Dense()
+    if config.kind == "top_k":
+        return cache_key.TopK(k=config.size, temperature=config.temperature)
+    return cache_key.Sampled(
+        samples=config.size, temperature=config.temperature, sampling_seed=seed
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import flax.struct
 import grain
+import jax
 import optax
 
 from kdq.distill.teacher import NO_TEACHER, Teacher
@@ -39,10 +40,9 @@ class Training(flax.struct.PyTreeNode):
 
     def place(self) -> "Training":
         """Returns the training with its numbers on every device and the teacher's arrays cut up."""
-        numbers = self.layout.copy((self.objective, self.regime))
-        return self.replace(
-            objective=numbers[0], regime=numbers[1], teacher=self.layout.place(self.teacher)
-        )
+        objective, regime = self.layout.copy((self.objective, self.regime))
+        place = self.layout.place if self.layout.mesh else jax.device_put
+        return self.replace(objective=objective, regime=regime, teacher=place(self.teacher))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
