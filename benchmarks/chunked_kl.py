@@ -59,21 +59,21 @@ def measure(arrays: list[jax.Array], chunks: tuple[int, ...], rounds: int) -> di
     plans = {name: step.memory_analysis() for name, step in steps.items()}
     memory = {k: p.temp_size_in_bytes + p.output_size_in_bytes for k, p in plans.items()}
     expected = steps["dense"](*arrays)
-    found = {k: {"error": _differences(step(*arrays), expected)} for k, step in steps.items()}
+    rows = {k: {"error": _differences(step(*arrays), expected)} for k, step in steps.items()}
     turns = {name: functools.partial(step, *arrays) for name, step in steps.items()}
     for name, row in take_turns(turns, "dense", rounds=rounds, warmup=0).items():
-        found[name] |= {
+        rows[name] |= {
             "bytes": memory[name],
             "dense_bytes_over_bytes": round(memory["dense"] / memory[name], 2),
             **row,
         }
-    return found
+    return rows
 
 
-def _differences(found, expected) -> dict[str, float]:
+def _differences(results, expected) -> dict[str, float]:
     """The largest difference of each result, as a part of the largest number in it."""
     names = ("value", "student_hidden", "student_head")
-    pairs = zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True)
+    pairs = zip((results[0], *results[1]), (expected[0], *expected[1]), strict=True)
     return {
         name: float(f"{float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))):.2g}")
         for name, (a, b) in zip(names, pairs, strict=True)

@@ -72,7 +72,7 @@ def ours(images, kernel, stride):
 
 
 def patches(images, window, stride):
-    """What each position of the window sees: window² arrays [batch, height, width, channels]."""
+    """Returns the pixels at each place of a window: window² [batch, height, width, channels]."""
     size = images.shape[1]
     outputs = -(-size // stride)
     lack = max((outputs - 1) * stride + window - size, 0)
@@ -93,12 +93,12 @@ def products(images, kernel, stride):
 
 def times(seen, kernel):
     """As matrices."""
-    found = seen.reshape(-1, seen.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
-    return found.reshape(*seen.shape[:-1], kernel.shape[-1])
+    product = seen.reshape(-1, seen.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+    return product.reshape(*seen.shape[:-1], kernel.shape[-1])
 
 
 def summed(left, right):
-    """What each pair of channels and features adds up to, as matrices."""
+    """Returns the sum for each pair of channels and features, as matrices."""
     return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
 
 
@@ -119,7 +119,7 @@ def by_row(images, outer, kernel, stride):
 def by_position(images, outer, kernel, stride):
     """The same, one position of the window after another."""
     seen = patches(images, kernel.shape[0], stride)
-    return jnp.stack([summed(one, outer) for one in seen]).reshape(kernel.shape)
+    return jnp.stack([summed(pixels, outer) for pixels in seen]).reshape(kernel.shape)
 
 
 def with_gradient(of_kernel):
@@ -168,10 +168,14 @@ def main(_: list[str]) -> None:
                 return value, pull(outer)
 
             steps[name] = functools.partial(jax.jit(step), images, kernel, outer)
-            found = jax.device_get(steps[name]())
-            expected = expected or found
-            for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-                np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3 * np.abs(other).max())
+            results = jax.device_get(steps[name]())
+            expected = expected or results
+            for result, other in zip(
+                jax.tree.leaves(results), jax.tree.leaves(expected), strict=True
+            ):
+                np.testing.assert_allclose(
+                    result, other, rtol=1e-3, atol=1e-3 * np.abs(other).max()
+                )
         title = f"{batch}x{size}x{size}, {channels} to {features}, {window}x{window}, by {stride}"
         figures[title] = take_turns(steps, "xla", rounds=ROUNDS.value)
         show(title, figures[title])

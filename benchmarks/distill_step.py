@@ -7,8 +7,10 @@ turns, step by step, in one process; a ratio is the median over rounds of the va
 that of the step with labels alone.
 """
 
+import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from absl import flags
@@ -63,6 +65,42 @@ def make_batch() -> dict[str, jax.Array]:
     return jax.device_put(batch)
 
 
+def make_step(
+    student: nn.Module,
+    weights: Weights,
+    shapes: list[Any],
+    entry: dict[str, Any] | None,
+    taught_by: Teacher,
+    batch: dict[str, jax.Array],
+) -> Step:
+    """Returns a step of the trainer with a term of distillation, or by labels alone."""
+    terms = (term.build("term", entry, "term"),) if entry else ()
+    objective = Objective(terms=terms, steps=np.float32(10_000))
+    adapters, memory = objective.init(jax.random.key(2), *shapes, EXAMPLES)
+    state = create_state(
+        weights,
+        OPTIMIZER,
+        seed=0,
+        steps=10_000,
+        learning_rate=1e-3,
+        adapters=adapters,
+        memory=memory,
+    )
+    training = Training(
+        network=student,
+        optimizer=make_optimizer(OPTIMIZER),
+        objective=objective,
+        teacher=taught_by,
+    ).place()
+
+    def take():
+        nonlocal state
+        state, metrics = train_step(training, state, batch)
+        return state, metrics
+
+    return take
+
+
 def variants() -> dict[str, Step]:
     """A step of the trainer for each way to be taught."""
     student, teacher = (models.build(**f, num_classes=CLASSES) for f in (STUDENT, TEACHER))
@@ -77,36 +115,10 @@ def variants() -> dict[str, Step]:
         for model, arrays in ((student, weights), (teacher, teacher_weights))
     ]
 
-    def step(entry: dict[str, Any] | None, taught_by: Teacher, batch: dict[str, jax.Array]) -> Step:
-        terms = (term.build("term", entry, "term"),) if entry else ()
-        objective = Objective(terms=terms, steps=np.float32(10_000))
-        adapters, memory = objective.init(jax.random.key(2), *shapes, EXAMPLES)
-        state = create_state(
-            weights,
-            OPTIMIZER,
-            seed=0,
-            steps=10_000,
-            learning_rate=1e-3,
-            adapters=adapters,
-            memory=memory,
-        )
-        training = Training(
-            network=student,
-            optimizer=make_optimizer(OPTIMIZER),
-            objective=objective,
-            teacher=taught_by,
-        ).place()
-
-        def take():
-            nonlocal state
-            state, metrics = train_step(training, state, batch)
-            return state, metrics
-
-        return take
-
+    step = functools.partial(make_step, student, weights, shapes)
     live = Model(teacher, teacher_weights)
     soft = {"temperature": TEMPERATURE}
-    found = {
+    steps = {
         "labels": step(None, NO_TEACHER, batch),
         "KD, live teacher": step({"loss": "kl", **soft}, live, batch),
         "KD, cached logits": step({"loss": "kl", **soft}, Stored(), batch),
@@ -118,8 +130,8 @@ def variants() -> dict[str, Step]:
     for loss, method in METHODS.items():
         if method.layers == 1 and loss != "hidden_states":  # of transformers
             entry = {"loss": loss, **LAYERS, **OPTIONS.get(loss, {})}
-            found[f"{loss}, live teacher"] = step(entry, live, batch)
-    return found
+            steps[f"{loss}, live teacher"] = step(entry, live, batch)
+    return steps
 
 
 def main(_: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What each kind of network becomes in each format: the table of docs/deployment.md.
+"""Exports each kind of network in each format: the table of docs/deployment.md.
 
     python benchmarks/export_matrix.py --out=benchmarks/results/export_matrix.json \\
         --docs=docs/deployment.md

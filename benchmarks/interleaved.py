@@ -1,4 +1,4 @@
-"""What the benchmarks share: variants that take turns, and the record of what was measured."""
+"""Parts that benchmarks share: variants that take turns, and the record of measurements."""
 
 import json
 import sys
@@ -41,15 +41,15 @@ def take_turns(
     """
     ready = {name: lambda step=step: jax.block_until_ready(step()) for name, step in steps.items()}
     measured = latency.seconds(ready, rounds=rounds, warmup=warmup, least_seconds=0)
-    found = {}
-    for name, own in measured.items():
-        low, mid, high = np.percentile(own / measured[base], (25, 50, 75))
-        found[name] = {
-            "milliseconds": round(1e3 * float(np.median(own)), 2),
+    rows = {}
+    for name, seconds in measured.items():
+        low, mid, high = np.percentile(seconds / measured[base], (25, 50, 75))
+        rows[name] = {
+            "milliseconds": round(1e3 * float(np.median(seconds)), 2),
             "ratio": round(float(mid), 3),
             "quartiles": [round(float(low), 3), round(float(high), 3)],
         }
-    return found
+    return rows
 
 
 def show(title: str, rows: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ def make_run(line: str, subject: Subject) -> Callable[[], Any]:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """How long `run` takes until its arrays are there."""
+    """Returns the seconds that `run` takes until its arrays are there."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return round(time.perf_counter() - start, 2)
@@ -136,9 +136,9 @@ def main(_: list[str]) -> None:
         print(f"  {'seconds':28s} {'first run':>10s} {'second':>10s}", flush=True)
         figures[title] = {"parameters": parameters, "seconds": {}}
         for line in CHOSEN.value:
-            found = figures[title]["seconds"][line] = measure(line, subject)
-            second = "-" if found["second"] is None else found["second"]
-            print(f"  {line:28s} {found['first']:>10} {second:>10}", flush=True)
+            timing = figures[title]["seconds"][line] = measure(line, subject)
+            second = "-" if timing["second"] is None else timing["second"]
+            print(f"  {line:28s} {timing['first']:>10} {second:>10}", flush=True)
             if OUT.value:  # after each line: the last ones take long
                 publish(figures, OUT.value, examples=EXAMPLES.value, batch=BATCH, bits="W4A8")
 

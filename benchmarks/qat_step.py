@@ -171,8 +171,8 @@ def variants(model: nn.Module, variables, batch) -> dict[str, Step | str]:
 def measure(steps: dict[str, Step | str], rounds: int) -> dict[str, Any]:
     """The figures of the steps that run, and why the others do not."""
     running = {name: step for name, step in steps.items() if callable(step)}
-    found = take_turns(running, "fp32", rounds=rounds)
-    return {name: found.get(name, {"error": step}) for name, step in steps.items()}
+    rows = take_turns(running, "fp32", rounds=rounds)
+    return {name: rows.get(name, {"error": step}) for name, step in steps.items()}
 
 
 def main(_: list[str]) -> None:

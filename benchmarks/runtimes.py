@@ -109,15 +109,15 @@ def _measure(
     with latency.pinned(cores):
         calls, failed = {}, {}
         for name, integer in forms.items():
-            own, without = _runtimes(name, integer, images, len(cores))
-            calls |= own
+            running, without = _runtimes(name, integer, images, len(cores))
+            calls |= running
             failed |= without
         timed = latency.measure(calls, images, base=BASE, batches=batches, rounds=ROUNDS.value)
-        found = {
+        timings = {
             name: {str(size): dataclasses.asdict(t) for size, t in sizes.items()}
             for name, sizes in timed.items()
         }
-    return {"conditions": latency.conditions(cores), "runtimes": {**found, **failed}}
+    return {"conditions": latency.conditions(cores), "runtimes": {**timings, **failed}}
 
 
 def _network(name: str) -> tuple[nn.Module, Any, np.ndarray]:
@@ -130,11 +130,13 @@ def _forms(name: str, bits: list[str]) -> tuple[dict[str, deploy.IntegerModel], 
     """A network in float and at each width."""
     model, variables, images = _network(name)
     forms = {"float": deploy.lower(model, Weights(variables=variables, qparams={}), images[:1])}
-    for one in bits:
-        weights, activations = (int(n) for n in one.removeprefix("W").split("A"))
+    for width in bits:
+        weights, activations = (int(n) for n in width.removeprefix("W").split("A"))
         rules = quantize.uniform_rules(weights, activations)
         qparams = quantize.calibrate(model, variables, rules, [images])
-        forms[one] = deploy.lower(model, Weights(variables=variables, qparams=qparams), images[:1])
+        forms[width] = deploy.lower(
+            model, Weights(variables=variables, qparams=qparams), images[:1]
+        )
     return forms, images
 
 

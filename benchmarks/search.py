@@ -1,4 +1,4 @@
-"""How fast policies are evaluated, and what searchers take beside that: the digits student.
+"""Times evaluations of policies, and what searchers take beside them: the digits student.
 
 python benchmarks/search.py [--seconds=20] [--model=cnn|resnet] [--out=FILE]
 
@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from interleaved import publish, run, show
 
-from kdq import models, quantize
+from kdq import models, quantize, tasks
 from kdq.search import bank, evaluate, measured, sensitivity, spaces
 from kdq.search.searchers import METHODS, make
 
@@ -57,24 +57,25 @@ def _evaluator(config, shape):
     model = models.build(**config)
     variables = quantize.as_network(model).init(jax.random.key(0), images[:1])
     layers = quantize.list_layers(model, variables, images[:1])
-    choices = dict.fromkeys(layers, CHOICES)
+    choices, task = dict.fromkeys(layers, CHOICES), tasks.build("classification")
     teacher = np.asarray(quantize.predict(model, variables, {}, images))
     batch = {"image": images, "label": teacher.argmax(-1), "mask": np.ones(len(images))}
-    found = evaluate.Evaluator(
+    evaluator = evaluate.Evaluator(
         network=model,
+        task=task,
         variables=variables,
         choices=choices,
         bank=bank.fill(model, variables, choices, [images[:256]], quantize.MSE()),
-        held=evaluate.hold_out(model, variables, [batch], teacher),
+        held=evaluate.hold_out(model, variables, task, [batch], teacher),
     )
-    return found, layers
+    return evaluator, layers
 
 
 def _rates(evaluator) -> dict[str, float]:
     """Policies a minute, one or several a call, in turns."""
     rng = np.random.default_rng(1)
     draw = lambda count: [
-        tuple(rng.integers(len(own)) for own in evaluator.choices.values()) for _ in range(count)
+        tuple(rng.integers(len(bits)) for bits in evaluator.choices.values()) for _ in range(count)
     ]
     rates: dict[int, list[float]] = {1: [], AT_ONCE: []}
     for at_once in rates:  # compiles
@@ -82,13 +83,13 @@ def _rates(evaluator) -> dict[str, float]:
         evaluator(draw(at_once))
     end = time.perf_counter() + 2 * SECONDS.value
     while time.perf_counter() < end:
-        for at_once, found in rates.items():
+        for at_once, speeds in rates.items():
             evaluator.at_once = at_once
             policies, start = draw(5 * AT_ONCE), time.perf_counter()
             evaluator(policies)
-            found.append(60 * len(policies) / (time.perf_counter() - start))
+            speeds.append(60 * len(policies) / (time.perf_counter() - start))
     evaluator.at_once = 1
-    return {f"{at_once} a call": float(np.median(found)) for at_once, found in rates.items()}
+    return {f"{at_once} a call": float(np.median(speeds)) for at_once, speeds in rates.items()}
 
 
 def _searchers(config, shape, evaluator, layers) -> dict[str, dict[str, float]]:
@@ -107,7 +108,7 @@ def _searchers(config, shape, evaluator, layers) -> dict[str, dict[str, float]]:
         pairs=pairs,
     )
     problem = spaces.make_problem([student], {"average_bits": 3.0})
-    found = {}
+    figures = {}
     for name in METHODS:
         start, inside = time.perf_counter(), 0.0
         searcher = make(name, problem, seed=0, evaluations=EVALUATIONS.value)
@@ -119,10 +120,10 @@ def _searchers(config, shape, evaluator, layers) -> dict[str, dict[str, float]]:
             searcher.observe(policies, scores.tolist())
             count += len(policies)
             first = first or time.perf_counter() - start - inside
-        own = time.perf_counter() - start - inside
-        found[name] = {"evaluations": count, "seconds": own, "first": first}
-        show(name, found[name])
-    return found
+        seconds = time.perf_counter() - start - inside
+        figures[name] = {"evaluations": count, "seconds": seconds, "first": first}
+        show(name, figures[name])
+    return figures
 
 
 if __name__ == "__main__":

@@ -47,15 +47,15 @@ def main(_: list[str]) -> None:
         ("teacher", "teacher", 0),
     ):
         model = models.build(**experiment.models[name])
-        begun = [_begin(experiment, model, bits, seed) for seed in range(max(SEEDS))]
-        one, both = jax.devices()[:1], jax.devices()
-        steps = {"one": _repeated(begun[:1], one), "one, cut": _repeated(_cut(begun[:1]), both)}
+        begun = [_make_run(experiment, model, bits, seed) for seed in range(max(SEEDS))]
+        device, both = jax.devices()[:1], jax.devices()
+        steps = {"one": _repeated(begun[:1], device), "one, cut": _repeated(_cut(begun[:1]), both)}
         for count in SEEDS:
-            steps[f"{count} on one device"] = _repeated(begun[:count], one)
+            steps[f"{count} on one device"] = _repeated(begun[:count], device)
         steps["2 on two devices"] = _repeated(begun[:2], both)
         steps["4 on two devices"] = _repeated(begun[:4], both)
-        found = take_turns(steps, "one", rounds=ROUNDS.value)
-        for form, row in found.items():
+        rows = take_turns(steps, "one", rounds=ROUNDS.value)
+        for form, row in rows.items():
             seeds = 1 if form.startswith("one") else int(form.split()[0])
             figures[f"{title}, {form}"] = {
                 "milliseconds_a_seed": round(row["milliseconds"] / seeds / STEPS, 3),
@@ -66,7 +66,7 @@ def main(_: list[str]) -> None:
     publish(figures, OUT.value, batch=experiment.data.batch_size)
 
 
-def _begin(experiment, model, bits, seed):
+def _make_run(experiment, model, bits, seed):
     """Returns `(plan, state, batch)` of a seed."""
     rng = np.random.default_rng(seed)
     size = experiment.data.batch_size

@@ -105,10 +105,10 @@ class Setting:
 
 def open_setting(name: str) -> Setting:
     """The config of that name."""
-    found = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+    fields = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
     if name != "digits":
-        found.data.data_dir = DATA_DIR.value
-    experiment = config.freeze(found)
+        fields.data.data_dir = DATA_DIR.value
+    experiment = config.freeze(fields)
     inputs = Inputs(experiment)
     try:
         _ = inputs.splits
@@ -127,8 +127,8 @@ def random_source(shape: tuple[int, int, int], examples: int = 4096) -> Source:
     return data.from_arrays(images, labels, name="random", classes=10)
 
 
-def begin(setting: Setting, kind: str) -> tuple[Plan, TrainState]:
-    """What the runner has for an arm, but for the teacher's weights, which are fresh."""
+def make_plan(setting: Setting, kind: str) -> tuple[Plan, TrainState]:
+    """Returns an arm's plan and state as the runner has them; its teacher's weights are fresh."""
     experiment, inputs = setting.experiment, setting.inputs
     name, cached = KINDS[kind]
     arm = experiment.arms[name]
@@ -179,12 +179,12 @@ def kdq_take(plan: Plan, state: TrainState, batch: Callable[[], Any]) -> Take:
 
 
 def in_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
-    """What each turn returns, round by round, after one round that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in turns}
+    """Returns the results of each turn, round by round, after one round that does not count."""
+    measured: dict[str, list[float]] = {name: [] for name in turns}
     for round_ in range(rounds + 1):
         for name in np.random.default_rng(round_).permutation(list(turns)):
-            found[name].append(turns[name]())
-    return {name: np.array(own[1:]) for name, own in found.items()}
+            measured[name].append(turns[name]())
+    return {name: np.array(results[1:]) for name, results in measured.items()}
 
 
 def seconds_a_step(take: Take, count: int) -> float:
@@ -214,7 +214,7 @@ def measure_steps(
     takes: dict[str, Take] = {}
     failures: dict[str, str] = {}
     for kind, arm in KINDS.items():
-        plan, state = begin(setting, kind)
+        plan, state = make_plan(setting, kind)
         batch = jax.device_put(plan.dataset[0])
         rows = {f"{kind}, kdq": kdq_take(plan, state, lambda batch=batch: batch)}
         for by, compiled in {"PyTorch eager": False, "torch.compile": True}.items():
@@ -231,29 +231,29 @@ def measure_steps(
         for take in rows.values():
             take(2)
     # As many steps in every turn, so that short steps are timed as long as a wait does not matter.
-    own = statistics.median(seconds_a_step(takes["fp32, kdq"], 10) for _ in range(3))
-    count = max(1, round(TURN.value / own))
+    seconds = statistics.median(seconds_a_step(takes["fp32, kdq"], 10) for _ in range(3))
+    count = max(1, round(TURN.value / seconds))
     turns = {name: functools.partial(seconds_a_step, take, count) for name, take in takes.items()}
     measured = in_turns(turns, ROUNDS.value)
-    found: dict[str, dict[str, Any]] = {}
+    rows_by_name: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         eager = measured.get(f"{kind}, PyTorch eager")
         for by in ("kdq", "PyTorch eager", "torch.compile"):
             name = f"{kind}, {by}"
             if name in failures:
-                found[name] = {"error": failures[name]}
+                rows_by_name[name] = {"error": failures[name]}
             elif name in measured:
-                found[name] = timing(measured[name], setting.batch_size)
+                rows_by_name[name] = timing(measured[name], setting.batch_size)
                 if eager is not None and by != "PyTorch eager":
-                    found[name] |= ratio("times_eager", eager / measured[name])
-    return found
+                    rows_by_name[name] |= ratio("times_eager", eager / measured[name])
+    return rows_by_name
 
 
 def measure_pipeline(setting: Setting, steps: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows of the pipeline alone, over the training rate of the kinds that use such batches."""
-    found = {}
+    rows = {}
     for kind in IN_LOOP:
-        batches = data.iterate(begin(setting, kind)[0].dataset)
+        batches = data.iterate(make_plan(setting, kind)[0].dataset)
 
         def take(count: int, batches=batches) -> None:
             for _ in range(count):
@@ -261,15 +261,15 @@ def measure_pipeline(setting: Setting, steps: Mapping[str, Any]) -> dict[str, di
 
         take(200)
         seconds = np.array([seconds_a_step(take, 300) for _ in range(ROUNDS.value)])
-        own = timing(seconds, setting.batch_size)
-        found[f"batches of {kind}"] = {
+        row = timing(seconds, setting.batch_size)
+        rows[f"batches of {kind}"] = {
             "batches_per_second": round(1 / float(np.median(seconds))),
-            **own,
+            **row,
             "times_training": round(
-                own["images_per_second"] / steps[f"{kind}, kdq"]["images_per_second"], 1
+                row["images_per_second"] / steps[f"{kind}, kdq"]["images_per_second"], 1
             ),
         }
-    return found
+    return rows
 
 
 def loop_seconds(plan: Plan, state: TrainState, logs: int) -> float:
@@ -289,9 +289,9 @@ def loop_seconds(plan: Plan, state: TrainState, logs: int) -> float:
 
 def measure_loop(setting: Setting, steps: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows of the loop, with the share of its time that is outside of the compiled step."""
-    found = {}
+    rows = {}
     for kind in IN_LOOP:
-        plan, state = begin(setting, kind)
+        plan, state = make_plan(setting, kind)
         count = 300 / steps[f"{kind}, kdq"]["milliseconds"]  # of 0.3 seconds
         logs = max(1, round(count / LOG_EVERY))  # of long steps fewer, and fewer rounds
         batch, batches = jax.device_put(plan.dataset[0]), data.iterate(plan.dataset)
@@ -309,12 +309,12 @@ def measure_loop(setting: Setting, steps: Mapping[str, Any]) -> dict[str, dict[s
             row = timing(seconds, setting.batch_size)
             if name != "step":
                 row |= ratio("share_outside", 1 - measured["step"] / seconds, 4)
-            found[f"{kind}, {name}"] = row
-    return found
+            rows[f"{kind}, {name}"] = row
+    return rows
 
 
 def load_torch() -> Callable[..., Take] | None:
-    """What makes PyTorch's steps, if it is there."""
+    """Returns the function that makes PyTorch's steps, if it is installed."""
     try:
         import torch_steps  # noqa: PLC0415 - an extra
     except ModuleNotFoundError:
@@ -332,9 +332,9 @@ def show(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
             print(f"  {name:46s} {row['error']}", file=sys.stderr)
             continue
         rest = dict(row)
-        own = f"{rest.pop('images_per_second'):>9,} images/s {rest.pop('milliseconds'):>9.3f} ms"
+        speed = f"{rest.pop('images_per_second'):>9,} images/s {rest.pop('milliseconds'):>9.3f} ms"
         more = "  ".join(f"{key} {value}" for key, value in rest.items())
-        print(f"  {name:46s} {own}  {more}", file=sys.stderr)
+        print(f"  {name:46s} {speed}  {more}", file=sys.stderr)
 
 
 def main(_: list[str]) -> None:

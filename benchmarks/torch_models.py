@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class Layers(NamedTuple):
-    """What a model is made of where quantization acts."""
+    """Layers of a model where quantization acts."""
 
     linear: Callable[..., nn.Module] = nn.Linear
     conv: Callable[..., nn.Module] = nn.Conv2d
@@ -41,7 +41,7 @@ class LearnedStep(torch.autograd.Function):
 
 
 class Lsq:
-    """What a layer whose weight and input have learned step sizes is, beside the layer."""
+    """Mixin of a layer whose weight and input have learned step sizes."""
 
     def set_bits(self, bits: int, *, pixels: bool) -> None:
         """Weights per channel, inputs per tensor; of pixels: signed, with a scale that stays."""
@@ -81,7 +81,7 @@ LSQ = Layers(linear=LsqLinear, conv=LsqConv2d)
 
 
 def set_bits(model: nn.Module, bits: int, keep_bits: int) -> None:
-    """Of a model of `LSQ`: the first and the last layer at `keep_bits`, as in kdq's configs."""
+    """Sets a model of `LSQ`; first and last layer have `keep_bits`, as in kdq's configs."""
     first, *others, last = (m for m in model.modules() if isinstance(m, Lsq))
     first.set_bits(keep_bits, pixels=True)
     last.set_bits(keep_bits, pixels=False)
@@ -99,16 +99,16 @@ def cnn(
     pool: bool = False,
 ) -> nn.Module:
     """As `kdq.models.cnn.CNN`; images are [batch, inputs, h, w]."""
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for i, width in enumerate(widths):
         halves = i in (1, 2)
         stride = 2 if halves and not pool else 1
-        found.append(layers.conv(inputs, width, 3, stride=stride, padding=1, bias=not batch_norm))
-        found += [nn.BatchNorm2d(width)] if batch_norm else []
-        found.append(nn.ReLU())
-        found += [nn.MaxPool2d(2)] if halves and pool else []
+        blocks.append(layers.conv(inputs, width, 3, stride=stride, padding=1, bias=not batch_norm))
+        blocks += [nn.BatchNorm2d(width)] if batch_norm else []
+        blocks.append(nn.ReLU())
+        blocks += [nn.MaxPool2d(2)] if halves and pool else []
         inputs = width
-    return nn.Sequential(*found, *_head(layers, inputs, num_classes))
+    return nn.Sequential(*blocks, *_head(layers, inputs, num_classes))
 
 
 def _head(layers: Layers, inputs: int, num_classes: int) -> tuple[nn.Module, ...]:
@@ -158,7 +158,7 @@ def resnet(
 ) -> nn.Module:
     """As `kdq.models.resnet.ResNet`; images are [batch, inputs, h, w]."""
     width, *stages = widths
-    found = [
+    blocks = [
         layers.conv(inputs, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
@@ -166,9 +166,9 @@ def resnet(
     ]
     for s, stage in enumerate(stages):
         for b in range((depth - 2) // 6):
-            found.append(BasicBlock(layers, width, stage, 2 if s > 0 and b == 0 else 1))
+            blocks.append(BasicBlock(layers, width, stage, 2 if s > 0 and b == 0 else 1))
             width = stage
-    return nn.Sequential(*found, *_head(layers, width, num_classes))
+    return nn.Sequential(*blocks, *_head(layers, width, num_classes))
 
 
 class Attention(nn.Module):

@@ -145,13 +145,13 @@ def variants(name: str) -> tuple[dict[str, Step], dict[str, str]]:
 
 def peer_versions() -> dict[str, str]:
     """Versions of what is measured here."""
-    found = {}
+    versions = {}
     for package in ("torch", "torchao", "brevitas"):
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 def main(_: list[str]) -> None:
@@ -160,8 +160,8 @@ def main(_: list[str]) -> None:
     for name in CHOSEN_MODELS.value:
         title = MODELS[name][0]
         steps, failures = variants(name)
-        found = take_turns(steps, "fp32", rounds=ROUNDS.value)
-        figures[title] = {v: found.get(v, {"error": failures.get(v)}) for v in VARIANTS}
+        rows = take_turns(steps, "fp32", rounds=ROUNDS.value)
+        figures[title] = {v: rows.get(v, {"error": failures.get(v)}) for v in VARIANTS}
         show(title, figures[title])
     publish(
         figures,

@@ -20,7 +20,7 @@ torch._dynamo.config.recompile_limit = 64
 def torch_take(
     experiment: Experiment, name: str, cached: bool, batch: Mapping[str, Any], *, compiled: bool
 ) -> Callable[[int], None]:
-    """What takes so many steps of an arm.
+    """Returns a function that takes so many steps of an arm.
 
     Args:
       experiment: has the arm, its models and its loss.

@@ -76,7 +76,7 @@ def _sources(
 def cell(
     form: str, folder: Path, model: Any, integer: Any, inputs: Any, expected: Any, weights: Any
 ) -> dict[str, Any]:
-    """Of one file: "difference" and "agreement", or "refused"; a file that "failed" is a fault."""
+    """Compares a file: "difference" and "agreement", or "refused"; one that "failed" is a fault."""
     path, packed = folder / form, folder / "model.safetensors"
     if not packed.is_file():
         deploy.save_packed(packed, weights, model={"name": "of the zoo"})

@@ -1,4 +1,4 @@
-"""What runs: four networks at four widths, exported and timed in their runtimes, on Fashion-MNIST.
+"""Four networks at four widths, exported and timed in their runtimes, on Fashion-MNIST.
 
 python launch/compress.py --config=configs/deployment.py --config.data.data_dir=data \
     --workdir=runs/deployment

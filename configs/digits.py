@@ -10,6 +10,17 @@ from ml_collections import ConfigDict
 from kdq.arms import compression_arms, kl
 from kdq.config import complete, parse_arg
 
+MODELS = {
+    "teacher": {
+        "name": "cnn",
+        "num_classes": 10,
+        "widths": (32, 64, 128),
+        "pool": True,
+        "batch_norm": True,
+    },
+    "student": {"name": "cnn", "num_classes": 10, "widths": (8, 16, 16)},
+}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The experiment. `arg` is "quick" (seconds, numbers mean nothing) and/or "seeds=N"."""
@@ -29,16 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "mean": 4.9,  # of the training pixels, which go from 0 to 16
         "std": 6.0,
     }
-    config.models = {
-        "teacher": {
-            "name": "cnn",
-            "num_classes": 10,
-            "widths": (32, 64, 128),
-            "pool": True,
-            "batch_norm": True,
-        },
-        "student": {"name": "cnn", "num_classes": 10, "widths": (8, 16, 16)},
-    }
+    config.models = MODELS
     config.teacher = "teacher"
     config.optimizer = {
         "name": "adam",

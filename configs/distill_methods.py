@@ -110,8 +110,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
         for label, factor in (FACTORS if argument.tune else chosen).items():
             name = f"{loss}_{label}" if label else loss
             config.distill[name] = recipe(loss, factor, data)
-            own = {"teacher": "teacher", "distill": name}
+            taught = {"teacher": "teacher", "distill": name}
             reference = "" if argument.tune else "student" if loss == "kl" else "kl"
-            arms[name] = arm(**{**fields, **own, "reference": reference})
+            arms[name] = arm(**{**fields, **taught, "reference": reference})
     config.arms = ConfigDict(arms, sort_keys=False)
     return complete(config)

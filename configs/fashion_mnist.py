@@ -14,6 +14,17 @@ from ml_collections import ConfigDict
 from kdq.arms import compression_arms, kl
 from kdq.config import complete, parse_arg
 
+MODELS = {
+    "teacher": {
+        "name": "resnet",
+        "num_classes": 10,
+        "depth": 8,
+        "widths": (32, 32, 64, 128),
+        "stem_pool": True,
+    },
+    "student": {"name": "cnn", "num_classes": 10, "widths": (8, 16, 32)},
+}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The experiment. `arg` is "quick" (minutes, numbers mean nothing) and/or "seeds=N"."""
@@ -33,16 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "mean": 72.9,  # of the training pixels, which go from 0 to 255
         "std": 90.0,
     }
-    config.models = {
-        "teacher": {
-            "name": "resnet",
-            "num_classes": 10,
-            "depth": 8,
-            "widths": (32, 32, 64, 128),
-            "stem_pool": True,
-        },
-        "student": {"name": "cnn", "num_classes": 10, "widths": (8, 16, 32)},
-    }
+    config.models = MODELS
     config.teacher = "teacher"
     config.optimizer = {
         "name": "adam",
@@ -71,11 +73,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         # The teacher is large enough to overfit; the student is not, and learns from logits that
         # are computed once.
         fields.augment = name == "teacher"
-    # The rest of the grid from which alpha and temperature were chosen, on the validation split.
+    add_grid(config)
+    return complete(config)
+
+
+def add_grid(config: ConfigDict) -> None:
+    """Adds the rest of the grid from which alpha and temperature were chosen, on validation."""
     for alpha in (0.5, 0.9):
         for temperature in (1.0, 2.0, 4.0):
             if (alpha, temperature) != (0.9, 1.0):
                 recipe = f"kd_alpha{100 * alpha:.0f}_t{temperature:.0f}"
                 config.distill[recipe] = kl(alpha=alpha, temperature=temperature)
                 config.arms[recipe] = dict(config.arms.kd) | {"distill": recipe}
-    return complete(config)

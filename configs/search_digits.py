@@ -28,6 +28,17 @@ BUDGETS = {
     "4bit": {"most": {"average_bits": 4.0}},
 }
 
+MODELS = {
+    "teacher": {
+        "name": "cnn",
+        "num_classes": 10,
+        "widths": (32, 64, 128),
+        "pool": True,
+        "batch_norm": True,
+    },
+    "student": {"name": "cnn", "num_classes": 10, "widths": (8, 16, 16, 16)},
+}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The experiment. `arg` is "quick" (a minute, numbers mean nothing) and/or "seeds=N"."""
@@ -47,16 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "mean": 4.9,  # of the training pixels, which go from 0 to 16
         "std": 6.0,
     }
-    config.models = {
-        "teacher": {
-            "name": "cnn",
-            "num_classes": 10,
-            "widths": (32, 64, 128),
-            "pool": True,
-            "batch_norm": True,
-        },
-        "student": {"name": "cnn", "num_classes": 10, "widths": (8, 16, 16, 16)},
-    }
+    config.models = MODELS
     config.teacher = "teacher"
     config.quantize = {
         "keep": (),

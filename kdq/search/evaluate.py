@@ -13,8 +13,11 @@ import numpy as np
 from kdq.quantize import Network, Weights, as_network
 from kdq.search import bank as banks
 from kdq.search.bank import Bank, Choices
-from kdq.search.objectives import OBJECTIVES, HeldOut, Scores, means, sums_of
+from kdq.search.objectives import OBJECTIVES, HeldOut, Scores, Sums, compute_scores, sum_scores
+from kdq.tasks import Task
 from kdq.types import Array, Batch, Variables
+
+Inputs = tuple[Array, ...]  # a model's positional arguments
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,6 +25,7 @@ class Evaluator:
     """Scores policies of one student on held-out examples; nothing is trained."""
 
     network: Network | nn.Module
+    task: Task
     variables: Variables  # float
     choices: Choices  # of its layers; others stay in float
     bank: Bank
@@ -41,10 +45,10 @@ class Evaluator:
             whole = np.resize(part, (self.at_once, part.shape[1]))  # one shape for all calls
             chosen = {path: whole[:, i] for i, path in enumerate(self.choices)}
             # Dispatched for all batches before the first is waited for.
-            sums = [
-                _evaluate(self.network, self.variables, self.bank, chosen, h) for h in self.held
-            ]
-            scores.append({name: values[: len(part)] for name, values in means(sums).items()})
+            args = self.network, self.variables, self.bank, chosen
+            sums = [_evaluate(*args, held, task=self.task) for held in self.held]
+            values = compute_scores(self.task, sums)
+            scores.append({name: column[: len(part)] for name, column in values.items()})
         return {name: np.concatenate([part[name] for part in scores]) for name in OBJECTIVES}
 
     @property
@@ -57,20 +61,26 @@ class Evaluator:
         return dict(zip(self.choices, np.asarray(policy, np.int32), strict=True))
 
 
-def predict(network: Network, weights: Weights, inputs: Array, **options: Any) -> Array:
+def predict(network: Network, weights: Weights, inputs: Inputs, **options: Any) -> Array:
     """Returns the prediction of a quantized student, [examples, ...]; may be traced."""
     return network.select_prediction(network.apply(weights, inputs, **options))
 
 
-@partial(jax.jit, static_argnames=("network",))
+@partial(jax.jit, static_argnames=("network", "task"))
 def _evaluate(
-    network: Network, variables: Variables, bank: Bank, chosen: Mapping[str, Array], held: HeldOut
-) -> dict[str, Array]:
-    """Returns sums of policies, [policies] each, for chosen places [policies]."""
+    network: Network,
+    variables: Variables,
+    bank: Bank,
+    chosen: Mapping[str, Array],
+    held: HeldOut,
+    *,
+    task: Task,
+) -> Sums:
+    """Returns sums of policies, with an axis [policies], for chosen places [policies]."""
 
-    def evaluate(chosen: Mapping[str, Array]) -> dict[str, Array]:
+    def evaluate(chosen: Mapping[str, Array]) -> Sums:
         weights = Weights(variables=variables, qparams=banks.choose(bank, chosen))
-        return sums_of(predict(network, weights, held.images), held)
+        return sum_scores(task, predict(network, weights, task.inputs(held.batch)), held)
 
     (count,) = {len(places) for places in chosen.values()}
     if count == 1:  # without the axis that makes other convolutions of them
@@ -79,20 +89,24 @@ def _evaluate(
     return jax.vmap(evaluate)(chosen)
 
 
-def score(network: Network, weights: Weights, held: Sequence[HeldOut]) -> dict[str, float]:
+def score(
+    network: Network, weights: Weights, task: Task, held: Sequence[HeldOut]
+) -> dict[str, float]:
     """Returns the scores of one quantized student by objective."""
-    sums = [_score(network, weights, batch) for batch in held]
-    return {name: float(value) for name, value in means(sums).items()}
+    sums = [_score(network, weights, batch, task=task) for batch in held]
+    return {name: float(value[0]) for name, value in compute_scores(task, sums).items()}
 
 
-@partial(jax.jit, static_argnames=("network",))
-def _score(network: Network, weights: Weights, held: HeldOut) -> dict[str, Array]:
-    return sums_of(predict(network, weights, held.images), held)
+@partial(jax.jit, static_argnames=("network", "task"))
+def _score(network: Network, weights: Weights, held: HeldOut, *, task: Task) -> Sums:
+    sums = sum_scores(task, predict(network, weights, task.inputs(held.batch)), held)
+    return jax.tree.map(lambda value: value[None], sums)
 
 
 def hold_out(
     network: Network | nn.Module,
     variables: Variables,
+    task: Task,
     batches: Sequence[Batch],
     teacher: np.ndarray,
 ) -> list[HeldOut]:
@@ -101,26 +115,25 @@ def hold_out(
     Args:
       network: the student.
       variables: float.
-      batches: with "image", "label" and "mask"; the last may be padded.
-      teacher: [examples, classes], the teacher's logits on what is not padded, in order.
+      task: how batches become its inputs.
+      batches: with what the task reads, and "mask"; the last may be padded.
+      teacher: [examples, ..., outputs], the teacher's on what is not padded, in order.
     """
     float_weights = Weights(variables=variables, qparams={})
-    float_logits = jax.jit(partial(predict, as_network(network), float_weights))
+    float_outputs = jax.jit(partial(predict, as_network(network), float_weights))
     held, done = [], 0
     for batch in batches:
         mask = np.asarray(batch["mask"])
         count = int(mask.sum())
-        logits = np.zeros((len(mask), teacher.shape[1]), np.float32)
-        logits[:count] = teacher[done : done + count]
+        outputs = np.zeros((len(mask), *teacher.shape[1:]), np.float32)
+        outputs[:count] = teacher[done : done + count]
         done += count
-        images = jnp.asarray(batch["image"])
+        arrays = jax.tree.map(jnp.asarray, dict(batch))
         held.append(
             HeldOut(
-                images=images,
-                labels=jnp.asarray(batch["label"]),
-                mask=jnp.asarray(mask),
-                teacher=jnp.asarray(logits),
-                float_logits=float_logits(images),
+                batch=arrays,
+                teacher=jnp.asarray(outputs),
+                float_outputs=float_outputs(task.inputs(arrays)),
             )
         )
     return held

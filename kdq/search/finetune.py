@@ -41,7 +41,7 @@ class Finetune:
         state = loop.take_steps(plan, state)
         if bool(state.halted):
             return dict.fromkeys(OBJECTIVES, WORST)
-        return score(student.network, loop.weights(state), student.held)
+        return score(student.network, loop.weights(state), student.task, student.held)
 
 
 def without_terms(training: Training, names: Sequence[str]) -> Training:

@@ -23,7 +23,8 @@ from kdq.quantize.paths import at_path
 from kdq.search import bank as banks
 from kdq.search.bank import Bank
 from kdq.search.evaluate import Evaluator, predict
-from kdq.search.objectives import OBJECTIVES, HeldOut, fisher_variance, mean_loss
+from kdq.search.objectives import OBJECTIVES, HeldOut, mean_loss, sum_curvature
+from kdq.tasks import Task
 from kdq.types import Array, Variables
 
 MEASURES = (*OBJECTIVES, "fisher", "hessian")
@@ -110,7 +111,7 @@ def _split(evaluator: Evaluator, values: np.ndarray) -> Table:
 
 
 def _fisher(evaluator: Evaluator) -> Table:
-    """Returns ½ E[Var_p(dz)], with dz the change of the logits z to first order.
+    """Returns ½ E[dzᵀ F dz], dz the change of the outputs z to first order; see `curvature`.
 
     That is the quadratic form of the Fisher matrix with the error of the quantized tensors, weights
     and inputs alike, without ever making the matrix: one forward-mode derivative a choice.
@@ -118,30 +119,36 @@ def _fisher(evaluator: Evaluator) -> Table:
     values = []
     for policy in _single_layers(evaluator):
         args = evaluator.network, evaluator.variables, evaluator.bank, evaluator.chosen(policy)
-        sums = [_variance(*args, held) for held in evaluator.held]
+        sums = [_fisher_sum(*args, held, task=evaluator.task) for held in evaluator.held]
         total, count = np.sum(np.asarray(sums, np.float64), 0)
         values.append(0.5 * total / count)
     return _split(evaluator, np.array(values))
 
 
-@partial(jax.jit, static_argnames=("network",))
-def _variance(
-    network: Network, variables: Variables, bank: Bank, chosen: Mapping[str, Array], held: HeldOut
+@partial(jax.jit, static_argnames=("network", "task"))
+def _fisher_sum(
+    network: Network,
+    variables: Variables,
+    bank: Bank,
+    chosen: Mapping[str, Array],
+    held: HeldOut,
+    *,
+    task: Task,
 ) -> Array:
-    """Returns the sum of the variance over a batch, and how many examples count, [2]."""
+    """Returns the sum of the quadratic form over a batch, and how many predictions count, [2]."""
     weights = Weights(variables=variables, qparams=banks.choose(bank, chosen))
 
-    def logits(share: Array) -> Array:
-        """Those with tensors so far on the way from float to quantized."""
+    def outputs(share: Array) -> Array:
+        """Returns those with tensors so far on the way from float to quantized."""
 
         def rounding(x: Array, quantizer: quantize.Quantizer) -> Array:
             fixed = jax.lax.stop_gradient(x)
             return x + share * (quantize.fake_quantize(fixed, quantizer) - fixed)
 
-        return predict(network, weights, held.images, rounding=rounding)
+        return predict(network, weights, task.inputs(held.batch), rounding=rounding)
 
-    at, change = jax.jvp(logits, (jnp.float32(0),), (jnp.float32(1),))
-    return jnp.stack([jnp.sum(held.mask * fisher_variance(at, change)), jnp.sum(held.mask)])
+    at, change = jax.jvp(outputs, (jnp.float32(0),), (jnp.float32(1),))
+    return sum_curvature(task, at, change, held)
 
 
 def _hessian(evaluator: Evaluator, probes: int, seed: int) -> Table:
@@ -182,9 +189,13 @@ def _input_errors(evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
             last = jax.tree.map(lambda a, n=depth: jnp.moveaxis(a, 0, n), quantizers[operand])
             states[path, operand] = {"quantizers": last, "energy": jnp.zeros(last.qmin.shape)}
     watchers = dict.fromkeys(states, _add_energy)
-    batches = [held.images[np.asarray(held.mask) > 0] for held in evaluator.held]
+    task, rows = evaluator.task, [held.rows(evaluator.task) for held in evaluator.held]
+    batches = [
+        jax.tree.map(lambda array, rows=counted: array[rows], task.inputs(held.batch))
+        for held, counted in zip(evaluator.held, rows, strict=True)
+    ]
     states = observe(evaluator.network, evaluator.variables, {}, watchers, states, batches)
-    examples = sum(len(images) for images in batches)
+    examples = sum(map(len, rows))
     choices = lambda energy: np.asarray(energy).reshape(-1, energy.shape[-1]).sum(0)
     return {key: choices(state["energy"]) / examples for key, state in states.items()}
 
@@ -202,7 +213,8 @@ def _squared_errors(x: Array, quantizers: quantize.Quantizer) -> Array:
 def _curvatures(evaluator: Evaluator, probes: int, seed: int) -> dict[str, dict[str, float]]:
     """Returns {path: {operand: Tr(H) / n}}, by Hutchinson's estimate on the first batch."""
     held = evaluator.held[0]
-    layers = list_layers(evaluator.network, evaluator.variables, held.images)
+    inputs = evaluator.task.inputs(held.batch)
+    layers = list_layers(evaluator.network, evaluator.variables, inputs)
     zeros = {}
     for path, quantizers in evaluator.bank.items():
         layer = layers[path]
@@ -212,11 +224,13 @@ def _curvatures(evaluator: Evaluator, probes: int, seed: int) -> dict[str, dict[
     totals = None
     for probe in range(probes):
         key = jax.random.fold_in(jax.random.key(seed), probe)
-        products = _probe(evaluator.network, evaluator.variables, zeros, held, key)
+        args = evaluator.network, evaluator.variables, zeros, held, key
+        products = _probe(*args, task=evaluator.task)
         totals = products if totals is None else jax.tree.map(jnp.add, totals, products)
     # An input is each example's own: the Hessian of the mean loss has a block for each, all of
     # which together are the loss's own, 1 / examples in size.
-    size = lambda path, operand, zero: zero.size / (1 if operand == "weights" else len(held.images))
+    examples = len(jax.tree.leaves(inputs)[0])
+    size = lambda path, operand, zero: zero.size / (1 if operand == "weights" else examples)
     return {
         path: {
             operand: float(total) / probes / size(path, operand, zeros[path][operand])
@@ -226,16 +240,23 @@ def _curvatures(evaluator: Evaluator, probes: int, seed: int) -> dict[str, dict[
     }
 
 
-@partial(jax.jit, static_argnames=("network",))
+@partial(jax.jit, static_argnames=("network", "task"))
 def _probe(
-    network: Network, variables: Variables, zeros: dict[str, Any], held: HeldOut, key: Array
+    network: Network,
+    variables: Variables,
+    zeros: dict[str, Any],
+    held: HeldOut,
+    key: Array,
+    *,
+    task: Task,
 ) -> dict[str, dict[str, Array]]:
     """Returns vᵀHv of each tensor, v of random signs; between tensors it is 0 in the mean."""
 
     def loss(moves: dict[str, Any]) -> Array:
-        """With each tensor moved; the moves are in the place of its quantizers."""
+        """Returns it with each tensor moved; the moves are in the place of its quantizers."""
         weights = Weights(variables=variables, qparams=moves)
-        return mean_loss(predict(network, weights, held.images, rounding=jnp.add), held)
+        inputs = task.inputs(held.batch)
+        return mean_loss(task, predict(network, weights, inputs, rounding=jnp.add), held)
 
     names = [(path, operand) for path, tensors in zeros.items() for operand in tensors]
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))

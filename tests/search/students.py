@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq import models
+from kdq import models, tasks
 from kdq.quantize import MSE
 from kdq.search import bank, evaluate
 from kdq.search.evaluate import Evaluator
 
+TASK = tasks.build("classification")
 CHOICES = ("W2A8", "W4", "A3", "W8A8", "")
 
 
@@ -37,17 +38,27 @@ def batches(sizes, size, seed=2):
 
 
 def evaluator(
-    model, variables, choices, batches, calibration, *, classes=5, teacher_seed=3, **options
+    model,
+    variables,
+    choices,
+    batches,
+    calibration,
+    *,
+    classes=5,
+    teacher_seed=3,
+    task=TASK,
+    **options,
 ):
     """With a teacher that says something else than the student."""
     count = sum(int(batch["mask"].sum()) for batch in batches)
     teacher = np.random.default_rng(teacher_seed).normal(size=(count, classes)).astype(np.float32)
     return Evaluator(
         network=model,
+        task=task,
         variables=variables,
         choices=choices,
         bank=bank.fill(model, variables, choices, calibration, MSE()),
-        held=evaluate.hold_out(model, variables, batches, teacher),
+        held=evaluate.hold_out(model, variables, task, batches, teacher),
         **options,
     ), teacher
 
