@@ -24,6 +24,7 @@ from kdq.deploy.measure import latency, memory, parity
 from kdq.fields import Mistake
 from kdq.quantize.inputs import Batch
 from kdq.quantize.network import Network, Weights
+from kdq.tasks import Task
 
 MANIFEST = "manifest.json"
 
@@ -49,6 +50,7 @@ def export(
     *,
     network: Network | nn.Module | None = None,
     fixed_point: bool = False,
+    task: Task = parity.CLASSIFICATION,
     agreement: float = 0.99,
     latency_batches: Sequence[int] = (),
     threads: int | None = None,
@@ -56,8 +58,8 @@ def export(
     """Writes a packed model in other formats, and `manifest.json`, which says what they are.
 
     Each file is loaded in its own runtime and run on `inputs`. In the manifest: the model's
-    "inputs" and "outputs" (see `interface`); for each format its own names for them, its size and
-    SHA-256; `argmax_agreement` and `max_logit_difference` with the simulated model;
+    "inputs" and "outputs" (see `interface`), and what its "prediction" means; for each format its
+    own names for them, its size and SHA-256; `argmax_agreement` and `max_logit_difference` with the simulated model;
     for ONNX also `max_code_difference`, of what any integer layer makes, from integer JAX. Of the
     model: how many codes of layers' inputs differ between the simulation and integer JAX, the bytes
     of what is loaded, and the most that are alive at once for one example. Files
@@ -76,7 +78,9 @@ def export(
       network: the module, or a `Network`; None builds it from the packed file.
       fixed_point: no float multiplies sums; see `lower`. ONNX has no form for that, LiteRT does
         so in any case.
-      agreement: least share of the examples on which a file has the simulation's class.
+      task: what outputs mean: of which the agreement is, and what the manifest says.
+      agreement: the least of a file with the simulation: the share of the examples that have its
+        class; see `parity.compare_outputs`.
       latency_batches: batch sizes at which each format is timed.
       threads: of each runtime when it is timed; None is one a core.
 
@@ -106,6 +110,7 @@ def export(
         "weight_bytes": memory.weight_bytes(integer),
         "activation_bytes": memory.activation_bytes(integer, first),
         **interface.describe(inputs, outputs, packed.metadata),
+        "prediction": {"task": task.name, **task.describe_outputs()},
         "examples": len(simulated[0]),
         "simulation": parity.compare_integers(codes, integers),
         "versions": {"kdq": packages.version("kdq"), "jax": jax.__version__},
@@ -118,7 +123,9 @@ def export(
     for name in formats:
         manifest["files"].pop(name, None)
         try:
-            manifest["files"][name] = _export_format(name, source, folder, simulated, agreement)
+            manifest["files"][name] = _export_format(
+                name, source, folder, simulated, task=task, agreement=agreement
+            )
         except ExportError as error:
             errors.append(error)
             manifest["failed"][name] = str(error)
@@ -183,7 +190,13 @@ def _files_of(folder: Path, digest: str, fixed_point: bool) -> dict[str, Any]:
 
 
 def _export_format(
-    name: str, source: Source, folder: Path, simulated: list[np.ndarray], agreement: float
+    name: str,
+    source: Source,
+    folder: Path,
+    simulated: list[np.ndarray],
+    *,
+    task: Task,
+    agreement: float,
 ) -> dict[str, Any]:
     """Writes and checks one file; returns its entry in the manifest."""
     form = FORMATS[name]
@@ -195,12 +208,12 @@ def _export_format(
         except ValueError as error:
             raise ExportError(f"format {name!r}: {error}") from error
         outputs = parity.leaves(runtime(source.inputs))
-        measures = parity.compare_all(outputs, simulated)
+        measures = parity.compare_all(outputs, simulated, task)
         if form.layer_integers is not None:
             measures |= parity.compare_integers(source.integers, form.layer_integers(source))
         if not measures["argmax_agreement"] >= agreement:
             raise ParityError(
-                f"{target}: its runtime has the class of the simulated model on "
+                f"{target}: its runtime agrees with the simulated model on "
                 f"{measures['argmax_agreement']:.2%} of {len(outputs[0])} examples, expected "
                 f"{agreement:.2%} (largest difference of outputs "
                 f"{measures['max_logit_difference']:.3g})"

@@ -19,6 +19,7 @@ from kdq.experiment.store import PACKED, load
 from kdq.quantize.network import Weights
 from kdq.record import ArmRecord
 from kdq.search.problem import InfeasibleError
+from kdq.tasks import build
 from kdq.train import loop, together
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
@@ -256,7 +257,12 @@ def export(context: Context, record: ArmRecord) -> ArmRecord:
         return record
     folder = context.store.folder(record.arm, record.seed)
     files, failed = exports.export(
-        folder / PACKED, folder / exports.FOLDER, formats, context.inputs, config
+        folder / PACKED,
+        folder / exports.FOLDER,
+        formats,
+        context.inputs,
+        config,
+        task=build("classification"),
     )
     # Those that were there have been timed again beside the new ones.
     exported = {

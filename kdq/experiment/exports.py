@@ -1,40 +1,52 @@
 """Arms in the forms that runtimes take, measured there."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from kdq import config as kdq_config
 from kdq import deploy, files, lock, models, trust
 from kdq.config import ConfigError, Experiment
+from kdq.deploy.formats.runtime import Runtime
 from kdq.deploy.measure import latency
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.store import CONFIG, PACKED
+from kdq.tasks import Task, build
+from kdq.types import Array, Batch
 
 FOLDER = "export"
 
 
 def export(
-    path: Path, folder: Path, formats: Sequence[str], inputs: Inputs, config: kdq_config.Export
+    path: Path,
+    folder: Path,
+    formats: Sequence[str],
+    inputs: Inputs,
+    config: kdq_config.Export,
+    *,
+    task: Task,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Exports a packed file; what the record says of each file that there is of it, by format.
+    """Exports a packed file; returns what the record says of each file of it, by format.
 
     That is its part of the manifest, and whether it is the recommended one, if they are timed; of
-    these formats also "accuracy": on the whole test split, in their own runtimes.
+    these formats also the task's primary metric: on the whole test split, in their own runtimes.
 
     Returns:
       The files, and why those of other formats are not there.
     """
-    images = inputs.examples("validation", "image", config.examples)
+    arrays = {key: inputs.examples("validation", key, config.examples) for key in task.keys}
     with lock.hold(folder, alone=True):
         try:
             manifest = deploy.export(
                 path,
                 folder,
                 formats,
-                images,
+                task.inputs(arrays),
+                task=task,
                 fixed_point=config.fixed_point,
                 agreement=config.agreement,
                 latency_batches=config.latency_batches,
@@ -44,17 +56,30 @@ def export(
             if error.manifest is None:
                 raise
             manifest = error.manifest
-    test, labels = (inputs.examples("test", key) for key in ("image", "label"))
+    test = {key: inputs.examples("test", key) for key in (*task.keys, task.target)}
     entries = {name: dict(entry) for name, entry in manifest["files"].items()}
     if config.latency_batches:
         for name, entry in entries.items():
             entry["recommended"] = manifest["recommended"] == name
     for name in [name for name in formats if name in entries]:
         run = deploy.FORMATS[name].load(folder / entries[name]["file"], None, None)
-        parts = np.split(test, range(500, len(test), 500))
-        accuracy = (np.concatenate([run(part) for part in parts]).argmax(-1) == labels).mean()
-        entries[name]["accuracy"] = float(accuracy)
+        entries[name][task.primary.name] = _measure(run, test, task)
     return entries, manifest["failed"]
+
+
+def _measure(run: Runtime, test: Batch, task: Task) -> float:
+    """Returns the task's primary metric of a file in its runtime, on examples in parts of 500."""
+    scores = []
+    for first in range(0, len(test[task.target]), 500):
+        part = {key: array[first : first + 500] for key, array in test.items()}
+        scores.append(_primary_scores(task, run(task.inputs(part)), part))
+    return task.primary.compute(jax.tree.map(lambda *parts: np.concatenate(parts), *scores))
+
+
+@partial(jax.jit, static_argnames="task")
+def _primary_scores(task: Task, outputs: Array, batch: Batch) -> dict[str, Array]:
+    scores = task.scores(outputs, batch)
+    return {name: scores[name] for name in task.primary.scores}
 
 
 def export_arm(
@@ -96,6 +121,7 @@ def export_arm(
         trust.check(model["name"], str(Path(workdir, CONFIG)), allow_models)
         models.build(**model)  # imports it, which reading the file does not
     seeds, inputs, exported = seeds or sorted(packed), Inputs(experiment), {}
+    task = build("classification")
     if not seeds or not set(seeds) <= set(packed):
         raise ConfigError(
             f"{workdir} has the seeds {sorted(packed)} of arm {arm!r}, wanted {list(seeds)}"
@@ -105,7 +131,7 @@ def export_arm(
         folder = path.parent / FOLDER
         if out is not None:
             folder = Path(out) / str(seed) if len(seeds) > 1 else Path(out)
-        files_there, failed = export(path, folder, formats, inputs, experiment.export)
+        files_there, failed = export(path, folder, formats, inputs, experiment.export, task=task)
         reasons = {name: {"failed": reason} for name, reason in failed.items()}
         exported[seed] = {name: (files_there | reasons)[name] for name in formats}
     return exported

@@ -242,6 +242,10 @@ class Task(Protocol):
     def divergence(self, outputs: Array, reference: Array) -> dict[str, Array]:
         """Returns how far each prediction is from another model's, in the shapes of scores."""
 
+    def describe_outputs(self) -> dict[str, Any]:
+        """Returns the "meaning" of outputs and what undoes it, for the manifest of an export."""
+        return {"meaning": "logits"}
+
     def check(
         self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None = None
     ) -> None:

@@ -128,6 +128,11 @@ class Regression(base.Task):
             **base.noise_and_signal(outputs, reference),
         }
 
+    def describe_outputs(self) -> dict[str, Any]:
+        """Returns that outputs are standardized, and by what: target = output * std + mean."""
+        mean, std = (statistic.tolist() for statistic in self._statistics())
+        return {"meaning": "standardized targets", "mean": mean, "std": std, "unit": self.unit}
+
     def squared_error(self, student: Array, teacher: Array, batch: Batch) -> Array:
         """Returns the mean over targets of (student − teacher)², standardized: [batch]."""
         return jnp.mean(jnp.square(student - jax.lax.stop_gradient(teacher)), axis=-1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from networks import NETWORKS, network
 
-from kdq import deploy, files, quantize, schema
+from kdq import deploy, files, quantize, schema, tasks
 from kdq.deploy import ParityError, export, load_packed, load_stablehlo
 from kdq.deploy.formats import container
 from kdq.deploy.formats.runtime import Runtime
@@ -347,3 +347,36 @@ def test_codes_of_the_simulation_by_hand(tmp_path):
     assert found["max_code_difference"] == 1
     assert found["max_sum_difference"] == 0
     assert found["codes_that_differ"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "agreement"), [("classification", 2 / 3), ("multilabel", 5 / 6), ("regression", None)]
+)
+def test_outputs_agree_in_the_terms_of_their_task(name, agreement):
+    expected = np.array([[1.0, -1.0], [2.0, 1.0], [-3.0, 0.5]], np.float32)
+    outputs = np.array([[0.5, -2.0], [1.0, 1.5], [-3.0, -0.5]], np.float32)
+    if agreement is None:
+        agreement = 1 - np.linalg.norm(outputs - expected) / np.linalg.norm(expected)
+    task = tasks.build(name)
+    found = parity.compare_outputs(outputs, expected, task)
+    assert found["argmax_agreement"] == pytest.approx(agreement)
+    assert found["max_logit_difference"] == 1.0
+    zeros = np.zeros_like(expected)
+    assert parity.compare_outputs(zeros, zeros, task)["argmax_agreement"] == 1
+
+
+def test_an_export_of_regression_says_what_its_outputs_are(packed, tmp_path):
+    path, images = packed
+    mean, std = (2.0,) * 10, (0.5,) * 10
+    task = tasks.build("regression", mean=mean, std=std, unit="mg/dl")
+    manifest = export(path, tmp_path, ["stablehlo"], images, task=task)
+    assert files.read_json(tmp_path / "manifest.json")["prediction"] == {
+        "task": "regression",
+        "meaning": "standardized targets",
+        "mean": list(mean),
+        "std": list(std),
+        "unit": "mg/dl",
+    }
+    assert 0.99 < manifest["files"]["stablehlo"]["argmax_agreement"] <= 1
+    with pytest.raises(ParityError, match="agrees with the simulated model"):
+        export(path, tmp_path, ["stablehlo"], images, task=task, agreement=1.1)

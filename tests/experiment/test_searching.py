@@ -382,9 +382,8 @@ def test_two_steps_by_hand(trained, folder):
     state = loop.take_steps(plan, state)
     variables = {**evaluator.variables, "params": state.params}
     quantizers = loop.weights(state).qparams
-    by_hand = evaluate.score(
-        evaluator.network, Weights(variables=variables, qparams=quantizers), evaluator.held
-    )
+    weights = Weights(variables=variables, qparams=quantizers)
+    by_hand = evaluate.score(evaluator.network, weights, evaluator.task, evaluator.held)
     for objective, value in by_hand.items():
         assert found[objective] == pytest.approx(value, rel=1e-4)
 

@@ -149,13 +149,8 @@ def scores_of_task(task, label, fields):
     )
     policies = [(0, 1, 0), (2, 2, 2)]
     outputs = [counted(policy) for policy in policies]
-    plain = np.concatenate(
-        [
-            np.asarray(h.float_outputs)[b["mask"] > 0]
-            for h, b in zip(evaluator.held, batches, strict=False)
-        ]
-    )
-    return evaluator, evaluator(policies), outputs, plain, teacher
+    plain = np.concatenate([h.float_outputs[h.batch["mask"] > 0] for h in evaluator.held])
+    return evaluator(policies), outputs, plain, teacher
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +163,7 @@ def test_scores_of_regression_by_hand(padded):
     label = rng.normal(size=(12, 5)).astype(np.float32)
     std = (1.0, 2.0, 3.0, 0.5, 1.5)
     task = tasks.build("regression", mean=(0.5,) * 5, std=std)
-    _scores, outputs, plain, teacher = scores_of_task(task, label, padded)
+    scores, outputs, plain, teacher = scores_of_task(task, label, padded)
     target = label[padded["counted"]]
     root = lambda error: np.sqrt(np.square(error * std).mean(0)).mean()
     for i, output in enumerate(outputs):
@@ -185,7 +180,7 @@ def test_scores_of_multilabel_by_hand(padded):
     rng = np.random.default_rng(6)
     label = rng.integers(0, 2, (12, 5)).astype(np.float32)
     task = tasks.build("multilabel")
-    _evaluator, scores, outputs, _plain, teacher = scores_of_task(task, label, padded)
+    scores, outputs, _, teacher = scores_of_task(task, label, padded)
     target = label[padded["counted"]]
     log = lambda logit: (-np.logaddexp(0, -logit), -np.logaddexp(0, logit))
     for i, output in enumerate(outputs):

@@ -1,6 +1,8 @@
 """Differences between the simulation, the integer model, and a file in its own runtime."""
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,16 +16,37 @@ from kdq.quantize import grid
 from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Batch
 from kdq.quantize.network import Weights
+from kdq.tasks import Metric, Task, build
+from kdq.tasks.base import NOISE
 from kdq.types import Array, QParams, Variables
 
+CLASSIFICATION = build("classification")
 
-def compare_outputs(outputs: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """Compares two arrays of outputs [examples, ..., classes]."""
-    same = (outputs.argmax(-1) == expected.argmax(-1)).mean()
+
+def compare_outputs(
+    outputs: np.ndarray, expected: np.ndarray, task: Task = CLASSIFICATION
+) -> dict[str, float]:
+    """Compares two arrays of outputs [examples, ..., outputs] of a task.
+
+    The agreement is a share of decisions: of the classes that have the largest logits, of the
+    labels whose logits are above 0. Outputs that decide nothing, of regression, have one less their
+    relative error, ‖outputs − expected‖ / ‖expected‖.
+    """
+    agreement = next((m for m in task.fidelity if m.higher_is_better), NOISE)
+    scores = _divergence(task, agreement, outputs, expected)
+    value = agreement.compute({name: np.ravel(score) for name, score in scores.items()})
+    if agreement is NOISE:  # a share of energy; nan of outputs that all are 0, and equal
+        value = 1 - math.sqrt(value) if np.any(outputs != expected) else 1.0
     return {
-        "argmax_agreement": float(same),
+        "argmax_agreement": value,
         "max_logit_difference": float(np.abs(outputs - expected).max()),
     }
+
+
+@partial(jax.jit, static_argnames=("task", "metric"))
+def _divergence(task: Task, metric: Metric, outputs: Array, expected: Array) -> dict[str, Array]:
+    divergence = task.divergence(outputs, expected)
+    return {name: divergence[name] for name in metric.scores}
 
 
 def leaves(outputs: Any) -> list[np.ndarray]:
@@ -31,9 +54,11 @@ def leaves(outputs: Any) -> list[np.ndarray]:
     return [np.asarray(array) for array in jax.tree.leaves(outputs)]
 
 
-def compare_all(outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> dict[str, float]:
+def compare_all(
+    outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray], task: Task = CLASSIFICATION
+) -> dict[str, float]:
     """Compares all outputs of a model; returns the least agreement and the largest difference."""
-    each = [compare_outputs(*pair) for pair in zip(outputs, expected, strict=True)]
+    each = [compare_outputs(*pair, task) for pair in zip(outputs, expected, strict=True)]
     return {
         "argmax_agreement": min(entry["argmax_agreement"] for entry in each),
         "max_logit_difference": max(entry["max_logit_difference"] for entry in each),
