@@ -3,8 +3,8 @@
     python launch/export.py --workdir=runs/digits --arm=qat_w4a4 --format=onnx,stablehlo --out=DIR
 
 Each file is run in its own runtime: it must agree with the simulated model on nearly all of the
-held-out examples (have its class, for classification), or it is an error, which comes when all other files are there.
-DIR/manifest.json says what the files are, and why one is not.
+held-out examples (have its class, for classification), or it is an error, which comes when all
+other files are there. DIR/manifest.json says what the files are, and why one is not.
 """
 
 from absl import flags
