@@ -238,8 +238,8 @@ def test_pixels_are_seen_over_255(tmp_path):
         ((Net(8),), {"bits": ("W8", "W9")}, ConfigError, r"config.arms.ptq_w9.bits.*'W9'"),
         ((Net(8),), {"bits": ()}, ConfigError, r"bits=\(\): expected 'W4A8', or several"),
         ((Net(8),), {"epochs": 0}, ConfigError, "config.arms.teacher.epochs=0.0"),
-        ((Net(8),), {"test": DATA["test"][0]}, DataError, "test: want a pair"),
-        ((nn.Conv(3, (3, 3)),), {}, ConfigError, "__call__ takes .*want `train: bool`"),
+        ((Net(8),), {"test": DATA["test"][0]}, DataError, "test: expected a pair"),
+        ((nn.Conv(3, (3, 3)),), {}, ConfigError, "__call__ takes .*expected `train: bool`"),
         (
             (Net(8),),
             {"teacher_variables": Net(9).init(jax.random.key(0), np.zeros((1, 12)))},
