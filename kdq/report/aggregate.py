@@ -86,17 +86,17 @@ class Row:
         name = re.sub(rf"[\s_\-/.]*{re.escape(self.bits)}", "", self.arm, flags=re.IGNORECASE)
         return name.strip(" _-/.")
 
-    def values(self, field: str) -> dict[int, float]:
+    def values(self, name: str, split: str = "test") -> dict[int, float]:
         """Returns a number of each finished seed that has it."""
-        return numbers_by_seed(self.finished, field)
+        return numbers_by_seed(self.finished, name, split)
 
-    def mean(self, field: str) -> float:
+    def mean(self, name: str, split: str = "test") -> float:
         """Returns the mean of a number over the seeds that have it."""
-        return Mean.over(self.values(field).values()).mean
+        return Mean.over(self.values(name, split).values()).mean
 
-    def mean_of(self, metric: Metric, field: str = "") -> Mean:
-        """Returns the mean of a metric, as it is shown; `field` is its name in records."""
-        return Mean.over(map(metric.shown, self.values(field or metric.name).values()))
+    def mean_of(self, metric: Metric, split: str = "test") -> Mean:
+        """Returns the mean of a metric on a split, as it is shown."""
+        return Mean.over(map(metric.shown, self.values(metric.name, split).values()))
 
     @property
     def score(self) -> Mean:
@@ -106,7 +106,7 @@ class Row:
     @property
     def score_last(self) -> Mean:
         """The same at the last step."""
-        return self.mean_of(self.metric, f"{self.metric.name}_last")
+        return self.mean_of(self.metric, "test_last")
 
     @property
     def size_bytes(self) -> float:
@@ -240,15 +240,17 @@ def interval_of(
     return paired_interval(common, dict.fromkeys(common, 0.0)) if common else None
 
 
-def number(record: ArmRecord, field: str) -> float:
+def number(record: ArmRecord, name: str, split: str = "test") -> float:
     """Returns a record's number; nan where it was not measured or has no value."""
-    value = getattr(record, field) if hasattr(record, field) else record.extra.get(field)
+    value = record.value(name, split)
     return math.nan if value is None else float(value)
 
 
-def numbers_by_seed(records: Iterable[ArmRecord], field: str) -> dict[int, float]:
+def numbers_by_seed(
+    records: Iterable[ArmRecord], name: str, split: str = "test"
+) -> dict[int, float]:
     """Returns a number of each seed that has it."""
-    values = {record.seed: number(record, field) for record in records}
+    values = {record.seed: number(record, name, split) for record in records}
     return {seed: value for seed, value in values.items() if not math.isnan(value)}
 
 

@@ -114,7 +114,7 @@ class Lines(_Line):
                 compiled = record.compile_seconds or 0.0
                 self._paces.append(max(0.0, took - compiled) / weight)
             metric = metric_of_records([record])
-            score = number(record, f"validation_{metric.name}")
+            score = number(record, metric.name, "validation")
             how = f", copied from {copied}" if copied else f" after {span(took)}"
             said = f"{metric.text(score)} on validation{how}"
         else:

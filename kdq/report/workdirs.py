@@ -102,8 +102,9 @@ def lacking(record: ArmRecord) -> list[str]:
     missing = [name for name in NEEDED if getattr(record, name) in ("", {})]
     if record.status == "ok":
         metric = metric_of_records([record]).name
-        names = (*MEASURED, metric, f"validation_{metric}")
-        missing += [name for name in names if math.isnan(number(record, name))]
+        missing += [name for name in (*MEASURED, metric) if math.isnan(number(record, name))]
+        if math.isnan(number(record, metric, "validation")):
+            missing.append(f"validation_{metric}")
     return missing
 
 

@@ -53,7 +53,7 @@ class Candidate(Row):
     @property
     def validation(self) -> Values:
         """The metric on validation, by seed."""
-        return self.values(f"validation_{self.metric.name}")
+        return self.values(self.metric.name, "validation")
 
     @property
     def params(self) -> int:
