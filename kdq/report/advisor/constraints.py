@@ -235,7 +235,7 @@ def merit(candidate: Candidate) -> float:
 
 def by_validation(candidate: Candidate) -> tuple[float, float]:
     """Sorts the best first; between equals the lower negative log-likelihood."""
-    return -merit(candidate), candidate.mean("validation_nll")
+    return -merit(candidate), candidate.mean("nll", "validation")
 
 
 def best(candidates: Sequence[Candidate]) -> Candidate | None:
