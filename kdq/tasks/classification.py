@@ -42,7 +42,7 @@ class Classification(base.Task):
     target: str = "label"  # of the batch
 
     name = "classification"
-    metrics = (ACCURACY, NLL, TOP5, BRIER)
+    metrics = (ACCURACY, NLL)
     fidelity = (AGREEMENT, KL, base.NOISE)
     categorical = True
     loss_options = ("label_smoothing",)
