@@ -255,7 +255,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return _anything(value, where)
     if hint is float:
-        return _number(value, where)
+        return number(value, where)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         raise ConfigError(f"{where}={shortened(value)}: expected {hint.__name__}")
     if hint is str:
@@ -265,7 +265,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _number(value: Any, where: str) -> float:
+def number(value: Any, where: str) -> float:
+    """Returns a number as a float. Raises ConfigError for another type, NaN or infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{where}={shortened(value)}: expected float")
     if not abs(value) <= LARGEST:  # a NaN is not
@@ -284,7 +285,7 @@ def _anything(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int | float):
-        _number(value, where)
+        number(value, where)
         return value
     if isinstance(value, str):
         check_text(value, where)

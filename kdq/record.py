@@ -11,12 +11,23 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from kdq import fields, files
-from kdq.fields import ConfigError, field
+from kdq import fields, files, tasks
+from kdq.fields import ConfigError, Limits, field
 
 STATUSES = ("ok", "failed")
 NEEDED = ("arm", "seed", "status")  # in JSON
 NULLABLE = ("observer", "reference")  # null in JSON where there is none, instead of left out
+# Fields of version 1, which knew no other task than classification -> (split, metric).
+_VERSION_1 = {
+    "accuracy": ("test", "accuracy"),
+    "nll": ("test", "nll"),
+    "accuracy_last": ("test_last", "accuracy"),
+    "nll_last": ("test_last", "nll"),
+    "validation_accuracy": ("validation", "accuracy"),
+    "validation_nll": ("validation", "nll"),
+    "agreement": ("fidelity", "agreement"),
+    "kl_to_teacher": ("fidelity", "kl_to_teacher"),
+}
 
 
 def _share() -> Any:
@@ -58,22 +69,19 @@ class ArmRecord:
     status: str = field("ok", one_of=STATUSES)
     error: str = ""  # why it failed
     params: int | float | None = _amount()
-    # On test, of the selected weights and, `_last`, of those after the last step.
-    accuracy: float | None = _share()
-    nll: float | None = None  # nats
-    accuracy_last: float | None = _share()
-    nll_last: float | None = None
-    # Against the teacher, on test.
-    agreement: float | None = _share()
-    kl_to_teacher: float | None = None  # nats
+    task: str = "classification"  # a module of kdq.tasks
+    # Split -> metric of the task -> value: "validation" and "test" of the selected weights,
+    # "test_last" of those after the last step.
+    metrics: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    # Against the teacher, on test: fidelity metric of the task -> value.
+    fidelity: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # Of classification alone.
     agreement_where_teacher_wrong: float | None = None
     top5_accuracy: float | None = None
     brier: float | None = None
     ece: float | None = None
     adaptive_ece: float | None = None
     accuracy_by_class: tuple[float, ...] = ()
-    validation_accuracy: float | None = _share()
-    validation_nll: float | None = None
     macs: int | float | None = _amount()  # for one example
     bops: int | float | None = _amount()
     energy_modelled_nj: float | None = None
@@ -107,7 +115,7 @@ class ArmRecord:
 
     @classmethod
     def from_json(cls, document: Any, left_out: list[str] | None = None) -> "ArmRecord":
-        """Returns the record that a JSON object holds.
+        """Returns the record that a JSON object holds, in the form of any version.
 
         Args:
           document: the object.
@@ -121,7 +129,7 @@ class ArmRecord:
         if not isinstance(document, Mapping):
             raise ConfigError(f"expected an object, got {type(document).__name__}")
         values: dict[str, Any] = {}
-        known = _hints()
+        known, document = _hints(), _upgraded(document)
         for name, value in document.items():
             if name not in known or value is None:
                 continue
@@ -138,7 +146,13 @@ class ArmRecord:
         nulls = [name for name, hint in known.items() if hint == float | None]
         values |= {name: math.nan for name in nulls if document.get(name, 0) is None}
         extra = {name: value for name, value in document.items() if name not in known}
-        return cls(**values, extra=extra)
+        record = cls(**values, extra=extra)
+        limited = functools.partial(_limited, _shares(record.task), left_out=left_out)
+        metrics = {
+            split: limited(inner, f"metrics.{split}") for split, inner in record.metrics.items()
+        }
+        fidelity = limited(record.fidelity, "fidelity")
+        return dataclasses.replace(record, metrics=metrics, fidelity=fidelity)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON form."""
@@ -156,10 +170,23 @@ class ArmRecord:
 
     __hash__ = None
 
+    def value(self, name: str, split: str = "test") -> Any:
+        """Returns what was measured under a name; None if it was not.
+
+        Args:
+          name: of a metric or a fidelity metric of the task, or of a field, known or not.
+          split: of a metric: "test", "test_last" or "validation".
+        """
+        if name in self.metrics.get(split, {}):
+            return self.metrics[split][name]
+        if name in self.fidelity:
+            return self.fidelity[name]
+        return getattr(self, name) if name in _hints() else self.extra.get(name)
+
     def require(self, *names: str) -> None:
-        """Raises ConfigError if one of these fields is not there or has no value."""
+        """Raises ConfigError if one of these metrics or fields is not there or has no value."""
         for name in names:
-            value = getattr(self, name)
+            value = self.value(name)
             if value in ("", None) or value != value:
                 raise ConfigError(f"{name} is missing")
 
@@ -168,6 +195,45 @@ def has_arms(config: Any) -> bool:
     """Returns whether a JSON value is the config of an experiment, as far as its arms go."""
     arms = config.get("arms") if isinstance(config, Mapping) else None
     return isinstance(arms, Mapping) and all(isinstance(arm, Mapping) for arm in arms.values())
+
+
+def _upgraded(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record's JSON object with metrics where this version has them."""
+    if document.keys().isdisjoint(_VERSION_1):
+        return dict(document)
+    splits: dict[str, dict[str, Any]] = {}
+    for name, (split, metric) in _VERSION_1.items():
+        if name in document:
+            splits.setdefault(split, {})[metric] = document[name]
+    kept = {name: value for name, value in document.items() if name not in _VERSION_1}
+    return {**kept, "fidelity": splits.pop("fidelity", {}), "metrics": splits}
+
+
+@functools.cache
+def _shares(task: str) -> frozenset[str]:
+    """Returns the names of a task's metrics that are in [0, 1]."""
+    if task not in tasks.names():  # of a newer version
+        return frozenset()
+    metrics = (*tasks.build(task).metrics, *tasks.build(task).fidelity)
+    return frozenset(metric.name for metric in metrics if metric.unit == "%")
+
+
+def _limited(
+    shares: frozenset[str], values: Mapping[str, Any], where: str, left_out: list[str] | None
+) -> dict[str, float]:
+    """Returns metrics by name, a null as NaN. Raises ConfigError, or leaves out as `from_json`."""
+    numbers = {}
+    for name, value in values.items():
+        try:
+            number = math.nan if value is None else fields.number(value, f"{where}.{name}")
+            if name in shares and value is not None:
+                Limits(at_least=0, at_most=1).check(number, f"{where}.{name}")
+            numbers[name] = number
+        except ConfigError as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+    return numbers
 
 
 @functools.cache
@@ -188,10 +254,13 @@ def _read(name: str, value: Any) -> Any:
         expected = "text"
     elif typing.get_origin(hint) is Mapping:
         texts = hint == Mapping[str, str]
+        nested = hint == Mapping[str, Mapping[str, float]]
         if not isinstance(value, Mapping):
             expected = "an object"
         elif texts and not all(isinstance(inner, str) for inner in value.values()):
             expected = "an object of texts"
+        elif nested and not all(isinstance(inner, Mapping) for inner in value.values()):
+            expected = "an object of objects"
         elif name == "exports" and not all(map(_is_export, value.values())):
             expected = "an object of the measurements of files"
     if expected:

@@ -128,7 +128,7 @@ def test_a_run_leaves_results_tables_and_plots(unbroken):
     # It has said so as it went, and says where to look at the end.
     for i, record in enumerate(records, 1):
         line = rf"^\d\d:\d\d:\d\d \[{i}/6\] {record['arm']}, seed 0: "
-        line += rf"{100 * record['validation_accuracy']:.2f}% on validation after "
+        line += rf"{100 * record['metrics']['validation']['accuracy']:.2f}% on validation after "
         assert re.search(line, process.stdout, re.MULTILINE), process.stdout
     assert process.stdout.endswith(places(workdir))
     assert (
@@ -144,7 +144,7 @@ def test_a_run_leaves_results_tables_and_plots(unbroken):
                 rows[cells[0]] = line
         assert list(rows) == list(ARMS)
         for record in records:
-            assert f"{100 * record['accuracy']:.2f}" in rows[record["arm"]]
+            assert f"{100 * record['metrics']['test']['accuracy']:.2f}" in rows[record["arm"]]
 
 
 def test_the_page_of_a_run_shows_what_was_measured(unbroken, visit):
@@ -155,7 +155,7 @@ def test_the_page_of_a_run_shows_what_was_measured(unbroken, visit):
         row = page.locator(
             "#results-table-0 tbody tr", has=page.get_by_text(record["arm"], exact=True)
         )
-        assert f"{100 * record['accuracy']:.2f}" in row.first.inner_text()
+        assert f"{100 * record['metrics']['test']['accuracy']:.2f}" in row.first.inner_text()
     drawn = page.locator(".chart").evaluate_all("all => all.map(one => one.id.split('-')[2])")
     parts = {"fronts", "layers", "training", "fidelity", "calibration", "confusions"}
     assert parts <= set(drawn)
@@ -362,7 +362,9 @@ def test_export_writes_files_and_says_what_they_do(unbroken, program, tmp_path):
     lines = [line.split() for line in output.splitlines()]
     accuracies = {cells[1]: cells[4] for cells in lines if cells and cells[0] == "0"}
     # What the record says was measured on the same weights, by the simulation.
-    assert accuracies == dict.fromkeys(manifest["files"], f"{100 * record['accuracy']:.2f}")
+    assert accuracies == dict.fromkeys(
+        manifest["files"], f"{100 * record['metrics']['test']['accuracy']:.2f}"
+    )
 
 
 @pytest.mark.slow

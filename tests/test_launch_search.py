@@ -98,7 +98,7 @@ def test_methods_join_one_table(searched):
         assert records[arm]["status"] == "ok"
         stage = arm.rsplit("_", 1)[1]
         row = next(line for line in table.splitlines() if line.startswith(f"| {arm} |"))
-        assert f"{100 * records[arm]['accuracy']:.2f}" in row
+        assert f"{100 * records[arm]['metrics']['test']['accuracy']:.2f}" in row
         assert records[arm]["kind"] == {"ptq": "PTQ", "qad": "QAD"}[stage]
         file = workdir / arm / "0" / "model.safetensors"
         packed = load_packed(file)

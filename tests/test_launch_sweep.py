@@ -77,7 +77,7 @@ def launch(data_dir, files):
 def numbers(workdir):
     """What each run, arm and seed measured; each may be there once."""
     records = json.loads((workdir / "results.json").read_text())
-    keys = ("accuracy", "nll", "size_bytes")
+    keys = ("metrics", "size_bytes")
     found = {(r["run"], r["arm"], r["seed"]): [r[key] for key in keys] for r in records}
     assert len(found) == len(records)
     return found
@@ -181,7 +181,7 @@ def test_shared_arms_are_those_that_a_run_trains_by_itself(one_by_one, files, da
     for arm in ("teacher", "student"):
         record = json.loads((tmp_path / arm / "3" / "result.json").read_text())
         assert "shared_from" not in record
-        alone = [record[key] for key in ("accuracy", "nll", "size_bytes")]
+        alone = [record[key] for key in ("metrics", "size_bytes")]
         assert one_by_one[run, arm, 3] == alone
 
 

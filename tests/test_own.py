@@ -67,10 +67,10 @@ def test_every_arm_is_measured_on_its_file(distilled):
         packed = deploy.load_packed(path)
         assert isinstance(packed.network.module, Net)
         accuracy = np.mean(np.argmax(packed(inputs.astype(np.float32)), -1) == labels)
-        assert accuracy == pytest.approx(record.accuracy)
+        assert accuracy == pytest.approx(record.value("accuracy"))
         assert path.stat().st_size == record.size_bytes
     by_arm = {r.arm: r for r in records}
-    assert by_arm["qad"].accuracy > 0.9
+    assert by_arm["qad"].value("accuracy") > 0.9
     assert by_arm["qad"].size_bytes < by_arm["teacher"].size_bytes / 4
     assert (workdir / "table.md").is_file()
     packed = deploy.load_packed(workdir / "qad" / "0" / "model.safetensors")
@@ -185,7 +185,7 @@ def test_a_teacher_of_ones_own_is_kept_as_it_is_and_quantized(tmp_path):
     )
     assert [r.arm for r in records] == ["teacher", "ptq", "qad"]
     own = np.mean(teacher.apply(variables, inputs).argmax(-1) == labels)
-    assert records[0].accuracy == pytest.approx(own)
+    assert records[0].value("accuracy") == pytest.approx(own)
     assert records[0].steps == 0
     assert records[2].steps == round(2 * 240 / 32)
     # Two layers: none is spared, and both have what was asked for.
@@ -238,8 +238,8 @@ def test_pixels_are_seen_over_255(tmp_path):
         ((Net(8),), {"bits": ("W8", "W9")}, ConfigError, r"config.arms.ptq_w9.bits.*'W9'"),
         ((Net(8),), {"bits": ()}, ConfigError, r"bits=\(\): expected 'W4A8', or several"),
         ((Net(8),), {"epochs": 0}, ConfigError, "config.arms.teacher.epochs=0.0"),
-        ((Net(8),), {"test": DATA["test"][0]}, DataError, "test: want a pair"),
-        ((nn.Conv(3, (3, 3)),), {}, ConfigError, "__call__ takes .*want `train: bool`"),
+        ((Net(8),), {"test": DATA["test"][0]}, DataError, "test: expected a pair"),
+        ((nn.Conv(3, (3, 3)),), {}, ConfigError, "__call__ takes .*expected `train: bool`"),
         (
             (Net(8),),
             {"teacher_variables": Net(9).init(jax.random.key(0), np.zeros((1, 12)))},

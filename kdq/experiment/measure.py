@@ -18,9 +18,7 @@ from kdq.search import cost
 from kdq.train.loop import Fit
 from kdq.types import Array, Batch
 
-FIDELITY = (
-    "agreement",
-    "kl_to_teacher",
+PROBES = (
     "agreement_where_teacher_wrong",
     "top5_accuracy",
     "brier",
@@ -92,14 +90,14 @@ def measure(
     energies = energy.modelled(layers, qparams).values()
     return {
         "params": models.count_parameters(variables),
-        "accuracy": scores["accuracy"],
-        "nll": scores["nll"],
-        "accuracy_last": last["accuracy"],
-        "nll_last": last["nll"],
-        **{name: scores.get(name, math.nan) for name in FIDELITY},
+        "metrics": {
+            "test": {name: scores[name] for name in ("accuracy", "nll")},
+            "test_last": {name: last[name] for name in ("accuracy", "nll")},
+            "validation": selected.metrics,
+        },
+        "fidelity": {name: scores.get(name, math.nan) for name in ("agreement", "kl_to_teacher")},
+        **{name: scores.get(name, math.nan) for name in PROBES},
         "accuracy_by_class": _by_class(logits, labels),
-        "validation_accuracy": selected.metrics["accuracy"],
-        "validation_nll": selected.metrics["nll"],
         "macs": cost.macs(layers),
         "bops": cost.bops(layers, qparams),
         "energy_modelled_nj": sum(layer.total for layer in energies),

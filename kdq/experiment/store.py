@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdq import config as kdq_config
-from kdq import deploy, files
+from kdq import deploy, files, tasks
 from kdq.config import ConfigError, Experiment
 from kdq.experiment import differences, plan, records
 from kdq.record import ArmRecord
@@ -74,7 +74,7 @@ class Store:
                 raise ConfigError(f"it is of arm {record.arm!r}, seed {record.seed}")
             record.require("kind", "bits", "arm_digest")
             if record.status == "ok":
-                record.require("accuracy")
+                record.require(tasks.build(record.task).primary.name)
         except ConfigError as error:
             where = "" if str(path) in str(error) else f"{path} is no record of this arm: "
             again = "delete it, and the same command makes it again from the arm's checkpoint"

@@ -32,7 +32,7 @@ def test_confusions_and_bins_have_the_accuracy_and_the_ece_of_the_record(run, ar
     workdir, records = run
     found, record = of(workdir, arm), records[arm]
     confusion = np.asarray(found["confusion"])
-    assert np.trace(confusion) / confusion.sum() == pytest.approx(record.accuracy)
+    assert np.trace(confusion) / confusion.sum() == pytest.approx(record.value("accuracy"))
     recall = np.diag(confusion) / confusion.sum(1)
     np.testing.assert_allclose(recall, record.accuracy_by_class)
     bins = {k: np.asarray(v, float) for k, v in found["reliability"].items()}

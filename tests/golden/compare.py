@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kdq.record import ArmRecord
+
 ROOT = Path(__file__).parents[2]
 CACHES = ("memory", "none", "dense", "top_k", "sampled")
 # Records say when, how long and from which commit, too, and are sealed over that.
@@ -80,7 +82,8 @@ def contents(folder: Path) -> dict[str, Any]:
         if path.suffix != ".json":
             files[str(path.relative_to(folder))] = path.stat().st_size
     for path in sorted(folder.glob("*/*/result.json")):
-        files[str(path.relative_to(folder))] = lasting(json.loads(path.read_text()))
+        record = ArmRecord.from_json(json.loads(path.read_text()))  # the other tree may be older
+        files[str(path.relative_to(folder))] = lasting(record.to_json())
     for path in sorted(folder.glob("*/*/metrics.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         files[str(path.relative_to(folder))] = lasting(rows)

@@ -31,7 +31,8 @@ def test_every_kind_of_arm_and_of_teacher_is_there():
 def write(folder, accuracy, seconds, weights):
     place = folder / "kd" / "0"
     place.mkdir(parents=True)
-    record = {"accuracy": accuracy, "exports": {"onnx": {"seconds": seconds, "size_bytes": 3}}}
+    record = {"arm": "kd", "seed": 0, "status": "ok", "accuracy": accuracy}
+    record |= {"exports": {"onnx": {"seconds": seconds, "size_bytes": 3}}}
     (place / "result.json").write_text(json.dumps({**record, "train_seconds": seconds}))
     (place / "model.safetensors").write_bytes(weights)
     return folder
@@ -41,6 +42,6 @@ def test_what_differs_is_named_and_times_are_not(tmp_path):
     before = write(tmp_path / "before", 0.5, 1.0, b"a")
     assert list(compare(before, write(tmp_path / "same", 0.5, 2.0, b"a"))) == []
     lines = list(compare(before, write(tmp_path / "other", 0.25, 1.0, b"b")))
-    assert lines[1] == "kd/0/result.json: accuracy 0.5 -> 0.25"
+    assert lines[1] == "kd/0/result.json: metrics.test.accuracy 0.5 -> 0.25"
     assert lines[0].startswith("kd/0/model.safetensors: ")
     assert len(lines) == 2

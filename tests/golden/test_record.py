@@ -72,7 +72,9 @@ def test_records_are_those_that_are_committed(records):
 
 def test_another_number_or_field_is_noticed(records):
     name = "qad"
-    for change in ({"nll": records[name]["nll"] * 1.05}, {"steps": 1}, {"new": None}):
+    test = records[name]["metrics"]["test"]
+    other = {"metrics": {**records[name]["metrics"], "test": {**test, "nll": test["nll"] * 1.05}}}
+    for change in (other, {"steps": 1}, {"new": None}):
         with pytest.raises(AssertionError):
             check({**records[name], **change}, records[name], name)
 

@@ -52,7 +52,8 @@ class Told(lines.Lines):
 
 
 def ok(arm, seed=0, **fields):
-    return ArmRecord(**{"arm": arm, "seed": seed, "validation_accuracy": 0.975} | fields)
+    metrics = {"validation": {"accuracy": 0.975}}
+    return ArmRecord(**{"arm": arm, "seed": seed, "metrics": metrics} | fields)
 
 
 def test_a_line_where_an_arm_begins_and_one_where_it_ends(told):

@@ -60,7 +60,7 @@ def test_runs_that_differ_in_seeds_are_one_experiment(config, tmp_path, capsys):
     assert all("60.00 ± 14.14" in row for row in rows)
     assert "60.00 ± 14.14" in capsys.readouterr().out
     written = json.loads((tmp_path / "results.json").read_text())
-    assert [(r["run"], r["arm"], r["accuracy"]) for r in written] == [
+    assert [(r["run"], r["arm"], r["metrics"]["test"]["accuracy"]) for r in written] == [
         ("base,seeds=0", "teacher", 0.5),
         ("base,seeds=0", "student", 0.5),
         ("base,seeds=1", "teacher", 0.7),

@@ -10,6 +10,7 @@ from sklearn import metrics as sklearn_metrics
 from kdq.distill import losses
 from kdq.evaluate import metrics
 from kdq.tasks import build
+from kdq.tasks.classification import BRIER, TOP5
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(scale=3, size=(40, 8)).astype(np.float32)
@@ -34,7 +35,7 @@ def test_loss_and_gradient_in_closed_form(smoothing):
 def test_scores_are_those_of_scikit_learn():
     scores = TASK.scores(LOGITS, BATCH)
     p = softmax(LOGITS.astype(np.float64), -1)
-    values = {metric.name: metric.compute(scores) for metric in TASK.metrics}
+    values = {metric.name: metric.compute(scores) for metric in (*TASK.metrics, TOP5, BRIER)}
     assert values == pytest.approx(
         {
             "accuracy": sklearn_metrics.accuracy_score(LABELS, p.argmax(-1)),

@@ -14,7 +14,7 @@ from kdq.report import metric as metrics
 from kdq.report.advisor.rules import INTEGERS, METHODS, REQUIREMENTS
 from kdq.report.advisor.study import Candidate, Study, Values
 from kdq.report.aggregate import Mean, interval_of
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 
 KIB = 1024
 PACKED = "packed"  # kdq's own file
@@ -235,7 +235,7 @@ def merit(candidate: Candidate) -> float:
 
 def by_validation(candidate: Candidate) -> tuple[float, float]:
     """Sorts the best first; between equals the lower negative log-likelihood."""
-    return -merit(candidate), candidate.mean("validation_nll")
+    return -merit(candidate), candidate.mean("nll", "validation")
 
 
 def best(candidates: Sequence[Candidate]) -> Candidate | None:
