@@ -60,15 +60,16 @@ def export(
     Each file is loaded in its own runtime and run on `inputs`. In the manifest: the model's
     "inputs" and "outputs" (see `interface`), and what its "prediction" means; for each format its
     own names for them, its size and SHA-256; `argmax_agreement` and `max_logit_difference` with the
-    simulated model, see `parity.compare_outputs`; for ONNX also `max_code_difference`, of what any integer layer makes, from integer JAX. Of the
-    model: how many codes of layers' inputs differ between the simulation and integer JAX, the bytes
-    of what is loaded, and the most that are alive at once for one example. Files
-    of formats that are not asked for, and their part of the manifest, stay as they are. If they are
-    timed, "latency" has the milliseconds for each batch size and how many times faster that is than
-    the float model in ONNX Runtime, beside it in the same process; "smaller_than_float" is how many
-    times smaller a file is than that model's ONNX file; and the manifest's "recommended" is the
-    format that is fastest with the first of the sizes. A format that fails keeps no other from
-    being written: "failed" has its reason, and the error comes at the end.
+    simulated model, see `parity.compare_outputs`; for ONNX also `max_code_difference`, of what any
+    integer layer makes, from integer JAX. Of the model: how many codes of layers' inputs differ
+    between the simulation and integer JAX, the bytes of what is loaded, and the most that are alive
+    at once for one example. Files of formats that are not asked for, and their part of the
+    manifest, stay as they are. If they are timed, "latency" has the milliseconds for each batch
+    size and how many times faster that is than the float model in ONNX Runtime, beside it in the
+    same process; "smaller_than_float" is how many times smaller a file is than that model's ONNX
+    file; and the manifest's "recommended" is the format that is fastest with the first of the
+    sizes. A format that fails keeps no other from being written: "failed" has its reason, and the
+    error comes at the end.
 
     Args:
       path: the packed file.
