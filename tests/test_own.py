@@ -231,7 +231,7 @@ def test_pixels_are_seen_over_255(tmp_path):
             (Net(8, classes=4),),
             {},
             ConfigError,
-            r"models.teacher has outputs \(1, 4\).*expected \(1, 3",
+            r"models.teacher: task classification: the data has 3 classes, the model 4",
         ),
         ((Net(8), Empty()), {}, ConfigError, "Empty has no layer that can be quantized"),
         ((Net(8),), {"bits": "W9"}, ConfigError, r"config.arms.ptq.bits.*'W9'"),

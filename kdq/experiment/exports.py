@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import deploy, files, lock, models, trust
+from kdq import deploy, files, lock, models, tasks, trust
 from kdq.config import ConfigError, Experiment
 from kdq.deploy.formats.runtime import Runtime
 from kdq.deploy.measure import latency
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.store import CONFIG, PACKED
-from kdq.tasks import Task, build
+from kdq.tasks import Task
 from kdq.types import Array, Batch
 
 FOLDER = "export"
@@ -121,7 +121,8 @@ def export_arm(
         trust.check(model["name"], str(Path(workdir, CONFIG)), allow_models)
         models.build(**model)  # imports it, which reading the file does not
     seeds, inputs, exported = seeds or sorted(packed), Inputs(experiment), {}
-    task = build("classification")
+    task = tasks.build(**experiment.task)
+    task = task.with_facts(inputs.facts(task.target))
     if not seeds or not set(seeds) <= set(packed):
         raise ConfigError(
             f"{workdir} has the seeds {sorted(packed)} of arm {arm!r}, wanted {list(seeds)}"

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from kdq import config as kdq_config
-from kdq import files, quantize, tasks
+from kdq import files, quantize
 from kdq.config import ConfigError, Experiment, Search
 from kdq.experiment import costing, plan, training
 from kdq.experiment.context import Context
@@ -240,14 +240,13 @@ def _make_evaluator(context: Context, search: Search, name: str, seed: int) -> E
         progress=context.progress.method,
     )
     at_once = search.policies_at_once or (1 if jax.default_backend() == "cpu" else 16)
-    task = tasks.build("classification")
     return Evaluator(
         network=model,
-        task=task,
+        task=context.task,
         variables=variables,
         choices=choices,
         bank=quantizers,
-        held=evaluate.hold_out(model, variables, task, batches, teacher),
+        held=evaluate.hold_out(model, variables, context.task, batches, teacher),
         at_once=at_once,
     )
 
@@ -286,6 +285,7 @@ def _finetuning_scorer(
                 name,
                 seed,
                 model=student.evaluator.network.module,
+                task=context.task,
                 inputs=context.inputs,
                 teaching=teaching,
                 steps=search.steps,

@@ -103,4 +103,5 @@ def test_large_maps_become_means_of_blocks():
 
 def test_confusions_leave_out_what_predicts_nothing():
     logits = np.array([[1.0, 0.0], [0.0, 2.0], [np.nan, 0.0]])
-    assert details.confusion(logits, np.array([0, 0, 1])) == [[1, 1], [0, 0]]
+    scores = Classification().scores(logits, {"label": np.array([0, 0, 1])})
+    assert details.confusion(jax.device_get(scores), 2) == [[1, 1], [0, 0]]
