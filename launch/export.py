@@ -23,14 +23,14 @@ cli.define_allow_models()
 
 def main(_: list[str]) -> None:
     from kdq import experiment
-    from kdq.experiment.exports import raise_failures
+    from kdq.experiment.exports import raise_failures, read_task
     from kdq.report import exports
 
     seeds = () if SEED.value is None else (SEED.value,)
     exported = experiment.export(
         WORKDIR.value, ARM.value, formats=FORMAT.value, out=OUT.value, seeds=seeds
     )
-    exports.print_table(exported)
+    exports.print_table(exported, read_task(WORKDIR.value).primary)
     raise_failures(
         {
             f"{name}, seed {seed}": entry["failed"]

@@ -25,6 +25,7 @@ from kdq.quantize.layers import LayerInfo, layer_bits
 from kdq.quantize.network import Weights
 from kdq.quantize.paths import at_path
 from kdq.search import bank, cost
+from kdq.search.objectives import distance
 from kdq.tasks import Task
 from kdq.types import Array, Batch, QParams, Variables
 
@@ -160,7 +161,8 @@ def _sensitivities(
     quantized = sorted({*packed.qparams, *packed.weight_quantizers})
     if not quantized:
         return {}
-    images = validation["image"][: min(EXAMPLES, int(np.sum(validation["mask"])))]
+    count = min(EXAMPLES, int(np.sum(validation["mask"])))
+    examples = tuple(array[:count] for array in task.inputs(validation))
     idle = _idle(packed.qparams)
     rounded, plain = (traverse_util.flatten_dict(t, sep="/") for t in (packed.variables, variables))
 
@@ -169,12 +171,11 @@ def _sensitivities(
         mixed = {name: rounded[name] if is_inside(name) else plain[name] for name in rounded}
         qparams = {**idle, **({path: packed.qparams[path]} if path in idle else {})}
         tree = traverse_util.unflatten_dict(mixed, sep="/")
-        return quantize.predict(packed.network, tree, qparams, images)
+        return quantize.predict(packed.network, tree, qparams, examples)
 
     # All are dispatched before the first is waited for.
     base, *alone = [outputs(path) for path in (None, *quantized)]
-    distance = next(metric for metric in task.fidelity if not metric.higher_is_better)
-    moved = (distance.compute(_divergence(outputs, base, task=task)) for outputs in alone)
+    moved = (distance(task).compute(_divergence(outputs, base, task=task)) for outputs in alone)
     return dict(zip(quantized, moved, strict=True))
 
 

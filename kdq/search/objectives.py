@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdq.tasks import Metric, Task
-from kdq.tasks.base import NOISE, identity, weighted_sum
+from kdq.tasks.base import NOISE, weighted_sum
+from kdq.tasks.metric import identity
 from kdq.types import Array, Batch
 
 # Less is better: the distance from the teacher, the task's loss, the error by its primary metric,

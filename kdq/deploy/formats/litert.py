@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq import files
 from kdq.deploy import extras
 from kdq.deploy.contraction import Conv
 from kdq.deploy.formats import litert_program, rounded
@@ -146,13 +145,6 @@ def _with_types(text: str, types: Sequence[str]) -> str:
         r" : \(tensor<((?:\d+x)*)f32>\) -> .*"
     )
     return re.sub(pattern, write_pair, text)
-
-
-def save_litert(path: str | os.PathLike[str], lowered: IntegerModel, inputs: Batch) -> int:
-    """Writes a .tflite file, atomically; returns its size in bytes. See `to_litert`."""
-    data = to_litert(lowered, inputs)
-    files.write_atomic(path, data)
-    return len(data)
 
 
 def load_litert(model: str | os.PathLike[str] | bytes, *, threads: int | None = None) -> Runtime:
