@@ -18,7 +18,7 @@ from kdq.report.cells import (
     without_count,
 )
 from kdq.report.metric import TRANSFER
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 from kdq.tasks.classification import AGREEMENT, KL
 
 

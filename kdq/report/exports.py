@@ -18,7 +18,7 @@ from kdq.report.cells import (
     standard_output,
     terminal_grid,
 )
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 from kdq.tasks.classification import ACCURACY, AGREEMENT
 
 Entry = Mapping[str, Any]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from kdq.record import ArmRecord
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 from kdq.tasks.classification import ACCURACY
 
 # Measured by some experiments only: name of the field -> (metric, heading of its column).

@@ -18,7 +18,7 @@ from kdq.report.aggregate import (
 )
 from kdq.report.metric import metric_of_records
 from kdq.report.workdirs import Workdir
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 
 Values = Mapping[int, float]  # of a metric by seed, as it is recorded
 

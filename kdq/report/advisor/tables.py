@@ -12,7 +12,7 @@ from kdq.report.advisor.study import Candidate
 from kdq.report.aggregate import interval_of
 from kdq.report.cells import ABSENT, format_energy
 from kdq.report.front import pareto_front
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 
 if TYPE_CHECKING:
     from kdq.report.advisor.advice import Advice

@@ -7,7 +7,7 @@ from kdq.report.advisor.constraints import PACKED, Fit
 from kdq.report.advisor.study import Candidate, Values
 from kdq.report.aggregate import Mean
 from kdq.report.cells import ABSENT, format_bytes, mean_cell, number_cell
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 
 
 def name_width(bits: str) -> str:

@@ -10,7 +10,7 @@ from kdq.report.advisor.words import name_a_few
 from kdq.report.aggregate import Row, distinct, has_one_seed, rows
 from kdq.report.metric import metric_of_records
 from kdq.report.workdirs import Run, Workdir, lacking
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -26,7 +26,7 @@ from kdq.report.page.scales import (
     names_axis,
     start_shapes,
 )
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 
 MOST_CLASSES = 20  # of a map of confusions that can be read
 DIVERGING = ["#3b78c2", "#eeeeee", "#c9542c"]

@@ -24,7 +24,7 @@ from kdq.report.metric import TRANSFER
 from kdq.report.notes import quick_note
 from kdq.report.page.combine import Experiment
 from kdq.report.page.views import width_name
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 from kdq.tasks.classification import AGREEMENT
 
 

@@ -22,7 +22,7 @@ from kdq.report.page.marks import (
     with_tips,
 )
 from kdq.report.page.scales import GRAY, kind_colors, start_shapes
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 from kdq.tasks.classification import ACCURACY
 
 FAR = 4  # times the cost of any other: a teacher that a second chart leaves out
