@@ -10,8 +10,8 @@ from kdq import files
 from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
 from kdq.record import ArmRecord
 from kdq.report.metric import metric_of_records
-from kdq.tasks.metric import Metric
 from kdq.tasks.classification import ACCURACY
+from kdq.tasks.metric import Metric
 
 Records = Sequence[ArmRecord | Mapping[str, Any]]
 

@@ -18,8 +18,8 @@ from kdq.report.cells import (
     without_count,
 )
 from kdq.report.metric import TRANSFER
-from kdq.tasks.metric import Metric
 from kdq.tasks.classification import AGREEMENT, KL
+from kdq.tasks.metric import Metric
 
 
 @dataclasses.dataclass(frozen=True)

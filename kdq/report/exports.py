@@ -18,8 +18,8 @@ from kdq.report.cells import (
     standard_output,
     terminal_grid,
 )
-from kdq.tasks.metric import Metric
 from kdq.tasks.classification import ACCURACY, AGREEMENT
+from kdq.tasks.metric import Metric
 
 Entry = Mapping[str, Any]
 

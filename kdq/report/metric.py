@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from kdq.record import ArmRecord
-from kdq.tasks.metric import Metric
 from kdq.tasks.classification import ACCURACY
+from kdq.tasks.metric import Metric
 
 # Measured by some experiments only: name of the field -> (metric, heading of its column).
 TRANSFER = {

@@ -24,8 +24,8 @@ from kdq.report.metric import TRANSFER
 from kdq.report.notes import quick_note
 from kdq.report.page.combine import Experiment
 from kdq.report.page.views import width_name
-from kdq.tasks.metric import Metric
 from kdq.tasks.classification import AGREEMENT
+from kdq.tasks.metric import Metric
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from kdq.report.page.marks import (
     with_tips,
 )
 from kdq.report.page.scales import GRAY, kind_colors, start_shapes
-from kdq.tasks.metric import Metric
 from kdq.tasks.classification import ACCURACY
+from kdq.tasks.metric import Metric
 
 FAR = 4  # times the cost of any other: a teacher that a second chart leaves out
 
