@@ -1,6 +1,5 @@
 """Measured numbers as the advisor words them."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from kdq.evaluate.statistics import PairedInterval
@@ -35,8 +34,7 @@ def interval(difference: PairedInterval | None, metric: Metric) -> str:
     mean, low, high = map(
         metric.difference_number, (difference.mean, difference.low, difference.high)
     )
-    ends = "" if math.isnan(difference.low) else f" [{low}, {high}]"
-    return f"{mean}{ends}{' (one seed)' if difference.n == 1 else ''}"
+    return f"{mean} (one seed)" if difference.low != difference.low else f"{mean} [{low}, {high}]"
 
 
 def seconds(candidate: Candidate) -> str:
