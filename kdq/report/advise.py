@@ -13,7 +13,6 @@ from kdq.report.advisor.gaps import MOST_SEEDS
 from kdq.report.advisor.rules import QUESTIONS, SEEDS
 from kdq.report.advisor.study import studies
 from kdq.report.workdirs import Workdir
-from kdq.tasks.classification import ACCURACY
 
 
 def advise(sources: Sequence[Workdir], constraints: Constraints) -> Document:
@@ -28,7 +27,7 @@ def advise(sources: Sequence[Workdir], constraints: Constraints) -> Document:
         "advice.txt",
         studies=advices,
         constraints=constraints,
-        metric=advices[0].metric if advices else ACCURACY,
+        metric=advices[0].metric,
         tables=tables,
         words=words,
         questions=QUESTIONS,

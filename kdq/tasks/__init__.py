@@ -6,15 +6,18 @@ with `Task = <the class>`.
 
 import importlib
 import pkgutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdq import fields
 from kdq.fields import ConfigError, unknown
-from kdq.tasks.base import Metric, Task
+from kdq.tasks.metric import Metric
+
+if TYPE_CHECKING:
+    from kdq.tasks.base import Task
 
 __all__ = ["Metric", "Task", "build", "names"]
 
-_NO_TASKS = ("base", "losses")
+_NO_TASKS = ("base", "losses", "metric")
 
 
 def names() -> list[str]:
@@ -22,7 +25,7 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NO_TASKS)
 
 
-def build(name: str, **options: Any) -> Task:
+def build(name: str, **options: Any) -> "Task":
     """Builds the task that `kdq.tasks.<name>` defines.
 
     Args:
@@ -35,3 +38,10 @@ def build(name: str, **options: Any) -> Task:
     if name not in names():
         raise ConfigError(unknown("config.task.name:", name, names()))
     return fields.build(importlib.import_module(f"{__name__}.{name}").Task, options, "config.task")
+
+
+def __getattr__(name: str) -> object:
+    """`kdq.tasks.Task`: metrics, which reports read, are there without its JAX."""
+    if name == "Task":
+        return importlib.import_module(f"{__name__}.base").Task
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,8 @@ import numpy as np
 
 from kdq import entropy
 from kdq.tasks import base
-from kdq.tasks.base import Metric, Scalar
+from kdq.tasks.base import Scalar
+from kdq.tasks.metric import Metric
 from kdq.types import Array, Batch
 
 ACCURACY = Metric(name="accuracy", scores=("correct",), unit="%")

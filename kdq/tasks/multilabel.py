@@ -13,7 +13,8 @@ from kdq import entropy
 from kdq.fields import Limits
 from kdq.schema import COLD, HOT
 from kdq.tasks import base, classification
-from kdq.tasks.base import Metric, Scalar, ScoreArrays
+from kdq.tasks.base import Scalar
+from kdq.tasks.metric import Metric, ScoreArrays
 from kdq.types import Array, Batch
 
 

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 
 from kdq.fields import LARGEST, Limits, field
 from kdq.tasks import base
-from kdq.tasks.base import Metric, Scalar
+from kdq.tasks.base import Scalar
+from kdq.tasks.metric import Metric
 from kdq.types import Array, Batch
 
 

@@ -11,7 +11,7 @@ from kdq.report.advise import advise
 from kdq.report.advisor import study
 from kdq.report.advisor.constraints import Constraints
 from kdq.report.page import combine, publish, tradeoff
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 
 RMSE = Metric(
     name="rmse",

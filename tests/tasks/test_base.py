@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdq.tasks import base
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 
 ACCURACY = Metric(name="accuracy", scores=("correct",), unit="%")
 RMSE = Metric(

@@ -21,7 +21,7 @@ from kdq.report.advisor.constraints import (
 from kdq.report.advisor.rules import METHODS, RULES, SEEDS, Rule
 from kdq.report.advisor.study import Candidate, Study, Values
 from kdq.report.advisor.tables import relax
-from kdq.report.aggregate import interval_of
+from kdq.report.aggregate import compare_on_test
 from kdq.report.workdirs import Workdir
 
 
@@ -38,7 +38,7 @@ class Width:
         """The difference of the chosen to the other on test."""
         if self.other is None:
             return None
-        return interval_of(self.chosen.test, self.other.test, self.chosen.metric)
+        return compare_on_test(self.chosen, self.other)[0]
 
     @property
     def doubtful(self) -> bool:
@@ -114,7 +114,7 @@ class Advice:
         self.tied = [f.candidate for f in self.groups[0][1:]]
         teacher, self.drop_on_test = self.study.teacher(arm.source), None
         if teacher is not None:
-            self.drop_on_test = interval_of(arm.test, teacher.test, self.metric)
+            self.drop_on_test, _ = compare_on_test(arm, teacher)
         limits, sign = self.constraints, 1 if self.metric.higher_is_better else -1
         holds = []
         if limits.min_accuracy is not None:

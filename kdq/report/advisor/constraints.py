@@ -14,7 +14,7 @@ from kdq.report import metric as metrics
 from kdq.report.advisor.rules import INTEGERS, METHODS, REQUIREMENTS
 from kdq.report.advisor.study import Candidate, Study, Values
 from kdq.report.aggregate import Mean, interval_of
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 
 KIB = 1024
 PACKED = "packed"  # kdq's own file

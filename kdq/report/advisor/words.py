@@ -1,5 +1,6 @@
 """Measured numbers as the advisor words them."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from kdq.evaluate.statistics import PairedInterval
@@ -7,7 +8,7 @@ from kdq.report.advisor.constraints import PACKED, Fit
 from kdq.report.advisor.study import Candidate, Values
 from kdq.report.aggregate import Mean
 from kdq.report.cells import ABSENT, format_bytes, mean_cell, number_cell
-from kdq.tasks.base import Metric
+from kdq.tasks.metric import Metric
 
 
 def name_width(bits: str) -> str:
@@ -34,7 +35,8 @@ def interval(difference: PairedInterval | None, metric: Metric) -> str:
     mean, low, high = map(
         metric.difference_number, (difference.mean, difference.low, difference.high)
     )
-    return f"{mean} (one seed)" if difference.low != difference.low else f"{mean} [{low}, {high}]"
+    ends = "" if math.isnan(difference.low) else f" [{low}, {high}]"
+    return f"{mean}{ends}{' (one seed)' if difference.n == 1 else ''}"
 
 
 def seconds(candidate: Candidate) -> str:

@@ -227,14 +227,15 @@ def _training_charts(experiment: Experiment) -> list[Chart]:
 
 def _fidelity_charts(experiment: Experiment, points: Sequence[Point]) -> list[Chart]:
     points = [
-        p for p in points if None not in (p["agreement"], p["score"]) and p["kind"] != "teacher"
+        p for p in points if None not in (p["fidelity"], p["score"]) and p["kind"] != "teacher"
     ]
     if not points:
         return []
-    metric = experiment.metric
-    title = f"Agreement with the teacher against {metrics.named(metric)}"
-    spec = specs.fidelity(points, metric)
-    return [Chart(name=f"agreement_vs_{metric.name}", title=title, specs=(spec,))]
+    metric, nearness = experiment.metric, metrics.fidelity_metrics(experiment.task)[0]
+    likeness = metrics.likeness(nearness).partition(",")[0]
+    title = f"{likeness[:1].upper()}{likeness[1:]} against {metrics.named(metric)}"
+    spec = specs.fidelity(points, metric, nearness)
+    return [Chart(name=f"{nearness.name}_vs_{metric.name}", title=title, specs=(spec,))]
 
 
 def _reliability_charts(details: views.Details) -> list[Chart]:
@@ -311,7 +312,7 @@ def _missing(charts: Mapping[str, Sequence[Chart]], experiment: Experiment) -> d
     name = metrics.named(experiment.metric)
     texts = {
         "training": "No metrics.jsonl of a trained arm is there.",
-        "fidelity": "No arm has a measured agreement: the teacher failed, or is not there.",
+        "fidelity": "No arm was compared with the teacher, which failed or is not there.",
         "fronts": f"No arm has {'an' if name[0] in 'aeiouRM' else 'a'} {name} and a cost.",
         "layers": f"No quantized arm has details by layer. {OLD_RUN_NOTE} {again}",
         **dict.fromkeys(("calibration", "confusions"), detail),
