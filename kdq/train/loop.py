@@ -15,8 +15,8 @@ from kdq import processes, quantize
 from kdq.data import iterate
 from kdq.quantize.network import Weights
 from kdq.stopwatch import Stopwatch
+from kdq.tasks import Metric
 from kdq.tasks.base import improves
-from kdq.tasks.metric import Metric
 from kdq.train import together
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError, first_nonfinite

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from kdq import config, deploy, experiment
 from kdq.experiment import details
 from kdq.quantize import grid
+from kdq.tasks.classification import Classification
 
 ARMS = ("teacher", "student", "ptq")
 
