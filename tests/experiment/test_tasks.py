@@ -11,7 +11,7 @@ from kdq.arms import recipe
 from kdq.evaluate.run import Scores
 from kdq.experiment.context import Context
 
-BASE = {"epochs": 1.0, "learning_rate": 1e-2}
+BASE = {"epochs": 1.5, "learning_rate": 5e-3}
 STUDENT = {**BASE, "model": "student"}
 MODELS = {
     "diabetes": {"name": "mlp", "num_classes": 1},
@@ -46,8 +46,8 @@ def make(task, /, **changed):
         "task": {"name": task},
         "data": {"name": name, "batch_size": 32, "eval_batch_size": 128, **PIXELS[name]},
         "models": {
-            "teacher": {**MODELS[name], "widths": (16, 16)},
-            "student": {**MODELS[name], "widths": (6, 6)},
+            "teacher": {**MODELS[name], "widths": (32, 32)},
+            "student": {**MODELS[name], "widths": (16, 16)},
         },
         "quantize": {"keep": ("dense_0",), "calibration_examples": 128},
         "distill": {
