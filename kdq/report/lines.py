@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from kdq import experiment
-from kdq.report.aggregate import number
 from kdq.report import metric as metrics
+from kdq.report.aggregate import number
 
 EVERY = 20.0  # s between two lines of one arm
 LEAST = 3  # arms that must have ended before the time left is estimated, of fewer half

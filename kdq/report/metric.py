@@ -50,7 +50,6 @@ DEFINITIONS = {
     "macro_f1": "the mean over labels of each one's F1; micro F1 is of all labels together",
     "mean_average_precision": "the mean over labels of the average precision, which no threshold "
     "enters",
-    "nll": "negative log-likelihood",
 }
 
 

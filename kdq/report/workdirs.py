@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from kdq import files
 from kdq.fields import ConfigError
 from kdq.record import ArmRecord, has_arms
-from kdq.report.aggregate import number
 from kdq.report import metric as metrics
+from kdq.report.aggregate import number
 
 if TYPE_CHECKING:
     from kdq.evaluate.run import Scores
