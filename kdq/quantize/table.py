@@ -14,7 +14,7 @@ def aligned(rows: Sequence[Sequence[str]], *, numbers: int) -> list[str]:
         table.add_column(justify="right" if i >= count - numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))  # not markup: "stack[0]" is a path
-    console = Console(width=10_000, color_system=None)
+    console = Console(width=10_000, color_system=None, force_jupyter=False)
     with console.capture() as capture:
         console.print(table)
     return [line.rstrip() for line in capture.get().splitlines()]

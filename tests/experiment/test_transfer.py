@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from kdq import quantize
+from kdq import files, quantize
 from kdq.distill import capture
 from kdq.evaluate import attribution, boundary, cka
-from kdq.experiment import measure
 from kdq.experiment.transfer import Comparison, Network
 from kdq.schema import Transfer
 
@@ -120,5 +119,5 @@ def test_a_teacher_of_one_class_has_no_path():
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), -float("inf")])
 def test_a_measure_that_is_no_number_is_none_in_a_record(value):
     """The loss on a class that a model rules out is infinite, which JSON can't say."""
-    assert measure._number(value) is None
-    assert measure._number(np.float64(0.5)) == 0.5
+    assert files.plain({"nll": value}) == {"nll": None}
+    assert files.plain({"nll": np.float64(0.5)}) == {"nll": 0.5}

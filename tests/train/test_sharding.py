@@ -74,7 +74,7 @@ def test_one_device_is_the_default_and_changes_nothing():
     ("given", "message"),
     [
         ({"data": 1000}, "data=1000.*there are"),
-        ({"data": 0}, "want sizes of at least 1"),
+        ({"data": 0}, "expected sizes of at least 1"),
         ({"data": -1, "fsdp": -1}, "or one -1"),
         ({"rules": ({"path": "head", "axes": (None, "model")},)}, "unknown axes.*'model'.*tensor"),
     ],

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import vl_convert
+from PIL import Image
 
 from kdq.report.page.labels import WIDE
 from kdq.report.page.marks import NARROW_LABELS, SCHEMA, Spec
@@ -57,7 +59,11 @@ class Picture:
     columns: int = 4
 
     def _repr_png_(self) -> bytes:
-        return pictures(self.specs, self.title, self.columns)[0]
+        png = pictures(self.specs, self.title, self.columns)[0]
+        # A chart has few colors: with a palette a notebook is a tenth as large.
+        few, file = Image.open(io.BytesIO(png)).convert("RGB").quantize(128), io.BytesIO()
+        few.save(file, "PNG", optimize=True)
+        return file.getvalue()
 
     def __repr__(self) -> str:
         return f"Picture of {len(self.specs)} charts"
