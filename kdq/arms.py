@@ -13,8 +13,29 @@ TRAINED = ("W4A4", "W3A3", "W2A2")
 
 def kl(alpha: float, temperature: float) -> dict[str, Any]:
     """The recipe `(1 - alpha) CE + alpha T² KL(teacher ‖ student)` for `config.distill`."""
-    term = {"loss": "kl", "weight": alpha, "temperature": temperature}
-    return {"task": 1 - alpha, "terms": {"kl": term}}
+    return recipe("kl", alpha, temperature=temperature)
+
+
+def recipe(loss: str, alpha: float, **options: Any) -> dict[str, Any]:
+    """The recipe `(1 - alpha) task's loss + alpha loss` for `config.distill`.
+
+    Args:
+      loss: a key of METHODS on logits, or of the task's own losses on outputs: "bernoulli_kl" of
+        multilabel, "squared_error" and "teacher_bounded" of regression.
+      alpha: its weight, in [0, 1].
+      **options: of the loss.
+    """
+    return {"task": 1 - alpha, "terms": {loss: {"loss": loss, "weight": alpha, **options}}}
+
+
+def natural_recipe(task: str, alpha: float, temperature: float) -> dict[str, Any]:
+    """The recipe by which a teacher is followed where nothing else is said.
+
+    KL of classes or of labels at a temperature; squared error of real targets, which have none.
+    """
+    if task == "regression":
+        return recipe("squared_error", alpha)
+    return recipe({"multilabel": "bernoulli_kl"}.get(task, "kl"), alpha, temperature=temperature)
 
 
 def compression_arms(

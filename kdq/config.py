@@ -151,6 +151,8 @@ def _teacher(name: str, fields: Any) -> TeacherConfig:
 
 def _check(experiment: Experiment) -> None:
     """Raises ConfigError for fields that do not fit each other; each by itself `build` has seen."""
+    if not isinstance(experiment.task.get("name"), str):
+        raise ConfigError("config.task.name is missing: a module of kdq.tasks")
     for name, model in experiment.models.items():
         if "name" not in model:
             raise ConfigError(f"config.models.{name}.name is missing: a module of kdq.models")

@@ -11,7 +11,7 @@ import pytest
 from absl import logging
 
 import kdq
-from kdq import deploy, quantize
+from kdq import deploy, quantize, tasks
 from kdq.config import ConfigError
 from kdq.data import DataError
 
@@ -194,6 +194,24 @@ def test_a_teacher_of_ones_own_is_kept_as_it_is_and_quantized(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("task", "outputs"), [("regression", 1), ("multilabel", 3)])
+def test_other_tasks_are_compressed_alike(tmp_path, task, outputs):
+    one_hot = lambda y: np.eye(3, dtype=np.float32)[y]
+    labels = one_hot if task == "multilabel" else lambda y: 10.0 + y
+    splits = {name: (x, labels(y)) for name, (x, y) in DATA.items()}
+    models = (Net(16, classes=outputs), Net(8, classes=outputs))
+    records = kdq.compress(*models, **splits, workdir=tmp_path, task=task, **QUICK)
+    metric = tasks.build(task).primary
+    for record in records:
+        assert (record.status, record.task) == ("ok", task)
+        assert record.metrics["test"].keys() >= {metric.name}
+    (recipe,) = json.loads((tmp_path / "config.json").read_text())["distill"].values()
+    assert [*recipe["terms"]] == [{"regression": "squared_error"}.get(task, "bernoulli_kl")]
+    with pytest.raises(ConfigError, match="expected integer labels"):
+        kdq.compress(*models, **splits, workdir=tmp_path / "other", **QUICK)
+
+
+@pytest.mark.slow
 def test_noise_is_warned_of_with_what_to_try(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
@@ -231,7 +249,7 @@ def test_pixels_are_seen_over_255(tmp_path):
             (Net(8, classes=4),),
             {},
             ConfigError,
-            r"models.teacher has outputs \(1, 4\).*expected \(1, 3",
+            r"models.teacher: task classification: the data has 3 classes, the model 4",
         ),
         ((Net(8), Empty()), {}, ConfigError, "Empty has no layer that can be quantized"),
         ((Net(8),), {"bits": "W9"}, ConfigError, r"config.arms.ptq.bits.*'W9'"),

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kdq.distill import adapters, features, losses, options, sparse
+from kdq.tasks.base import Task
 from kdq.types import Array, Batch
 
 Shape = tuple[int, ...]
@@ -91,6 +92,28 @@ class OnLogits:
         arrays = [*inputs.student, *(inputs.teacher if self.needs_logits else ())]
         arrays += [inputs.batch[name] for name in self.extra]
         return self.loss(*arrays, mask=inputs.weights, **options), memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnOutputs:
+    """A loss of the task's own, on student's and teacher's outputs and the batch."""
+
+    task: Task
+    name: str  # a key of `task.distillation`
+    layers: int = 0
+    reads: tuple[str, ...] = ("teacher_logits",)
+    adapter: str = ""
+
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        return options_of(self.task.distillation[self.name], 3)
+
+    def init(self, key, student, teacher, **context):
+        return {}, {}
+
+    def __call__(self, params, memory, inputs, key, options):
+        loss = self.task.distillation[self.name]
+        values = loss(*inputs.student, *inputs.teacher, inputs.batch, **options)
+        return inputs.weights * jnp.where(inputs.weights > 0, values, 0), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,3 +286,13 @@ METHODS: dict[str, Method] = {
     "attention_relation": Relation(loss=features.attention_relation),
     "hidden_states": Tokens(loss=features.hidden_states, adapter="fit"),
 }
+
+
+def list_methods(task: Task) -> dict[str, Method]:
+    """Returns the methods that a task's terms may use, by name.
+
+    Those of METHODS, without those on logits where outputs are no logits of classes, and the losses
+    of the task's own.
+    """
+    shared = {name: m for name, m in METHODS.items() if m.layers or task.categorical}
+    return shared | {name: OnOutputs(task=task, name=name) for name in task.distillation}

@@ -12,14 +12,17 @@ import numpy as np
 
 from kdq.distill import adapters, schedule
 from kdq.distill.capture import Outputs
-from kdq.distill.methods import METHODS, LossInputs, Method
+from kdq.distill.methods import LossInputs, Method, list_methods
 from kdq.distill.schedule import Schedule
 from kdq.fields import LARGEST, ConfigError, Limits, limits_of_parameter, unknown
 from kdq.schema import HEAVIEST
+from kdq.tasks.base import Task
+from kdq.tasks.classification import Classification
 from kdq.types import Array, Batch
 
 _WEIGHT = Limits(at_least=0, at_most=HEAVIEST)
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # by layer path
+CLASSIFICATION = Classification()
 
 
 class Term(flax.struct.PyTreeNode):
@@ -31,17 +34,18 @@ class Term(flax.struct.PyTreeNode):
     weight: Schedule
     options: dict[str, Array]  # numbers: a temperature
     name: str = flax.struct.field(pytree_node=False)  # its key in the config and in the metrics
-    loss: str = flax.struct.field(pytree_node=False)  # a key of METHODS
+    loss: str = flax.struct.field(pytree_node=False)  # a key of `list_methods(task)`
     student: tuple[str, ...] = flax.struct.field(pytree_node=False)  # layer paths
     teacher: tuple[str, ...] = flax.struct.field(pytree_node=False)
     adapter: str = flax.struct.field(pytree_node=False)
     pool: bool = flax.struct.field(pytree_node=False)  # compare means over positions, not maps
     # Options that shape the computation, such as a chunk size.
     fixed: tuple[tuple[str, Any], ...] = flax.struct.field(pytree_node=False)
+    task: Task = flax.struct.field(default=CLASSIFICATION, pytree_node=False)
 
     @property
     def method(self) -> Method:
-        return METHODS[self.loss]
+        return list_methods(self.task)[self.loss]
 
     def init(
         self, key: Array, student: Shapes, teacher: Shapes, num_examples: int
@@ -126,21 +130,23 @@ class Term(flax.struct.PyTreeNode):
         return (shape[0], shape[-1]) if self.pool else shape
 
 
-def build(name: str, config: Mapping[str, Any], where: str) -> Term:
+def build(name: str, config: Mapping[str, Any], where: str, task: Task = CLASSIFICATION) -> Term:
     """Builds a term from its entry in a config.
 
-    The entry has "loss", a key of METHODS; "weight", a number or a schedule (`schedule.build`); for
-    the losses on features "student" and "teacher", layer paths, "adapter", and "pool" (false: maps
-    and tokens are compared as they are); and what else the loss takes.
+    The entry has "loss", a key of `list_methods(task)`; "weight", a number or a schedule
+    (`schedule.build`); for the losses on features "student" and "teacher", layer paths, "adapter",
+    and "pool" (false: maps and tokens are compared as they are); and what else the loss takes.
 
     Raises:
       ConfigError: an unknown loss or option, a missing one, a value of the wrong type.
     """
     fields = dict(config)
     loss = fields.pop("loss", None)
-    if loss not in METHODS:
-        raise ConfigError(unknown(f"{where}.loss:", loss, METHODS))
-    method = METHODS[loss]
+    methods = list_methods(task)
+    if loss not in methods:
+        of_task = "" if task == CLASSIFICATION else f" of task {task.name!r}"
+        raise ConfigError(unknown(f"{where}.loss{of_task}:", loss, methods))
+    method = methods[loss]
     weight = schedule.build(fields.pop("weight", 1.0), f"{where}.weight", _WEIGHT)
     layers = {
         role: _paths(fields.pop(role, ()), method.layers, f"{where}.{role}", loss)
@@ -164,6 +170,7 @@ def build(name: str, config: Mapping[str, Any], where: str) -> Term:
         adapter=adapter,
         pool=pool,
         fixed=fixed,
+        task=task,
     )
 
 

@@ -1,6 +1,7 @@
 """Scores of a classifier's logits, computed on the host in float64; batches of arrays."""
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -9,10 +10,7 @@ from numpy.typing import ArrayLike
 from scipy.special import log_softmax, softmax
 
 from kdq.train.sharding import whole
-from kdq.types import Array, Batch, Variables
-
-# variables, images [batch, height, width, channels] -> logits [batch, classes]; the caller jits it.
-ImageApply = Callable[[Variables, Array], Array]
+from kdq.types import Array, Batch
 
 
 def nll(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
@@ -180,37 +178,25 @@ def score(
     }
 
 
-def evaluate(apply: ImageApply, variables: Variables, batches: Iterable[Batch]) -> dict[str, float]:
-    """Means over all examples that no mask hides: "accuracy" in [0, 1] and "nll" in nats.
+def predict(outputs: Callable[[Batch], Array], batches: Iterable[Batch]) -> np.ndarray:
+    """Computes outputs of every example that no mask hides, in order: [examples, ...] float32.
 
     Args:
-      apply: `(variables, images) -> logits`, jitted by the caller.
-      variables: the model's variables.
+      outputs: of a batch, compiled by the caller.
       batches: evaluation batches.
-
-    Raises:
-      ValueError: no example.
-    """
-    sums, examples = {"accuracy": 0.0, "nll": 0.0}, 0
-    for logits, labels in _outputs(apply, variables, batches):
-        sums["accuracy"] += float(correct(logits, labels).sum())
-        sums["nll"] += float(nll(logits, labels).sum())
-        examples += len(logits)
-    if examples == 0:
-        raise ValueError("evaluate: the batches hold no example that is not masked")
-    return {name: total / examples for name, total in sums.items()}
-
-
-def predict(apply: ImageApply, variables: Variables, batches: Iterable[Batch]) -> np.ndarray:
-    """Logits of every example that no mask hides, in order: [examples, classes] float32.
 
     Raises:
       ValueError: no batches.
     """
-    logits = [logits for logits, _ in _outputs(apply, variables, batches)]
-    if not logits:
+    computed, previous = [], None
+    for batch in itertools.chain(batches, [None]):
+        current = None if batch is None else (outputs(batch), batch)
+        if previous is not None:  # one batch behind the device
+            computed.append(_unmasked(*previous))
+        previous = current
+    if not computed:
         raise ValueError("predict: there are no batches")
-    return np.concatenate(logits)
+    return np.concatenate(computed)
 
 
 def class_labels(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
@@ -271,26 +257,9 @@ def in_batches(fn: Callable[..., Any], *arrays: np.ndarray, batch_size: int) -> 
     return jax.tree.map(lambda *p: np.concatenate(p), *parts)
 
 
-def _outputs(
-    apply: ImageApply, variables: Variables, batches: Iterable[Batch]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (logits, labels) of the unmasked examples, one batch behind the device."""
-    previous = None
-    for batch in batches:
-        logits = apply(variables, batch["image"])
-        if previous is not None:
-            yield _unmasked(*previous)
-        previous = logits, batch
-    if previous is not None:
-        yield _unmasked(*previous)
-
-
-def _unmasked(logits: Array, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    logits, labels = np.asarray(whole(logits), np.float32), np.asarray(batch["label"])
-    if "mask" not in batch:
-        return logits, labels
-    rows = np.asarray(batch["mask"]) > 0
-    return logits[rows], labels[rows]
+def _unmasked(outputs: Array, batch: Batch) -> np.ndarray:
+    outputs = np.asarray(whole(outputs), np.float32)
+    return outputs[np.asarray(batch["mask"]) > 0] if "mask" in batch else outputs
 
 
 def _log_softmax(logits: ArrayLike) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 
 from kdq import config as kdq_config
 from kdq import processes, quantize
+from kdq.evaluate.run import Reference, Scores, evaluate, outputs_of
 from kdq.experiment import exports, initial, measure, searching, training, transfer
 from kdq.experiment.context import Context
 from kdq.experiment.quantized import quantized
@@ -123,9 +125,12 @@ class ArmRun:
             self.seed,
             self.weights,
             model=model,
+            task=context.task,
             inputs=context.inputs,
             teaching=processes.in_turn(lambda: context.teachers.teaching(self.name, self.seed)),
-            validate=lambda weights: measure.evaluate(model, weights, context.validation),
+            validate=functools.partial(
+                measure.evaluate, model, task=context.task, batches=context.validation
+            ),
             layout=context.layout,
         )
 
@@ -133,7 +138,9 @@ class ArmRun:
         """Returns what an arm ends with that does not train."""
         self.context.progress.arm(self.name, [self.seed], 0)
         model, validation = self.context.model(self.arm), self.context.inputs.validation
-        metrics = processes.first(lambda: measure.evaluate(model, self.weights, validation))
+        metrics = processes.first(
+            lambda: measure.evaluate(model, self.weights, self.context.task, validation)
+        )
         selected = Selection(weights=self.weights, step=0, metrics=metrics)
         return Fit(
             last=self.weights, last_step=0, selected=selected, seconds=0.0, compile_seconds=0.0
@@ -177,12 +184,19 @@ class ArmRun:
         context, inputs = self.context, self.context.inputs
         model, weights = context.model(self.arm), fit.selected.weights
         compared = context.has_teacher(self.name, self.seed)
-        teacher_logits = None
+        teacher = teacher_scores = None
         if compared or self.name == self.experiment.teacher:
-            teacher_logits = context.teachers.logits(self.experiment.teacher, self.seed, "test")
+            teacher, teacher_scores = self._teacher()
         path = context.store.folder(self.name, self.seed) / PACKED
         fields = measure.measure(
-            fit, self.weights, model, inputs, path, teacher_logits=teacher_logits
+            fit,
+            self.weights,
+            model,
+            inputs,
+            path,
+            task=context.task,
+            teacher=teacher,
+            teacher_scores=teacher_scores,
         )
         if compared and self.experiment.transfer.examples:
             student = transfer.Network(
@@ -191,9 +205,22 @@ class ArmRun:
             fields |= self._comparison().measure(student)
         if self.arm.without_classes:
             fields |= measure.corrected(
-                model, weights, inputs.validation, inputs.test, self.arm.without_classes
+                model, weights, context.task, inputs, self.arm.without_classes
             )
         return fields
+
+    def _teacher(self) -> tuple[Reference, Scores]:
+        """Returns the teacher's outputs for a batch, and its own scores on the test split."""
+        context, name = self.context, self.experiment.teacher
+        weights = Weights(variables=context.store.weights(name, self.seed), qparams={})
+        model, task = context.model(name), context.task
+
+        def make() -> Scores:
+            return evaluate(model, weights, task, context.inputs.test)
+
+        most = self.experiment.seeds_at_once
+        scores = context.once("teacher's scores", self.seed, make, most)
+        return outputs_of(model, weights, task), scores
 
     def _comparison(self) -> transfer.Comparison:
         """Returns what is measured of the teacher once for all arms of a seed."""
@@ -207,7 +234,7 @@ class ArmRun:
                 model=context.model(teacher),
             )
             images = context.inputs.split("test", config.examples)[0]["image"]
-            return transfer.Comparison(network, images, config)
+            return transfer.Comparison(network, images, config, context.task.probes)
 
         # All arms of seeds that go together run before those of the next.
         most = self.experiment.seeds_at_once

@@ -51,15 +51,10 @@ def check(context: Context, arms: Sequence[str]) -> None:
             f"{experiment.data.name} has {spec.dtype} {spec.shape}"
         )
     _check_data(experiment.data, inputs)
-    classes = len(inputs.splits["train"].facts["class_names"])
+    _check_task(context)
     for key, fields in experiment.models.items():
-        if fields.get("num_classes", classes) != classes:
-            raise ConfigError(
-                f"config.models.{key}.num_classes={fields['num_classes']}, but "
-                f"{experiment.data.name} has {classes} classes"
-            )
         _check_size(models[key], inputs.image, f"config.models.{key}")
-        _check_outputs(models[key], inputs.image, classes, f"config.models.{key}")
+        _check_outputs(context, models[key], f"config.models.{key}")
         _warn_of_script(fields["name"], f"config.models.{key}")
     _check_compute(context)
     for name in experiment.arms:
@@ -72,7 +67,7 @@ def check(context: Context, arms: Sequence[str]) -> None:
             raise ConfigError(unknown(f"{where}.method:", recipe.method, qat.METHODS))
         regime.build(recipe, 1, where)
     for key, recipe in experiment.distill.items():  # those of no arm too
-        objective.build(vars(recipe), 1, f"config.distill.{key}")
+        objective.build(vars(recipe), 1, f"config.distill.{key}", context.task)
     for key in experiment.rules:
         rules_of_entries(experiment.rules[key], OBSERVERS["mse"], f"config.rules.{key}")
     for key in {arm.model for arm in experiment.arms.values() if arm.bits}:
@@ -94,7 +89,17 @@ def check(context: Context, arms: Sequence[str]) -> None:
 def _check_arm(context: Context, name: str) -> None:
     experiment, inputs = context.experiment, context.inputs
     arm, where = experiment.arms[name], f"config.arms.{name}"
-    classes = len(inputs.splits["train"].facts["class_names"])
+    classes = inputs.classes
+    if arm.without_classes and not context.task.categorical:
+        raise ConfigError(
+            f"{where}.without_classes={arm.without_classes}: task {context.task.name!r} has no "
+            "classes to leave out; expected ()"
+        )
+    if arm.label_smoothing and "label_smoothing" not in context.task.loss_options:
+        raise ConfigError(
+            f"{where}.label_smoothing={arm.label_smoothing}: the loss of task "
+            f"{context.task.name!r} has none; expected 0"
+        )
     if not set(arm.without_classes) <= set(range(classes)):
         raise ConfigError(
             f"{where}.without_classes={arm.without_classes}: "
@@ -143,11 +148,6 @@ def _check_data(config: Data, inputs: Inputs) -> None:
                 "could be trusted"
             )
     train = inputs.splits["train"]
-    if (classes := len(train.facts["class_names"])) < 2:
-        raise ConfigError(
-            f"config.data.name={config.name!r} has {classes} class: expected two or "
-            "more, since every loss of one class is 0"
-        )
     for field in ("mean", "std"):
         values, channels = np.shape(getattr(config, field)), train.spec["image"].shape[-1:]
         if values not in ((), (1,), channels):
@@ -155,6 +155,49 @@ def _check_data(config: Data, inputs: Inputs) -> None:
                 f"config.data.{field}={getattr(config, field)}: expected a number, or one for each "
                 f"of the {channels[0]} channels of {config.name}"
             )
+
+
+def _check_task(context: Context) -> None:
+    """Raises ConfigError for labels of another task, and for what only classifiers have."""
+    experiment, task, inputs = context.experiment, context.task, context.inputs
+    for key in (*task.keys, task.target):
+        if key not in (spec := inputs.splits["train"].spec):
+            raise ConfigError(
+                unknown(f"array of {experiment.data.name} in config.task:", key, spec)
+            )
+    if task.categorical and inputs.classes == 1:
+        raise ConfigError(
+            f"config.data.name={experiment.data.name!r} has 1 class: expected two or more, since "
+            "every loss of one class is 0"
+        )
+    facts = inputs.facts(task.target)
+    for name, source in inputs.splits.items():
+        # Labels of classes are not read: a source has checked its own, and they may be many.
+        labels = source.read(np.arange(1))[task.target]
+        if np.issubdtype(labels.dtype, np.floating):
+            labels = inputs.read_labels(name, task.target)
+        try:
+            task.check({task.target: labels}, facts)
+        except ConfigError as error:
+            split = getattr(experiment.data, name)
+            raise ConfigError(f"{experiment.data.name} {split}: {error}") from error
+    if task.categorical:
+        return
+    if experiment.cache.kind in ("top_k", "sampled"):
+        raise ConfigError(
+            f"config.cache.kind={experiment.cache.kind!r}: task {task.name!r} has no classes to "
+            "choose from; expected none, memory or dense"
+        )
+    for key, teacher in experiment.teachers.items():
+        for field, value, expected in (
+            ("average", "probability", "logit"),
+            ("within_class", True, False),
+        ):
+            if getattr(teacher, field, None) == value:
+                raise ConfigError(
+                    f"config.teachers.{key}.{field}={value!r}: task {task.name!r} has no classes; "
+                    f"expected {expected!r}"
+                )
 
 
 def _check_compute(context: Context) -> None:
@@ -206,18 +249,24 @@ def _check_size(model: nn.Module, image: jax.ShapeDtypeStruct, where: str) -> No
         )
 
 
-def _check_outputs(model: nn.Module, image: jax.ShapeDtypeStruct, classes: int, where: str) -> None:
+def _check_outputs(context: Context, model: nn.Module, where: str) -> None:
     """Raises ConfigError for a model that can't take the data, or has other outputs."""
+    image, task = context.inputs.image, context.task
     try:
         apply = functools.partial(quantize.apply, model)
-        logits = jax.eval_shape(apply, _shapes(model, image), {}, image)
+        outputs = jax.eval_shape(apply, _shapes(model, image), {}, image)
     except Exception as error:  # whatever a module of anybody's raises
         raise ConfigError(
             f"{where} can't take inputs {image.shape}: {type(error).__name__}: {error}"
         ) from error
-    if getattr(logits, "shape", None) != (1, classes):
-        shape = getattr(logits, "shape", type(logits).__name__)
-        raise ConfigError(f"{where} has outputs {shape} for one input; expected {(1, classes)}")
+    if not hasattr(outputs, "shape"):
+        kind = type(outputs).__name__
+        raise ConfigError(f"{where} has outputs {kind} for one input; expected an array")
+    labels = context.inputs.splits["train"].read(np.arange(1))[task.target]
+    try:
+        task.check({task.target: labels}, context.inputs.facts(task.target), outputs)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def layers(model: nn.Module, variables: Variables, image: jax.ShapeDtypeStruct) -> Shapes:
@@ -261,7 +310,7 @@ def _check_rules(
 def _check_taught(context: Context, name: str) -> None:
     experiment, inputs, teachers = context.experiment, context.inputs, context.teachers
     arm, where = experiment.arms[name], f"config.arms.{name}"
-    aim = objective.arm_objective(experiment, name, steps=1)
+    aim = objective.arm_objective(experiment, name, steps=1, task=context.task)
     module = teachers.module(name)
     if aim.teacher_layers and module is None:
         raise ConfigError(
@@ -277,7 +326,7 @@ def _check_taught(context: Context, name: str) -> None:
         )
     except ConfigError as error:
         raise ConfigError(f"config.distill.{arm.distill}, arm {name!r}: {error}") from error
-    offered = {"label", *teachers.offers(name)}
+    offered = {context.task.target, *teachers.offers(name)}
     for term in aim.terms:
         missing = set(term.method.reads) - offered
         if missing:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import models, provenance
+from kdq import models, provenance, tasks
 from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment import plan
 from kdq.experiment.inputs import Inputs
@@ -18,6 +18,7 @@ from kdq.experiment.quantized import OBSERVERS
 from kdq.experiment.store import Store
 from kdq.experiment.teaching import Teachers
 from kdq.record import ArmRecord
+from kdq.tasks import Task
 from kdq.train import sharding
 from kdq.train.optimizer import make_optimizer
 from kdq.types import Batch
@@ -35,7 +36,7 @@ class Context:
       tensorboard: whether arms write their training curves as TensorBoard's events, too.
 
     Raises:
-      ConfigError: a model, observer, optimizer or mesh that can't be.
+      ConfigError: a task, model, observer, optimizer or mesh that can't be.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Context:
         self.experiment, self.tensorboard = experiment, tensorboard
         self.progress = progress or Progress()
         self.models = {key: _build_model(key, fields) for key, fields in experiment.models.items()}
+        options = {name: value for name, value in experiment.task.items() if name != "name"}
+        self._task = tasks.build(experiment.task["name"], **options)
         self.store = Store(experiment, workdir)
         for name, arm in experiment.arms.items():
             if arm.observer not in OBSERVERS:
@@ -64,6 +67,11 @@ class Context:
         self.inputs = Inputs(experiment)
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
         self._results: dict[str, dict[Hashable, object]] = {}
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task, with what it has to know of the training split."""
+        return self._task.with_facts(self.inputs.facts(self._task.target))
 
     @functools.cached_property
     def validation(self) -> list[Batch]:
@@ -99,6 +107,7 @@ class Context:
             observer=arm.observer if arm.bits else "",
             reference=arm.reference,
             quick=self.experiment.quick,
+            task=self._task.name,
             config_digest=plan.experiment_digest(self.experiment),
             arm_digest=self.store.digests[name],
             commit=provenance.commit(),

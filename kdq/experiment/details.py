@@ -3,6 +3,7 @@
 `ARM/SEED/details.json`, a few kilobytes: JSON without NaN, maps no larger than 32 by 32.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,15 @@ from scipy.special import softmax
 from kdq import files, quantize
 from kdq.deploy import PackedModel
 from kdq.deploy.measure import energy
-from kdq.evaluate import attribution, classification, metrics
+from kdq.evaluate import attribution, classification
+from kdq.evaluate.run import Scores
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.transfer import Network
 from kdq.quantize.layers import LayerInfo, layer_bits
 from kdq.quantize.network import Weights
 from kdq.quantize.paths import at_path
 from kdq.search import bank, cost
+from kdq.tasks import Task
 from kdq.types import Array, Batch, QParams, Variables
 
 FILE = "details.json"
@@ -38,8 +41,8 @@ def write(
     layers: Mapping[str, LayerInfo],
     weights: Weights,
     *,
-    logits: np.ndarray,
-    labels: np.ndarray,
+    task: Task,
+    scores: Scores,
     inputs: Inputs,
 ) -> None:
     """Measures and writes the details of an arm.
@@ -49,37 +52,36 @@ def write(
       packed: its file, loaded back.
       layers: of its model.
       weights: its weights, before rounding, and quantizers.
-      logits: [examples, classes] of the packed model on the test split.
-      labels: [examples] int.
+      task: without classes, there are no confusion, reliability and attributions.
+      scores: of the packed model on the test split.
       inputs: the data; other inputs than [n, height, width, channels] have no maps.
     """
-    images = inputs.test[0]["image"]
+    batch, has_classes = inputs.test[0], "classification" in task.probes
+    images = batch["image"][: min(IMAGES, int(np.sum(batch["mask"])))]
     network = Network(
         variables=packed.variables, qparams=packed.qparams, model=packed.network.module
     )
     shown = {
-        "confusion": confusion(logits, labels),
-        "reliability": _reliability(logits, labels),
-        "layers": layer_rows(layers, packed, weights, inputs.validation[0]),
-        "attributions": _attributions(network, images[:IMAGES], logits, labels)
-        if images.ndim == 4
+        "confusion": confusion(scores.arrays, inputs.classes) if has_classes else None,
+        "reliability": _reliability(scores.arrays) if has_classes else None,
+        "layers": layer_rows(layers, packed, weights, inputs.validation[0], task),
+        "attributions": _attributions(network, images, scores.arrays["label"])
+        if has_classes and images.ndim == 4
         else None,
     }
     files.write_json(folder / FILE, _shortened(shown), indent=None)
 
 
-def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
+def confusion(scores: Mapping[str, np.ndarray], classes: int) -> list[list[int]]:
     """Counts [class][predicted class] of the examples; one with a NaN logit predicts nothing."""
-    classes = logits.shape[1]
-    valid = ~np.isnan(logits).any(-1)
-    pairs = labels[valid] * classes + logits[valid].argmax(-1)
+    valid = ~np.isnan(scores["confidence"])
+    labels, predicted = (scores[name][valid].astype(np.int64) for name in ("label", "predicted"))
+    pairs = labels * classes + predicted
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes).tolist()
 
 
-def _reliability(logits: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    bins = classification.reliability(
-        metrics.confidence(logits), metrics.correct(logits, labels), BINS
-    )
+def _reliability(scores: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    bins = classification.reliability(scores["confidence"], scores["correct"], BINS)
     return {name: getattr(bins, name).tolist() for name in ("confidence", "accuracy", "count")}
 
 
@@ -88,15 +90,17 @@ def layer_rows(
     packed: PackedModel,
     weights: Weights,
     validation: Batch,
+    task: Task,
 ) -> list[dict[str, Any]]:
     """Returns a dict for each layer: its bits, what they do to it, and what it costs.
 
     "sqnr_db" is 10 log10(Σ w² / Σ (w − ŵ)²) of its weights; "range" what its inputs' quantizer
-    represents; "sensitivity" the KL [nats] to the outputs without any quantizer of those with this
-    layer's alone, on examples of validation. None for what a layer does not have.
+    represents; "sensitivity" how far, by the task's fidelity (KL in nats, RMSE), outputs without
+    any quantizer are from those with this layer's alone, on examples of validation. None for what a
+    layer does not have.
     """
     variables, qparams = weights.variables, weights.qparams
-    sensitivities = _sensitivities(packed, variables, validation)
+    sensitivities = _sensitivities(packed, variables, validation, task)
     joules, rows = energy.modelled(layers, qparams), []
     for path, layer in layers.items():
         weight_bits, input_bits = layer_bits(qparams, path)
@@ -147,7 +151,7 @@ def _range(quantizer: quantize.Quantizer | None) -> list[float] | None:
 
 
 def _sensitivities(
-    packed: PackedModel, variables: Variables, validation: Batch
+    packed: PackedModel, variables: Variables, validation: Batch, task: Task
 ) -> dict[str, float | None]:
     """By layer, in one compiled program: what is not quantized gets quantizers that do nothing."""
     inputs = [q for quantizers in packed.qparams.values() for q in quantizers.values()]
@@ -169,8 +173,14 @@ def _sensitivities(
 
     # All are dispatched before the first is waited for.
     base, *alone = [outputs(path) for path in (None, *quantized)]
-    moved = (metrics.kl_divergence(base, logits).mean() for logits in alone)
+    distance = next(metric for metric in task.fidelity if not metric.higher_is_better)
+    moved = (distance.compute(_divergence(outputs, base, task=task)) for outputs in alone)
     return dict(zip(quantized, moved, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="task")
+def _divergence(outputs: Array, reference: Array, *, task: Task) -> dict[str, Array]:
+    return task.divergence(outputs, reference)
 
 
 @jax.jit
@@ -179,12 +189,10 @@ def _idle(qparams: QParams) -> QParams:
     return jax.tree.map(bank.identity_quantizer, qparams, is_leaf=is_quantizer)
 
 
-def _attributions(
-    network: Network, images: Array, logits: np.ndarray, labels: np.ndarray
-) -> dict[str, Any]:
+def _attributions(network: Network, images: Array, labels: np.ndarray) -> dict[str, Any]:
     """Gradient times input of the label's logit, with what was seen and predicted."""
-    chance = softmax(np.asarray(logits[: len(images)], np.float64), axis=-1)
-    labels = labels[: len(images)]
+    chance = softmax(np.asarray(network(images), np.float64), axis=-1)
+    labels = labels[: len(images)].astype(np.int32)
     maps = _explain(network, images, labels)
     return {
         "images": _small(np.asarray(images, np.float64).mean(-1)),

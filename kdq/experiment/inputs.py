@@ -1,6 +1,7 @@
 """The data of an experiment: its splits, as training streams and as batches in order."""
 
 import functools
+from typing import Any
 
 import grain
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from kdq import data
 from kdq.config import Arm, ConfigError, Experiment
+from kdq.tasks.regression import target_facts
 from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.types import Batch
 
@@ -50,8 +52,25 @@ class Inputs:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """The labels of the training split, [num_examples] int32."""
-        return self.splits["train"].read(np.arange(self.num_examples))["label"]
+        """The labels of the training split, [num_examples, ...]."""
+        return self.read_labels("train", "label")
+
+    def read_labels(self, name: str, key: str) -> np.ndarray:
+        """Returns an array of all examples of a split as the source has it, [examples, ...]."""
+        source = self.splits[name]
+        return source.read(np.arange(len(source)))[key]
+
+    @property
+    def classes(self) -> int:
+        """How many classes the data set names; 0 for real targets."""
+        return len(self.splits["train"].facts.get("class_names", ()))
+
+    def facts(self, target: str) -> dict[str, Any]:
+        """Returns what is known of the data set, and the statistics of real targets in training."""
+        source = self.splits["train"]
+        if target not in source.spec or not np.issubdtype(source.spec[target].dtype, np.floating):
+            return dict(source.facts)
+        return {**source.facts, **target_facts(self.read_labels("train", target))}
 
     def steps(self, arm: Arm) -> int:
         """Returns the steps of an arm's whole schedule."""

@@ -1,23 +1,27 @@
 """The numbers of one arm: of the file it ends in, loaded back, on the test split."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from kdq import deploy, models, quantize
 from kdq.deploy.measure import energy
-from kdq.evaluate import classification, metrics
+from kdq.evaluate import classification, metrics, run
+from kdq.evaluate.run import Reference, Scores
 from kdq.experiment import details
 from kdq.experiment.inputs import Inputs
 from kdq.quantize.network import Weights
 from kdq.search import cost
+from kdq.tasks import Task
 from kdq.train.loop import Fit
 from kdq.types import Array, Batch
 
+SCORES = "scores.npz"  # see kdq.evaluate.run.Scores
 PROBES = (
     "agreement_where_teacher_wrong",
     "top5_accuracy",
@@ -60,9 +64,13 @@ def measure(
     inputs: Inputs,
     path: Path,
     *,
-    teacher_logits: np.ndarray | None,
+    task: Task,
+    teacher: Reference | None,
+    teacher_scores: Scores | None,
 ) -> dict[str, Any]:
-    """Loads a packed file back and measures it; leaves `details.FILE` beside it, for reports.
+    """Loads a packed file back and measures it.
+
+    Leaves beside it `details.FILE`, for reports, and SCORES, the scores of each prediction on test.
 
     Args:
       fit: what training (or calibration) ended with.
@@ -70,7 +78,9 @@ def measure(
       model: the module of the weights.
       inputs: the data.
       path: of the file.
-      teacher_logits: [examples, classes] on the test split, or None for no fidelity.
+      task: with the facts of the data.
+      teacher: its outputs for a batch, or None for no fidelity.
+      teacher_scores: of the teacher itself on the test split, or None.
 
     Returns:
       The fields of the record that are measured.
@@ -79,25 +89,20 @@ def measure(
     variables, qparams = weights.variables, weights.qparams
     packed = deploy.load_packed(path)
     packed_weights = Weights(variables=packed.variables, qparams=packed.qparams)
-    logits = predict(packed.network.module, packed_weights, test)
-    labels = _labels(test)
-    scores = classification.summarize(metrics.score(logits, labels, teacher_logits))
-    last = scores
+    scores = run.evaluate(packed.network, packed_weights, task, test, teacher)
+    scores.save(path.parent / SCORES)
+    values = scores.values(*task.metrics)
+    last = values
     if fit.last_step != selected.step:
-        last = evaluate(model, fit.last, test)
+        last = evaluate(model, fit.last, task, test)
     layers = quantize.list_layers(model, variables, test[0]["image"])
-    details.write(path.parent, packed, layers, weights, logits=logits, labels=labels, inputs=inputs)
+    details.write(path.parent, packed, layers, weights, task=task, scores=scores, inputs=inputs)
     energies = energy.modelled(layers, qparams).values()
     return {
         "params": models.count_parameters(variables),
-        "metrics": {
-            "test": {name: scores[name] for name in ("accuracy", "nll")},
-            "test_last": {name: last[name] for name in ("accuracy", "nll")},
-            "validation": selected.metrics,
-        },
-        "fidelity": {name: scores.get(name, math.nan) for name in ("agreement", "kl_to_teacher")},
-        **{name: scores.get(name, math.nan) for name in PROBES},
-        "accuracy_by_class": _by_class(logits, labels),
+        "metrics": {"test": values, "test_last": last, "validation": selected.metrics},
+        "fidelity": {m.name: scores.values(m).get(m.name, math.nan) for m in task.fidelity},
+        **(_probe(scores, teacher_scores, inputs) if "classification" in task.probes else {}),
         "macs": cost.macs(layers),
         "bops": cost.bops(layers, qparams),
         "energy_modelled_nj": sum(layer.total for layer in energies),
@@ -109,43 +114,47 @@ def measure(
     }
 
 
-def corrected(
-    model: nn.Module,
-    weights: Weights,
-    validation: Sequence[Batch],
-    test: Sequence[Batch],
-    classes: Sequence[int],
-) -> dict[str, Any]:
-    """Returns test accuracy once validation chose the bias of classes that the arm never saw."""
-    logits, labels = predict(model, weights, test), _labels(test)
-    before = predict(model, weights, validation)
-    offset = classification.class_offset(before, _labels(validation), classes)
-    logits[:, list(classes)] += offset
+def _probe(scores: Scores, teacher: Scores | None, inputs: Inputs) -> dict[str, Any]:
+    """Returns the fields of a record that are measured of classifiers alone."""
+    arrays = dict(scores.arrays)
+    if teacher is not None:
+        arrays["teacher_correct"] = teacher.arrays["correct"]
+    probed = classification.summarize(arrays)
     return {
-        "class_offset": offset,
-        "accuracy_corrected": float(metrics.correct(logits, labels).mean()),
-        "accuracy_by_class_corrected": _by_class(logits, labels),
+        **{name: probed.get(name, math.nan) for name in PROBES},
+        "accuracy_by_class": _by_class(arrays, inputs.classes),
     }
 
 
-def _by_class(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
-    correct = metrics.correct(logits, labels)
-    return tuple(classification.accuracy_by_class(labels, correct, logits.shape[1]).tolist())
+def corrected(
+    model: nn.Module,
+    weights: Weights,
+    task: Task,
+    inputs: Inputs,
+    classes: Sequence[int],
+) -> dict[str, Any]:
+    """Returns test accuracy once validation chose the bias of classes that the arm never saw."""
+    outputs = run.outputs_of(model, weights, task)
+    labels = {name: inputs.read_labels(name, task.target) for name in ("validation", "test")}
+    before, after = (metrics.predict(outputs, x) for x in (inputs.validation, inputs.test))
+    offset = classification.class_offset(before, labels["validation"], classes)
+    after[:, list(classes)] += offset
+    scores = jax.device_get(task.scores(after, {task.target: labels["test"]}))
+    return {
+        "class_offset": offset,
+        "accuracy_corrected": task.primary.compute(scores),
+        "accuracy_by_class_corrected": _by_class(scores, after.shape[1]),
+    }
 
 
-def _labels(batches: Sequence[Batch]) -> np.ndarray:
-    return np.concatenate([np.asarray(b["label"])[np.asarray(b["mask"]) > 0] for b in batches])
+def _by_class(scores: Mapping[str, np.ndarray], classes: int) -> tuple[float, ...]:
+    """Returns the accuracy of each class."""
+    recalls = classification.accuracy_by_class(scores["label"], scores["correct"], classes)
+    return tuple(recalls.tolist())
 
 
-def evaluate(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, float]:
-    """Returns accuracy and NLL of a float or quantized model."""
-    return metrics.evaluate(_apply(model, weights), weights.variables, batches)
-
-
-def predict(model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> np.ndarray:
-    """Returns logits [examples, classes] of a float or quantized model."""
-    return metrics.predict(_apply(model, weights), weights.variables, batches)
-
-
-def _apply(model: nn.Module, weights: Weights) -> metrics.ImageApply:
-    return lambda variables, images: quantize.predict(model, variables, weights.qparams, images)
+def evaluate(
+    model: nn.Module, weights: Weights, task: Task, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Returns the task's metrics of a float or quantized model."""
+    return run.evaluate(model, weights, task, batches).values(*task.metrics)

@@ -9,6 +9,7 @@ from typing import Any
 from kdq import config as kdq_config
 from kdq import models
 from kdq.config import Arm, ConfigError, Data, Experiment
+from kdq.schema.experiment import CLASSIFICATION
 
 UNIFORM = "uniform"  # the method of searches that others are compared with
 
@@ -29,6 +30,7 @@ def digests(experiment: Experiment) -> dict[str, str]:
         "evaluations": experiment.evaluations,
         "transfer": experiment.transfer,
         **_unless_default("compute", experiment.compute),
+        **_task(experiment),
     }
     digests_of_arms: dict[str, str] = {}
     for name in in_order(experiment, experiment.arms):
@@ -142,11 +144,18 @@ def experiment_digest(experiment: Experiment) -> str:
     }
     parts = kdq_config.to_json(dataclasses.replace(experiment, **place))
     # `quick` is said of numbers, and decides none.
-    for name in ("mesh", "resources", "compute", "seeds_at_once", "workers", "quick"):
+    for name in ("mesh", "resources", "compute", "seeds_at_once", "workers", "quick", "task"):
         del parts[name]
     if not experiment.export.fixed_point:  # as it was before there was such a field
         del parts["export"]["fixed_point"]
-    return kdq_config.digest({**parts, **_unless_default("compute", experiment.compute)})
+    new = {**_unless_default("compute", experiment.compute), **_task(experiment)}
+    return kdq_config.digest({**parts, **new})
+
+
+def _task(experiment: Experiment) -> dict[str, Any]:
+    """For a digest: the task, unless it is the one that all configs had before there were others"""
+    is_default = experiment.task == {"name": CLASSIFICATION}
+    return {} if is_default else {"task": experiment.task}
 
 
 def _unless_default(name: str, value: Any) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _profile(
 
     def stop(_: Weights) -> dict[str, float]:
         jax.profiler.stop_trace()  # here the loop has waited for the last step
-        return {"accuracy": 0.0, "nll": 0.0}
+        return {metric.name: 0.0 for metric in plan.training.objective.task.metrics}
 
     plan = dataclasses.replace(plan, steps=last, eval_every=last, validate=stop)
     with tempfile.TemporaryDirectory() as scratch:

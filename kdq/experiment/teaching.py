@@ -164,9 +164,10 @@ class Teachers:
         )
 
     def _predict(self, name: str, seed: int, split: str) -> np.ndarray:
-        """Logits [examples, classes] of an arm's selected weights, unrounded, on a whole split."""
-        weights = self._weights(name, seed)
-        return metrics.predict(self._apply(name), weights, self._inputs.split(split))
+        """Outputs [examples, outputs] of an arm's selected weights, unrounded, on a whole split."""
+        weights, apply = self._weights(name, seed), self._apply(name)
+        outputs = lambda batch: apply(weights, batch["image"])
+        return metrics.predict(outputs, self._inputs.split(split))
 
     def _on_disk(self, arm: Arm, seed: int) -> Cache:
         """The teacher's outputs in a cache under its folder, made now if they are not there."""
@@ -176,6 +177,7 @@ class Teachers:
         source = inputs.splits["train"]
         taught_by = self._experiment.arms[arm.teacher]
         weights = self._weights(arm.teacher, seed)
+        apply = self._apply(arm.teacher)
         key = CacheKey(
             teacher=cache_key.digest_variables(weights.variables),
             teacher_model=kdq_config.to_json(self._experiment.models[taught_by.model]),
@@ -186,7 +188,7 @@ class Teachers:
             std=self._experiment.data.std,
             augment=self._experiment.data.augment if augmented else (),
             stream_seed=arm_seed if augmented else None,
-            num_classes=len(source.facts["class_names"]),
+            num_classes=jax.eval_shape(apply, weights, inputs.image).shape[-1],
             target=_target(config, arm_seed),
         )
         length = inputs.num_examples
@@ -195,7 +197,6 @@ class Teachers:
         # By its key's digest: arms that differ in augmentation or length have caches side by side.
         name = f"{config.kind}-{kdq_config.digest([key.to_json(), length])}"
         folder = self._store.folder(arm.teacher, seed) / "caches" / name
-        apply = self._apply(arm.teacher)
         batches = self._batches_to_store(arm, arm_seed, augmented)
         records = (
             cache_key.make_records(

@@ -1,6 +1,7 @@
 """Measures of transfer from teacher to student: layers, attributions, decision boundaries."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -33,11 +34,17 @@ class Comparison:
       teacher: it.
       images: [n, height, width, channels], normalized.
       config: how to compare.
+      probes: modules of kdq.evaluate that can look at models of the task.
     """
 
-    def __init__(self, teacher: Network, images: np.ndarray, config: Transfer) -> None:
+    def __init__(
+        self, teacher: Network, images: np.ndarray, config: Transfer, probes: Collection[str]
+    ) -> None:
         self._images, size = images, len(images)
         self._features = _averaged(teacher, images)
+        self._explanation = None
+        if not {"attribution", "boundary"} <= set(probes):  # there are no classes
+            return
         self._explanation = attribution.Explanation(teacher, images, batch_size=size)
         moved = boundary.adversarial_images(teacher, images, config.epsilon, batch_size=size)
         self._adversarial = boundary.probe_images(teacher, moved, batch_size=size)
@@ -52,12 +59,15 @@ class Comparison:
           "cka": {layer of the student: {layer of the teacher: value}}, with maps averaged over
           positions; "attribution_cosine" and "attribution_rank" (integrated gradients towards the
           teacher's class); "path_agreement"; "adversarial_agreement" after a step of
-          `config.epsilon` against the teacher. NaN for what can't be said of these two.
+          `config.epsilon` against the teacher. NaN for what can't be said of these two. Without
+          classes "cka" alone.
         """
         matrix: dict[str, dict[str, float]] = {}
         layers = cka.layer_cka(_averaged(student, self._images), self._features)
         for (layer, other), value in layers.items():
             matrix.setdefault(layer, {})[other] = value
+        if not self._explanation:
+            return {"cka": matrix}
         attributions = self._explanation.similarity(student)
         return {
             "cka": matrix,

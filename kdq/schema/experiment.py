@@ -12,6 +12,7 @@ SEEDS = 2**32  # random keys are made of 32 bits
 FOLDERS = ("compiled", "costs", "plots", "runs", "searches")
 HOT, COLD = 1000, 0.001  # temperatures: beyond these, softmax is uniform, or one class
 HEAVIEST = 10**6  # weight of a loss
+CLASSIFICATION = "classification"  # the task of a config that names none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,9 +122,9 @@ class Qat:
 class Distill:
     """A way to learn from a teacher; arms choose one by its key in `distill`."""
 
-    # Weight of the cross-entropy with the labels: a number, or a schedule (kdq.distill.schedule).
+    # Weight of the task's loss, with the labels: a number, or a schedule (kdq.distill.schedule).
     task: float | Mapping[str, Any] = field(0.1, at_least=0, at_most=HEAVIEST)
-    # {name: {"loss": one of kdq.distill.methods.METHODS, "weight": number or schedule, options}}
+    # {name: {"loss": one of METHODS or of the task's own, "weight": number or schedule, options}}
     terms: Mapping[str, Mapping[str, Any]] = field(some=True)
 
 
@@ -236,6 +237,8 @@ class Experiment:
     # seed on CPUs as far as there are cores, where nothing is timed. See kdq.experiment.parallel.
     workers: int = field(0, at_least=0)
     data: Data
+    # {"name": module of kdq.tasks, **its fields}.
+    task: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": CLASSIFICATION})
     # {key: {"name": module of kdq.models, or "package.module:Class" of your own, **fields}}
     models: Mapping[str, Mapping[str, Any]] = field(some=True)
     arms: Mapping[str, Arm] = field(some=True, folders=FOLDERS)  # in the order of the table

@@ -15,7 +15,8 @@ from kdq import processes, quantize
 from kdq.data import iterate
 from kdq.quantize.network import Weights
 from kdq.stopwatch import Stopwatch
-from kdq.tasks.metric import Metric
+from kdq.tasks import Metric
+from kdq.tasks.base import improves
 from kdq.train import together
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError, first_nonfinite
@@ -35,7 +36,7 @@ class Selection:
 
     weights: Weights
     step: int
-    metrics: dict[str, float]  # on validation: "accuracy", "nll"
+    metrics: dict[str, float]  # of the task, on validation
     peer: dict[str, Any] | None = None  # its "params" and "model_state", where there is one
 
 
@@ -50,11 +51,6 @@ class Fit:
     # Of compiling for both, apart; None: it went on from a checkpoint of a version that did not
     # tell, whose part of `seconds` has it.
     compile_seconds: float | None
-
-
-def is_better(metrics: dict[str, float], than: dict[str, float]) -> bool:
-    """Returns whether accuracy on validation is higher; between equals, the nll is lower."""
-    return (metrics["accuracy"], -metrics["nll"]) > (than["accuracy"], -than["nll"])
 
 
 def fit(plan: Plan, state: TrainState, workdir: Path, **options: Any) -> Fit:
@@ -248,16 +244,19 @@ class Trainer:
     def _validate(self) -> None:
         """Scores each seed's weights, and keeps those that are the best so far."""
         self._share_state()
+        task = self._plan.training.objective.task
         for seed in self._seeds:
             if seed.error:
                 continue
             metrics = seed.plan.validate(weights(seed.state))
-            if not np.isfinite(metrics["nll"]):
+            losses = [m.name for m in task.metrics if not m.higher_is_better]
+            if not all(np.isfinite(metrics[name]) for name in losses):
                 seed.error = NonFiniteError(
                     f"NaN or infinity on validation after step {self._step}"
                 )
                 continue
-            if seed.best_record is None or is_better(metrics, seed.best_record["metrics"]):
+            best = seed.best_record
+            if best is None or improves(task, metrics, best["metrics"]):
                 seed.best = jax.tree.map(jax.numpy.copy, _parts(seed.state))
                 seed.best_record = {"step": self._step, "metrics": metrics}
             seed.writer.write(self._step, {f"validation_{k}": v for k, v in metrics.items()})

@@ -16,7 +16,6 @@ from kdq.distill.schedule import Schedule
 from kdq.distill.term import Term
 from kdq.fields import limits_of
 from kdq.tasks.base import Task
-from kdq.tasks.classification import Classification
 from kdq.types import Array, Batch
 
 LABELS = schedule.constant(1.0)
@@ -29,7 +28,7 @@ class Objective(flax.struct.PyTreeNode):
     the like are data, not constants: one compiled step serves them all.
     """
 
-    task: Task = flax.struct.field(default=Classification(), pytree_node=False)
+    task: Task = flax.struct.field(default=term_lib.CLASSIFICATION, pytree_node=False)
     task_weight: Schedule = LABELS
     terms: tuple[Term, ...] = ()
     # Keywords of the task's loss, such as "label_smoothing".
@@ -133,35 +132,42 @@ def _sum(values: Array, weights: Array) -> Array:
     return jnp.sum(weights.reshape(weights.shape + outputs) * values, range(weights.ndim))
 
 
-def arm_objective(experiment: Experiment, name: str, steps: int) -> Objective:
-    """Builds the objective of an arm that trains for `steps`.
+def arm_objective(experiment: Experiment, name: str, steps: int, task: Task) -> Objective:
+    """Builds the objective of an arm that trains for `steps` on a task.
 
     Raises ConfigError for what its recipe gets wrong.
     """
     arm = experiment.arms[name]
     recipe = vars(experiment.distill[arm.distill]) if arm.distill else None
-    objective = build(recipe, steps, f"config.distill.{arm.distill}")
-    return objective.replace(options={"label_smoothing": np.float32(arm.label_smoothing)})
+    objective = build(recipe, steps, f"config.distill.{arm.distill}", task)
+    options = {name: np.float32(getattr(arm, name)) for name in task.loss_options}
+    return objective.replace(options=options)
 
 
-def build(recipe: Mapping[str, Any] | None, steps: int, where: str) -> Objective:
+def build(
+    recipe: Mapping[str, Any] | None,
+    steps: int,
+    where: str,
+    task: Task = term_lib.CLASSIFICATION,
+) -> Objective:
     """Builds the objective of a recipe, an entry of `config.distill`; of labels alone if None.
 
     Args:
       recipe: "task", a number or a schedule, and "terms" by name.
       steps: of the whole training.
       where: the recipe's key, for messages.
+      task: of the loss, and of its terms.
 
     Raises:
       ConfigError: what the recipe gets wrong.
     """
-    objective = Objective(steps=jnp.float32(steps))
+    objective = Objective(task=task, steps=jnp.float32(steps))
     if recipe is None:
         return objective
     return objective.replace(
         task_weight=schedule.build(recipe["task"], f"{where}.task", limits_of(Distill, "task")),
         terms=tuple(
-            term_lib.build(name, fields, f"{where}.terms.{name}")
+            term_lib.build(name, fields, f"{where}.terms.{name}", task)
             for name, fields in recipe["terms"].items()
         ),
     )

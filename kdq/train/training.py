@@ -53,5 +53,5 @@ class Plan:
     dataset: grain.MapDataset  # endless; element i is the batch of step i, or this process's rows
     steps: int
     eval_every: int
-    validate: Callable[[Weights], dict[str, float]]  # -> "accuracy" and "nll" on validation
+    validate: Callable[[Weights], dict[str, float]]  # -> the task's metrics on validation
     freeze_norm_at: float = math.inf  # step from which on `Training.freeze_norm` holds

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from kdq import config, deploy, experiment
 from kdq.experiment import details
 from kdq.quantize import grid
+from kdq.tasks.classification import Classification
 
 ARMS = ("teacher", "student", "ptq")
 
@@ -103,4 +105,5 @@ def test_large_maps_become_means_of_blocks():
 
 def test_confusions_leave_out_what_predicts_nothing():
     logits = np.array([[1.0, 0.0], [0.0, 2.0], [np.nan, 0.0]])
-    assert details.confusion(logits, np.array([0, 0, 1])) == [[1, 1], [0, 0]]
+    scores = Classification().scores(logits, {"label": np.array([0, 0, 1])})
+    assert details.confusion(jax.device_get(scores), 2) == [[1, 1], [0, 0]]

@@ -28,7 +28,11 @@ def replaced(base, path, value):
         ),
         (("models", "student", "name"), "cn", r"config\.models\.student.*'cn'.*cnn.*mlp"),
         (("models", "student", "width"), 3, r"config\.models\.student.*'width'.*widths"),
-        (("models", "student", "num_classes"), 7, r"student\.num_classes=7.*digits has 10"),
+        (
+            ("models", "student", "num_classes"),
+            7,
+            r"models\.student: task classification: the data has 10 classes, the model 7",
+        ),
         (("data", "name"), "digit", r"'digit'.*digits.*mnist"),
         (("data", "validation"), "valid", r"no split 'valid'.*train.*validation.*test"),
         (("optimizer", "name"), "adamw", r"config\.optimizer\.name.*'adamw'.*adam, sgd"),

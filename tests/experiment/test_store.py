@@ -22,7 +22,7 @@ from kdq.train.checkpoint import Checkpointer, CheckpointError
 def newest_is_best():
     """So that older checkpoints have selected older weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdq.train.loop.is_better", lambda metrics, than: True)
+        patch.setattr("kdq.train.loop.improves", lambda task, metrics, than: True)
         yield
 
 

@@ -10,6 +10,7 @@ from sklearn import metrics as sklearn_metrics
 from kdq.distill import losses
 from kdq.evaluate import metrics
 from kdq.tasks import build
+from kdq.tasks.base import improves
 from kdq.tasks.classification import BRIER, TOP5
 
 RNG = np.random.default_rng(0)
@@ -105,3 +106,12 @@ def test_of_equal_logits_the_lower_class_comes_first():
     scores = TASK.scores(logits, {"label": labels})
     assert scores["correct"].tolist() == [1, 0, 0, 0, 0, 0]
     assert scores["top5"].tolist() == [1, 1, 1, 1, 1, 0]
+
+
+def test_accuracy_selects_and_between_equals_the_nll():
+    good = {"accuracy": 0.9, "nll": 0.5}
+    assert improves(TASK, {"accuracy": 0.91, "nll": 9.0}, good)
+    assert improves(TASK, {"accuracy": 0.9, "nll": 0.4}, good)
+    assert not improves(TASK, good, good)
+    assert not improves(TASK, {"accuracy": 0.9, "nll": 0.6}, good)
+    assert not improves(TASK, {"accuracy": 0.89, "nll": 0.0}, good)

@@ -161,15 +161,6 @@ def test_checkpoints_are_as_rare_as_asked(tmp_path):
     assert names == [str(STEPS)]
 
 
-def test_is_better():
-    good = {"accuracy": 0.9, "nll": 0.5}
-    assert loop.is_better({"accuracy": 0.91, "nll": 9.0}, good)
-    assert loop.is_better({"accuracy": 0.9, "nll": 0.4}, good)
-    assert not loop.is_better(good, good)
-    assert not loop.is_better({"accuracy": 0.9, "nll": 0.6}, good)
-    assert not loop.is_better({"accuracy": 0.89, "nll": 0.0}, good)
-
-
 # Seconds.
 
 TRACING, EACH_STEP = 1.0, 0.02  # s
