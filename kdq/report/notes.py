@@ -1,9 +1,9 @@
 """Notes below a table: definitions, selection, and where the numbers come from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from kdq.evaluate.statistics import SEEDS
+from kdq.evaluate.statistics import SEEDS, PairedInterval
 from kdq.record import ArmRecord
 from kdq.report import metric as metrics
 from kdq.report.aggregate import Row, distinct_text, has_one_seed
@@ -13,11 +13,11 @@ from kdq.report.workdirs import SCORES
 def notes(table: Sequence[Row], records: Sequence[ArmRecord]) -> list[str]:
     """Returns one paragraph a note, as plain text."""
     task, metric = table[0].task, table[0].metric
-    name, first = metrics.named(metric), metrics.named(metric, first=True)
+    first = metrics.named(metric, first=True)
     unit = metrics.in_unit(metric).replace(", ", ", in ")
     best, second = (
         f"the {'highest' if each.higher_is_better else 'lowest'} "
-        f"{metrics.DEFINITIONS.get(each.name, metrics.named(each))}"
+        f"{'negative log-likelihood' if each.name == 'nll' else metrics.named(each)}"
         for each in task.metrics[:2]
     )
     shown = (*metrics.other_metrics(task), *metrics.fidelity_metrics(task))
@@ -76,10 +76,15 @@ def intervals_note(table: Sequence[Row]) -> str:
 
 def coverage(table: Sequence[Row]) -> str:
     """Returns what the intervals of a table are over, in a few words."""
-    over = {row.difference.over for row in table if row.difference is not None}
+    return name_coverage(row.difference for row in table if row.difference is not None)
+
+
+def name_coverage(differences: Iterable[PairedInterval]) -> str:
+    """Returns what intervals are over, in a few words."""
+    over = {difference.over for difference in differences}
     if over <= {SEEDS}:
         return "over seeds"
-    return f"over seeds and test examples{', where these were kept' if SEEDS in over else ''}"
+    return f"over seeds and test examples{', where scores of these are' if SEEDS in over else ''}"
 
 
 def against_uniform(records: Sequence[ArmRecord]) -> str:

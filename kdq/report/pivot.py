@@ -41,8 +41,8 @@ def markdown(table: Sequence[Row]) -> str:
 
     return "\n".join(
         (
-            f"Test {metrics.named(metric)}{metrics.in_unit(metric)}, mean ± standard deviation over seeds; best of a "
-            "width bold.",
+            f"Test {metrics.named(metric)}{metrics.in_unit(metric)}, mean ± standard deviation "
+            "over seeds; best of a width bold.",
             "",
             *_grid(methods, widths, score),
             "",

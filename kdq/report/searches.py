@@ -166,7 +166,8 @@ def _intro(
         f"Test {name}, mean ± standard deviation over seeds, calibrated (PTQ) and after the same "
         "training (QAD); Δ is to the same arm of the baseline "
         f"({escape(', '.join(baselines))}, ...), paired by seed, with a 95% interval "
-        f"{notes.coverage(table)}; \\* excludes 0. Objective: what policies are chosen by, on validation. Evaluations count "
+        f"{notes.coverage(table)}; \\* "
+        "excludes 0. Objective: what policies are chosen by, on validation. Evaluations count "
         "those of sensitivities; seconds are of the search, calibration at each choice too "
         f"where it was the first of its seed, {compiling}."
     )

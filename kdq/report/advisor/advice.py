@@ -90,6 +90,7 @@ class Advice:
       unjudged: arms that nothing rules out, but that can't be judged.
       closest: the arm that misses least.
       findings: of the rules, by experiment.
+      coverage: what the intervals of these are over.
     """
 
     def __init__(self, study: Study, constraints: Constraints):
@@ -107,6 +108,8 @@ class Advice:
         self.unjudged = [f for f in self.fits if f.named("?") and not f.named("no")]
         self.closest = closest(self.fits)
         self.findings = {source: findings(study, source) for source in study.sources}
+        compared = [finding.difference for each in self.findings.values() for finding in each]
+        self.coverage = name_coverage(compared)
         self.gaps = gaps.find_gaps(study, self.fits, self.findings, constraints)
 
     def _judge_answer(self, arm: Candidate) -> None:
