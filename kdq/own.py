@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from kdq import config, data, deploy, experiment, lock, models, quantize
-from kdq.arms import kl
+from kdq.arms import natural_recipe
 from kdq.data.sources.arrays import Split
 from kdq.fields import expand_user
 from kdq.quantize.network import Weights
@@ -42,6 +42,7 @@ def compress(
     seeds: Sequence[int] = (0,),
     alpha: float = 0.9,
     temperature: float = 4.0,
+    task: str = "classification",
 ) -> list[experiment.ArmRecord]:
     """Trains, distills and quantizes; prints the table of what each gave, on `test`.
 
@@ -55,10 +56,11 @@ def compress(
     arms keep the names that they have there.
 
     Args:
-      teacher: logits [batch, classes] of `model.apply(variables, inputs, train=False)`.
+      teacher: logits [batch, classes] of `model.apply(variables, inputs, train=False)`; of other
+        tasks outputs [batch, outputs].
       student: a smaller one, or None.
-      train: (inputs [n, ...], labels [n]), see `kdq.data.save_arrays`. Models see floats as they
-        are, and uint8 over 255. Inputs and labels are kept in WORKDIR/data.npz.
+      train: (inputs [n, ...], labels [n] or [n, outputs]), see `kdq.data.save_arrays`. Models see
+        floats as they are, and uint8 over 255. Inputs and labels are kept in WORKDIR/data.npz.
       validation: every choice is made on these.
       test: measured once, at the end.
       workdir: made if need be. A run that was killed goes on where it was.
@@ -70,16 +72,18 @@ def compress(
       batch_size: of training; at most the examples there are.
       seeds: the whole is repeated for each.
       alpha: weight of the teacher's outputs; the labels have the rest.
-      temperature: at which these are compared.
+      temperature: at which these are compared; not used for real targets.
+      task: "classification", "multilabel" (labels [n, labels] float, 0 or 1) or "regression" (real
+        targets [n] or [n, targets]; outputs are of standardized targets).
 
     Returns:
       The record of each arm and seed that `workdir` has, of earlier calls too, with `arm`,
-      `accuracy` (of the file, loaded back), `size_bytes`, ....
+      `metrics["test"]` (of the file, loaded back), `size_bytes`, ....
 
     Raises:
       DataError: arrays that don't fit, or others than the workdir's.
-      ConfigError: a model that can't be named or does not fit the arrays, or other arguments than
-        what the workdir holds was made with; the message says which. Or
+      ConfigError: labels of another task, a model that can't be named or does not fit the arrays,
+        or other arguments than what the workdir holds was made with; the message says which. Or
         another program writes in the workdir.
     """
     workdir = Path(expand_user(workdir, "workdir"))
@@ -101,6 +105,7 @@ def compress(
     trained = {"epochs": float(epochs), "learning_rate": learning_rate}
     made = {
         "seeds": tuple(seeds),
+        "task": {"name": task},
         "data": {
             "name": "data.npz",
             "data_dir": str(workdir),
@@ -109,7 +114,7 @@ def compress(
         },
         "models": described,
         "quantize": _quantize(student or teacher, inputs),
-        "distill": {"kd": kl(alpha, temperature)},
+        "distill": {"kd": natural_recipe(task, alpha, temperature)},
         "arms": {
             "teacher": {"model": "teacher", **({"load": load} if load else trained)},
             **_arms(names, trained, student is not None),

@@ -70,6 +70,7 @@ class ArmRecord:
     error: str = ""  # why it failed
     params: int | float | None = _amount()
     task: str = "classification"  # a module of kdq.tasks
+    unit: str = ""  # of its targets, where these have one
     # Split -> metric of the task -> value: "validation" and "test" of the selected weights,
     # "test_last" of those after the last step.
     metrics: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)

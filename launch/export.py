@@ -23,14 +23,17 @@ cli.define_allow_models()
 
 def main(_: list[str]) -> None:
     from kdq import experiment
-    from kdq.experiment.exports import raise_failures, read_task
+    from kdq.experiment.exports import raise_failures
     from kdq.report import exports
+    from kdq.report.metric import metric_of_records
+    from kdq.report.workdirs import read_workdirs
 
     seeds = () if SEED.value is None else (SEED.value,)
     exported = experiment.export(
         WORKDIR.value, ARM.value, formats=FORMAT.value, out=OUT.value, seeds=seeds
     )
-    exports.print_table(exported, read_task(WORKDIR.value).primary)
+    (workdir,) = read_workdirs([WORKDIR.value])
+    exports.print_table(exported, metric_of_records(workdir.records))
     raise_failures(
         {
             f"{name}, seed {seed}": entry["failed"]

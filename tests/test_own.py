@@ -11,7 +11,7 @@ import pytest
 from absl import logging
 
 import kdq
-from kdq import deploy, quantize
+from kdq import deploy, quantize, tasks
 from kdq.config import ConfigError
 from kdq.data import DataError
 
@@ -191,6 +191,24 @@ def test_a_teacher_of_ones_own_is_kept_as_it_is_and_quantized(tmp_path):
     # Two layers: none is spared, and both have what was asked for.
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["quantize"]["keep"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "outputs"), [("regression", 1), ("multilabel", 3)])
+def test_other_tasks_are_compressed_alike(tmp_path, task, outputs):
+    one_hot = lambda y: np.eye(3, dtype=np.float32)[y]
+    labels = one_hot if task == "multilabel" else lambda y: 10.0 + y
+    splits = {name: (x, labels(y)) for name, (x, y) in DATA.items()}
+    models = (Net(16, classes=outputs), Net(8, classes=outputs))
+    records = kdq.compress(*models, **splits, workdir=tmp_path, task=task, **QUICK)
+    metric = tasks.build(task).primary
+    for record in records:
+        assert (record.status, record.task) == ("ok", task)
+        assert record.metrics["test"].keys() >= {metric.name}
+    (recipe,) = json.loads((tmp_path / "config.json").read_text())["distill"].values()
+    assert [*recipe["terms"]] == [{"regression": "squared_error"}.get(task, "bernoulli_kl")]
+    with pytest.raises(ConfigError, match="expected integer labels"):
+        kdq.compress(*models, **splits, workdir=tmp_path / "other", **QUICK)
 
 
 @pytest.mark.slow

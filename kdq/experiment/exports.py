@@ -138,15 +138,6 @@ def export_arm(
     return exported
 
 
-def read_task(workdir: str | Path) -> Task:
-    """Returns the task of an experiment that has been run, as its config says it.
-
-    Raises:
-      ConfigError: no such experiment, or an unknown task.
-    """
-    return tasks.build(**_read(Path(workdir)).task)
-
-
 def raise_failures(failures: Mapping[str, str]) -> None:
     """Raises ExportError if anything failed: all of it in a line.
 

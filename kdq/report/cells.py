@@ -9,7 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kdq.evaluate.statistics import SEEDS, PairedInterval
 from kdq.report.aggregate import Mean, Row
+from kdq.tasks.metric import Metric
 
 ABSENT = "—"
 WIDTH = 120  # characters of a line where there is no terminal to ask
@@ -87,14 +89,34 @@ def difference_cell(row: Row) -> str:
     difference = row.difference
     if difference is None:
         return row.no_difference or ABSENT
+    pairs = f" (n={difference.n})" if difference.n < len(row.seeds) or difference.n == 1 else ""
+    mean = _signed(difference.mean, row.metric)
+    return " ".join(filter(None, (mean, _ends(difference, row.metric)))) + pairs
+
+
+def over_seeds_cell(row: Row) -> str:
+    """Returns the interval over seeds alone, where the difference has another one."""
+    if row.difference is None or row.difference.over == SEEDS:
+        return ABSENT
+    return _ends(row.difference_over_seeds, row.metric) or ABSENT
+
+
+def p_value_cell(row: Row) -> str:
+    """Returns the difference's p-value, corrected for the number of comparisons."""
+    return "<0.001" if row.p_holm < 0.001 else number_cell(row.p_holm, ".3f")
+
+
+def _ends(interval: PairedInterval, metric: Metric) -> str:
+    """Returns the ends of an interval, marked where they exclude 0; "" where there is none."""
+    if math.isnan(interval.low):
+        return ""
+    low, high = _signed(interval.low, metric), _signed(interval.high, metric)
+    return f"[{low}, {high}]{'*' if interval.excludes_zero else ''}"
+
+
+def _signed(value: float, metric: Metric) -> str:
     # Rounded first: a difference of nothing has one sign.
-    signed = lambda value: row.metric.difference_number(round(value, row.metric.decimals) + 0.0)
-    if difference.n == 1:
-        return f"{signed(difference.mean)} (n=1)"
-    marker = "*" if difference.excludes_zero else ""
-    pairs = f" (n={difference.n})" if difference.n < len(row.seeds) else ""
-    interval = f"[{signed(difference.low)}, {signed(difference.high)}]"
-    return f"{signed(difference.mean)} {interval}{marker}{pairs}"
+    return metric.difference_number(round(value, metric.decimals) + 0.0)
 
 
 def format_bytes(size: float) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from kdq import experiment
+from kdq.report import metric as metrics
 from kdq.report.aggregate import number
-from kdq.report.metric import metric_of_records
 
 EVERY = 20.0  # s between two lines of one arm
 LEAST = 3  # arms that must have ended before the time left is estimated, of fewer half
@@ -113,7 +113,7 @@ class Lines(_Line):
             if not copied:
                 compiled = record.compile_seconds or 0.0
                 self._paces.append(max(0.0, took - compiled) / weight)
-            metric = metric_of_records([record])
+            metric = metrics.metric_of_records([record])
             score = number(record, metric.name, "validation")
             how = f", copied from {copied}" if copied else f" after {span(took)}"
             said = f"{metric.text(score)} on validation{how}"

@@ -1,19 +1,27 @@
 """Notes below a table: definitions, selection, and where the numbers come from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from kdq.evaluate.statistics import SEEDS, PairedInterval
 from kdq.record import ArmRecord
 from kdq.report import metric as metrics
 from kdq.report.aggregate import Row, distinct_text, has_one_seed
+from kdq.report.workdirs import SCORES
 
 
 def notes(table: Sequence[Row], records: Sequence[ArmRecord]) -> list[str]:
     """Returns one paragraph a note, as plain text."""
-    metric = table[0].metric
-    name, first = metrics.named(metric), metrics.named(metric, first=True)
-    unit = {"%": ", in percent", "": ""}.get(metric.unit, f", in {metric.unit}")
-    best = "highest" if metric.higher_is_better else "lowest"
+    task, metric = table[0].task, table[0].metric
+    first = metrics.named(metric, first=True)
+    unit = metrics.in_unit(metric).replace(", ", ", in ")
+    best, second = (
+        f"the {'highest' if each.higher_is_better else 'lowest'} "
+        f"{'negative log-likelihood' if each.name == 'nll' else metrics.named(each)}"
+        for each in task.metrics[:2]
+    )
+    shown = (*metrics.other_metrics(task), *metrics.fidelity_metrics(task))
+    defined = [text for each in (metric, *shown) if (text := metrics.definition(task, each))]
     missing = [
         f"{row.arm} (against {row.reference}: {row.no_difference})"
         for row in table
@@ -24,22 +32,59 @@ def notes(table: Sequence[Row], records: Sequence[ArmRecord]) -> list[str]:
         *filter(None, [seeds_note(table)]),
         f"{first}: on the test split{unit}, mean ± sample standard deviation over seeds, at "
         "the selected step; test data selects nothing.",
-        f"Selected on: what chose the step, by the {best} {name} there and, between equals, the "
-        "lowest negative log-likelihood. An arm that is only calibrated has nothing to choose.",
+        f"Selected on: what chose the step, by {best} there and, between equals, {second}. An arm "
+        "that is only calibrated has nothing to choose.",
         f"Δ: {metrics.units_phrase(metric)} above the arm named beside it, paired by seed over the "
-        "seeds that both finished. In brackets the 95% Student-t interval of the mean difference, "
-        "which one seed (n=1) has not; * marks an interval without 0. Each interval stands alone: "
-        "none is corrected for the number of rows.",
+        f"seeds that both finished. {intervals_note(table)}",
         *([f"Against uniform bits: {uniform}"] if uniform else []),
         *([f"No difference for: {', '.join(missing)}."] if missing else []),
         "Size: bytes of the model's file on disk, mean over seeds; 1 KiB is 1024 bytes. Smaller: "
         "the size of the baseline (the teacher, unless another was named) over this one.",
-        "Agreement: share of test examples on which arm and teacher predict the same class. KL: "
-        "KL(teacher ‖ arm), nats. BOPs: multiply-accumulates times weight bits times activation "
-        "bits of one image, counted and not measured.",
+        f"{' '.join([*defined, ''])}BOPs: multiply-accumulates times weight bits times activation "
+        "bits of one example, counted and not measured.",
         f"Train s: of training and validation. {compiling_note(table)}",
         _provenance(records),
     ]
+
+
+def intervals_note(table: Sequence[Row]) -> str:
+    """Returns what the intervals of differences cover, and what their marks and p-values say."""
+    compared = [row for row in table if row.difference is not None]
+    alone = [row.arm for row in compared if row.difference.over == SEEDS]
+    seeds = "the 95% Student-t interval of the mean difference over seeds"
+    both = (
+        "the 95% interval of the mean difference over seeds and test examples, all of which might "
+        "have been others (crossed random effects); it is never narrower than the one over seeds "
+        "alone, and one seed (n=1) has that of its test examples alone"
+    )
+    unkept = (
+        f"which one seed (n=1) has not; as no scores of single test examples ({SCORES}) are there, "
+        "it does not cover that the test examples might have been others"
+    )
+    if len(alone) == len(compared):
+        covered = f"{seeds}, {unkept}"
+    elif alone:
+        covered = f"{both}. Of {', '.join(alone)}, {seeds}, {unkept}"
+    else:
+        covered = both
+    return (
+        f"In brackets {covered}; * marks an interval without 0, each of which stands alone. "
+        "p, Holm: the p-value of no difference, corrected for the number of comparisons in the "
+        "table."
+    )
+
+
+def coverage(table: Sequence[Row]) -> str:
+    """Returns what the intervals of a table are over, in a few words."""
+    return name_coverage(row.difference for row in table if row.difference is not None)
+
+
+def name_coverage(differences: Iterable[PairedInterval]) -> str:
+    """Returns what intervals are over, in a few words."""
+    over = {difference.over for difference in differences}
+    if over <= {SEEDS}:
+        return "over seeds"
+    return f"over seeds and test examples{', where scores of these are' if SEEDS in over else ''}"
 
 
 def against_uniform(records: Sequence[ArmRecord]) -> str:
@@ -91,6 +136,11 @@ def seeds_note(table: Sequence[Row]) -> str:
     """Returns a sentence where no arm has more than one seed; else ""."""
     if not has_one_seed(table):
         return ""
+    if any(row.difference and row.difference.over != SEEDS for row in table):
+        return (
+            "One seed of each arm: no spread is known, and intervals are over test examples alone; "
+            "another seed may well lie outside them."
+        )
     return "One seed of each arm: no spread or interval is known, and small differences are chance."
 
 

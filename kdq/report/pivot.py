@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from kdq.report import metric as metrics
 from kdq.report.aggregate import Row
 from kdq.report.cells import ABSENT, difference_cell, escape, markdown_grid, mean_cell
+from kdq.report.notes import coverage
 
 ByMethod = Mapping[str, Mapping[str, Row]]
 
@@ -38,16 +39,15 @@ def markdown(table: Sequence[Row]) -> str:
         cell = mean_cell(row.score, metric.decimals)
         return f"**{cell}**" if row.score.mean == bests[row.bits] else cell
 
-    unit = {"%": ", percent", "": ""}.get(metric.unit, f", {metric.unit}")
     return "\n".join(
         (
-            f"Test {metrics.named(metric)}{unit}, mean ± standard deviation over seeds; best of a "
-            "width bold.",
+            f"Test {metrics.named(metric)}{metrics.in_unit(metric)}, mean ± standard deviation "
+            "over seeds; best of a width bold.",
             "",
             *_grid(methods, widths, score),
             "",
             f"Difference to the arm named first in the row, {metric.difference_unit}, with its "
-            "paired 95% interval; \\* excludes 0.",
+            f"paired 95% interval {coverage(table)}; \\* excludes 0.",
             "",
             *_grid(methods, widths, lambda row: escape(difference_cell(row)), against=True),
             "",

@@ -151,20 +151,22 @@ def markdown(records: Records, table: Sequence[Row]) -> str:
     baselines = dict.fromkeys(arms[f"{name}_ptq"].reference for name in searches)
     note = notes.against_uniform(records)
     tail = ["", escape(note)] if note else []
-    intro = _intro(table[0], filter(None, baselines), searches)
+    intro = _intro(table, filter(None, baselines), searches)
     return "\n".join([intro, *lines, *tail, ""])
 
 
-def _intro(row: Row, baselines: Iterable[str], searches: Mapping[str, Mapping[int, Result]]) -> str:
+def _intro(
+    table: Sequence[Row], baselines: Iterable[str], searches: Mapping[str, Mapping[int, Result]]
+) -> str:
     results = [result for by_seed in searches.values() for result in by_seed.values()]
     apart = all("compile_seconds" in result for result in results)
     compiling = "without compiling" if apart else "compiling included where records are old"
-    name, unit = metrics.named(row.metric), row.metric.unit
+    name = f"{metrics.named(table[0].metric)}{metrics.in_unit(table[0].metric)}"
     return (
-        f"Test {name}, {'percent' if unit == '%' else unit}, mean ± standard deviation over "
-        "seeds, calibrated (PTQ) and "
-        "after the same training (QAD); Δ is to the same arm of the baseline "
-        f"({escape(', '.join(baselines))}, ...), paired by seed, with a 95% interval; \\* "
+        f"Test {name}, mean ± standard deviation over seeds, calibrated (PTQ) and after the same "
+        "training (QAD); Δ is to the same arm of the baseline "
+        f"({escape(', '.join(baselines))}, ...), paired by seed, with a 95% interval "
+        f"{notes.coverage(table)}; \\* "
         "excludes 0. Objective: what policies are chosen by, on validation. Evaluations count "
         "those of sensitivities; seconds are of the search, calibration at each choice too "
         f"where it was the first of its seed, {compiling}."

@@ -1,6 +1,6 @@
 """The table of an experiment, as Markdown and on a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -10,21 +10,20 @@ from kdq.report import exports
 from kdq.report.aggregate import Records, Row, as_records, has_one_seed, rows
 from kdq.report.cells import ABSENT, escape, markdown_grid, standard_output, terminal_grid
 from kdq.report.columns import Column, cells_of, main_columns, transfer_columns
-from kdq.report.metric import TRANSFER
+from kdq.report.metric import TRANSFER, task_of_records
 from kdq.report.notes import notes, quick_note, seeds_note
 
 __all__ = ["Row", "markdown", "print_table", "rows"]
 
-# Keys of columns, and on a terminal: which come first where there is no room for all, those that
-# stay however narrow it is, and those that may be folded to so many characters.
-SHOWN = (
-    *("arm", "kind", "bits", "params", "size", "smaller", "score", "difference", "reference"),
-    *("selected_on", "last", "agreement", "kl", "bops", "energy", "train", "compile", "seeds"),
-)
+# Keys of columns: on a terminal, which come first where there is no room for all (metrics that are
+# not listed after the energy), those that stay however narrow it is, and those that may be folded
+# to so many characters.
 IMPORTANCE = (
     *("arm", "score", "difference", "bits", "size", "reference", "smaller", "train", "seeds"),
-    *("kind", "energy", "agreement", "params", "kl", "bops", "compile", "last", "selected_on"),
+    *("kind", "energy", "agreement", "params", "kl_to_teacher", "bops", "compile", "last"),
+    *("p_holm", "over_seeds", "selected_on"),
 )
+OPTIONAL = ("over_seeds", "p_holm")  # left out where no row has them
 NEEDED = ("arm", "score", "difference")
 FOLDED = {"arm": 32, "score": 24, "reference": 24}
 GAP = 2  # between two columns
@@ -39,9 +38,11 @@ def markdown(table: Sequence[Row], records: Records) -> str:
       table: what `rows` made of `records`.
       records: for the notes: where the numbers came from.
     """
-    records, columns = as_records(records), main_columns(table[0].metric)
+    records = as_records(records)
+    task_of_records(records)  # one, or it is refused
+    columns = shown_columns(table)
     lines = [f"**{note}**", ""] if (note := quick_note(table)) else []
-    lines += _grid([columns[key] for key in SHOWN], table)
+    lines += _grid(columns.values(), table)
     measured = [name for name in TRANSFER if any(row.values(name) for row in table)]
     if not set(measured) <= EVERYWHERE:
         shown = [TRANSFER[name][1] for name in measured]
@@ -53,7 +54,17 @@ def markdown(table: Sequence[Row], records: Records) -> str:
     return "\n".join(lines)
 
 
-def _grid(columns: Sequence[Column], table: Sequence[Row]) -> list[str]:
+def shown_columns(table: Sequence[Row]) -> dict[str, Column]:
+    """Returns the columns of a table, without the optional ones that no row has."""
+    return {
+        key: column
+        for key, column in main_columns(table[0].task).items()
+        if key != "size_smaller"
+        and not (key in OPTIONAL and all(column.text(row) == ABSENT for row in table))
+    }
+
+
+def _grid(columns: Iterable[Column], table: Sequence[Row]) -> list[str]:
     cells = cells_of(columns, table)
     lines = [[escape(cell) for cell in line] for line in zip(*cells.values(), strict=True)]
     return markdown_grid(list(cells), lines, LEFT)
@@ -67,14 +78,15 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
       console: where; None is the standard output.
     """
     console = console or standard_output()
-    columns = main_columns(table[0].metric)
-    texts = list(cells_of([columns[key] for key in SHOWN], table).values())
-    cells = dict(zip(SHOWN, texts, strict=True))
+    columns = shown_columns(table)
+    cells = dict(zip(columns, cells_of(columns.values(), table).values(), strict=True))
     if has_one_seed(table):
         del cells["seeds"]  # it is said below
     widths = {key: max(map(cell_len, (columns[key].name, *cells[key]))) for key in cells}
-    measured = {key for key in cells if any(cell != ABSENT for cell in cells[key])}
-    shown = _fitting([key for key in IMPORTANCE if key in measured], widths, console.width)
+    measured = [key for key in cells if any(cell != ABSENT for cell in cells[key])]
+    place = {key: place for place, key in enumerate(IMPORTANCE)}
+    ordered = sorted(measured, key=lambda key: place.get(key, place["energy"] + 0.5))
+    shown = _fitting(ordered, widths, console.width)
     roomy = sum(widths[key] + GAP for key in shown) <= console.width
     grid = terminal_grid()
     for key in (key for key in cells if key in shown):

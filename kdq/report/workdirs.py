@@ -4,17 +4,22 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdq import files
 from kdq.fields import ConfigError
 from kdq.record import ArmRecord, has_arms
+from kdq.report import metric as metrics
 from kdq.report.aggregate import number
-from kdq.report.metric import metric_of_records
+
+if TYPE_CHECKING:
+    from kdq.evaluate.run import Scores
 
 # Fields that the advisor needs of any record, and of one that did not fail.
 NEEDED = ("arm", "seed", "status", "kind", "bits", "data")
 MEASURED = ("params", "size_bytes", "train_seconds")
+SCORES = "scores.npz"  # beside a record: `kdq.evaluate.run.Scores` of the packed file on test
+AGREES = 1e-4  # of the metric from the scores, which are float32, with the record's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,8 @@ class Run:
 
     record: ArmRecord
     folder: Path
+    scores: "Scores | None" = None  # of single test examples, as far as the metric needs them
+    lost: str = ""  # why there are none, though there is a file of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +46,12 @@ class Workdir:
     def records(self) -> tuple[ArmRecord, ...]:
         """The records of all runs."""
         return tuple(run.record for run in self.runs)
+
+    @property
+    def scores(self) -> dict[tuple[str, int], "Scores"]:
+        """Scores of single test examples by arm and seed, of the runs that kept them."""
+        runs = (run for run in self.runs if run.scores is not None)
+        return {(run.record.arm, run.record.seed): run.scores for run in runs}
 
     @property
     def config_file(self) -> str:
@@ -101,7 +114,7 @@ def lacking(record: ArmRecord) -> list[str]:
     """Returns the fields that the advisor needs and a record lacks."""
     missing = [name for name in NEEDED if getattr(record, name) in ("", {})]
     if record.status == "ok":
-        metric = metric_of_records([record]).name
+        metric = metrics.metric_of_records([record]).name
         missing += [name for name in (*MEASURED, metric) if math.isnan(number(record, name))]
         if math.isnan(number(record, metric, "validation")):
             missing.append(f"validation_{metric}")
@@ -155,6 +168,7 @@ def _build(
         left_out = None if problems is None else []
         try:
             record = ArmRecord.from_json(document, left_out)
+            metrics.task_of_records([record])  # one that this version does not know is refused
             if problems is None:
                 _check_evidence(record, runs, config)
         except ConfigError as error:
@@ -164,13 +178,38 @@ def _build(
             continue
         for reason in left_out or ():
             _report(problems, ConfigError(f"{folder}: left out {reason}"))
-        runs.append(Run(record=record, folder=folder))
+        run = _with_scores(Run(record=record, folder=folder))
+        if run.lost and problems is not None:
+            problems.append(f"{run.lost}: left out, intervals are over seeds alone")
+        runs.append(run)
     if config:  # in the order of the config, not of the alphabet
         order = {arm: place for place, arm in enumerate(config["arms"])}
         runs.sort(key=lambda run: order.get(run.record.arm, len(order)))
     return Workdir(
         name=name, path=str(path), config=config, runs=tuple(runs), problems=tuple(problems or ())
     )
+
+
+def _with_scores(run: Run) -> Run:
+    """Returns a run with the scores of its test examples, or with what is wrong with their file."""
+    path = run.folder / SCORES
+    if run.record.status != "ok" or not path.is_file():
+        return run
+    from kdq.evaluate.run import Scores  # noqa: PLC0415 (JAX, which reports without do without)
+
+    metric = metrics.metric_of_records([run.record])
+    try:
+        scores = Scores.load(path)
+        arrays = {name: scores.arrays[name] for name in metric.scores}
+    except (files.DamagedError, OSError) as error:
+        return dataclasses.replace(run, lost=str(error))
+    except KeyError as error:
+        return dataclasses.replace(run, lost=f"{path} has no {error.args[0]!r} for {metric.name}")
+    value, recorded = metric.compute(arrays), number(run.record, metric.name)
+    if not math.isclose(value, recorded, rel_tol=AGREES, abs_tol=AGREES):
+        why = f"{path} has {metric.name} {value:.6g}, its record {recorded:.6g}"
+        return dataclasses.replace(run, lost=why)
+    return dataclasses.replace(run, scores=dataclasses.replace(scores, arrays=arrays))
 
 
 def _check_evidence(

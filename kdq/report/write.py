@@ -40,13 +40,14 @@ def write_report(
 
     workdir = Path(workdir)
     documents = [r.to_json() if isinstance(r, ArmRecord) else plain(r) for r in records]
-    summary = table.rows(documents)
+    source = workdirs.workdir_of_records(documents, workdir)
+    summary = table.rows(documents, scores=source.scores)
     write_json(workdir / "results.json", documents)
     if by_width := pivot.markdown(summary):
         write_atomic(workdir / "pivot.md", by_width.encode())
     if study := searches.markdown(documents, summary):
         write_atomic(workdir / "searches.md", study.encode())
-    publish.write([workdirs.workdir_of_records(documents, workdir)], workdir)
+    publish.write([source], workdir)
     console = console or standard_output()
     table.print_table(summary, console)
     print_places(workdir, console)

@@ -31,6 +31,7 @@ from kdq.report.page import (
     tradeoff,
 )
 from kdq.report.workdirs import read_evidence, read_workdirs
+from kdq.tasks.classification import ACCURACY
 
 
 def experiments(*folders):
@@ -334,13 +335,14 @@ def point(arm, size, accuracy, **fields):
 
 
 def test_arms_without_a_cost_or_a_number_are_not_drawn_and_collapsed_ones_get_a_panel():
+    drawn_by_size = lambda points: tradeoff.pareto(points, "size", "KiB", ACCURACY)
     field = [point(f"a{i}", 10.0 + i, 95 + i / 2) for i in range(6)]
-    drawn = tradeoff.pareto([*field, point("x", None, 90.0), point("y", 5.0, None)], "size", "KiB")
+    drawn = drawn_by_size([*field, point("x", None, 90.0), point("y", 5.0, None)])
     assert [len(spec["data"]["values"]) for spec in drawn] == [6]
-    assert tradeoff.pareto([point("x", None, 90.0)], "size", "KiB") == []
-    both = tradeoff.pareto([*field, point("low", 3.0, 10.0)], "size", "KiB")
+    assert drawn_by_size([point("x", None, 90.0)]) == []
+    both = drawn_by_size([*field, point("low", 3.0, 10.0)])
     assert [spec["title"] for spec in both] == ["all 7 arms", "the best 6 of 7"]
-    far = tradeoff.pareto([*field, point("t", 900.0, 99.0, kind="teacher")], "size", "KiB")
+    far = drawn_by_size([*field, point("t", 900.0, 99.0, kind="teacher")])
     assert [spec["title"] for spec in far] == ["all 7 arms", "the best 6 of 7, the teacher aside"]
     front = [v["arm"] for v in both[1]["data"]["values"] if v["front"]]
     assert front == [f"a{i}" for i in range(6)]

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from kdq.report.page import labels, marks, scales, specs, tradeoff
+from kdq.tasks.classification import ACCURACY
 
 
 def point(arm, size, accuracy, **fields):
@@ -17,7 +18,7 @@ def layers(spec, name):
 
 
 def drawn(points):
-    return tradeoff.pareto(points, "size", "size, KiB")[0]
+    return tradeoff.pareto(points, "size", "size, KiB", ACCURACY)[0]
 
 
 def test_a_shape_a_start_and_a_color_a_kind():

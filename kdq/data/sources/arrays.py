@@ -1,6 +1,7 @@
 """Your own data sets: NumPy arrays of three splits in one `.npz` file.
 
-For each split two arrays, `SPLIT_inputs` [n, ...] and `SPLIT_labels` [n]. `config.data.name` names
+For each split two arrays, `SPLIT_inputs` [n, ...] and `SPLIT_labels` [n] or, of several labels or
+real targets, [n, outputs] float. `config.data.name` names
 the file, and everything else goes as with a data set of TFDS.
 """
 
@@ -23,7 +24,7 @@ from kdq.fields import expand_user, unknown
 _MOST_BYTES, _MOST_RATIO = 2**30, 200
 PARTS = ("inputs", "labels")
 MOST_CLASSES = 2**22  # each has a name: more are most likely no classes at all
-Split = tuple[np.ndarray, np.ndarray]  # inputs [n, ...], labels [n]
+Split = tuple[np.ndarray, np.ndarray]  # inputs [n, ...], labels [n] or [n, outputs]
 
 
 def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
@@ -33,7 +34,8 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
       path: the file, `mine.npz`.
       **splits: (inputs, labels) by name, most often train, validation and test. Inputs are uint8 or
         floats (kept as float32) [n, ...], of one shape and kind in all splits; labels are integers
-        [n] from 0, and those of other splits are among the first's.
+        [n] from 0, and those of other splits are among the first's; or floats (kept as float32) [n]
+        or [n, outputs], real targets or labels 0 and 1.
 
     Raises:
       DataError: arrays that don't fit, or a file that holds others.
@@ -84,7 +86,8 @@ def open_file(path: Path, split: str) -> Source:
         )
     if split not in splits:
         raise DataError(unknown(f"split of {path}:", split, splits))
-    classes = 1 + max(int(labels.max()) for _, labels in _checked(splits).values())
+    every = [labels for _, labels in _checked(splits).values()]
+    classes = None if _is_real(every[0]) else 1 + max(int(labels.max()) for labels in every)
     return from_arrays(*splits[split], name=path.name, split=split, classes=classes)
 
 
@@ -100,15 +103,18 @@ def from_arrays(
 
     Args:
       inputs: [n, ...] uint8 or float32.
-      labels: [n] int, classes from 0.
+      labels: [n] int, classes from 0; or [n] or [n, outputs] float.
       name: of the data set.
       split: of the split.
       classes: how many there are; None is up to the largest label.
 
     Raises:
-      DataError: labels that are no classes.
+      DataError: labels that are no classes, or floats that are not finite.
     """
     labels = as_labels(labels, f"{name} {split}")
+    facts = {}
+    if not _is_real(labels):
+        facts["class_names"] = tuple(map(str, range(classes or int(labels.max()) + 1)))
     digest = hashlib.sha256(repr((inputs.shape, inputs.dtype.name)).encode())
     digest.update(np.ascontiguousarray(inputs))
     digest.update(np.ascontiguousarray(labels))
@@ -117,7 +123,7 @@ def from_arrays(
         name=name,
         version="",
         split=split,
-        facts={"class_names": tuple(map(str, range(classes or int(labels.max()) + 1)))},
+        facts=facts,
         digest=digest.hexdigest(),
     )
 
@@ -177,21 +183,37 @@ def _split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
     if not np.isfinite(inputs).all():
         bad = int(np.argmin(np.isfinite(inputs).reshape(len(inputs), -1).all(-1)))
         raise DataError(f"{where}: input {bad} is not finite")
-    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != inputs.shape[:1]:
+    fits = labels.shape == inputs.shape[:1]
+    if _is_real(labels):
+        fits = labels.ndim in (1, 2) and labels.shape[:1] == inputs.shape[:1] and labels.size
+    elif not np.issubdtype(labels.dtype, np.integer):
+        fits = False
+    if not fits:
         raise DataError(
             f"{where}: labels are {labels.dtype} {labels.shape}; expected integers "
-            f"{inputs.shape[:1]}, a class for each input"
+            f"{inputs.shape[:1]}, a class for each input, or floats [n] or [n, outputs]"
         )
     return np.ascontiguousarray(inputs), as_labels(labels, where)
 
 
+def _is_real(labels: np.ndarray) -> bool:
+    return np.issubdtype(labels.dtype, np.floating)
+
+
 def as_labels(labels: np.ndarray, where: str) -> np.ndarray:
-    """Returns labels [n] as int32.
+    """Returns labels [n] as int32; real ones [n, ...] as float32.
 
     Raises:
-      DataError: no integers, or a label that is no class; names the example.
+      DataError: no numbers, or a label that is no class or not finite; names the example.
     """
     labels = np.asarray(labels)
+    if _is_real(labels):
+        with np.errstate(over="ignore"):
+            labels = labels.astype(np.float32)
+        if not np.isfinite(labels).all():
+            bad = int(np.argmin(np.isfinite(labels).reshape(len(labels), -1).all(-1)))
+            raise DataError(f"{where}: label of example {bad} is not finite")
+        return labels
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{where}: labels are {labels.dtype}; expected integers")
     # Compared in their own type: in another, 2^32 + 1 could be 1.
@@ -213,7 +235,12 @@ def _checked(splits: Mapping[str, Split]) -> Mapping[str, Split]:
                 f"inputs of {name} are {more.dtype} {more.shape[1:]}, "
                 f"of {first} {inputs.dtype} {inputs.shape[1:]}"
             )
-        if classes.max() > labels.max():
+        if _is_real(classes) != _is_real(labels) or classes.shape[1:] != labels.shape[1:]:
+            raise DataError(
+                f"labels of {name} are {classes.dtype} {classes.shape}, of {first} "
+                f"{labels.dtype} {labels.shape}"
+            )
+        if not _is_real(labels) and classes.max() > labels.max():
             raise DataError(
                 f"{name} has label {classes.max()}, {first} only those up to {labels.max()}"
             )

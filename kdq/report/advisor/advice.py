@@ -21,7 +21,7 @@ from kdq.report.advisor.constraints import (
 from kdq.report.advisor.rules import METHODS, RULES, SEEDS, Rule
 from kdq.report.advisor.study import Candidate, Study, Values
 from kdq.report.advisor.tables import relax
-from kdq.report.aggregate import interval_of
+from kdq.report.aggregate import compare_on_test
 from kdq.report.workdirs import Workdir
 
 
@@ -38,7 +38,7 @@ class Width:
         """The difference of the chosen to the other on test."""
         if self.other is None:
             return None
-        return interval_of(self.chosen.test, self.other.test, self.chosen.metric)
+        return compare_on_test(self.chosen, self.other)[0]
 
     @property
     def doubtful(self) -> bool:
@@ -90,6 +90,7 @@ class Advice:
       unjudged: arms that nothing rules out, but that can't be judged.
       closest: the arm that misses least.
       findings: of the rules, by experiment.
+      coverage: what the intervals of these are over.
     """
 
     def __init__(self, study: Study, constraints: Constraints):
@@ -107,6 +108,8 @@ class Advice:
         self.unjudged = [f for f in self.fits if f.named("?") and not f.named("no")]
         self.closest = closest(self.fits)
         self.findings = {source: findings(study, source) for source in study.sources}
+        compared = [finding.difference for each in self.findings.values() for finding in each]
+        self.coverage = name_coverage(compared)
         self.gaps = gaps.find_gaps(study, self.fits, self.findings, constraints)
 
     def _judge_answer(self, arm: Candidate) -> None:
@@ -114,7 +117,7 @@ class Advice:
         self.tied = [f.candidate for f in self.groups[0][1:]]
         teacher, self.drop_on_test = self.study.teacher(arm.source), None
         if teacher is not None:
-            self.drop_on_test = interval_of(arm.test, teacher.test, self.metric)
+            self.drop_on_test, _ = compare_on_test(arm, teacher)
         limits, sign = self.constraints, 1 if self.metric.higher_is_better else -1
         holds = []
         if limits.min_accuracy is not None:

@@ -7,7 +7,7 @@ from kdq.evaluate.statistics import PairedInterval
 from kdq.report.advisor.constraints import best, gain_of
 from kdq.report.advisor.rules import RULES, SEEDS, Rule
 from kdq.report.advisor.study import Candidate, Study
-from kdq.report.aggregate import interval_of
+from kdq.report.aggregate import compare_on_test
 from kdq.report.workdirs import Workdir
 
 NEAR = 0.1  # files of which neither is larger than the other by more than this share
@@ -20,7 +20,8 @@ class Finding:
     rule: Rule
     a: Candidate
     b: Candidate
-    difference: PairedInterval
+    difference: PairedInterval  # see `kdq.report.aggregate.compare_on_test`
+    over_seeds: PairedInterval  # the same over seeds alone
 
     @property
     def verdict(self) -> str:
@@ -45,9 +46,10 @@ def findings(study: Study, source: Workdir) -> list[Finding]:
         for key in dict.fromkeys((c.params, c.bits) for c in matching):
             a = best([c for c in matching if (c.params, c.bits) == key])
             b = _partner(rule, a, arms, study)
-            delta = None if b is None else interval_of(a.test, b.test, study.metric)
+            delta, over_seeds = (None, None) if b is None else compare_on_test(a, b)
             if delta is not None:
-                result.append(Finding(rule=rule, a=a, b=b, difference=delta))
+                finding = Finding(rule=rule, a=a, b=b, difference=delta, over_seeds=over_seeds)
+                result.append(finding)
     return result
 
 

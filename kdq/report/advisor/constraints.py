@@ -47,10 +47,17 @@ class Constraints:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"--{name}={value}: expected a number above 0")
-        for name, most in (("min_accuracy", 100), ("max_drop", 100), ("training_minutes", 1e9)):
+        for name in ("min_accuracy", "max_drop", "training_minutes"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= most:
-                raise ConfigError(f"--{name}={value}: expected 0 to {most:g}")
+            if value is not None and not 0 <= value <= 1e9:
+                raise ConfigError(f"--{name}={value}: expected 0 to 1e+09")
+
+    def check(self, metric: Metric) -> None:
+        """Raises ConfigError for limits of a metric in percent that are above 100."""
+        for name in ("min_accuracy", "max_drop") if metric.unit == "%" else ():
+            value = getattr(self, name)
+            if value is not None and value > 100:
+                raise ConfigError(f"--{name}={value}: expected 0 to 100")
 
     @property
     def limits(self) -> dict[str, float]:
@@ -234,8 +241,10 @@ def merit(candidate: Candidate) -> float:
 
 
 def by_validation(candidate: Candidate) -> tuple[float, float]:
-    """Sorts the best first; between equals the lower negative log-likelihood."""
-    return -merit(candidate), candidate.mean("nll", "validation")
+    """Sorts the best first; between equals by the next of the task's metrics."""
+    second = candidate.task.metrics[1]
+    value = candidate.mean(second.name, "validation")
+    return -merit(candidate), -value if second.higher_is_better else value
 
 
 def best(candidates: Sequence[Candidate]) -> Candidate | None:

@@ -26,8 +26,10 @@ class Gap:
     commands: tuple[str, ...] = ()  # lines to type
     record: ArmRecord | None = None  # of "failed"
     requirement: Requirement | None = None  # of "unknown"
-    needed: tuple[tuple[Finding, int], ...] = ()  # of "undecided": seeds that would decide
+    # Of "undecided": seeds that would decide.
+    needed: tuple[tuple[Finding, float], ...] = ()
     method: Method | None = None  # of "method"
+    reasons: tuple[str, ...] = ()  # of "scores"
 
     @property
     def names(self) -> str:
@@ -61,6 +63,8 @@ def find_gaps(
     for source in study.sources:
         mine = [f for f in fits if f.candidate.source is source]
         arms = [f.candidate for f in mine]
+        if reasons := tuple(run.lost for run in source.runs if run.lost):
+            gaps.append(Gap(kind="scores", source=source, reasons=reasons))
         gaps += _unknown(source, mine, constraints)
         gaps += _too_few_seeds(source, arms)
         gaps += _undecided(source, findings[source])
@@ -111,12 +115,18 @@ def _undecided(source: Workdir, findings: Sequence[Finding]) -> Iterable[Gap]:
         yield Gap(kind="undecided", source=source, needed=needed, commands=(line,) if few else ())
 
 
-def _count_needed(finding: Finding) -> int:
-    """Returns seeds at which the interval would exclude 0 or be level, if it narrows as 1/√n."""
-    interval = finding.difference
-    half = (interval.high - interval.low) / 2
+def _count_needed(finding: Finding) -> float:
+    """Returns seeds at which the interval would exclude 0 or be level; inf if none would do.
+
+    Over seeds it narrows as 1/√n; what test examples add to its square does not.
+    """
+    interval, over_seeds = finding.difference, finding.over_seeds
+    half, half_of_seeds = ((each.high - each.low) / 2 for each in (interval, over_seeds))
     target = max(abs(interval.mean), finding.a.metric.level - abs(interval.mean))
-    return max(math.ceil(interval.n * (half / target) ** 2), interval.n + 1)
+    room = target**2 - max(half**2 - half_of_seeds**2, 0.0)
+    if room <= 0:
+        return math.inf
+    return max(math.ceil(interval.n * half_of_seeds**2 / room), interval.n + 1)
 
 
 def _unquantized_teachers(source: Workdir, arms: Sequence[Candidate]) -> Iterable[Gap]:

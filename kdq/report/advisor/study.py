@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from kdq.evaluate.statistics import summary
 from kdq.fields import ConfigError
@@ -16,9 +17,12 @@ from kdq.report.aggregate import (
     numbers_by_seed,
     timings,
 )
-from kdq.report.metric import metric_of_records
+from kdq.report.metric import task_key, task_of_records
 from kdq.report.workdirs import Workdir
 from kdq.tasks.metric import Metric
+
+if TYPE_CHECKING:
+    from kdq.tasks import Task
 
 Values = Mapping[int, float]  # of a metric by seed, as it is recorded
 
@@ -76,11 +80,16 @@ class Study:
     """Arms that may be compared: the same data and metric and, for latencies, one device."""
 
     data: Mapping[str, str]  # split -> digest
-    metric: Metric
+    task: "Task"
     timed_on: str  # "" where nothing was timed
     sources: tuple[Workdir, ...]
     candidates: tuple[Candidate, ...]
     failures: tuple[tuple[Workdir, ArmRecord], ...]
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that arms are ranked by."""
+        return self.task.primary
 
     def find(self, source: Workdir, arm: str | None) -> Candidate | None:
         """Returns an arm of an experiment; None where it has no finished seed."""
@@ -99,11 +108,12 @@ class Study:
 
 
 def studies(sources: Iterable[Workdir]) -> list[Study]:
-    """Groups what may be compared: by the digests of the data, and by the device of latencies."""
-    groups: dict[tuple[tuple[str, str], ...], dict[str, tuple[Workdir, list[ArmRecord]]]] = {}
+    """Groups what may be compared: by task and digests of the data, and by latencies' device."""
+    groups: dict[tuple, dict[str, tuple[Workdir, list[ArmRecord]]]] = {}
     for source in sources:
         for record in source.records:
-            group = groups.setdefault(tuple(sorted(record.data.items())), {})
+            key = task_key(record), tuple(sorted(record.data.items()))
+            group = groups.setdefault(key, {})
             group.setdefault(source.name, (source, []))[1].append(record)
     result = []
     for members in map(list, map(dict.values, groups.values())):
@@ -117,7 +127,7 @@ def studies(sources: Iterable[Workdir]) -> list[Study]:
 def _build_study(
     records: Sequence[ArmRecord], device: str, members: Sequence[tuple[Workdir, list[ArmRecord]]]
 ) -> Study:
-    metric, candidates, failures = metric_of_records(records), [], []
+    task, candidates, failures = task_of_records(records), [], []
     for source, each in members:
         finished: dict[str, list[ArmRecord]] = {}
         for record in each:
@@ -125,10 +135,10 @@ def _build_study(
                 finished.setdefault(record.arm, []).append(record)
             else:
                 failures.append((source, record))
-        candidates += [_build_candidate(source, metric, arm, finished, device) for arm in finished]
+        candidates += [_build_candidate(source, task, arm, finished, device) for arm in finished]
     return Study(
         data=records[0].data,
-        metric=metric,
+        task=task,
         timed_on=device,
         sources=tuple(source for source, _ in members),
         candidates=tuple(candidates),
@@ -138,7 +148,7 @@ def _build_study(
 
 def _build_candidate(
     source: Workdir,
-    metric: Metric,
+    task: "Task",
     arm: str,
     finished: Mapping[str, list[ArmRecord]],
     device: str,
@@ -157,8 +167,9 @@ def _build_candidate(
     mean = lambda each: summary(numbers_by_seed(each, "train_seconds").values())[0]
     return Candidate(
         arm=arm,
-        metric=metric,
+        task=task,
         runs=tuple(runs),
+        scores={r.seed: kept for r in runs if (kept := source.scores.get((arm, r.seed)))},
         source=source,
         method=_method(runs, ancestry),
         widths=_widths(runs),

@@ -9,7 +9,7 @@ from kdq.report.advisor.constraints import Check, Fit, best, merit, nearest
 from kdq.report.advisor.document import Line, Table
 from kdq.report.advisor.rules import METHODS, REQUIREMENTS
 from kdq.report.advisor.study import Candidate
-from kdq.report.aggregate import interval_of
+from kdq.report.aggregate import compare_on_test, interval_of
 from kdq.report.cells import ABSENT, format_energy
 from kdq.report.front import pareto_front
 from kdq.tasks.metric import Metric
@@ -158,7 +158,7 @@ def by_width(advice: "Advice") -> Table:
         teacher = advice.study.teacher(first.source)
         delta = None
         if teacher is not None:
-            delta = interval_of(first.test, teacher.test, advice.metric)
+            delta, _ = compare_on_test(first, teacher)
         methods = dict.fromkeys(c.method for c in width.tied if c.method != first.method)
         cells = (
             *(first.source.name, f"{first.params:,}", first.bits, first.method, first.arm),

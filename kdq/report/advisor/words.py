@@ -1,5 +1,6 @@
 """Measured numbers as the advisor words them."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from kdq.evaluate.statistics import PairedInterval
@@ -34,7 +35,8 @@ def interval(difference: PairedInterval | None, metric: Metric) -> str:
     mean, low, high = map(
         metric.difference_number, (difference.mean, difference.low, difference.high)
     )
-    return f"{mean} (one seed)" if difference.low != difference.low else f"{mean} [{low}, {high}]"
+    ends = "" if math.isnan(difference.low) else f" [{low}, {high}]"
+    return f"{mean}{ends}{' (one seed)' if difference.n == 1 else ''}"
 
 
 def seconds(candidate: Candidate) -> str:

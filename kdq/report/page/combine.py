@@ -1,16 +1,20 @@
-"""Decides which workdirs are comparable: those of the same data whose arms are the same."""
+"""Decides which workdirs are comparable: those of the same task and data, and the same arms."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdq.record import ArmRecord
 from kdq.report.advisor.words import name_a_few
 from kdq.report.aggregate import Row, distinct, has_one_seed, rows
-from kdq.report.metric import metric_of_records
+from kdq.report.metric import task_key, task_of_records
 from kdq.report.workdirs import Run, Workdir, lacking
 from kdq.tasks.metric import Metric
+
+if TYPE_CHECKING:
+    from kdq.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,12 +30,17 @@ class Experiment(Workdir):
     @functools.cached_property
     def rows(self) -> list[Row]:
         """One an arm."""
-        return rows(self.records)
+        return rows(self.records, scores=self.scores)
+
+    @property
+    def task(self) -> "Task":
+        """The task of all its records."""
+        return task_of_records(self.records)
 
     @property
     def metric(self) -> Metric:
         """The metric that arms are ranked by."""
-        return metric_of_records(self.records)
+        return self.task.primary
 
     @property
     def one_seed(self) -> bool:
@@ -73,10 +82,10 @@ def combine(folders: Sequence[Workdir]) -> list[Experiment]:
     """
     experiments: list[Experiment] = []
     for folder in folders:
-        for data, runs in _group_by_data(folder.runs).items():
+        for (_, data), runs in _group_comparable(folder.runs).items():
             new = _without_repetitions(folder, dict(data), runs)
             for i, other in enumerate(experiments):
-                if other.data != new.data:
+                if (other.data, other.task) != (new.data, new.task):
                     continue
                 if (why := _explain_difference(other, new)) is None:
                     experiments[i] = _merge(other, new)
@@ -87,10 +96,12 @@ def combine(folders: Sequence[Workdir]) -> list[Experiment]:
     return _with_unique_names(experiments)
 
 
-def _group_by_data(runs: Sequence[Run]) -> dict[tuple[tuple[str, str], ...], list[Run]]:
-    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+def _group_comparable(runs: Sequence[Run]) -> dict[tuple, list[Run]]:
+    """Groups runs by their task and the digests of their data."""
+    groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        groups.setdefault(tuple(sorted(run.record.data.items())), []).append(run)
+        key = task_key(run.record), tuple(sorted(run.record.data.items()))
+        groups.setdefault(key, []).append(run)
     return groups
 
 

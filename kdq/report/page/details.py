@@ -40,11 +40,11 @@ def read_details(folder: Path) -> tuple[dict[str, Any], str]:
 
 def _check_details(document: Any) -> None:
     """Raises whatever comes first where something is missing, or of another type or shape."""
-    classes = len(document["confusion"])
-    if _array(document["confusion"]).shape != (classes, classes):
+    counts = document.get("confusion")  # of classification alone
+    if counts is not None and _array(counts).shape != (len(counts), len(counts)):
         raise ValueError("a confusion matrix that is not square")
     for part, keys in (("reliability", BINS), ("attributions", EXAMPLES)):
-        if document[part] is not None:
+        if document.get(part) is not None:
             arrays = [_array(document[part][key], missing=part == "reliability") for key in keys]
             if len({array.shape[0] for array in arrays}) != 1:
                 raise ValueError(f"lists of different lengths in {part}")

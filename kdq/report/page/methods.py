@@ -10,7 +10,7 @@ from kdq.report.advisor import words
 from kdq.report.advisor.constraints import Constraints, best, fit
 from kdq.report.advisor.rules import METHODS
 from kdq.report.advisor.study import Candidate, Study
-from kdq.report.aggregate import Latencies, distinct_text, interval_of, mean_of_all
+from kdq.report.aggregate import Latencies, compare_on_test, distinct_text, mean_of_all
 from kdq.report.cells import format_bytes, format_energy
 from kdq.schema import Qat
 
@@ -106,7 +106,7 @@ def _describe_recipe(recipe: Mapping[str, Any]) -> str:
 def _score(candidate: Candidate, study: Study) -> str:
     metric, teacher = study.metric, study.teacher(candidate.source)
     text = words.in_sentence(candidate.test, metric)
-    delta = None if teacher is None else interval_of(candidate.test, teacher.test, metric)
+    delta = None if teacher is None else compare_on_test(candidate, teacher)[0]
     if delta is None:
         return f"{text}; no teacher of the same seeds"
     return (

@@ -1,6 +1,7 @@
 """All that the page says of one experiment, as plain data for the template."""
 
 import dataclasses
+import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,24 @@ from kdq.report.advisor.document import Block, find_section
 from kdq.report.advisor.study import Study, studies
 from kdq.report.aggregate import distinct, latencies
 from kdq.report.cells import format_bytes, without_count
-from kdq.report.notes import compiling_note, quick_note, seeds_note, versions_of
+from kdq.report.notes import (
+    compiling_note,
+    intervals_note,
+    quick_note,
+    seeds_note,
+    versions_of,
+)
 from kdq.report.page import methods, specs, tables, tradeoff, views
 from kdq.report.page.combine import Experiment
 from kdq.report.page.marks import Point, Spec
 
 POLICIES = 24  # arms of a chart of bits
+# Parts of the page that only some tasks have -> what measures them, of `kdq.evaluate`.
+PROBES = {
+    "calibration": "classification",
+    "confusions": "classification",
+    "attributions": "attribution",
+}
 OLD_RUN_NOTE = "It is kept by runs of this version: run the experiment again in a new folder."
 
 
@@ -51,6 +64,7 @@ class Section:
     failures: Sequence[str]
     problems: Sequence[str]
     missing: Mapping[str, str]  # part -> why there is nothing
+    absent: frozenset[str]  # parts that its task does not have
     notes: Mapping[str, str]  # once, instead of at each number
     facts: Sequence[tuple[str, str]]
 
@@ -99,6 +113,11 @@ def build_section(experiment: Experiment, constraints: Constraints) -> Section:
         failures=[f"{r.arm}, seed {seed}: {reason}" for r in rows for seed, reason in r.failures],
         problems=[*experiment.problems, *problems, *lost[:3], *more],
         missing=_missing(charts, experiment),
+        absent=frozenset(
+            part
+            for part, probe in PROBES.items()
+            if probe not in experiment.task.probes and not charts.get(part)
+        ),
         notes=_notes(experiment) | {"confusions": most},
         facts=_facts(experiment),
     )
@@ -120,12 +139,16 @@ def _ask_advisor(
 def _notes(experiment: Experiment) -> dict[str, str]:
     """Returns what is said once, instead of at each number."""
     seeds = {row.seeds for row in experiment.rows if row.seeds}
+    plain = without_count if experiment.one_seed else lambda text: text
+    compared = [row.difference for row in experiment.rows if row.difference]
+    intervals = any(not math.isnan(difference.low) for difference in compared)
     same = f"Each arm has the seeds {words.ranges(next(iter(seeds)))}." if len(seeds) == 1 else ""
     return {
         "seeds": seeds_note(experiment.rows) or same,
         "quick": quick_note(experiment.rows),
         "compiling": compiling_note(experiment.rows),
-        "difference": experiment.metric.difference_unit,
+        "difference": experiment.metric.difference_unit or metrics.named(experiment.metric),
+        "intervals": plain(intervals_note(experiment.rows)) if intervals else "",
     }
 
 
@@ -227,14 +250,15 @@ def _training_charts(experiment: Experiment) -> list[Chart]:
 
 def _fidelity_charts(experiment: Experiment, points: Sequence[Point]) -> list[Chart]:
     points = [
-        p for p in points if None not in (p["agreement"], p["score"]) and p["kind"] != "teacher"
+        p for p in points if None not in (p["fidelity"], p["score"]) and p["kind"] != "teacher"
     ]
     if not points:
         return []
-    metric = experiment.metric
-    title = f"Agreement with the teacher against {metrics.named(metric)}"
-    spec = specs.fidelity(points, metric)
-    return [Chart(name=f"agreement_vs_{metric.name}", title=title, specs=(spec,))]
+    metric, nearness = experiment.metric, metrics.fidelity_metrics(experiment.task)[0]
+    likeness = metrics.likeness(nearness).partition(",")[0]
+    title = f"{likeness[:1].upper()}{likeness[1:]} against {metrics.named(metric)}"
+    spec = specs.fidelity(points, metric, nearness)
+    return [Chart(name=f"{nearness.name}_vs_{metric.name}", title=title, specs=(spec,))]
 
 
 def _reliability_charts(details: views.Details) -> list[Chart]:
@@ -311,7 +335,7 @@ def _missing(charts: Mapping[str, Sequence[Chart]], experiment: Experiment) -> d
     name = metrics.named(experiment.metric)
     texts = {
         "training": "No metrics.jsonl of a trained arm is there.",
-        "fidelity": "No arm has a measured agreement: the teacher failed, or is not there.",
+        "fidelity": "No arm was compared with the teacher, which failed or is not there.",
         "fronts": f"No arm has {'an' if name[0] in 'aeiouRM' else 'a'} {name} and a cost.",
         "layers": f"No quantized arm has details by layer. {OLD_RUN_NOTE} {again}",
         **dict.fromkeys(("calibration", "confusions"), detail),

@@ -62,8 +62,8 @@ def curves(points: Sequence[Point], field: str, title: str) -> Spec:
     )
 
 
-def fidelity(points: Sequence[Point], metric: Metric) -> Spec:
-    """Returns agreement with the teacher against the metric: being right is not being like it."""
+def fidelity(points: Sequence[Point], metric: Metric, nearness: Metric) -> Spec:
+    """Returns likeness to the teacher against the metric: being right is not being like it."""
     scale = tight(14, zero=False)
     return chart(
         with_tips(points),
@@ -71,7 +71,7 @@ def fidelity(points: Sequence[Point], metric: Metric) -> Spec:
         mark=dot(75, opacity=0.9),
         encoding={
             "x": encode("score", title=metrics.axis(metric, "test"), scale=scale),
-            "y": encode("agreement", title="agreement with the teacher, %", scale=scale),
+            "y": encode("fidelity", title=metrics.likeness(nearness), scale=scale),
             "color": kind_colors(points),
             **start_shapes(points),
             "tooltip": tips(points),

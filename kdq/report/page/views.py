@@ -17,7 +17,6 @@ from kdq.report.cells import format_bytes, format_energy, mean_cell
 from kdq.report.page import pictures
 from kdq.report.page.combine import Experiment
 from kdq.report.page.details import BINS, read_curve, read_details
-from kdq.tasks.classification import AGREEMENT
 
 UNKNOWN, FRESH = "not known", "fresh weights"  # of what an arm starts from
 
@@ -64,6 +63,7 @@ def arm_points(
     points = []
     for row in (row for row in rows if row.seeds):
         low, high = _interval(row)
+        nearness = next(iter(metrics.fidelity_metrics(row.task)), None)
         start = starts.get(row.arm, UNKNOWN)
         timed = {c: arms[row.arm] for c, arms in (times or {}).items() if row.arm in arms}
         points.append(
@@ -75,7 +75,7 @@ def arm_points(
                 "score": _finite(row.score.mean),
                 "low": low,
                 "high": high,
-                "agreement": _finite(row.mean_of(AGREEMENT).mean),
+                "fidelity": _finite(row.mean_of(nearness).mean) if nearness else None,
                 "size": _finite(row.size_bytes / 1024),
                 "energy": _finite(row.energy_modelled_nj),
                 **{str(c): mean.mean for c, (mean, _) in timed.items()},

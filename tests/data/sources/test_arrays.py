@@ -103,7 +103,10 @@ NAN[7, 1] = np.nan
         ((X[:, 0], Y), r"train: inputs are float32 \(12,\)"),
         ((X[:0], Y[:0]), r"train: inputs are float32 \(0, 3\)"),
         ((NAN, Y), "train: input 7 is not finite"),
-        ((X, Y.astype(float)), r"labels are float64 \(12,\); expected integers \(12,\)"),
+        ((X, Y[:-1] + 0.5), r"labels are float64 \(11,\); expected integers \(12,\)"),
+        ((X, np.where(Y == 1, np.nan, Y)), "train: label of example 1 is not finite"),
+        ((X, Y + 1e300), "train: label of example 0 is not finite"),
+        ((X, np.zeros((12, 2, 2))), r"labels are float64 \(12, 2, 2\)"),
         ((X, np.eye(4, dtype=int)[Y]), r"labels are int64 \(12, 4\)"),
         ((X, Y[:-1]), r"labels are int64 \(11,\); expected integers \(12,\)"),
         ((X, Y - 1), "train: label -1 of example 0; expected classes from 0 to 4194303"),
@@ -112,7 +115,7 @@ NAN[7, 1] = np.nan
         ((X, np.where(Y == 2, -(2**32), Y)), "train: label -4294967296 of example 2; expected"),
         ((X, Y.astype(np.uint64) + np.uint64(2**64 - 4)), "label 18446744073709551612 of exampl"),
         ((X, np.where(Y == 3, 2**31 - 1, Y)), "train: label 2147483647 of example 3; expected"),
-        ((X, Y + 0.5), r"labels are float64 \(12,\); expected integers"),
+        ((X, Y + 0.5), r"labels of validation are int32 \(\d+,\), of train float32 \(12,\)"),
         ((X, Y > 1), r"labels are bool \(12,\); expected integers"),
         ((X.astype(np.float64) * 1e300, Y), "train: input 0 is not finite"),
         ((X, Y % 3), "validation has label 3, train only those up to 2"),
@@ -162,3 +165,14 @@ def test_files_that_do_not_fit(tmp_path):
     np.savez(path, train_inputs=X)
     with pytest.raises(DataError, match="has train_inputs, but no train_labels"):
         open_split(str(path), "train")
+
+
+@pytest.mark.parametrize("shape", [(12,), (12, 3)])
+def test_real_labels_are_kept_as_float32_without_names_of_classes(tmp_path, shape):
+    labels = np.random.default_rng(0).normal(size=shape)
+    path = save_arrays(tmp_path / "mine.npz", train=(X, labels), test=(X[:5], labels[:5]))
+    source = open_split(path.name, "train", data_dir=path.parent)
+    assert source.facts == {}
+    read = source.read(np.arange(12))["label"]
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, labels.astype(np.float32))
