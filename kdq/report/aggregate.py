@@ -1,17 +1,21 @@
 """One row an arm: means over its seeds, and its difference to the arm it is compared with."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdq import files
-from kdq.evaluate.statistics import PairedInterval, paired_interval, summary
+from kdq.evaluate.statistics import PairedInterval, holm, paired_interval, summary
 from kdq.record import ArmRecord
-from kdq.report.metric import metric_of_records
-from kdq.tasks.classification import ACCURACY
+from kdq.report import metric as metrics
 from kdq.tasks.metric import Metric
+
+if TYPE_CHECKING:
+    from kdq.evaluate.run import Scores
+    from kdq.tasks import Task
 
 Records = Sequence[ArmRecord | Mapping[str, Any]]
 
@@ -37,12 +41,21 @@ class Row:
     """An arm and its runs. A number that nobody measured is nan, or has n = 0."""
 
     arm: str
-    metric: Metric  # that arms are ranked by
+    task: "Task"
     runs: tuple[ArmRecord, ...]  # a seed each, failed ones too
+    # Seed -> scores of single test examples, of the seeds that kept them.
+    scores: Mapping[int, "Scores"] = dataclasses.field(default_factory=dict)
     reference: str = ""  # the arm that `difference` is against
-    difference: PairedInterval | None = None  # over common seeds; None if there are none
+    difference: PairedInterval | None = None  # see `compare_on_test`
+    difference_over_seeds: PairedInterval | None = None
+    p_holm: float = math.nan  # p-value of `difference`, corrected for the table's comparisons
     no_difference: str = ""  # why there is none, though there is a reference; or ""
     size_ratio: float = math.nan  # bytes of the size baseline / size_bytes: how many times smaller
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that arms are ranked by."""
+        return self.task.primary
 
     @property
     def finished(self) -> list[ArmRecord]:
@@ -141,7 +154,9 @@ def as_records(records: Records) -> list[ArmRecord]:
 
 
 def rows(
-    records: Records, size_baseline: str | None = None, metric: Metric | None = None
+    records: Records,
+    size_baseline: str | None = None,
+    scores: Mapping[tuple[str, int], "Scores"] | None = None,
 ) -> list[Row]:
     """Aggregates records over seeds: one row an arm, in order of first appearance.
 
@@ -149,11 +164,12 @@ def rows(
       records: one an arm and seed.
       size_baseline: the arm whose size `size_ratio` divides.  None is the arm of kind "teacher"; if
         there is none, or more than one, no ratio is given.
-      metric: that arms are ranked by; None is that of the records' task.
+      scores: of single test examples, by arm and seed (`kdq.report.workdirs.Workdir.scores`): with
+        them intervals of differences are over test examples too.
 
     Raises:
-      ValueError: no records, two records of one arm and seed, seeds of an arm that disagree about
-        what the arm is, or a size baseline that is no arm.
+      ValueError: no records, records of several tasks, two records of one arm and seed, seeds of an
+        arm that disagree about what the arm is, or a size baseline that is no arm.
     """
     if not records:
         raise ValueError("report: there are no records")
@@ -164,26 +180,29 @@ def rows(
         if record.seed in seeds:
             raise ValueError(f"report: two records of arm {record.arm!r} seed {record.seed}")
         seeds[record.seed] = record
-    metric = metric or metric_of_records(records)
+    task = metrics.task_of_records(records)
     table = {
         arm: Row(
             arm=arm,
-            metric=metric,
+            task=task,
             runs=tuple(runs.values()),
+            scores={seed: kept for seed in runs if (kept := (scores or {}).get((arm, seed)))},
             reference=_agreed(runs.values(), "reference"),
         )
         for arm, runs in arms.items()
     }
     baseline = _baseline_bytes(table, size_baseline)
-    return [_compared(row, table, baseline) for row in table.values()]
+    compared = [_compared(row, table, baseline) for row in table.values()]
+    corrected = holm({row.arm: row.difference.p_value for row in compared if row.difference})
+    return [dataclasses.replace(r, p_holm=corrected.get(r.arm, math.nan)) for r in compared]
 
 
 def _compared(row: Row, table: Mapping[str, Row], baseline: float) -> Row:
     """Returns a row with its difference to its reference and its size ratio."""
     _ = row.kind, row.selected_on  # seeds that disagree are refused
-    other, delta, why = table.get(row.reference), None, ""
+    other, delta, over_seeds, why = table.get(row.reference), None, None, ""
     if other is not None:
-        delta = interval_of(row.values(row.metric.name), other.values(row.metric.name), row.metric)
+        delta, over_seeds = compare_on_test(row, other)
     if row.reference and delta is None:
         if other is None:
             why = "reference not run"
@@ -193,7 +212,13 @@ def _compared(row: Row, table: Mapping[str, Row], baseline: float) -> Row:
             why = "no seed in common" if other.seeds else "reference failed"
     size = row.size_bytes
     ratio = baseline / size if size else math.nan
-    return dataclasses.replace(row, difference=delta, no_difference=why, size_ratio=ratio)
+    return dataclasses.replace(
+        row,
+        difference=delta,
+        difference_over_seeds=over_seeds,
+        no_difference=why,
+        size_ratio=ratio,
+    )
 
 
 def has_one_seed(table: Sequence[Row]) -> bool:
@@ -203,7 +228,7 @@ def has_one_seed(table: Sequence[Row]) -> bool:
 
 
 def difference(
-    records: Records, arm: str, reference: str, metric: Metric | str = ACCURACY
+    records: Records, arm: str, reference: str, metric: Metric | str | None = None
 ) -> PairedInterval:
     """Returns what an arm has more than another, over the seeds that both finished.
 
@@ -211,7 +236,8 @@ def difference(
       records: one an arm and seed.
       arm: its name.
       reference: the other's.
-      metric: gives the unit of the difference; a name is that of any number of the records.
+      metric: gives the unit of the difference; a name is that of any number of the records, None
+        the metric that their task ranks arms by.
 
     Raises:
       ValueError: no seed that both finished with that number.
@@ -219,6 +245,7 @@ def difference(
     if isinstance(metric, str):
         metric = Metric(name=metric, scores=())
     records = as_records(records)
+    metric = metric or metrics.metric_of_records(records)
     of_arm, of_reference = (
         numbers_by_seed((r for r in records if r.arm == name and r.status == "ok"), metric.name)
         for name in (arm, reference)
@@ -238,6 +265,27 @@ def interval_of(
     """Returns a − b as the metric shows differences, paired by seed; None without common seeds."""
     common = {seed: metric.difference(a[seed], b[seed]) for seed in a if seed in b}
     return paired_interval(common, dict.fromkeys(common, 0.0)) if common else None
+
+
+@functools.lru_cache(maxsize=256)
+def compare_on_test(a: Row, b: Row) -> tuple[PairedInterval | None, PairedInterval | None]:
+    """Returns a − b on test: the interval that claims go by, and the one over seeds alone.
+
+    The first is over seeds and test examples, and never the narrower one, where all common seeds
+    kept the scores of the same predictions; else it is the second. None without common seeds.
+    """
+    values = [row.values(row.metric.name) for row in (a, b)]
+    over_seeds = interval_of(*values, a.metric)
+    common = [seed for seed in values[0] if seed in values[1]]
+    if not common or any(seed not in row.scores for row in (a, b) for seed in common):
+        return over_seeds, over_seeds
+    from kdq.evaluate import run  # noqa: PLC0415 (JAX, which reports without scores do without)
+
+    kept = [{seed: row.scores[seed] for seed in common} for row in (a, b)]
+    try:
+        return run.compare(a.metric, *kept)[1], over_seeds
+    except ValueError:  # of other predictions, or of too few; the notes say which arms those are
+        return over_seeds, over_seeds
 
 
 def number(record: ArmRecord, name: str, split: str = "test") -> float:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from kdq.report import metric as metrics
 from kdq.report.aggregate import Mean, Row, has_one_seed
@@ -14,12 +15,16 @@ from kdq.report.cells import (
     format_energy,
     mean_cell,
     number_cell,
+    over_seeds_cell,
+    p_value_cell,
     score_cell,
     without_count,
 )
 from kdq.report.metric import TRANSFER
-from kdq.tasks.classification import AGREEMENT, KL
 from kdq.tasks.metric import Metric
+
+if TYPE_CHECKING:
+    from kdq.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +36,12 @@ class Column:
     sort: Callable[[Row], str | float | None]
 
 
-def main_columns(metric: Metric) -> dict[str, Column]:
-    """Returns the columns of every experiment, by keys that are the same for every metric."""
+def main_columns(task: "Task") -> dict[str, Column]:
+    """Returns the columns of every experiment, in their order in Markdown.
+
+    Keys are the same for every task; other metrics and those of fidelity have their own names.
+    """
+    metric = task.primary
     return {
         "arm": _text("Arm", lambda r: r.arm),
         "kind": _text("Kind", lambda r: r.kind),
@@ -52,10 +61,12 @@ def main_columns(metric: Metric) -> dict[str, Column]:
             lambda r: None if r.difference is None else _sortable(r.difference.mean),
         ),
         "reference": _text("Δ against", lambda r: r.reference),
+        "over_seeds": Column("Over seeds alone", over_seeds_cell, lambda r: None),
+        "p_holm": Column("p, Holm", p_value_cell, lambda r: _sortable(r.p_holm)),
         "selected_on": _text("Selected on", lambda r: r.selected_on),
         "last": _mean(f"Last step {metric.unit}".rstrip(), lambda r: r.score_last, metric.decimals),
-        "agreement": _mean("Agreement %", lambda r: r.mean_of(AGREEMENT)),
-        "kl": _mean("KL", lambda r: r.mean_of(KL), KL.decimals),
+        **{m.name: metric_column(m) for m in metrics.other_metrics(task)},
+        **{m.name: metric_column(m) for m in metrics.fidelity_metrics(task)},
         "bops": _number("BOPs", lambda r: r.mean("bops"), format_bops),
         "energy": _number("Energy, modelled", lambda r: r.energy_modelled_nj, format_energy),
         "train": _number("Train s", lambda r: r.train_seconds, lambda v: number_cell(v, ".1f")),
@@ -68,25 +79,27 @@ def main_columns(metric: Metric) -> dict[str, Column]:
 
 def transfer_columns() -> list[Column]:
     """Returns the columns of `kdq.report.metric.TRANSFER`."""
-    return [
-        _mean(heading, lambda r, metric=metric: r.mean_of(metric), metric.decimals)
-        for metric, heading in TRANSFER.values()
-    ]
+    return [metric_column(metric, heading) for metric, heading in TRANSFER.values()]
 
 
-def fidelity_columns(metric: Metric) -> list[Column]:
+def fidelity_columns(task: "Task") -> list[Column]:
     """Returns the columns of what was taken over from the teacher."""
-    columns = main_columns(metric)
+    units = {"kl_to_teacher": "KL, nats"}
     return [
-        columns["arm"],
-        _mean(columns["score"].name, lambda r: r.score, metric.decimals),
-        columns["agreement"],
-        dataclasses.replace(columns["kl"], name="KL, nats"),
+        main_columns(task)["arm"],
+        metric_column(task.primary),
+        *(metric_column(m, units.get(m.name)) for m in metrics.fidelity_metrics(task)),
         *transfer_columns(),
     ]
 
 
-def cells_of(columns: Sequence[Column], table: Sequence[Row]) -> dict[str, list[str]]:
+def metric_column(metric: Metric, heading: str | None = None) -> Column:
+    """Returns the column of a metric's mean on test."""
+    heading = heading or metrics.title(metric)
+    return _mean(heading, lambda r: r.mean_of(metric), metric.decimals)
+
+
+def cells_of(columns: Iterable[Column], table: Sequence[Row]) -> dict[str, list[str]]:
     """Returns the cells of each column; that all arms have one seed is for the notes to say."""
     plain = without_count if has_one_seed(table) else lambda text: text
     return {column.name: [plain(column.text(row)) for row in table] for column in columns}

@@ -18,18 +18,25 @@ from kdq.report.cells import (
     standard_output,
     terminal_grid,
 )
-from kdq.tasks.classification import ACCURACY, AGREEMENT
 from kdq.tasks.metric import Metric
+
+AGREEMENT = Metric(name="argmax_agreement", scores=(), unit="%")  # of an exported file's class
 
 Entry = Mapping[str, Any]
 
 
 def print_table(
     exports: Mapping[int, Mapping[str, Entry]],
+    metric: Metric,
     console: Console | None = None,
-    metric: Metric = ACCURACY,
 ) -> None:
-    """Prints a row for each seed and format of what `kdq.experiment.export` returns."""
+    """Prints a row for each seed and format of what `kdq.experiment.export` returns.
+
+    Args:
+      exports: seed -> format -> what was measured of the file.
+      metric: of the arm's task.
+      console: where; None is the standard output.
+    """
     head = ("Seed", "Format", "Size", metrics.title(metric), "Agreement %", "Δ outputs", "Δ codes")
     grid = terminal_grid(head, ("Format",))
     for seed, formats in exports.items():
@@ -42,8 +49,10 @@ def print_table(
                 str(seed),
                 name,
                 format_bytes(entry["size_bytes"]),
-                metric.number(entry[metric.name]),
-                AGREEMENT.number(entry["argmax_agreement"]),
+                *(
+                    each.number(entry[each.name]) if each.name in entry else ABSENT
+                    for each in (metric, AGREEMENT)
+                ),
                 f"{entry['max_logit_difference']:.2g}",
                 ABSENT if codes is None else str(codes),
             )
@@ -94,7 +103,7 @@ def _cells(arm: str, name: str, runs: list[Entry], sizes: list[int], metric: Met
         escape(arm),
         f"**{name}**" if recommended and all(recommended) else name,
         mean(map(metric.shown, values(metric.name)), metric.decimals),
-        mean(map(AGREEMENT.shown, values("argmax_agreement"))),
+        mean(map(AGREEMENT.shown, values(AGREEMENT.name))),
         str(max(codes)) if codes else ABSENT,
         format_bytes(summary(values("size_bytes"))[0]),
     ]

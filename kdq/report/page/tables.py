@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdq.report import metric as metrics
 from kdq.report import table
@@ -20,12 +20,14 @@ from kdq.report.cells import (
     number_cell,
 )
 from kdq.report.columns import Column, cells_of, fidelity_columns, main_columns
-from kdq.report.metric import TRANSFER
-from kdq.report.notes import quick_note
+from kdq.report.metric import TRANSFER, fidelity_metrics, other_metrics
+from kdq.report.notes import coverage, quick_note
 from kdq.report.page.combine import Experiment
 from kdq.report.page.views import width_name
-from kdq.tasks.classification import AGREEMENT
 from kdq.tasks.metric import Metric
+
+if TYPE_CHECKING:
+    from kdq.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,8 @@ class Grid:
     states: tuple[str, ...]  # of the rows: "failed" where no seed finished
 
 
-SHOWN = (
-    *("arm", "kind", "bits", "score", "difference", "reference", "size_smaller", "energy"),
-    *("train", "compile", "seeds"),
-)
+SHOWN = ("arm", "kind", "bits", "score", "difference", "reference", "over_seeds", "p_holm")
+COSTS = ("size_smaller", "energy", "train", "compile", "seeds")
 
 
 def results_grid(experiment: Experiment) -> Grid:
@@ -59,8 +59,10 @@ def results_grid(experiment: Experiment) -> Grid:
     """
     rows = experiment.rows
     same = len({len(row.seeds) for row in rows if row.seeds}) == 1
-    columns = main_columns(experiment.metric)
-    shown = _measured([columns[key] for key in SHOWN if key != "seeds" or not same], rows)
+    columns = main_columns(experiment.task)
+    others = [metric.name for metric in other_metrics(experiment.task)]
+    keys = [key for key in (*SHOWN, *others, *COSTS) if key != "seeds" or not same]
+    shown = _measured([columns[key] for key in keys], rows)
     times = latencies(experiment.records)
     devices = {device for device, _ in times}
     for (device, batch), arms in times.items():
@@ -80,7 +82,7 @@ def results_grid(experiment: Experiment) -> Grid:
 def fidelity_grid(experiment: Experiment) -> Grid:
     """Returns what was taken over from the teacher; columns that nobody measured are left out."""
     rows = [row for row in experiment.rows if row.seeds]
-    return _grid(_measured(fidelity_columns(experiment.metric), rows), rows)
+    return _grid(_measured(fidelity_columns(experiment.task), rows), rows)
 
 
 def _measured(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
@@ -151,9 +153,14 @@ def markdown(experiments: Sequence[Experiment]) -> str:
     return "\n".join(parts)
 
 
-def _csv_columns(metric: Metric) -> dict[str, Callable[[Row], object]]:
-    end = lambda row, name: getattr(row.difference, name) if row.difference else math.nan
-    unit = {"%": "_percent", "": ""}.get(metric.unit, f"_{metric.unit}")
+def _csv_name(metric: Metric) -> str:
+    return metric.name + {"%": "_percent", "": ""}.get(metric.unit, f"_{metric.unit}")
+
+
+def _csv_columns(task: "Task") -> dict[str, Callable[[Row], object]]:
+    metric = task.primary
+    end = lambda of, name: getattr(of, name) if of else math.nan
+    means = (*other_metrics(task), *fidelity_metrics(task))
     return {
         "arm": lambda r: r.arm,
         "kind": lambda r: r.kind,
@@ -162,14 +169,18 @@ def _csv_columns(metric: Metric) -> dict[str, Callable[[Row], object]]:
         "failed_seeds": lambda r: " ".join(str(seed) for seed, _ in r.failures),
         "params": lambda r: r.mean("params"),
         "size_bytes": lambda r: r.size_bytes,
-        f"{metric.name}{unit}": lambda r: r.score.mean,
+        _csv_name(metric): lambda r: r.score.mean,
         f"{metric.name}_std": lambda r: r.score.std,
         "reference": lambda r: r.reference,
-        "difference": lambda r: end(r, "mean"),
-        "difference_low": lambda r: end(r, "low"),
-        "difference_high": lambda r: end(r, "high"),
-        "agreement_percent": lambda r: r.mean_of(AGREEMENT).mean,
-        "kl_to_teacher_nats": lambda r: r.mean("kl_to_teacher"),
+        "difference": lambda r: end(r.difference, "mean"),
+        "difference_low": lambda r: end(r.difference, "low"),
+        "difference_high": lambda r: end(r.difference, "high"),
+        "difference_over": lambda r: r.difference.over if r.difference else "",
+        "difference_over_seeds_low": lambda r: end(r.difference_over_seeds, "low"),
+        "difference_over_seeds_high": lambda r: end(r.difference_over_seeds, "high"),
+        "p_value": lambda r: end(r.difference, "p_value"),
+        "p_value_holm": lambda r: r.p_holm,
+        **{_csv_name(m): lambda r, m=m: r.mean_of(m).mean for m in means},
         "ece_percent": lambda r: r.mean_of(TRANSFER["ece"][0]).mean,
         "bops": lambda r: r.mean("bops"),
         "energy_modelled_nj": lambda r: r.energy_modelled_nj,
@@ -185,7 +196,7 @@ def csv_table(experiments: Sequence[Experiment]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     times = {each.name: latencies(each.records) for each in experiments}
     conditions = sorted({condition for timed in times.values() for condition in timed})
-    columns = [_csv_columns(each.metric) for each in experiments]
+    columns = [_csv_columns(each.task) for each in experiments]
     names = dict.fromkeys(name for of_metric in columns for name in of_metric)
     timed = [f"milliseconds of batch {batch} on {device}" for device, batch in conditions]
     writer.writerow(["experiment", *names, *timed])
@@ -233,14 +244,14 @@ def latex(experiments: Sequence[Experiment]) -> str:
     """Returns a booktabs table an experiment, for \\usepackage{booktabs}."""
     blocks = ["% \\usepackage{booktabs}"]
     for each in experiments:
-        metric, every = each.metric, main_columns(each.metric)
+        metric, every = each.metric, main_columns(each.task)
         columns = [every[key] for key in IN_LATEX]
         lines = [
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_latex(each.name)}: test {metrics.named(metric)}, mean $\pm$ standard "
             rf"deviation over seeds; $\Delta$ in {_latex(metric.difference_unit)}, paired by seed, "
-            r"with its 95\% interval; * excludes 0."
+            rf"with its 95\% interval {coverage(each.rows)}; * excludes 0."
             rf"{_latex(' ' + quick_note(each.rows)).rstrip()}}}",
             rf"\begin{{tabular}}{{{''.join('l' if key in LEFT else 'r' for key in IN_LATEX)}}}",
             r"\toprule",

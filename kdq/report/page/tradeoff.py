@@ -22,13 +22,12 @@ from kdq.report.page.marks import (
     with_tips,
 )
 from kdq.report.page.scales import GRAY, kind_colors, start_shapes
-from kdq.tasks.classification import ACCURACY
 from kdq.tasks.metric import Metric
 
 FAR = 4  # times the cost of any other: a teacher that a second chart leaves out
 
 
-def pareto(points: Sequence[Point], cost: str, title: str, metric: Metric = ACCURACY) -> list[Spec]:
+def pareto(points: Sequence[Point], cost: str, title: str, metric: Metric) -> list[Spec]:
     """Returns the metric against a cost, and a second chart of the best where others collapsed.
 
     Args:
