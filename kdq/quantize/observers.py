@@ -48,13 +48,13 @@ class _ExtremesObserver:
     def exact(self, x: Array) -> Extremes:
         return self.update(self.init(x.shape[0]), x)
 
+    def range(self, state: Extremes, **grid_args: Any) -> tuple[Array, Array]:
+        return state.low, state.high
+
 
 @dataclasses.dataclass(frozen=True)
 class MinMax(_ExtremesObserver):
     """From the smallest to the largest value seen."""
-
-    def range(self, state: Extremes, **grid_args: Any) -> tuple[Array, Array]:
-        return state.low, state.high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +85,6 @@ class MovingAverage(_ExtremesObserver):
 
         seen = self.init(x.shape[0]).update(x.astype(jnp.float32))
         return jax.tree.map(blend, state, seen)
-
-    def range(self, state: Extremes, **grid_args: Any) -> tuple[Array, Array]:
-        return state.low, state.high
 
 
 class _HistogramObserver:
@@ -135,8 +132,8 @@ def _percentile_range(state: Histogram | Samples, kept: Array) -> tuple[Array, A
 
 
 @dataclasses.dataclass(frozen=True)
-class MSE(_HistogramObserver):
-    """The range, among `candidates` shrunk copies of min-max, of least squared rounding error."""
+class _ShrunkObserver(_HistogramObserver):
+    """The best of `candidates` shrunk copies of min-max."""
 
     candidates: int = 100
 
@@ -147,7 +144,14 @@ class MSE(_HistogramObserver):
     def range(self, state: Histogram | Samples, **grid_args: Any) -> tuple[Array, Array]:
         bits = jnp.asarray(grid_args.pop("bits"), jnp.float32)
         options = tuple(sorted(grid_args.items()))
-        return _least_squares_range(state.samples(), state.bounds(), bits, self.candidates, options)
+        return self._find_best(state, bits, self.candidates, options)
+
+
+class MSE(_ShrunkObserver):
+    """The range, among `candidates` shrunk copies of min-max, of least squared rounding error."""
+
+    def _find_best(self, state: Histogram | Samples, *args: Any) -> tuple[Array, Array]:
+        return _least_squares_range(state.samples(), state.bounds(), *args)
 
 
 @partial(jax.jit, static_argnames=("candidates", "options"))
@@ -174,8 +178,7 @@ def _least_squares_range(
     return best * low[:, 0], best * high[:, 0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Entropy(_HistogramObserver):
+class Entropy(_ShrunkObserver):
     """The range, among `candidates` shrunk copies of min-max, that loses least information.
 
     KL(P || Q) of two histograms over the same fine bins is least (S. Migacz, "8-bit inference with
@@ -189,16 +192,8 @@ class Entropy(_HistogramObserver):
     many values of an input: the histogram of a small group of weights is mostly holes.
     """
 
-    candidates: int = 100
-
-    def __post_init__(self):
-        if self.candidates < 1:
-            raise ValueError(f"candidates={self.candidates!r}: expected at least 1")
-
-    def range(self, state: Histogram | Samples, **grid_args: Any) -> tuple[Array, Array]:
-        bits = jnp.asarray(grid_args.pop("bits"), jnp.float32)
-        options = tuple(sorted(grid_args.items()))
-        return _least_divergence_range(state, bits, self.candidates, options)
+    def _find_best(self, state: Histogram | Samples, *args: Any) -> tuple[Array, Array]:
+        return _least_divergence_range(state, *args)
 
 
 @partial(jax.jit, static_argnames=("candidates", "options"))

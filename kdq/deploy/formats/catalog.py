@@ -68,21 +68,11 @@ def _save_packed(path: Path, source: Source) -> dict[str, Any]:
     return {}
 
 
-def _load_packed(path: Path, threads: int | None, network: Network | nn.Module | None) -> Runtime:
-    return Runtime(load_packed(path, network))
-
-
 def _save_onnx(path: Path, source: Source, *, symmetric: bool = False) -> dict[str, Any]:
     onnx_model.save_onnx(
         path, source.integer, source.inputs, symmetric=symmetric, metadata=source.about
     )
     return {"opset": onnx_model.opset(source.integer)}
-
-
-def _load_onnx(
-    path: Path, threads: int | None, network: Network | nn.Module | None, *, integer: bool = True
-) -> Runtime:
-    return onnx_model.load_onnx(path, threads=threads, integer=integer)
 
 
 def _onnx_integers(source: Source) -> dict[str, np.ndarray]:
@@ -100,19 +90,9 @@ def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:
     return {"platforms": platforms}
 
 
-def _load_stablehlo(
-    path: Path, threads: int | None, network: Network | nn.Module | None
-) -> Runtime:
-    return stablehlo.load_stablehlo(path).runtime()
-
-
 def _save_litert(path: Path, source: Source) -> dict[str, Any]:
     path.write_bytes(litert.to_litert(source.integer, source.inputs))
     return {}
-
-
-def _load_litert(path: Path, threads: int | None, network: Network | nn.Module | None) -> Runtime:
-    return litert.load_litert(path, threads=threads)
 
 
 _ONNX = {"extra": "onnx", "packages": ("jax2onnx", "onnx", "onnxruntime")}
@@ -121,21 +101,23 @@ FORMATS = {
         file="model.safetensors",
         packages=("safetensors",),
         save=_save_packed,
-        load=_load_packed,
+        load=lambda path, threads, network: Runtime(load_packed(path, network)),
         simulates=True,
     ),
     "onnx": Format(
         file="model.onnx",
         **_ONNX,
         save=_save_onnx,
-        load=_load_onnx,
+        load=lambda path, threads, network: onnx_model.load_onnx(path, threads=threads),
         layer_integers=_onnx_integers,
     ),
     "onnx_int8": Format(
         file="model.int8.onnx",
         **_ONNX,
         save=functools.partial(_save_onnx, symmetric=True),
-        load=functools.partial(_load_onnx, integer=False),
+        load=lambda path, threads, network: onnx_model.load_onnx(
+            path, threads=threads, integer=False
+        ),
         simulates=True,  # TensorRT would not
     ),
     "litert": Format(
@@ -143,12 +125,12 @@ FORMATS = {
         extra="litert",
         packages=("ai-edge-litert", "litert-converter"),
         save=_save_litert,
-        load=_load_litert,
+        load=lambda path, threads, network: litert.load_litert(path, threads=threads),
     ),
     "stablehlo": Format(
         file="model.stablehlo",
         packages=("jax", "jaxlib"),
         save=_save_stablehlo,
-        load=_load_stablehlo,
+        load=lambda path, threads, network: stablehlo.load_stablehlo(path).runtime(),
     ),
 }
