@@ -22,6 +22,7 @@ from kdq.report.advisor.rules import METHODS, RULES, SEEDS, Rule
 from kdq.report.advisor.study import Candidate, Study, Values
 from kdq.report.advisor.tables import relax
 from kdq.report.aggregate import compare_on_test
+from kdq.report.notes import name_coverage
 from kdq.report.workdirs import Workdir
 
 
