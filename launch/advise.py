@@ -19,9 +19,13 @@ MAX_SIZE = flags.DEFINE_float("max_size_kib", None, "Largest file on disk, KiB."
 MAX_LATENCY = flags.DEFINE_float("max_latency_ms", None, "Longest time of one batch, ms.")
 BATCH = flags.DEFINE_integer("batch", 1, "Examples in a batch, for latencies.")
 MAX_ENERGY = flags.DEFINE_float("max_energy_uj", None, "Most modelled energy an example, µJ.")
-MIN_ACCURACY = flags.DEFINE_float("min_accuracy", None, "Least validation accuracy, percent.")
+MIN_ACCURACY = flags.DEFINE_float(
+    "min_accuracy",
+    None,
+    "Least (of errors: most) of the metric on validation.",
+)
 MAX_DROP = flags.DEFINE_float(
-    "max_drop", None, "Most points of validation accuracy below the teacher's."
+    "max_drop", None, "Most points (of errors: percent) behind the teacher on validation."
 )
 INTEGERS = flags.DEFINE_enum(
     "integers",

@@ -108,7 +108,7 @@ class Context:
             reference=arm.reference,
             quick=self.experiment.quick,
             task=self._task.name,
-            unit=getattr(self._task, "unit", ""),
+            unit=self._task.unit,
             config_digest=plan.experiment_digest(self.experiment),
             arm_digest=self.store.digests[name],
             commit=provenance.commit(),

@@ -91,6 +91,11 @@ def fidelity_metrics(task: "Task") -> list[Metric]:
     return [metric for metric in task.fidelity if metric.name not in NOT_SHOWN]
 
 
+def distance_metric(task: "Task") -> Metric:
+    """Returns what sensitivities of layers are measured by: KL in nats, or RMSE."""
+    return next(metric for metric in task.fidelity if not metric.higher_is_better)
+
+
 def definition(task: "Task", metric: Metric) -> str:
     """Returns the sentence that defines a metric, if it says more than the name; or ""."""
     text = DEFINITIONS.get(f"{task.name} {metric.name}") or DEFINITIONS.get(metric.name)

@@ -43,6 +43,7 @@ class Task(Protocol):
     fidelity: tuple[Metric, ...]  # metrics of `divergence`: how a model follows its teacher
     keys: tuple[str, ...]  # of the batch: the model's positional arguments
     target: str  # of the batch: what is predicted
+    unit: str = ""  # of the targets, for reports
     # Whether outputs are logits of one distribution over their last axis, which the losses of
     # kdq.distill.losses and their temperatures are made for.
     categorical: bool = False

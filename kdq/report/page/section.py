@@ -5,7 +5,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdq.fields import ConfigError
 from kdq.report import metric as metrics
@@ -26,6 +26,10 @@ from kdq.report.notes import (
 from kdq.report.page import methods, specs, tables, tradeoff, views
 from kdq.report.page.combine import Experiment
 from kdq.report.page.marks import Point, Spec
+from kdq.tasks.metric import Metric
+
+if TYPE_CHECKING:
+    from kdq.tasks import Task
 
 POLICIES = 24  # arms of a chart of bits
 # Parts of the page that only some tasks have -> what measures them, of `kdq.evaluate`.
@@ -92,7 +96,7 @@ def build_section(experiment: Experiment, constraints: Constraints) -> Section:
     confusions, most = _confusion_charts(details, [a for a in shown if a != teacher], teacher)
     charts = {
         "fronts": _front_charts(experiment, points),
-        "layers": _layer_charts(layers, shown),
+        "layers": _layer_charts(layers, shown, metrics.distance_metric(experiment.task)),
         "training": _training_charts(experiment),
         "fidelity": _fidelity_charts(experiment, points),
         "calibration": _reliability_charts(of_shown),
@@ -108,16 +112,12 @@ def build_section(experiment: Experiment, constraints: Constraints) -> Section:
         advice=[_plainly(block, plain) for block in advice],
         comparison=[(aspect, list(map(plain, cells))) for aspect, cells in comparison],
         charts=charts,
-        layers={arm: tables.layer_grid(each) for arm, each in layers.items() if arm in shown},
+        layers=_layer_grids(layers, shown, experiment.task),
         attributions=views.attribution_maps(of_shown),
         failures=[f"{r.arm}, seed {seed}: {reason}" for r in rows for seed, reason in r.failures],
         problems=[*experiment.problems, *problems, *lost[:3], *more],
         missing=_missing(charts, experiment),
-        absent=frozenset(
-            part
-            for part, probe in PROBES.items()
-            if probe not in experiment.task.probes and not charts.get(part)
-        ),
+        absent=_absent(charts, experiment.task),
         notes=_notes(experiment) | {"confusions": most},
         facts=_facts(experiment),
     )
@@ -295,7 +295,7 @@ def _confusion_charts(
 
 
 def _layer_charts(
-    layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[str]
+    layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[str], distance: Metric
 ) -> list[Chart]:
     cells = [
         {
@@ -314,12 +314,15 @@ def _layer_charts(
     charts = [Chart(name="bits_by_layer", title=title, specs=(specs.bits_by_layer(cells),))]
     measured = [c for c in cells if (c["sensitivity"] or 0) > 0 and c["arm"] in shown]
     if measured:
+        measure = metrics.named(distance).removesuffix(" to teacher")
+        title = f"{measure} with this layer alone quantized{metrics.in_unit(distance)}"
+        arms = [arm for arm in shown if arm in layers]
         charts.append(
             Chart(
                 name="sensitivity",
                 title="Sensitivity: what each layer's quantizer alone does to the outputs",
-                specs=(specs.sensitivity(measured, [a for a in shown if a in layers]),),
-                note="KL to the same weights without any quantizer, on validation, of "
+                specs=(specs.sensitivity(measured, arms, title),),
+                note=f"{measure} to the same weights without any quantizer, on validation, of "
                 "the first seed. Of a network trained with quantizers those are not a network "
                 "that anybody would use.",
             )
@@ -342,6 +345,18 @@ def _missing(charts: Mapping[str, Sequence[Chart]], experiment: Experiment) -> d
         "attributions": f"Only images have maps. {detail}",
     }
     return {part: text for part, text in texts.items() if not charts.get(part)}
+
+
+def _absent(charts: Mapping[str, Sequence[Chart]], task: "Task") -> frozenset[str]:
+    """Returns the parts of the page that a task does not have."""
+    without = (part for part, probe in PROBES.items() if probe not in task.probes)
+    return frozenset(part for part in without if not charts.get(part))
+
+
+def _layer_grids(
+    layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[str], task: "Task"
+) -> dict[str, tables.Grid]:
+    return {arm: tables.layer_grid(rows, task) for arm, rows in layers.items() if arm in shown}
 
 
 def _facts(experiment: Experiment) -> list[tuple[str, str]]:

@@ -165,12 +165,13 @@ def bits_by_layer(cells: Sequence[Point]) -> Spec:
     )
 
 
-def sensitivity(cells: Sequence[Point], arms: Sequence[str]) -> Spec:
+def sensitivity(cells: Sequence[Point], arms: Sequence[str], title: str) -> Spec:
     """Returns what each layer alone does to the outputs.
 
     Args:
-      cells: with "arm", "layer", "sensitivity" [nats, above 0] and "bits".
+      cells: with "arm", "layer", "sensitivity" [above 0] and "bits".
       arms: whose colors are as in the other charts of arms.
+      title: of the axis of sensitivities.
     """
     layers = list(dict.fromkeys(c["layer"] for c in cells))
     names = [{"field": name} for name in ("arm", "layer", "bits")]
@@ -183,7 +184,7 @@ def sensitivity(cells: Sequence[Point], arms: Sequence[str]) -> Spec:
                 "sensitivity",
                 scale=tight(12, type="log"),
                 axis={"tickCount": 4, "format": ".0e"},
-                title="KL with this layer alone quantized, nats",
+                title=title,
             ),
             "y": encode("layer", "ordinal", sort=layers, title=None, axis=names_axis(layers)),
             "color": arm_colors(arms),

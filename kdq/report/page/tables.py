@@ -20,7 +20,13 @@ from kdq.report.cells import (
     number_cell,
 )
 from kdq.report.columns import Column, cells_of, fidelity_columns, main_columns
-from kdq.report.metric import TRANSFER, fidelity_metrics, other_metrics
+from kdq.report.metric import (
+    TRANSFER,
+    distance_metric,
+    fidelity_metrics,
+    in_unit,
+    other_metrics,
+)
 from kdq.report.notes import coverage, quick_note
 from kdq.report.page.combine import Experiment
 from kdq.report.page.views import width_name
@@ -109,9 +115,10 @@ def _grid(columns: Sequence[Column], rows: Sequence[Row]) -> Grid:
     )
 
 
-def layer_grid(layers: Sequence[Mapping[str, Any]]) -> Grid:
+def layer_grid(layers: Sequence[Mapping[str, Any]], task: "Task") -> Grid:
     """Returns what the policy of an arm is, does and costs; `layers` are those of its details."""
-    head = ("Layer", "Kind", "Bits", "Sensitivity, nats", "SQNR of weights, dB", "Input range")
+    sensitivity = f"Sensitivity{in_unit(distance_metric(task))}"
+    head = ("Layer", "Kind", "Bits", sensitivity, "SQNR of weights, dB", "Input range")
     head += ("Weights", "Size", "MACs", "BOPs", "Energy, modelled")
     plain = lambda value, form: number_cell(math.nan if value is None else value, form)
     lines = []
