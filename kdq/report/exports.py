@@ -1,7 +1,7 @@
 """Exported files: a table on a terminal of one arm, and as Markdown of a whole experiment."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -19,6 +19,9 @@ from kdq.report.cells import (
     terminal_grid,
 )
 from kdq.tasks.metric import Metric
+
+if TYPE_CHECKING:
+    from kdq.tasks import Task
 
 AGREEMENT = Metric(name="argmax_agreement", scores=(), unit="%")  # of an exported file's class
 
@@ -64,7 +67,8 @@ def markdown(records: Records) -> str:
     entries: dict[tuple[str, str], list[Entry]] = {}
     energy: dict[str, list[float]] = {}
     records = as_records(records)
-    metric = metrics.metric_of_records(records)
+    task = metrics.task_of_records(records)
+    metric = task.primary
     for record in records:
         energy.setdefault(record.arm, []).append(number(record, "energy_modelled_nj"))
         for name, entry in record.exports.items():
@@ -82,7 +86,7 @@ def markdown(records: Records) -> str:
     notes = [
         f"{metrics.named(metric, first=True)}: of the exported file in its own runtime, on the "
         "whole test split.",
-        "Agreement: with the class of the simulated model, on held-out examples.",
+        f"Agreement: {_define_agreement(task)}, on held-out examples.",
         "Δ codes: the largest difference of any integer of any layer from integer JAX.",
     ]
     if sizes:
@@ -92,6 +96,15 @@ def markdown(records: Records) -> str:
         )
     table = markdown_grid(head, lines, left=("Arm", "Format"))
     return "\n".join([*table, "", *(f"- {note}" for note in notes), ""])
+
+
+def _define_agreement(task: "Task") -> str:
+    """Returns what `kdq.deploy.measure.parity.compare_outputs` counts as agreement."""
+    if task.categorical:
+        return "with the class of the simulated model"
+    if any(metric.higher_is_better for metric in task.fidelity):
+        return "with the decisions of the simulated model"
+    return "one less the relative error of outputs against the simulated model's"
 
 
 def _cells(arm: str, name: str, runs: list[Entry], sizes: list[int], metric: Metric) -> list[str]:
