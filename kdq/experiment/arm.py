@@ -286,7 +286,6 @@ def export(context: Context, record: ArmRecord) -> ArmRecord:
         formats,
         context.inputs,
         config,
-        task=context.task,
     )
     # Those that were there have been timed again beside the new ones.
     exported = {

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import deploy, files, lock, models, tasks, trust
+from kdq import deploy, files, lock, models, trust
 from kdq.config import ConfigError, Experiment
 from kdq.deploy.formats.runtime import Runtime
 from kdq.deploy.measure import latency
@@ -27,8 +27,6 @@ def export(
     formats: Sequence[str],
     inputs: Inputs,
     config: kdq_config.Export,
-    *,
-    task: Task,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Exports a packed file; returns what the record says of each file of it, by format.
 
@@ -38,6 +36,7 @@ def export(
     Returns:
       The files, and why those of other formats are not there.
     """
+    task = inputs.task
     arrays = {key: inputs.examples("validation", key, config.examples) for key in task.keys}
     with lock.hold(folder, alone=True):
         try:
@@ -121,8 +120,6 @@ def export_arm(
         trust.check(model["name"], str(Path(workdir, CONFIG)), allow_models)
         models.build(**model)  # imports it, which reading the file does not
     seeds, inputs, exported = seeds or sorted(packed), Inputs(experiment), {}
-    task = tasks.build(**experiment.task)
-    task = task.with_facts(inputs.facts(task.target))
     if not seeds or not set(seeds) <= set(packed):
         raise ConfigError(
             f"{workdir} has the seeds {sorted(packed)} of arm {arm!r}, wanted {list(seeds)}"
@@ -132,7 +129,7 @@ def export_arm(
         folder = path.parent / FOLDER
         if out is not None:
             folder = Path(out) / str(seed) if len(seeds) > 1 else Path(out)
-        files_there, failed = export(path, folder, formats, inputs, experiment.export, task=task)
+        files_there, failed = export(path, folder, formats, inputs, experiment.export)
         reasons = {name: {"failed": reason} for name, reason in failed.items()}
         exported[seed] = {name: (files_there | reasons)[name] for name in formats}
     return exported

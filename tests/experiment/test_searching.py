@@ -374,7 +374,6 @@ def test_two_steps_by_hand(trained, folder):
         0,
         start,
         model=evaluator.network.module,
-        task=context.task,
         inputs=context.inputs,
         teaching=context.teachers.teaching("qad", 0),
         steps=2,
