@@ -125,7 +125,6 @@ class ArmRun:
             self.seed,
             self.weights,
             model=model,
-            task=context.task,
             inputs=context.inputs,
             teaching=processes.in_turn(lambda: context.teachers.teaching(self.name, self.seed)),
             validate=functools.partial(
@@ -194,7 +193,6 @@ class ArmRun:
             model,
             inputs,
             path,
-            task=context.task,
             teacher=teacher,
             teacher_scores=teacher_scores,
         )

@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import models, provenance, tasks
+from kdq import models, provenance
 from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment import plan
 from kdq.experiment.inputs import Inputs
@@ -50,8 +50,6 @@ class Context:
         self.experiment, self.tensorboard = experiment, tensorboard
         self.progress = progress or Progress()
         self.models = {key: _build_model(key, fields) for key, fields in experiment.models.items()}
-        options = {name: value for name, value in experiment.task.items() if name != "name"}
-        self._task = tasks.build(experiment.task["name"], **options)
         self.store = Store(experiment, workdir)
         for name, arm in experiment.arms.items():
             if arm.observer not in OBSERVERS:
@@ -68,10 +66,10 @@ class Context:
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
         self._results: dict[str, dict[Hashable, object]] = {}
 
-    @functools.cached_property
+    @property
     def task(self) -> Task:
         """The task, with what it has to know of the training split."""
-        return self._task.with_facts(self.inputs.facts(self._task.target))
+        return self.inputs.task
 
     @functools.cached_property
     def validation(self) -> list[Batch]:
@@ -107,8 +105,8 @@ class Context:
             observer=arm.observer if arm.bits else "",
             reference=arm.reference,
             quick=self.experiment.quick,
-            task=self._task.name,
-            unit=self._task.unit,
+            task=self.inputs.bare_task.name,
+            unit=self.inputs.bare_task.unit,
             config_digest=plan.experiment_digest(self.experiment),
             arm_digest=self.store.digests[name],
             commit=provenance.commit(),

@@ -7,8 +7,9 @@ import grain
 import jax
 import numpy as np
 
-from kdq import data
+from kdq import data, tasks
 from kdq.config import Arm, ConfigError, Experiment
+from kdq.tasks import Task
 from kdq.tasks.regression import target_facts
 from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.types import Batch
@@ -23,6 +24,8 @@ class Inputs:
             self.augment = tuple(data.build_augmentations(self._config.augment))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config.data.augment: {error}") from error
+        options = {name: value for name, value in experiment.task.items() if name != "name"}
+        self.bare_task = tasks.build(experiment.task["name"], **options)  # without facts
         self._normalize = data.Normalize(self._config.mean, self._config.std)
 
     @functools.cached_property
@@ -33,6 +36,11 @@ class Inputs:
             key: data.open_split(config.name, split, data_dir=config.data_dir or None)
             for key, split in names.items()
         }
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task, with what it has to know of the training split."""
+        return self.bare_task.with_facts(self.facts(self.bare_task.target))
 
     @property
     def num_examples(self) -> int:
@@ -62,7 +70,7 @@ class Inputs:
 
     @property
     def classes(self) -> int:
-        """How many classes the data set names; 0 for real targets."""
+        """The number of classes that the data set names; 0 for real targets."""
         return len(self.splits["train"].facts.get("class_names", ()))
 
     def facts(self, target: str) -> dict[str, Any]:

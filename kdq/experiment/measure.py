@@ -64,7 +64,6 @@ def measure(
     inputs: Inputs,
     path: Path,
     *,
-    task: Task,
     teacher: Reference | None,
     teacher_scores: Scores | None,
 ) -> dict[str, Any]:
@@ -78,14 +77,13 @@ def measure(
       model: the module of the weights.
       inputs: the data.
       path: of the file.
-      task: with the facts of the data.
       teacher: its outputs for a batch, or None for no fidelity.
       teacher_scores: of the teacher itself on the test split, or None.
 
     Returns:
       The fields of the record that are measured.
     """
-    selected, test = fit.selected, inputs.test
+    selected, task, test = fit.selected, inputs.task, inputs.test
     variables, qparams = weights.variables, weights.qparams
     packed = deploy.load_packed(path)
     packed_weights = Weights(variables=packed.variables, qparams=packed.qparams)

@@ -285,7 +285,6 @@ def _finetuning_scorer(
                 name,
                 seed,
                 model=student.evaluator.network.module,
-                task=context.task,
                 inputs=context.inputs,
                 teaching=teaching,
                 steps=search.steps,

@@ -12,7 +12,6 @@ from kdq.experiment.inputs import Inputs
 from kdq.experiment.quantized import recipe
 from kdq.experiment.teaching import Teaching
 from kdq.quantize.network import Weights
-from kdq.tasks import Task
 from kdq.train import objective, regime
 from kdq.train.optimizer import make_optimizer
 from kdq.train.sharding import ONE_DEVICE, Layout
@@ -27,7 +26,6 @@ def make_plan(
     start: Weights,
     *,
     model: nn.Module,
-    task: Task,
     inputs: Inputs,
     teaching: Teaching,
     validate: Callable[[Weights], dict[str, float]] = lambda weights: {},
@@ -42,7 +40,6 @@ def make_plan(
       seed: of the run; the arm adds its own offset.
       start: the weights to start from.
       model: of these.
-      task: with the facts of the data.
       inputs: the data.
       teaching: who teaches.
       validate: see `Plan`; by default there is nothing to score.
@@ -56,7 +53,7 @@ def make_plan(
     training = Training(
         network=model,
         optimizer=make_optimizer(experiment.optimizer),
-        objective=objective.arm_objective(experiment, name, steps, task),
+        objective=objective.arm_objective(experiment, name, steps, inputs.task),
         teacher=teaching.teacher,
         regime=regime.build(qat, steps, f"config.qat.{arm.qat}"),
         layout=layout,
