@@ -192,6 +192,8 @@ def tiny_experiment(tiny_config: Callable[..., dict[str, Any]]) -> config.Experi
 
 
 CACHE_DAYS = 14  # programs that no test asked for in this time are deleted
+# Memory maps of a worker, of which Linux gives a process 65,530: compiled programs hold most.
+MOST_MAPS = 30_000
 is_worker = "PYTEST_XDIST_WORKER" in os.environ
 # Files of whole runs and of processes, by their seconds of the processor. A worker takes files one
 # after another: these are begun first, so that at the end the workers end together.
@@ -206,6 +208,16 @@ LONGEST = (
     *("tests/experiment/test_store.py", "tests/test_own.py", "tests/train/test_loop.py"),
     *("tests/quantize/test_bad_input.py", "tests/deploy/test_export.py"),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _release_programs() -> Iterator[None]:
+    """Forgets compiled programs before a worker has no memory maps left, and dies."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -114,6 +114,7 @@ class ArmRun:
             self.context.inputs.calibration_images(),
             guide=guide,
             progress=self.context.progress,
+            categorical=self.context.task.categorical,
         )
 
     def make_plan(self) -> tuple[Plan, TrainState]:

@@ -60,7 +60,7 @@ def check(context: Context, arms: Sequence[str]) -> None:
     for name in experiment.arms:
         _check_arm(context, name)
     for key, steps in experiment.ptq.items():
-        chain.check(steps, f"config.ptq.{key}")
+        chain.check(steps, f"config.ptq.{key}", categorical=context.task.categorical)
     for key, recipe in experiment.qat.items():
         where = f"config.qat.{key}"
         if recipe.method not in qat.METHODS:

@@ -1,5 +1,6 @@
 """An arm's quantizers: calibrated, improved by post-training methods, made ready to train."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,6 +44,7 @@ def quantized(
     *,
     guide: Callable[[Array], Array] | None,
     progress: Progress,
+    categorical: bool,
 ) -> tuple[Weights, dict[str, Any]]:
     """The weights that an arm with bits starts from, and what its record says of them.
 
@@ -54,6 +56,7 @@ def quantized(
       images: batches to calibrate on.
       guide: the teacher of methods that ask one; None is the float model itself.
       progress: told of methods.
+      categorical: whether the outputs are logits of one distribution, which have a KL.
 
     Returns:
       The weights; "calibration_seconds" and, apart from them, "compile_seconds"; with a chain
@@ -89,6 +92,9 @@ def quantized(
             target=start.target,
             progress=progress.method,
         )
+        if not categorical:
+            reason = "outputs are no logits of one distribution"
+            errors = dataclasses.replace(errors, kl=None, reason=reason)
         log.info("%s, before and after:\n%s", arm.ptq, errors)
         fields["ptq_errors"] = errors.to_json()
     variables, qparams = start.variables, start.qparams

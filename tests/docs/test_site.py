@@ -20,7 +20,7 @@ LOADED = re.compile(
 )
 PACKAGES = ("data", "deploy", "distill", "experiment", "models", "quantize")
 # Values and types, of which griffe knows no docstring.
-VALUES = {"FORMATS", "Lookup", "Record", "Unit", "Scales"}
+VALUES = {"FORMATS", "Lookup", "Record", "Scales", "Transforms", "Unit"}
 
 
 def test_every_page_is_in_the_navigation():

@@ -41,7 +41,9 @@ def frozen(tiny_config, **arm):
 
 
 def start(tiny_config, case, **arm):
-    return quantized(*frozen(tiny_config, **arm), *case, guide=None, progress=Progress())
+    return quantized(
+        *frozen(tiny_config, **arm), *case, guide=None, progress=Progress(), categorical=True
+    )
 
 
 def test_an_arm_may_name_rules_of_formats_groups_and_dynamic_ranges(tiny_config, case):

@@ -185,6 +185,16 @@ def source_with(source, change):
         ),
         ("regression", {"cache": {"kind": "top_k", "size": 2}}, "has no classes to choose from"),
         (
+            "multilabel",
+            {"ptq": {"chain": ({"method": "teacher_guided"},)}},
+            r"ptq\.chain\[0\]: 'teacher_guided' compares logits of classes by their KL",
+        ),
+        (
+            "regression",
+            {"ptq": {"chain": ({"method": "brecq", "fisher": True},)}},
+            r"ptq\.chain\[0\]: 'brecq' compares logits of classes by their KL",
+        ),
+        (
             "regression",
             {"teachers": {"both": {"kind": "ensemble", "arms": ("teacher", "student")}}},
             r"teachers\.both\.average='probability'.*expected 'logit'",

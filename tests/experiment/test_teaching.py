@@ -180,12 +180,13 @@ def test_every_seed_is_compared_with_its_own_teacher_asked_once(tiny_config, tmp
             for arm in ("teacher", "one", "two")
             for packed in [deploy.load_packed(tmp_path / arm / str(seed) / "model.safetensors")]
         }
-        again = transfer.Comparison(networks["teacher"], images, frozen.transfer)
+        probes = made[0][3]  # of the task
+        again = transfer.Comparison(networks["teacher"], images, frozen.transfer, probes)
         for arm in ("one", "two"):
-            found = records[arm, seed]
+            record = records[arm, seed]
             for key, value in again.measure(networks[arm]).items():
                 if key != "cka":
-                    assert found[key] == pytest.approx(value, abs=1e-6), (arm, seed, key)
+                    assert getattr(record, key) == pytest.approx(value, abs=1e-6), (arm, seed, key)
     taught = [record for (arm, _), record in records.items() if arm != "teacher"]
     assert len({record.attribution_cosine for record in taught}) == 4
 

@@ -13,6 +13,7 @@ from kdq.evaluate import attribution, boundary, cka
 from kdq.experiment.transfer import Comparison, Network
 from kdq.schema import Transfer
 
+PROBES = ("cka", "attribution", "boundary")
 CONFIG = Transfer(examples=24, pairs=8, epsilon=0.3)
 IMAGES = np.random.default_rng(0).normal(size=(24, 4, 4, 1)).astype(np.float32)
 
@@ -58,7 +59,7 @@ def means(network: Network) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 def test_measures_are_those_of_plain_functions():
     student, teacher = make(5, 1, bits=True), make(7, 2)
-    found = Comparison(teacher, IMAGES, CONFIG).measure(student)
+    found = Comparison(teacher, IMAGES, CONFIG, PROBES).measure(student)
     fns = plain(student), plain(teacher)
     alike = attribution.Explanation(fns[1], IMAGES).similarity(fns[0])
     moved = boundary.adversarial_images(fns[1], IMAGES, 0.3)
@@ -83,7 +84,7 @@ def test_a_teacher_runs_once_and_networks_of_one_structure_compile_once():
     # Widths of no other test, whose programs would serve here too.
     networks = {bits: [make(6, seed, bits) for seed in (3, 4)] for bits in (False, True)}
     teacher, next_teacher = make(8, 2), make(8, 5)
-    comparison = Comparison(teacher, IMAGES, CONFIG)
+    comparison = Comparison(teacher, IMAGES, CONFIG, PROBES)
     jax.effects_barrier()
     assert 8 in ran
     found = []
@@ -98,7 +99,7 @@ def test_a_teacher_runs_once_and_networks_of_one_structure_compile_once():
         jax.effects_barrier()
         assert set(ran) == {6}
     assert len({value["attribution_cosine"] for value in found}) == 4
-    other = Comparison(next_teacher, IMAGES, CONFIG).measure(networks[False][0])
+    other = Comparison(next_teacher, IMAGES, CONFIG, PROBES).measure(networks[False][0])
     assert traced == []
     assert other["attribution_cosine"] != found[0]["attribution_cosine"]
 
@@ -111,7 +112,8 @@ def test_a_teacher_of_one_class_has_no_path():
     sure = teacher.replace(variables={"params": params})
     share = (np.asarray(plain(student)(IMAGES)).argmax(-1) == 0).mean()
     assert 0 < share < 1
-    found = Comparison(sure, IMAGES, dataclasses.replace(CONFIG, epsilon=0.0)).measure(student)
+    config = dataclasses.replace(CONFIG, epsilon=0.0)
+    found = Comparison(sure, IMAGES, config, PROBES).measure(student)
     assert np.isnan(found["path_agreement"])
     assert found["adversarial_agreement"] == pytest.approx(share)
 

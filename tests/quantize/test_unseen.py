@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kdq import config, quantize
+from kdq import config, quantize, tasks
 from kdq.deploy import load_packed, save_packed
 from kdq.quantize import QuantizationRule, TensorSpec
 from kdq.quantize.network import Weights
@@ -164,11 +164,13 @@ def test_a_stack_is_calibrated_and_quantized_as_its_layers_one_by_one():
 def test_trains_with_quantizers_and_packs(case, tmp_path):
     model, variables, inputs = case
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(4, 8), [inputs])
-    batch = {"image": inputs, "label": jnp.arange(BATCH, dtype=jnp.int32)}
+    tokens, images = inputs
+    batch = {"tokens": tokens, "image": images, "label": jnp.arange(BATCH, dtype=jnp.int32)}
+    objective = Objective(task=tasks.build("classification", keys=("tokens", "image")))
     settings = config.Optimizer(warmup=0.0)
     weights = Weights(variables=variables, qparams=qparams)
     state = create_state(weights, settings, seed=0, steps=20, learning_rate=0.01)
-    training = Training(network=model, optimizer=make_optimizer(settings), objective=Objective())
+    training = Training(network=model, optimizer=make_optimizer(settings), objective=objective)
     losses = []
     for _ in range(20):
         state, metrics = train_step(training, state, batch)

@@ -32,6 +32,8 @@ AFTER = {
     f.__name__: f for f in (adaround, brecq, gptq, teacher_guided, reestimate, bias_correction)
 }
 METHODS = {**BEFORE, **AFTER}
+# Options with which a method compares outputs by their KL: as logits of one distribution.
+BY_DIVERGENCE = {"teacher_guided": {}, "brecq": {"fisher": True}}
 
 # What the chain itself gives to a method; the rest of its keywords are options.
 GIVEN = {
@@ -49,12 +51,13 @@ class Outcome:
     qparams: QParams
 
 
-def check(steps: Sequence[Mapping[str, Any]], where: str) -> None:
+def check(steps: Sequence[Mapping[str, Any]], where: str, *, categorical: bool = True) -> None:
     """Raises ConfigError for a chain that `run` would refuse.
 
     Args:
       steps: `{"method": a key of METHODS, **its options}`, those of BEFORE first.
       where: the config key, for the error.
+      categorical: whether the model's outputs are logits of one distribution.
     """
     calibrated = False
     for i, step in enumerate(steps):
@@ -63,6 +66,15 @@ def check(steps: Sequence[Mapping[str, Any]], where: str) -> None:
         name = options.pop("method", None)
         if name not in METHODS:
             raise ConfigError(unknown(f"{here}.method:", name, METHODS))
+        if (
+            not categorical
+            and name in BY_DIVERGENCE
+            and BY_DIVERGENCE[name].items() <= step.items()
+        ):
+            raise ConfigError(
+                f"{here}: {name!r} compares logits of classes by their KL, which this task's "
+                "outputs are not"
+            )
         if name in BEFORE and calibrated:
             raise ConfigError(
                 f"{here}: {name!r} changes float weights and must come before {tuple(AFTER)}"

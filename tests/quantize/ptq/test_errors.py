@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from scipy.special import rel_entr, softmax
 
-from kdq.quantize import calibrate, uniform_rules
+from kdq.quantize import apply, calibrate, uniform_rules
 from kdq.quantize.ptq.errors import LayerErrors, layer_errors
 
 
@@ -106,6 +106,23 @@ def test_a_stack_has_a_row_for_each_of_its_layers_and_products_have_one():
     exact = [path for path, (_, after) in report.sqnr.items() if after == np.inf]
     assert exact == [f"layers/attn/{k}[0]" for k in ("query", "key", "value")]
     assert all(0 < before < 60 for before, _ in report.sqnr.values())
+    # The prediction of a tuple is its first array.
+    clean, noisy = (
+        softmax(np.float64(apply(model, variables, q, x)[0]), -1) for q in ({}, qparams)
+    )
+    assert report.kl[0] == pytest.approx(rel_entr(clean, noisy).sum(-1).mean(), rel=1e-4)
+
+
+def test_outputs_without_a_prediction_have_no_divergence():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return {"boxes": nn.Dense(4)(x), "scores": nn.Dense(3)(x)}
+
+    x = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    variables = Two().init(jax.random.key(0), x)
+    pair = (variables, calibrate(Two(), variables, uniform_rules(4, 4), [x], check=False))
+    report = layer_errors(Two(), variables, pair, pair, [x])
     assert report.kl is None
     assert "not one array of logits" in str(report)
 
