@@ -12,7 +12,7 @@ from kdq.train.sharding import whole
 Path = tuple[str, ...]
 Bounds = tuple[tuple[int, int], ...]  # of each axis: from, to
 # By the path of an array: its dtype and shape in words, and the SHA-256 of each of its parts. Of an
-# empty dict: EMPTY, and no parts.
+# empty container and of None: EMPTY, and no parts.
 Digests = dict[Path, tuple[str, dict[Bounds, str]]]
 EMPTY = "empty"
 
@@ -90,8 +90,8 @@ def _leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
 
 
 def _empty(tree: Any) -> set[Path]:
-    """Returns the paths of empty dicts, which have no array that could tell of them."""
-    is_empty = lambda node: isinstance(node, Mapping) and not node
+    """Returns the paths of empty containers and None, which no array tells of."""
+    is_empty = lambda node: node is None or (isinstance(node, Mapping | tuple | list) and not node)
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)[0]
     name = lambda key: jax.tree_util.keystr((key,), simple=True)
     return {tuple(map(name, path)) for path, node in nodes if is_empty(node)}

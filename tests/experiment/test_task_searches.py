@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import test_tasks
+import test_task_runs
 
 from kdq import config, experiment, files, tasks
 from kdq.experiment.context import Context
@@ -10,11 +10,11 @@ from kdq.experiment.context import Context
 FORMATS = ("packed", "stablehlo")
 
 
-@pytest.fixture(scope="module", params=list(test_tasks.CASES))
+@pytest.fixture(scope="module", params=list(test_task_runs.CASES))
 def searched(request, tmp_path_factory):
     """A task's name, and the record of an arm with searched bits, which is exported."""
     name, workdir = request.param, tmp_path_factory.mktemp(request.param)
-    fields = test_tasks.make(name)
+    fields = test_task_runs.make(name)
     arms = {key: fields["arms"][key] for key in ("teacher", "student", "kd")}
     arms["low_bits"] = {"model": "student", "init": "kd", "bits": "bits", "ptq": ""}
     search = {
