@@ -44,7 +44,7 @@ def quantized(
     *,
     guide: Callable[[Array], Array] | None,
     progress: Progress,
-    categorical: bool,
+    categorical: bool = True,
 ) -> tuple[Weights, dict[str, Any]]:
     """The weights that an arm with bits starts from, and what its record says of them.
 
