@@ -1,7 +1,7 @@
 """Probes of a classifier: calibration, what it took over from its teacher, a bias put right.
 
-They take scores of predictions (`kdq.tasks.classification`, or `metrics.score` of logits) on the
-host; only `class_offset` needs the logits of a sample.
+They take scores of predictions (`kdq.tasks.classification`) on the host; only `class_offset` needs
+the logits of a sample.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ def summarize(scores: Mapping[str, ArrayLike]) -> dict[str, float]:
     """Returns all scalar measures of a student's scores, and of how they follow a teacher's.
 
     Args:
-      scores: [predictions] each, see `metrics.score`: without a teacher's, no measures of these.
+      scores: [predictions] each, of `kdq.tasks.classification`; without a teacher's, no measures of
+        these.
 
     Returns:
       "accuracy", "top5_accuracy" (of more than 5 classes only), "brier", "ece" and "adaptive_ece"

@@ -2,6 +2,7 @@
 
 import math
 
+import host_scores
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -21,7 +22,7 @@ from kdq.evaluate.classification import (
 
 
 def _scored(logits, labels):
-    return metrics.confidence(logits), metrics.correct(logits, labels)
+    return host_scores.confidence(logits), metrics.correct(logits, labels)
 
 
 def _problem(n=300, classes=7, spread=2.0):
@@ -121,7 +122,7 @@ def test_a_diverged_example_is_in_no_bin_and_makes_the_error_nan():
         assert np.nansum(result.accuracy) == 0.5
         assert math.isnan(ece(*_scored(logits, [0, 1, 0]), adaptive=adaptive))
         assert math.isnan(ece(*_scored(np.full((2, 3), np.nan), [0, 1]), adaptive=adaptive))
-    assert np.isnan(metrics.brier(logits, [0, 1, 0])).tolist() == [False, False, True]
+    assert np.isnan(host_scores.brier(logits, [0, 1, 0])).tolist() == [False, False, True]
 
 
 def test_no_example_and_no_bin_are_refused():
@@ -139,7 +140,7 @@ def _logits(predictions, classes=3):
 
 
 def _agreement_where_wrong(student, teacher, labels):
-    scores = metrics.score(student, labels, teacher)
+    scores = host_scores.score(student, labels, teacher)
     return agreement_where_teacher_wrong(scores["agreement"], scores["teacher_correct"])
 
 
@@ -213,7 +214,7 @@ def _expected_summary(student, teacher, labels):
 
 def test_summary_against_scikit_learn_and_scipy():
     student, teacher, labels = _taught()
-    result = summarize(metrics.score(student, labels, teacher))
+    result = summarize(host_scores.score(student, labels, teacher))
     assert result == pytest.approx(_expected_summary(student, teacher, labels), rel=1e-9)
     assert all(type(value) is float for value in result.values())
     assert 0 < result["agreement_where_teacher_wrong"] < result["agreement"] < 1
@@ -222,14 +223,14 @@ def test_summary_against_scikit_learn_and_scipy():
 def test_summary_without_a_teacher_and_of_few_classes_has_no_such_entries():
     student, teacher, labels = _taught(classes=5)
     alone = {"accuracy", "nll", "brier", "ece", "adaptive_ece"}
-    assert set(summarize(metrics.score(student, labels))) == alone
+    assert set(summarize(host_scores.score(student, labels))) == alone
     taught = alone | {"agreement", "kl_to_teacher", "agreement_where_teacher_wrong"}
-    assert set(summarize(metrics.score(student, labels, teacher))) == taught
+    assert set(summarize(host_scores.score(student, labels, teacher))) == taught
 
 
 def test_summary_of_a_diverged_student():
     _, teacher, labels = _taught()
-    result = summarize(metrics.score(np.full_like(teacher, np.nan), labels, teacher))
+    result = summarize(host_scores.score(np.full_like(teacher, np.nan), labels, teacher))
     zero = {"accuracy", "top5_accuracy", "agreement", "agreement_where_teacher_wrong"}
     assert {name for name, value in result.items() if value == 0} == zero
     assert {name for name, value in result.items() if math.isnan(value)} == set(result) - zero
@@ -239,20 +240,20 @@ def test_what_does_not_belong_together_is_refused():
     student, teacher, labels = _taught()
     pair = r"one shape \[batch, classes\], given"
     with pytest.raises(ValueError, match=pair):
-        summarize(metrics.score(student, labels, teacher[:, :6]))
+        summarize(host_scores.score(student, labels, teacher[:, :6]))
     with pytest.raises(ValueError, match=pair):
         _agreement_where_wrong(student, teacher[:1], labels)
     with pytest.raises(ValueError, match=r"given \(200, 7\) and \(1,\)"):
-        summarize(metrics.score(student, labels[:1], teacher))
+        summarize(host_scores.score(student, labels[:1], teacher))
     with pytest.raises(ValueError, match=r"given \(200, 7\) and \(1,\)"):
         _by_class(student, labels[:1])
     with pytest.raises(ValueError, match="no examples"):
-        summarize(metrics.score(student[:0], labels[:0]))
+        summarize(host_scores.score(student[:0], labels[:0]))
     teacher[3, 2] = np.nan
     with pytest.raises(ValueError, match="predicts nothing"):
         _agreement_where_wrong(student, teacher, labels)
     with pytest.raises(ValueError, match="predicts nothing"):
-        summarize(metrics.score(student, labels, teacher))
+        summarize(host_scores.score(student, labels, teacher))
 
 
 def _accuracy(logits, labels, classes, offset):

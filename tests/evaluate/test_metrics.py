@@ -1,49 +1,50 @@
 """Metrics against closed forms, and the masked means over batches."""
 
+import host_scores
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from host_scores import brier, top_k_correct
 from scipy.special import softmax
 from sklearn.metrics import brier_score_loss, top_k_accuracy_score
 
 from kdq.evaluate import metrics
-from kdq.evaluate.metrics import brier, top_k_correct
 from kdq.tasks import build
 
 
 def test_nll_and_correct_by_hand():
     logits = np.log([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]])
-    np.testing.assert_allclose(metrics.nll(logits, [0, 2]), -np.log([0.7, 0.25]))
+    np.testing.assert_allclose(host_scores.nll(logits, [0, 2]), -np.log([0.7, 0.25]))
     assert metrics.correct(logits, [0, 2]).tolist() == [True, False]
 
 
 def test_kl_divergence_by_hand_and_its_direction():
     p, q = np.array([[0.5, 0.5]]), np.array([[0.9, 0.1]])
     expected = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
-    np.testing.assert_allclose(metrics.kl_divergence(np.log(p), np.log(q)), [expected])
+    np.testing.assert_allclose(host_scores.kl_divergence(np.log(p), np.log(q)), [expected])
     reverse = 0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.1 / 0.5)
-    np.testing.assert_allclose(metrics.kl_divergence(np.log(q), np.log(p)), [reverse])
+    np.testing.assert_allclose(host_scores.kl_divergence(np.log(q), np.log(p)), [reverse])
 
 
 def test_kl_divergence_of_extreme_logits_is_finite_and_exact():
     p, q = np.array([[1e4, -1e4]]), np.array([[-1e4, 1e4]])
-    np.testing.assert_allclose(metrics.kl_divergence(p, q), [2e4])
-    np.testing.assert_array_equal(metrics.kl_divergence(p, p + 3), [0.0])
-    np.testing.assert_allclose(metrics.nll(p, [1]), [2e4])
+    np.testing.assert_allclose(host_scores.kl_divergence(p, q), [2e4])
+    np.testing.assert_array_equal(host_scores.kl_divergence(p, p + 3), [0.0])
+    np.testing.assert_allclose(host_scores.nll(p, [1]), [2e4])
 
 
 def test_a_diverged_model_is_never_correct_and_agrees_with_nobody():
     logits = np.array([[np.nan, np.nan]])
     assert not metrics.correct(logits, [0]).any()
-    assert not metrics.agreement(logits, [[1.0, 0.0]]).any()
-    assert np.isnan(metrics.nll(logits, [0])).all()
+    assert not host_scores.agreement(logits, [[1.0, 0.0]]).any()
+    assert np.isnan(host_scores.nll(logits, [0])).all()
 
 
 @pytest.mark.parametrize("label", [-1, 3])
 def test_a_label_that_is_no_class_is_refused(label):
     with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), given"):
-        metrics.nll(np.zeros((1, 3)), [label])
+        host_scores.nll(np.zeros((1, 3)), [label])
     with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), given"):
         metrics.correct(np.zeros((1, 3)), [label])
 
@@ -90,7 +91,7 @@ def test_no_batches_are_an_error():
         metrics.predict(lambda batch: batch["image"], [])
 
 
-@pytest.mark.parametrize("metric", [metrics.nll, metrics.correct])
+@pytest.mark.parametrize("metric", [host_scores.nll, metrics.correct])
 def test_labels_of_other_examples_are_refused(metric):
     with pytest.raises(ValueError, match=r"given \(4, 3\) and \(1,\)"):
         metric(np.zeros((4, 3)), [1])
@@ -169,7 +170,7 @@ def test_k_that_is_no_number_of_classes_is_refused(k):
         top_k_correct(np.zeros((2, 3)), [0, 1], k)
 
 
-@pytest.mark.parametrize("measure", [brier, metrics.score, lambda x, y: top_k_correct(x, y, 1)])
+@pytest.mark.parametrize("measure", [brier, host_scores.score, lambda x, y: top_k_correct(x, y, 1)])
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
@@ -186,7 +187,7 @@ def test_labels_that_do_not_fit_the_logits_are_refused(measure, logits, labels, 
 
 def test_scores_of_the_host_are_named_as_those_of_the_task():
     logits, labels = _draw()
-    scores = metrics.score(logits, labels, logits[::-1])
+    scores = host_scores.score(logits, labels, logits[::-1])
     task = build("classification")
     device = task.scores(logits, {"label": labels}) | task.divergence(logits, logits[::-1])
     assert set(scores) - {"teacher_correct"} <= set(device)
