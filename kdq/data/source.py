@@ -1,6 +1,7 @@
 """A split of a data set: random access to its examples, as dicts of arrays."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -64,6 +65,14 @@ class Source:
                 f"valid are 0 to {len(self) - 1}"
             )
         return self.reader(ids)
+
+
+def digest_arrays(inputs: np.ndarray, labels: np.ndarray) -> str:
+    """Returns the SHA-256 of a split's arrays, with the shape and dtype of the inputs."""
+    digest = hashlib.sha256(repr((inputs.shape, inputs.dtype.name)).encode())
+    for array in (inputs, labels):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def hold_arrays(arrays: Mapping[str, np.ndarray], **fields: Any) -> Source:
