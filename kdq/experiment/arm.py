@@ -198,9 +198,7 @@ class ArmRun:
             teacher_scores=teacher_scores,
         )
         if compared and self.experiment.transfer.examples:
-            student = transfer.Network(
-                variables=weights.variables, qparams=weights.qparams, model=model
-            )
+            student = transfer.Predictor(weights=weights, network=model)
             fields |= self._comparison().measure(student)
         if self.arm.without_classes:
             fields |= measure.corrected(
@@ -227,13 +225,10 @@ class ArmRun:
         teacher = self.experiment.teacher
 
         def make() -> transfer.Comparison:
-            network = transfer.Network(
-                variables=context.store.weights(teacher, self.seed),
-                qparams={},
-                model=context.model(teacher),
-            )
+            weights = Weights(variables=context.store.weights(teacher, self.seed), qparams={})
+            predictor = transfer.Predictor(weights=weights, network=context.model(teacher))
             images = context.inputs.split("test", config.examples)[0]["image"]
-            return transfer.Comparison(network, images, config, context.task.probes)
+            return transfer.Comparison(predictor, images, config, context.task.probes)
 
         # All arms of seeds that go together run before those of the next.
         most = self.experiment.seeds_at_once

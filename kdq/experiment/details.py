@@ -20,7 +20,7 @@ from kdq.deploy.measure import energy
 from kdq.evaluate import attribution, classification
 from kdq.evaluate.run import Scores
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.transfer import Network
+from kdq.experiment.transfer import Predictor
 from kdq.quantize.layers import LayerInfo, layer_bits
 from kdq.quantize.network import Weights
 from kdq.quantize.paths import at_path
@@ -59,14 +59,13 @@ def write(
     """
     batch, has_classes = inputs.test[0], "classification" in task.probes
     images = batch["image"][: min(IMAGES, int(np.sum(batch["mask"])))]
-    network = Network(
-        variables=packed.variables, qparams=packed.qparams, model=packed.network.module
-    )
+    packed_weights = Weights(variables=packed.variables, qparams=packed.qparams)
+    predictor = Predictor(weights=packed_weights, network=packed.network)
     shown = {
         "confusion": confusion(scores.arrays, inputs.classes) if has_classes else None,
         "reliability": _reliability(scores.arrays) if has_classes else None,
         "layers": layer_rows(layers, packed, weights, inputs.validation[0], task),
-        "attributions": _attributions(network, images, scores.arrays["label"])
+        "attributions": _attributions(predictor, images, scores.arrays["label"])
         if has_classes and images.ndim == 4
         else None,
     }
@@ -190,11 +189,11 @@ def _idle(qparams: QParams) -> QParams:
     return jax.tree.map(bank.identity_quantizer, qparams, is_leaf=is_quantizer)
 
 
-def _attributions(network: Network, images: Array, labels: np.ndarray) -> dict[str, Any]:
+def _attributions(predictor: Predictor, images: Array, labels: np.ndarray) -> dict[str, Any]:
     """Gradient times input of the label's logit, with what was seen and predicted."""
-    chance = softmax(np.asarray(network(images), np.float64), axis=-1)
+    chance = softmax(np.asarray(predictor(images), np.float64), axis=-1)
     labels = labels[: len(images)].astype(np.int32)
-    maps = _explain(network, images, labels)
+    maps = _explain(predictor, images, labels)
     return {
         "images": _small(np.asarray(images, np.float64).mean(-1)),
         "maps": _small(np.asarray(maps, np.float64).sum(-1)),

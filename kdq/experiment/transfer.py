@@ -9,22 +9,21 @@ import flax.struct
 import jax
 import numpy as np
 
-from kdq import quantize
 from kdq.distill import capture
 from kdq.evaluate import attribution, boundary, cka
+from kdq.quantize.network import Network, Weights, as_network
 from kdq.schema import Transfer
-from kdq.types import Array, QParams, Variables
+from kdq.types import Array
 
 
-class Network(flax.struct.PyTreeNode):
-    """Images -> logits. Its weights are leaves, so networks of one structure share programs."""
+class Predictor(flax.struct.PyTreeNode):
+    """Images -> logits. Its weights are leaves, so predictors of one structure share programs."""
 
-    variables: Variables
-    qparams: QParams
-    model: nn.Module = flax.struct.field(pytree_node=False)
+    weights: Weights
+    network: Network | nn.Module = flax.struct.field(pytree_node=False)
 
     def __call__(self, images: Array) -> Array:
-        return quantize.apply(self.model, self.variables, self.qparams, images)
+        return as_network(self.network).apply(self.weights, images)
 
 
 class Comparison:
@@ -38,7 +37,7 @@ class Comparison:
     """
 
     def __init__(
-        self, teacher: Network, images: np.ndarray, config: Transfer, probes: Collection[str]
+        self, teacher: Predictor, images: np.ndarray, config: Transfer, probes: Collection[str]
     ) -> None:
         self._images, size = images, len(images)
         self._features = _averaged(teacher, images)
@@ -52,7 +51,7 @@ class Comparison:
         if len(np.unique(self._explanation.logits.argmax(-1))) > 1:  # a path between two classes
             self._paths = boundary.probe_paths(teacher, images, pairs=config.pairs)
 
-    def measure(self, student: Network) -> dict[str, Any]:
+    def measure(self, student: Predictor) -> dict[str, Any]:
         """Compares a student with the teacher.
 
         Returns:
@@ -78,13 +77,15 @@ class Comparison:
         }
 
 
-def _averaged(network: Network, images: np.ndarray) -> dict[str, np.ndarray]:
+def _averaged(predictor: Predictor, images: np.ndarray) -> dict[str, np.ndarray]:
     """{layer: [n, channels]} of every layer that can be captured."""
-    return {name: cka.global_average(values) for name, values in _features(network, images).items()}
+    features = _features(predictor, images)
+    return {name: cka.global_average(values) for name, values in features.items()}
 
 
 @jax.jit
-def _features(network: Network, images: Array) -> dict[str, Array]:
-    model, variables, qparams = network.model, network.variables, network.qparams
-    layers = capture.list_outputs(model, variables, images)
-    return capture.run(model, variables, qparams, images, layers)[0].features
+def _features(predictor: Predictor, images: Array) -> dict[str, Array]:
+    network, weights = predictor.network, predictor.weights
+    layers = capture.list_outputs(network, weights.variables, images)
+    outputs, _ = capture.run(network, weights.variables, weights.qparams, images, layers)
+    return outputs.features

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from kdq import config, deploy, experiment
+from kdq import config, deploy, experiment, quantize
 from kdq.config import ConfigError
 from kdq.experiment import transfer
 from kdq.experiment.context import Context
@@ -174,8 +174,9 @@ def test_every_seed_is_compared_with_its_own_teacher_asked_once(tiny_config, tmp
     for seed in (0, 1):
         # The files of float arms hold exactly what was compared.
         networks = {
-            arm: transfer.Network(
-                model=packed.network.module, variables=packed.variables, qparams={}
+            arm: transfer.Predictor(
+                network=packed.network.module,
+                weights=quantize.Weights(variables=packed.variables, qparams={}),
             )
             for arm in ("teacher", "one", "two")
             for packed in [deploy.load_packed(tmp_path / arm / str(seed) / "model.safetensors")]

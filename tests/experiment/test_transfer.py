@@ -10,7 +10,8 @@ import pytest
 from kdq import files, quantize
 from kdq.distill import capture
 from kdq.evaluate import attribution, boundary, cka
-from kdq.experiment.transfer import Comparison, Network
+from kdq.experiment.transfer import Comparison, Predictor
+from kdq.quantize import Weights
 from kdq.schema import Transfer
 
 PROBES = ("cka", "attribution", "boundary")
@@ -32,25 +33,29 @@ class Small(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
-def make(width: int, seed: int, bits: bool = False) -> Network:
+def make(width: int, seed: int, bits: bool = False) -> Predictor:
     model = Small(width=width)
     variables = model.init(jax.random.key(seed), IMAGES, train=False)
     qparams = {}
     if bits:
         rules = quantize.uniform_rules(4, 8)
         qparams = quantize.calibrate(model, variables, rules, [IMAGES])
-    return Network(variables=variables, qparams=qparams, model=model)
+    return Predictor(weights=Weights(variables=variables, qparams=qparams), network=model)
 
 
-def plain(network: Network):
+def plain(predictor: Predictor):
     """With the weights closed over."""
-    return lambda images: quantize.apply(network.model, network.variables, network.qparams, images)
+    weights = predictor.weights
+    return lambda images: quantize.apply(
+        predictor.network, weights.variables, weights.qparams, images
+    )
 
 
-def means(network: Network) -> dict[str, np.ndarray]:
+def means(predictor: Predictor) -> dict[str, np.ndarray]:
     """The layers' outputs, averaged over positions, without jit."""
+    weights = predictor.weights
     outputs, _ = capture.run(
-        network.model, network.variables, network.qparams, IMAGES, ("conv", "head")
+        predictor.network, weights.variables, weights.qparams, IMAGES, ("conv", "head")
     )
     conv, head = (np.asarray(outputs.features[name], np.float64) for name in ("conv", "head"))
     return {"conv": conv.mean((1, 2)), "head": head}
@@ -107,9 +112,9 @@ def test_a_teacher_runs_once_and_networks_of_one_structure_compile_once():
 @pytest.mark.slow
 def test_a_teacher_of_one_class_has_no_path():
     teacher, student = make(7, 2), make(5, 1)
-    params = dict(teacher.variables["params"])
+    params = dict(teacher.weights.variables["params"])
     params["head"] = {**params["head"], "bias": np.float32([100, 0, 0])}
-    sure = teacher.replace(variables={"params": params})
+    sure = teacher.replace(weights=Weights(variables={"params": params}, qparams={}))
     share = (np.asarray(plain(student)(IMAGES)).argmax(-1) == 0).mean()
     assert 0 < share < 1
     config = dataclasses.replace(CONFIG, epsilon=0.0)
