@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from host_scores import kl_divergence
 
 from kdq import models, quantize
 from kdq.arms import kl
-from kdq.evaluate.metrics import kl_divergence
 from kdq.fields import ConfigError
 from kdq.quantize.network import Weights
 from kdq.train.arrays import fit_arrays

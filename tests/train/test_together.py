@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -163,7 +164,10 @@ def test_what_tells_plans_apart():
 
 def test_spread_over_devices(by_themselves, tmp_path):
     """Two seeds on each of two devices."""
+    # The test helpers that this file imports, which pytest's own settings do not give to a script.
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.getenv("PYTHONPATH"))))
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = path
     command = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -185,6 +189,4 @@ def main(root):
 
 
 if __name__ == "__main__":
-    from pathlib import Path
-
     main(Path(sys.argv[1]))
