@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,12 @@ def contents(folder: Path) -> dict[str, Any]:
     return files
 
 
-def lasting(value: Any) -> Any:
+def lasting(value: Any, varying: Collection[str] = VARYING) -> Any:
     """Returns a record without what differs between two runs of the same program."""
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if not any(word in k for word in VARYING)}
-        return {k: lasting(v) for k, v in kept.items()}
-    return [lasting(v) for v in value] if isinstance(value, list) else value
+        kept = {k: v for k, v in value.items() if not any(word in k for word in varying)}
+        return {k: lasting(v, varying) for k, v in kept.items()}
+    return [lasting(v, varying) for v in value] if isinstance(value, list) else value
 
 
 def changes(before: Any, now: Any, where: str = "") -> Iterator[str]:

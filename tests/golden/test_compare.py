@@ -5,12 +5,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+from compare import compare
 
 from kdq import config
 from kdq.schema import TEACHERS
 
 HERE = Path(__file__).parent
-compare = runpy.run_path(str(HERE / "compare.py"))["compare"]
 get_config = runpy.run_path(str(HERE / "every_arm.py"))["get_config"]
 
 

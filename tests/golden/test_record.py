@@ -1,6 +1,6 @@
 """The records of every kind of arm are those that are committed, within what processors differ by.
 
-    python tests/golden/test_record.py WORKDIR
+    PYTHONPATH=tests python tests/golden/test_record.py WORKDIR
 
 writes those of a finished run of every_arm.py to record.json: only for a change that is meant.
 """
@@ -9,13 +9,14 @@ import json
 import sys
 from pathlib import Path
 
+import compare
 import numpy as np
 import pytest
 from programs import run
 
 HERE = Path(__file__).parent
-# What differs between two runs, machines or commits; digests of floats differ between processors.
-VARYING = ("seconds", "commit", "latency", "versions", "seal", "sha256", "device")
+# Digests of floats differ between processors.
+VARYING = (*compare.VARYING, "sha256", "device")
 # Two levels of XLA's optimization differ by 2e-6. A difference in the method is far above this.
 TOLERANCE = {"rtol": 0.02, "atol": 0.02}
 
@@ -23,20 +24,12 @@ TOLERANCE = {"rtol": 0.02, "atol": 0.02}
 def measurements(workdir):
     """Returns `{arm: its record}`, of one seed, without what varies."""
     paths = sorted(Path(workdir).glob("*/0/result.json"))
-    records = {path.parts[-3]: lasting(json.loads(path.read_text())) for path in paths}
+    read = lambda path: compare.lasting(json.loads(path.read_text()), VARYING)
+    records = {path.parts[-3]: read(path) for path in paths}
     for record in records.values():
         # StableHLO says of each operation which lines of Python it is from: its size varies.
         record.get("exports", {}).get("stablehlo", {}).pop("size_bytes", None)
     return records
-
-
-def lasting(value):
-    if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if not any(word in k for word in VARYING)}
-        return {k: lasting(v) for k, v in kept.items()}
-    if isinstance(value, list):
-        return [lasting(v) for v in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def check(actual, expected, where):
@@ -80,5 +73,7 @@ def test_another_number_or_field_is_noticed(records):
 
 
 if __name__ == "__main__":
-    text = json.dumps(measurements(sys.argv[1]), indent=0, separators=(",", ":"))
+    text = json.dumps(measurements(sys.argv[1]))
+    rounded = json.loads(text, parse_float=lambda number: float(f"{float(number):.4g}"))
+    text = json.dumps(rounded, indent=0, separators=(",", ":"))
     (HERE / "record.json").write_text(text + "\n")
