@@ -132,14 +132,19 @@ class Network:
         return outputs if call.kwargs.get("mutable", False) is False else (outputs, collections)
 
     def run(
-        self, weights: Weights, inputs: Batch, *handlers: Handler, mutable: Iterable[str] = ()
+        self,
+        weights: Weights,
+        inputs: Batch,
+        *handlers: Handler,
+        train: bool = False,
+        mutable: Iterable[str] = (),
     ) -> tuple[Any, dict[str, Any]]:
-        """`(outputs, collections)` in evaluation mode, with handlers of layers' calls.
+        """`(outputs, collections)`, with handlers of layers' calls.
 
         Handlers see the inputs of layers as these are rounded; see `calls.run`. The variables are
         to be unboxed.
         """
-        call = self.arguments(inputs)
+        call = self.arguments(inputs, train=train)
         variables, qparams = weights.variables, weights.qparams
         return simulate.run(self.module, variables, qparams, call, *handlers, mutable=mutable)
 

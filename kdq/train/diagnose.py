@@ -2,13 +2,14 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from kdq import quantize
 from kdq.distill.streams import with_streams
+from kdq.quantize.calls import ModuleCall
+from kdq.quantize.inputs import Inputs, unboxed
+from kdq.quantize.network import Weights, as_network
 from kdq.train.state import TrainState
 from kdq.train.training import Training
 from kdq.types import Array, Batch
@@ -54,27 +55,21 @@ def _check_layers(
     for (*layer, _), leaf in traverse_util.flatten_dict(state.params).items():
         trained.setdefault("/".join(layer), []).append(leaf)
 
-    def watch(next_fun, args, kwargs, context):
-        outputs = next_fun(*args, **kwargs)
-        if context.method_name == "__call__":
-            path = "/".join(context.module.path)
+    def watch(call: ModuleCall) -> Any:
+        outputs = call.run()
+        if call.method == "__call__":
             # Those that train as well: rounding clips infinity.
-            params = context.module.variables.get("params", {}), trained.get(path)
+            params = call.module.variables.get("params", {}), trained.get(call.path)
             checks = {"parameters": _is_finite(params), "output": _is_finite(outputs)}
-            finite.setdefault(path, checks)
+            finite.setdefault(call.path, checks)
         return outputs
 
-    def forward(rngs: dict[str, Array]) -> None:
-        quantize.apply(
-            training.network,
-            state.variables,
-            state.quantizers,
-            inputs,
-            train=True,
-            mutable=list(state.model_state),
-            rngs=rngs,
-        )
+    network = as_network(training.network)
+    weights = Weights(variables=unboxed(state.variables), qparams=state.quantizers)
 
-    with nn.intercept_methods(watch):
-        with_streams(forward, key)
+    def forward(rngs: dict[str, Array]) -> None:
+        call = Inputs(*inputs, rngs=rngs)
+        network.run(weights, call, watch, train=True, mutable=list(state.model_state))
+
+    with_streams(forward, key)
     return finite
