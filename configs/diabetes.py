@@ -6,7 +6,7 @@ python launch/compress.py --config=configs/diabetes.py:quick --workdir=runs/quic
 
 from ml_collections import ConfigDict
 
-from kdq.arms import recipe
+from kdq.arms import quantized_arms, recipe
 from kdq.config import arm as arm_
 from kdq.config import complete, parse_arg
 
@@ -49,12 +49,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arms.student = arm_(**student)
     arms.kd = arm_(**student, **taught, reference="student")
     arms.kd_bounded = arm_(**student, teacher="teacher", distill="bounded", reference="student")
-    for bits in ("W8A8", "W4A4"):
-        name = bits.lower()
-        for start in ("student", "kd"):
-            fields = {"model": "student", "init": start, "bits": bits, "reference": start}
-            arms[f"ptq_{name}_{start}"] = arm_(**fields)
-        quantized = {**further, "bits": bits}
-        arms[f"qat_{name}"] = arm_(**quantized, init="student", reference=f"ptq_{name}_student")
-        arms[f"qad_{name}"] = arm_(**quantized, **taught, init="kd", reference=f"qat_{name}")
+    arms.update(quantized_arms(("W8A8", "W4A4"), further=further, taught=taught))
     return complete(config)

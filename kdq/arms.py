@@ -28,16 +28,6 @@ def recipe(loss: str, alpha: float, **options: Any) -> dict[str, Any]:
     return {"task": 1 - alpha, "terms": {loss: {"loss": loss, "weight": alpha, **options}}}
 
 
-def natural_recipe(task: str, alpha: float, temperature: float) -> dict[str, Any]:
-    """The recipe by which a teacher is followed where nothing else is said.
-
-    KL of classes or of labels at a temperature; squared error of real targets, which have none.
-    """
-    if task == "regression":
-        return recipe("squared_error", alpha)
-    return recipe({"multilabel": "bernoulli_kl"}.get(task, "kl"), alpha, temperature=temperature)
-
-
 def compression_arms(
     *,
     teacher: Mapping[str, Any],
@@ -81,6 +71,32 @@ def compression_arms(
         for start in ("student", "kd"):
             arms[f"qad_{suffix}_{start}"] = arm(**trained, **taught, init=start, reference=qat)
     return ConfigDict(arms, sort_keys=False)
+
+
+def quantized_arms(
+    widths: Sequence[str], *, further: Mapping[str, Any], taught: Mapping[str, Any]
+) -> ConfigDict:
+    """Arms of the models "student" and "kd" at each of `widths`: both calibrated, QAT and QAD.
+
+    Calibrated arms are compared with where they start, QAT with its own starting point calibrated,
+    QAD, which starts from `kd`, with the QAT of equal bits and steps.
+
+    Args:
+      widths: "W8A8" and the like.
+      further: fields of `kdq.config.Arm` for the training of QAT and QAD.
+      taught: those of who teaches QAD, and how.
+    """
+    arms = ConfigDict(sort_keys=False)
+    for bits in widths:
+        name = bits.lower()
+        for start in ("student", "kd"):
+            arms[f"ptq_{name}_{start}"] = arm(
+                model="student", init=start, bits=bits, reference=start
+            )
+        trained = {**further, "bits": bits}
+        arms[f"qat_{name}"] = arm(**trained, init="student", reference=f"ptq_{name}_student")
+        arms[f"qad_{name}"] = arm(**trained, **taught, init="kd", reference=f"qat_{name}")
+    return arms
 
 
 def searched_arms(

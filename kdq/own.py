@@ -15,9 +15,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import config, data, deploy, experiment, lock, models, quantize
-from kdq.arms import natural_recipe
+from kdq import config, data, deploy, experiment, lock, models, quantize, tasks
+from kdq.arms import recipe
 from kdq.data.sources.arrays import Split
+from kdq.distill.methods import list_methods
 from kdq.fields import expand_user
 from kdq.quantize.network import Weights
 from kdq.report import progress, write
@@ -114,7 +115,7 @@ def compress(
         },
         "models": described,
         "quantize": _quantize(student or teacher, inputs),
-        "distill": {"kd": natural_recipe(task, alpha, temperature)},
+        "distill": {"kd": _make_recipe(task, alpha, temperature)},
         "arms": {
             "teacher": {"model": "teacher", **({"load": load} if load else trained)},
             **_arms(names, trained, student is not None),
@@ -134,6 +135,15 @@ def compress(
     records = experiment.finished(whole, workdir)
     write.write_report(records, workdir)
     return records
+
+
+def _make_recipe(task: str, alpha: float, temperature: float) -> dict[str, Any]:
+    """Returns the recipe of the loss by which a teacher of the task is followed."""
+    built = tasks.build(task)
+    loss = built.natural_distillation
+    if "temperature" not in list_methods(built)[loss].options():  # as of real targets
+        return recipe(loss, alpha)
+    return recipe(loss, alpha, temperature=temperature)
 
 
 def _save_teacher(

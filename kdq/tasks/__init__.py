@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Metric", "Task", "build", "names"]
 
-_NO_TASKS = ("base", "losses", "metric")
+_NO_TASKS = ("base", "metric")
 
 
 def names() -> list[str]:

@@ -50,6 +50,8 @@ class Task(Protocol):
     # Losses on outputs that this task adds to those: name -> (student's outputs, teacher's outputs,
     # batch, **options) -> the shape of `weights`. Options are annotated with their limits.
     distillation: Mapping[str, Callable[..., Array]] = {}
+    # The loss by which a teacher is followed where nothing else is said.
+    natural_distillation: str = "kl"
     loss_options: tuple[str, ...] = ()  # keywords of `loss` that an arm may set: data, no constants
     probes: tuple[str, ...] = ()  # modules of kdq.evaluate that look at more than scores
 

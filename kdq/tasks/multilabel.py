@@ -135,6 +135,7 @@ class Multilabel(base.Task):
     metrics = (MICRO_F1, classification.NLL, MACRO_F1, MEAN_AVERAGE_PRECISION)
     fidelity = (classification.AGREEMENT, classification.KL, base.NOISE)
     distillation = {"bernoulli_kl": bernoulli_kl}  # noqa: RUF012 (of the contract, read only)
+    natural_distillation = "bernoulli_kl"
     loss_options = ("label_smoothing",)
     probes = ("cka",)
 

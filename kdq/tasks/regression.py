@@ -64,6 +64,7 @@ class Regression(base.Task):
     std: tuple[float, ...] = field((), at_least=1e-30, at_most=LARGEST)
 
     name = "regression"
+    natural_distillation = "squared_error"
     probes = ("cka",)
 
     @property
