@@ -121,7 +121,7 @@ def _refusal(program: core.ClosedJaxpr, error: Exception, write: Callable[..., A
 
         try:
             write(run_alone, [atom.aval for atom in atoms])
-        except Exception as reason:
+        except Exception as reason:  # any: it is said, and nothing is swallowed
             return f"jax2onnx has no form for {eqn.primitive.name!r}: {first_line(reason)}"
     return f"jax2onnx: {first_line(error)}"
 
