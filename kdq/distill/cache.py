@@ -18,7 +18,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,15 +51,12 @@ class Cache:
         return len(self.records)
 
     def read(self, indices: ArrayLike, ids: ArrayLike | None = None) -> dict[str, np.ndarray]:
-        """Reads records by index, in the order given.
+        """Reads records by index: "id" int32 [b] and the arrays of the kind, [b, ...], in order.
 
         Args:
           indices: [b] int: example ids, or positions in the stream if `key.by_position`.
           ids: [b] int, the example ids that the caller has there, such as a training batch's "id".
             May be left out where the indices are the ids.
-
-        Returns:
-          "id" int32 [b] and the arrays of the kind, [b, ...], the caller's to change.
 
         Raises:
           IndexError: an index out of range.
@@ -94,10 +91,8 @@ class Cache:
         """Reads everything: "id" int32 [length] and the arrays of the kind, [length, ...].
 
         Without augmentation row i is example i's, so that an array can be `extra` of
-        `kdq.data.train_dataset`. By position, it is for the caller to compare "id".
-
-        Raises:
-          CacheError: more than `limit_bytes`, or a file that has changed.
+        `kdq.data.train_dataset`. By position, it is for the caller to compare "id". Raises
+        CacheError for more than `limit_bytes`, or a file that has changed.
         """
         if self.records.nbytes > limit_bytes:
             raise CacheError(
@@ -128,9 +123,8 @@ def _version(path: Path) -> tuple[int, int]:
 def open_cache(directory: str | Path, key: CacheKey) -> Cache:
     """Opens a cache after checking that it is whole and is that of `key`; reads every byte once.
 
-    Raises:
-      CacheError: no cache; another format; another key, every field that differs is named; a file
-        that is missing, truncated or damaged.
+    Raises CacheError for no cache, another format, another key (every field that differs is named),
+    or a file that is missing, truncated or damaged.
     """
     directory = Path(directory)
     metadata = _read_metadata(directory)
@@ -182,7 +176,7 @@ def write_cache(
     batches: Iterable[Mapping[str, ArrayLike]],
     length: int,
 ) -> Cache:
-    """Writes a cache, or opens the one that is there if its key and length are these.
+    """Writes a cache and opens it, or opens the one that is there if key and length are these.
 
     Args:
       directory: final name; its parents are made. What a killed writer left beside it is removed.
@@ -191,9 +185,6 @@ def write_cache(
         exists, or once another process that is writing it has finished. By position they may go on
         for ever, the last one is cut.
       length: number of records: the split's size, or the number of positions.
-
-    Returns:
-      The cache, opened.
 
     Raises:
       CacheError: batches out of order, of another layout or number, with a value that is not finite
@@ -260,8 +251,17 @@ def _write(
     # Not by a map: a write to one where the disk is full ends the process.
     with open(path, "w+b") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for rows in _check_batches(key, batches, length):
-            file.write(rows.tobytes())
+        done = 0
+        for batch in batches:
+            rows = _make_rows(key, batch, done)
+            done += len(rows)
+            if done > length and not key.by_position:
+                raise CacheError(f"the batches have {done} examples or more, length is {length}")
+            file.write(rows[: len(rows) - max(done - length, 0)].tobytes())
+            if done >= length and key.by_position:
+                break  # the stream has no end
+        if done < length:
+            raise CacheError(f"the batches have {done} examples, length is {length}")
         file.seek(0)
         sha = hashlib.file_digest(file, "sha256").hexdigest()
     metadata = {
@@ -272,23 +272,6 @@ def _write(
         "sha256": sha,
     }
     files.write_json(partial / _METADATA, metadata)
-
-
-def _check_batches(
-    key: CacheKey, batches: Iterable[Mapping[str, ArrayLike]], length: int
-) -> Iterator[np.ndarray]:
-    """Yields exactly `length` records, batch by batch, or says what is wrong with the batches."""
-    done = 0
-    for batch in batches:
-        rows = _make_rows(key, batch, done)
-        done += len(rows)
-        if done > length and not key.by_position:
-            raise CacheError(f"the batches have {done} examples or more, length is {length}")
-        yield rows[: len(rows) - max(done - length, 0)]
-        if done >= length and key.by_position:
-            return  # the stream has no end
-    if done < length:
-        raise CacheError(f"the batches have {done} examples, length is {length}")
 
 
 def _make_rows(key: CacheKey, batch: Mapping[str, ArrayLike], first: int) -> np.ndarray:

@@ -24,8 +24,7 @@ from kdq.search.problem import InfeasibleError
 from kdq.train import loop, together
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
-from kdq.train.state import TrainState
-from kdq.train.training import Plan
+from kdq.train.training import Plan, TrainState
 from kdq.types import Variables
 
 log = logging.getLogger(__name__)
