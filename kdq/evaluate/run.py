@@ -96,15 +96,9 @@ def evaluate(
 ) -> Scores:
     """Scores each prediction of a split by one compiled function, a batch ahead of the device.
 
-    Args:
-      network: in evaluation mode.
-      weights: its variables and quantizers.
-      task: how batches become inputs, and which scores they have.
-      batches: evaluation batches, of one shape; what the task's weights hide counts for nothing.
-      reference: a teacher, for `task.divergence`; see `outputs_of`.
-
-    Raises:
-      ValueError: no prediction that counts.
+    The network is in evaluation mode; batches are of one shape, and what the task's weights hide
+    counts for nothing. `reference` is a teacher, for `task.divergence`; see `outputs_of`.
+    ValueError if no prediction counts.
     """
     network = as_network(network)
     rows: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
@@ -142,18 +136,9 @@ def compare(
 ) -> tuple[PairedInterval, PairedInterval]:
     """Computes the intervals of an arm's difference to another, in `metric.difference_unit`.
 
-    Args:
-      metric: of which the difference is.
-      arms: seed -> scores on the test split.
-      references: seed -> scores of the other arm, of the same predictions.
-      confidence: in (0, 1).
-
-    Returns:
-      The interval over seeds, and the one over seeds and test examples, never narrower: see
-      `statistics.crossed`.
-
-    Raises:
-      ValueError: different seeds, no seed, or scores of other predictions.
+    Arms and references map each seed to its scores on the test split, of the same predictions: else
+    ValueError. Returns the interval over seeds, and the one over seeds and test examples, never
+    narrower: see `statistics.crossed`.
     """
     if set(arms) != set(references):
         raise ValueError(f"compare: seeds differ: {sorted(arms)} and {sorted(references)}")

@@ -53,13 +53,8 @@ def paired_interval(
     Two arms of one seed share their split, their batches and often their initialization, so the
     difference within a seed varies far less than either arm does.
 
-    Args:
-      a: seed -> value.
-      b: seed -> value, for the same seeds.
-      confidence: probability of covering the true mean if the differences are normal, in (0, 1).
-
-    Raises:
-      ValueError: different seeds, no seed, or a confidence outside (0, 1).
+    `confidence` is the probability of covering the true mean if the differences are normal, in
+    (0, 1). ValueError for different seeds, no seed, or another confidence.
     """
     if set(a) != set(b):
         raise ValueError(f"paired_interval: seeds differ: {sorted(a)} and {sorted(b)}")
@@ -184,11 +179,8 @@ def student_t(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns half of an interval's width, and the two-sided p-value of a mean of 0.
 
-    Args:
-      mean: of the differences, [...].
-      error: its standard error, [...].
-      degrees: of freedom, [...]; of 0 degrees Student's t has no quantiles, and both are nan.
-      confidence: in (0, 1).
+    Of means [...], their standard error and its degrees of freedom; of 0 degrees Student's t has no
+    quantiles, and both are nan.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         half = special.stdtrit(degrees, (1 + confidence) / 2) * error
@@ -204,11 +196,7 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
     The probability that any adjusted value of a true null hypothesis falls below α is at most α,
     whatever the comparisons have in common.
 
-    Args:
-      p_values: comparison -> p-value; one that is nan was not made, and stays nan.
-
-    Returns:
-      The same comparisons with values in [p, 1].
+    Returns the same comparisons with values in [p, 1]; one that is nan was not made, and stays nan.
     """
     made = sorted((key for key, p in p_values.items() if not math.isnan(p)), key=p_values.get)
     adjusted, largest = dict.fromkeys(p_values, math.nan), 0.0
