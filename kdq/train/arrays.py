@@ -13,7 +13,6 @@ from kdq import data, tasks
 from kdq.config import Optimizer
 from kdq.distill.teacher import NO_TEACHER, Stored
 from kdq.quantize.network import Weights, as_network
-from kdq.tasks.regression import target_facts
 from kdq.train import loop, objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.training import Plan, Training, create_state
@@ -68,8 +67,7 @@ def fit_arrays(
         raise ValueError(f"fit_arrays: want {batch_size} examples or more, as many each: {lengths}")
     built = tasks.build(task)
     built.check({built.target: labels}, {})
-    if not built.categorical:
-        built = built.with_facts(target_facts(labels))
+    built = built.with_facts(built.target_facts(lambda: labels))
     if start is None:
         variables = jax.jit(as_network(model).init)(jax.random.key(seed), inputs[:1])
         start = Weights(variables=variables, qparams={})
