@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike
 
 from kdq.fields import LARGEST, Limits, field
 from kdq.tasks import base
