@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -53,15 +53,10 @@ class Cache:
     def read(self, indices: ArrayLike, ids: ArrayLike | None = None) -> dict[str, np.ndarray]:
         """Reads records by index: "id" int32 [b] and the arrays of the kind, [b, ...], in order.
 
-        Args:
-          indices: [b] int: example ids, or positions in the stream if `key.by_position`.
-          ids: [b] int, the example ids that the caller has there, such as a training batch's "id".
-            May be left out where the indices are the ids.
-
-        Raises:
-          IndexError: an index out of range.
-          ValueError: no ids for a cache by position, or another number of them.
-          CacheError: another example than the caller has, or a file that has changed.
+        Indices [b] int are example ids, or positions in the stream if `key.by_position`. `ids` [b]
+        are what the caller has there, such as a training batch's "id"; they may be left out where
+        the indices are the ids. CacheError for another example than that, or a file that has
+        changed; IndexError and ValueError for indices out of range and ids that are missing.
         """
         indices = np.asarray(indices)
         if ids is None:
@@ -116,6 +111,7 @@ def _columns(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _version(path: Path) -> tuple[int, int]:
+    """Returns a file's size and time of change."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
@@ -127,8 +123,25 @@ def open_cache(directory: str | Path, key: CacheKey) -> Cache:
     or a file that is missing, truncated or damaged.
     """
     directory = Path(directory)
-    metadata = _read_metadata(directory)
-    expected, stored = key.to_json(), metadata["key"]
+    path = directory / _METADATA
+    try:
+        metadata = files.read_json(path)
+        if metadata["format"] != FORMAT:
+            raise CacheError(
+                f"{directory} has format {metadata['format']!r}; this version reads {FORMAT}: "
+                "delete it"
+            )
+        stored, length, size = dict(metadata["key"]), metadata["length"], metadata["bytes"]
+        expected_sha = metadata["sha256"]
+    except FileNotFoundError as error:
+        raise CacheError(f"no cache in {directory}: there is no {_METADATA}") from error
+    except files.DamagedError as error:
+        raise CacheError(str(error)) from error
+    except CacheError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{path} is damaged: {error!r}") from error
+    expected = key.to_json()
     differences = [
         f"{name}: expected {expected.get(name, 'nothing')!r}, found {stored.get(name, 'nothing')!r}"
         for name in sorted(expected | stored)
@@ -140,34 +153,16 @@ def open_cache(directory: str | Path, key: CacheKey) -> Cache:
     if not path.exists():
         raise CacheError(f"{path} is missing")
     version = _version(path)
-    if version[0] != metadata["bytes"]:
-        raise CacheError(f"{path} has {version[0]} bytes, not {metadata['bytes']}")
+    if version[0] != size:
+        raise CacheError(f"{path} has {version[0]} bytes, not {size}")
     with open(path, "rb") as file:
         sha = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha != metadata["sha256"]:
+    if sha != expected_sha:
         raise CacheError(f"{path} is damaged: its SHA-256 is not the one of {_METADATA}")
     records = np.load(path, mmap_mode="r").view(np.ndarray)
-    if records.dtype != key.record or records.shape != (metadata["length"],):
+    if records.dtype != key.record or records.shape != (length,):
         raise CacheError(f"{directory / _METADATA} is damaged: its length is not {records.shape}")
     return Cache(directory=directory, key=key, records=records, version=version)
-
-
-def _read_metadata(directory: Path) -> dict[str, Any]:
-    path = directory / _METADATA
-    try:
-        metadata = files.read_json(path)
-        if metadata["format"] == FORMAT:
-            fields = ("key", "length", "bytes", "sha256")
-            return {"key": dict(metadata["key"])} | {name: metadata[name] for name in fields[1:]}
-    except FileNotFoundError as error:
-        raise CacheError(f"no cache in {directory}: there is no {_METADATA}") from error
-    except files.DamagedError as error:
-        raise CacheError(str(error)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is damaged: {error!r}") from error
-    raise CacheError(
-        f"{directory} has format {metadata['format']!r}; this version reads {FORMAT}: delete it"
-    )
 
 
 def write_cache(

@@ -40,21 +40,9 @@ def run(
 ) -> tuple[Outputs, dict[str, Any]]:
     """`quantize.apply`, with the outputs of the modules whose paths are `layers`.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its float variables.
-      qparams: its quantizers; {} for none.
-      inputs: as for `quantize.apply`.
-      layers: module paths, "block_0/conv"; what the module returns is captured, so an activation
-        function that follows is not in it.
-      mutable: collections that the model may change.
-      **kwargs: passed on (`train`, `rngs`, ...).
-
-    Returns:
-      The outputs, and the collections of `mutable` as the model left them.
-
-    Raises:
-      ValueError: a layer was not called, or was called more than once (a shared module).
+    Layers are module paths, "block_0/conv"; what the module returns is captured, so an activation
+    function that follows is not in it. Returns the outputs, and the collections of `mutable` as the
+    model left them. ValueError if a layer was not called, or more than once (a shared module).
     """
     paths = frozenset(layers)
     network = as_network(network)

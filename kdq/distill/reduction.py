@@ -82,15 +82,9 @@ def reduce(values: Array, mask: Array | None, reduction: str) -> Array:
     A masked value counts as 0 even if it is inf or NaN. Its gradient is only finite if the loss
     never saw the masked example, which is what `hide` is for.
 
-    Args:
-      values: [batch...] float.
-      mask: [batch...], 1 for the examples that count and 0 for the others, any dtype; None counts
-        all.
-      reduction: "none" returns [batch...], "sum" the sum of the values that count, "mean" this sum
-        divided by their number (by 1 if there are none).
-
-    Raises:
-      ValueError: another reduction, or a mask of another shape.
+    `mask` [batch...] is 1 for the examples that count and 0 for the others, any dtype; None counts
+    all. "none" returns [batch...], "sum" the sum of the values that count, "mean" this sum divided
+    by their number (by 1 if there are none). ValueError for another reduction, or mask's shape.
     """
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {_REDUCTIONS}, given {reduction!r}")

@@ -60,14 +60,10 @@ def top_k_kl(
     p'_c = p_c / Σ_S p. This one is biased: its optimum is q = p', which has no tail at all, and at
     q = p its gradient is T (p - p'), not 0. It is here to show that (arXiv:2503.16870).
 
-    Args:
-      student_logits: [batch..., classes], any float dtype; the arithmetic is float32.
-      indices: [batch..., k] int, no class twice.
-      log_probs: [batch..., k], the teacher's log p at the same temperature; no gradient.
-      temperature: T > 0, the one of `top_k_targets`.
-      tail: whether the other classes count, as one.
-      mask: [batch...] of 0 and 1, or None.
-      reduction: see `reduce`: [batch...] or a scalar, float32, at least 0 up to rounding.
+    Logits are [batch..., classes], the arithmetic float32; `indices` [batch..., k] int, no class
+    twice, and the teacher's `log_probs`, which get no gradient, are those of `top_k_targets` at the
+    same temperature. `mask` [batch...] and `reduction` are as in `reduce`: the result is [batch...]
+    or a scalar, at least 0 up to rounding. ValueError for shapes that do not fit.
     """
     _check_shapes(student_logits, indices, log_probs, "log_probs")
     scaled = hide(student_logits, mask).astype(jnp.float32) / temperature

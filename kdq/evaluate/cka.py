@@ -41,17 +41,11 @@ def layer_cka(
     from the n×n kernels, whichever is cheaper, in blocks. Orthogonal maps and isotropic scaling of
     either set change nothing, other linear maps do.
 
-    Args:
-      student_features: layer -> [n, ...] float.
-      teacher_features: layer -> [n, ...] float of the same n examples in the same order.
-      reduce: features of a layer -> [n, features]: `flatten` or `global_average`.
-
-    Returns:
-      (student's layer, teacher's layer) -> CKA, the student's layers outermost: in [0, 1] up to
-      rounding; nan if either set is constant over the examples or has a NaN.
-
-    Raises:
-      ValueError: different n, fewer than 2 examples, no axis of features, or no layers.
+    Features map each layer to [n, ...] float, of the same n ≥ 2 examples in the same order;
+    `reduce` makes them [n, features]: `flatten` or `global_average`. Returns
+    (student's layer, teacher's layer) -> CKA, the student's layers outermost: in [0, 1] up to
+    rounding; nan if either set is constant over the examples or has a NaN. ValueError for different
+    n, no axis of features, or no layers.
     """
     student, teacher = (
         {name: flatten(reduce(x)) for name, x in features.items()}

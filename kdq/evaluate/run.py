@@ -107,12 +107,15 @@ def evaluate(
         scored = None
         if batch is not None:
             outputs = None if reference is None else reference(batch)
-            examples = task.examples(batch)
-            scored = _score(network, weights, batch, outputs, task=task), examples, first
-            first += len(scored[0][1])
+            scored = _score(network, weights, batch, outputs, task=task), task.examples(batch)
         # While the device is at this batch, the scores of the one before come to the host.
         if previous is not None:
-            rows.append(_counted(*previous))
+            (scores, counts), examples = jax.tree.map(whole, previous)
+            counted = np.nonzero(counts)
+            kept = {name: value[counted].astype(np.float32) for name, value in scores.items()}
+            ids = first + np.arange(len(counts)) if examples is None else examples
+            rows.append((kept, ids[counted[: ids.ndim]].astype(np.int64)))
+            first += len(counts)
         previous = scored
     if not sum(len(examples) for _, examples in rows):
         raise ValueError("evaluate: the batches hold no prediction that is not masked")
@@ -171,17 +174,6 @@ def _score(
     if reference is not None:
         scores |= task.divergence(outputs, reference)
     return scores, task.weights(batch)
-
-
-def _counted(
-    scored: tuple[dict[str, Array], Array], examples: Array | None, first: int
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Returns the scores of the predictions that count, and their examples, on the host."""
-    scores, weights = jax.tree.map(whole, scored)
-    counted = np.nonzero(weights)
-    kept = {name: value[counted].astype(np.float32) for name, value in scores.items()}
-    ids = first + np.arange(len(weights)) if examples is None else whole(examples)
-    return kept, ids[counted[: ids.ndim]].astype(np.int64)
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:

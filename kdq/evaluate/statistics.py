@@ -79,13 +79,10 @@ def crossed_interval(
 
     Args:
       differences: seed -> [predictions] float, what each prediction adds to the difference of two
-        arms (`Metric.difference_contributions`); of the same predictions in the same order.
+        arms (`Metric.difference_contributions`); at least 2, the same in the same order.
       examples: [predictions] int, the example or document of each prediction: predictions of one
         vary together, so that the examples are what is drawn. None: each is its own.
       confidence: in (0, 1).
-
-    Raises:
-      ValueError: no seed, fewer than two examples, or seeds with other numbers of predictions.
     """
     if not differences:
         raise ValueError("crossed_interval: there are no seeds")
@@ -126,12 +123,8 @@ def crossed(
     simulation it covers 94 to 96 % at 95 %, for 3, 5 and 10 seeds and effects of any size
     (tests/evaluate/test_statistics.py).
 
-    Args:
-      differences: [..., seeds, examples] float64.
-      confidence: in (0, 1).
-
-    Returns:
-      Mean, half of the interval's width, and the two-sided p-value of no difference, each [...].
+    Of differences [..., seeds, examples] float64: mean, half of the interval's width, and the
+    two-sided p-value of no difference, each [...].
     """
     seeds, examples = differences.shape[-2:]
     mean = differences.mean((-2, -1))

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import absl.logging
@@ -45,13 +45,13 @@ class Checkpointer:
     the background; the two newest are kept, so that a damaged one has a predecessor. Arrays may be
     cut up over the devices of several processes, which then all save and restore.
 
-    Args:
-      directory: made if it does not exist.
-      alone: this process reads by itself, whatever others there are.
+    The directory is made if it does not exist; `alone`, this process reads by itself, whatever
+    others there are.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, alone: bool = False):
         self._directory, self._alone = os.path.abspath(directory), alone
+        self._do_once = (lambda fn: fn()) if alone else processes.first
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         if alone and jax.process_count() > 1:
             options = _alone()
@@ -86,12 +86,9 @@ class Checkpointer:
         A checkpoint that can't be read, or is not what was saved, is named in a warning and renamed
         to "STEP.damaged"; the one before it is tried.
 
-        Args:
-          like: for each tree wanted, a pytree of its structure and shapes, which is restored to
-            where that lies; or None to get it as nested dicts of NumPy arrays.
-
-        Raises:
-          CheckpointError: one of a newer format.
+        `like` has for each tree wanted a pytree of its structure and shapes, which is restored to
+        where that lies; or None to get it as nested dicts of NumPy arrays. CheckpointError for a
+        newer format.
         """
         while steps := self.steps():
             if parts := self.read(max(steps), like):
@@ -127,12 +124,6 @@ class Checkpointer:
         self._do_once(functools.partial(_set_aside, path))
         self._manager.reload()
         return None
-
-    def _do_once(self, fn: Callable[[], None]) -> None:
-        if self._alone:
-            fn()
-        else:
-            processes.first(fn)
 
     def _restore(
         self, step: int, like: Mapping[str, Any | None]
@@ -191,17 +182,14 @@ class Checkpointer:
 
 def _alone() -> ocp.CheckpointManagerOptions:
     """Makes options of a manager that waits for no other process."""
-    if jax.process_count() == 1:
-        return ocp.CheckpointManagerOptions(create=False)
-    process = jax.process_index()
-    return ocp.CheckpointManagerOptions(
-        create=False,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
+    process, options = jax.process_index(), {}
+    if jax.process_count() > 1:
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
             primary_host=process,
             active_processes={process},
             barrier_sync_key_prefix=f"own{process}",
-        ),
-    )
+        )
+    return ocp.CheckpointManagerOptions(create=False, **options)
 
 
 def _set_aside_undescribed(directory: str) -> None:
@@ -234,9 +222,6 @@ def _set_aside(path: str) -> None:
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 os.rename(path, target)
             return
-
-
-# The digests beside what Orbax writes.
 
 
 def _read_digests(path: str) -> tuple[dict[str, digests.Digests], str] | None:
@@ -272,7 +257,7 @@ def _difference(
 ) -> str | None:
     """Returns what is other than was saved, in words; None if nothing is."""
     wrong = {name: digests.difference(tree, expected[name]) for name, tree in trees.items()}
-    wrong["record"] = None if _seal_of(record) == seal else "its values are others"
+    wrong["record"] = None if files.seal(record)[files.SEAL] == seal else "its values are others"
     return next((f"{name}: {why}" for name, why in wrong.items() if why), None)
 
 
@@ -291,21 +276,16 @@ def _check_orbax(path: str, error: Exception) -> None:
         ) from error
 
 
-def _seal_of(record: Mapping[str, Any]) -> str:
-    return files.seal(record)[files.SEAL]
-
-
 class _DigestsHandler(ocp.AsyncCheckpointHandler):
     """Writes digests while Orbax writes the arrays: hashing must not keep the loop waiting."""
 
     async def async_save(
         self, directory: epath.Path, args: "_DigestsSave"
     ) -> list[future.Future] | None:
-        writing = self._write(directory, args)
-        return [future.CommitFutureAwaitingContractedSignals(writing, name="digests")]
+        async def write() -> None:
+            self.save(directory, args)
 
-    async def _write(self, directory: epath.Path, args: "_DigestsSave") -> None:
-        self.save(directory, args)
+        return [future.CommitFutureAwaitingContractedSignals(write(), name="digests")]
 
     def save(self, directory: epath.Path, args: "_DigestsSave") -> None:
         document = {
@@ -313,7 +293,7 @@ class _DigestsHandler(ocp.AsyncCheckpointHandler):
             "orbax": ocp.__version__,
             "processes": jax.process_count(),
             "trees": {name: digests.make_digests(tree) for name, tree in args.trees.items()},
-            "record": _seal_of(args.record),
+            "record": files.seal(args.record)[files.SEAL],
         }
         path = directory / f"{jax.process_index()}.json"
         path.write_text(files.json_text(document, indent=None))

@@ -56,14 +56,9 @@ def fit(plan: Plan, state: TrainState, workdir: Path, **options: Any) -> Fit:
     A run that was killed and is started again ends with the parameters of one that was not, on
     other devices too. Every process calls this; each receives the full weights.
 
-    Args:
-      plan: of the training.
-      state: the state before the first step.
-      workdir: holds "checkpoints/" and "metrics.jsonl".
-      **options: of `fit_together`.
-
-    Raises:
-      NonFiniteError: a loss or gradient was NaN or infinite; says at which step, and where first.
+    From the state before the first step; `workdir` holds "checkpoints/" and "metrics.jsonl", and
+    the options are those of `fit_together`. NonFiniteError for a loss or gradient that was NaN or
+    infinite, which says at which step, and where first.
     """
     (result,) = fit_together([plan], [state], [workdir], **options)
     if isinstance(result, NonFiniteError):
@@ -87,15 +82,12 @@ def fit_together(
     different steps resume from the newest one that all of them have.
 
     Args:
-      plans: of the seeds.
+      plans: of the seeds, alike in all but seed, data and weights: else ValueError.
       states: theirs before the first step.
       workdirs: each holds "checkpoints/" and "metrics.jsonl" of its seed.
       checkpoint_seconds: least time between two checkpoints; they fall on validations.
       on_step: called with the number of steps taken, for progress.
       tensorboard: whether "tensorboard/" is to have the metrics as events, too.
-
-    Raises:
-      ValueError: plans that are not alike.
     """
     with contextlib.ExitStack() as stack:
         seeds = []

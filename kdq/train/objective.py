@@ -80,15 +80,10 @@ class Objective(flax.struct.PyTreeNode):
     ) -> tuple[Array, dict[str, Array], dict[str, Any]]:
         """Returns the scalar loss, the totals it is made of, and the memory of the terms.
 
-        Args:
-          student: its logits [batch, ..., classes], and the features that the terms look at.
-          teacher: the same of the teacher; None for labels only.
-          batch: what the task reads; "mask" [batch], if there, weighs the examples.
-          counts: of the whole batch that `batch` is a part of; None: of `batch`.
-          adapters: the terms' own parameters, by name, as `init` made them.
-          memory: what the terms remember, by name.
-          step: steps taken.
-          key: random, of this step.
+        Outputs of the student and the teacher (None for labels only) are logits [batch, ...,
+        classes] and the features that the terms look at; "mask" [batch] of the batch, if there,
+        weighs the examples. `counts` are of the whole batch that `batch` is a part of, `adapters`
+        and `memory` as `init` made them, `key` is random, of this step.
 
         Totals are masked sums, not weighted: "task_loss", the scores that the task's primary metric
         is of, and "NAME_loss" of each term.

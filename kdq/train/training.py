@@ -122,17 +122,10 @@ def create_state(
 ) -> TrainState:
     """Makes the state before the first of `steps` steps; owns copies, since the step donates it.
 
-    Args:
-      weights: of the student, with its quantizers.
-      optimizer: the config that `steps` and `learning_rate` complete.
-      seed: of dropout and of all else that is random in a step.
-      steps: of the whole training.
-      learning_rate: its peak.
-      fixed_scales: patterns of quantizers whose scale does not train, see `quantize.scales`.
-      adapters: see `Objective.init`, as `memory`.
-      memory: of the terms.
-      teacher: that of the `Training`; its own state may begin with the student's weights.
-      track_oscillations: whether to count those of the quantized weights.
+    `weights` have the student's quantizers, those of `fixed_scales` (patterns, see
+    `quantize.scales`) do not train; `optimizer` is the config that `steps` (of the whole training)
+    and `learning_rate` (its peak) complete; `seed` is of all that is random in a step, `adapters`
+    and `memory` are of `Objective.init`, and `teacher` is that of the `Training`.
     """
     # With its dtype, or a weakly typed array would stay so and compile a step of its own.
     copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, x.dtype), tree)
