@@ -108,7 +108,7 @@ class Explanation:
         batch_size: int = 128,
     ) -> None:
         self._images, self._method, self._batch_size = np.asarray(images), method, batch_size
-        explain = bind(_explain_predictions, teacher_fn, method=method)
+        explain = bind(_explain, teacher_fn, method=method)
         self.logits, self.attributions = metrics.in_batches(
             explain, self._images, batch_size=batch_size
         )
@@ -121,7 +121,7 @@ class Explanation:
         for a student of other classes.
         """
         explain = bind(_explain, student_fn, method=self._method)
-        attributions = metrics.in_batches(
+        _, attributions = metrics.in_batches(
             explain, self._images, self.logits, batch_size=self._batch_size
         )
         cosine, correlation = similarity(attributions, self.attributions)
@@ -150,17 +150,16 @@ def bind(run: Callable[..., Any], fn: LogitsFn, **static: Any) -> Callable[..., 
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _explain_predictions(fn: LogitsFn, images: Array, method: Method) -> tuple[Array, Array]:
+def _explain(
+    fn: LogitsFn, images: Array, teacher_logits: Array | None = None, *, method: Method
+) -> tuple[Array, Array]:
+    """Returns logits and the attributions of the predicted class, or of a teacher's."""
     logits = fn(images)
-    return logits, method(fn, images, jnp.argmax(logits, axis=-1))
-
-
-@functools.partial(jax.jit, static_argnames="method")
-def _explain(fn: LogitsFn, images: Array, teacher_logits: Array, method: Method) -> Array:
-    shapes = [jax.eval_shape(fn, images).shape, teacher_logits.shape]
-    if shapes[0] != shapes[1]:
+    explained = logits if teacher_logits is None else teacher_logits
+    if logits.shape != explained.shape:
+        shapes = [logits.shape, explained.shape]
         raise ValueError(f"Explanation: logits of student and teacher have shapes {shapes}")
-    return method(fn, images, jnp.argmax(teacher_logits, axis=-1))
+    return logits, method(fn, images, jnp.argmax(explained, axis=-1))
 
 
 def _gradient(fn: LogitsFn, images: Array, classes: Array) -> Array:

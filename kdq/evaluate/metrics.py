@@ -1,7 +1,7 @@
 """Outputs and labels of a whole split, on the host."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -28,16 +28,25 @@ def predict(outputs: Callable[[Batch], Array], batches: Iterable[Batch]) -> np.n
 
     `outputs` are of a batch, compiled by the caller. ValueError for no batches.
     """
-    unmask = lambda x, batch: x[np.asarray(batch["mask"]) > 0] if "mask" in batch else x
-    computed, previous = [], None
-    for batch in itertools.chain(batches, [None]):
-        current = None if batch is None else (outputs(batch), batch)
-        if previous is not None:  # one batch behind the device
-            computed.append(unmask(np.asarray(whole(previous[0]), np.float32), previous[1]))
-        previous = current
+    computed = []
+    for outputs_of_batch, batch in one_behind(outputs, batches):
+        every = np.asarray(outputs_of_batch, np.float32)
+        computed.append(every[np.asarray(batch["mask"]) > 0] if "mask" in batch else every)
     if not computed:
         raise ValueError("predict: there are no batches")
     return np.concatenate(computed)
+
+
+def one_behind(
+    compute: Callable[[Batch], Any], batches: Iterable[Batch]
+) -> Iterator[tuple[Any, Batch]]:
+    """Yields what is computed of each batch, on the host, while the device is at the next."""
+    previous = None
+    for batch in itertools.chain(batches, [None]):
+        current = None if batch is None else (compute(batch), batch)
+        if previous is not None:
+            yield jax.tree.map(whole, previous[0]), previous[1]
+        previous = current
 
 
 def class_labels(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import itertools
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -14,11 +13,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from kdq.evaluate.metrics import one_behind
 from kdq.evaluate.statistics import PairedInterval, crossed_interval, paired_interval
 from kdq.files import DamagedError, write_atomic
 from kdq.quantize.network import Network, Weights, as_network
 from kdq.tasks import Metric, Task
-from kdq.train.sharding import whole
 from kdq.types import Array, Batch
 
 Reference = Callable[[Batch], Array]  # a batch -> outputs of another model, the teacher's
@@ -101,22 +100,19 @@ def evaluate(
     ValueError if no prediction counts.
     """
     network = as_network(network)
+
+    def score(batch: Batch) -> tuple[dict[str, Array], Array, Array | None]:
+        outputs = None if reference is None else reference(batch)
+        return *_score(network, weights, batch, outputs, task=task), task.examples(batch)
+
     rows: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
-    first, previous = 0, None
-    for batch in itertools.chain(batches, [None]):
-        scored = None
-        if batch is not None:
-            outputs = None if reference is None else reference(batch)
-            scored = _score(network, weights, batch, outputs, task=task), task.examples(batch)
-        # While the device is at this batch, the scores of the one before come to the host.
-        if previous is not None:
-            (scores, counts), examples = jax.tree.map(whole, previous)
-            counted = np.nonzero(counts)
-            kept = {name: value[counted].astype(np.float32) for name, value in scores.items()}
-            ids = first + np.arange(len(counts)) if examples is None else examples
-            rows.append((kept, ids[counted[: ids.ndim]].astype(np.int64)))
-            first += len(counts)
-        previous = scored
+    first = 0
+    for (scores, counts, examples), _ in one_behind(score, batches):
+        counted = np.nonzero(counts)
+        kept = {name: value[counted].astype(np.float32) for name, value in scores.items()}
+        ids = first + np.arange(len(counts)) if examples is None else examples
+        rows.append((kept, ids[counted[: ids.ndim]].astype(np.int64)))
+        first += len(counts)
     if not sum(len(examples) for _, examples in rows):
         raise ValueError("evaluate: the batches hold no prediction that is not masked")
     names = rows[0][0]
