@@ -32,7 +32,10 @@ class TeacherState(flax.struct.PyTreeNode):
 
 
 class Teacher(flax.struct.PyTreeNode):
-    """The contract of a teacher, called within `jit`; by itself one without a state."""
+    """The contract of a teacher, called within `jit`.
+
+    By itself it has no state and says nothing: the student learns from labels alone.
+    """
 
     def init(self, params: Any, model_state: Any) -> TeacherState:
         """Returns the state before the first step of a student with these arrays."""
@@ -50,21 +53,14 @@ class Teacher(flax.struct.PyTreeNode):
 
         A cache's outputs are part of the batch; `inputs` are the arguments of a network.
         """
-        raise NotImplementedError
+        return None, state
 
     def update(self, state: TeacherState, params: Any, model_state: Any) -> TeacherState:
         """Returns the state after a step that ended with these arrays of the student."""
         return state
 
 
-class NoTeacher(Teacher):
-    """The place of a teacher where a student learns from labels alone."""
-
-    def ask(self, state, batch, inputs=(), layers=(), key=None):
-        return None, state
-
-
-NO_TEACHER = NoTeacher()
+NO_TEACHER = Teacher()
 
 
 class Model(Teacher):
