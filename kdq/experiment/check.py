@@ -170,7 +170,7 @@ def _check_task(context: Context) -> None:
             f"config.data.name={experiment.data.name!r} has 1 class: expected two or more, since "
             "every loss of one class is 0"
         )
-    facts = inputs.facts(task.target)
+    facts = inputs.facts
     for name, source in inputs.splits.items():
         # Labels of classes are not read: a source has checked its own, and they may be many.
         labels = source.read(np.arange(1))[task.target]
@@ -264,7 +264,7 @@ def _check_outputs(context: Context, model: nn.Module, where: str) -> None:
         raise ConfigError(f"{where} has outputs {kind} for one input; expected an array")
     labels = context.inputs.splits["train"].read(np.arange(1))[task.target]
     try:
-        task.check({task.target: labels}, context.inputs.facts(task.target), outputs)
+        task.check({task.target: labels}, context.inputs.facts, outputs)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 

@@ -10,7 +10,6 @@ import numpy as np
 from kdq import data, tasks
 from kdq.config import Arm, ConfigError, Experiment
 from kdq.tasks import Task
-from kdq.tasks.regression import target_facts
 from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.types import Batch
 
@@ -40,7 +39,7 @@ class Inputs:
     @functools.cached_property
     def task(self) -> Task:
         """The task, with what it has to know of the training split."""
-        return self.bare_task.with_facts(self.facts(self.bare_task.target))
+        return self.bare_task.with_facts(self.facts)
 
     @property
     def num_examples(self) -> int:
@@ -73,12 +72,14 @@ class Inputs:
         """The number of classes that the data set names; 0 for real targets."""
         return len(self.splits["train"].facts.get("class_names", ()))
 
-    def facts(self, target: str) -> dict[str, Any]:
-        """Returns what is known of the data set, and the statistics of real targets in training."""
-        source = self.splits["train"]
-        if target not in source.spec or not np.issubdtype(source.spec[target].dtype, np.floating):
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """Facts of the data set and those of the training targets that the task needs."""
+        source, task = self.splits["train"], self.bare_task
+        if task.target not in source.spec:  # refused by experiment.check
             return dict(source.facts)
-        return {**source.facts, **target_facts(self.read_labels("train", target))}
+        read_targets = functools.partial(self.read_labels, "train", task.target)
+        return {**source.facts, **task.target_facts(read_targets)}
 
     def steps(self, arm: Arm) -> int:
         """Returns the steps of an arm's whole schedule."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdq.fields import ConfigError
 from kdq.tasks.metric import Metric
@@ -67,6 +68,14 @@ class Task(Protocol):
           facts: of the data: "class_names"; "target_mean" and "target_std", [outputs].
         """
         return self
+
+    def target_facts(self, read_targets: Callable[[], np.ndarray]) -> dict[str, Any]:
+        """Returns the facts that this task needs of the training split's targets.
+
+        Args:
+          read_targets: returns these, [n] or [n, outputs]; reads the whole split.
+        """
+        return {}
 
     def inputs(self, batch: Batch) -> tuple[Array, ...]:
         """Returns the model's positional arguments."""

@@ -1,7 +1,7 @@
 """Regression: one or several real targets of each example."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import jax
@@ -81,6 +81,15 @@ class Regression(base.Task):
     def distillation(self) -> Mapping[str, Any]:
         """Losses on a teacher's outputs."""
         return {"squared_error": self.squared_error, "teacher_bounded": self.teacher_bounded}
+
+    def target_facts(self, read_targets: Callable[[], np.ndarray]) -> dict[str, Any]:
+        """Returns "target_mean" and "target_std" of the training split's targets, [targets]."""
+        targets = np.asarray(read_targets(), np.float64)
+        targets = targets.reshape(len(targets), -1)
+        return {
+            "target_mean": tuple(targets.mean(0).tolist()),
+            "target_std": tuple(targets.std(0).tolist()),
+        }
 
     def with_facts(self, facts: Mapping[str, Any]) -> "Regression":
         """Returns the task with "target_mean" and "target_std" of the facts, unless it has its own.
@@ -206,16 +215,6 @@ class Regression(base.Task):
         targets = jnp.asarray(batch[self.target], jnp.float32)
         mean, std = self._statistics()
         return (targets.reshape(len(targets), -1) - mean) / std
-
-
-def target_facts(targets: ArrayLike) -> dict[str, tuple[float, ...]]:
-    """Returns "target_mean" and "target_std" of the training split's targets [n(, targets)]."""
-    targets = np.asarray(targets, np.float64)
-    targets = targets.reshape(len(targets), -1)
-    return {
-        "target_mean": tuple(targets.mean(0).tolist()),
-        "target_std": tuple(targets.std(0).tolist()),
-    }
 
 
 Task = Regression
