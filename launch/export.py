@@ -16,7 +16,9 @@ WORKDIR = cli.define_path("workdir", None, "Folder of launch/compress.py or laun
 ARM = flags.DEFINE_string("arm", None, "The arm, a key of config.arms.")
 FORMAT = flags.DEFINE_list("format", ["onnx"], f"Some of: {', '.join(schema.FORMATS)}.")
 OUT = cli.define_path(
-    "out", None, "Folder for the files, with subfolders for several seeds; default WORKDIR/ARM/SEED/export."
+    "out",
+    None,
+    "Folder for the files, with subfolders for several seeds; default WORKDIR/ARM/SEED/export.",
 )
 SEED = flags.DEFINE_integer("seed", None, "One seed; default all finished seeds.")
 cli.define_allow_models()
