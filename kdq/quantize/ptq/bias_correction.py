@@ -129,11 +129,13 @@ def _mean_outputs(network, variables, qparams, *, batches, kept) -> dict[str, np
 def _batch_sums(variables, qparams, inputs, *, network, kept):
     """{path: ((sum of the outputs of each channel, how many each is of), ...)}, an entry a call."""
 
-    def sums(output: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    def sums(output: Array, counts: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
         others = tuple(i for i in range(output.ndim) if i - output.ndim not in axes)
         # Of a mean: a sum over many positions would lose digits.
-        mean = output.astype(jnp.float32).mean(others)
-        elements = jnp.float32(output.size / mean.size)
+        where = None if counts is None else jnp.broadcast_to(counts, output.shape)
+        mean = output.astype(jnp.float32).mean(others, where=where)
+        size = output.size if where is None else where.sum()
+        elements = jnp.float32(size / mean.size)
         return mean * elements, elements
 
     takes = {path: partial(sums, axes=axes) for path, axes in kept}

@@ -104,7 +104,9 @@ class _Hessian:
 
     layer: LayerInfo
 
-    def __call__(self, state: tuple[Array, Quantizer | None], x: Array) -> Any:
+    def __call__(
+        self, state: tuple[Array, Quantizer | None], x: Array, counts: Array | None = None
+    ) -> Any:
         hessian, quantizer = state
         seen = x if quantizer is None else fake_quantize(x, quantizer)
         return hessian + 2 * matrices.gram(self.layer, seen), quantizer

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdq.quantize import masks as masks_lib
 from kdq.quantize import simulate
 from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs
@@ -256,6 +257,24 @@ class Watch:
                 )
             )
         return joined
+
+    def counted(self, arrays: Sequence[Array]) -> list[Array] | None:
+        """Which elements of joined arrays are no padding, in shapes that broadcast to theirs.
+
+        None if all are. An array without positions counts whole.
+        """
+        masks = [inputs.mask for inputs in self.batches]
+        shape = next((mask.shape for mask in masks if mask is not None), None)
+        if shape is None:
+            return None
+        rows = (inputs.rows for inputs in self.batches)
+        whole = [
+            np.ones((n, *shape[1:]), bool) if mask is None else np.asarray(mask)
+            for n, mask in zip(rows, masks, strict=True)
+        ]
+        mask = jnp.concatenate(whole)
+        pairs = [(array, masks_lib.counted(mask, array)) for array in arrays]
+        return [jnp.ones((1,) * a.ndim, bool) if c is None else c for a, c in pairs]
 
 
 def _join(parts: tuple[Array, ...], has_rows: bool, path: str) -> Array:
