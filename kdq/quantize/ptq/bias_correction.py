@@ -16,7 +16,7 @@ from kdq.quantize.network import Network, Weights
 from kdq.quantize.paths import at_path, copied
 from kdq.quantize.ptq.norms import Norm, list_norms
 from kdq.quantize.ptq.options import Progress, ptq_method, quiet
-from kdq.quantize.ptq.order import in_order, stack_roots
+from kdq.quantize.ptq.units import in_order, stack_roots
 from kdq.quantize.ptq.watch import output_channels, outputs_of
 from kdq.types import Array, QParams, Variables
 

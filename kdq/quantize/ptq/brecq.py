@@ -19,10 +19,9 @@ from kdq.quantize.masks import counted
 from kdq.quantize.network import Network, Weights
 from kdq.quantize.ptq.adaround import choose_layers
 from kdq.quantize.ptq.options import Progress, check_logits, ptq_method, quiet
-from kdq.quantize.ptq.order import prefixes
 from kdq.quantize.ptq.reconstruct import Settings, reconstruct, run_quantized
-from kdq.quantize.ptq.units import UNSEEN, Unit, Watch, describe, run_watched, why_not
-from kdq.quantize.ptq.weights import put_weights, weights_of
+from kdq.quantize.ptq.units import UNSEEN, Unit, Watch, describe, prefixes, run_watched, why_not
+from kdq.quantize.simulate import put_weights, weights_of
 from kdq.quantize.ste import fake_quantize
 from kdq.quantize.walk import EXTRAS, place
 from kdq.types import Array, QParams, Variables

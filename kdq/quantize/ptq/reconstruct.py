@@ -16,10 +16,9 @@ from kdq.quantize.kinds import weight_name
 from kdq.quantize.paths import at_path
 from kdq.quantize.ptq import adam, rounding
 from kdq.quantize.ptq.options import Progress, check_positive, quiet
-from kdq.quantize.ptq.order import in_order, stack_roots
-from kdq.quantize.ptq.units import Call, Unit, Watch
-from kdq.quantize.ptq.weights import put_weights, rounded, weights_of
+from kdq.quantize.ptq.units import Call, Unit, Watch, in_order, stack_roots
 from kdq.quantize.scales import replace_scales, scales
+from kdq.quantize.simulate import put_weights, rounded, weights_of
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
 

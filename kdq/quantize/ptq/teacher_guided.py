@@ -16,8 +16,8 @@ from kdq.quantize.masks import counted
 from kdq.quantize.network import Network, Weights
 from kdq.quantize.ptq import adam, rounding
 from kdq.quantize.ptq.options import Progress, check_logits, check_positive, ptq_method, quiet
-from kdq.quantize.ptq.weights import put_weights, rounded, weights_of
 from kdq.quantize.scales import Scales, replace_scales, scales
+from kdq.quantize.simulate import put_weights, rounded, weights_of
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
 
