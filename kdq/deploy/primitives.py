@@ -38,23 +38,15 @@ def primitive(name: str, function: Callable[..., Array]) -> core.Primitive:
 
 
 class Operation:
-    """A function of pytrees of arrays, and of static keywords, as one equation.
-
-    Args:
-      name: of its primitive.
-      function: that it computes.
-    """
+    """A function of pytrees of arrays, and of static keywords, as one equation."""
 
     def __init__(self, name: str, function: Callable[..., Array]):
-        self.primitive = primitive(
-            name,
-            lambda *leaves, structure, **params: function(
-                *jax.tree.unflatten(structure, leaves), **params
-            ),
+        flat = lambda *leaves, structure, **params: function(
+            *jax.tree.unflatten(structure, leaves), **params
         )
+        self.primitive = primitive(name, flat)
 
     def __call__(self, *arguments: Any, **params: Any) -> Array:
-        """Computes it."""
         leaves, structure = jax.tree.flatten(arguments)
         return self.primitive.bind(*leaves, structure=structure, **params)
 
@@ -108,16 +100,8 @@ def multiply(
 ) -> Array:
     """Returns the product of an integer layer, with its bias: int32 sums, or the codes of `grid`.
 
-    Args:
-      kernel: which product.
-      x: uint8 codes of its input.
-      w: the codes of its weight, arranged as the product sees them; or of its second input.
-      layer: what else it computes with.
-      grid: of the codes to make; None for sums.
-      fixed_point: see `arithmetic.requantize`.
-
-    Raises:
-      ValueError: sums of products may not fit int32.
+    `w` are the codes of its weight, arranged as the product sees them, or of its second input.
+    Raises ValueError if sums of products may not fit int32.
     """
     other = None if layer.weight is not None else layer.inputs["other"]
     if other is not None:  # its sums are as long as what it is called with

@@ -67,11 +67,7 @@ def from_quantizer(weight: Array, quantizer: Quantizer) -> QTensor:
     """Returns the weight in the codes of its quantizer.
 
     One signed bit becomes the codes -1 and 1, at half the scale; unsigned codes are moved down to
-    fit a signed dtype, and their zero point with them.
-
-    Args:
-      weight: [*stack, ...] float.
-      quantizer: of the weight; see `Quantizer`.
+    fit a signed dtype, and their zero point with them. `weight`: [*stack, ...] float.
     """
     codes, scale = map(np.asarray, codes_and_scale(weight, quantizer))
     if quantizer.levels is not None:
@@ -100,11 +96,7 @@ def codes_and_scale(weight: Array, quantizer: Quantizer) -> tuple[Array, Array]:
 
 
 def input_grid(quantizer: Quantizer) -> InputGrid:
-    """Returns the codes of an input.
-
-    Raises:
-      Unsupported: it has no integers, no fixed scale, or one for each channel.
-    """
+    """Returns the codes of an input. Raises Unsupported without integers and one fixed scale."""
     if quantizer.levels is not None:
         raise Unsupported("its input is quantized to a number format, not to integers")
     if quantizer.dynamic is not None:
@@ -128,12 +120,8 @@ def input_grid(quantizer: Quantizer) -> InputGrid:
 def scaled(weight: QTensor, factor: np.ndarray) -> QTensor:
     """Returns the weight times a factor for each channel; a negative one turns its codes around.
 
-    Args:
-      weight: of one layer, with integers.
-      factor: float64, which broadcasts with the scale; of every channel, as the scale then is.
-
-    Raises:
-      Unsupported: a negative factor of a code of -128, or of integers with a zero point.
+    `factor` is float64 and broadcasts with the scale. Raises Unsupported for a negative factor of a
+    code of -128, or of integers with a zero point.
     """
     codes, zero = np.asarray(weight.codes, np.int16), factor == 0
     if weight.zero_point is not None and (factor <= 0).any():

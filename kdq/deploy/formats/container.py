@@ -31,21 +31,27 @@ def write(
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns the document and the arrays of a file that is what was written.
-
-    Raises:
-      ContainerError: it is not.
-    """
+    """Returns the document and the arrays of a file. Raises ContainerError."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            texts = file.metadata() or {}
-            document = _document(texts)
-            arrays = {name: _array(file, name) for name in file.keys()}  # noqa: SIM118
+            texts, arrays = file.metadata() or {}, {}
+            if KEY not in texts:
+                raise ContainerError(f"its metadata have no {KEY!r} entry")
+            for name in file.keys():  # noqa: SIM118
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in _DTYPES:
+                    raise ContainerError(f"{name} is {dtype}, which this program does not read")
+                arrays[name] = file.get_tensor(name)
     except safetensors.SafetensorError as error:
         raise ContainerError(f"it can't be read: {error}") from error
     try:
+        document = json.loads(texts[KEY], parse_constant=_no_number)
+        if not isinstance(document, dict) or "format" not in document:
+            raise ContainerError(f"its {KEY!r} entry has no format")
         is_as_written = _text(document) == texts[KEY]  # JSON has other ways to write the same
         stated, computed = document.pop("sha256", None), _checksum(document, arrays)
+    except ContainerError:
+        raise
     except (ValueError, RecursionError) as error:  # 1e999 is read as an infinity
         raise ContainerError(f"its {KEY!r} entry: {error}") from error
     if stated != computed or not is_as_written:
@@ -59,25 +65,6 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 _DTYPES = {"BOOL", "F64", "F32", "F16", "BF16"} | {
     f"{sign}{bits}" for sign in "IU" for bits in (8, 16, 32, 64)
 }
-
-
-def _array(file: Any, name: str) -> np.ndarray:
-    dtype = file.get_slice(name).get_dtype()
-    if dtype not in _DTYPES:
-        raise ContainerError(f"{name} is {dtype}, which this program does not read")
-    return file.get_tensor(name)
-
-
-def _document(texts: Mapping[str, str]) -> dict[str, Any]:
-    if KEY not in texts:
-        raise ContainerError(f"its metadata have no {KEY!r} entry")
-    try:
-        document = json.loads(texts[KEY], parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise ContainerError(f"its {KEY!r} entry: {error}") from error
-    if not isinstance(document, dict) or "format" not in document:
-        raise ContainerError(f"its {KEY!r} entry has no format")
-    return document
 
 
 def _no_number(name: str) -> None:

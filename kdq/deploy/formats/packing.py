@@ -4,17 +4,10 @@ import numpy as np
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Packs unsigned codes into bytes, the first code in the lowest bits.
+    """Packs unsigned codes of any shape into bytes, the first code in the lowest bits.
 
-    Args:
-      codes: integers of any shape, each in [0, 2**bits).
-      bits: 1 to 8.
-
-    Returns:
-      uint8 [ceil(codes.size * bits / 8)]; the bits past the last code are 0.
-
-    Raises:
-      ValueError: bits out of range, or a code that does not fit.
+    Returns uint8 [ceil(codes.size * bits / 8)]; the bits past the last code are 0. Raises
+    ValueError for bits that are not 1 to 8, or a code that does not fit.
     """
     _check(bits)
     flat = np.asarray(codes).reshape(-1)
@@ -25,11 +18,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The `count` codes that `pack` packed, uint8 [count].
-
-    Raises:
-      ValueError: bits out of range, or not the number of bytes that `count` codes take.
-    """
+    """Returns the `count` codes that `pack` packed, uint8 [count]. Raises ValueError as it does,
+    or for another number of bytes than so many codes take."""
     _check(bits)
     expected = packed_bytes(count, bits)
     if packed.dtype != np.uint8 or packed.shape != (expected,):

@@ -5,9 +5,8 @@ program: codes in their own 2, 4 or 8 bits.
 """
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,9 @@ class Program:
     arguments: tuple[Array, ...]
     metadata: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        self._call = jax.jit(self.exported.call)
+
     def __call__(self, *inputs: Array) -> Array:
         """Returns the outputs, for a batch of any size; compiled once for each."""
         return self._call(self.arguments, *inputs)
@@ -40,10 +42,6 @@ class Program:
     def runtime(self) -> Runtime:
         """Returns the program as a function of a batch, as other formats are loaded."""
         return Runtime(lambda inputs: self(*jax.tree.leaves(inputs)))
-
-    @functools.cached_property
-    def _call(self) -> Callable[..., Array]:
-        return jax.jit(self.exported.call)
 
 
 def save_stablehlo(
@@ -94,12 +92,7 @@ def _pack(array: np.ndarray) -> np.ndarray:
 
 
 def load_stablehlo(path: str | os.PathLike[str]) -> Program:
-    """Loads a program.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ContainerError: it is none, or a damaged one.
-    """
+    """Loads a program. Raises FileNotFoundError, or ContainerError for a damaged or other file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no StableHLO program at {path}")

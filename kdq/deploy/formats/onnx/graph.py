@@ -13,15 +13,16 @@ from kdq.deploy.formats.onnx.program import NoForm
 
 
 class Graph:
-    """Adds nodes to the graph that jax2onnx builds."""
+    """Adds nodes to the graph that jax2onnx builds. Where they take a value, an array will do."""
 
     def __init__(self, context: Any):
         self.context = context
 
     def node(self, op: str, inputs: Sequence[Any], dtype: Any, shape: Sequence[Any], **attributes):
         """Adds a node; returns its value."""
+        values = [x if isinstance(x, onnx_ir.Value) else self.constant(x) for x in inputs]
         build = getattr(self.context.builder, op)
-        value = build(*inputs, _outputs=[self.context.fresh_name(op)], **attributes)
+        value = build(*values, _outputs=[self.context.fresh_name(op)], **attributes)
         value.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(np.dtype(dtype)))
         value.shape = onnx_ir.Shape([_dimension(size) for size in shape])
         return value
@@ -57,24 +58,24 @@ class Graph:
     def reshape(self, value: Any, shape: Sequence[Any], dtype: Any) -> Any:
         """Reshapes to a shape with at most one size that is not a number."""
         sizes = [size if isinstance(size, int) else -1 for size in shape]
-        return self.node("Reshape", [value, self.constant(np.int64(sizes))], dtype, shape)
+        return self.node("Reshape", [value, np.int64(sizes)], dtype, shape)
 
-    def clip(self, codes: Any, grid: Any, shape: Sequence[Any]) -> Any:
-        """Clips uint8 codes to those of a grid."""
+    def cast(self, value: Any, shape: Sequence[Any], dtype: Any) -> Any:
+        """Makes an array of another type."""
+        to = onnx_ir.DataType.from_numpy(np.dtype(dtype)).value
+        return self.node("Cast", [value], dtype, shape, to=to)
+
+    def to_codes(self, value: Any, grid: Any, shape: Sequence[Any], scale: Any = None) -> Any:
+        """Makes uint8 codes of a grid of floats, at its scale or another."""
+        steps = [np.float32(grid.scale if scale is None else scale), np.uint8(grid.zero_point)]
+        codes = self.node("QuantizeLinear", [value, *steps], np.uint8, shape)
         if grid.top >= 255:
             return codes
-        inputs = [codes, self.constant(np.uint8(0)), self.constant(np.uint8(grid.top))]
-        return self.node("Clip", inputs, np.uint8, shape)
-
-    def to_codes(self, value: Any, scale: Any, grid: Any, shape: Sequence[Any]) -> Any:
-        """Makes uint8 codes of floats at a scale, all within those of a grid."""
-        inputs = [value, self.constant(np.float32(scale)), self.constant(np.uint8(grid.zero_point))]
-        return self.clip(self.node("QuantizeLinear", inputs, np.uint8, shape), grid, shape)
+        return self.node("Clip", [codes, np.uint8(0), np.uint8(grid.top)], np.uint8, shape)
 
     def from_codes(self, codes: Any, scale: Any, zero: Any, shape: Sequence[Any], **at: Any) -> Any:
         """Makes floats of codes, `(codes - zero) * scale`; a weight without zero has no kernel."""
-        inputs = [codes, self.constant(np.float32(scale))]
-        inputs += [] if zero is None else [self.constant(zero)]
+        inputs = [codes, np.float32(scale), *([] if zero is None else [zero])]
         return self.node("DequantizeLinear", inputs, np.float32, shape, **at)
 
     def weight(self, codes: np.ndarray) -> Any:
@@ -82,17 +83,9 @@ class Graph:
         stored = self.constant(codes)
         return stored if codes.dtype == np.int8 else self.cast(stored, codes.shape, np.int8)
 
-    def cast(self, value: Any, shape: Sequence[Any], dtype: Any) -> Any:
-        """Makes an array of another type."""
-        to = onnx_ir.DataType.from_numpy(np.dtype(dtype)).value
-        return self.node("Cast", [value], dtype, shape, to=to)
-
     def scaled(self, total: Any, scale: Any, shape: Sequence[Any]) -> Any:
         """Multiplies int32 sums by a scale."""
         return self.node("Mul", [self.cast(total, shape, np.float32), scale], np.float32, shape)
-
-
-Converter = Callable[[Graph, core.JaxprEqn], Any]  # returns the value of the equation's output
 
 
 def _dimension(size: Any) -> Any:
@@ -101,23 +94,32 @@ def _dimension(size: Any) -> Any:
     return size if isinstance(size, onnx_ir.SymbolicDim) else str(size)
 
 
-def register(primitive: core.Primitive, operator: str) -> Callable[[Converter], Converter]:
-    """Registers a function as the converter of a primitive; `operator` is for jax2onnx's tables."""
+def register(*primitives: core.Primitive) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what writes the equations of primitives: `write(graph, out, *inputs, **params)`.
 
-    def decorate(write: Converter) -> Converter:
+    It returns the value of the output, whose shape and dtype are `out`; inputs are atoms, those of
+    an `Operation` in the pytrees that it was called with.
+    """
+
+    def decorate(write: Callable[..., Any]) -> Callable[..., Any]:
         class Plugin(PrimitiveLeafPlugin):
             def lower(self, ctx: Any, eqn: core.JaxprEqn) -> None:
-                ctx.bind_value_for_var(eqn.outvars[0], write(Graph(ctx), eqn))
+                params, inputs = dict(eqn.params), eqn.invars
+                if "structure" in params:
+                    inputs = jax.tree.unflatten(params.pop("structure"), inputs)
+                value = write(Graph(ctx), eqn.outvars[0].aval, *inputs, **params)
+                ctx.bind_value_for_var(eqn.outvars[0], value)
 
-        register_primitive(
-            jaxpr_primitive=primitive.name,
-            jax_doc="",
-            onnx=[{"component": operator, "doc": "https://onnx.ai/onnx/operators/"}],
-            since="",
-            context="kdq",
-            component=primitive.name,
-            testcases=[],
-        )(Plugin)
+        for primitive in primitives:
+            register_primitive(
+                jaxpr_primitive=primitive.name,
+                jax_doc="",
+                onnx=[{"component": primitive.name, "doc": "https://onnx.ai/onnx/operators/"}],
+                since="",
+                context="kdq",
+                component=primitive.name,
+                testcases=[],
+            )(Plugin)
         return write
 
     return decorate
