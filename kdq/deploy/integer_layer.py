@@ -34,6 +34,7 @@ class IntegerLayer(flax.struct.PyTreeNode):
     weight_sum: Array | None = None  # int32, of the weight's codes
     weight_zero: Array | None = None  # int32, of the weight; None is 0
     bias: Array | None = None  # int32, at `scale`
+    output: InputGrid | None = None  # of the codes to make; None: int32 sums
 
     @property
     def scale(self) -> Array:

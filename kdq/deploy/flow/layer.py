@@ -48,10 +48,10 @@ def run_layer(
     fixed_point: bool = False,
 ) -> Value:
     """Runs a layer on codes, to those of a grid, int32 sums or floats; returns as `follow` does."""
-    grid = to if isinstance(to, InputGrid) else None
+    layer = layer.replace(output=to if isinstance(to, InputGrid) else None)
 
     def multiply(kernel: Kernel, left: Array, right: Array) -> Array:
-        result = primitives.multiply(kernel, left, right, layer, grid, fixed_point)
+        result = primitives.multiply(kernel, left, right, layer, fixed_point)
         return primitives.to_float(result, layer.scale) if to == "floats" else result
 
     weight = None if layer.weight is None else layer.weight.codes

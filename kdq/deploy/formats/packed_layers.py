@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.deploy.formats.packing import pack, unpack
+from kdq.deploy.formats.container import pack, unpack
 from kdq.deploy.qtensor import codes_and_scale
 from kdq.quantize import grid, scale_formats
 from kdq.types import Array

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.deploy.formats import container, packing
+from kdq.deploy.formats import container
 from kdq.deploy.formats.runtime import Runtime, any_batch, example_specs, flatten_inputs
 from kdq.deploy.lower.model import IntegerModel
 from kdq.quantize.inputs import Batch
@@ -88,7 +88,7 @@ def _as_argument(array: Array) -> Array:
 
 def _pack(array: np.ndarray) -> np.ndarray:
     bits = FEW_BITS.get(array.dtype.name)
-    return array if bits is None else packing.pack(array.astype(np.int8) + 2 ** (bits - 1), bits)
+    return array if bits is None else container.pack(array.astype(np.int8) + 2 ** (bits - 1), bits)
 
 
 def load_stablehlo(path: str | os.PathLike[str]) -> Program:
@@ -115,5 +115,5 @@ def _unpack(array: np.ndarray, dtype: str, shape: Sequence[int]) -> Array:
     bits = FEW_BITS.get(dtype)
     if bits is None:
         return jnp.asarray(array.reshape(shape))
-    codes = packing.unpack(array, bits, int(np.prod(shape))).astype(np.int8) - 2 ** (bits - 1)
+    codes = container.unpack(array, bits, int(np.prod(shape))).astype(np.int8) - 2 ** (bits - 1)
     return _as_argument(jnp.asarray(codes.reshape(shape)).astype(dtype))

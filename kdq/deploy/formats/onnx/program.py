@@ -63,8 +63,8 @@ def _int8_weight(codes: Array, scale: Array, *, axis: int) -> Array:
 
 product_to_float = primitives.Operation(
     "kdq_product_to_float",
-    lambda x, w, parts, scale, **params: arithmetic.to_float(
-        primitives.product(x, w, parts, **params), scale
+    lambda x, w, layer, scale, **params: arithmetic.to_float(
+        primitives.product(x, w, layer, **params), scale
     ),
 )
 round_int8_p = primitive(
@@ -150,12 +150,12 @@ def _is_gemm_to_float(eqn: core.JaxprEqn, scale: Any, known: Mapping[core.Var, A
     """Returns whether an equation multiplies rows and a matrix, whose sums have this scale."""
     if eqn.primitive is not primitives.product.primitive or scale is None:
         return False
-    _, _, parts = primitives.arguments(eqn)
+    _, _, layer = primitives.arguments(eqn)
     kernel = eqn.params["kernel"]
-    factors = [known.get(atom) for atom in (parts.x.scale, parts.w_scale)]
-    more = (parts.grid, parts.other, parts.w_zero)
-    if not isinstance(kernel, Dot) or kernel.dimension_numbers[1][0]:
+    if not isinstance(kernel, Dot) or kernel.dimension_numbers[1][0] or "other" in layer.inputs:
         return False
+    factors = [known.get(atom) for atom in (layer.inputs["activations"].scale, layer.weight_scale)]
+    more = (layer.output, layer.weight_zero)
     if any(part is not None for part in more) or any(factor is None for factor in factors):
         return False
     product = np.float32(factors[0]) * np.float32(factors[1])
