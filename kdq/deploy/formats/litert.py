@@ -219,18 +219,13 @@ def load_litert(model: str | os.PathLike[str] | bytes, *, threads: int | None = 
                 results.append(interpreter.get_tensor(detail["index"]))
         return tuple(map(np.concatenate, rows))
 
-    return Runtime(run, {"inputs": _describe(inputs), "outputs": _describe(outputs)})
-
-
-def _describe(details: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": detail["name"],
-            "shape": [int(size) for size in detail["shape"]],
-            "dtype": np.dtype(detail["dtype"]).name,
-        }
-        for detail in details
-    ]
+    describe = lambda detail: {
+        "name": detail["name"],
+        "shape": [int(size) for size in detail["shape"]],
+        "dtype": np.dtype(detail["dtype"]).name,
+    }
+    signature = {"inputs": [*map(describe, inputs)], "outputs": [*map(describe, outputs)]}
+    return Runtime(run, signature)
 
 
 def _interpreter(model: str | os.PathLike[str] | bytes, threads: int | None) -> Any:

@@ -221,13 +221,13 @@ def load_onnx(
 ) -> Runtime:
     """Loads a file into ONNX Runtime; arguments of `onnx_session`."""
     session = onnx_session(model, threads=threads, integer=integer)
-    signature = {
-        key: [
-            {"name": v.name, "shape": list(v.shape), "dtype": DTYPES.get(v.type, v.type)}
-            for v in values
-        ]
-        for key, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs()))
+    describe = lambda value: {
+        "name": value.name,
+        "shape": list(value.shape),
+        "dtype": DTYPES.get(value.type, value.type),
     }
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    signature = {"inputs": [*map(describe, inputs)], "outputs": [*map(describe, outputs)]}
     names = [entry["name"] for entry in signature["inputs"]]
     run = lambda call: session.run(None, dict(zip(names, jax.tree.leaves(call), strict=True)))
     return Runtime(run, signature)
