@@ -20,7 +20,7 @@ TOP = flags.DEFINE_integer("top", 15, "Costs to print.", lower_bound=1)
 
 def main(_: list[str]) -> None:
     from kdq import config, experiment
-    from kdq.report import profile, progress
+    from kdq.report import progress
 
     CONFIG.value.seeds = (SEED.value,)
     with progress.reporter() as reporter:
@@ -32,7 +32,7 @@ def main(_: list[str]) -> None:
             steps=STEPS.value,
             progress=reporter,
         )
-    profile.print_profile(profiled, TOP.value)
+    progress.print_profile(profiled, TOP.value)
 
 
 if __name__ == "__main__":

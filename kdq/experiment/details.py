@@ -58,7 +58,7 @@ def write(
       inputs: the data; other inputs than [n, height, width, channels] have no maps.
     """
     batch, has_classes = inputs.test[0], "classification" in task.probes
-    images = batch["image"][: min(IMAGES, int(np.sum(batch["mask"])))]
+    images = batch[inputs.key][: min(IMAGES, int(np.sum(batch["mask"])))]
     packed_weights = Weights(variables=packed.variables, qparams=packed.qparams)
     predictor = Predictor(weights=packed_weights, network=packed.network)
     shown = {
@@ -191,9 +191,9 @@ def _idle(qparams: QParams) -> QParams:
 
 def _attributions(predictor: Predictor, images: Array, labels: np.ndarray) -> dict[str, Any]:
     """Gradient times input of the label's logit, with what was seen and predicted."""
-    chance = softmax(np.asarray(predictor(images), np.float64), axis=-1)
     labels = labels[: len(images)].astype(np.int32)
-    maps = _explain(predictor, images, labels)
+    logits, maps = _explain(predictor, images, labels)
+    chance = softmax(np.asarray(logits, np.float64), axis=-1)
     return {
         "images": _small(np.asarray(images, np.float64).mean(-1)),
         "maps": _small(np.asarray(maps, np.float64).sum(-1)),
@@ -203,7 +203,9 @@ def _attributions(predictor: Predictor, images: Array, labels: np.ndarray) -> di
     }
 
 
-_explain = jax.jit(attribution.gradient_times_input)
+@jax.jit
+def _explain(predictor: Predictor, images: Array, labels: Array) -> tuple[Array, Array]:
+    return predictor(images), attribution.gradient_times_input(predictor, images, labels)
 
 
 def _small(maps: np.ndarray) -> list[Any]:

@@ -10,7 +10,6 @@ import numpy as np
 from kdq import data, tasks
 from kdq.config import Arm, ConfigError, Experiment
 from kdq.tasks import Task
-from kdq.tasks.regression import target_facts
 from kdq.train.sharding import ONE_DEVICE, Layout
 from kdq.types import Batch
 
@@ -26,6 +25,12 @@ class Inputs:
             raise ConfigError(f"config.data.augment: {error}") from error
         options = {name: value for name, value in experiment.task.items() if name != "name"}
         self.bare_task = tasks.build(experiment.task["name"], **options)  # without facts
+        if len(self.bare_task.keys) != 1:
+            raise ConfigError(
+                f"config.task.keys={self.bare_task.keys}: expected one, as models of experiments "
+                "take one input"
+            )
+        (self.key,) = self.bare_task.keys  # of batches: what models take
         self._normalize = data.Normalize(self._config.mean, self._config.std)
 
     @functools.cached_property
@@ -40,7 +45,7 @@ class Inputs:
     @functools.cached_property
     def task(self) -> Task:
         """The task, with what it has to know of the training split."""
-        return self.bare_task.with_facts(self.facts(self.bare_task.target))
+        return self.bare_task.with_facts(self.facts)
 
     @property
     def num_examples(self) -> int:
@@ -49,8 +54,8 @@ class Inputs:
 
     @property
     def image(self) -> jax.ShapeDtypeStruct:
-        """The shape and dtype of a batch of one image."""
-        return jax.ShapeDtypeStruct((1, *self.splits["train"].spec["image"].shape), np.float32)
+        """The shape and dtype of a batch of one input."""
+        return jax.ShapeDtypeStruct((1, *self.splits["train"].spec[self.key].shape), np.float32)
 
     def ids(self, arm: Arm) -> np.ndarray:
         """Returns the examples that an arm trains on, by id in the training split."""
@@ -73,12 +78,14 @@ class Inputs:
         """The number of classes that the data set names; 0 for real targets."""
         return len(self.splits["train"].facts.get("class_names", ()))
 
-    def facts(self, target: str) -> dict[str, Any]:
-        """Returns what is known of the data set, and the statistics of real targets in training."""
-        source = self.splits["train"]
-        if target not in source.spec or not np.issubdtype(source.spec[target].dtype, np.floating):
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """Facts of the data set and those of the training targets that the task needs."""
+        source, task = self.splits["train"], self.bare_task
+        if task.target not in source.spec:  # refused by experiment.check
             return dict(source.facts)
-        return {**source.facts, **target_facts(self.read_labels("train", target))}
+        read_targets = functools.partial(self.read_labels, "train", task.target)
+        return {**source.facts, **task.target_facts(read_targets)}
 
     def steps(self, arm: Arm) -> int:
         """Returns the steps of an arm's whole schedule."""
@@ -107,7 +114,7 @@ class Inputs:
             self.splits["train"],
             batch_size=self._config.batch_size,
             seed=seed,
-            transforms={"image": (*(self.augment if arm.augment else ()), self._normalize)},
+            transforms={self.key: (*(self.augment if arm.augment else ()), self._normalize)},
             ids=self.ids(arm),
             extra=extra or {},
             lookup=lookup,
@@ -129,7 +136,7 @@ class Inputs:
         source = self.splits[name]
         size = min(size or self._config.eval_batch_size, len(source))
         size = -(-size // multiple) * multiple
-        transforms = {"image": (self._normalize,)}
+        transforms = {self.key: (self._normalize,)}
         return data.eval_batches(source, batch_size=size, transforms=transforms, limit=limit)
 
     def examples(self, name: str, key: str, limit: int | None = None) -> np.ndarray:
@@ -144,7 +151,7 @@ class Inputs:
         """
         count = min(self._quantize.calibration_examples, self.num_examples)
         size = min(max(1, count // 4), self._config.eval_batch_size)
-        return [b["image"] for b in self.split("train", size, limit=max(1, count // size) * size)]
+        return [b[self.key] for b in self.split("train", size, limit=max(1, count // size) * size)]
 
     @functools.cached_property
     def validation(self) -> list[Batch]:
@@ -156,7 +163,7 @@ class Inputs:
         if layout == ONE_DEVICE:
             return self.validation
         batches = self.split("validation", multiple=layout.batch_parts)
-        return [{**batch, "image": layout.whole_batch(batch["image"])} for batch in batches]
+        return [{**batch, self.key: layout.whole_batch(batch[self.key])} for batch in batches]
 
     @functools.cached_property
     def test(self) -> list[Batch]:

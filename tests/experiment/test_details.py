@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from compilations import count_compilations
 
 from kdq import config, deploy, experiment
 from kdq.experiment import details
@@ -21,7 +22,9 @@ def run(tiny_config, tmp_path_factory):
     made["arms"]["ptq"]["ptq"] = ""
     made["arms"]["teacher"]["epochs"] = made["arms"]["student"]["epochs"] = 0.3
     workdir = tmp_path_factory.mktemp("details")
-    records = experiment.run(config.freeze(made), workdir)
+    with count_compilations("conv_general_dilated") as convolutions:
+        records = experiment.run(config.freeze(made), workdir)
+    assert not convolutions  # a network is only called inside compiled functions
     return workdir, {record.arm: record for record in records}
 
 

@@ -8,11 +8,10 @@ from scipy.special import huber
 from sklearn import metrics as sklearn_metrics
 
 from kdq.tasks import build
-from kdq.tasks.regression import target_facts
 
 RNG = np.random.default_rng(0)
 TARGETS = (RNG.normal(size=(50, 3)) * [1, 20, 5] + [10, -300, 0]).astype(np.float32)
-FACTS = target_facts(TARGETS)
+FACTS = build("regression").target_facts(lambda: TARGETS)
 BATCH = {"label": TARGETS}
 TASK = build("regression").with_facts(FACTS)
 STANDARD = (TARGETS - TARGETS.astype(np.float64).mean(0)) / TARGETS.astype(np.float64).std(0)
@@ -58,7 +57,8 @@ def test_metrics_are_those_of_scikit_learn_in_own_units():
 
 
 def test_one_target_may_lack_its_axis():
-    task = build("regression").with_facts(target_facts(TARGETS[:, 0]))
+    task = build("regression")
+    task = task.with_facts(task.target_facts(lambda: TARGETS[:, 0]))
     flat = task.scores(OUTPUTS[:, :1], {"label": TARGETS[:, 0]})
     column = task.scores(OUTPUTS[:, :1], {"label": TARGETS[:, :1]})
     for name, value in flat.items():
@@ -70,7 +70,8 @@ def test_facts_fill_in_what_a_config_leaves_open():
     chosen = build("regression", mean=[1.0], std=[2.0])
     assert chosen.with_facts(FACTS) is chosen
     assert build("regression").with_facts({}) == build("regression")
-    constant = build("regression").with_facts(target_facts(np.ones(4)))
+    constant = build("regression")
+    constant = constant.with_facts(constant.target_facts(lambda: np.ones(4)))
     assert constant.std == (1.0,)
     assert constant.loss(np.zeros((4, 1)), {"label": np.ones(4)}).tolist() == [0] * 4
     assert build("regression", unit="mm").primary.text(3.25) == "3.250 mm"

@@ -11,7 +11,6 @@ from kdq.data import DataError, open_split
 from kdq.data.sources import BUNDLED
 from kdq.data.sources.bundled import READERS, SPLITS, open_bundled
 from kdq.data.sources.digits import split_ids
-from kdq.tasks.regression import target_facts
 
 # Of inputs' and labels' order: sha256 of the labels of train, validation and test, shortened.
 DIGESTS = {
@@ -79,8 +78,7 @@ def test_pairs_are_two_digits_side_by_side_and_no_digit_is_in_two_splits():
 def test_they_fit_their_task(name):
     facts, (_, labels) = open_split(name, "train").facts, _read(name, "train")
     task = tasks.build("multilabel" if name == "digit_pairs" else "regression")
-    if task.name == "regression":
-        facts = {**facts, **target_facts(labels)}
+    facts = {**facts, **task.target_facts(lambda: labels)}
     task.with_facts(facts).check({"label": labels}, facts)
 
 
