@@ -1,7 +1,5 @@
 """Integer codes with what they stand for: what is left of a weight, and of a layer's input."""
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -71,7 +69,8 @@ def from_quantizer(weight: Array, quantizer: Quantizer) -> QTensor:
     """
     codes, scale = map(np.asarray, codes_and_scale(weight, quantizer))
     if quantizer.levels is not None:
-        return _on_device(codes=codes.astype(np.uint8), scale=scale, levels=quantizer.levels)
+        weight = QTensor(codes.astype(np.uint8), scale, levels=quantizer.levels)
+        return jax.tree.map(jnp.asarray, weight)
     zero_point = np.asarray(quantizer.zero_point)
     if (zero_point == 0.5).any():  # one signed bit; a channel of zeros has the zero point 0
         expand = lambda c, q: jnp.broadcast_to(grid.expand(q.zero_point, c.shape), c.shape)
@@ -80,11 +79,8 @@ def from_quantizer(weight: Array, quantizer: Quantizer) -> QTensor:
     elif (np.asarray(quantizer.qmin) == 0).all():
         half = np.float32(2 ** (grid.bits(quantizer) - 1))
         codes, zero_point = codes - half, zero_point - half
-    return _on_device(
-        codes=_smallest(codes),
-        scale=scale,
-        zero_point=zero_point.astype(np.int32) if zero_point.any() else None,
-    )
+    zero_point = zero_point.astype(np.int32) if zero_point.any() else None
+    return jax.tree.map(jnp.asarray, QTensor(_smallest(codes), scale, zero_point))
 
 
 @jax.jit
@@ -134,7 +130,8 @@ def scaled(weight: QTensor, factor: np.ndarray) -> QTensor:
     zero_point = weight.zero_point
     if zero_point is not None:
         zero_point = np.broadcast_to(np.asarray(zero_point), scale.shape)
-    return _on_device(codes=_smallest(codes), scale=scale.astype(np.float32), zero_point=zero_point)
+    turned = QTensor(_smallest(codes), scale.astype(np.float32), zero_point)
+    return jax.tree.map(jnp.asarray, turned)
 
 
 def _smallest(codes: np.ndarray) -> np.ndarray:
@@ -143,7 +140,3 @@ def _smallest(codes: np.ndarray) -> np.ndarray:
         if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1):
             return codes.astype(np.int8).astype(dtype)
     return codes.astype(np.int8)
-
-
-def _on_device(**arrays: Any) -> QTensor:
-    return QTensor(**{k: None if v is None else jnp.asarray(v) for k, v in arrays.items()})

@@ -19,7 +19,7 @@ from kdq.deploy import contraction, primitives
 from kdq.deploy.contraction import Conv, Dot
 from kdq.deploy.formats.onnx import program as onnx_program
 from kdq.deploy.formats.onnx.graph import Graph, register
-from kdq.deploy.formats.onnx.windows import pad
+from kdq.deploy.formats.onnx.windows import pad, slice_taps
 from kdq.deploy.integer_layer import IntegerLayer
 
 
@@ -155,13 +155,8 @@ def _conv_by_matmul(
     x, _ = pad(graph, x, x.shape, config, zero, np.uint8)
     order = channels_last(numbers.out_spec)
     shape, size = [out.shape[axis] for axis in order], w.shape[2:]
-    axes, at = np.arange(1, len(size) + 1), [*shape[:-1], w.shape[1]]
-    reach = np.multiply(np.subtract(shape[1:-1], 1), kernel.strides) + 1
-    taps = []
-    for tap in np.ndindex(*size):
-        start = np.multiply(tap, kernel.kernel_dilation)
-        bounds = map(np.int64, (start, start + reach, axes, kernel.strides))
-        taps.append(graph.node("Slice", [x, *bounds], np.uint8, at))
+    axes, window = range(1, len(size) + 1), (size, kernel.strides, kernel.kernel_dilation)
+    taps = slice_taps(graph, x, axes, window, [*shape[:-1], w.shape[1]], np.uint8)
     terms = w.shape[1] * len(taps)
     windows = graph.node("Concat", taps, np.uint8, [*shape[:-1], terms], axis=len(shape) - 1)
 

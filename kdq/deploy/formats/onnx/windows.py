@@ -190,16 +190,27 @@ def _pool(graph: Graph, windows: _Windows, value: Any, dtype: np.dtype) -> Any:
 
 def _reduce_taps(graph: Graph, windows: _Windows, value: Any, dtype: np.dtype) -> Any:
     """Writes each element of the window as an array, and reduces one after the other."""
-    axes, out_shape = windows.axes, windows.out_shape
+    axes, out_shape, chosen = windows.axes, windows.out_shape, windows.chosen
     if not all(isinstance(windows.shape[axis], int) for axis in axes):
         raise NoForm("it has a window over the examples of a batch of any size")
-    chosen = lambda numbers: np.int64(windows.chosen(numbers))
-    steps = chosen(windows.strides)
-    reach = (chosen(out_shape) - 1) * steps + 1
-    taps = []
-    for tap in np.ndindex(*chosen(windows.sizes)):
-        start = np.multiply(tap, chosen(windows.dilation))
-        bounds = [start, start + reach, np.int64(axes), steps]
-        taps.append(graph.node("Slice", [value, *bounds], dtype, out_shape))
+    window = (chosen(windows.sizes), chosen(windows.strides), chosen(windows.dilation))
+    taps = slice_taps(graph, value, axes, window, out_shape, dtype)
     join = lambda a, b: graph.node(STEPS[windows.reducer], [a, b], dtype, out_shape)
     return functools.reduce(join, taps)
+
+
+def slice_taps(
+    graph: Graph, value: Any, axes: Sequence[int], window: tuple, shape: Sequence[Any], dtype: Any
+) -> list[Any]:
+    """Writes each element of windows over some axes, in an array of a shape.
+
+    `window` has the sizes, strides and dilation, one for each of the axes.
+    """
+    sizes, strides, dilation = map(np.int64, window)
+    reach = (np.int64([shape[axis] for axis in axes]) - 1) * strides + 1
+    taps = []
+    for tap in np.ndindex(*sizes):
+        start = tap * dilation
+        bounds = [start, start + reach, np.int64(axes), strides]
+        taps.append(graph.node("Slice", [value, *bounds], dtype, shape))
+    return taps
