@@ -75,7 +75,7 @@ def to_onnx(
     return proto
 
 
-CONVERTERS = [f"kdq.deploy.formats.onnx.{name}" for name in ("elementwise", "products", "windows")]
+CONVERTERS = [f"kdq.deploy.formats.onnx.{name}" for name in ("nodes", "products", "windows")]
 
 
 def convert(program: core.ClosedJaxpr, **options: Any) -> Any:

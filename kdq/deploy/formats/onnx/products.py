@@ -18,7 +18,7 @@ from jax.extend import core
 from kdq.deploy import contraction, primitives
 from kdq.deploy.contraction import Conv, Dot
 from kdq.deploy.formats.onnx import program as onnx_program
-from kdq.deploy.formats.onnx.graph import Graph, register
+from kdq.deploy.formats.onnx.nodes import Graph, register
 from kdq.deploy.formats.onnx.windows import pad, slice_taps
 from kdq.deploy.integer_layer import IntegerLayer
 

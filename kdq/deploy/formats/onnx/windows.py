@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend import core
 
 from kdq.deploy.formats.onnx import program as onnx_program
-from kdq.deploy.formats.onnx.graph import Graph, register
+from kdq.deploy.formats.onnx.nodes import Graph, register
 from kdq.deploy.formats.onnx.program import NoForm
 
 MOST_AXES = 3  # that ONNX Runtime pools over
