@@ -19,7 +19,7 @@ from kdq.report.advisor.rules import METHODS
 from kdq.report.advisor.study import Study, studies
 from kdq.report.aggregate import compare_on_test, distinct, distinct_text, latencies, mean_of_all
 from kdq.report.cells import format_bytes, format_energy, without_count
-from kdq.report.notes import compiling_note, intervals_note, quick_note, seeds_note, versions_of
+from kdq.report.notes import texts, versions_of
 from kdq.report.page import specs, tables, tradeoff, views
 from kdq.report.page.combine import Experiment
 from kdq.report.page.specs import Spec
@@ -298,11 +298,11 @@ class Section:
         has_intervals = any(r.difference and not math.isnan(r.difference.low) for r in rows)
         same = f"Each arm has the seeds {words.ranges(min(seeds))}." if len(seeds) == 1 else ""
         return {
-            "seeds": seeds_note(rows) or same,
-            "quick": quick_note(rows),
-            "compiling": compiling_note(rows),
+            "seeds": texts().seeds(rows) or same,
+            "quick": texts().quick(rows),
+            "compiling": texts().compiling(rows),
             "difference": metric.difference_unit or metrics.named(metric),
-            "intervals": self._plain(intervals_note(rows)) if has_intervals else "",
+            "intervals": self._plain(texts().intervals(rows)) if has_intervals else "",
             "confusions": f"{self._most_confused:.3g}" if self._teacher else "",
         }
 

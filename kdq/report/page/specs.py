@@ -46,7 +46,7 @@ SHADES = 0.3  # how far a kind's color goes to black and to white for its first 
 
 @functools.cache
 def _charts() -> dict[str, Spec]:
-    return json.loads(Path(__file__).with_name("template").joinpath("charts.json").read_text())
+    return json.loads(Path(__file__).parents[1].joinpath("template", "charts.json").read_text())
 
 
 def fill(name: str, /, **values: Any) -> Spec:
