@@ -12,11 +12,6 @@ from kdq.report.cells import ABSENT, format_bytes, mean_cell, number_cell
 from kdq.tasks.metric import Metric
 
 
-def name_width(bits: str) -> str:
-    """Returns where a comparison was made: "at W4A4", "in float"."""
-    return "in float" if bits == "fp32" else f"at {bits}"
-
-
 def by_seed(values: Values, metric: Metric) -> str:
     """Returns mean ± standard deviation over seeds, as the metric is shown."""
     return mean_cell(Mean.over(map(metric.shown, values.values())), metric.decimals)

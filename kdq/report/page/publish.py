@@ -7,6 +7,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -16,8 +17,11 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from kdq.files import plain, write_atomic
+from kdq.report import metric as metrics
 from kdq.report.advisor.constraints import Constraints
-from kdq.report.notes import environment
+from kdq.report.advisor.words import ranges
+from kdq.report.aggregate import distinct
+from kdq.report.notes import environment, texts, versions_of
 from kdq.report.page import draw, tables
 from kdq.report.page.combine import combine
 from kdq.report.page.section import ABOUT, Section
@@ -50,7 +54,8 @@ def write(
     for name, text in zip(TABLES, (*contents, tables.latex(experiments)), strict=True):
         write_atomic(out / name, text.encode())
     for i, section in enumerate(sections, 1):
-        prefix, warning = f"{i}_" if len(sections) > 1 else "", section.notes["quick"].rstrip(".")
+        prefix = f"{i}_" if len(sections) > 1 else ""
+        warning = texts().quick(section.experiment.rows).rstrip(".")
         for chart in (chart for charts in section.charts.values() for chart in charts):
             title = chart.title + (f" ({warning})" if warning else "")
             png, svg = draw.pictures(chart.specs, title)
@@ -89,6 +94,13 @@ def _render_page(sections: Sequence[Section]) -> str:
     return templates.get_template("report.html").render(
         sections=sections,
         about=ABOUT,
+        metrics=metrics,
+        tables=tables,
+        notes=texts(),
+        ranges=ranges,
+        isnan=math.isnan,
+        distinct=distinct,
+        versions_of=versions_of,
         style=Markup(read("report.css")),
         scripts=[Markup(script) for script in scripts],
         policy=policy,
