@@ -9,30 +9,32 @@ import jinja2
 
 from kdq.evaluate.statistics import SEEDS
 from kdq.record import ArmRecord
+from kdq.report import aggregate, cells
 from kdq.report import metric as metrics
-from kdq.report.aggregate import Row, distinct_text, has_one_seed
+from kdq.report.aggregate import Row
 from kdq.report.workdirs import SCORES
 
 
 def environment(**options: Any) -> jinja2.Environment:
     """Returns what renders `kdq/report/template`; a value that is not there is an error."""
-    return jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("kdq.report", "template"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         **options,
     )
+    templates.globals |= {"aggregate": aggregate, "cells": cells, "metrics": metrics}
+    templates.globals |= {"isnan": math.isnan, "versions_of": versions_of, "digests_of": digests_of}
+    return templates
 
 
 @functools.cache
 def texts() -> Any:
     """Returns the macros of notes.txt, as functions that return plain text."""
-    notes = environment(autoescape=False, finalize=lambda v: " ".join(str(v).splitlines()))
-    notes.globals |= {"metrics": metrics, "SEEDS": SEEDS, "SCORES": SCORES, "isnan": math.isnan}
-    notes.globals |= {"has_one_seed": has_one_seed, "distinct_text": distinct_text}
-    notes.globals |= {"versions_of": versions_of, "digests": _digests}
-    return notes.get_template("notes.txt").module
+    templates = environment(autoescape=False, finalize=lambda v: " ".join(str(v).splitlines()))
+    templates.globals |= {"SEEDS": SEEDS, "SCORES": SCORES}
+    return templates.get_template("notes.txt").module
 
 
 def notes(table: Sequence[Row], records: Sequence[ArmRecord]) -> list[str]:
@@ -77,7 +79,7 @@ def versions_of(records: Sequence[ArmRecord]) -> dict[str, list[str]]:
     return {package: list(each) for package, each in versions.items()}
 
 
-def _digests(records: Sequence[ArmRecord]) -> str:
+def digests_of(records: Sequence[ArmRecord]) -> str:
     """Returns the digest that most arms have, then each other one with its arms."""
     arms: dict[str, dict[str, None]] = {}
     for record in records:

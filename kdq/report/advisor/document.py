@@ -47,8 +47,8 @@ class Document:
             autoescape=False,  # text, which each way of showing it escapes
             finalize=lambda value: " ".join(str(value).splitlines()).replace("|", BAR),
         )
-        functions = {"cite": self._cite, "cited": self._cited.values}
-        text = templates.get_template(template).render(**functions, **values)
+        templates.globals |= {"cite": self._cite, "cited": self._cited.values}
+        text = templates.get_template(template).render(values)
         self.blocks: list[Block] = []
         for line in filter(str.strip, text.splitlines()):
             mark, _, rest = line.partition(" ")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdq.report.advisor.words import name_a_few
 from kdq.report.aggregate import Row, distinct, has_one_seed, rows
+from kdq.report.cells import name_a_few
 from kdq.report.metric import task_key, task_of_records
 from kdq.report.workdirs import Run, Workdir, lacking
 from kdq.tasks.metric import Metric

@@ -7,7 +7,6 @@ import base64
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -17,11 +16,8 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from kdq.files import plain, write_atomic
-from kdq.report import metric as metrics
 from kdq.report.advisor.constraints import Constraints
-from kdq.report.advisor.words import ranges
-from kdq.report.aggregate import distinct
-from kdq.report.notes import environment, texts, versions_of
+from kdq.report.notes import environment, texts
 from kdq.report.page import draw, tables
 from kdq.report.page.combine import combine
 from kdq.report.page.section import ABOUT, Section
@@ -94,13 +90,8 @@ def _render_page(sections: Sequence[Section]) -> str:
     return templates.get_template("report.html").render(
         sections=sections,
         about=ABOUT,
-        metrics=metrics,
         tables=tables,
         notes=texts(),
-        ranges=ranges,
-        isnan=math.isnan,
-        distinct=distinct,
-        versions_of=versions_of,
         style=Markup(read("report.css")),
         scripts=[Markup(script) for script in scripts],
         policy=policy,

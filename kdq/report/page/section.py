@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,12 @@ from typing import Any
 from kdq.fields import ConfigError
 from kdq.report import metric as metrics
 from kdq.report.advise import advise
-from kdq.report.advisor import words
 from kdq.report.advisor.constraints import Constraints, best, drop, fit
 from kdq.report.advisor.document import Block, Document
 from kdq.report.advisor.rules import METHODS
 from kdq.report.advisor.study import Study, studies
-from kdq.report.aggregate import compare_on_test, distinct_text, latencies, mean_of_all
-from kdq.report.cells import format_bytes, format_energy, without_count
+from kdq.report.aggregate import compare_on_test, latencies
+from kdq.report.cells import without_count
 from kdq.report.page import specs, tables, tradeoff, views
 from kdq.report.page.combine import Experiment
 from kdq.report.page.specs import Spec
@@ -114,7 +112,6 @@ class Section:
                 smallest=min(fits, key=order, default=None),
                 other=best([c for c in study.candidates if c.kind != "teacher"]),
                 **{"teacher": teacher, "study": study, "m": study.metric, "drop": drop},
-                **{"words": words, "format_bytes": format_bytes},
             )
             texts += [block.text for block in document.blocks]
         texts += [block.text for block in self.advice if block.text.startswith("In short")]
@@ -137,8 +134,6 @@ class Section:
             times=self._times,
             default_qat=Qat().method,
             **{"study": study, "m": study.metric, "against_teacher": against_teacher},
-            **{"words": words, "format_bytes": format_bytes, "format_energy": format_energy},
-            **{"isnan": math.isnan, "mean_of_all": mean_of_all, "distinct_text": distinct_text},
         )
         return [(row[0], list(map(self.plain, row[1:]))) for row in document.blocks[0].rows]
 
