@@ -75,11 +75,6 @@ class Problem:
         """The decisions with more than one option."""
         return tuple(i for i, d in enumerate(self.decisions) if len(d.options) > 1)
 
-    @functools.cached_property
-    def size(self) -> float:
-        """The number of policies, within the budgets or not."""
-        return float(np.prod(self.valid.sum(-1).astype(float), axis=-1).sum() / self.students)
-
     def total(self, policy: Sequence[int]) -> dict[str, float]:
         """Returns the cost of a policy by metric."""
         at = _places(policy)

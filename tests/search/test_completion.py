@@ -67,4 +67,4 @@ def test_with_one_budget_every_feasible_policy_can_be_reached(problem):
 def test_a_problem_is_made_without_solving_a_program(monkeypatch):
     monkeypatch.setattr("kdq.search.programs.nearest", lambda *_: 1 / 0)
     problem = layered(layers=3)
-    assert len(list(every_policy(problem))) == problem.size
+    assert len(list(every_policy(problem))) == 6**3

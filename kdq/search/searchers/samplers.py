@@ -61,15 +61,13 @@ class _Sampled(Searcher):
         return [score]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _NSGA2Settings:
-    population: int = 20  # policies of a generation
-
-
 class NSGA2(_Sampled):
     """NSGA-II (Deb et al. 2002), by the score and the largest share of a budget that is used."""
 
-    Settings = _NSGA2Settings
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Settings:
+        population: int = 20  # policies of a generation
+
     objectives = 2
 
     def _sampler(self, samplers: ModuleType, seed: int) -> Any:
@@ -82,15 +80,12 @@ class NSGA2(_Sampled):
         return [score, max(used, default=0.0)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TPESettings:
-    startup: int = 20  # random policies at first
-
-
 class TPE(_Sampled):
     """Tree-structured Parzen estimators (Bergstra et al. 2011), of all decisions together."""
 
-    Settings = _TPESettings
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Settings:
+        startup: int = 20  # random policies at first
 
     def _sampler(self, samplers: ModuleType, seed: int) -> Any:
         startup = self._settings.startup

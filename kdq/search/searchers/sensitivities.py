@@ -92,12 +92,6 @@ def _moves(problem: Problem, policy: Policy, metrics: Any) -> Iterator[tuple[Pol
                 yield other, float(harm[option] - harm[policy[i]]), saved
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Settings:
-    # Policies in all. Each is ruled out for those after it, which makes later programs harder.
-    pool: int = 20
-
-
 class Knapsack(Searcher):
     """The policy with the least predicted objective, then the next best (arXiv:2011.10680).
 
@@ -105,10 +99,14 @@ class Knapsack(Searcher):
     predicted to be good are evaluated.
     """
 
-    Settings = _Settings
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Settings:
+        # Policies in all. Each is ruled out for those after it, which makes later programs harder.
+        pool: int = 20
+
     needs: ClassVar[tuple[str, ...]] = ("sensitivity",)
 
-    def __init__(self, problem: Problem, *, seed: int, evaluations: int, settings: _Settings):
+    def __init__(self, problem: Problem, *, seed: int, evaluations: int, settings: Any):
         self._problem = problem
         self._most = min(settings.pool, evaluations)
         self._proposed: list[Policy] = []
