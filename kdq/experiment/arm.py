@@ -24,8 +24,7 @@ from kdq.search.problem import InfeasibleError
 from kdq.train import loop, together
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
-from kdq.train.state import TrainState
-from kdq.train.training import Plan
+from kdq.train.training import Plan, TrainState
 from kdq.types import Variables
 
 log = logging.getLogger(__name__)
@@ -169,7 +168,7 @@ class ArmRun:
         self.weights = measure.pack(
             fit.selected.weights,
             context.model(self.arm),
-            context.inputs.test[0]["image"],
+            context.inputs.test[0][context.inputs.key],
             path,
             model_config=kdq_config.to_json(self.experiment.models[self.arm.model]),
             metadata={
@@ -227,7 +226,7 @@ class ArmRun:
         def make() -> transfer.Comparison:
             weights = Weights(variables=context.store.weights(teacher, self.seed), qparams={})
             predictor = transfer.Predictor(weights=weights, network=context.model(teacher))
-            images = context.inputs.split("test", config.examples)[0]["image"]
+            images = context.inputs.split("test", config.examples)[0][context.inputs.key]
             return transfer.Comparison(predictor, images, config, context.task.probes)
 
         # All arms of seeds that go together run before those of the next.

@@ -93,7 +93,7 @@ def measure(
     last = values
     if fit.last_step != selected.step:
         last = evaluate(model, fit.last, task, test)
-    layers = quantize.list_layers(model, variables, test[0]["image"])
+    layers = quantize.list_layers(model, variables, test[0][inputs.key])
     details.write(path.parent, packed, layers, weights, task=task, scores=scores, inputs=inputs)
     energies = energy.modelled(layers, qparams).values()
     return {

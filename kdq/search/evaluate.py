@@ -21,8 +21,7 @@ from kdq.tasks import Metric, Task
 from kdq.tasks.base import NOISE, weighted_sum
 from kdq.tasks.metric import identity
 from kdq.train import loop
-from kdq.train.state import TrainState
-from kdq.train.training import Plan
+from kdq.train.training import Plan, TrainState
 from kdq.types import Array, Batch, Variables
 
 Inputs = tuple[Array, ...]  # a model's positional arguments
