@@ -28,7 +28,7 @@ from kdq.quantize import qat
 from kdq.quantize.ptq import chain
 from kdq.quantize.rules import match
 from kdq.search import sensitivity
-from kdq.search.objectives import OBJECTIVES
+from kdq.search.evaluate import OBJECTIVES
 from kdq.search.searchers import METHODS
 from kdq.train import objective, regime
 from kdq.types import Variables
