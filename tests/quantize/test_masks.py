@@ -55,13 +55,14 @@ class Rnn(nn.Module):
 
 def batches_of(padding: str, attends: bool = False, count: int = 4):
     """(batches without padding, the same padded with garbage)."""
-    rng = np.random.default_rng(0)
+    rng, garbage = np.random.default_rng(0), np.random.default_rng(1)
     plain, padded = [], []
     for i in range(count):
         rows = 5 if padding == "rows" and i == count - 1 else 8
         x = np.float32(rng.normal(size=(rows, POSITIONS, FEATURES)))
         length = POSITIONS if padding == "rows" else LONG
-        whole = np.full((8, length, FEATURES), GARBAGE, np.float32)
+        # Of all directions, so that norms let it through.
+        whole = np.float32(GARBAGE * garbage.normal(size=(8, length, FEATURES)))
         whole[:rows, :POSITIONS] = x
         mask = np.zeros((8, length), np.float32)
         mask[:rows, :POSITIONS] = 1
