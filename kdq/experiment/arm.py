@@ -12,12 +12,11 @@ import jax
 from kdq import config as kdq_config
 from kdq import processes, quantize
 from kdq.evaluate.run import Reference, Scores, evaluate, outputs_of
-from kdq.experiment import exports, initial, measure, searching, training, transfer
+from kdq.experiment import exports, measure, searching, training, transfer
 from kdq.experiment.context import Context
 from kdq.experiment.quantized import quantized
-from kdq.experiment.records import digests_of, file_digest
 from kdq.experiment.searching import SearchResult
-from kdq.experiment.store import PACKED, load
+from kdq.experiment.store import PACKED, digests_of, file_digest, fresh_variables, load
 from kdq.quantize.network import Weights
 from kdq.record import ArmRecord
 from kdq.search.problem import InfeasibleError
@@ -93,7 +92,7 @@ class ArmRun:
         if self.arm.load:
             return load(self.arm.load).variables, policy
         key = jax.random.key(self.seed + self.arm.seed_offset)
-        return initial.variables(self.context.model(self.arm), key, self.context.example), policy
+        return fresh_variables(self.context.model(self.arm), key, self.context.example), policy
 
     def calibrate(self, variables: Variables) -> tuple[Weights, dict[str, Any]]:
         """Returns the weights to train, with quantizers if it has bits, and record fields."""

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ from kdq import files
 from kdq.config import Experiment
 from kdq.experiment import exports, searching
 from kdq.experiment.context import Context
-from kdq.experiment.store import PACKED, RESULT, Store
+from kdq.experiment.store import PACKED, RESULT, Store, file_digest
 from kdq.record import ArmRecord
 from kdq.search.problem import InfeasibleError
 
@@ -200,8 +199,7 @@ def copy(store: Store, source: Path, target: Path, changed: Mapping[str, Any]) -
 
 @functools.lru_cache(maxsize=64)
 def _digest_of(path: Path, modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)
 
 
 def _sha256(path: Path) -> str:

@@ -17,9 +17,8 @@ from kdq.distill.cache import Cache
 from kdq.distill.cache_key import CacheKey
 from kdq.distill.teacher import NO_TEACHER, Ensemble, Model, MovingAverage, Peer, Stored, Teacher
 from kdq.evaluate import metrics
-from kdq.experiment import initial
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.store import Store, load
+from kdq.experiment.store import Store, fresh_variables, load
 from kdq.quantize.network import Weights
 from kdq.types import Array, Batch
 
@@ -130,11 +129,11 @@ class Teachers:
         # Another key than that of the student, which may be of the same model.
         key = jax.random.fold_in(jax.random.key(seed + arm.seed_offset), 1)
         images = self._inputs.split("train", 1)[0]["image"]
-        return Teaching(teacher=Peer(module, initial.variables(module, key, images)))
+        return Teaching(teacher=Peer(module, fresh_variables(module, key, images)))
 
     def _former_peer(self, config, arm: Arm, seed: int) -> Teaching:
         module = self._models[kdq_config.peer_of(self._experiment, config.arm).model]
-        variables = self._store.peer_weights(config.arm, seed)
+        variables = self._store.selected(config.arm, seed)["peer"]
         return Teaching(teacher=Model(module, Weights(variables=variables, qparams={})))
 
     def _packed(self, config, arm: Arm, seed: int) -> Teaching:

@@ -66,6 +66,7 @@ def execute(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def problem(status: int) -> str:
