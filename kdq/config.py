@@ -166,12 +166,16 @@ def _check(experiment: Experiment) -> None:
         if name in experiment.rules:
             raise ConfigError(f"config.searches.{name}: there are rules of that name")
         _check_search(experiment, search, f"config.searches.{name}")
-    _check_cache(experiment.cache)
+    cache = experiment.cache
+    if (cache.kind in ("top_k", "sampled")) != (cache.size > 0):
+        raise ConfigError(
+            f"config.cache: size={cache.size} with kind={cache.kind!r}; expected at least 1 with "
+            "'top_k' and 'sampled', 0 with the others"
+        )
     for name in experiment.teachers:
         _check_teacher(experiment, name)
     for name in experiment.arms:
         _check_arm(experiment, name)
-        _check_taught(experiment, name)
     ancestors(experiment, *experiment.arms)  # whose parents are all there
 
 
@@ -207,15 +211,6 @@ def _check_search(experiment: Experiment, search: Search, where: str) -> None:
         for term in search.distilled:
             if term not in terms:
                 raise ConfigError(unknown(f"{where}.distilled: term", term, terms))
-
-
-def _check_cache(cache: Cache) -> None:
-    sparse = cache.kind in ("top_k", "sampled")
-    if sparse != (cache.size > 0):
-        raise ConfigError(
-            f"config.cache: size={cache.size} with kind={cache.kind!r}; expected at least 1 with "
-            "'top_k' and 'sampled', 0 with the others"
-        )
 
 
 def _check_teacher(experiment: Experiment, name: str) -> None:
@@ -270,9 +265,6 @@ def _check_arm(experiment: Experiment, name: str) -> None:
         raise ConfigError(
             f"{where}.epochs={arm.epochs}: expected more than 0, or an init or load to keep"
         )
-    for field in ("label_smoothing", "without_classes"):
-        if getattr(arm, field) and not arm.epochs:
-            raise ConfigError(f"{where}.{field}={getattr(arm, field)}: needs epochs to train in")
     if arm.stop > arm.epochs:
         raise ConfigError(f"{where}.stop={arm.stop}: expected 0 to the {arm.epochs} epochs")
     for seed in experiment.seeds:
@@ -281,22 +273,12 @@ def _check_arm(experiment: Experiment, name: str) -> None:
                 f"{where}.seed_offset={arm.seed_offset}: with the seed {seed} that is "
                 f"{seed + arm.seed_offset}; expected 0 to below {SEEDS}"
             )
-
-
-def _check_taught(experiment: Experiment, name: str) -> None:
-    where, arm = f"config.arms.{name}", experiment.arms[name]
     guided = arm.ptq and not arm.epochs and arm.teacher in experiment.arms
     if bool(arm.teacher) != bool(arm.distill) and not guided:
         raise ConfigError(
             f"{where}: teacher={arm.teacher!r} with distill={arm.distill!r}; expected both or "
             "neither"
         )
-    if arm.ptq and not arm.bits:
-        raise ConfigError(f"{where}.ptq={arm.ptq!r}: needs bits")
-    if arm.distill and not arm.epochs:
-        raise ConfigError(f"{where}.distill={arm.distill!r}: needs epochs, in which it is taught")
-    if arm.qat and not (arm.bits and arm.epochs):
-        raise ConfigError(f"{where}.qat={arm.qat!r}: needs bits and epochs")
 
 
 def ancestors(experiment: Experiment, *names: str) -> tuple[str, ...]:

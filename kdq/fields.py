@@ -76,6 +76,7 @@ class Limits:
     path: bool = False  # of a file or folder, in which ~ is the user's own folder
     # Sections of the whole config; a value is a key of one of them, or "" if that is the default.
     refers: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()  # other fields that are not empty or 0 if this one is not
 
     def converted(self, value: Any, where: str) -> Any:
         """The value, and of a path what it stands for. Raises ConfigError beyond the limits."""
@@ -189,7 +190,7 @@ def build(cls: type, fields: Any, where: str) -> Any:
 
 
 def check_references(config: Any, part: Any, where: str) -> None:
-    """Raises ConfigError if a field names an entry of another section that is not there.
+    """Raises ConfigError if a field names an entry that is not there, or lacks what it needs.
 
     Args:
       config: the whole, a dataclass with the sections that `Limits.refers` names.
@@ -198,7 +199,10 @@ def check_references(config: Any, part: Any, where: str) -> None:
     """
     for field in dataclasses.fields(part):
         value, place = getattr(part, field.name), f"{where}.{field.name}"
-        if sections := limits_of(type(part), field.name).refers:
+        limits = limits_of(type(part), field.name)
+        if value and not all(getattr(part, other) for other in limits.needs):
+            raise ConfigError(f"{place}={value!r}: needs {' and '.join(limits.needs)}")
+        if sections := limits.refers:
             valid = [name for section in sections for name in getattr(config, section)]
             optional = value == field.default == ""
             for name in () if optional else value if isinstance(value, tuple) else (value,):

@@ -39,7 +39,7 @@ def text(doc: str, required: Sequence[str], shared: Iterable[str]) -> str:
         parts.append(
             "fields of the config:\n"
             + _indented(
-                "--config.data.batch_size=128 overrides any of them; kdq/schema says what there "
+                "--config.data.batch_size=128 overrides any of them; kdq/schema.py says what there "
                 "is, and a name that does not exist is an error that lists the valid ones.",
                 "  ",
             )

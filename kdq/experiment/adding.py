@@ -11,7 +11,6 @@ from kdq.experiment import costing, plan
 from kdq.experiment.context import Context
 from kdq.experiment.progress import Progress
 from kdq.experiment.store import CONFIG, Store
-from kdq.quantize import list_layers
 from kdq.record import ArmRecord
 from kdq.search.cost import CostTable
 
@@ -166,7 +165,5 @@ def cost_table(
         if metric not in ("size", "latency"):
             raise ConfigError(kdq_config.unknown("metric", metric, ("size", "latency")))
     context = Context(experiment, Path(), progress)
-    model, image = context.models[key], context.inputs.image
-    layers = list_layers(model, costing.shapes(model, context.inputs), image)
-    choices = costing.choices_of(experiment.search, layers, "config.search")
+    choices = costing.choices_of(experiment.search, context.layers(key), "config.search")
     return costing.build(context, key, experiment.search, choices, metrics)

@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import TypeVar
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import models, provenance
+from kdq import models, provenance, quantize
 from kdq.config import Arm, ConfigError, Experiment
+from kdq.distill import capture
 from kdq.experiment import plan
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress
 from kdq.experiment.quantized import OBSERVERS
 from kdq.experiment.store import Store
 from kdq.experiment.teaching import Teachers
+from kdq.quantize.layers import LayerInfo
 from kdq.record import ArmRecord
 from kdq.tasks import Task
 from kdq.train import sharding
 from kdq.train.optimizer import make_optimizer
-from kdq.types import Batch
+from kdq.types import Batch, Variables
 
 T = TypeVar("T")
 
@@ -64,6 +67,8 @@ class Context:
             )
         self.inputs = Inputs(experiment)
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
+        # Of the variables of a model, by its key.
+        self.shapes = functools.cache(lambda key: shapes(self.models[key], self.inputs.image))
         self._results: dict[str, dict[Hashable, object]] = {}
 
     @property
@@ -85,6 +90,14 @@ class Context:
         """Returns the model of an arm."""
         arm = self.experiment.arms[arm] if isinstance(arm, str) else arm
         return self.models[arm.model]
+
+    def layers(self, key: str) -> dict[str, LayerInfo]:
+        """Returns the layers of a model that can be quantized."""
+        return quantize.list_layers(self.models[key], self.shapes(key), self.inputs.image)
+
+    def outputs(self, key: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the layers of a model whose outputs can be captured."""
+        return capture.list_outputs(self.models[key], self.shapes(key), self.inputs.image)
 
     def once(self, kind: str, key: Hashable, make: Callable[[], T], most: int = 4) -> T:
         """Returns what `make` returned for this key, or calls it; the last `most` keys are kept."""
@@ -121,6 +134,11 @@ class Context:
         if name in kdq_config.ancestors(self.experiment, teacher):
             return False
         return self.store.record(teacher, seed).status == "ok"
+
+
+def shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Variables:
+    """Returns the shapes of a model's variables; nothing is computed."""
+    return jax.eval_shape(quantize.as_network(model).init, jax.random.key(0), image)
 
 
 def _build_model(key: str, fields: dict) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 from kdq import config as kdq_config
 from kdq import models
 from kdq.config import Arm, ConfigError, Data, Experiment
-from kdq.schema.experiment import CLASSIFICATION
+from kdq.schema import CLASSIFICATION
 
 UNIFORM = "uniform"  # the method of searches that others are compared with
 

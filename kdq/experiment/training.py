@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from kdq.config import Experiment
-from kdq.experiment import check
+from kdq.distill import capture
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.quantized import recipe
 from kdq.experiment.teaching import Teaching
@@ -92,11 +92,11 @@ def _init_terms(
     objective, teacher = training.objective, training.teacher
     if not objective.student_layers:  # losses on logits have neither
         return {}, {}
-    student = check.layers(training.network, start.variables, inputs.image)
+    student = capture.list_outputs(training.network, start.variables, inputs.image)
     taught_by = {}
     if objective.teacher_layers:
         # A moving average has the student's variables.
         weights = getattr(teacher, "weights", start)
-        taught_by = check.layers(teacher.network, weights.variables, inputs.image)
+        taught_by = capture.list_outputs(teacher.network, weights.variables, inputs.image)
     key = jax.random.fold_in(jax.random.key(seed), 2)
     return objective.init(key, student, taught_by, inputs.num_examples)
