@@ -97,7 +97,8 @@ def run(
 ) -> None:
     """Runs arms and seeds that are not finished, each after those that it needs.
 
-    A process goes on with the seed that it has, whose teacher it knows.
+    A process goes on with the seed that it has, whose teacher it knows. What one of them raises is
+    raised here, and ends the others.
 
     Args:
       experiment: of the arms.
@@ -107,9 +108,6 @@ def run(
         left, so that a run that goes on computes with as many threads.
       make: called once in each of them; what it returns runs an arm and seed. It is pickled.
       progress: told what happens, `progress.beside(i)` by the i-th process.
-
-    Raises:
-      Exception: whatever one of them raised; the others are ended.
     """
     units = {}
     for seed in experiment.seeds:

@@ -136,12 +136,7 @@ def make_runner(
 ) -> parallel.Run:
     """Returns a function that runs an arm and seed, of which all that it needs is there."""
     context = Context(experiment, workdir, progress, tensorboard=tensorboard)
-
-    def run_unit(name: str, seed: int) -> ArmRecord:
-        (record,) = _run_arm(context, name, [seed], shared)
-        return _finish(context, record)
-
-    return run_unit
+    return lambda name, seed: _finish(context, _run_arm(context, name, [seed], shared)[0])
 
 
 def _finished(context: Context, order: Sequence[str]) -> dict[Unit, ArmRecord | None]:
@@ -171,13 +166,9 @@ def _run_arm(
 
 def _run_here(context: Context, name: str, seeds: Sequence[int]) -> list[ArmRecord]:
     """Returns the records of seeds that are copied from an arm of equal bits, or trained."""
-    copied = {
-        seed: processes.first(
-            lambda seed=seed: sharing.copy_equal_bits(context, context.identify(name, seed))
-        )
-        for seed in seeds
-    }
-    runs = [ArmRun(context, name, seed) for seed in seeds if copied[seed] is None]
+    copy = lambda seed: sharing.copy_equal_bits(context, context.identify(name, seed))
+    records = {seed: processes.first(functools.partial(copy, seed)) for seed in seeds}
+    runs = [ArmRun(context, name, seed) for seed in seeds if records[seed] is None]
     for started in runs:
         started.prepare()
     trained = [started for started in runs if started.weights]
@@ -186,5 +177,5 @@ def _run_here(context: Context, name: str, seeds: Sequence[int]) -> list[ArmReco
         if started in fits:
             started.conclude(fits[started])
         started.save()
-    records = {started.seed: started.record for started in runs}
-    return [copied[seed] or records[seed] for seed in seeds]
+        records[started.seed] = started.record
+    return [records[seed] for seed in seeds]

@@ -80,13 +80,15 @@ def result(context: Context, name: str, seed: int) -> SearchResult:
         log = folder / f"evaluations-{digest}.jsonl"
         fields = {"digest": digest, **_search(context, name, seed, log)}
         files.write_json(path, fields)
-    fields = _checked(files.read_json(path), path)
+    fields = files.read_json(path)
+    fields = dict(fields) if isinstance(fields, Mapping) else {}
+    if not isinstance(fields.get("chosen"), Mapping) or not isinstance(fields.get("digest"), str):
+        raise ConfigError(f"{path} is no result of a search: delete {folder} to search again")
     if fields.pop("digest") != digest:
         raise ConfigError(
             f"{path} was found with another config: choose another workdir, or delete {folder}"
         )
-    chosen = fields["chosen"]
-    description = {"name": name, **fields}
+    chosen, description = fields["chosen"], {"name": name, **fields}
     baseline = plan.baseline_of(experiment, name)
     if baseline and (_folder(context, baseline, seed) / RESULT).is_file():
         other = result(context, baseline, seed)
@@ -94,15 +96,6 @@ def result(context: Context, name: str, seed: int) -> SearchResult:
         uniform = {key: other.description[key] for key in keys}
         description["uniform"] = {**uniform, "same": dict(other.chosen) == dict(chosen)}
     return SearchResult(name=name, chosen=chosen, observer=search.observer, description=description)
-
-
-def _checked(fields: Any, path: Path) -> dict[str, Any]:
-    """Returns the fields of a search's result as read. Raises ConfigError if they are none."""
-    fields = fields if isinstance(fields, Mapping) else {}
-    chosen = fields.get("chosen")
-    if not isinstance(chosen, Mapping) or not isinstance(fields.get("digest"), str):
-        raise ConfigError(f"{path} is no result of a search: delete {path.parent} to search again")
-    return dict(fields)
 
 
 def _folder(context: Context, name: str, seed: int) -> Path:

@@ -41,14 +41,6 @@ class Teachers:
         self._experiment, self._models = experiment, models
         self._store, self._inputs = store, inputs
         self.logits = functools.lru_cache(maxsize=8)(self._predict)
-        self._makers: dict[str, Callable[..., Teaching]] = {
-            "ensemble": self._ensemble,
-            "moving_average": self._moving_average,
-            "peer": self._peer,
-            "former_peer": self._former_peer,
-            "packed": self._packed,
-            "shuffled": self._shuffled,
-        }
 
     def teaching(self, name: str, seed: int) -> Teaching:
         """Returns the teaching of the arm `name` in the run of `seed`."""
@@ -58,7 +50,7 @@ class Teachers:
         if arm.teacher in self._experiment.arms:
             return self._arm(arm, seed, self._stored_as(name))
         config = self._experiment.teachers[arm.teacher]
-        return self._makers[config.kind](config, arm, seed)
+        return getattr(self, f"_{config.kind}")(config, arm, seed)
 
     def module(self, name: str) -> nn.Module | None:
         """The network whose layers the arm `name` may look at, if its teacher has one."""
@@ -119,8 +111,7 @@ class Teachers:
         )
 
     def _moving_average(self, config, arm: Arm, seed: int) -> Teaching:
-        module = self._models[arm.model]
-        return Teaching(teacher=MovingAverage(module, config.decay))
+        return Teaching(teacher=MovingAverage(self._models[arm.model], config.decay))
 
     def _peer(self, config, arm: Arm, seed: int) -> Teaching:
         module = self._models[config.model]
@@ -177,11 +168,14 @@ class Teachers:
         taught_by = self._experiment.arms[arm.teacher]
         weights = self._weights(arm.teacher, seed)
         apply = self._apply(arm.teacher)
+        split = self._experiment.data.train
+        if augmented and arm.without_classes:
+            split = f"{split} without classes {sorted(set(arm.without_classes))}"
         key = CacheKey(
             teacher=cache_key.digest_variables(weights.variables),
             teacher_model=kdq_config.to_json(self._experiment.models[taught_by.model]),
             dataset=self._experiment.data.name,
-            split=_describe_split(self._experiment.data.train, arm if augmented else None),
+            split=split,
             data_digest=source.digest,
             mean=self._experiment.data.mean,
             std=self._experiment.data.std,
@@ -212,13 +206,6 @@ class Teachers:
         size = self._experiment.data.batch_size
         for step, batch in enumerate(data.iterate(self._inputs.stream(arm, seed))):
             yield {**batch, "position": np.arange(step * size, (step + 1) * size)}
-
-
-def _describe_split(split: str, arm: Arm | None) -> str:
-    """Names the split of a stream, and the classes that the arm leaves out."""
-    if arm is None or not arm.without_classes:
-        return split
-    return f"{split} without classes {sorted(set(arm.without_classes))}"
 
 
 def _target(
