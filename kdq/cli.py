@@ -177,8 +177,13 @@ def _prepare() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with a config file that is not there and keys that it lacks explained."""
+    argv = list(argv)
     try:
-        argv = [_argument(argument) for argument in argv]
+        for i, argument in enumerate(argv):
+            check_text(argument, "argument")
+            flag, _, value = argument.partition("=")
+            if flag in ("--config", "-config"):
+                argv[i] = f"{flag}={expand_user(value, flag)}"
     except ConfigError as error:
         sys.exit(f"error: {error}")
     trust.allow(m for text in _values(argv, "allow_models") for m in text.split(","))
@@ -200,19 +205,14 @@ def _parse(argv: list[str]) -> list[str]:
             cause = cause.__context__
         sys.exit(f"error: {error}")
     except (AttributeError, KeyError):
-        wrong = _unknown_key(argv, path)
-        if wrong is None:
-            raise
-        sys.exit(f"error: {wrong}")
-
-
-def _argument(argument: str) -> str:
-    """An argument, with the ~ of --config expanded. Raises ConfigError for what is no line."""
-    check_text(argument, "argument")
-    flag, _, value = argument.partition("=")
-    if flag in ("--config", "-config"):
-        return f"{flag}={expand_user(value, flag)}"
-    return argument
+        file, *argument = path.split(":", 1)
+        overrides = [re.match(r"--?(?:no)?config\.([^=]+)", each) for each in argv[1:]]
+        for key in (match[1] for match in overrides if match):
+            try:
+                config.at_path(runpy.run_path(file)["get_config"](*argument), key)
+            except ConfigError as error:
+                sys.exit(f"error: {error}")
+        raise
 
 
 def _values(argv: list[str], name: str) -> list[str]:
@@ -234,18 +234,3 @@ def _names_libraries(argv: list[str]) -> bool:
         if not (known or mistyped or name.startswith(("config.", "noconfig."))):
             return True
     return False
-
-
-def _unknown_key(argv: list[str], path: str) -> str | None:
-    """Returns what is wrong with the first --config.KEY that the config lacks; None if none is."""
-    file, *argument = path.split(":", 1)
-    for argument_given in argv[1:]:
-        override = re.match(r"--?(?:no)?config\.([^=]+)", argument_given)
-        if override is None:
-            continue
-        place, seen = runpy.run_path(file)["get_config"](*argument), "config"
-        for key in override[1].split("."):
-            if not hasattr(place, "keys") or key not in place:
-                return config.unknown(f"key in {seen}:", key, getattr(place, "keys", list)())
-            place, seen = place[key], f"{seen}.{key}"
-    return None

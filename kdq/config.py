@@ -46,6 +46,7 @@ __all__ = [
     "Search",
     "ancestors",
     "arm",
+    "at_path",
     "complete",
     "did_you_mean",
     "digest",
@@ -118,6 +119,16 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         elif default is not dataclasses.MISSING and field.name not in config:
             config[field.name] = default
     return config
+
+
+def at_path(config: ml_collections.ConfigDict, path: str) -> Any:
+    """Returns what a config has at a dotted path. Raises ConfigError for a key that it lacks."""
+    place, seen = config, "config"
+    for key in path.split("."):
+        if not hasattr(place, "keys") or key not in place:
+            raise ConfigError(unknown(f"key in {seen}:", key, getattr(place, "keys", list)()))
+        place, seen = place[key], f"{seen}.{key}"
+    return place
 
 
 def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
