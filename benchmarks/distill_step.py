@@ -23,9 +23,8 @@ from kdq.distill.teacher import NO_TEACHER, Model, Stored, Teacher
 from kdq.quantize.network import Weights, as_network
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
-from kdq.train.state import create_state
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Training, create_state
 
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
 ROUNDS = flags.DEFINE_integer("rounds", 30, "Timed rounds.")

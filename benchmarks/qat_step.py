@@ -24,9 +24,8 @@ from kdq.quantize.network import Weights
 from kdq.quantize.qat import METHODS
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
-from kdq.train.state import create_state
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Training, create_state
 
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
 ROUNDS = flags.DEFINE_integer("rounds", 60, "Timed rounds of each model.")

@@ -27,9 +27,8 @@ from kdq.quantize.network import Weights
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.sharding import make_layout
-from kdq.train.state import create_state
 from kdq.train.together import make_program
-from kdq.train.training import Plan, Training
+from kdq.train.training import Plan, Training, create_state
 
 OUT = flags.DEFINE_string("out", None, "JSON file for the figures; printed only if not given.")
 ROUNDS = flags.DEFINE_integer("rounds", 30, "Timed rounds of each network.")

@@ -51,9 +51,8 @@ from kdq.experiment.teaching import Teaching
 from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.loop import LOG_EVERY
-from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.training import Plan
+from kdq.train.training import Plan, TrainState
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Of the images where the data set is not there.

@@ -1,4 +1,7 @@
-"""Trained maps from the student's features to the teacher's width; no part of the student."""
+"""Trained maps from the student's features to the teacher's width; no part of the student.
+
+An `init_*` function makes the parameters from the shapes of the two features; {} is the identity.
+"""
 
 from collections.abc import Callable
 
@@ -10,10 +13,6 @@ from kdq.types import Array
 Params = dict[str, Array]
 Shape = tuple[int, ...]
 INIT = jax.nn.initializers.lecun_normal()
-
-
-def init_none(key: Array, student: Shape, teacher: Shape) -> Params:
-    return {}
 
 
 def init_linear(key: Array, student: Shape, teacher: Shape) -> Params:
@@ -35,33 +34,24 @@ def init_conv(key: Array, student: Shape, teacher: Shape) -> Params:
     return init_linear(key, student, teacher)
 
 
-def adapt(params: Params, student: Array, teacher_shape: Shape) -> Array:
-    """The student's feature at the teacher's width (and, for maps, at its sides).
-
-    Args:
-      params: of one of the `init_*` functions; {} is the identity.
-      student: [batch, ..., channels] float.
-      teacher_shape: shape of the teacher's feature.
-
-    Returns:
-      [batch, ..., teacher's channels].
-    """
-    if not params:
-        return student
-    if student.ndim == 4:
-        strides = [s // t for s, t in zip(student.shape[1:3], teacher_shape[1:3], strict=True)]
-        student = student[:, :: max(strides[0], 1), :: max(strides[1], 1)]
-    return student @ params["kernel"].astype(student.dtype) + params["bias"].astype(student.dtype)
-
-
 def init_fit(key: Array, student: Shape, teacher: Shape) -> Params:
     """The one that the shapes ask for: a convolution between maps, else a dense layer."""
     return (init_conv if len(student) == 4 else init_linear)(key, student, teacher)
 
 
 KINDS: dict[str, Callable[[Array, Shape, Shape], Params]] = {
-    "none": init_none,
+    "none": lambda key, student, teacher: {},
     "linear": init_linear,
     "conv": init_conv,
     "fit": init_fit,
 }
+
+
+def adapt(params: Params, student: Array, teacher_shape: Shape) -> Array:
+    """The student's feature [batch, ..., channels] at the teacher's width (and sides, of maps)."""
+    if not params:
+        return student
+    if student.ndim == 4:
+        strides = [s // t for s, t in zip(student.shape[1:3], teacher_shape[1:3], strict=True)]
+        student = student[:, :: max(strides[0], 1), :: max(strides[1], 1)]
+    return student @ params["kernel"].astype(student.dtype) + params["bias"].astype(student.dtype)

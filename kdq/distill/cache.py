@@ -18,9 +18,9 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -51,20 +51,12 @@ class Cache:
         return len(self.records)
 
     def read(self, indices: ArrayLike, ids: ArrayLike | None = None) -> dict[str, np.ndarray]:
-        """Reads records by index, in the order given.
+        """Reads records by index: "id" int32 [b] and the arrays of the kind, [b, ...], in order.
 
-        Args:
-          indices: [b] int: example ids, or positions in the stream if `key.by_position`.
-          ids: [b] int, the example ids that the caller has there, such as a training batch's "id".
-            May be left out where the indices are the ids.
-
-        Returns:
-          "id" int32 [b] and the arrays of the kind, [b, ...], the caller's to change.
-
-        Raises:
-          IndexError: an index out of range.
-          ValueError: no ids for a cache by position, or another number of them.
-          CacheError: another example than the caller has, or a file that has changed.
+        Indices [b] int are example ids, or positions in the stream if `key.by_position`. `ids` [b]
+        are what the caller has there, such as a training batch's "id"; they may be left out where
+        the indices are the ids. CacheError for another example than that, or a file that has
+        changed; IndexError and ValueError for indices out of range and ids that are missing.
         """
         indices = np.asarray(indices)
         if ids is None:
@@ -94,10 +86,8 @@ class Cache:
         """Reads everything: "id" int32 [length] and the arrays of the kind, [length, ...].
 
         Without augmentation row i is example i's, so that an array can be `extra` of
-        `kdq.data.train_dataset`. By position, it is for the caller to compare "id".
-
-        Raises:
-          CacheError: more than `limit_bytes`, or a file that has changed.
+        `kdq.data.train_dataset`. By position, it is for the caller to compare "id". Raises
+        CacheError for more than `limit_bytes`, or a file that has changed.
         """
         if self.records.nbytes > limit_bytes:
             raise CacheError(
@@ -121,6 +111,7 @@ def _columns(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _version(path: Path) -> tuple[int, int]:
+    """Returns a file's size and time of change."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
@@ -128,13 +119,29 @@ def _version(path: Path) -> tuple[int, int]:
 def open_cache(directory: str | Path, key: CacheKey) -> Cache:
     """Opens a cache after checking that it is whole and is that of `key`; reads every byte once.
 
-    Raises:
-      CacheError: no cache; another format; another key, every field that differs is named; a file
-        that is missing, truncated or damaged.
+    Raises CacheError for no cache, another format, another key (every field that differs is named),
+    or a file that is missing, truncated or damaged.
     """
     directory = Path(directory)
-    metadata = _read_metadata(directory)
-    expected, stored = key.to_json(), metadata["key"]
+    path = directory / _METADATA
+    try:
+        metadata = files.read_json(path)
+        if metadata["format"] != FORMAT:
+            raise CacheError(
+                f"{directory} has format {metadata['format']!r}; this version reads {FORMAT}: "
+                "delete it"
+            )
+        stored, length, size = dict(metadata["key"]), metadata["length"], metadata["bytes"]
+        expected_sha = metadata["sha256"]
+    except FileNotFoundError as error:
+        raise CacheError(f"no cache in {directory}: there is no {_METADATA}") from error
+    except files.DamagedError as error:
+        raise CacheError(str(error)) from error
+    except CacheError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{path} is damaged: {error!r}") from error
+    expected = key.to_json()
     differences = [
         f"{name}: expected {expected.get(name, 'nothing')!r}, found {stored.get(name, 'nothing')!r}"
         for name in sorted(expected | stored)
@@ -146,34 +153,16 @@ def open_cache(directory: str | Path, key: CacheKey) -> Cache:
     if not path.exists():
         raise CacheError(f"{path} is missing")
     version = _version(path)
-    if version[0] != metadata["bytes"]:
-        raise CacheError(f"{path} has {version[0]} bytes, not {metadata['bytes']}")
+    if version[0] != size:
+        raise CacheError(f"{path} has {version[0]} bytes, not {size}")
     with open(path, "rb") as file:
         sha = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha != metadata["sha256"]:
+    if sha != expected_sha:
         raise CacheError(f"{path} is damaged: its SHA-256 is not the one of {_METADATA}")
     records = np.load(path, mmap_mode="r").view(np.ndarray)
-    if records.dtype != key.record or records.shape != (metadata["length"],):
+    if records.dtype != key.record or records.shape != (length,):
         raise CacheError(f"{directory / _METADATA} is damaged: its length is not {records.shape}")
     return Cache(directory=directory, key=key, records=records, version=version)
-
-
-def _read_metadata(directory: Path) -> dict[str, Any]:
-    path = directory / _METADATA
-    try:
-        metadata = files.read_json(path)
-        if metadata["format"] == FORMAT:
-            fields = ("key", "length", "bytes", "sha256")
-            return {"key": dict(metadata["key"])} | {name: metadata[name] for name in fields[1:]}
-    except FileNotFoundError as error:
-        raise CacheError(f"no cache in {directory}: there is no {_METADATA}") from error
-    except files.DamagedError as error:
-        raise CacheError(str(error)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is damaged: {error!r}") from error
-    raise CacheError(
-        f"{directory} has format {metadata['format']!r}; this version reads {FORMAT}: delete it"
-    )
 
 
 def write_cache(
@@ -182,7 +171,7 @@ def write_cache(
     batches: Iterable[Mapping[str, ArrayLike]],
     length: int,
 ) -> Cache:
-    """Writes a cache, or opens the one that is there if its key and length are these.
+    """Writes a cache and opens it, or opens the one that is there if key and length are these.
 
     Args:
       directory: final name; its parents are made. What a killed writer left beside it is removed.
@@ -191,9 +180,6 @@ def write_cache(
         exists, or once another process that is writing it has finished. By position they may go on
         for ever, the last one is cut.
       length: number of records: the split's size, or the number of positions.
-
-    Returns:
-      The cache, opened.
 
     Raises:
       CacheError: batches out of order, of another layout or number, with a value that is not finite
@@ -260,8 +246,17 @@ def _write(
     # Not by a map: a write to one where the disk is full ends the process.
     with open(path, "w+b") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for rows in _check_batches(key, batches, length):
-            file.write(rows.tobytes())
+        done = 0
+        for batch in batches:
+            rows = _make_rows(key, batch, done)
+            done += len(rows)
+            if done > length and not key.by_position:
+                raise CacheError(f"the batches have {done} examples or more, length is {length}")
+            file.write(rows[: len(rows) - max(done - length, 0)].tobytes())
+            if done >= length and key.by_position:
+                break  # the stream has no end
+        if done < length:
+            raise CacheError(f"the batches have {done} examples, length is {length}")
         file.seek(0)
         sha = hashlib.file_digest(file, "sha256").hexdigest()
     metadata = {
@@ -272,23 +267,6 @@ def _write(
         "sha256": sha,
     }
     files.write_json(partial / _METADATA, metadata)
-
-
-def _check_batches(
-    key: CacheKey, batches: Iterable[Mapping[str, ArrayLike]], length: int
-) -> Iterator[np.ndarray]:
-    """Yields exactly `length` records, batch by batch, or says what is wrong with the batches."""
-    done = 0
-    for batch in batches:
-        rows = _make_rows(key, batch, done)
-        done += len(rows)
-        if done > length and not key.by_position:
-            raise CacheError(f"the batches have {done} examples or more, length is {length}")
-        yield rows[: len(rows) - max(done - length, 0)]
-        if done >= length and key.by_position:
-            return  # the stream has no end
-    if done < length:
-        raise CacheError(f"the batches have {done} examples, length is {length}")
 
 
 def _make_rows(key: CacheKey, batch: Mapping[str, ArrayLike], first: int) -> np.ndarray:

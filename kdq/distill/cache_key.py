@@ -25,8 +25,8 @@ class Dense:
     def layout(self, num_classes: int) -> Layout:
         return [("logits", "<f4", (num_classes,))]
 
-    def arrays(self, logits: np.ndarray, counters: np.ndarray) -> dict[str, np.ndarray]:
-        return {"logits": logits}
+    def arrays(self, logits: np.ndarray, counters: np.ndarray) -> tuple[ArrayLike, ...]:
+        return (logits,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,8 @@ class TopK:
     def layout(self, num_classes: int) -> Layout:
         return [("indices", "<i4", (self.k,)), ("log_probs", "<f4", (self.k,))]
 
-    def arrays(self, logits: np.ndarray, counters: np.ndarray) -> dict[str, np.ndarray]:
-        indices, log_probs = top_k_targets(logits, self.k, self.temperature)
-        return {"indices": np.asarray(indices), "log_probs": np.asarray(log_probs)}
+    def arrays(self, logits: np.ndarray, counters: np.ndarray) -> tuple[ArrayLike, ...]:
+        return top_k_targets(logits, self.k, self.temperature)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,8 @@ class Sampled:
     def layout(self, num_classes: int) -> Layout:
         return [("indices", "<i4", (self.samples,)), ("weights", "<f4", (self.samples,))]
 
-    def arrays(self, logits: np.ndarray, counters: np.ndarray) -> dict[str, np.ndarray]:
-        indices, weights = sample_targets(
+    def arrays(self, logits: np.ndarray, counters: np.ndarray) -> tuple[ArrayLike, ...]:
+        return sample_targets(
             logits,
             self.samples,
             self.temperature,
@@ -67,7 +66,6 @@ class Sampled:
             counters=counters,
             proposal_temperature=self.proposal_temperature,
         )
-        return {"indices": indices, "weights": weights}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,17 +134,11 @@ def make_records(
     positions: ArrayLike | None = None,
     mask: ArrayLike | None = None,
 ) -> dict[str, np.ndarray]:
-    """Makes what `write_cache` takes, from a batch of the teacher's logits.
+    """Makes what `write_cache` takes, from a batch of the teacher's logits [b, classes].
 
-    Args:
-      key: says which arrays to make.
-      logits: [b, classes] float.
-      ids: [b] int.
-      positions: [b] int, in the training stream; for `key.by_position`, and only there.
-      mask: [b], 0 on rows that only pad an evaluation batch: these are left out.
-
-    Returns:
-      "id", "position" if there are any, and the arrays of the kind, each with a row an example.
+    `ids` are [b] int, `positions` [b] in the training stream, for `key.by_position` and only there;
+    `mask` [b] is 0 on rows that only pad an evaluation batch: these are left out. Returns "id",
+    "position" if there are any, and the arrays of the kind, each with a row an example.
     """
     if (positions is not None) != key.by_position:
         raise ValueError(f"positions given: {positions is not None}; needed: {key.by_position}")
@@ -156,4 +148,6 @@ def make_records(
         raise ValueError(f"logits {logits.shape} must be [b, {key.num_classes}]")
     names = ("id", "position") if key.by_position else ("id",)
     where = dict(zip(names, (np.asarray(v)[rows] for v in (ids, positions)), strict=False))
-    return {**where, **key.target.arrays(logits, where[names[-1]])}
+    arrays = key.target.arrays(logits, where[names[-1]])
+    kinds = [name for name, *_ in key.target.layout(key.num_classes)]
+    return where | {name: np.asarray(x) for name, x in zip(kinds, arrays, strict=True)}

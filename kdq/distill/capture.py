@@ -1,17 +1,24 @@
 """A model's logits and the outputs of chosen layers, with no edit of the model."""
 
-from collections.abc import Collection
-from typing import Any
+import re
+import zlib
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import flax.struct
 import jax
 from flax import traverse_util
+from flax.errors import InvalidRngError
 
 from kdq import quantize
 from kdq.quantize.inputs import Batch
 from kdq.quantize.network import Network, as_network
 from kdq.types import Array, QParams, Variables
+
+T = TypeVar("T")
+# Flax's words; nothing else of the error says which stream there is none of.
+_MISSING = re.compile(r'needs PRNG for "([^"]*)"')
 
 
 class Outputs(flax.struct.PyTreeNode):
@@ -33,24 +40,11 @@ def run(
 ) -> tuple[Outputs, dict[str, Any]]:
     """`quantize.apply`, with the outputs of the modules whose paths are `layers`.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: its float variables.
-      qparams: its quantizers; {} for none.
-      inputs: as for `quantize.apply`.
-      layers: module paths, "block_0/conv"; what the module returns is captured, so an activation
-        function that follows is not in it.
-      mutable: collections that the model may change.
-      **kwargs: passed on (`train`, `rngs`, ...).
-
-    Returns:
-      The outputs, and the collections of `mutable` as the model left them.
-
-    Raises:
-      ValueError: a layer was not called, or was called more than once (a shared module).
+    Layers are module paths, "block_0/conv"; what the module returns is captured, so an activation
+    function that follows is not in it. Returns the outputs, and the collections of `mutable` as the
+    model left them. ValueError if a layer was not called, or more than once (a shared module).
     """
     paths = frozenset(layers)
-    capture = lambda module, method: method == "__call__" and "/".join(module.path) in paths
     network = as_network(network)
     outputs, state = quantize.apply(
         network,
@@ -58,7 +52,9 @@ def run(
         qparams,
         inputs,
         mutable=[*mutable, "intermediates"],
-        capture_intermediates=capture,
+        capture_intermediates=lambda module, method: (
+            method == "__call__" and "/".join(module.path) in paths
+        ),
         **kwargs,
     )
     captured = _by_path(state.pop("intermediates", {}))
@@ -96,3 +92,25 @@ def list_outputs(
 def _by_path(intermediates: Any) -> dict[str, tuple]:
     flat = traverse_util.flatten_dict(intermediates)
     return {"/".join(path[:-1]): calls for path, calls in flat.items() if path[-1] == "__call__"}
+
+
+def with_streams(forward: Callable[[dict[str, Array]], T], key: Array) -> T:
+    """Returns `forward(rngs)`, with a key for every stream that the model asks `make_rng` for.
+
+    "dropout" gets `key`, the step's; each other the key folded in with its name, so that a stream's
+    numbers depend on the step and on its name alone. `forward` traces or runs a model, again for
+    each stream that was missing.
+
+    Raises:
+      InvalidRngError: a stream that is there does not reach the module: a lifted transform
+        (`nn.scan`, `nn.vmap`) needs it in its `split_rngs`.
+    """
+    rngs = {"dropout": key}
+    while True:
+        try:
+            return forward(dict(rngs))
+        except InvalidRngError as error:
+            missing = _MISSING.search(str(error))
+            if missing is None or missing[1] in rngs:
+                raise
+            rngs[missing[1]] = jax.random.fold_in(key, zlib.crc32(missing[1].encode()))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kdq.distill import losses
-from kdq.distill.reduction import check_mask, hide, reduce
+from kdq.distill.reduction import check_classes, check_mask, hide, reduce
 from kdq.types import Array
 
 
@@ -49,25 +49,31 @@ def chunked_kl(
       teacher_hidden: [tokens..., d_t].
       teacher_head: [d_t, vocabulary].
       temperature: T > 0; may be traced.
-      mask: [tokens...], 1 for the tokens that count and 0 for the others, any dtype. These have
-        value 0 and no gradient, whatever their hidden states hold. None counts all.
+      mask: [tokens...] of 0 and 1; those of 0 have value 0 and no gradient, whatever their hidden
+        states hold. None counts all.
       student_bias: [vocabulary], added to the logits if given.
       teacher_bias: [vocabulary], likewise.
-      chunk: the most tokens whose logits exist at a time, static; chunks are made even. If None, an
-        eighth of the tokens, but at least 32 and at most max(128, d_s / 2): the chunk's logits then
-        take no more than the gradient of a wide head, and that gradient, to which every chunk adds,
-        is not read and written too often.
+      chunk: the most tokens whose logits exist at a time, at least 1, static; chunks are made even.
+        If None, an eighth of the tokens, but at least 32 and at most max(128, d_s / 2): the chunk's
+        logits then take no more than the gradient of a wide head, and that gradient, to which every
+        chunk adds, is not read and written too often.
       reduction: "none", "sum", or "mean" over the tokens that count (0 if there are none).
 
     Returns:
       float32: [tokens...] for "none", else a scalar. Logits and their softmax are float32 whatever
       the inputs; gradients accumulate in float32 and have the dtypes of what they belong to.
-
-    Raises:
-      ValueError: shapes that do not fit, chunk < 1, an unknown reduction, or a vocabulary of one.
     """
-    _check_shapes(student_hidden, student_head, student_bias, "student")
-    _check_shapes(teacher_hidden, teacher_head, teacher_bias, "teacher")
+    for whose, hidden, head, bias in (
+        ("student", student_hidden, student_head, student_bias),
+        ("teacher", teacher_hidden, teacher_head, teacher_bias),
+    ):
+        fits = hidden.ndim > 0 and head.ndim == 2 and hidden.shape[-1] == head.shape[0]
+        if not fits or (bias is not None and bias.shape != head.shape[1:]):
+            raise ValueError(
+                f"{whose} hidden {hidden.shape}, head {head.shape} and bias "
+                f"{getattr(bias, 'shape', None)} must be [tokens..., d], [d, vocabulary] and "
+                "[vocabulary] or None"
+            )
     tokens, d_s, d_t = student_hidden.shape[:-1], student_head.shape[0], teacher_head.shape[0]
     if teacher_hidden.shape[:-1] != tokens or teacher_head.shape[1] != student_head.shape[1]:
         raise ValueError(
@@ -77,22 +83,25 @@ def chunked_kl(
         )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, given {chunk}")
-    losses.check_classes(student_head)
+    check_classes(student_head)
     if mask is not None:
         check_mask(mask, tokens)
 
     count = math.prod(tokens)
-    size = _default_chunk(count, d_s) if chunk is None else chunk
+    if chunk is None:
+        # On two cores 128 tokens are as fast as any number, and 32 take 1.7 times as long (see
+        # benchmarks/chunked_kl.py); d_s / 2 keeps products above memory traffic on faster devices.
+        chunk = min(max(32, math.ceil(count / 8)), max(128, d_s // 2))
     # Hidden, or a NaN in the padding would reach the gradient of the head as 0 · NaN.
     student = (hide(student_hidden, mask).reshape(count, d_s), student_head, student_bias)
     teacher = (hide(teacher_hidden, mask).reshape(count, d_t), teacher_head, teacher_bias)
     temperature = jnp.asarray(temperature, jnp.float32)
     if reduction == "none":
-        values = _each(size, student, teacher, temperature)
+        values = _each(chunk, student, teacher, temperature)
         return reduce(values.reshape(tokens), mask, reduction)
     # A reduction is linear in the values, so its gradient holds its weights.
     weights = jax.grad(reduce)(jnp.zeros(tokens, jnp.float32), mask, reduction).reshape(count)
-    return _weighted_sum(size, student, teacher, temperature, weights)
+    return _weighted_sum(chunk, student, teacher, temperature, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -101,15 +110,10 @@ def _each(chunk, student, teacher, temperature):
     return _values(chunk, student, teacher, temperature)
 
 
-def _each_forward(chunk, student, teacher, temperature):
-    return _values(chunk, student, teacher, temperature), (student, teacher, temperature)
-
-
-def _each_backward(chunk, residuals, g):
-    return _values_and_gradients(chunk, *residuals, g)[1], None, None
-
-
-_each.defvjp(_each_forward, _each_backward)
+_each.defvjp(
+    lambda chunk, *arrays: (_values(chunk, *arrays), arrays),
+    lambda chunk, arrays, g: (_values_and_gradients(chunk, *arrays, g)[1], None, None),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -193,19 +197,3 @@ def _split(arrays, chunk):
         return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])
 
     return jax.tree.map(split, arrays)
-
-
-def _default_chunk(tokens, d_s):
-    # On two cores 128 tokens are as fast as any number, and 32 take 1.7 times as long (see
-    # benchmarks/chunked_kl.py); d_s / 2 keeps products above memory traffic on faster devices.
-    return min(max(32, math.ceil(tokens / 8)), max(128, d_s // 2))
-
-
-def _check_shapes(hidden, head, bias, whose):
-    fits = hidden.ndim > 0 and head.ndim == 2 and hidden.shape[-1] == head.shape[0]
-    if not fits or (bias is not None and bias.shape != head.shape[1:]):
-        raise ValueError(
-            f"{whose} hidden {hidden.shape}, head {head.shape} and bias "
-            f"{getattr(bias, 'shape', None)} must be [tokens..., d], [d, vocabulary] and "
-            "[vocabulary] or None"
-        )

@@ -8,9 +8,11 @@ What all of them share:
   that has a temperature T > 0 carries the factor T², which keeps the size of its gradient when T
   changes (arXiv:1503.02531), whether or not its own paper writes it: never multiply by it again.
 - Numeric options may be traced: they are data, and one compiled step serves all their values.
-- `mask` [batch...] is 1 for the examples that count and 0 for the others. These have value 0 and
-  no influence on the rest, not even through the statistics of the batch, whatever they hold.
-- `reduction` is "none" for [batch...] float32, "sum", or "mean": over the examples that count.
+- A keyword `mask` [batch...] is 1 for the examples that count and 0 for the others. These have
+  value 0 and no influence on the rest, not even through the statistics of the batch, whatever they
+  hold.
+- A keyword `reduction` is "none" for [batch...] float32, "sum", or "mean": over the examples that
+  count.
 - Values and gradients are finite for logits of ±1e4.
 - A logit of −inf is a class that an output rules out: its probability is 0, and 0 log 0 = 0, so a
   class that both rule out counts for nothing. Where a loss asks the student for mass that it rules
@@ -21,12 +23,14 @@ What all of them share:
   unknown reduction, and, but for `soft_mse`, fewer than two classes: a softmax of one is always 1.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from kdq import entropy
-from kdq.distill.options import Scalar, Share, Temperature, Weight
-from kdq.distill.reduction import check_mask, hide, reduce
+from kdq.distill import reduction as reductions
+from kdq.distill.reduction import Scalar, Share, Temperature, Weight, on_logits
 from kdq.entropy import nan_if_no_class, one_hot, relative_entropy
 from kdq.types import Array
 
@@ -36,46 +40,34 @@ _ROUNDING = 1e-6
 _SMALLEST_NORM = 1e-8
 
 
-def kl(
-    student_logits: Array,
-    teacher_logits: Array,
-    temperature: Temperature = 1.0,
-    *,
-    mask: Array | None = None,
-    reduction: str = "none",
-) -> Array:
+@on_logits
+def kl(student_logits: Array, teacher_logits: Array, temperature: Temperature = 1.0) -> Array:
     """Softened Kullback-Leibler divergence from the teacher: T² KL(p ‖ q) = T² Σ p log(p / q).
 
     At least 0, in nats at T = 1. (Hinton et al., 2015, arXiv:1503.02531.)
     """
-    log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
-    return reduce(square(temperature) * relative_entropy(log_p, log_q), mask, reduction)
+    log_q, log_p = _soften(student_logits, teacher_logits, temperature)
+    return square(temperature) * relative_entropy(log_p, log_q)
 
 
+@on_logits
 def reverse_kl(
-    student_logits: Array,
-    teacher_logits: Array,
-    temperature: Temperature = 1.0,
-    *,
-    mask: Array | None = None,
-    reduction: str = "none",
+    student_logits: Array, teacher_logits: Array, temperature: Temperature = 1.0
 ) -> Array:
     """The divergence the other way round, T² KL(q ‖ p): the student may leave out modes.
 
     (MiniLLM, arXiv:2306.08543, where T = 1.)
     """
-    log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
-    return reduce(square(temperature) * relative_entropy(log_q, log_p), mask, reduction)
+    log_q, log_p = _soften(student_logits, teacher_logits, temperature)
+    return square(temperature) * relative_entropy(log_q, log_p)
 
 
+@on_logits
 def jensen_shannon(
     student_logits: Array,
     teacher_logits: Array,
     temperature: Temperature = 1.0,
     beta: Share = 0.5,
-    *,
-    mask: Array | None = None,
-    reduction: str = "none",
 ) -> Array:
     """Generalized Jensen-Shannon divergence, T² (β KL(p ‖ m) + (1 − β) KL(q ‖ m)).
 
@@ -84,34 +76,33 @@ def jensen_shannon(
     the paper's gradients behave and common implementations do. So the loss jumps at both ends. NaN
     for other β; the derivative in β at the ends counts as 0. (GKD, arXiv:2306.13649, where T = 1.)
     """
-    log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
+    log_q, log_p = _soften(student_logits, teacher_logits, temperature)
     beta = jnp.asarray(beta, jnp.float32)
     log_m = _log_mixture(log_p, log_q, beta)
     # At the ends m is q or p, and the divergence that does not vanish counts whole.
     value = jnp.where(beta == 0, 1, beta) * relative_entropy(log_p, log_m)
     value += jnp.where(beta == 1, 1, 1 - beta) * relative_entropy(log_q, log_m)
-    return reduce(square(temperature) * value, mask, reduction)
+    return square(temperature) * value
 
 
+@on_logits
 def skew_kl(
     student_logits: Array,
     teacher_logits: Array,
     temperature: Temperature = 1.0,
     alpha: Share = 0.1,
-    *,
-    mask: Array | None = None,
-    reduction: str = "none",
 ) -> Array:
     """Skew divergence T² KL(p ‖ α p + (1 − α) q), at most T² log(1 / α): a bounded `kl`.
 
     α in [0, 1], NaN for other α. α = 0 is `kl` at the same temperature, α = 1 is 0; the derivative
     in α at these two counts as 0. (DistiLLM, arXiv:2402.03898, where T = 1.)
     """
-    log_q, log_p = _log_softmax(student_logits, teacher_logits, temperature, mask)
+    log_q, log_p = _soften(student_logits, teacher_logits, temperature)
     log_m = _log_mixture(log_p, log_q, jnp.asarray(alpha, jnp.float32))
-    return reduce(square(temperature) * relative_entropy(log_p, log_m), mask, reduction)
+    return square(temperature) * relative_entropy(log_p, log_m)
 
 
+@on_logits
 def dkd(
     student_logits: Array,
     teacher_logits: Array,
@@ -119,9 +110,6 @@ def dkd(
     temperature: Temperature = 1.0,
     alpha: Weight = 1.0,
     beta: Weight = 8.0,
-    *,
-    mask: Array | None = None,
-    reduction: str = "none",
 ) -> Array:
     """Decoupled distillation, T² (α TCKD + β NCKD).
 
@@ -133,15 +121,15 @@ def dkd(
     paper's linear warm-up is a schedule of this loss's weight, so it is not in here. ValueError for
     labels of another shape or no integer dtype. (Zhao et al., arXiv:2203.08679.)
     """
-    student, teacher = _pair(student_logits, teacher_logits, mask)
-    is_label = one_hot(labels, student.shape)
-    binary_q, others_q = _decouple(student / temperature, is_label)
-    binary_p, others_p = _decouple(teacher / temperature, is_label)
+    is_label = one_hot(labels, student_logits.shape)
+    binary_q, others_q = _decouple(student_logits / temperature, is_label)
+    binary_p, others_p = _decouple(teacher_logits / temperature, is_label)
     others = jnp.where(jnp.isneginf(others_p).all(-1), 0, relative_entropy(others_p, others_q))
     value = alpha * relative_entropy(binary_p, binary_q) + beta * others
-    return reduce(square(temperature) * nan_if_no_class(value, is_label), mask, reduction)
+    return square(temperature) * nan_if_no_class(value, is_label)
 
 
+@on_logits
 def dist(
     student_logits: Array,
     teacher_logits: Array,
@@ -150,7 +138,6 @@ def dist(
     gamma: Weight = 1.0,
     *,
     mask: Array | None = None,
-    reduction: str = "none",
 ) -> Array:
     """Correlation with a stronger teacher, T² (β inter + γ intra); "mean" is the paper's loss.
 
@@ -164,25 +151,20 @@ def dist(
     that has the same probability everywhere. With fewer than two examples that count, intra is
     undefined and counts as 0. (Huang et al., arXiv:2205.10536.)
     """
-    student, teacher = _pair(student_logits, teacher_logits, mask)
-    q = jax.nn.softmax(student / temperature)
-    p = jax.nn.softmax(teacher / temperature)
+    q = jax.nn.softmax(student_logits / temperature)
+    p = jax.nn.softmax(teacher_logits / temperature)
     classes = q.shape[-1]
     inter = 1 - _pearson(q, p, jnp.ones(classes))
     examples = jnp.ones(inter.size) if mask is None else mask.astype(jnp.float32).reshape(-1)
     columns = [v.reshape(-1, classes).T for v in (q, p)]
     intra = jnp.mean(1 - _pearson(*columns, examples))
     intra = jnp.where(jnp.sum(examples) > 1, intra, 0)
-    return reduce(square(temperature) * (beta * inter + gamma * intra), mask, reduction)
+    return square(temperature) * (beta * inter + gamma * intra)
 
 
+@on_logits
 def standardized_kl(
-    student_logits: Array,
-    teacher_logits: Array,
-    temperature: Temperature = 1.0,
-    *,
-    mask: Array | None = None,
-    reduction: str = "none",
+    student_logits: Array, teacher_logits: Array, temperature: Temperature = 1.0
 ) -> Array:
     """T² KL of standardized logits: `kl` of z = (logits − mean) / std, each over its classes.
 
@@ -191,47 +173,32 @@ def standardized_kl(
     the softmax. Equal logits have z = 0 without gradient. A class that an output rules out is left
     out of its mean and std, and stays −inf. (Sun et al., arXiv:2403.01427.)
     """
-    student, teacher = _pair(student_logits, teacher_logits, mask)
-    return kl(
-        _standardize(student), _standardize(teacher), temperature, mask=mask, reduction=reduction
-    )
+    return kl(_standardize(student_logits), _standardize(teacher_logits), temperature)
 
 
-def soft_mse(
-    student_logits: Array,
-    teacher_logits: Array,
-    *,
-    mask: Array | None = None,
-    reduction: str = "none",
-) -> Array:
+@functools.partial(on_logits, classes=1)
+def soft_mse(student_logits: Array, teacher_logits: Array) -> Array:
     """Squared difference of the logits themselves, averaged over classes; no temperature.
 
     Unlike the losses on distributions it sees a shift of all logits, and takes outputs of one
     class. One that both rule out (−inf) is left out of the mean. (Kim et al., arXiv:2105.08919.)
     """
-    student, teacher = _pair(student_logits, teacher_logits, mask, classes=1)
-    neither = jnp.isneginf(student) & jnp.isneginf(teacher)
-    difference = jnp.where(neither, 0, student) - jnp.where(neither, 0, teacher)
+    neither = jnp.isneginf(student_logits) & jnp.isneginf(teacher_logits)
+    difference = jnp.where(neither, 0, student_logits) - jnp.where(neither, 0, teacher_logits)
     count = jnp.maximum(jnp.sum(~neither, axis=-1), 1)
-    return reduce(jnp.sum(jnp.square(difference), axis=-1) / count, mask, reduction)
+    return jnp.sum(jnp.square(difference), axis=-1) / count
 
 
-def hard_label(
-    student_logits: Array,
-    teacher_logits: Array,
-    *,
-    mask: Array | None = None,
-    reduction: str = "none",
-) -> Array:
+@on_logits
+def hard_label(student_logits: Array, teacher_logits: Array) -> Array:
     """Cross-entropy with the class that the teacher predicts, the first of its largest logits.
 
     (DeiT's hard-label distillation, arXiv:2012.12877.)
     """
-    student, teacher = _pair(student_logits, teacher_logits, mask)
     # argmax takes a NaN for the maximum: a teacher that predicts nothing predicts no class.
-    predicts = jnp.isfinite(jnp.max(teacher, axis=-1))
-    predicted = jnp.where(predicts, jnp.argmax(teacher, axis=-1), -1)
-    return cross_entropy(student, predicted, mask=mask, reduction=reduction)
+    predicts = jnp.isfinite(jnp.max(teacher_logits, axis=-1))
+    predicted = jnp.where(predicts, jnp.argmax(teacher_logits, axis=-1), -1)
+    return cross_entropy(student_logits, predicted)
 
 
 def cross_entropy(
@@ -248,50 +215,22 @@ def cross_entropy(
     outside makes its value NaN, unless masked. ValueError for labels of another shape or no integer
     dtype.
     """
-    check_classes(logits)
-    value = entropy.cross_entropy(_float32(logits, mask), labels, label_smoothing)
-    return reduce(value, mask, reduction)
-
-
-def check_classes(logits: Array, least: int = 2) -> None:
-    """Raises ValueError for logits [batch..., classes] of fewer than `least` classes."""
-    if logits.ndim < 1 or logits.shape[-1] < least:
-        raise ValueError(
-            f"logits {logits.shape} must be [batch..., classes] of at least {least} classes: the "
-            "softmax of one class is 1 whatever its logit, and every loss on it 0. Use soft_mse "
-            "for outputs that are no classes; give a binary classifier two logits, 0 and its own"
-        )
-
-
-def _pair(
-    student_logits: Array, teacher_logits: Array, mask: Array | None, classes: int = 2
-) -> tuple[Array, Array]:
-    """Both in float32, zeros where masked, and the teacher a constant."""
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student_logits {student_logits.shape} and teacher_logits {teacher_logits.shape} "
-            "must have one shape"
-        )
-    check_classes(student_logits, classes)
-    return _float32(student_logits, mask), jax.lax.stop_gradient(_float32(teacher_logits, mask))
-
-
-def _float32(logits: Array, mask: Array | None) -> Array:
+    reductions.check_classes(logits)
     if mask is not None:
-        check_mask(mask, logits.shape[:-1])
-    return hide(logits, mask).astype(jnp.float32)
-
-
-def _log_softmax(
-    student_logits: Array, teacher_logits: Array, temperature: Scalar, mask: Array | None
-) -> tuple[Array, Array]:
-    student, teacher = _pair(student_logits, teacher_logits, mask)
-    return jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
+        reductions.check_mask(mask, logits.shape[:-1])
+    visible = reductions.hide(logits, mask).astype(jnp.float32)
+    value = entropy.cross_entropy(visible, labels, label_smoothing)
+    return reductions.reduce(value, mask, reduction)
 
 
 def square(temperature: Scalar) -> Array:
     """Returns T² in float32, of a number or an array."""
     return jnp.square(jnp.asarray(temperature, jnp.float32))
+
+
+def _soften(student: Array, teacher: Array, temperature: Scalar) -> tuple[Array, Array]:
+    """Returns log q and log p."""
+    return jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
 
 
 def _log_mixture(log_p: Array, log_q: Array, weight: Array) -> Array:

@@ -1,21 +1,20 @@
 """Methods of distillation: losses with all they need besides two arrays.
 
-Labels, layers, adapters, a memory.
-
-A method is one way to learn from a teacher. To add one, write its loss as a pure function in
-`losses.py` or `features.py` and give it a line in `METHODS`.
+Labels, layers, adapters, a memory. A method is one way to learn from a teacher. To add one, write
+its loss as a pure function in `losses.py` or `features.py` and give it a line in `METHODS`.
 """
 
 import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kdq.distill import adapters, features, losses, options, sparse
+from kdq.distill import adapters, contrast, features, losses, sparse
+from kdq.distill.reduction import Count
 from kdq.tasks.base import Task
 from kdq.types import Array, Batch
 
@@ -32,20 +31,34 @@ class LossInputs(typing.NamedTuple):
     mask: Array | None  # [batch], of the examples; None: all count
 
 
-class Method(Protocol):
-    """One way to learn from a teacher."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to learn from a teacher, by a loss of the arrays of `LossInputs`."""
 
-    layers: int  # layers it captures of either model; 0: it works on the logits
-    reads: tuple[str, ...]  # names in the batch, or "teacher_logits"
-    adapter: str  # by default: a key of adapters.KINDS, or "" where it takes none
+    loss: Callable
+    layers: int = 0  # that it captures of either model; 0: it works on the logits
+    adapter: str = ""  # by default: a key of adapters.KINDS, or "" where it takes none
+    reads: typing.ClassVar[tuple[str, ...]] = ()  # names in the batch, or "teacher_logits"
+    arrays: typing.ClassVar[int] = 2  # arguments of the loss that no config sets
+    extra_options: typing.ClassVar[Mapping[str, tuple[type, Any]]] = {}  # name -> type, default
 
     def options(self) -> Mapping[str, inspect.Parameter]:
-        """Returns the parameters that a config may set."""
+        """Returns the parameters that a config may set: all but arrays, masks and reduction."""
+        parameters = inspect.signature(self.loss, eval_str=True).parameters
+        names = [n for n in parameters if n not in ("mask", "reduction", "token_mask")]
+        extra = {
+            name: inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
+            )
+            for name, (kind, default) in self.extra_options.items()
+        }
+        return {name: parameters[name] for name in names[self.arrays :]} | extra
 
     def init(
         self, key: Array, student: tuple[Shape, ...], teacher: tuple[Shape, ...], **context: Any
     ) -> tuple[Any, Any]:
         """Returns `(params, memory)`: what trains beside the student, and what it remembers."""
+        return {}, {}
 
     def __call__(
         self,
@@ -60,33 +73,23 @@ class Method(Protocol):
         That is `inputs.weights` for a method on logits, and `inputs.mask` for one on features.
         `key` is random, of this step and term.
         """
-
-
-def options_of(function: Callable, arrays: int) -> dict[str, inspect.Parameter]:
-    """Returns the parameters of a loss that a config may set: all but arrays, mask, reduction."""
-    parameters = list(inspect.signature(function, eval_str=True).parameters.items())[arrays:]
-    return {k: v for k, v in parameters if k not in ("mask", "reduction", "token_mask")}
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnLogits:
+class OnLogits(Method):
     """Student's and teacher's logits, and with `extra` what the batch holds under those names."""
 
-    loss: Callable
     extra: tuple[str, ...] = ()
     needs_logits: bool = True  # of the teacher; False: `extra` has all that is known of it
-    layers: int = 0
-    adapter: str = ""
+
+    @property
+    def arrays(self) -> int:
+        return 1 + self.needs_logits + len(self.extra)
 
     @property
     def reads(self) -> tuple[str, ...]:
         return (*(("teacher_logits",) if self.needs_logits else ()), *self.extra)
-
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        return options_of(self.loss, 1 + self.needs_logits + len(self.extra))
-
-    def init(self, key, student, teacher, **context):
-        return {}, {}
 
     def __call__(self, params, memory, inputs, key, options):
         arrays = [*inputs.student, *(inputs.teacher if self.needs_logits else ())]
@@ -95,38 +98,23 @@ class OnLogits:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnOutputs:
+class OnOutputs(Method):
     """A loss of the task's own, on student's and teacher's outputs and the batch."""
 
-    task: Task
-    name: str  # a key of `task.distillation`
-    layers: int = 0
-    reads: tuple[str, ...] = ("teacher_logits",)
-    adapter: str = ""
-
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        return options_of(self.task.distillation[self.name], 3)
-
-    def init(self, key, student, teacher, **context):
-        return {}, {}
+    reads = ("teacher_logits",)
+    arrays = 3
 
     def __call__(self, params, memory, inputs, key, options):
-        loss = self.task.distillation[self.name]
-        values = loss(*inputs.student, *inputs.teacher, inputs.batch, **options)
+        values = self.loss(*inputs.student, *inputs.teacher, inputs.batch, **options)
         return inputs.weights * jnp.where(inputs.weights > 0, values, 0), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnFeatures:
+class OnFeatures(Method):
     """The features of one layer each, the student's by way of an adapter."""
 
-    loss: Callable
     adapter: str = "none"
     layers: int = 1
-    reads: tuple[str, ...] = ()
-
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        return options_of(self.loss, 2)
 
     def init(self, key, student, teacher, *, adapter, **context):
         params = adapters.KINDS[adapter](key, student[0], teacher[0])
@@ -135,7 +123,8 @@ class OnFeatures:
     def __call__(self, params, memory, inputs, key, options):
         (student,), (teacher,) = inputs.student, inputs.teacher
         student = adapters.adapt(params.get("adapter", {}), student, teacher.shape)
-        return self.loss(student, teacher, mask=inputs.mask, **options), memory
+        further = [params["raw_variance"]] if "raw_variance" in params else []
+        return self.loss(student, teacher, *further, mask=inputs.mask, **options), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,9 +132,7 @@ class Variational(OnFeatures):
     """A Gaussian around the adapted student, whose variance of each channel trains."""
 
     adapter: str = "fit"
-
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        return options_of(self.loss, 3)
+    arrays = 3
 
     def init(self, key, student, teacher, **context):
         params, memory = super().init(key, student, teacher, **context)
@@ -153,34 +140,27 @@ class Variational(OnFeatures):
         raw = jnp.full(teacher[0][-1], jnp.log(jnp.expm1(5.0)), jnp.float32)
         return {**params, "raw_variance": raw}, memory
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens(OnFeatures):
+    """Features of tokens, of which the batch may say which are padding."""
+
     def __call__(self, params, memory, inputs, key, options):
-        (student,), (teacher,) = inputs.student, inputs.teacher
-        mean = adapters.adapt(params.get("adapter", {}), student, teacher.shape)
-        values = self.loss(mean, teacher, params["raw_variance"], mask=inputs.mask, **options)
-        return values, memory
+        tokens = {"token_mask": inputs.batch.get("token_mask")}
+        return super().__call__(params, memory, inputs, key, {**options, **tokens})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Embedded:
+class Embedded(Method):
     """Both features, averaged over positions, through linear maps to one space that train."""
 
-    loss: Callable
     layers: int = 1
-    reads: tuple[str, ...] = ()
-    adapter: str = ""
-
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        return {**options_of(self.loss, 2), "dim": _option("dim", options.Count, 128)}
+    extra_options = {"dim": (Count, 128)}  # noqa: RUF012 (read only)
 
     def init(self, key, student, teacher, *, options, **context):
         keys, dim = jax.random.split(key), options.get("dim", 128)
-        heads = {
-            name: adapters.init_linear(k, (shape[-1],), (dim,))
-            for name, k, shape in zip(
-                ("student", "teacher"), keys, (*student, *teacher), strict=True
-            )
-        }
-        return heads, {}
+        shapes = zip(("student", "teacher"), keys, (*student, *teacher), strict=True)
+        return {name: adapters.init_linear(k, (s[-1],), (dim,)) for name, k, s in shapes}, {}
 
     def embed(self, params, inputs):
         pairs = (("student", inputs.student[0]), ("teacher", inputs.teacher[0]))
@@ -198,64 +178,33 @@ class Embedded:
 class Contrastive(Embedded):
     """Against negatives drawn from a memory of every example's embeddings."""
 
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        parameters = options_of(self.loss, 5)
-        return {
-            **parameters,
-            "dim": _option("dim", options.Count, 128),
-            "negatives": _option("negatives", options.Count, 1024),
-        }
+    arrays = 5
+    extra_options = {"dim": (Count, 128), "negatives": (Count, 1024)}  # noqa: RUF012
 
     def init(self, key, student, teacher, *, options, num_examples, **context):
         heads, _ = super().init(key, student, teacher, options=options)
-        memory = features.init_memory(
-            jax.random.fold_in(key, 1), num_examples, options.get("dim", 128)
-        )
-        return heads, memory
+        key = jax.random.fold_in(key, 1)
+        return heads, contrast.init_memory(key, num_examples, options.get("dim", 128))
 
     def __call__(self, params, memory, inputs, key, options):
         options = {k: v for k, v in options.items() if k != "dim"}
-        ids = inputs.batch["id"]
-        num_examples = memory.student_bank.shape[0]
-        count = options.pop("negatives", 1024)
-        negatives = features.draw_negatives(key, ids, num_examples, count)
-        return self.loss(
-            *self.embed(params, inputs), memory, ids, negatives, mask=inputs.mask, **options
-        )
+        ids, count = inputs.batch["id"], options.pop("negatives", 1024)
+        negatives = contrast.draw_negatives(key, ids, len(memory.student_bank), count)
+        embeddings = self.embed(params, inputs)
+        return self.loss(*embeddings, memory, ids, negatives, mask=inputs.mask, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Relation:
+class Relation(Method):
     """Two projections of an attention layer, [batch, tokens, heads, width] as Flax has them."""
 
-    loss: Callable
     layers: int = 2
-    reads: tuple[str, ...] = ()
-    adapter: str = ""
-
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        return options_of(self.loss, 4)
-
-    def init(self, key, student, teacher, **context):
-        return {}, {}
+    arrays = 4
 
     def __call__(self, params, memory, inputs, key, options):
         arrays = [jnp.swapaxes(x, 1, 2) for x in (*inputs.student, *inputs.teacher)]
         tokens = inputs.batch.get("token_mask")
         return self.loss(*arrays, token_mask=tokens, mask=inputs.mask, **options), memory
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokens(OnFeatures):
-    """Features of tokens, of which the batch may say which are padding."""
-
-    def __call__(self, params, memory, inputs, key, options):
-        tokens = {"token_mask": inputs.batch.get("token_mask")}
-        return super().__call__(params, memory, inputs, key, {**options, **tokens})
-
-
-def _option(name: str, kind: type, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
 METHODS: dict[str, Method] = {
@@ -281,8 +230,8 @@ METHODS: dict[str, Method] = {
     "relational_angle": OnFeatures(loss=features.relational_angle),
     "variational_information": Variational(loss=features.variational_information),
     "quantized_feature": OnFeatures(loss=features.quantized_feature, adapter="fit"),
-    "contrastive": Contrastive(loss=features.contrastive),
-    "info_nce": Embedded(loss=features.info_nce),
+    "contrastive": Contrastive(loss=contrast.contrastive),
+    "info_nce": Embedded(loss=contrast.info_nce),
     "attention_relation": Relation(loss=features.attention_relation),
     "hidden_states": Tokens(loss=features.hidden_states, adapter="fit"),
 }
@@ -295,4 +244,4 @@ def list_methods(task: Task) -> dict[str, Method]:
     of the task's own.
     """
     shared = {name: m for name, m in METHODS.items() if m.layers or task.categorical}
-    return shared | {name: OnOutputs(task=task, name=name) for name in task.distillation}
+    return shared | {name: OnOutputs(loss=loss) for name, loss in task.distillation.items()}

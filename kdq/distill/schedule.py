@@ -32,10 +32,6 @@ def _steps(progress: Array, at: Array, values: Array) -> Array:
     return jnp.asarray(values)[jnp.maximum(phase, 0)]
 
 
-def _linear(progress: Array, at: Array, values: Array) -> Array:
-    return jnp.interp(progress, at, values)
-
-
 def _cosine(progress: Array, at: Array, values: Array) -> Array:
     done = jnp.interp(progress, at, jnp.arange(len(at), dtype=jnp.float32))
     return jnp.interp(
@@ -43,7 +39,7 @@ def _cosine(progress: Array, at: Array, values: Array) -> Array:
     )
 
 
-BETWEEN = {"steps": _steps, "linear": _linear, "cosine": _cosine}
+BETWEEN = {"steps": _steps, "linear": jnp.interp, "cosine": _cosine}
 
 
 def constant(value: float) -> Schedule:
@@ -62,7 +58,7 @@ def cosine(start: float, end: float, since: float = 0.0, until: float = 1.0) -> 
 
 def warmup(value: float, until: float) -> Schedule:
     """From 0 to `value` in a straight line, then `value` (as DKD wants it, arXiv:2203.08679)."""
-    return _schedule("linear", [0.0, until], [0.0, value])
+    return linear(0.0, value, until=until)
 
 
 def phases(values: tuple[float, ...], starts: tuple[float, ...]) -> Schedule:
@@ -90,13 +86,8 @@ KINDS = {f.__name__: f for f in (constant, linear, cosine, warmup, phases)}
 def build(config: float | Mapping[str, Any], where: str, limits: Limits = NO_LIMITS) -> Schedule:
     """A schedule from a config value: a number, or `{"kind": "linear", "start": 0, "end": 1}`.
 
-    Args:
-      config: the number, or one of the functions of this module by its name, with its arguments.
-      where: the config key, for the error.
-      limits: of each value.
-
-    Raises:
-      ConfigError: an unknown kind or argument, a missing one, or values that are out of range.
+    A kind is a function of this module. Raises ConfigError, which names the key `where`, for an
+    unknown kind or argument, a missing one, or values that are out of range.
     """
     if not isinstance(config, Mapping):
         config = {"kind": "constant", "value": config}

@@ -13,9 +13,8 @@ from numpy.typing import ArrayLike
 from scipy.special import log_softmax
 
 from kdq.data.transforms import random_uniform
-from kdq.distill.losses import check_classes, square
-from kdq.distill.options import Temperature
-from kdq.distill.reduction import hide, reduce
+from kdq.distill.losses import square
+from kdq.distill.reduction import Temperature, check_classes, hide, reduce
 from kdq.entropy import times_log
 from kdq.types import Array
 
@@ -25,18 +24,10 @@ _SAMPLING = 2**32  # purpose in the random key; those of kdq.data are small, so 
 def top_k_targets(logits: Array, k: int, temperature: Temperature) -> tuple[Array, Array]:
     """The k most probable classes of softmax(logits / T) and their log-probabilities.
 
-    Args:
-      logits: [n..., classes] of the teacher, any float dtype; the arithmetic is float32.
-      k: classes kept, 1 to classes.
-      temperature: T > 0; stored targets fit this one alone.
-
-    Returns:
-      Indices int32 [n..., k], the most probable first, and log p float32 [n..., k], normalized over
-      all classes: what they lack is the mass of the tail. A class with the logit −inf has log p =
-      −inf, and is only among them if there are fewer than k others.
-
-    Raises:
-      ValueError: k out of range, fewer than two classes.
+    Logits are [n..., classes], k is 1 to classes (else ValueError). Returns indices int32
+    [n..., k], the most probable first, and log p float32 [n..., k], normalized over all classes:
+    what they lack is the mass of the tail. They fit this temperature alone. A class with the logit
+    −inf has log p = −inf, and is only among them if there are fewer than k others.
     """
     check_classes(logits)
     classes = logits.shape[-1]
@@ -69,20 +60,10 @@ def top_k_kl(
     p'_c = p_c / Σ_S p. This one is biased: its optimum is q = p', which has no tail at all, and at
     q = p its gradient is T (p - p'), not 0. It is here to show that (arXiv:2503.16870).
 
-    Args:
-      student_logits: [batch..., classes], any float dtype; the arithmetic is float32.
-      indices: [batch..., k] int, no class twice.
-      log_probs: [batch..., k], the teacher's log p at the same temperature; no gradient.
-      temperature: T > 0, the one of `top_k_targets`.
-      tail: whether the other classes count, as one.
-      mask: [batch...] of 0 and 1, or None.
-      reduction: "none", "mean" or "sum" over the batch; see `reduce`.
-
-    Returns:
-      [batch...] or a scalar, float32, at least 0 up to rounding.
-
-    Raises:
-      ValueError: shapes that do not fit, an unknown reduction.
+    Logits are [batch..., classes], the arithmetic float32; `indices` [batch..., k] int, no class
+    twice, and the teacher's `log_probs`, which get no gradient, are those of `top_k_targets` at the
+    same temperature. `mask` [batch...] and `reduction` are as in `reduce`: the result is [batch...]
+    or a scalar, at least 0 up to rounding. ValueError for shapes that do not fit.
     """
     _check_shapes(student_logits, indices, log_probs, "log_probs")
     scaled = hide(student_logits, mask).astype(jnp.float32) / temperature
@@ -128,9 +109,6 @@ def sample_targets(
 
     Returns:
       Indices int32 [n, N] and weights float32 [n, N].
-
-    Raises:
-      ValueError: an argument out of range, or counters for another number of examples.
     """
     logits, counters = np.asarray(logits, np.float64), np.asarray(counters)
     if samples < 1 or temperature <= 0 or proposal_temperature < 0 or seed < 0:
@@ -171,19 +149,9 @@ def sampled_kl(
     draws is T² KL(p ‖ q) + T² H(p), and its gradient's mean T (q - p), that of `losses.kl`: the two
     differ in value by the teacher's entropy, which the student cannot change. (arXiv:2503.16870.)
 
-    Args:
-      student_logits: [batch..., classes], any float dtype; the arithmetic is float32.
-      indices: [batch..., samples] int; a class that occurs twice counts twice.
-      weights: [batch..., samples], of `sample_targets` at the same temperature; no gradient.
-      temperature: T > 0.
-      mask: [batch...] of 0 and 1, or None.
-      reduction: "none", "mean" or "sum" over the batch; see `reduce`.
-
-    Returns:
-      [batch...] or a scalar, float32.
-
-    Raises:
-      ValueError: shapes that do not fit, an unknown reduction.
+    `indices` are [batch..., samples] int, where a class that occurs twice counts twice, and
+    `weights`, which get no gradient, of `sample_targets` at the same temperature; the rest is as in
+    `top_k_kl`.
     """
     _check_shapes(student_logits, indices, weights, "weights")
     scaled = hide(student_logits, mask).astype(jnp.float32) / temperature
@@ -200,17 +168,14 @@ def _tail_term(scaled: Array, indices: Array, log_mass: Array) -> Array:
     # The logsumexp of nothing has no gradient.
     log_others = jax.nn.logsumexp(jnp.where(possible[..., None], others, 0), axis=-1)
     log_q = jnp.where(possible, log_others - jax.nn.logsumexp(scaled, axis=-1), -jnp.inf)
-    log_p = _log1mexp(jnp.minimum(log_mass, 0.0))  # rounding can leave a mass above 1
+    # log(1 - exp(x)), without cancellation at either end; rounding can leave a mass above 1.
+    x = jnp.minimum(log_mass, 0.0)
+    log_p = jnp.where(x > -jnp.log(2.0), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
     p = jnp.exp(log_p)
     # Or one below: where the student rules out the whole tail, so much is none.
     rounding = indices.shape[-1] * jnp.finfo(jnp.float32).eps
     p = jnp.where(~possible & (p < rounding), 0, p)
     return times_log(p, log_p) - times_log(p, log_q)
-
-
-def _log1mexp(x: Array) -> Array:
-    """log(1 - exp(x)) for x ≤ 0, without cancellation at either end."""
-    return jnp.where(x > -jnp.log(2.0), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
 def _check_shapes(student_logits: Array, indices: Array, values: Array, name: str) -> None:

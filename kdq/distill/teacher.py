@@ -5,7 +5,7 @@ network's weights, are data that no step changes. What steps do change is its `T
 """
 
 from collections.abc import Collection
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kdq.distill import capture
-from kdq.distill.capture import Outputs
-from kdq.distill.streams import with_streams
+from kdq.distill.capture import Outputs, with_streams
 from kdq.quantize.network import Network, Weights
 from kdq.types import Array, Batch, Variables
 
@@ -32,11 +31,15 @@ class TeacherState(flax.struct.PyTreeNode):
         return {"params": self.params, **self.model_state}
 
 
-class Teacher(Protocol):
-    """The contract of a teacher: a pytree with these three methods, called within `jit`."""
+class Teacher(flax.struct.PyTreeNode):
+    """The contract of a teacher, called within `jit`.
+
+    By itself it has no state and says nothing: the student learns from labels alone.
+    """
 
     def init(self, params: Any, model_state: Any) -> TeacherState:
         """Returns the state before the first step of a student with these arrays."""
+        return TeacherState()
 
     def ask(
         self,
@@ -48,39 +51,19 @@ class Teacher(Protocol):
     ) -> tuple[Outputs | None, TeacherState]:
         """Returns its outputs for a batch, with the features of `layers`, and its state after it.
 
-        Args:
-          state: its own.
-          batch: training batch; a cache's outputs are part of it.
-          inputs: the arguments of the network, of the same examples.
-          layers: module paths.
-          key: random, of this step.
+        A cache's outputs are part of the batch; `inputs` are the arguments of a network.
         """
+        return None, state
 
     def update(self, state: TeacherState, params: Any, model_state: Any) -> TeacherState:
         """Returns the state after a step that ended with these arrays of the student."""
-
-
-class Frozen(flax.struct.PyTreeNode):
-    """A teacher without a state, but for `ask`."""
-
-    def init(self, params: Any, model_state: Any) -> TeacherState:
-        return TeacherState()
-
-    def update(self, state: TeacherState, params: Any, model_state: Any) -> TeacherState:
         return state
 
 
-class NoTeacher(Frozen):
-    """The place of a teacher where a student learns from labels alone."""
-
-    def ask(self, state, batch, inputs=(), layers=(), key=None):
-        return None, state
+NO_TEACHER = Teacher()
 
 
-NO_TEACHER = NoTeacher()
-
-
-class Model(Frozen):
+class Model(Teacher):
     """One network that does not change: a trained one, or one loaded from a packed file."""
 
     network: Network | nn.Module = flax.struct.field(pytree_node=False)
@@ -90,38 +73,32 @@ class Model(Frozen):
         return _evaluate(self.network, self.weights, inputs, layers), state
 
 
-class Ensemble(Frozen):
+class Ensemble(Teacher):
     """The weighted average of several networks' probabilities or logits."""
 
     networks: tuple[Network | nn.Module, ...] = flax.struct.field(pytree_node=False)
     members: tuple[Weights, ...]  # of `networks`
     shares: Array  # [members], in any unit
-    average: str = flax.struct.field(pytree_node=False)  # a key of AVERAGES
+    average: str = flax.struct.field(pytree_node=False)  # "logit", or "probability"
 
     def ask(self, state, batch, inputs=(), layers=(), key=None):
         _refuse_layers("an ensemble has no layers of its own", layers)
-        logits = [
-            _evaluate(network, weights, inputs).logits.astype(jnp.float32)
-            for network, weights in zip(self.networks, self.members, strict=True)
-        ]
+        logits = jnp.stack(
+            [
+                _evaluate(network, weights, inputs).logits.astype(jnp.float32)
+                for network, weights in zip(self.networks, self.members, strict=True)
+            ]
+        )
         shares = self.shares / jnp.sum(self.shares)
-        return Outputs(logits=AVERAGES[self.average](jnp.stack(logits), shares)), state
+        if self.average == "logit":
+            return Outputs(logits=jnp.tensordot(shares, logits, 1)), state
+        # The logarithm of the mean probability is a logit of it.
+        shares = shares.reshape(shares.shape + (1,) * (logits.ndim - 1))
+        mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0, b=shares)
+        return Outputs(logits=mean), state
 
 
-def _mean_logits(logits: Array, shares: Array) -> Array:
-    return jnp.tensordot(shares, logits, 1)
-
-
-def _mean_probability(logits: Array, shares: Array) -> Array:
-    """Returns the logarithm of the mean probability, which is a logit of it."""
-    shares = shares.reshape(shares.shape + (1,) * (logits.ndim - 1))
-    return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0, b=shares)
-
-
-AVERAGES = {"logit": _mean_logits, "probability": _mean_probability}
-
-
-class Stored(Frozen):
+class Stored(Teacher):
     """Logits computed before, which the batch carries: "teacher_logits", or sparse targets."""
 
     def ask(self, state, batch, inputs=(), layers=(), key=None):
@@ -129,7 +106,7 @@ class Stored(Frozen):
         return Outputs(logits=batch.get("teacher_logits")), state
 
 
-class MovingAverage(flax.struct.PyTreeNode):
+class MovingAverage(Teacher):
     """The exponential moving average of the student's own weights (arXiv:1703.01780).
 
     After each step it is `decay` of what it was, plus the rest of what the student's weights are.
@@ -152,7 +129,7 @@ class MovingAverage(flax.struct.PyTreeNode):
         return state.replace(params=average, model_state=model_state)
 
 
-class Peer(Frozen):
+class Peer(Teacher):
     """A network that is trained at once and learns from the student as the student does from it.
 
     (Deep mutual learning, arXiv:1706.00384.) It runs in training mode.

@@ -52,16 +52,12 @@ class Term(flax.struct.PyTreeNode):
     ) -> tuple[Any, Any]:
         """Returns `(params, memory)`: what trains with the student, what the method remembers.
 
-        Args:
-          key: random.
-          student: what `capture.list_outputs` found in the student.
-          teacher: the same of the teacher.
-          num_examples: of the training split; ids are below it.
-
-        Raises:
-          ConfigError: a layer that is not there, or shapes that do not fit; lists the valid ones.
+        `student` and `teacher` are of `capture.list_outputs`, `num_examples` of the training split,
+        whose ids are below it. Raises ConfigError, with what is valid, for a layer that is not
+        there or shapes that do not fit.
         """
         where = f"term {self.name!r} ({self.loss})"
+        shapes = []
         for role, paths, valid in (
             ("student", self.student, student),
             ("teacher", self.teacher, teacher),
@@ -69,11 +65,12 @@ class Term(flax.struct.PyTreeNode):
             for path in paths:
                 if path not in valid:
                     raise ConfigError(unknown(f"{where}: layer of the {role}:", path, valid))
+            whole = [valid[path].shape for path in paths]
+            shapes.append(tuple((s[0], s[-1]) if self.pool else s for s in whole))
         try:
             return self.method.init(
                 key,
-                tuple(self._shape(student[path].shape) for path in self.student),
-                tuple(self._shape(teacher[path].shape) for path in self.teacher),
+                *shapes,
                 num_examples=num_examples,
                 adapter=self.adapter,
                 options=dict(self.fixed),
@@ -84,23 +81,21 @@ class Term(flax.struct.PyTreeNode):
             ) from error
 
     def count(self, batch: Batch, weights: Array) -> Array:
-        """Returns the number of values that count: predictions on logits, examples on features.
-
-        Args:
-          batch: has "mask" [batch] where some examples do not count.
-          weights: of the predictions, see `Task.weights`.
-        """
+        """Returns the number of values that count: predictions on logits, examples on features."""
         if not self.method.layers:
             return jnp.sum(weights)
         return jnp.sum(batch["mask"]) if "mask" in batch else jnp.float32(len(weights))
 
     def look(self, student: Outputs, teacher: Outputs, batch: Batch, weights: Array) -> LossInputs:
         """Returns what the method compares of a batch, with no gradient to the teacher."""
-        see = lambda outputs, paths: (
-            tuple(self._feature(outputs.features[path]) for path in paths)
-            if paths
-            else (outputs.logits,)
-        )
+
+        def see(outputs: Outputs, paths: tuple[str, ...]) -> tuple[Array, ...]:
+            if not paths:
+                return (outputs.logits,)
+            features = [outputs.features[path] for path in paths]
+            mean = lambda x: x.mean(tuple(range(1, x.ndim - 1))) if self.pool else x
+            return tuple(map(mean, features))
+
         return LossInputs(
             student=see(student, self.student),
             teacher=jax.lax.stop_gradient(see(teacher, self.teacher)),
@@ -122,13 +117,6 @@ class Term(flax.struct.PyTreeNode):
             )
         return values, memory
 
-    def _feature(self, feature: Array) -> Array:
-        """Returns a feature as the loss sees it: [batch, channels] if pooled."""
-        return feature.mean(tuple(range(1, feature.ndim - 1))) if self.pool else feature
-
-    def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (shape[0], shape[-1]) if self.pool else shape
-
 
 def build(name: str, config: Mapping[str, Any], where: str, task: Task = CLASSIFICATION) -> Term:
     """Builds a term from its entry in a config.
@@ -136,9 +124,7 @@ def build(name: str, config: Mapping[str, Any], where: str, task: Task = CLASSIF
     The entry has "loss", a key of `list_methods(task)`; "weight", a number or a schedule
     (`schedule.build`); for the losses on features "student" and "teacher", layer paths, "adapter",
     and "pool" (false: maps and tokens are compared as they are); and what else the loss takes.
-
-    Raises:
-      ConfigError: an unknown loss or option, a missing one, a value of the wrong type.
+    Raises ConfigError for an unknown loss or option, a missing one, a value of the wrong type.
     """
     fields = dict(config)
     loss = fields.pop("loss", None)
@@ -148,10 +134,15 @@ def build(name: str, config: Mapping[str, Any], where: str, task: Task = CLASSIF
         raise ConfigError(unknown(f"{where}.loss{of_task}:", loss, methods))
     method = methods[loss]
     weight = schedule.build(fields.pop("weight", 1.0), f"{where}.weight", _WEIGHT)
-    layers = {
-        role: _paths(fields.pop(role, ()), method.layers, f"{where}.{role}", loss)
-        for role in ("student", "teacher")
-    }
+    layers = {}
+    for role in ("student", "teacher"):
+        value = fields.pop(role, ())
+        layers[role] = paths = (value,) if isinstance(value, str) else tuple(value)
+        if len(paths) != method.layers or not all(isinstance(path, str) for path in paths):
+            raise ConfigError(
+                f"{where}.{role}={value!r}: {loss} looks at {method.layers} layers; "
+                "want that many paths"
+            )
     adapter = fields.pop("adapter", method.adapter)
     if adapter != method.adapter and (not method.adapter or adapter not in adapters.KINDS):
         valid = adapters.KINDS if method.adapter else ()
@@ -165,22 +156,12 @@ def build(name: str, config: Mapping[str, Any], where: str, task: Task = CLASSIF
         options=options,
         name=name,
         loss=loss,
-        student=layers["student"],
-        teacher=layers["teacher"],
+        **layers,
         adapter=adapter,
         pool=pool,
         fixed=fixed,
         task=task,
     )
-
-
-def _paths(value: Any, count: int, where: str, loss: str) -> tuple[str, ...]:
-    paths = (value,) if isinstance(value, str) else tuple(value)
-    if len(paths) != count or not all(isinstance(path, str) for path in paths):
-        raise ConfigError(
-            f"{where}={value!r}: {loss} looks at {count} layers; want that many paths"
-        )
-    return paths
 
 
 def _options(

@@ -1,4 +1,9 @@
-"""Attributions of a model's inputs, and how alike those of a student and its teacher are."""
+"""Attributions of a model's inputs, and how alike those of a student and its teacher are.
+
+A model is a function `fn` from images [batch, ...] float, in its units, to logits [batch, classes];
+attributions have the shape of the images and the unit of the logits. ValueError for other shapes,
+images that are no floats, and (outside jit) a class that is none.
+"""
 
 import functools
 import math
@@ -13,28 +18,16 @@ from numpy.typing import ArrayLike
 from kdq.evaluate import metrics
 from kdq.types import Array
 
-# Images [batch, ...] float -> logits [batch, classes]; pure, each example independent of the rest.
-# If it is a pytree too (`jax.tree_util.Partial` of a module's function, a flax struct that can be
-# called), its leaves are data: one program serves all that differ in them only, see `bind`.
+# Pure, each example independent of the rest. If it is a pytree too (`jax.tree_util.Partial` of a
+# module's function, a flax struct that can be called), its leaves are data: one program serves all
+# that differ in them only, see `bind`.
 LogitsFn = Callable[[Array], Array]
 # (fn, images [batch, ...], classes [batch]) -> attributions, of the shape of the images.
 Method = Callable[[LogitsFn, Array, Array], Array]
 
 
 def gradient_times_input(fn: LogitsFn, images: Array, classes: Array) -> Array:
-    """x ∂z_c(x)/∂x of the logit z_c of a class (arXiv:1605.01713, section 2).
-
-    Args:
-      fn: images -> logits [batch, classes].
-      images: [batch, ...] float, in the units that `fn` takes.
-      classes: [batch] int, the class explained.
-
-    Returns:
-      [batch, ...] in the logits' units.
-
-    Raises:
-      ValueError: other shapes, images that are no floats, or (outside jit) a class that is none.
-    """
+    """x ∂z_c(x)/∂x of the logit z_c of the class explained (arXiv:1605.01713, section 2)."""
     images, classes = _check(fn, images, classes)
     return images * _gradient(fn, images, classes)
 
@@ -48,24 +41,11 @@ def integrated_gradients(
 ) -> Array:
     """(x − b) times the mean of ∂z_c/∂x over the straight path from b to x (arXiv:1703.01365).
 
-    By the midpoint rule, at b + (k + ½)/steps (x − b). An example's attributions sum to
-    z_c(x) − z_c(b), up to the error of that rule; not so of a fake-quantized model, whose gradient
-    is the straight-through one of no path.
-
-    Args:
-      fn: images -> logits [batch, classes].
-      images: [batch, ...] float, in the units that `fn` takes.
-      classes: [batch] int, the class explained.
-      baseline: b, broadcast to the images, in their units: 0 is the mean image if they are
-        standardized.
-      steps: points on the path, each one gradient of the batch, one after the other.
-
-    Returns:
-      [batch, ...] in the logits' units.
-
-    Raises:
-      ValueError: other shapes, images that are no floats, fewer than one step, or (outside jit)
-        a class that is none.
+    By the midpoint rule, at b + (k + ½)/steps (x − b), one gradient of the batch after the other.
+    An example's attributions sum to z_c(x) − z_c(b), up to the error of that rule; not so of a
+    fake-quantized model, whose gradient is the straight-through one of no path. The baseline b is
+    broadcast to the images: 0 is the mean image if they are standardized. ValueError for fewer
+    steps than one.
     """
     images, classes = _check(fn, images, classes)
     if steps < 1:
@@ -89,16 +69,9 @@ def integrated_gradients(
 def similarity(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and Spearman's rank correlation of two attributions of each example, on the host.
 
-    Args:
-      a: [batch, ...] float.
-      b: the same shape.
-
-    Returns:
-      (cosine, rank correlation), each [batch] float64 in [−1, 1]. nan where either is undefined:
-      the cosine if a map is all zero, the correlation if one is constant, both if one has a NaN.
-
-    Raises:
-      ValueError: different shapes, or nothing but a batch axis.
+    Of a and b [batch, ...], each result is [batch] float64 in [−1, 1]. nan where either is
+    undefined: the cosine if a map is all zero, the correlation if one is constant, both if one has
+    a NaN. ValueError for different shapes, or nothing but a batch axis.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim < 2:
@@ -109,21 +82,22 @@ def similarity(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     # Takes most of a second to import, which --help should not wait for.
     from scipy.stats import rankdata  # noqa: PLC0415
 
+    def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        return np.sum(a * b, axis=1) / np.where(scale > 0, scale, np.nan)
+
     ranks = (rankdata(v, axis=1) for v in (a, b))
-    return _cosine(a, b), _cosine(*(r - r.mean(1, keepdims=True) for r in ranks))
+    return cosine(a, b), cosine(*(r - r.mean(1, keepdims=True) for r in ranks))
 
 
 class Explanation:
     """Attributions of a teacher's predictions, to compare any number of students with.
 
     Args:
-      teacher_fn: images -> logits; jitted here.
-      images: [n, ...] float, in the units that it takes.
+      teacher_fn: jitted here.
+      images: [n, ...] float, at least one.
       method: `gradient_times_input`, `integrated_gradients`, or a partial of it.
       batch_size: images a call; one shape compiles.
-
-    Raises:
-      ValueError: no image, or images that are no floats.
     """
 
     def __init__(
@@ -134,26 +108,20 @@ class Explanation:
         batch_size: int = 128,
     ) -> None:
         self._images, self._method, self._batch_size = np.asarray(images), method, batch_size
-        explain = bind(_explain_predictions, teacher_fn, method=method)
+        explain = bind(_explain, teacher_fn, method=method)
         self.logits, self.attributions = metrics.in_batches(
             explain, self._images, batch_size=batch_size
         )
 
     def similarity(self, student_fn: LogitsFn) -> dict[str, float]:
-        """Compares where a student and the teacher look, for the class the teacher predicts.
+        """Compares where a student (jitted here) and the teacher look, for the teacher's class.
 
-        Args:
-          student_fn: images -> logits of as many classes; jitted here.
-
-        Returns:
-          "cosine" and "rank_correlation", the means of `similarity` over the examples where both
-          are defined, and "undefined", the fraction of examples where they are not.
-
-        Raises:
-          ValueError: a student of other classes.
+        Returns "cosine" and "rank_correlation", the means of `similarity` over the examples where
+        both are defined, and "undefined", the fraction of examples where they are not. ValueError
+        for a student of other classes.
         """
         explain = bind(_explain, student_fn, method=self._method)
-        attributions = metrics.in_batches(
+        _, attributions = metrics.in_batches(
             explain, self._images, self.logits, batch_size=self._batch_size
         )
         cosine, correlation = similarity(attributions, self.attributions)
@@ -182,26 +150,23 @@ def bind(run: Callable[..., Any], fn: LogitsFn, **static: Any) -> Callable[..., 
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _explain_predictions(fn: LogitsFn, images: Array, method: Method) -> tuple[Array, Array]:
+def _explain(
+    fn: LogitsFn, images: Array, teacher_logits: Array | None = None, *, method: Method
+) -> tuple[Array, Array]:
+    """Returns logits and the attributions of the predicted class, or of a teacher's."""
     logits = fn(images)
-    return logits, method(fn, images, jnp.argmax(logits, axis=-1))
-
-
-@functools.partial(jax.jit, static_argnames="method")
-def _explain(fn: LogitsFn, images: Array, teacher_logits: Array, method: Method) -> Array:
-    shapes = [jax.eval_shape(fn, images).shape, teacher_logits.shape]
-    if shapes[0] != shapes[1]:
+    explained = logits if teacher_logits is None else teacher_logits
+    if logits.shape != explained.shape:
+        shapes = [logits.shape, explained.shape]
         raise ValueError(f"Explanation: logits of student and teacher have shapes {shapes}")
-    return method(fn, images, jnp.argmax(teacher_logits, axis=-1))
+    return logits, method(fn, images, jnp.argmax(explained, axis=-1))
 
 
 def _gradient(fn: LogitsFn, images: Array, classes: Array) -> Array:
     """[batch, ...]: each example's gradient; their sum has them all, as none affects another."""
-
-    def explained(images: Array) -> Array:
-        return jnp.sum(jnp.take_along_axis(fn(images), classes[:, None], axis=-1))
-
-    return jax.grad(explained)(images)
+    return jax.grad(lambda x: jnp.sum(jnp.take_along_axis(fn(x), classes[:, None], axis=-1)))(
+        images
+    )
 
 
 def _check(fn: LogitsFn, images: Array, classes: Array) -> tuple[Array, Array]:
@@ -218,8 +183,3 @@ def _check(fn: LogitsFn, images: Array, classes: Array) -> tuple[Array, Array]:
     if not isinstance(classes, jax.core.Tracer):
         metrics.class_labels(logits, classes)
     return images, classes
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.sum(a * b, axis=1) / np.where(scale > 0, scale, np.nan)

@@ -1,4 +1,9 @@
-"""Points near a teacher's decision boundary, and whether a student agrees there."""
+"""Points near a teacher's decision boundary, and whether a student agrees there.
+
+Models are functions from images [n, ...] float, in their units, to logits of at least 2 classes,
+jitted here; `batch_size` images a call, so that one shape compiles. ValueError for no image, images
+that are no floats, and a teacher of one class or that predicts a NaN.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,16 +21,8 @@ from kdq.types import Array
 def draw_pairs(classes: ArrayLike, pairs: int, seed: int = 0) -> np.ndarray:
     """Pairs of examples of different classes, each possible one equally likely.
 
-    Args:
-      classes: [n] int.
-      pairs: how many are drawn, with replacement.
-      seed: of NumPy's default generator; the same seed draws the same pairs.
-
-    Returns:
-      [pairs, 2] int, indices of examples; (i, j) and (j, i) are two pairs.
-
-    Raises:
-      ValueError: classes of another shape, all the same, or fewer than one pair.
+    Of classes [n] int, drawn with replacement: [pairs, 2] int, indices of examples; (i, j) and
+    (j, i) are two pairs. ValueError for classes of another shape, all the same, or no pair.
     """
     classes = np.asarray(classes)
     if classes.ndim != 1 or pairs < 1:
@@ -54,8 +51,7 @@ class Probes:
     def agreement(self, student_fn: LogitsFn) -> float:
         """Fraction in [0, 1] of the points where a student predicts what the teacher predicts.
 
-        Raises:
-          ValueError: a student of other classes than the teacher's.
+        ValueError for a student of other classes than the teacher's.
         """
         student = bind(_logits_like, student_fn)
         logits = metrics.in_batches(
@@ -69,19 +65,9 @@ class Probes:
 
 
 def probe_images(teacher_fn: LogitsFn, images: ArrayLike, batch_size: int = 256) -> Probes:
-    """The images themselves as points.
-
-    Args:
-      teacher_fn: images -> logits of at least 2 classes; jitted here.
-      images: [n, ...] float, in the units that it takes.
-      batch_size: images a call; one shape compiles.
-
-    Raises:
-      ValueError: no image, images that are no floats, or a teacher of one class or that predicts a
-        NaN.
-    """
+    """The images themselves as points."""
     images = _floats(images)
-    return _probes(bind(_logits, teacher_fn), images.__getitem__, len(images), batch_size)
+    return _probes(bind(_logits_like, teacher_fn), images.__getitem__, len(images), batch_size)
 
 
 def probe_paths(
@@ -94,27 +80,17 @@ def probe_paths(
 ) -> Probes:
     """Returns points on straight paths between images that the teacher gives different classes.
 
-    The points of a path are x + k/(points + 1) (x' − x) for k = 1 … points: without the ends,
-    and across at least one boundary of the teacher. The pairs are those of `draw_pairs`.
-
-    Args:
-      teacher_fn: images -> logits of at least 2 classes; jitted here.
-      images: [n, ...] float, in the units that it takes.
-      pairs: paths.
-      seed: of the pairs.
-      points: interior points a path.
-      batch_size: images a call; one shape compiles.
-
-    Raises:
-      ValueError: no image, images that are no floats, a teacher that predicts one class only or a
-        NaN, or no pair or point.
+    The `points` of each of `pairs` paths are x + k/(points + 1) (x' − x) for k = 1 … points:
+    without the ends, and across at least one boundary of the teacher. The pairs are those of
+    `draw_pairs`, of `seed`. ValueError also for a teacher that predicts one class only, and for no
+    pair or point.
     """
     images = _floats(images)
     if points < 1:
         raise ValueError(f"probe_paths: points must be at least 1, given {points}")
     # No batch of either pass is smaller, so one shape compiles.
     batch_size = min(batch_size, len(images), max(pairs, 1) * points)
-    teacher = bind(_logits, teacher_fn)
+    teacher = bind(_logits_like, teacher_fn)
     ends = _probes(teacher, images.__getitem__, len(images), batch_size)
     classes = ends.teacher_logits.argmax(-1)
     ends = np.repeat(draw_pairs(classes, pairs, seed), points, axis=0)
@@ -135,19 +111,8 @@ def adversarial_images(
     The step is x + ε sign(∂L/∂x), the fast gradient sign of arXiv:1412.6572, with L the
     cross-entropy of the model with its own prediction on x. It is not clipped to a range of pixels,
     which this function cannot know of standardized images. A pixel whose gradient is 0 or NaN
-    stays. Agreement there is to be compared with that on the images themselves, ε = 0.
-
-    Args:
-      fn: images -> logits of at least 2 classes; jitted here.
-      images: [n, ...] float, in the units that it takes.
-      epsilon: ε ≥ 0 in those units.
-      batch_size: images a call; one shape compiles.
-
-    Returns:
-      The shape of `images`.
-
-    Raises:
-      ValueError: no image, images that are no floats, or an epsilon that is negative or not finite.
+    stays. Agreement there is to be compared with that on the images themselves, ε = 0. ValueError
+    for an ε that is negative or not finite.
     """
     images = _floats(images)
     if not 0 <= epsilon < np.inf:
@@ -156,9 +121,8 @@ def adversarial_images(
     return metrics.in_batches(lambda batch: step(batch, epsilon), images, batch_size=batch_size)
 
 
-def _gradient_sign(fn: LogitsFn, images: Array) -> Array:
-    """[batch, ...] in {−1, 0, 1}: the sign of the gradient of the loss on fn's own prediction."""
-
+@jax.jit
+def _step(fn: LogitsFn, images: Array, epsilon: float) -> Array:
     def margin(images: Array) -> Array:
         """Σ of how far the other classes are ahead; each loss is its softplus.
 
@@ -171,34 +135,20 @@ def _gradient_sign(fn: LogitsFn, images: Array) -> Array:
         return jnp.sum(rest - jnp.sum(logits, axis=-1, where=predicted))
 
     sign = jnp.sign(jax.grad(margin)(images))
-    return jnp.where(jnp.isnan(sign), 0, sign)
+    return images + epsilon * jnp.where(jnp.isnan(sign), 0, sign)
 
 
 @jax.jit
-def _step(fn: LogitsFn, images: Array, epsilon: float) -> Array:
-    return images + epsilon * _gradient_sign(fn, images)
-
-
-@jax.jit
-def _logits(fn: LogitsFn, images: Array) -> Array:
+def _logits_like(fn: LogitsFn, images: Array, teacher_logits: Array | None = None) -> Array:
+    """A model's logits, of the shape of a teacher's if there are any."""
     logits = fn(images)
-    _check_classes(logits, logits)
-    return logits
-
-
-@jax.jit
-def _logits_like(fn: LogitsFn, images: Array, teacher_logits: Array) -> Array:
-    logits = fn(images)
-    _check_classes(logits, teacher_logits)
-    return logits
-
-
-def _check_classes(student: Array, teacher: Array) -> None:
-    if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2:
+    expected = logits.shape if teacher_logits is None else teacher_logits.shape
+    if logits.shape != expected or logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
             "student_fn and teacher_fn must return logits [batch, classes] of as many classes, "
-            f"at least 2, given {student.shape} and {teacher.shape}"
+            f"at least 2, given {logits.shape} and {expected}"
         )
+    return logits
 
 
 def _probes(

@@ -41,37 +41,16 @@ def layer_cka(
     from the n×n kernels, whichever is cheaper, in blocks. Orthogonal maps and isotropic scaling of
     either set change nothing, other linear maps do.
 
-    Args:
-      student_features: layer -> [n, ...] float.
-      teacher_features: layer -> [n, ...] float of the same n examples in the same order.
-      reduce: features of a layer -> [n, features]: `flatten` or `global_average`.
-
-    Returns:
-      (student's layer, teacher's layer) -> CKA, the student's layers outermost: in [0, 1] up to
-      rounding; nan if either set is constant over the examples or has a NaN.
-
-    Raises:
-      ValueError: different n, fewer than 2 examples, no axis of features, or no layers.
+    Features map each layer to [n, ...] float, of the same n ≥ 2 examples in the same order;
+    `reduce` makes them [n, features]: `flatten` or `global_average`. Returns
+    (student's layer, teacher's layer) -> CKA, the student's layers outermost: in [0, 1] up to
+    rounding; nan if either set is constant over the examples or has a NaN. ValueError for different
+    n, no axis of features, or no layers.
     """
     student, teacher = (
         {name: flatten(reduce(x)) for name, x in features.items()}
         for features in (student_features, teacher_features)
     )
-    _check_examples(student, teacher)
-    student, teacher = (
-        {name: _centre(x) for name, x in features.items()} for features in (student, teacher)
-    )
-    norms_s, norms_t = (
-        {name: _hsic(x, x) for name, x in features.items()} for features in (student, teacher)
-    )
-    return {
-        (s, t): _ratio(_hsic(student[s], teacher[t]), norms_s[s], norms_t[t])
-        for s, t in itertools.product(student, teacher)
-    }
-
-
-def _check_examples(student: Mapping[str, np.ndarray], teacher: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError unless all layers have one number of examples, of at least 2."""
     if not student or not teacher:
         raise ValueError(f"CKA needs layers of both, given {list(student)} and {list(teacher)}")
     counts = {f"student {name}": len(x) for name, x in student.items()}
@@ -81,11 +60,24 @@ def _check_examples(student: Mapping[str, np.ndarray], teacher: Mapping[str, np.
     if min(counts.values()) < 2:
         raise ValueError("CKA needs at least 2 examples")
 
+    def centre(x: np.ndarray) -> np.ndarray:
+        # About the first example a constant feature is exactly 0; its mean may be rounded.
+        x = x - x[0]
+        return x - x.mean(0)
 
-def _centre(x: np.ndarray) -> np.ndarray:
-    # About the first example a constant feature is exactly 0; its mean may be rounded.
-    x = x - x[0]
-    return x - x.mean(0)
+    student, teacher = (
+        {name: centre(x) for name, x in features.items()} for features in (student, teacher)
+    )
+    norms_s, norms_t = (
+        {name: np.sqrt(_hsic(x, x)) for name, x in features.items()}
+        for features in (student, teacher)
+    )
+    values = {}
+    for s, t in itertools.product(student, teacher):
+        scale = norms_s[s] * norms_t[t]
+        cross = _hsic(student[s], teacher[t])
+        values[s, t] = float("nan") if scale == 0 else float(cross / scale)
+    return values
 
 
 def _hsic(x: np.ndarray, y: np.ndarray) -> float:
@@ -95,8 +87,3 @@ def _hsic(x: np.ndarray, y: np.ndarray) -> float:
         return sum(np.sum((x[:, i : i + _BLOCK].T @ y) ** 2) for i in range(0, dx, _BLOCK))
     blocks = (slice(i, i + _BLOCK) for i in range(0, n, _BLOCK))
     return sum(np.sum((x[rows] @ x.T) * (y[rows] @ y.T)) for rows in blocks)
-
-
-def _ratio(cross: float, norm_x: float, norm_y: float) -> float:
-    scale = np.sqrt(norm_x) * np.sqrt(norm_y)
-    return float("nan") if scale == 0 else float(cross / scale)

@@ -25,19 +25,12 @@ class Reliability:
 def summarize(scores: Mapping[str, ArrayLike]) -> dict[str, float]:
     """Returns all scalar measures of a student's scores, and of how they follow a teacher's.
 
-    Args:
-      scores: [predictions] each, of `kdq.tasks.classification`; without a teacher's, no measures of
-        these.
-
-    Returns:
-      "accuracy", "top5_accuracy" (of more than 5 classes only), "brier", "ece" and "adaptive_ece"
-      (15 bins) as fractions, "nll" in nats; with a teacher also "agreement" and
-      "agreement_where_teacher_wrong" as fractions (the latter nan if it never is), and
-      "kl_to_teacher", KL(teacher ‖ student) in nats. Except for the accuracies and agreements,
-      a NaN among the student's logits makes a measure nan.
-
-    Raises:
-      ValueError: no example.
+    Of scores [predictions] each, of `kdq.tasks.classification`: "accuracy", "top5_accuracy" (of
+    more than 5 classes only), "brier", "ece" and "adaptive_ece" (15 bins) as fractions, "nll" in
+    nats; with a teacher's scores also "agreement" and "agreement_where_teacher_wrong" as fractions
+    (the latter nan if it never is), and "kl_to_teacher", KL(teacher ‖ student) in nats. Except for
+    the accuracies and agreements, a NaN among the student's logits makes a measure nan. ValueError
+    for no example.
     """
     confidence, correct = scores["confidence"], scores["correct"]
     if not len(correct):
@@ -67,17 +60,12 @@ def reliability(
 ) -> Reliability:
     """Computes accuracy by confidence, the probability of the predicted class (arXiv:1706.04599).
 
-    Args:
-      confidence: [predictions] float; one that is NaN is in no bin.
-      correct: [predictions] bool.
-      bins: their number M.
-      adaptive: False: bins of equal width, bin m holds the confidences in ((m − 1)/M, m/M].
-        True: bins of equal mass, as arXiv:1904.01685 has them, of the confidence only: of n
-        examples, the one with r smaller confidences is in bin ⌊rM/n⌋. Equal confidences share a
-        bin, so that the order of the examples cannot matter; many of them leave bins empty.
-
-    Raises:
-      ValueError: different shapes, no example, or fewer than one bin.
+    Of confidence [predictions] float, where one that is NaN is in no bin, and correct [predictions]
+    bool. Bins of equal width: bin m of M holds the confidences in ((m − 1)/M, m/M]. If `adaptive`,
+    of equal mass, as arXiv:1904.01685 has them, of the confidence only: of n examples, the one with
+    r smaller confidences is in bin ⌊rM/n⌋. Equal confidences share a bin, so that the order of the
+    examples cannot matter; many of them leave bins empty. ValueError for different shapes, no
+    example, or fewer than one bin.
     """
     confidence, correct = np.asarray(confidence), np.asarray(correct)
     if confidence.ndim != 1 or confidence.shape != correct.shape:
@@ -129,27 +117,17 @@ def agreement_where_teacher_wrong(agreement: ArrayLike, teacher_correct: ArrayLi
     the agreement (fidelity, arXiv:2106.05945) can only come from the teacher or from mistakes that
     the data suggest; a student trained without a teacher shows how many of the latter there are.
 
-    Args:
-      agreement: [predictions], whether both predict one class.
-      teacher_correct: [predictions], whether the teacher is right.
-
-    Returns:
-      In [0, 1]; nan if the teacher is never wrong.
+    Of agreement [predictions], whether both predict one class, and teacher_correct [predictions]:
+    in [0, 1]; nan if the teacher is never wrong.
     """
     wrong = np.asarray(teacher_correct) == 0
     return float(np.asarray(agreement)[wrong].mean()) if wrong.any() else float("nan")
 
 
 def accuracy_by_class(labels: ArrayLike, correct: ArrayLike, classes: int) -> np.ndarray:
-    """Returns the accuracy on the examples of each class, its recall.
+    """Returns the accuracy on the examples of each class, its recall: [classes] float64.
 
-    Args:
-      labels: [predictions] int in [0, classes).
-      correct: [predictions] bool.
-      classes: how many there are.
-
-    Returns:
-      [classes] float64 in [0, 1]; nan for a class of which there is no example.
+    Of labels [predictions] int and correct [predictions] bool; nan for a class without an example.
     """
     labels = np.asarray(labels, np.int64)
     count = np.bincount(labels, minlength=classes)
@@ -162,15 +140,7 @@ def class_offset(logits: ArrayLike, labels: ArrayLike, classes: Sequence[int]) -
     A student that is distilled without any example of a class has learned a bias that is much too
     low for it, but may know its shape (Hinton et al., 2015, arXiv:1503.02531, §3, who choose the
     offset on test; choose it on validation). Of equally good offsets, the middle of the widest
-    interval; 0 if nothing is better.
-
-    Args:
-      logits: [batch, classes] float.
-      labels: [batch] int.
-      classes: those to raise; some, not all.
-
-    Raises:
-      ValueError: no or every class given, one that does not exist, or labels that do not fit.
+    interval; 0 if nothing is better. `classes` are some, not all; ValueError for others.
     """
     logits = np.asarray(logits, np.float64)
     labels = metrics.class_labels(logits, labels)

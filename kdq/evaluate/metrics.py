@@ -1,7 +1,7 @@
 """Outputs and labels of a whole split, on the host."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,17 +13,9 @@ from kdq.types import Array, Batch
 
 
 def correct(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """Returns whether the largest logit is the label's; never where a logit is NaN.
+    """Returns whether the largest logit is the label's, [batch] bool; never where a logit is NaN.
 
-    Args:
-      logits: [batch, classes] float.
-      labels: [batch] int in [0, classes).
-
-    Returns:
-      [batch] bool.
-
-    Raises:
-      ValueError: a label that is no class.
+    Arguments and errors are those of `class_labels`.
     """
     logits = np.asarray(logits)
     # argmax takes a NaN for the maximum: a diverged model would score as if it had guessed.
@@ -34,36 +26,33 @@ def correct(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
 def predict(outputs: Callable[[Batch], Array], batches: Iterable[Batch]) -> np.ndarray:
     """Computes outputs of every example that no mask hides, in order: [examples, ...] float32.
 
-    Args:
-      outputs: of a batch, compiled by the caller.
-      batches: evaluation batches.
-
-    Raises:
-      ValueError: no batches.
+    `outputs` are of a batch, compiled by the caller. ValueError for no batches.
     """
-    computed, previous = [], None
-    for batch in itertools.chain(batches, [None]):
-        current = None if batch is None else (outputs(batch), batch)
-        if previous is not None:  # one batch behind the device
-            computed.append(_unmasked(*previous))
-        previous = current
+    computed = []
+    for outputs_of_batch, batch in one_behind(outputs, batches):
+        every = np.asarray(outputs_of_batch, np.float32)
+        computed.append(every[np.asarray(batch["mask"]) > 0] if "mask" in batch else every)
     if not computed:
         raise ValueError("predict: there are no batches")
     return np.concatenate(computed)
 
 
+def one_behind(
+    compute: Callable[[Batch], Any], batches: Iterable[Batch]
+) -> Iterator[tuple[Any, Batch]]:
+    """Yields what is computed of each batch, on the host, while the device is at the next."""
+    previous = None
+    for batch in itertools.chain(batches, [None]):
+        current = None if batch is None else (compute(batch), batch)
+        if previous is not None:
+            yield jax.tree.map(whole, previous[0]), previous[1]
+        previous = current
+
+
 def class_labels(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """The labels as an array, after checking that they are classes of the logits' examples.
+    """Returns labels [batch] int after checking that they are classes of logits [batch, classes].
 
-    Args:
-      logits: [batch, classes] float.
-      labels: [batch] int in [0, classes).
-
-    Returns:
-      [batch] int.
-
-    Raises:
-      ValueError: other shapes, labels that are no integers, or a label that is no class.
+    ValueError for other shapes, labels that are no integers, or a label that is no class.
     """
     shape, labels = np.shape(logits), np.asarray(labels)
     if len(shape) != 2 or labels.shape != shape[:1]:
@@ -83,17 +72,11 @@ def in_batches(fn: Callable[..., Any], *arrays: np.ndarray, batch_size: int) -> 
     """Applies a function to slices of one size, so that what it jits compiles once.
 
     Args:
-      fn: slices of the arrays, [batch_size, ...] each -> a tree of arrays [batch_size, ...]; an
-        example's result must not depend on the others, as the last slice is padded with copies
-        of the last example.
-      *arrays: [examples, ...] each.
-      batch_size: examples a call, fewer if there are not so many.
-
-    Returns:
-      The tree of `fn` as NumPy arrays [examples, ...].
-
-    Raises:
-      ValueError: no example, arrays of different lengths, or a batch size below 1.
+      fn: slices of the arrays, [batch_size, ...] each -> a tree of arrays [batch_size, ...], which
+        become NumPy's [examples, ...]; an example's result must not depend on the others, as the
+        last slice is padded with copies of the last example.
+      *arrays: [examples, ...] each, as many and at least one: else ValueError.
+      batch_size: examples a call, at least 1; fewer if there are not so many.
     """
     examples = {len(array) for array in arrays}
     if len(examples) != 1 or 0 in examples:
@@ -108,8 +91,3 @@ def in_batches(fn: Callable[..., Any], *arrays: np.ndarray, batch_size: int) -> 
         result = fn(*(array[rows] for array in arrays))
         parts.append(jax.tree.map(lambda r, keep=n - start: np.asarray(r)[:keep], result))
     return jax.tree.map(lambda *p: np.concatenate(p), *parts)
-
-
-def _unmasked(outputs: Array, batch: Batch) -> np.ndarray:
-    outputs = np.asarray(whole(outputs), np.float32)
-    return outputs[np.asarray(batch["mask"]) > 0] if "mask" in batch else outputs

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import itertools
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -14,11 +13,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from kdq.evaluate.metrics import one_behind
 from kdq.evaluate.statistics import PairedInterval, crossed_interval, paired_interval
 from kdq.files import DamagedError, write_atomic
 from kdq.quantize.network import Network, Weights, as_network
 from kdq.tasks import Metric, Task
-from kdq.train.sharding import whole
 from kdq.types import Array, Batch
 
 Reference = Callable[[Batch], Array]  # a batch -> outputs of another model, the teacher's
@@ -96,30 +95,24 @@ def evaluate(
 ) -> Scores:
     """Scores each prediction of a split by one compiled function, a batch ahead of the device.
 
-    Args:
-      network: in evaluation mode.
-      weights: its variables and quantizers.
-      task: how batches become inputs, and which scores they have.
-      batches: evaluation batches, of one shape; what the task's weights hide counts for nothing.
-      reference: a teacher, for `task.divergence`; see `outputs_of`.
-
-    Raises:
-      ValueError: no prediction that counts.
+    The network is in evaluation mode; batches are of one shape, and what the task's weights hide
+    counts for nothing. `reference` is a teacher, for `task.divergence`; see `outputs_of`.
+    ValueError if no prediction counts.
     """
     network = as_network(network)
+
+    def score(batch: Batch) -> tuple[dict[str, Array], Array, Array | None]:
+        outputs = None if reference is None else reference(batch)
+        return *_score(network, weights, batch, outputs, task=task), task.examples(batch)
+
     rows: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
-    first, previous = 0, None
-    for batch in itertools.chain(batches, [None]):
-        scored = None
-        if batch is not None:
-            outputs = None if reference is None else reference(batch)
-            examples = task.examples(batch)
-            scored = _score(network, weights, batch, outputs, task=task), examples, first
-            first += len(scored[0][1])
-        # While the device is at this batch, the scores of the one before come to the host.
-        if previous is not None:
-            rows.append(_counted(*previous))
-        previous = scored
+    first = 0
+    for (scores, counts, examples), _ in one_behind(score, batches):
+        counted = np.nonzero(counts)
+        kept = {name: value[counted].astype(np.float32) for name, value in scores.items()}
+        ids = first + np.arange(len(counts)) if examples is None else examples
+        rows.append((kept, ids[counted[: ids.ndim]].astype(np.int64)))
+        first += len(counts)
     if not sum(len(examples) for _, examples in rows):
         raise ValueError("evaluate: the batches hold no prediction that is not masked")
     names = rows[0][0]
@@ -142,18 +135,9 @@ def compare(
 ) -> tuple[PairedInterval, PairedInterval]:
     """Computes the intervals of an arm's difference to another, in `metric.difference_unit`.
 
-    Args:
-      metric: of which the difference is.
-      arms: seed -> scores on the test split.
-      references: seed -> scores of the other arm, of the same predictions.
-      confidence: in (0, 1).
-
-    Returns:
-      The interval over seeds, and the one over seeds and test examples, never narrower: see
-      `statistics.crossed`.
-
-    Raises:
-      ValueError: different seeds, no seed, or scores of other predictions.
+    Arms and references map each seed to its scores on the test split, of the same predictions: else
+    ValueError. Returns the interval over seeds, and the one over seeds and test examples, never
+    narrower: see `statistics.crossed`.
     """
     if set(arms) != set(references):
         raise ValueError(f"compare: seeds differ: {sorted(arms)} and {sorted(references)}")
@@ -186,17 +170,6 @@ def _score(
     if reference is not None:
         scores |= task.divergence(outputs, reference)
     return scores, task.weights(batch)
-
-
-def _counted(
-    scored: tuple[dict[str, Array], Array], examples: Array | None, first: int
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Returns the scores of the predictions that count, and their examples, on the host."""
-    scores, weights = jax.tree.map(whole, scored)
-    counted = np.nonzero(weights)
-    kept = {name: value[counted].astype(np.float32) for name, value in scores.items()}
-    ids = first + np.arange(len(weights)) if examples is None else whole(examples)
-    return kept, ids[counted[: ids.ndim]].astype(np.int64)
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:

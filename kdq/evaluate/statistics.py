@@ -53,13 +53,8 @@ def paired_interval(
     Two arms of one seed share their split, their batches and often their initialization, so the
     difference within a seed varies far less than either arm does.
 
-    Args:
-      a: seed -> value.
-      b: seed -> value, for the same seeds.
-      confidence: probability of covering the true mean if the differences are normal, in (0, 1).
-
-    Raises:
-      ValueError: different seeds, no seed, or a confidence outside (0, 1).
+    `confidence` is the probability of covering the true mean if the differences are normal, in
+    (0, 1). ValueError for different seeds, no seed, or another confidence.
     """
     if set(a) != set(b):
         raise ValueError(f"paired_interval: seeds differ: {sorted(a)} and {sorted(b)}")
@@ -84,13 +79,10 @@ def crossed_interval(
 
     Args:
       differences: seed -> [predictions] float, what each prediction adds to the difference of two
-        arms (`Metric.difference_contributions`); of the same predictions in the same order.
+        arms (`Metric.difference_contributions`); at least 2, the same in the same order.
       examples: [predictions] int, the example or document of each prediction: predictions of one
         vary together, so that the examples are what is drawn. None: each is its own.
       confidence: in (0, 1).
-
-    Raises:
-      ValueError: no seed, fewer than two examples, or seeds with other numbers of predictions.
     """
     if not differences:
         raise ValueError("crossed_interval: there are no seeds")
@@ -131,12 +123,8 @@ def crossed(
     simulation it covers 94 to 96 % at 95 %, for 3, 5 and 10 seeds and effects of any size
     (tests/evaluate/test_statistics.py).
 
-    Args:
-      differences: [..., seeds, examples] float64.
-      confidence: in (0, 1).
-
-    Returns:
-      Mean, half of the interval's width, and the two-sided p-value of no difference, each [...].
+    Of differences [..., seeds, examples] float64: mean, half of the interval's width, and the
+    two-sided p-value of no difference, each [...].
     """
     seeds, examples = differences.shape[-2:]
     mean = differences.mean((-2, -1))
@@ -184,11 +172,8 @@ def student_t(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns half of an interval's width, and the two-sided p-value of a mean of 0.
 
-    Args:
-      mean: of the differences, [...].
-      error: its standard error, [...].
-      degrees: of freedom, [...]; of 0 degrees Student's t has no quantiles, and both are nan.
-      confidence: in (0, 1).
+    Of means [...], their standard error and its degrees of freedom; of 0 degrees Student's t has no
+    quantiles, and both are nan.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         half = special.stdtrit(degrees, (1 + confidence) / 2) * error
@@ -204,11 +189,7 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
     The probability that any adjusted value of a true null hypothesis falls below α is at most α,
     whatever the comparisons have in common.
 
-    Args:
-      p_values: comparison -> p-value; one that is nan was not made, and stays nan.
-
-    Returns:
-      The same comparisons with values in [p, 1].
+    Returns the same comparisons with values in [p, 1]; one that is nan was not made, and stays nan.
     """
     made = sorted((key for key, p in p_values.items() if not math.isnan(p)), key=p_values.get)
     adjusted, largest = dict.fromkeys(p_values, math.nan), 0.0

@@ -30,8 +30,7 @@ from kdq.tasks import Task
 from kdq.train import loop, together
 from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
-from kdq.train.state import TrainState
-from kdq.train.training import Plan
+from kdq.train.training import Plan, TrainState
 from kdq.types import Batch, Variables
 
 T = TypeVar("T")
@@ -170,7 +169,7 @@ class ArmRun:
         path = context.store.folder(self.name, self.seed) / PACKED
         if digests := digests_of(fit.selected):
             context.store.expect(dataclasses.replace(self.record, **digests))
-        images = context.inputs.test[0]["image"]
+        images = context.inputs.test[0][context.inputs.key]
         if weights.qparams:  # what the file simulates is what integers compute
             lowered = deploy.lower(context.model(self.arm), weights, images)
             variables = lowered.simulated(weights.variables)
@@ -206,7 +205,7 @@ class ArmRun:
         scores.save(path.parent / SCORES)
         values = scores.values(*task.metrics)
         is_last = fit.last_step == selected.step
-        layers = quantize.list_layers(model, self.weights.variables, test[0]["image"])
+        layers = quantize.list_layers(model, self.weights.variables, test[0][inputs.key])
         details.write(
             path.parent, packed, layers, self.weights, task=task, scores=scores, inputs=inputs
         )
@@ -269,7 +268,8 @@ class ArmRun:
 
         def make() -> transfer.Comparison:
             model, weights = self._teacher_network()
-            images = self.context.inputs.split("test", config.examples)[0]["image"]
+            inputs = self.context.inputs
+            images = inputs.split("test", config.examples)[0][inputs.key]
             predictor = transfer.Predictor(weights=weights, network=model)
             return transfer.Comparison(predictor, images, config, self.context.task.probes)
 

@@ -41,14 +41,14 @@ def check(context: Context, arms: Sequence[str]) -> None:
     Searches are checked as far as these arms need them.
     """
     experiment, inputs = context.experiment, context.inputs
-    spec = inputs.splits["train"].spec["image"]
+    _check_task(context)
+    spec = inputs.splits["train"].spec[inputs.key]
     if inputs.augment and (spec.dtype != np.uint8 or len(spec.shape) != 3):
         raise ConfigError(
             "config.data.augment changes images, uint8 [height, width, channels]; "
             f"{experiment.data.name} has {spec.dtype} {spec.shape}"
         )
     _check_data(experiment.data, inputs)
-    _check_task(context)
     for key, fields in experiment.models.items():
         _check_model(context, key, fields["name"])
     _check_compute(context)
@@ -132,7 +132,7 @@ def _check_data(config: Data, inputs: Inputs) -> None:
             )
     train = inputs.splits["train"]
     for field in ("mean", "std"):
-        values, channels = np.shape(getattr(config, field)), train.spec["image"].shape[-1:]
+        values, channels = np.shape(getattr(config, field)), train.spec[inputs.key].shape[-1:]
         if values not in ((), (1,), channels):
             raise ConfigError(
                 f"config.data.{field}={getattr(config, field)}: expected a number, or one for each "

@@ -83,8 +83,8 @@ class Context:
 
     @functools.cached_property
     def example(self) -> np.ndarray:
-        """One image of the training split, as models take it, [1, ...]."""
-        return self.inputs.split("train", 1)[0]["image"]
+        """One input of the training split, as models take it, [1, ...]."""
+        return self.inputs.split("train", 1)[0][self.inputs.key]
 
     def model(self, arm: Arm | str) -> nn.Module:
         """Returns the model of an arm."""

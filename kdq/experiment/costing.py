@@ -36,7 +36,7 @@ def build(
     """Measures the table of the model `key` of an experiment, here and now."""
     return measured.build(
         kdq_config.to_json(context.experiment.models[key]),
-        context.inputs.split("train", IMAGES)[0]["image"],
+        context.inputs.split("train", IMAGES)[0][context.inputs.key],
         choices,
         metrics,
         runtime=search.runtime,

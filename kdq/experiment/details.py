@@ -53,7 +53,7 @@ def write(
     [n, height, width, channels] have no maps.
     """
     batch, has_classes = inputs.test[0], "classification" in task.probes
-    images = batch["image"][: min(IMAGES, int(np.sum(batch["mask"])))]
+    images = batch[inputs.key][: min(IMAGES, int(np.sum(batch["mask"])))]
     packed_weights = Weights(variables=packed.variables, qparams=packed.qparams)
     predictor = Predictor(weights=packed_weights, network=packed.network)
     shown = dict.fromkeys(("confusion", "reliability", "layers", "attributions"))

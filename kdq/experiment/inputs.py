@@ -25,6 +25,12 @@ class Inputs:
             raise ConfigError(f"config.data.augment: {error}") from error
         options = {name: value for name, value in experiment.task.items() if name != "name"}
         self.bare_task = tasks.build(experiment.task["name"], **options)  # without facts
+        if len(self.bare_task.keys) != 1:
+            raise ConfigError(
+                f"config.task.keys={self.bare_task.keys}: expected one, as models of experiments "
+                "take one input"
+            )
+        (self.key,) = self.bare_task.keys  # of batches: what models take
         self._normalize = data.Normalize(self._config.mean, self._config.std)
 
     @functools.cached_property
@@ -48,8 +54,8 @@ class Inputs:
 
     @property
     def image(self) -> jax.ShapeDtypeStruct:
-        """The shape and dtype of a batch of one image."""
-        return jax.ShapeDtypeStruct((1, *self.splits["train"].spec["image"].shape), np.float32)
+        """The shape and dtype of a batch of one input."""
+        return jax.ShapeDtypeStruct((1, *self.splits["train"].spec[self.key].shape), np.float32)
 
     def ids(self, arm: Arm) -> np.ndarray:
         """Returns the examples that an arm trains on, by id in the training split."""
@@ -108,7 +114,7 @@ class Inputs:
             self.splits["train"],
             batch_size=self._config.batch_size,
             seed=seed,
-            transforms={"image": (*(self.augment if arm.augment else ()), self._normalize)},
+            transforms={self.key: (*(self.augment if arm.augment else ()), self._normalize)},
             ids=self.ids(arm),
             extra=extra or {},
             lookup=lookup,
@@ -130,7 +136,7 @@ class Inputs:
         source = self.splits[name]
         size = min(size or self._config.eval_batch_size, len(source))
         size = -(-size // multiple) * multiple
-        transforms = {"image": (self._normalize,)}
+        transforms = {self.key: (self._normalize,)}
         return data.eval_batches(source, batch_size=size, transforms=transforms, limit=limit)
 
     def examples(self, name: str, key: str, limit: int | None = None) -> np.ndarray:
@@ -145,7 +151,7 @@ class Inputs:
         """
         count = min(self._quantize.calibration_examples, self.num_examples)
         size = min(max(1, count // 4), self._config.eval_batch_size)
-        return [b["image"] for b in self.split("train", size, limit=max(1, count // size) * size)]
+        return [b[self.key] for b in self.split("train", size, limit=max(1, count // size) * size)]
 
     @functools.cached_property
     def validation(self) -> list[Batch]:
@@ -157,7 +163,7 @@ class Inputs:
         if layout == ONE_DEVICE:
             return self.validation
         batches = self.split("validation", multiple=layout.batch_parts)
-        return [{**batch, "image": layout.whole_batch(batch["image"])} for batch in batches]
+        return [{**batch, self.key: layout.whole_batch(batch[self.key])} for batch in batches]
 
     @functools.cached_property
     def test(self) -> list[Batch]:

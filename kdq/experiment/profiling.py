@@ -16,9 +16,8 @@ from kdq.experiment import runner
 from kdq.experiment.progress import Progress
 from kdq.quantize.network import Weights
 from kdq.train import loop
-from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.training import Plan
+from kdq.train.training import Plan, TrainState
 
 WARM_UP = 10  # steps before the trace: the first compiles
 STEP = "jit_train_step"  # what XLA calls the compiled step

@@ -16,8 +16,7 @@ from kdq.experiment.progress import Progress, Unit
 from kdq.fields import expand_user
 from kdq.record import ArmRecord
 from kdq.train import metrics_writer
-from kdq.train.state import TrainState
-from kdq.train.training import Plan
+from kdq.train.training import Plan, TrainState
 
 
 def run(

@@ -119,7 +119,7 @@ class Teachers:
             return Teaching(teacher=Peer(module, self._store.weights(config.init, seed)))
         # Another key than that of the student, which may be of the same model.
         key = jax.random.fold_in(jax.random.key(seed + arm.seed_offset), 1)
-        images = self._inputs.split("train", 1)[0]["image"]
+        images = self._inputs.split("train", 1)[0][self._inputs.key]
         return Teaching(teacher=Peer(module, fresh_variables(module, key, images)))
 
     def _former_peer(self, config, arm: Arm, seed: int) -> Teaching:
@@ -156,7 +156,7 @@ class Teachers:
     def _predict(self, name: str, seed: int, split: str) -> np.ndarray:
         """Outputs [examples, outputs] of an arm's selected weights, unrounded, on a whole split."""
         weights, apply = self._weights(name, seed), self._apply(name)
-        outputs = lambda batch: apply(weights, batch["image"])
+        outputs = lambda batch: apply(weights, batch[self._inputs.key])
         return metrics.predict(outputs, self._inputs.split(split))
 
     def _on_disk(self, arm: Arm, seed: int) -> Cache:
@@ -193,7 +193,7 @@ class Teachers:
         batches = self._batches_to_store(arm, arm_seed, augmented)
         records = (
             cache_key.make_records(
-                key, apply(weights, b["image"]), b["id"], b.get("position"), b.get("mask")
+                key, apply(weights, b[inputs.key]), b["id"], b.get("position"), b.get("mask")
             )
             for b in batches
         )

@@ -14,8 +14,7 @@ from kdq.quantize.network import Weights
 from kdq.train import objective, regime
 from kdq.train.optimizer import make_optimizer
 from kdq.train.sharding import ONE_DEVICE, Layout
-from kdq.train.state import TrainState, create_state
-from kdq.train.training import Plan, Training
+from kdq.train.training import Plan, Training, TrainState, create_state
 
 
 def make_plan(

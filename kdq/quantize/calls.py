@@ -1,7 +1,7 @@
 """One run of a Linen module with handlers around the calls of its layers.
 
 `run` is the one place that looks at layers or puts others in their place. Besides it methods are
-intercepted where a training step computes them otherwise (`kdq.train.remat`, `convolution`), and
+intercepted where a training step computes them otherwise (`kdq.train.step`, `convolution`), and
 where `module.init` is traced (`kdq.deploy.formats.fitting`).
 """
 

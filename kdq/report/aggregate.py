@@ -36,6 +36,14 @@ class Mean:
         return cls(mean=mean, std=std, n=len(numbers))
 
 
+def _mean_of(name: str, docstring: str) -> property:
+    return property(lambda row: row.mean(name), doc=docstring)
+
+
+def _text_of(field: str, docstring: str) -> property:
+    return property(lambda row: _agreed(row.runs, field), doc=docstring)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
     """An arm and its runs. A number that nobody measured is nan, or has n = 0."""
@@ -51,6 +59,21 @@ class Row:
     p_holm: float = math.nan  # p-value of `difference`, corrected for the table's comparisons
     no_difference: str = ""  # why there is none, though there is a reference; or ""
     size_ratio: float = math.nan  # bytes of the size baseline / size_bytes: how many times smaller
+
+    kind = _text_of("kind", '"teacher", "student", "KD", "PTQ", "QAT", "QAD", ...')
+    selected_on = _text_of("selected_on", "The split that chose the step.")
+    size_bytes = _mean_of("size_bytes", "Bytes of kdq's packed file.")
+    energy_modelled_nj = _mean_of(
+        "energy_modelled_nj", "Of one example; see kdq.deploy.measure.energy."
+    )
+    train_seconds = _mean_of(
+        "train_seconds", "They contain compiling where `compile_seconds` is nan."
+    )
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds of compiling, apart; nan unless all records tell it."""
+        return mean_of_all(self.finished, "compile_seconds")
 
     @property
     def metric(self) -> Metric:
@@ -68,20 +91,10 @@ class Row:
         return tuple(sorted(run.seed for run in self.finished))
 
     @property
-    def failures(self) -> tuple[tuple[int, str], ...]:
+    def failures(self) -> list[tuple[int, str]]:
         """`(seed, reason)` of the runs that failed."""
         failed = [run for run in self.runs if run.status != "ok"]
-        return tuple((run.seed, run.error or "no reason recorded") for run in failed)
-
-    @property
-    def kind(self) -> str:
-        """ "teacher", "student", "KD", "PTQ", "QAT", "QAD", ..."""
-        return _agreed(self.runs, "kind")
-
-    @property
-    def selected_on(self) -> str:
-        """The split that chose the step."""
-        return _agreed(self.runs, "selected_on")
+        return [(run.seed, run.error or "no reason recorded") for run in failed]
 
     @property
     def bits(self) -> str:
@@ -115,31 +128,6 @@ class Row:
     def score(self) -> Mean:
         """The metric on test, at the selected step, as it is shown."""
         return self.mean_of(self.metric)
-
-    @property
-    def score_last(self) -> Mean:
-        """The same at the last step."""
-        return self.mean_of(self.metric, "test_last")
-
-    @property
-    def size_bytes(self) -> float:
-        """Bytes of kdq's packed file."""
-        return self.mean("size_bytes")
-
-    @property
-    def energy_modelled_nj(self) -> float:
-        """Modelled energy of one example; see kdq.deploy.measure.energy."""
-        return self.mean("energy_modelled_nj")
-
-    @property
-    def train_seconds(self) -> float:
-        """Seconds of training; they contain compiling where `compile_seconds` is nan."""
-        return self.mean("train_seconds")
-
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds of compiling, apart; nan unless all records tell it."""
-        return mean_of_all(self.finished, "compile_seconds")
 
 
 def as_records(records: Records) -> list[ArmRecord]:
@@ -191,7 +179,14 @@ def rows(
         )
         for arm, runs in arms.items()
     }
-    baseline = _baseline_bytes(table, size_baseline)
+    if size_baseline is None:
+        teachers = [arm for arm, row in table.items() if row.kind == "teacher"]
+        baseline = table[teachers[0]].size_bytes if len(teachers) == 1 else math.nan
+    elif size_baseline in table:
+        baseline = table[size_baseline].size_bytes
+    else:
+        valid = ", ".join(table)
+        raise ValueError(f"report: size baseline {size_baseline!r} is no arm; valid: {valid}")
     compared = [_compared(row, table, baseline) for row in table.values()]
     corrected = holm({row.arm: row.difference.p_value for row in compared if row.difference})
     return [dataclasses.replace(r, p_holm=corrected.get(r.arm, math.nan)) for r in compared]
@@ -199,10 +194,9 @@ def rows(
 
 def _compared(row: Row, table: Mapping[str, Row], baseline: float) -> Row:
     """Returns a row with its difference to its reference and its size ratio."""
-    _ = row.kind, row.selected_on  # seeds that disagree are refused
-    other, delta, over_seeds, why = table.get(row.reference), None, None, ""
-    if other is not None:
-        delta, over_seeds = compare_on_test(row, other)
+    _ = row.selected_on  # seeds that disagree are refused
+    other, why = table.get(row.reference), ""
+    delta, over_seeds = (None, None) if other is None else compare_on_test(row, other)
     if row.reference and delta is None:
         if other is None:
             why = "reference not run"
@@ -210,21 +204,18 @@ def _compared(row: Row, table: Mapping[str, Row], baseline: float) -> Row:
             why = "failed"
         else:
             why = "no seed in common" if other.seeds else "reference failed"
-    size = row.size_bytes
-    ratio = baseline / size if size else math.nan
     return dataclasses.replace(
         row,
         difference=delta,
         difference_over_seeds=over_seeds,
         no_difference=why,
-        size_ratio=ratio,
+        size_ratio=baseline / row.size_bytes if row.size_bytes else math.nan,
     )
 
 
 def has_one_seed(table: Sequence[Row]) -> bool:
     """Returns whether no arm has more than one seed, which tables then say once."""
-    counts = [len(row.seeds) for row in table]
-    return max(counts, default=0) == 1
+    return max((len(row.seeds) for row in table), default=0) == 1
 
 
 def difference(
@@ -346,17 +337,6 @@ def latencies(records: Iterable[ArmRecord]) -> Latencies:
         }
         for condition, arms in sorted(times.items())
     }
-
-
-def _baseline_bytes(table: Mapping[str, Row], name: str | None) -> float:
-    if name is None:
-        teachers = [arm for arm, row in table.items() if row.kind == "teacher"]
-        if len(teachers) != 1:
-            return math.nan
-        name = teachers[0]
-    if name not in table:
-        raise ValueError(f"report: size baseline {name!r} is no arm; valid: {', '.join(table)}")
-    return table[name].size_bytes
 
 
 def _agreed(runs: Iterable[ArmRecord], field: str) -> str:

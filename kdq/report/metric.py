@@ -15,23 +15,22 @@ from kdq.tasks.metric import Metric
 if TYPE_CHECKING:
     from kdq.tasks import Task
 
+
+def _extra(name: str, heading: str, unit: str = "%", decimals: int = 2) -> tuple[Metric, str]:
+    return Metric(name=name, scores=(), unit=unit, decimals=decimals), heading
+
+
 # Measured by some experiments only: name of the field -> (metric, heading of its column).
 TRANSFER = {
     metric.name: (metric, heading)
     for metric, heading in (
-        (Metric(name="ece", scores=(), unit="%"), "ECE %"),
-        (
-            Metric(name="agreement_where_teacher_wrong", scores=(), unit="%", decimals=1),
-            "Agreement where teacher is wrong %",
-        ),
-        (Metric(name="attribution_cosine", scores=(), decimals=3), "Attribution cosine"),
-        (Metric(name="attribution_rank", scores=(), decimals=3), "Attribution rank"),
-        (Metric(name="path_agreement", scores=(), unit="%", decimals=1), "Agreement on paths %"),
-        (
-            Metric(name="adversarial_agreement", scores=(), unit="%", decimals=1),
-            "Agreement after adversarial step %",
-        ),
-        (Metric(name="accuracy_corrected", scores=(), unit="%"), "Accuracy with bias corrected %"),
+        _extra("ece", "ECE %"),
+        _extra("agreement_where_teacher_wrong", "Agreement where teacher is wrong %", decimals=1),
+        _extra("attribution_cosine", "Attribution cosine", "", 3),
+        _extra("attribution_rank", "Attribution rank", "", 3),
+        _extra("path_agreement", "Agreement on paths %", decimals=1),
+        _extra("adversarial_agreement", "Agreement after adversarial step %", decimals=1),
+        _extra("accuracy_corrected", "Accuracy with bias corrected %"),
     )
 }
 ACRONYMS = ("rmse", "mae", "r2", "f1", "nll", "kl", "ece")
@@ -141,7 +140,7 @@ def units_phrase(metric: Metric) -> str:
 
 
 def words(metric: Metric) -> dict[str, str]:
-    """Returns what stands for a metric in the sentences of `kdq.report.advisor.rules`."""
+    """Returns what stands for a metric in the sentences of `kdq/report/advisor/rules.toml`."""
     quality = named(metric) if metric.higher_is_better else "quality"
     return {
         "metric": named(metric),

@@ -1,19 +1,31 @@
-"""The table of an experiment, as Markdown and on a terminal."""
+"""The table of an experiment, as Markdown and on a terminal, and its arms by method and width."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from kdq.report import exports
+from kdq.report import metric as metrics
 from kdq.report.aggregate import Records, Row, as_records, has_one_seed, rows
-from kdq.report.cells import ABSENT, escape, markdown_grid, standard_output, terminal_grid
-from kdq.report.columns import Column, cells_of, main_columns, transfer_columns
-from kdq.report.metric import TRANSFER, task_of_records
-from kdq.report.notes import notes, quick_note, seeds_note
+from kdq.report.cells import (
+    ABSENT,
+    Column,
+    cells_of,
+    difference_cell,
+    escape,
+    main_columns,
+    markdown_grid,
+    mean_cell,
+    standard_output,
+    terminal_grid,
+    transfer_columns,
+)
+from kdq.report.notes import coverage, notes, quick_note, seeds_note
 
-__all__ = ["Row", "markdown", "print_table", "rows"]
+__all__ = ["Row", "markdown", "markdown_by_width", "print_table", "rows"]
 
 # Keys of columns: on a terminal, which come first where there is no room for all (metrics that are
 # not listed after the energy), those that stay however narrow it is, and those that may be folded
@@ -39,13 +51,13 @@ def markdown(table: Sequence[Row], records: Records) -> str:
       records: for the notes: where the numbers came from.
     """
     records = as_records(records)
-    task_of_records(records)  # one, or it is refused
+    metrics.task_of_records(records)  # one, or it is refused
     columns = shown_columns(table)
     lines = [f"**{note}**", ""] if (note := quick_note(table)) else []
     lines += _grid(columns.values(), table)
-    measured = [name for name in TRANSFER if any(row.values(name) for row in table)]
+    measured = [name for name in metrics.TRANSFER if any(row.values(name) for row in table)]
     if not set(measured) <= EVERYWHERE:
-        shown = [TRANSFER[name][1] for name in measured]
+        shown = [metrics.TRANSFER[name][1] for name in measured]
         transferred = [column for column in transfer_columns() if column.name in shown]
         lines += ["", "What was transferred:", "", *_grid([columns["arm"], *transferred], table)]
     lines += ["", *(f"- {escape(note)}" for note in notes(table, records)), ""]
@@ -84,9 +96,14 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         del cells["seeds"]  # it is said below
     widths = {key: max(map(cell_len, (columns[key].name, *cells[key]))) for key in cells}
     measured = [key for key in cells if any(cell != ABSENT for cell in cells[key])]
+    # The most important columns that fit, and those that stay whether they do or not.
     place = {key: place for place, key in enumerate(IMPORTANCE)}
-    ordered = sorted(measured, key=lambda key: place.get(key, place["energy"] + 0.5))
-    shown = _fitting(ordered, widths, console.width)
+    shown, taken = set(), 0
+    for key in sorted(measured, key=lambda key: place.get(key, place["energy"] + 0.5)):
+        taken += min(widths[key], FOLDED.get(key, widths[key])) + GAP
+        if taken > console.width and key not in NEEDED:
+            break
+        shown.add(key)
     roomy = sum(widths[key] + GAP for key in shown) <= console.width
     grid = terminal_grid()
     for key in (key for key in cells if key in shown):
@@ -106,12 +123,56 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         console.print(Text(note, style="bold"))
 
 
-def _fitting(keys: Sequence[str], widths: Mapping[str, int], room: int) -> set[str]:
-    """Returns the first columns that fit, and those of NEEDED whether they do or not."""
-    chosen, taken = set(), 0
-    for key in keys:
-        taken += min(widths[key], FOLDED.get(key, widths[key])) + GAP
-        if taken > room and key not in NEEDED:
-            break
-        chosen.add(key)
-    return chosen
+def markdown_by_width(table: Sequence[Row]) -> str:
+    """Returns the metric by method and width, and the difference to each arm's reference.
+
+    The shape in which many quantized arms can be read: a method a row, a width a column. A method
+    is the name of an arm without its bits: "w4a4_gptq" and "gptq_w4a4" are "gptq" at W4A4. In each
+    column the best is bold. "" if no method is there at two widths or more.
+
+    Args:
+      table: what `rows` made of the records.
+    """
+    methods: dict[str, dict[str, Row]] = {}
+    for row in table:
+        if row.family not in ("", row.arm):
+            methods.setdefault(row.family, {})[row.bits] = row
+    methods = {method: by_bits for method, by_bits in methods.items() if len(by_bits) > 1}
+    if not methods:
+        return ""
+    metric = table[0].metric
+    widths = list(dict.fromkeys(bits for by_bits in methods.values() for bits in by_bits))
+    best = max if metric.higher_is_better else min
+    bests = {
+        bits: best(rows[bits].score.mean for rows in methods.values() if bits in rows)
+        for bits in widths
+    }
+
+    def score(row: Row) -> str:
+        cell = mean_cell(row.score, metric.decimals)
+        return f"**{cell}**" if row.score.mean == bests[row.bits] else cell
+
+    def grid(cell: Callable[[Row], str], against: bool = False) -> list[str]:
+        left = ["Method", *(["against"] if against else [])]
+        lines = []
+        for method, by_bits in methods.items():
+            # The arms that it is compared with, without their bits.
+            others = [dataclasses.replace(r, arm=r.reference or ABSENT) for r in by_bits.values()]
+            names = [", ".join(sorted({other.family for other in others}))] if against else []
+            cells = [cell(by_bits[bits]) if bits in by_bits else ABSENT for bits in widths]
+            lines.append([*map(escape, (method, *names)), *cells])
+        return markdown_grid([*left, *widths], lines, left)
+
+    lines = [
+        f"Test {metrics.named(metric)}{metrics.in_unit(metric)}, mean ± standard deviation "
+        "over seeds; best of a width bold.",
+        "",
+        *grid(score),
+        "",
+        f"Difference to the arm named first in the row, {metric.difference_unit}, with its "
+        f"paired 95% interval {coverage(table)}; \\* excludes 0.",
+        "",
+        *grid(lambda row: escape(difference_cell(row)), against=True),
+        "",
+    ]
+    return "\n".join(lines)

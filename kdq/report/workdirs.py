@@ -74,11 +74,11 @@ def read_workdirs(paths: Sequence[str]) -> list[Workdir]:
     if len(set(resolved)) < len(resolved):
         raise ConfigError(f"--workdirs: a folder is given twice: {', '.join(map(str, paths))}")
     names = _short_names(paths, [path.name for path in resolved])
-    workdirs = [_read_workdir(path, name, []) for path, name in zip(paths, names, strict=True)]
+    workdirs = [_read(path, names[path], _find_records(path), strict=False) for path in paths]
     for workdir in workdirs:
         if not workdir.runs:
             raise ConfigError(
-                f"--workdirs: no record of {workdir.path} can be read: {workdir.problems[0]}"
+                f"--workdirs: no record of {workdir.path} can be read: {workdir.problems[-1]}"
             )
     return workdirs
 
@@ -98,16 +98,22 @@ def read_evidence(workdirs: Sequence[str], records: Sequence[str]) -> list[Workd
     paths = [*workdirs, *records]
     if len(set(paths)) < len(paths):
         raise ConfigError(f"given twice in --workdirs={workdirs}, --records={records}")
-    names = dict(zip(paths, _short_names(paths, [Path(p).stem for p in paths]), strict=True))
-    return [_read_workdir(path, names[path]) for path in workdirs] + [
-        _read_list(path, names[path]) for path in records
-    ]
+    names = _short_names(paths, [Path(path).stem for path in paths])
+    read = [_read(path, names[path], _find_records(path), strict=True) for path in workdirs]
+    for path in records:
+        documents = read_json(Path(path))
+        if not isinstance(documents, list) or not documents:
+            expected = "list of records (as WORKDIR/results.json is)"
+            raise ConfigError(f"--records: {path} is no {expected}")
+        places = [(Path(path), document) for document in documents]
+        read.append(_read(path, names[path], places, strict=True))
+    return read
 
 
 def workdir_of_records(documents: Sequence[Any], workdir: Path) -> Workdir:
     """Returns a workdir of which the JSON forms of the records are known already."""
     places = [(workdir / str(d.get("arm")) / str(d.get("seed")), d) for d in documents]
-    return _build(workdir, workdir.resolve().name, places, [])
+    return _read(str(workdir), workdir.resolve().name, places, strict=False)
 
 
 def lacking(record: ArmRecord) -> list[str]:
@@ -129,64 +135,66 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from error
 
 
-def _short_names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+def _short_names(paths: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     """Returns names where these are unique, else the whole path."""
-    return [
-        name if names.count(name) == 1 else path for path, name in zip(paths, names, strict=True)
-    ]
+    pairs = zip(paths, names, strict=True)
+    return {path: name if names.count(name) == 1 else path for path, name in pairs}
 
 
-def _read_workdir(path: str, name: str, problems: list[str] | None = None) -> Workdir:
-    """Reads a workdir. A list gets what can't be read; None raises ConfigError for it."""
-    paths = sorted(Path(path).glob("*/*/result.json"))
-    if not paths:
+def _find_records(path: str) -> list[tuple[Path, Path]]:
+    files = sorted(Path(path).glob("*/*/result.json"))
+    if not files:
         raise ConfigError(f"--workdirs: {path} holds no ARM/SEED/result.json of a finished arm")
-    documents = []
-    for file in paths:
+    return [(file.parent, file) for file in files]
+
+
+def _read(path: str, name: str, documents: Iterable[tuple[Path, Any]], *, strict: bool) -> Workdir:
+    """Reads records: (folder, JSON object or its file). If `strict`, nothing may be wrong."""
+    problems: list[str] = []
+
+    def leave_out(reason: object) -> None:
+        if strict:
+            raise ConfigError(str(reason))
+        problems.append(str(reason))
+
+    config, file = None, Path(path, "config.json")
+    if file.is_file():
         try:
-            documents.append((file.parent, read_json(file)))
+            config = read_json(file)
+            if not has_arms(config):
+                config = None
+                leave_out(f"{file} is no config of an experiment: it has no arms")
         except ConfigError as error:
-            _report(problems, error)
-    return _build(Path(path), name, documents, problems)
-
-
-def _read_list(path: str, name: str) -> Workdir:
-    documents = read_json(Path(path))
-    if not isinstance(documents, list) or not documents:
-        raise ConfigError(f"--records: {path} is no list of records (as WORKDIR/results.json is)")
-    return _build(Path(path), name, [(Path(path), document) for document in documents])
-
-
-def _build(
-    path: Path,
-    name: str,
-    documents: Iterable[tuple[Path, Any]],
-    problems: list[str] | None = None,
-) -> Workdir:
-    config, runs = _read_config(path / "config.json", problems), []
+            leave_out(error)
+    elif not strict:
+        problems.append(f"{file} is not there: what arms start from is inferred")
+    runs: list[Run] = []
     for i, (folder, document) in enumerate(documents):
-        left_out = None if problems is None else []
         try:
-            record = ArmRecord.from_json(document, left_out)
+            document = read_json(document) if isinstance(document, Path) else document
+        except ConfigError as error:
+            leave_out(error)
+            continue
+        reasons: list[str] = []
+        try:
+            record = ArmRecord.from_json(document, None if strict else reasons)
             metrics.task_of_records([record])  # one that this version does not know is refused
-            if problems is None:
+            if strict:
                 _check_evidence(record, runs, config)
         except ConfigError as error:
             arm = document.get("arm") if isinstance(document, Mapping) else "no arm"
-            where = f"{path}: record {i} ({arm})" if problems is None else folder
-            _report(problems, ConfigError(f"{where}: {error}"))
+            leave_out(f"{f'{path}: record {i} ({arm})' if strict else folder}: {error}")
             continue
-        for reason in left_out or ():
-            _report(problems, ConfigError(f"{folder}: left out {reason}"))
+        problems += [f"{folder}: left out {reason}" for reason in reasons]
         run = _with_scores(Run(record=record, folder=folder))
-        if run.lost and problems is not None:
+        if run.lost and not strict:
             problems.append(f"{run.lost}: left out, intervals are over seeds alone")
         runs.append(run)
     if config:  # in the order of the config, not of the alphabet
         order = {arm: place for place, arm in enumerate(config["arms"])}
         runs.sort(key=lambda run: order.get(run.record.arm, len(order)))
     return Workdir(
-        name=name, path=str(path), config=config, runs=tuple(runs), problems=tuple(problems or ())
+        name=name, path=str(Path(path)), config=config, runs=tuple(runs), problems=tuple(problems)
     )
 
 
@@ -223,26 +231,3 @@ def _check_evidence(
         raise ConfigError(f"two records of arm {record.arm!r} seed {record.seed}")
     if config and record.arm not in config["arms"]:
         raise ConfigError(f"config.json knows no arm {record.arm!r}")
-
-
-def _read_config(path: Path, problems: list[str] | None) -> Mapping[str, Any] | None:
-    """Returns the config of a workdir, of which the arms count here."""
-    if not path.is_file():
-        if problems is not None:
-            problems.append(f"{path} is not there: what arms start from is inferred")
-        return None
-    try:
-        config = read_json(path)
-        if not has_arms(config):
-            raise ConfigError(f"{path} is no config of an experiment: it has no arms")
-    except ConfigError as error:
-        _report(problems, error)
-        return None
-    return config
-
-
-def _report(problems: list[str] | None, error: ConfigError) -> None:
-    """Notes what is wrong, or raises it where nothing may be."""
-    if problems is None:
-        raise error
-    problems.append(str(error))

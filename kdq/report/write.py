@@ -8,7 +8,7 @@ from rich.text import Text
 
 from kdq.files import plain, write_atomic, write_json
 from kdq.record import ArmRecord
-from kdq.report import pivot, searches, table
+from kdq.report import searches, table
 from kdq.report.aggregate import Records
 from kdq.report.cells import standard_output
 
@@ -20,10 +20,8 @@ def write_report(
 ) -> None:
     """Writes results.json and the page with its tables and plots to `workdir`; prints the table.
 
-    The last line that it prints says where they are.
-
-    And pivot.md, where methods are there at several widths (see `kdq.report.pivot`), and
-    searches.md, where searches compete.
+    And pivot.md, where methods are there at several widths, and searches.md, where searches
+    compete. The last line that it prints says where the page and the tables are.
 
     Args:
       records: one an arm and seed.
@@ -43,7 +41,7 @@ def write_report(
     source = workdirs.workdir_of_records(documents, workdir)
     summary = table.rows(documents, scores=source.scores)
     write_json(workdir / "results.json", documents)
-    if by_width := pivot.markdown(summary):
+    if by_width := table.markdown_by_width(summary):
         write_atomic(workdir / "pivot.md", by_width.encode())
     if study := searches.markdown(documents, summary):
         write_atomic(workdir / "searches.md", study.encode())

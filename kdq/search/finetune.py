@@ -9,8 +9,7 @@ from kdq.search import bank as banks
 from kdq.search.evaluate import Evaluator, score
 from kdq.search.objectives import OBJECTIVES, WORST
 from kdq.train import loop
-from kdq.train.state import TrainState
-from kdq.train.training import Plan, Training
+from kdq.train.training import Plan, Training, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ A task turns a batch into a model's inputs and says which predictions count, wha
 how far it is from another model's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -64,8 +64,7 @@ class Task(Protocol):
     def with_facts(self, facts: Mapping[str, Any]) -> "Task":
         """Returns the task with what it has to know of the training split.
 
-        Args:
-          facts: of the data: "class_names"; "target_mean" and "target_std", [outputs].
+        Such facts of the data are "class_names"; "target_mean" and "target_std", [outputs].
         """
         return self
 
@@ -82,7 +81,11 @@ class Task(Protocol):
         return tuple(batch[key] for key in self.keys)
 
     def weights(self, batch: Batch) -> Array:
-        """Returns 1 for each prediction that counts, else 0: [batch] or [batch, positions]."""
+        """Returns 1 for each prediction that counts, else 0: [batch] or [batch, positions].
+
+        By default each example is one, and counts unless a mask hides it.
+        """
+        return count_all(batch, batch[self.target].shape[:1])
 
     def examples(self, batch: Batch) -> Array | None:
         """Returns the example of each prediction, int: [batch], or the shape of `weights`.
@@ -105,6 +108,14 @@ class Task(Protocol):
         """Returns the "meaning" of outputs and what undoes it, for the manifest of an export."""
         return {"meaning": "logits"}
 
+    def problems(
+        self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None
+    ) -> Iterator[str]:
+        """Yields what of labels, facts and outputs does not fit; see `check`.
+
+        What follows the first may rely on the rest.
+        """
+
     def check(
         self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None = None
     ) -> None:
@@ -118,14 +129,14 @@ class Task(Protocol):
         Raises:
           ConfigError: in one line, the first that does not.
         """
+        for problem in self.problems(batch, facts, outputs):
+            raise ConfigError(f"task {self.name}: {problem}")
 
 
 def count_all(batch: Batch, shape: tuple[int, ...]) -> Array:
-    """Returns weights of predictions of a shape: 0 where a mask of the batch hides them.
+    """Returns weights of predictions [batch] or [batch, positions]: 0 where a mask hides them.
 
-    Args:
-      batch: may have "mask" [batch] and "token_mask" [batch, positions].
-      shape: (batch,) or (batch, positions).
+    A batch may have "mask" [batch] and "token_mask" [batch, positions].
     """
     weights = jnp.ones(shape, jnp.float32)
     for key, rank in (("mask", 1), ("token_mask", 2)):
@@ -152,12 +163,7 @@ def weighted_sum(values: Array, weights: Array) -> tuple[Array, Array]:
     Each term of an objective reduces itself so, with weights of its own shape: means of means, and
     values [batch] against weights [batch, positions], would be wrong without an error.
 
-    Args:
-      values: [...] float; what weighs 0 may be inf or nan.
-      weights: the same shape.
-
-    Raises:
-      ValueError: different shapes.
+    What weighs 0 may be inf or nan. ValueError for different shapes.
     """
     if values.shape != weights.shape:
         raise ValueError(
@@ -177,9 +183,3 @@ def noise_and_signal(outputs: Array, reference: Array) -> dict[str, Array]:
     signal = jnp.where(possible, reference, 0).astype(jnp.float32)
     noise = jnp.where(possible, outputs, 0).astype(jnp.float32) - signal
     return {"noise": jnp.sum(noise**2, -1), "signal": jnp.sum(signal**2, -1)}
-
-
-def require(condition: bool, task: Task, message: str) -> None:
-    """Raises ConfigError with the task's name in front unless a condition holds."""
-    if not condition:
-        raise ConfigError(f"task {task.name}: {message}")

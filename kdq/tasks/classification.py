@@ -1,7 +1,7 @@
 """Classification of examples, or of each position of a text: one label among several classes."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -103,41 +103,32 @@ class Classification(base.Task):
             **base.noise_and_signal(q, p),
         }
 
-    def check(
-        self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None = None
-    ) -> None:
-        """Raises ConfigError unless labels are classes, and outputs have a logit of each class.
+    def problems(
+        self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None
+    ) -> Iterator[str]:
+        """Yields unless labels are classes, and outputs have a logit of each class.
 
         Labels that a mask hides may be anything.
         """
         labels = np.asarray(batch[self.target])
-        base.require(
-            np.issubdtype(labels.dtype, np.integer),
-            self,
-            f"expected integer labels in {self.target!r}, got {labels.dtype} {labels.shape}; "
-            "floats are labels of multilabel or regression",
-        )
+        if not np.issubdtype(labels.dtype, np.integer):
+            yield (
+                f"expected integer labels in {self.target!r}, got {labels.dtype} {labels.shape}; "
+                "floats are labels of multilabel or regression"
+            )
         classes = len(facts.get("class_names", ())) or None
         if outputs is not None:
-            base.require(
-                outputs.shape[:-1] == labels.shape and outputs.shape[-1] >= 2,
-                self,
-                f"expected outputs {(*labels.shape, classes or 'classes')} of at least 2 classes, "
-                f"got {outputs.shape}",
-            )
-            base.require(
-                classes in (None, outputs.shape[-1]),
-                self,
-                f"the data has {classes} classes, the model {outputs.shape[-1]} outputs",
-            )
+            if outputs.shape[:-1] != labels.shape or outputs.shape[-1] < 2:
+                yield (
+                    f"expected outputs {(*labels.shape, classes or 'classes')} of at least 2 "
+                    f"classes, got {outputs.shape}"
+                )
+            if classes not in (None, outputs.shape[-1]):
+                yield f"the data has {classes} classes, the model {outputs.shape[-1]} outputs"
             classes = outputs.shape[-1]
         counted = labels[np.asarray(self.weights(batch)) > 0]
-        if classes and counted.size:
-            base.require(
-                counted.min() >= 0 and counted.max() < classes,
-                self,
-                f"expected labels in [0, {classes}), got {counted.min()} to {counted.max()}",
-            )
+        if classes and counted.size and not 0 <= counted.min() <= counted.max() < classes:
+            yield f"expected labels in [0, {classes}), got {counted.min()} to {counted.max()}"
 
 
 Task = Classification

@@ -48,11 +48,7 @@ class Metric:
     # Values.
 
     def compute(self, scores: ScoreArrays) -> float:
-        """Returns the value over all predictions, in float64; nan of none.
-
-        Args:
-          scores: those that `self.scores` names, and any others.
-        """
+        """Returns the value over all predictions, in float64; nan of none."""
         arrays = self._arrays(scores)
         return self.from_means(*(x.mean(0) for x in arrays)) if len(arrays[0]) else math.nan
 
@@ -131,12 +127,8 @@ class Metric:
     def difference_contributions(self, values: ArrayLike, references: ArrayLike) -> np.ndarray:
         """Returns what each prediction adds to the difference of two models' values.
 
-        Args:
-          values: [predictions], `contributions` of a model.
-          references: [predictions], those of the reference, of the same predictions.
-
-        Returns:
-          [predictions] float64 in `difference_unit`. Their mean is `difference` of the means.
+        Of the `contributions` of both to the same predictions: [predictions] float64 in
+        `difference_unit`. Their mean is `difference` of the means.
         """
         a, b = np.asarray(values, np.float64), np.asarray(references, np.float64)
         if not self.relative:

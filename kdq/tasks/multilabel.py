@@ -1,7 +1,7 @@
 """Multi-label classification: which of several labels hold, each a decision of its own."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import jax
@@ -24,14 +24,6 @@ def _f1(hit: Any, false_alarm: Any, miss: Any) -> Any:
     return 2 * hit / np.where(total == 0, 1, total)
 
 
-def _micro_f1(*means: ArrayLike) -> Any:
-    return _f1(*(np.sum(mean) for mean in means))
-
-
-def _macro_f1(*means: ArrayLike) -> Any:
-    return np.mean(_f1(*means))
-
-
 class AveragePrecision(Metric):
     """Mean over labels of the average precision Σ (R_k − R_{k−1}) P_k: no function of means.
 
@@ -50,46 +42,46 @@ class AveragePrecision(Metric):
         return float(contributions.mean()) if len(contributions) else float("nan")
 
     def contributions(self, scores: ScoreArrays) -> np.ndarray:
-        """Returns each example's, [examples] float64; see `Metric.contributions`."""
+        """Returns each example's, [examples] float64; see `Metric.contributions`.
+
+        With weights w, the average precision of a label is Σ_i w_i y_i P_i / Σ_i w_i y_i, where the
+        precision P_i = Σ_j w_j y_j [s_j ≥ s_i] / N_i and N_i = Σ_j w_j [s_j ≥ s_i]. Its derivative
+        by w_m at w = 1 is (y_m (P_m − AP) + Σ_i y_i [s_i ≤ s_m] (y_m − P_i) / N_i) / Σ y.
+        """
         logits, hit, miss = self._arrays(scores)
         if np.isnan(logits).any() or not len(logits):
             return np.full(len(logits), np.nan)
         present = (hit + miss) > 0
-        columns = [
-            _precision_contributions(logits[:, label], present[:, label])
-            for label in np.flatnonzero(present.any(0))
-        ]
+        columns = []
+        for label in np.flatnonzero(present.any(0)):
+            y = present[:, label]
+            # Distinct scores in descending order: those of one score share a threshold.
+            _, group, count = np.unique(-logits[:, label], return_inverse=True, return_counts=True)
+            positives = np.bincount(group, y, len(count))
+            above = np.cumsum(count)  # N of each threshold
+            precision = np.cumsum(positives) / above
+            total = positives.sum()
+            value = np.sum(positives * precision) / total
+            # Sums over the thresholds at and below each.
+            suffix = lambda terms: np.cumsum(terms[::-1])[::-1]
+            share, shared = suffix(positives / above), suffix(positives * precision / above)
+            slope = y * (precision[group] - value) + y * share[group] - shared[group]
+            columns.append(value + len(y) / total * slope)
         return np.mean(columns, axis=0) if columns else np.full(len(logits), np.nan)
-
-
-def _precision_contributions(score: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Returns what each example adds to the average precision of one label: [examples].
-
-    With weights w, the average precision is Σ_i w_i y_i P_i / Σ_i w_i y_i, where the precision
-    P_i = Σ_j w_j y_j [s_j ≥ s_i] / N_i and N_i = Σ_j w_j [s_j ≥ s_i]. Its derivative by w_m at
-    w = 1 is (y_m (P_m − AP) + Σ_i y_i [s_i ≤ s_m] (y_m − P_i) / N_i) / Σ y.
-    """
-    # Distinct scores in descending order: those of one score share a threshold.
-    _, group, count = np.unique(-score, return_inverse=True, return_counts=True)
-    positives = np.bincount(group, present, len(count))
-    above = np.cumsum(count)  # N of each threshold
-    precision = np.cumsum(positives) / above
-    total = positives.sum()
-    value = np.sum(positives * precision) / total
-    # Sums over the thresholds at and below each.
-    suffix = lambda terms: np.cumsum(terms[::-1])[::-1]
-    share, shared = suffix(positives / above), suffix(positives * precision / above)
-    slope = present * (precision[group] - value) + present * share[group] - shared[group]
-    return value + len(score) / total * slope
 
 
 MEAN_AVERAGE_PRECISION = AveragePrecision(
     name="mean_average_precision", scores=("logit", "hit", "miss"), unit="%"
 )
 MICRO_F1 = Metric(
-    name="micro_f1", scores=("hit", "false_alarm", "miss"), of_mean=_micro_f1, unit="%"
+    name="micro_f1",
+    scores=("hit", "false_alarm", "miss"),
+    of_mean=lambda *means: _f1(*map(np.sum, means)),
+    unit="%",
 )
-MACRO_F1 = dataclasses.replace(MICRO_F1, name="macro_f1", of_mean=_macro_f1)
+MACRO_F1 = dataclasses.replace(
+    MICRO_F1, name="macro_f1", of_mean=lambda *means: np.mean(_f1(*means))
+)
 
 
 def bernoulli_kl(
@@ -105,14 +97,7 @@ def bernoulli_kl(
     the term does not depend on their number. (Multi-label logits distillation, arXiv:2308.06453,
     which sums over labels, at T = 1.)
 
-    Args:
-      student: [..., labels] logits.
-      teacher: the same; no gradient flows to it.
-      batch: not used.
-      temperature: T > 0.
-
-    Returns:
-      [...] float32.
+    Logits are [..., labels], the result [...] float32; no gradient flows to the teacher.
     """
     pair = [v.astype(jnp.float32) / temperature for v in (jax.lax.stop_gradient(teacher), student)]
     log_p, log_q = (
@@ -138,10 +123,6 @@ class Multilabel(base.Task):
     natural_distillation = "bernoulli_kl"
     loss_options = ("label_smoothing",)
     probes = ("cka",)
-
-    def weights(self, batch: Batch) -> Array:
-        """Returns 1 for each example that no mask hides, else 0: [batch]."""
-        return base.count_all(batch, batch[self.target].shape[:-1])
 
     def loss(self, outputs: Array, batch: Batch, label_smoothing: Scalar = 0.0) -> Array:
         """Returns the mean over labels of −y log σ(z) − (1 − y) log σ(−z) in nats: [batch].
@@ -183,32 +164,24 @@ class Multilabel(base.Task):
             **base.noise_and_signal(outputs, reference),
         }
 
-    def check(
-        self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None = None
-    ) -> None:
-        """Raises ConfigError unless labels are floats 0 and 1, [batch, labels], and outputs fit."""
+    def problems(
+        self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None
+    ) -> Iterator[str]:
+        """Yields unless labels are floats 0 and 1, [batch, labels], and outputs fit."""
         labels = np.asarray(batch[self.target])
-        base.require(
-            np.issubdtype(labels.dtype, np.floating) and labels.ndim == 2,
-            self,
-            f"expected float labels [batch, labels] in {self.target!r}, got {labels.dtype} "
-            f"{labels.shape}; integers are labels of classification",
-        )
+        if not np.issubdtype(labels.dtype, np.floating) or labels.ndim != 2:
+            yield (
+                f"expected float labels [batch, labels] in {self.target!r}, got {labels.dtype} "
+                f"{labels.shape}; integers are labels of classification"
+            )
         neither = labels[~np.isin(labels, (0, 1))]
-        base.require(
-            not neither.size, self, f"expected labels 0 and 1, got {neither[:1].tolist() or ''}"
-        )
+        if neither.size:
+            yield f"expected labels 0 and 1, got {neither[:1].tolist()}"
         names = facts.get("class_names", ())
-        base.require(
-            len(names) in (0, labels.shape[1]),
-            self,
-            f"the data names {len(names)} labels, each example has {labels.shape[1]}",
-        )
-        base.require(
-            outputs is None or outputs.shape == labels.shape,
-            self,
-            f"expected outputs {labels.shape}, one a label, got {outputs and outputs.shape}",
-        )
+        if len(names) not in (0, labels.shape[1]):
+            yield f"the data names {len(names)} labels, each example has {labels.shape[1]}"
+        if outputs is not None and outputs.shape != labels.shape:
+            yield f"expected outputs {labels.shape}, one a label, got {outputs.shape}"
 
 
 Task = Multilabel

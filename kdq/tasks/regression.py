@@ -1,13 +1,12 @@
 """Regression: one or several real targets of each example."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike
 
 from kdq.fields import LARGEST, Limits, field
 from kdq.tasks import base
@@ -15,20 +14,10 @@ from kdq.tasks.base import Scalar
 from kdq.tasks.metric import Metric
 from kdq.types import Array, Batch
 
-
-def _root(mean_square: ArrayLike) -> Any:
-    return np.mean(np.sqrt(mean_square))
-
-
-def _determination(error: ArrayLike, target: ArrayLike, square: ArrayLike) -> Any:
-    """Returns the mean over targets of 1 − E[error²] / Var[target]."""
-    return np.mean(1 - error / (square - target * target))
-
-
 RMSE = Metric(
     name="rmse",
     scores=("squared_error",),
-    of_mean=_root,
+    of_mean=lambda mean_square: np.mean(np.sqrt(mean_square)),
     higher_is_better=False,
     decimals=3,
     relative=True,
@@ -38,7 +27,8 @@ MAE = dataclasses.replace(RMSE, name="mae", scores=("absolute_error",), of_mean=
 R2 = Metric(
     name="r2",
     scores=("squared_error", "target", "squared_target"),
-    of_mean=_determination,
+    # The mean over targets of 1 − E[error²] / Var[target].
+    of_mean=lambda error, target, square: np.mean(1 - error / (square - target * target)),
     decimals=3,
     tie=0.005,
     level=0.01,
@@ -101,10 +91,6 @@ class Regression(base.Task):
         std = tuple(float(x) or 1.0 for x in facts["target_std"])
         return dataclasses.replace(self, mean=tuple(map(float, facts["target_mean"])), std=std)
 
-    def weights(self, batch: Batch) -> Array:
-        """Returns 1 for each example that no mask hides, else 0: [batch]."""
-        return base.count_all(batch, batch[self.target].shape[:1])
-
     def loss(self, outputs: Array, batch: Batch) -> Array:
         """Returns the mean over targets of e² or of Huber's loss of e, standardized: [batch].
 
@@ -162,14 +148,8 @@ class Regression(base.Task):
         (Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation,
         NeurIPS 2017.)
 
-        Args:
-          student: [batch, targets] standardized.
-          teacher: the same; no gradient flows to it, nor through the comparison.
-          batch: with the targets.
-          margin: m ≥ 0, of squared standardized errors.
-
-        Returns:
-          [batch] float32.
+        Outputs are [batch, targets] standardized, the result [batch] float32 and m ≥ 0 the margin,
+        of squared standardized errors. No gradient flows to the teacher, nor by the comparison.
         """
         target = self._standardize(batch)
         error, bound = (
@@ -178,33 +158,25 @@ class Regression(base.Task):
         )
         return jnp.where(error + margin > bound, error, 0)
 
-    def check(
-        self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None = None
-    ) -> None:
-        """Raises ConfigError unless targets are finite floats, as many as there are outputs."""
+    def problems(
+        self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None
+    ) -> Iterator[str]:
+        """Yields unless targets are finite floats, as many as there are outputs."""
         targets = np.asarray(batch[self.target])
-        base.require(
-            np.issubdtype(targets.dtype, np.floating) and targets.ndim in (1, 2),
-            self,
-            f"expected float targets [batch] or [batch, targets] in {self.target!r}, got "
-            f"{targets.dtype} {targets.shape}; integers are labels of classification",
-        )
-        bad = targets[~np.isfinite(targets)]
-        base.require(not bad.size, self, f"expected finite targets, got {bad.size} that are not")
+        if not np.issubdtype(targets.dtype, np.floating) or targets.ndim not in (1, 2):
+            yield (
+                f"expected float targets [batch] or [batch, targets] in {self.target!r}, got "
+                f"{targets.dtype} {targets.shape}; integers are labels of classification"
+            )
+        if bad := np.sum(~np.isfinite(targets)):
+            yield f"expected finite targets, got {bad} that are not"
         count = targets.shape[1] if targets.ndim == 2 else 1
         for statistic in ("mean", "std"):
             values = getattr(self, statistic) or facts.get(f"target_{statistic}", ())
-            base.require(
-                len(values) in (0, count),
-                self,
-                f"{count} targets an example, and {statistic} of {len(values)}",
-            )
-        base.require(
-            outputs is None or outputs.shape == (len(targets), count),
-            self,
-            f"expected outputs {(len(targets), count)}, one a target, got "
-            f"{outputs and outputs.shape}",
-        )
+            if len(values) not in (0, count):
+                yield f"{count} targets an example, and {statistic} of {len(values)}"
+        if outputs is not None and outputs.shape != (len(targets), count):
+            yield f"expected outputs {(len(targets), count)}, one a target, got {outputs.shape}"
 
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         mean, std = self.mean or (0.0,), self.std or (1.0,)

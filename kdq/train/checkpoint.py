@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import absl.logging
@@ -45,13 +45,13 @@ class Checkpointer:
     the background; the two newest are kept, so that a damaged one has a predecessor. Arrays may be
     cut up over the devices of several processes, which then all save and restore.
 
-    Args:
-      directory: made if it does not exist.
-      alone: this process reads by itself, whatever others there are.
+    The directory is made if it does not exist; `alone`, this process reads by itself, whatever
+    others there are.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, alone: bool = False):
         self._directory, self._alone = os.path.abspath(directory), alone
+        self._do_once = (lambda fn: fn()) if alone else processes.first
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         if alone and jax.process_count() > 1:
             options = _alone()
@@ -83,14 +83,12 @@ class Checkpointer:
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """`(step, trees, record)` of the newest checkpoint that can be read, or None.
 
-        Args:
-          like: for each tree wanted, a pytree of its structure and shapes, which is restored to
-            where that lies; or None to get it as nested dicts of NumPy arrays.
-
         A checkpoint that can't be read, or is not what was saved, is named in a warning and renamed
         to "STEP.damaged"; the one before it is tried.
 
-        Raises CheckpointError for one of a newer format.
+        `like` has for each tree wanted a pytree of its structure and shapes, which is restored to
+        where that lies; or None to get it as nested dicts of NumPy arrays. CheckpointError for a
+        newer format.
         """
         while steps := self.steps():
             if parts := self.read(max(steps), like):
@@ -112,7 +110,7 @@ class Checkpointer:
             with interrupts.held_back():  # of which a checkpoint is not to blame either
                 expected = _read_digests(path)
                 parts = self._restore(step, like)
-            if reason := expected and expected.difference(*parts):
+            if reason := expected and _difference(*parts, *expected):
                 problem = f"is damaged and is set aside: {reason}"
         except (CheckpointError, MemoryError, PermissionError):
             raise  # of which a checkpoint is not to blame
@@ -127,23 +125,19 @@ class Checkpointer:
         self._manager.reload()
         return None
 
-    def _do_once(self, fn: Callable[[], None]) -> None:
-        if self._alone:
-            fn()
-        else:
-            processes.first(fn)
-
     def _restore(
         self, step: int, like: Mapping[str, Any | None]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        items = {
-            name: ocp.args.StandardRestore(
-                self._on_host(step, name)
-                if tree is None
-                else jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-            )
-            for name, tree in like.items()
-        }
+        items = {}
+        for name, tree in like.items():
+            if tree is None:  # NumPy arrays of these shapes, without memory of their own
+                path = epath.Path(self._directory) / str(step) / name
+                arrays = ocp.StandardCheckpointHandler().metadata(path).tree
+                on_host = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape)
+                shapes = jax.tree.map(on_host, arrays)
+            else:
+                shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+            items[name] = ocp.args.StandardRestore(shapes)
         args = ocp.args.Composite(record=ocp.args.JsonRestore(), **items)
         restored = self._manager.restore(step, args=args)
         return {name: restored[name] for name in like}, restored["record"]
@@ -154,18 +148,8 @@ class Checkpointer:
             if later > step:
                 self._manager.delete(later)
 
-    def _on_host(self, step: int, name: str) -> Any:
-        """Returns a tree of a checkpoint in shape, as NumPy arrays without memory of their own."""
-        path = epath.Path(self._directory) / str(step) / name
-        arrays = ocp.StandardCheckpointHandler().metadata(path).tree
-        return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), arrays)
-
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises what went wrong in the background.
-
-        Raises:
-          OSError: the disk is full, or can't be written.
-        """
+        """Returns when everything saved is on disk; OSError if the disk is full or unwritable."""
         with self._named_errors():
             self._manager.wait_until_finished()
 
@@ -198,17 +182,14 @@ class Checkpointer:
 
 def _alone() -> ocp.CheckpointManagerOptions:
     """Makes options of a manager that waits for no other process."""
-    if jax.process_count() == 1:
-        return ocp.CheckpointManagerOptions(create=False)
-    process = jax.process_index()
-    return ocp.CheckpointManagerOptions(
-        create=False,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
+    process, options = jax.process_index(), {}
+    if jax.process_count() > 1:
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
             primary_host=process,
             active_processes={process},
             barrier_sync_key_prefix=f"own{process}",
-        ),
-    )
+        )
+    return ocp.CheckpointManagerOptions(create=False, **options)
 
 
 def _set_aside_undescribed(directory: str) -> None:
@@ -243,25 +224,8 @@ def _set_aside(path: str) -> None:
             return
 
 
-# The digests beside what Orbax writes.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Expected:
-    """The digests that were saved with a checkpoint."""
-
-    trees: Mapping[str, digests.Digests]
-    record: str
-
-    def difference(self, trees: Mapping[str, Any], record: Mapping[str, Any]) -> str | None:
-        """Returns what is other than was saved, in words; None if nothing is."""
-        wrong = {name: digests.difference(tree, self.trees[name]) for name, tree in trees.items()}
-        wrong["record"] = None if _seal_of(record) == self.record else "its values are others"
-        return next((f"{name}: {why}" for name, why in wrong.items() if why), None)
-
-
-def _read_digests(path: str) -> _Expected | None:
-    """Returns what a checkpoint is to hold; None for one from before there were digests.
+def _read_digests(path: str) -> tuple[dict[str, digests.Digests], str] | None:
+    """Returns those of a checkpoint's trees and of its record; None from before there were any.
 
     Raises:
       CheckpointError: it is of a newer format.
@@ -276,25 +240,33 @@ def _read_digests(path: str) -> _Expected | None:
             f"checkpoint {path} is of format {first['format']}, and this version of kdq reads up "
             f"to {FORMAT}: install a newer one, or delete the checkpoint"
         )
-    others = [
-        files.read_json(os.path.join(folder, f"{i}.json")) for i in range(1, first["processes"])
-    ]
-    names = first["trees"]
-    parts = [first, *others]
-    return _Expected(
-        trees={
-            name: digests.merge(digests.from_json(part["trees"][name]) for part in parts)
-            for name in names
-        },
-        record=first["record"],
-    )
+    others = range(1, first["processes"])
+    parts = [first, *(files.read_json(os.path.join(folder, f"{i}.json")) for i in others)]
+    trees = {
+        name: digests.parse(row for part in parts for row in part["trees"][name])
+        for name in first["trees"]
+    }
+    return trees, first["record"]
+
+
+def _difference(
+    trees: Mapping[str, Any],
+    record: Mapping[str, Any],
+    expected: Mapping[str, digests.Digests],
+    seal: str,
+) -> str | None:
+    """Returns what is other than was saved, in words; None if nothing is."""
+    wrong = {name: digests.difference(tree, expected[name]) for name, tree in trees.items()}
+    wrong["record"] = None if files.seal(record)[files.SEAL] == seal else "its values are others"
+    return next((f"{name}: {why}" for name, why in wrong.items() if why), None)
 
 
 def _check_orbax(path: str, error: Exception) -> None:
     """Raises CheckpointError if a newer Orbax saved what this one can't read."""
+    numbers = lambda version: tuple(int(digits) for digits in re.findall(r"\d+", version)[:3])
     try:
         saved_by = files.read_json(os.path.join(path, _DIGESTS, "0.json"))["orbax"]
-        newer = _numbers(saved_by) > _numbers(ocp.__version__)
+        newer = numbers(saved_by) > numbers(ocp.__version__)
     except (OSError, ValueError, KeyError, TypeError):
         return
     if newer:
@@ -304,39 +276,29 @@ def _check_orbax(path: str, error: Exception) -> None:
         ) from error
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(digits) for digits in re.findall(r"\d+", version)[:3])
-
-
-def _seal_of(record: Mapping[str, Any]) -> str:
-    return files.seal(record)[files.SEAL]
-
-
 class _DigestsHandler(ocp.AsyncCheckpointHandler):
     """Writes digests while Orbax writes the arrays: hashing must not keep the loop waiting."""
 
     async def async_save(
         self, directory: epath.Path, args: "_DigestsSave"
     ) -> list[future.Future] | None:
-        writing = self._write(directory, args)
-        return [future.CommitFutureAwaitingContractedSignals(writing, name="digests")]
+        async def write() -> None:
+            self.save(directory, args)
 
-    async def _write(self, directory: epath.Path, args: "_DigestsSave") -> None:
-        self.save(directory, args)
+        return [future.CommitFutureAwaitingContractedSignals(write(), name="digests")]
 
     def save(self, directory: epath.Path, args: "_DigestsSave") -> None:
-        trees = {name: digests.make_digests(tree) for name, tree in args.trees.items()}
         document = {
             "format": FORMAT,
             "orbax": ocp.__version__,
             "processes": jax.process_count(),
-            "trees": {name: digests.to_json(tree) for name, tree in trees.items()},
-            "record": _seal_of(args.record),
+            "trees": {name: digests.make_digests(tree) for name, tree in args.trees.items()},
+            "record": files.seal(args.record)[files.SEAL],
         }
         path = directory / f"{jax.process_index()}.json"
         path.write_text(files.json_text(document, indent=None))
 
-    def restore(self, directory: epath.Path, args: Any = None) -> _Expected | None:
+    def restore(self, directory: epath.Path, args: Any = None) -> Any:
         return _read_digests(os.fspath(directory.parent))
 
 

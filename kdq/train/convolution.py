@@ -5,12 +5,11 @@ of a form of it, and each of the three may be computed by another form.
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -40,15 +39,8 @@ def convolve(
 ) -> Array:
     """`jax.lax.conv_general_dilated` as `nn.Conv` calls it, differentiated by the fastest forms.
 
-    Args:
-      images: [batch, ...positions, channels].
-      kernel: [...window, channels, features].
-      strides: of the window.
-      padding: as for `jax.lax.conv_general_dilated`.
-      **options: the rest of its arguments.
-
-    Returns:
-      [batch, ...positions, features].
+    Of images [batch, ...positions, channels] and a kernel [...window, channels, features]; returns
+    [batch, ...positions, features].
     """
     window = kernel.shape[:-2]
     dilations = (*options["lhs_dilation"], *options["rhs_dilation"])
@@ -57,10 +49,10 @@ def convolve(
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(images.shape[1:-1], window, strides, padding)
     how = _How(
-        window=window,
-        strides=tuple(strides),
-        pads=tuple((int(low), int(high)) for low, high in padding),
-        options=tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items()),
+        window,
+        tuple(strides),
+        tuple((int(low), int(high)) for low, high in padding),
+        tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items()),
     )
     forms = _fastest(how, images, kernel)
     if set(forms) == {_xla}:
@@ -68,8 +60,7 @@ def convolve(
     return _by_forms(how, forms, images, kernel)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _How:
+class _How(NamedTuple):
     """The static part of a convolution."""
 
     window: tuple[int, ...]

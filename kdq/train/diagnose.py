@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from kdq.distill.streams import with_streams
+from kdq.distill.capture import with_streams
 from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs, unboxed
 from kdq.quantize.network import Weights, as_network
-from kdq.train.state import TrainState
-from kdq.train.training import Training
+from kdq.train.training import Training, TrainState
 from kdq.types import Array, Batch
 
 
@@ -36,20 +35,7 @@ def first_nonfinite(training: Training, state: TrainState, batch: Batch) -> str:
     )
     if not _is_finite(taught):
         return "what the teacher says"
-    for path, parts in _check_layers(training, state, inputs, key).items():
-        for part, is_finite in parts.items():
-            if not is_finite:
-                return f"the {part} of layer {path!r}" if path else f"the model's {part}"
-    for name, params in state.adapters.items():
-        if not _is_finite(params):
-            return f"the adapter of term {name!r}"
-    return "the loss or a gradient (every layer's output is finite)"
-
-
-def _check_layers(
-    training: Training, state: TrainState, inputs: tuple[Array, ...], key: Array
-) -> dict[str, dict[str, Array]]:
-    """Returns whether parameters and output of each layer are finite, in the order of calls."""
+    # Whether parameters and output of each layer are finite, in the order of calls.
     finite: dict[str, dict[str, Array]] = {}
     trained: dict[str, list[Array]] = {}
     for (*layer, _), leaf in traverse_util.flatten_dict(state.params).items():
@@ -64,12 +50,19 @@ def _check_layers(
             finite.setdefault(call.path, checks)
         return outputs
 
-    network = as_network(training.network)
     weights = Weights(variables=unboxed(state.variables), qparams=state.quantizers)
 
     def forward(rngs: dict[str, Array]) -> None:
         call = Inputs(*inputs, rngs=rngs)
+        network = as_network(training.network)
         network.run(weights, call, watch, train=True, mutable=list(state.model_state))
 
     with_streams(forward, key)
-    return finite
+    for path, parts in finite.items():
+        for part, is_finite in parts.items():
+            if not is_finite:
+                return f"the {part} of layer {path!r}" if path else f"the model's {part}"
+    for name, params in state.adapters.items():
+        if not _is_finite(params):
+            return f"the adapter of term {name!r}"
+    return "the loss or a gradient (every layer's output is finite)"

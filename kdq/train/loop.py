@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
@@ -15,15 +14,13 @@ from kdq import processes, quantize
 from kdq.data import iterate
 from kdq.quantize.network import Weights
 from kdq.stopwatch import Stopwatch
-from kdq.tasks import Metric
 from kdq.tasks.base import improves
 from kdq.train import together
 from kdq.train.checkpoint import Checkpointer
 from kdq.train.diagnose import NonFiniteError, first_nonfinite
 from kdq.train.metrics_writer import MetricsWriter
-from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.training import Plan
+from kdq.train.training import Plan, TrainState
 from kdq.types import Mean, Metrics
 
 LOG_EVERY = 50  # steps between two reads of the metrics
@@ -59,14 +56,9 @@ def fit(plan: Plan, state: TrainState, workdir: Path, **options: Any) -> Fit:
     A run that was killed and is started again ends with the parameters of one that was not, on
     other devices too. Every process calls this; each receives the full weights.
 
-    Args:
-      plan: of the training.
-      state: the state before the first step.
-      workdir: holds "checkpoints/" and "metrics.jsonl".
-      **options: of `fit_together`.
-
-    Raises:
-      NonFiniteError: a loss or gradient was NaN or infinite; says at which step, and where first.
+    From the state before the first step; `workdir` holds "checkpoints/" and "metrics.jsonl", and
+    the options are those of `fit_together`. NonFiniteError for a loss or gradient that was NaN or
+    infinite, which says at which step, and where first.
     """
     (result,) = fit_together([plan], [state], [workdir], **options)
     if isinstance(result, NonFiniteError):
@@ -90,29 +82,33 @@ def fit_together(
     different steps resume from the newest one that all of them have.
 
     Args:
-      plans: of the seeds.
+      plans: of the seeds, alike in all but seed, data and weights: else ValueError.
       states: theirs before the first step.
       workdirs: each holds "checkpoints/" and "metrics.jsonl" of its seed.
       checkpoint_seconds: least time between two checkpoints; they fall on validations.
       on_step: called with the number of steps taken, for progress.
       tensorboard: whether "tensorboard/" is to have the metrics as events, too.
-
-    Raises:
-      ValueError: plans that are not alike.
     """
     with contextlib.ExitStack() as stack:
         seeds = []
         for plan, state, workdir in zip(plans, states, workdirs, strict=True):
             checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints"))
             seeds.append(_Seed(plan, plan.training.layout.place(state), checkpointer))
-        _resume(seeds)
+        # Back to the newest checkpoint that all have and that can be read of all.
+        while common := set.intersection(*(set(seed.checkpointer.steps()) for seed in seeds)):
+            step = max(common)
+            contents = [seed.checkpointer.read(step, seed.trees) for seed in seeds]
+            if None not in contents:
+                for seed, (trees, record) in zip(seeds, contents, strict=True):
+                    seed.resume(step, trees, record)
+                break
         trainer = Trainer(seeds, checkpoint_seconds, on_step)
         for seed, workdir in zip(seeds, workdirs, strict=True):
             events = workdir / "tensorboard" if tensorboard else None
             writer = MetricsWriter(workdir / "metrics.jsonl", after_step=seed.step, events=events)
             seed.writer = stack.enter_context(writer)
         trainer.run()
-        return [seed.error or _finish(seed) for seed in seeds]
+        return [seed.error or seed.finish() for seed in seeds]
 
 
 @dataclasses.dataclass
@@ -128,12 +124,10 @@ class _Seed:
     compile_seconds: float | None = 0.0
     best_record: dict[str, Any] | None = None  # "step" and "metrics" of the selection
     error: NonFiniteError | None = None
-    batches: grain.DatasetIterator = dataclasses.field(init=False)
-    best: dict[str, Any] = dataclasses.field(init=False)  # the selection, as `_parts`
 
     def __post_init__(self):
         self.batches = iterate(self.plan.dataset)
-        self.best = _parts(self.state)
+        self.best = _parts(self.state)  # the selection
 
     @property
     def trees(self) -> dict[str, Any]:
@@ -155,32 +149,20 @@ class _Seed:
         self.batches.set_state(record["data"])
         self.checkpointer.drop_after(step)
 
-
-def _resume(seeds: Sequence[_Seed]) -> None:
-    """Goes back to the newest checkpoint that all have and that can be read of all."""
-    while common := set.intersection(*(set(seed.checkpointer.steps()) for seed in seeds)):
-        step = max(common)
-        contents = [seed.checkpointer.read(step, seed.trees) for seed in seeds]
-        if None not in contents:
-            for seed, (trees, record) in zip(seeds, contents, strict=True):
-                seed.resume(step, trees, record)
-            return
-
-
-def _finish(seed: _Seed) -> Fit:
-    seed.checkpointer.wait()
-    fetch = seed.plan.training.layout.fetch
-    return Fit(
-        last=fetch(weights(seed.state)),
-        last_step=seed.plan.steps,
-        selected=Selection(
-            weights=fetch(_weights(seed.state, seed.best)),
-            peer=fetch(seed.best.get("peer")),
-            **seed.best_record,
-        ),
-        seconds=seed.seconds,
-        compile_seconds=seed.compile_seconds,
-    )
+    def finish(self) -> Fit:
+        self.checkpointer.wait()
+        fetch = self.plan.training.layout.fetch
+        return Fit(
+            last=fetch(weights(self.state)),
+            last_step=self.plan.steps,
+            selected=Selection(
+                weights=fetch(_weights(self.state, self.best)),
+                peer=fetch(self.best.get("peer")),
+                **self.best_record,
+            ),
+            seconds=self.seconds,
+            compile_seconds=self.compile_seconds,
+        )
 
 
 class Trainer:
@@ -201,55 +183,65 @@ class Trainer:
         plan, self._watch = self._plan, Stopwatch()
         saved_at = time.monotonic()
         while self._step < plan.steps and not all(seed.error for seed in self._seeds):
-            self._take_step()
+            batches = [next(seed.batches) for seed in self._seeds]
+            freeze_norm = self._step >= plan.freeze_norm_at
+            if freeze_norm and self._step - 1 < plan.freeze_norm_at:
+                self._log()  # before another program is compiled, what was begun is to be over
+            self._state, metrics = self._program(self._state, batches, freeze_norm=freeze_norm)
+            self._step += 1
+            self._pending.append((self._step, metrics))
+            self._on_step(self._step)
+            if self._step % LOG_EVERY == 0:
+                self._log(keep=LOG_LAG)
             is_last = self._step == plan.steps
             if self._step % plan.eval_every == 0 or is_last:
                 self._log()
                 self._validate()
                 due = time.monotonic() - saved_at >= self._checkpoint_seconds
                 if processes.agree(due) or is_last:
-                    self._save()
+                    self._note_time()
+                    for seed in self._seeds:
+                        if not seed.error:
+                            seed.step = self._step
+                            seed.save()
                     saved_at = time.monotonic()
         self._note_time()
 
-    def _take_step(self) -> None:
-        batches = [next(seed.batches) for seed in self._seeds]
-        freeze_norm = self._step >= self._plan.freeze_norm_at
-        if freeze_norm and self._step - 1 < self._plan.freeze_norm_at:
-            self._log()  # before another program is compiled, what was begun is to be over
-        self._state, metrics = self._program(self._state, batches, freeze_norm=freeze_norm)
-        self._step += 1
-        self._pending.append((self._step, metrics))
-        self._on_step(self._step)
-        if self._step % LOG_EVERY == 0:
-            self._log(keep=LOG_LAG)
-
     def _log(self, keep: int = 0) -> None:
-        """Writes the metrics of the steps that are over, all but the newest `keep`."""
+        """Writes the metrics of the steps that are over, all but the newest `keep`.
+
+        As numbers, with the primary metric in place of its scores.
+        """
         primary = self._plan.training.objective.task.primary
+        double = lambda x: np.asarray(x, np.float64)
+        divide = lambda x: double(x.total) / double(x.count) if isinstance(x, Mean) else double(x)
         ready = self._pending[: len(self._pending) - keep]
         self._pending = self._pending[len(ready) :]
         for step, metrics in jax.device_get(ready):
-            of_seeds = self._program.split(metrics)
-            for seed, own_metrics in zip(self._seeds, of_seeds, strict=True):
+            for seed, totals in zip(self._seeds, self._program.split(metrics), strict=True):
                 if seed.error:
                     continue
-                values = _divide(own_metrics, primary)
+                values = {name: divide(x) for name, x in totals.items()}
+                score = primary.from_means(*(values.pop(name) for name in primary.scores))
+                values = {name: float(x) for name, x in values.items()} | {primary.name: score}
                 if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
                     seed.writer.write(step, values)
-                else:
-                    self._share_state()
-                    seed.error = NonFiniteError(_explain_halt(seed, step))
+                    continue
+                self._share_state()
+                training = seed.plan.training.place()
+                batch = training.layout.batch(seed.plan.dataset[step - 1])
+                place = first_nonfinite(training, seed.state, batch)
+                seed.error = NonFiniteError(f"NaN or infinity at step {step}, first in {place}")
 
     def _validate(self) -> None:
         """Scores each seed's weights, and keeps those that are the best so far."""
         self._share_state()
         task = self._plan.training.objective.task
+        losses = [m.name for m in task.metrics if not m.higher_is_better]
         for seed in self._seeds:
             if seed.error:
                 continue
             metrics = seed.plan.validate(weights(seed.state))
-            losses = [m.name for m in task.metrics if not m.higher_is_better]
             if not all(np.isfinite(metrics[name]) for name in losses):
                 seed.error = NonFiniteError(
                     f"NaN or infinity on validation after step {self._step}"
@@ -260,13 +252,6 @@ class Trainer:
                 seed.best = jax.tree.map(jax.numpy.copy, _parts(seed.state))
                 seed.best_record = {"step": self._step, "metrics": metrics}
             seed.writer.write(self._step, {f"validation_{k}": v for k, v in metrics.items()})
-
-    def _save(self) -> None:
-        self._note_time()
-        for seed in self._seeds:
-            if not seed.error:
-                seed.step = self._step
-                seed.save()
 
     def _note_time(self) -> None:
         """Gives each seed its share of the time since this was last done."""
@@ -291,14 +276,6 @@ def take_steps(plan: Plan, state: TrainState) -> TrainState:
     return state
 
 
-def _explain_halt(seed: _Seed, step: int) -> str:
-    """Names the place where what halted the state at a step came from."""
-    training = seed.plan.training.place()
-    batch = training.layout.batch(seed.plan.dataset[step - 1])
-    place = first_nonfinite(training, seed.state, batch)
-    return f"NaN or infinity at step {step}, first in {place}"
-
-
 def weights(state: TrainState) -> Weights:
     """Returns the weights of a state as they are evaluated, packed and handed on."""
     return _weights(state, _parts(state))
@@ -312,25 +289,11 @@ def _parts(state: TrainState) -> dict[str, Any]:
         "model_state": state.model_state,
         "scales": state.scales,
     }
-    if state.teacher.learns:
-        parts["peer"] = {
-            "params": state.teacher.params,
-            "model_state": state.teacher.model_state,
-        }
-    return parts
+    teacher = state.teacher
+    peer = {"params": teacher.params, "model_state": teacher.model_state}
+    return parts | ({"peer": peer} if teacher.learns else {})
 
 
 def _weights(state: TrainState, parts: dict[str, Any]) -> Weights:
     qparams = quantize.plain(quantize.replace_scales(state.qparams, parts["scales"]))
     return Weights(variables={"params": parts["params"], **parts["model_state"]}, qparams=qparams)
-
-
-def _divide(metrics: Metrics, primary: Metric) -> dict[str, float]:
-    """Returns the metrics of a step as numbers, with the primary metric in place of its scores."""
-    double = lambda x: np.asarray(x, np.float64)
-    values = {
-        name: double(x.total) / double(x.count) if isinstance(x, Mean) else double(x)
-        for name, x in metrics.items()
-    }
-    score = primary.from_means(*(values.pop(name) for name in primary.scores))
-    return {name: float(value) for name, value in values.items()} | {primary.name: score}

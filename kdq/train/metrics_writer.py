@@ -3,6 +3,7 @@
 With a folder for them, the same as TensorBoard's events.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -64,11 +65,18 @@ class MetricsWriter:
         """Returns those of an earlier run; damaged ones are left out, with a warning."""
         if not self._path.exists():
             return []
+        entries = []
         # The last line has no end: it is empty, or was cut off.
         lines = self._path.read_bytes().split(b"\n")[:-1]
-        entries = [entry for line in lines if (entry := _entry(line)) is not None]
-        if len(entries) < len(lines):
-            count = len(lines) - len(entries)
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                entry = files.parse(line.decode())
+                is_entry = isinstance(entry, dict) and type(entry.get("step")) is int
+                if is_entry and all(
+                    isinstance(v, int | float) and math.isfinite(v) for v in entry.values()
+                ):
+                    entries.append(entry)
+        if count := len(lines) - len(entries):
             log.warning("%s: %d damaged lines are left out", self._path, count)
         return entries
 
@@ -97,15 +105,3 @@ class MetricsWriter:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """Returns what `MetricsWriter.write` wrote; None for something else."""
-    try:
-        entry = files.parse(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
-        return None
-    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in entry.values())
-    return entry if numbers else None

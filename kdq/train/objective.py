@@ -58,10 +58,9 @@ class Objective(flax.struct.PyTreeNode):
         return adapters, memory
 
     def counts(self, batch: Batch) -> dict[str, Array]:
-        """Returns the number of values that count of the task's loss and of each term.
+        """Returns how many values count of the task's loss and of each term, by names of totals.
 
-        Under the names of their totals. They depend on the batch alone, so that those of a whole
-        batch can divide the totals of its parts.
+        They depend on the batch alone, so that those of a whole batch divide totals of its parts.
         """
         weights = self.task.weights(batch)
         terms = {f"{term.name}_loss": term.count(batch, weights) for term in self.terms}
@@ -81,19 +80,13 @@ class Objective(flax.struct.PyTreeNode):
     ) -> tuple[Array, dict[str, Array], dict[str, Any]]:
         """Returns the scalar loss, the totals it is made of, and the memory of the terms.
 
-        Args:
-          student: its logits [batch, ..., classes], and the features that the terms look at.
-          teacher: the same of the teacher; None for labels only.
-          batch: what the task reads; "mask" [batch], if there, weighs the examples.
-          counts: of the whole batch that `batch` is a part of; None: of `batch`.
-          adapters: the terms' own parameters, by name, as `init` made them.
-          memory: what the terms remember, by name.
-          step: steps taken.
-          key: random, of this step.
+        Outputs of the student and the teacher (None for labels only) are logits [batch, ...,
+        classes] and the features that the terms look at; "mask" [batch] of the batch, if there,
+        weighs the examples. `counts` are of the whole batch that `batch` is a part of, `adapters`
+        and `memory` as `init` made them, `key` is random, of this step.
 
-        Returns:
-          The loss; masked sums, not weighted: "task_loss", the scores that the task's primary
-          metric is of, and "NAME_loss" of each term; and the memory after this step.
+        Totals are masked sums, not weighted: "task_loss", the scores that the task's primary metric
+        is of, and "NAME_loss" of each term.
         """
         if self.terms and teacher is None:
             raise ValueError(f"terms {[t.name for t in self.terms]} need a teacher, got None")
@@ -108,7 +101,12 @@ class Objective(flax.struct.PyTreeNode):
             "task_loss": self.task.loss(student.logits, batch, **self.options),
             **{name: scores[name] for name in self.task.primary.scores},
         }
-        totals = {name: _sum(value, weights) for name, value in values.items()}
+        # Over predictions; of each output where those are scored apart.
+        outputs = lambda x: (1,) * (x.ndim - weights.ndim)
+        totals = {
+            name: jnp.sum(weights.reshape(weights.shape + outputs(x)) * x, range(weights.ndim))
+            for name, x in values.items()
+        }
         loss = mean(self.task_weight(progress), "task_loss")
         memory = dict(memory)
         for i, term in enumerate(self.terms):
@@ -126,17 +124,8 @@ class Objective(flax.struct.PyTreeNode):
         return loss, jax.lax.stop_gradient(totals), jax.lax.stop_gradient(memory)
 
 
-def _sum(values: Array, weights: Array) -> Array:
-    """Returns the weighted sum over predictions, of each output where those are scored apart."""
-    outputs = (1,) * (values.ndim - weights.ndim)
-    return jnp.sum(weights.reshape(weights.shape + outputs) * values, range(weights.ndim))
-
-
 def arm_objective(experiment: Experiment, name: str, steps: int, task: Task) -> Objective:
-    """Builds the objective of an arm that trains for `steps` on a task.
-
-    Raises ConfigError for what its recipe gets wrong.
-    """
+    """Builds the objective of an arm that trains for `steps` on a task; see `build`."""
     arm = experiment.arms[name]
     recipe = vars(experiment.distill[arm.distill]) if arm.distill else None
     objective = build(recipe, steps, f"config.distill.{arm.distill}", task)
@@ -152,14 +141,8 @@ def build(
 ) -> Objective:
     """Builds the objective of a recipe, an entry of `config.distill`; of labels alone if None.
 
-    Args:
-      recipe: "task", a number or a schedule, and "terms" by name.
-      steps: of the whole training.
-      where: the recipe's key, for messages.
-      task: of the loss, and of its terms.
-
-    Raises:
-      ConfigError: what the recipe gets wrong.
+    A recipe has "task", a number or a schedule, and "terms" by name; `where` is its key, and
+    `steps` are of the whole training. Raises ConfigError for what it gets wrong.
     """
     objective = Objective(task=task, steps=jnp.float32(steps))
     if recipe is None:

@@ -9,16 +9,10 @@ import optax
 from kdq import config as kdq_config
 from kdq.types import Array
 
-
-def _adam() -> optax.GradientTransformation:
-    return optax.scale_by_adam()
+RULES = {"adam": optax.scale_by_adam, "sgd": lambda: optax.trace(decay=0.9, nesterov=True)}
 
 
-def _sgd() -> optax.GradientTransformation:
-    return optax.trace(decay=0.9, nesterov=True)
-
-
-RULES = {"adam": _adam, "sgd": _sgd}
+_RATES = ("learning_rate", "steps", "warmup", "scale_rate", "weight_decay", "clip_norm")
 
 
 def relative() -> optax.GradientTransformation:
@@ -34,15 +28,6 @@ def relative() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _labels(trainable: dict) -> dict:
-    """Labels the parts of `TrainState.trainable`; adapters and a peer train as the student does."""
-    name_field = lambda path, _: path[-1].key
-    return {
-        k: jax.tree.map_with_path(name_field, v) if k == "scales" else "params"
-        for k, v in trainable.items()
-    }
-
-
 @functools.cache
 def _make(name: str, scale_rule: str, clips: bool) -> optax.GradientTransformation:
     """One object a rule, because the compiled step is keyed by it."""
@@ -51,6 +36,14 @@ def _make(name: str, scale_rule: str, clips: bool) -> optax.GradientTransformati
             raise kdq_config.ConfigError(
                 kdq_config.unknown(f"config.optimizer.{key}: optimizer", rule, RULES)
             )
+
+    def label(trainable: dict) -> dict:
+        """Labels the parts of `TrainState.trainable`: adapters and a peer are as the student."""
+        name_field = lambda path, _: path[-1].key
+        return {
+            k: jax.tree.map_with_path(name_field, v) if k == "scales" else "params"
+            for k, v in trainable.items()
+        }
 
     def build(learning_rate, steps, warmup, scale_rate, weight_decay, clip_norm):
         def rate(count: Array) -> Array:
@@ -72,13 +65,10 @@ def _make(name: str, scale_rule: str, clips: bool) -> optax.GradientTransformati
         }
         by_log = [relative()] if scale_rule == "adam" else []
         train["scale"] = optax.chain(train["zero_point"], *by_log)
-        by_part = optax.partition(train, _labels)
+        by_part = optax.partition(train, label)
         return optax.chain(optax.clip_by_global_norm(clip_norm), by_part) if clips else by_part
 
-    zeros = dict.fromkeys(
-        ("learning_rate", "steps", "warmup", "scale_rate", "weight_decay", "clip_norm"), 1.0
-    )
-    return optax.inject_hyperparams(build)(**zeros)
+    return optax.inject_hyperparams(build)(**dict.fromkeys(_RATES, 1.0))
 
 
 def make_optimizer(config: kdq_config.Optimizer) -> optax.GradientTransformation:
@@ -94,12 +84,6 @@ def init_optimizer(
     Quantizers train at `scale_rate` times the rate, by Adam with relative steps of their scales or
     by plain gradient descent.
     """
-    return optax.tree.set(
-        make_optimizer(config).init(trainable),
-        learning_rate=jnp.float32(learning_rate),
-        steps=jnp.float32(steps),
-        warmup=jnp.float32(config.warmup),
-        scale_rate=jnp.float32(config.scale_rate),
-        weight_decay=jnp.float32(config.weight_decay),
-        clip_norm=jnp.float32(config.clip_norm),
-    )
+    rates = {**vars(config), "learning_rate": learning_rate, "steps": steps}
+    rates = {name: jnp.float32(rates[name]) for name in _RATES}
+    return optax.tree.set(make_optimizer(config).init(trainable), **rates)

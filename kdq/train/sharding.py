@@ -8,7 +8,6 @@ one device.
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -69,11 +68,11 @@ class Layout:
         sharding = self._named(("data", "fsdp"))
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in rows.items()}
 
-    def whole_batch(self, images: np.ndarray) -> Any:
+    def whole_batch(self, array: np.ndarray) -> Any:
         """A global batch that every process has whole, cut along its first axis."""
         if not self.mesh:
-            return jax.device_put(images)
-        return self._put(images, self._named(("data", "fsdp")))
+            return jax.device_put(array)
+        return self._put(array, self._named(("data", "fsdp")))
 
     def rows_of(self, batch_size: int) -> tuple[int, int]:
         """`(index, count)`: this process needs part `index` of `count` equal parts of a batch.
@@ -138,7 +137,13 @@ class Layout:
         name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), np.shape(array)
         for pattern, axes in self.rules:
             if re.search(pattern, name) and len(axes) == len(shape):
-                self._check(name, shape, axes)
+                for size, axis in zip(shape, axes, strict=True):
+                    if axis and size % self.mesh.shape[axis]:
+                        raise ConfigError(
+                            f"config.mesh.rules: {name} {tuple(shape)} can't be cut as "
+                            f"{tuple(axes)}: {size} is no multiple of "
+                            f"{axis}={self.mesh.shape[axis]}"
+                        )
                 return axes
         if len(shape) < 2 or np.prod(shape) < self.least:
             return ()
@@ -150,14 +155,6 @@ class Layout:
         if self.mesh.shape["fsdp"] > 1 and (free := list(filter(fits, range(len(shape))))):
             axes[max(free, key=lambda i: shape[i])] = "fsdp"
         return tuple(axes)
-
-    def _check(self, name: str, shape: Sequence[int], axes: Sequence[str | None]) -> None:
-        for size, axis in zip(shape, axes, strict=True):
-            if axis and size % self.mesh.shape[axis]:
-                raise ConfigError(
-                    f"config.mesh.rules: {name} {tuple(shape)} can't be cut as {tuple(axes)}: "
-                    f"{size} is no multiple of {axis}={self.mesh.shape[axis]}"
-                )
 
     def _named(self, *axes: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*axes))

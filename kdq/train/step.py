@@ -1,21 +1,21 @@
 """One step of training, the same for every arm: the teacher and the quantizers are optional."""
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from kdq import quantize
 from kdq.distill import capture
-from kdq.distill.capture import Outputs
-from kdq.distill.streams import with_streams
+from kdq.distill.capture import with_streams
 from kdq.train.convolution import fast_convolutions
-from kdq.train.remat import rematerialized
-from kdq.train.state import TrainState
-from kdq.train.training import Training
+from kdq.train.training import Training, TrainState
 from kdq.types import Array, Batch, Mean, Metrics
 
 # A part of a batch -> ((loss, (totals, changes)), gradients).
@@ -29,15 +29,9 @@ def train_step(training: Training, state: TrainState, batch: Batch) -> tuple[Tra
     A loss or gradient that is not finite halts the state for good, so that the weights and the step
     that caused it can be examined.
 
-    Args:
-      training: its layers decide what is captured of both models.
-      state: donated.
-      batch: training batch.
-
-    Returns:
-      The next state, and metrics: totals of the objective with their counts over the batch (see
-      `Objective`), "loss" and "grad_norm" of the step, and the shares of weights that oscillate if
-      that is tracked.
+    Returns the next state, and metrics: totals of the objective with their counts over the batch
+    (see `Objective`), "loss" and "grad_norm" of the step, and the shares of weights that oscillate
+    if that is tracked. The given state is donated.
     """
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     counts = training.objective.counts(batch)  # of the whole batch: gradients of its parts add up
@@ -48,12 +42,33 @@ def train_step(training: Training, state: TrainState, batch: Batch) -> tuple[Tra
         )
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~state.halted
-    advance = partial(_advance, training, state, grads, changes)
-    state, shares = jax.lax.cond(finite, advance, partial(_halt, training, state))
+
+    def advance() -> tuple[TrainState, Metrics]:
+        trainable = state.trainable
+        updates, opt_state = training.optimizer.update(grads, state.opt_state, trainable)
+        new = state.replace_trainable(
+            optax.apply_updates(trainable, updates),
+            step=state.step + 1,
+            opt_state=opt_state,
+            **changes,
+        )
+        teacher = training.teacher.update(new.teacher, new.params, new.model_state)
+        oscillation, params, shares = training.regime.track_oscillations(
+            state.oscillation, new.params, new.quantizers, state.step
+        )
+        return new.replace(teacher=teacher, oscillation=oscillation, params=params), shares
+
+    def halt() -> tuple[TrainState, Metrics]:
+        *_, shares = training.regime.track_oscillations(
+            state.oscillation, state.params, state.quantizers, state.step
+        )
+        return state.replace(halted=jnp.bool_(True)), shares
+
+    new, shares = jax.lax.cond(finite, advance, halt)
     count = lambda name: counts.get(name, counts["task_loss"])
     means = {name: Mean(total, count(name)) for name, total in totals.items()}
     metrics = {**means, "loss": totals["loss"], "grad_norm": grad_norm, **shares}
-    return training.layout.constrain(state), training.layout.replicate(metrics)
+    return training.layout.constrain(new), training.layout.replicate(metrics)
 
 
 def _loss(
@@ -69,7 +84,20 @@ def _loss(
     layout, objective = training.layout, training.objective
     before = state.replace_trainable(layout.gather(trainable), **changes)
     inputs = objective.task.inputs(batch)
-    student, model_state = _ask_student(training, before, inputs, key)
+    quantizers = training.regime.quantizers(before.quantizers, state.step)
+    run = partial(
+        capture.run,
+        training.network,
+        before.variables,
+        quantize.with_keys(quantizers, jax.random.fold_in(key, 3)),
+        inputs,
+        objective.student_layers,
+        train=True,
+        freeze_norm=training.freeze_norm,
+        mutable=list(before.model_state),
+    )
+    with rematerialized(training.compute.remat):
+        student, model_state = with_streams(lambda rngs: run(rngs=rngs), key)
     taught, teacher_state = layout.gather(training.teacher).ask(
         before.teacher, batch, inputs, objective.teacher_layers, jax.random.fold_in(key, 1)
     )
@@ -90,26 +118,6 @@ def _loss(
     loss += penalty / training.compute.accumulate
     changes = {"model_state": model_state, "teacher": teacher_state, "memory": memory}
     return loss, (totals, changes)
-
-
-def _ask_student(
-    training: Training, state: TrainState, inputs: tuple[Array, ...], key: Array
-) -> tuple[Outputs, dict[str, Any]]:
-    """Returns the student's outputs in training mode, and its other collections after them."""
-    quantizers = training.regime.quantizers(state.quantizers, state.step)
-    run = partial(
-        capture.run,
-        training.network,
-        state.variables,
-        quantize.with_keys(quantizers, jax.random.fold_in(key, 3)),
-        inputs,
-        training.objective.student_layers,
-        train=True,
-        freeze_norm=training.freeze_norm,
-        mutable=list(state.model_state),
-    )
-    with rematerialized(training.compute.remat):
-        return with_streams(lambda rngs: run(rngs=rngs), key)
 
 
 def _add_parts(
@@ -144,27 +152,35 @@ def _add_parts(
     return loss, totals, changes, grads
 
 
-def _advance(
-    training: Training, state: TrainState, grads: Any, changes: dict[str, Any]
-) -> tuple[TrainState, Metrics]:
-    """Returns the state after an update, and the shares of weights that oscillate."""
-    trainable = state.trainable
-    updates, opt_state = training.optimizer.update(grads, state.opt_state, trainable)
-    new = state.replace_trainable(
-        optax.apply_updates(trainable, updates),
-        step=state.step + 1,
-        opt_state=opt_state,
-        **changes,
-    )
-    teacher = training.teacher.update(new.teacher, new.params, new.model_state)
-    oscillation, params, shares = training.regime.track_oscillations(
-        state.oscillation, new.params, new.quantizers, state.step
-    )
-    return new.replace(teacher=teacher, oscillation=oscillation, params=params), shares
+@contextlib.contextmanager
+def rematerialized(pattern: str) -> Iterator[None]:
+    """Modules applied in this context whose path matches keep their inputs only.
 
+    Activations of a block then take memory only while its gradient is computed, for one more
+    forward pass (arXiv:1604.06174). On CPUs XLA sees through it and keeps them after all.
 
-def _halt(training: Training, state: TrainState) -> tuple[TrainState, Metrics]:
-    shares = training.regime.track_oscillations(
-        state.oscillation, state.params, state.quantizers, state.step
-    )[2]
-    return state.replace(halted=jnp.bool_(True)), shares
+    Args:
+      pattern: of "/"-joined module paths, all of a path; within a module that matches, others are
+        part of it. "" is none.
+    """
+    if not pattern:
+        yield
+        return
+    inside: list[str] = []
+
+    def intercept(next_fun, args, kwargs, context):
+        path = "/".join(context.module.path)
+        if inside or context.method_name != "__call__" or not re.fullmatch(pattern, path):
+            return next_fun(*args, **kwargs)
+
+        def call(module, *args):
+            inside.append(path)
+            try:
+                return module(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        return nn.remat(call)(context.module, *args)
+
+    with nn.intercept_methods(intercept):
+        yield

@@ -6,50 +6,29 @@ Nothing passes between seeds or devices.
 
 import functools
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kdq.train.state import TrainState
 from kdq.train.step import train_step
-from kdq.train.training import Plan, Training
+from kdq.train.training import Plan, Training, TrainState
 from kdq.types import Batch, Metrics
 
 SEEDS = PartitionSpec("seeds")
 T = TypeVar("T")
 
 
-class Program(Protocol):
-    """The steps of one or more seeds."""
-
-    def join(self, trees: Sequence[T]) -> T:
-        """Returns the states of all seeds as one, where steps take it."""
-
-    def split(self, tree: T) -> list[T]:
-        """Returns what `join` and steps return, by seed."""
-
-    def __call__(
-        self, state: TrainState, batches: Sequence[Batch], *, freeze_norm: bool
-    ) -> tuple[TrainState, Metrics]:
-        """Takes a step of each seed; see `train_step`."""
-
-
 def make_program(
     plans: Sequence[Plan],
     states: Sequence[TrainState],
     devices: Sequence[jax.Device] | None = None,
-) -> Program:
+) -> "Alone | Together":
     """Makes the program of one plan or several.
 
-    Args:
-      plans: as many as there are seeds.
-      states: of these.
-      devices: that several may use; None is all of this process.
-
-    Raises:
-      ValueError: the plans can't share a program.
+    `devices` are those that several may use; None is all of this process. Raises ValueError for
+    plans that can't share a program.
     """
     if len({signature(*pair) for pair in zip(plans, states, strict=True)}) > 1:
         raise ValueError("plans of one program must be alike in all but seed, data and weights")
@@ -72,20 +51,23 @@ def signature(plan: Plan, state: TrainState) -> Hashable:
 
 
 class Alone:
-    """One seed, on the mesh of its training."""
+    """The steps of one seed, on the mesh of its training."""
 
     def __init__(self, training: Training):
         self._training = training.place()
 
     def join(self, trees: Sequence[T]) -> T:
+        """Returns the states of all seeds as one, where steps take it."""
         return trees[0]
 
     def split(self, tree: T) -> list[T]:
+        """Returns what `join` and steps return, by seed."""
         return [tree]
 
     def __call__(
         self, state: TrainState, batches: Sequence[Batch], *, freeze_norm: bool
     ) -> tuple[TrainState, Metrics]:
+        """Takes a step of each seed; see `train_step`."""
         training = self._training.replace(freeze_norm=freeze_norm)
         state, metrics = train_step(training, state, training.layout.batch(batches[0]))
         if training.layout.must_wait:
@@ -94,7 +76,7 @@ class Alone:
 
 
 class Together:
-    """Several seeds."""
+    """The steps of several seeds; see `Alone`."""
 
     def __init__(self, trainings: Sequence[Training], devices: Sequence[jax.Device]):
         self._count = len(trainings)

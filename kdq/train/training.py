@@ -1,21 +1,28 @@
-"""A training: everything static of its steps, and the plan by which they are taken."""
+"""A training: what its steps are compiled for, what they change, and the plan of them."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import grain
 import jax
+import jax.numpy as jnp
 import optax
 
-from kdq.distill.teacher import NO_TEACHER, Teacher
+from kdq import config as kdq_config
+from kdq import quantize
+from kdq.distill.teacher import NO_TEACHER, Teacher, TeacherState
+from kdq.quantize import oscillation
 from kdq.quantize.network import Network, Weights
 from kdq.schema import AT_ONCE, Compute
 from kdq.train.objective import Objective
+from kdq.train.optimizer import init_optimizer
 from kdq.train.regime import Regime
 from kdq.train.sharding import ONE_DEVICE, Layout
+from kdq.types import Array, QParams, Variables
 
 
 class Training(flax.struct.PyTreeNode):
@@ -45,6 +52,49 @@ class Training(flax.struct.PyTreeNode):
         return self.replace(objective=objective, regime=regime, teacher=place(self.teacher))
 
 
+class TrainState(flax.struct.PyTreeNode):
+    """The state between two steps. Invariant: `scales` names only quantizers that `qparams` has."""
+
+    step: Array  # int32 scalar: steps taken
+    seed: Array  # uint32 scalar; the random key of a step is fold_in(key(seed), step)
+    params: Any  # float weights, also while they are trained quantized
+    scales: quantize.Scales  # what of the quantizers trains; {} if nothing does
+    model_state: dict[str, Any]  # every other collection of the model, e.g. "batch_stats"
+    qparams: QParams  # quantizers as calibrated; `quantizers` has them with the trained scales
+    adapters: dict[str, Any]  # of the terms of the objective, by name: they train, and stay behind
+    memory: dict[str, Any]  # what those terms remember, by name; does not train
+    teacher: TeacherState
+    oscillation: dict[str, Any]  # of quantized weights; {} unless tracked
+    opt_state: optax.OptState
+    halted: Array  # bool scalar: a step met NaN or infinity; nothing changes any more
+
+    @property
+    def variables(self) -> Variables:
+        return {"params": self.params, **self.model_state}
+
+    @property
+    def trainable(self) -> dict[str, Any]:
+        """Returns what the optimizer changes, by the names of its parts."""
+        return {
+            "params": self.params,
+            "scales": self.scales,
+            "adapters": self.adapters,
+            "peer": self.teacher.params if self.teacher.learns else {},
+        }
+
+    def replace_trainable(self, trainable: dict[str, Any], **changes: Any) -> "TrainState":
+        """Returns the state with what `trainable` returned, changed, and with other changes."""
+        parts = {k: v for k, v in trainable.items() if k != "peer"}
+        state = self.replace(**parts, **changes)
+        if not state.teacher.learns:
+            return state
+        return state.replace(teacher=state.teacher.replace(params=trainable["peer"]))
+
+    @property
+    def quantizers(self) -> QParams:
+        return quantize.replace_scales(self.qparams, self.scales)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """The course of a training: its batches, its length and its validations."""
@@ -55,3 +105,46 @@ class Plan:
     eval_every: int
     validate: Callable[[Weights], dict[str, float]]  # -> the task's metrics on validation
     freeze_norm_at: float = math.inf  # step from which on `Training.freeze_norm` holds
+
+
+def create_state(
+    weights: Weights,
+    optimizer: kdq_config.Optimizer,
+    *,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    fixed_scales: Sequence[str] = (),
+    adapters: dict[str, Any] | None = None,
+    memory: dict[str, Any] | None = None,
+    teacher: Teacher = NO_TEACHER,
+    track_oscillations: bool = False,
+) -> TrainState:
+    """Makes the state before the first of `steps` steps; owns copies, since the step donates it.
+
+    `weights` have the student's quantizers, those of `fixed_scales` (patterns, see
+    `quantize.scales`) do not train; `optimizer` is the config that `steps` (of the whole training)
+    and `learning_rate` (its peak) complete; `seed` is of all that is random in a step, `adapters`
+    and `memory` are of `Objective.init`, and `teacher` is that of the `Training`.
+    """
+    # With its dtype, or a weakly typed array would stay so and compile a step of its own.
+    copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, x.dtype), tree)
+    params, qparams = weights.variables["params"], weights.qparams
+    model_state = {name: tree for name, tree in weights.variables.items() if name != "params"}
+    oscillations = oscillation.init(params, qparams) if track_oscillations else {}
+    state = TrainState(
+        step=jnp.int32(0),
+        halted=jnp.bool_(False),
+        seed=jnp.uint32(seed),
+        params=copy(params),
+        scales=copy(quantize.scales(qparams, fixed=fixed_scales)),
+        model_state=copy(model_state),
+        qparams=copy(qparams),
+        adapters=copy(adapters or {}),
+        memory=copy(memory or {}),
+        teacher=copy(teacher.init(params, model_state)),
+        oscillation=copy(oscillations),
+        opt_state=(),
+    )
+    rates = {"learning_rate": learning_rate, "steps": steps}
+    return state.replace(opt_state=init_optimizer(optimizer, state.trainable, **rates))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.distill import features
+from kdq.distill import contrast, features
 
 BATCH = 5
 
@@ -195,7 +195,7 @@ EXAMPLES = 12
 BANKS = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in _RNG.normal(size=(2, EXAMPLES, 6))]
 BANKS = [x.astype(np.float32) for x in BANKS]
 CONSTANTS = (250.0, 90.0)
-MEMORY = features.ContrastiveMemory(
+MEMORY = contrast.ContrastiveMemory(
     jnp.asarray(BANKS[0]), jnp.asarray(BANKS[1]), *map(jnp.float32, np.log(CONSTANTS))
 )
 FRESH_MEMORY = MEMORY.replace(
@@ -206,7 +206,7 @@ NEGATIVES = (IDS[:, None] + _RNG.integers(1, EXAMPLES, size=(5, 4))).astype(np.i
 
 
 def _contrastive(student, teacher, ids, negatives, **options):
-    return features.contrastive(student, teacher, MEMORY, ids, negatives, **options)[0]
+    return contrast.contrastive(student, teacher, MEMORY, ids, negatives, **options)[0]
 
 
 def _contrastive_oracle(student, teacher, ids, negatives):
@@ -248,7 +248,7 @@ CASES = {
         loss=features.relational_angle, oracle=relational_angle, shapes=((2, 2, 2), (3,))
     ),
     "info_nce": Case(
-        loss=features.info_nce,
+        loss=contrast.info_nce,
         oracle=info_nce,
         shapes=((6,), (6,)),
         students=(0, 1),

@@ -38,7 +38,7 @@ def test_conv_is_a_strided_1x1_convolution(stride):
 
 def test_none_is_the_identity_and_fit_follows_the_rank():
     x = RNG.normal(size=(2, 3)).astype(np.float32)
-    assert adapters.init_none(KEY, (2, 3), (2, 3)) == {}
+    assert adapters.KINDS["none"](KEY, (2, 3), (2, 3)) == {}
     assert adapters.adapt({}, x, (2, 3)) is x
     maps = adapters.init_fit(KEY, (2, 8, 8, 3), (2, 4, 4, 5))
     np.testing.assert_array_equal(

@@ -6,11 +6,11 @@ import pytest
 import scipy.stats
 from feature_oracles import BANKS, EXAMPLES, FRESH_MEMORY, IDS, MEMORY, NEGATIVES, contrastive
 
-from kdq.distill import features
+from kdq.distill import contrast
 
 STUDENT, TEACHER = np.random.default_rng(5).normal(size=(2, 5, 6)).astype(np.float32) * 3
-step = jax.jit(features.contrastive)
-draw = jax.jit(features.draw_negatives, static_argnums=(2, 3))
+step = jax.jit(contrast.contrastive)
+draw = jax.jit(contrast.draw_negatives, static_argnums=(2, 3))
 
 
 def _unit(x):
@@ -85,7 +85,7 @@ def test_small_temperatures_do_not_overflow():
     @jax.jit
     def run(student):
         def loss(student):
-            return features.contrastive(
+            return contrast.contrastive(
                 student, TEACHER, FRESH_MEMORY, IDS, NEGATIVES, 1e-3, reduction="sum"
             )
 
@@ -102,11 +102,11 @@ def test_no_gradient_flows_through_the_memory():
     @jax.jit
     def gradients(student, memory):
         def after(student, memory):
-            _, memory = features.contrastive(student, TEACHER, memory, IDS, NEGATIVES)
+            _, memory = contrast.contrastive(student, TEACHER, memory, IDS, NEGATIVES)
             return sum(leaf.sum() for leaf in jax.tree.leaves(memory))
 
         def loss(memory):
-            return features.contrastive(student, TEACHER, memory, IDS, NEGATIVES, reduction="sum")[
+            return contrast.contrastive(student, TEACHER, memory, IDS, NEGATIVES, reduction="sum")[
                 0
             ]
 
@@ -116,7 +116,7 @@ def test_no_gradient_flows_through_the_memory():
 
 
 def test_memory_starts_with_rows_of_length_1_and_no_normalizers():
-    memory = jax.jit(features.init_memory, static_argnums=(1, 2))(jax.random.key(0), 2000, 6)
+    memory = jax.jit(contrast.init_memory, static_argnums=(1, 2))(jax.random.key(0), 2000, 6)
     memory = jax.tree.map(np.asarray, memory)
     for bank in (memory.student_bank, memory.teacher_bank):
         np.testing.assert_allclose(np.linalg.norm(bank, axis=-1), np.ones(2000), rtol=1e-6)
@@ -136,7 +136,7 @@ def test_negatives_are_uniform_over_the_other_examples():
         assert len(counts) == 7
         assert scipy.stats.chisquare(np.delete(counts, own)).pvalue > 1e-3
     with pytest.raises(ValueError, match="at least 2 to draw others, given 1"):
-        features.draw_negatives(jax.random.key(1), ids, 1, 4)
+        contrast.draw_negatives(jax.random.key(1), ids, 1, 4)
 
 
 WRONG = [
@@ -159,4 +159,4 @@ def test_shapes_that_do_not_fit_are_refused(wrong, message):
         "negatives": NEGATIVES,
     }
     with pytest.raises(ValueError, match=message):
-        features.contrastive(**(right | wrong))
+        contrast.contrastive(**(right | wrong))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from feature_oracles import CASES, EXAMPLES, FRESH_MEMORY, IDS, NEGATIVES, close
 
-from kdq.distill import features
+from kdq.distill import contrast, features
 
 pytest.importorskip("torchdistill")
 torch = pytest.importorskip("torch")
@@ -146,7 +146,7 @@ def test_contrastive_for_two_steps(eps):
     @jax.jit
     def ours(memory, *embeddings):
         def loss(*embeddings):
-            return features.contrastive(*embeddings, memory, IDS, NEGATIVES, reduction="mean")
+            return contrast.contrastive(*embeddings, memory, IDS, NEGATIVES, reduction="mean")
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(*embeddings)
 

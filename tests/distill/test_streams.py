@@ -11,13 +11,12 @@ import pytest
 from flax.errors import InvalidRngError
 
 from kdq import config
-from kdq.distill.streams import with_streams
+from kdq.distill.capture import with_streams
 from kdq.quantize.network import Weights
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
-from kdq.train.state import create_state
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Training, create_state
 
 
 class Dropping(nn.Module):

@@ -79,7 +79,7 @@ def test_a_moving_average_follows():
 
 def test_frozen_teachers_have_no_state_and_a_peer_has_what_the_optimizer_trains():
     weights = _weights(LARGE, 3)
-    for frozen in (teacher.NoTeacher(), teacher.Stored(), teacher.Model(LARGE, weights)):
+    for frozen in (teacher.NO_TEACHER, teacher.Stored(), teacher.Model(LARGE, weights)):
         state = frozen.init(weights.variables["params"], {})
         assert not jax.tree.leaves(state)
         assert frozen.update(state, weights.variables["params"], {}) is state

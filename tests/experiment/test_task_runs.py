@@ -233,3 +233,32 @@ def test_the_default_task_is_no_part_of_digests_and_others_are(tmp_path):
         digests[key] = context.store.digests["student"]
     assert digests["none"] == digests["default"]
     assert len(set(digests.values())) == 3
+
+
+def _run_some(workdir, keys=("image",)):
+    """The metrics of an experiment with each kind of call of a model, by arm."""
+    arms = ("teacher", "student", "kd", "features", "ptq")
+    made = make("regression", task={"name": "regression", "keys": keys})
+    made["arms"] = {name: made["arms"][name] for name in arms}
+    records = experiment.run(config.freeze(made), workdir)
+    return {r.arm: r.metrics for r in records}
+
+
+def test_what_models_take_may_have_any_key(monkeypatch, tmp_path):
+    expected = _run_some(tmp_path / "image")
+    open_split = data.open_split
+    rename = lambda arrays: {"row" if k == "image" else k: v for k, v in arrays.items()}
+
+    def open_renamed(*args, **fields):
+        source = open_split(*args, **fields)
+        read = lambda ids: rename(source.reader(ids))
+        return dataclasses.replace(source, spec=rename(source.spec), reader=read)
+
+    monkeypatch.setattr(data, "open_split", open_renamed)
+    assert _run_some(tmp_path / "row", keys=("row",)) == expected
+
+
+def test_one_key_is_what_models_of_an_experiment_take(tmp_path):
+    task = {"name": "regression", "keys": ("image", "id")}
+    with pytest.raises(config.ConfigError, match=r"config\.task\.keys=.*expected one"):
+        experiment.run(config.freeze(make("regression", task=task)), tmp_path)

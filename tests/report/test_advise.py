@@ -13,8 +13,8 @@ from kdq import config as kdq_config
 from kdq.fields import ConfigError
 from kdq.report.advise import advise
 from kdq.report.advisor import rules
-from kdq.report.advisor.compare import findings
 from kdq.report.advisor.constraints import Constraints
+from kdq.report.advisor.findings import findings
 from kdq.report.advisor.study import studies
 from kdq.report.workdirs import read_evidence
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from kdq.evaluate.run import Scores
 from kdq.evaluate.statistics import BOTH, EXAMPLES, SEEDS
-from kdq.report import pivot, table
+from kdq.report import table
 from kdq.report import workdirs as reader
 from kdq.report.advise import advise
 from kdq.report.advisor.constraints import Constraints
@@ -215,5 +215,5 @@ def test_lists_of_records_have_no_scores(tmp_path):
         advise(reader.read_evidence([], [str(path)]), Constraints()).markdown()
     )
     rows = table.rows(workdirs.records())
-    assert pivot.markdown(rows) == ""
+    assert table.markdown_by_width(rows) == ""
     assert all(row.difference is row.difference_over_seeds for row in rows)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from kdq.record import ArmRecord
-from kdq.report import lines, progress
+from kdq.report import progress
 
 
 class Clock:
@@ -25,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(lines, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     return clock
 
 
@@ -34,7 +34,7 @@ def told(clock):
     return Told(clock)
 
 
-class Told(lines.Lines):
+class Told(progress.Lines):
     """Lines, and what they have said since one last asked."""
 
     def __init__(self, clock):
@@ -210,7 +210,7 @@ def test_lines_arrive_while_the_program_still_runs():
     ("seconds", "expected"), [(3.4, "3 s"), (99, "99 s"), (125, "2 min"), (9000, "2.5 h")]
 )
 def test_spans(seconds, expected):
-    assert lines.span(seconds) == expected
+    assert progress.span(seconds) == expected
 
 
 def test_a_pipe_gets_lines_on_the_standard_output(capsys):

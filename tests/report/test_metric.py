@@ -10,7 +10,7 @@ import workdirs
 
 from kdq.fields import ConfigError
 from kdq.record import ArmRecord
-from kdq.report import metric, pivot, table
+from kdq.report import metric, table
 from kdq.report import workdirs as reader
 from kdq.report.advise import advise
 from kdq.report.advisor.constraints import Constraints
@@ -188,14 +188,13 @@ def test_a_metric_that_no_task_has_yet_is_named_as_it_is(monkeypatch):
         primary = PERPLEXITY
 
     monkeypatch.setattr(metric, "task_of_records", lambda records: Perplexing())
-    monkeypatch.setattr(table, "task_of_records", lambda records: Perplexing())
     made = records("classification", {"perplexity": lambda arm, seed: 0.5}, {})
     rows = table.rows(made)
     text = table.markdown(rows, made)
     assert "| Perplexity |" in text
     assert "percent of perplexity" in text
     assert "ccuracy" not in text
-    assert pivot.markdown(rows) == ""
+    assert table.markdown_by_width(rows) == ""
 
 
 def test_the_advisor_needs_no_jax_before_there_are_records():

@@ -19,17 +19,7 @@ from kdq.fields import ConfigError
 from kdq.record import ArmRecord
 from kdq.report.advisor.constraints import Constraints
 from kdq.report.advisor.rules import METHODS
-from kdq.report.page import (
-    build,
-    combine,
-    details,
-    draw,
-    methods,
-    publish,
-    section,
-    tables,
-    tradeoff,
-)
+from kdq.report.page import combine, draw, publish, section, tables, tradeoff, views
 from kdq.report.workdirs import read_evidence, read_workdirs
 from kdq.tasks.classification import ACCURACY
 
@@ -85,7 +75,7 @@ def test_latencies_of_two_devices_are_two_columns_and_two_charts(tmp_path):
         "1.000 (n=1) onnx",
         "2.000 (n=1) onnx",
     ]
-    charts = section.build_section(experiment, Constraints()).charts["fronts"]
+    charts = section.Section(experiment, Constraints()).charts["fronts"]
     assert [c.title for c in charts if "latency" in c.title] == [
         f"Accuracy against latency of a batch of 1, ms, on device {i}" for i in (0, 1)
     ]
@@ -169,12 +159,12 @@ def test_curves_keep_numbers_that_a_chart_can_hold(tmp_path):
         '{"step": 3, "loss": [0.5]}',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert details.read_curve(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 3}]
+    assert views.read_curve(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 3}]
 
 
 def test_curves_that_are_devices_are_not_read(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
-    assert details.read_curve(tmp_path) == []
+    assert views.read_curve(tmp_path) == []
 
 
 MISTAKES = {
@@ -207,7 +197,7 @@ def test_details_of_another_shape_are_named_and_not_used(tmp_path, content):
     folder = workdirs.write(tmp_path / "run", workdirs.records((0,)))
     (folder / "qad_w4a4" / "0" / "details.json").write_text(content)
     (experiment,) = experiments(folder)
-    found = section.build_section(experiment, Constraints())
+    found = section.Section(experiment, Constraints())
     assert "qad_w4a4" not in found.layers
     assert "qat_w4a4" in found.layers
     assert any("qad_w4a4/0/details.json" in text for text in found.problems)
@@ -219,8 +209,8 @@ def test_the_comparison_is_of_the_arm_that_is_best_on_validation(tmp_path):
     found += [workdirs.record("qad_w2a2", s, **better, validation_accuracy=0.99) for s in (0, 1, 2)]
     arms = {**workdirs.ARMS, "qad_w2a2": better}
     (experiment,) = experiments(workdirs.write(tmp_path / "run", found, arms=arms))
-    rows = dict(section.build_section(experiment, Constraints()).comparison)
-    cells = {name: dict(zip(methods.ABOUT, own, strict=True)) for name, own in rows.items()}
+    rows = dict(section.Section(experiment, Constraints()).comparison)
+    cells = {name: dict(zip(section.ABOUT, own, strict=True)) for name, own in rows.items()}
     assert cells["Arm shown"]["QAD"] == "qad_w2a2: W2A2, 1,000 parameters"
     assert cells["Accuracy kept, test"]["QAD"].startswith("50.00 ± 0.00%")
     assert cells["Size on disk"]["QAD"] == "2.9 KiB, 133.3× smaller than the teacher"
@@ -233,14 +223,14 @@ def test_the_comparison_is_of_the_arm_that_is_best_on_validation(tmp_path):
     assert cells["Arm shown"]["mixed precision"] == "not measured: no finished arm does it"
     assert "kl (weight 0.9, temperature 2)" in cells["Technique used here"]["KD"]
     assert "labels (weight 0.1)" in cells["Technique used here"]["KD"]
-    assert methods.ABOUT.keys() <= METHODS.keys()
+    assert section.ABOUT.keys() <= METHODS.keys()
 
 
 def test_training_cost_of_old_records_says_that_it_contains_compiling(tmp_path):
     old = [{k: v for k, v in r.items() if k != "compile_seconds"} for r in workdirs.records((0,))]
     old = [{**r, "calibration_seconds": 0.25} if r["kind"] == "PTQ" else r for r in old]
     (experiment,) = experiments(workdirs.write(tmp_path / "run", old))
-    costs = dict(section.build_section(experiment, Constraints()).comparison)["Training cost"]
+    costs = dict(section.Section(experiment, Constraints()).comparison)["Training cost"]
     kd, ptq = costs[:2]
     assert kd.startswith("3.0 s of training, with what it starts from; compiling included, as old")
     assert "; 0.25 s of calibration; compiling included, as old" in ptq
@@ -248,11 +238,11 @@ def test_training_cost_of_old_records_says_that_it_contains_compiling(tmp_path):
 
 def test_how_far_is_the_smallest_file_near_the_teacher(tmp_path):
     (experiment,) = experiments(workdirs.write(tmp_path / "run", workdirs.records()))
-    first, *others = section.build_section(experiment, Constraints()).answer
+    first, *others = section.Section(experiment, Constraints()).answer
     assert first.startswith("QAD, W4A4, is as far as one can go: qad_w4a4 is the smallest file")
     assert "within 1 point of the teacher on validation. 4.3 KiB" in first
     assert not any(text.startswith("Use ") for text in others)  # nothing was asked for
-    limited = section.build_section(experiment, Constraints(max_size_kib=5)).answer
+    limited = section.Section(experiment, Constraints(max_size_kib=5)).answer
     assert limited[0].startswith("Use ")
     assert limited[-2:] == [first, others[-1]]
     said = " ".join([first, *others, *limited])
@@ -300,14 +290,14 @@ def test_records_that_are_too_many_lose_their_matrices_and_that_is_said(tmp_path
     for i, one in enumerate(found):
         one["cka"] = {f"layer {j}": math.sin(i + j) for j in range(200)}
     (experiment,) = experiments(workdirs.write(tmp_path / "run", found))
-    sections = [section.build_section(experiment, Constraints())]
-    assert build._pack_records(sections)[1] == ()
-    monkeypatch.setattr(build, "RECORDS_BYTES", 6000)
-    packed, left_out = build._pack_records(sections)
+    sections = [section.Section(experiment, Constraints())]
+    assert publish._pack_records(sections)[1] == ()
+    monkeypatch.setattr(publish, "RECORDS_BYTES", 6000)
+    packed, left_out = publish._pack_records(sections)
     assert "cka" in left_out
     assert 0 < len(packed) <= 6000
-    monkeypatch.setattr(build, "RECORDS_BYTES", 10)
-    assert build._pack_records(sections) == ("", ("all of it",))
+    monkeypatch.setattr(publish, "RECORDS_BYTES", 10)
+    assert publish._pack_records(sections) == ("", ("all of it",))
 
 
 def test_a_saved_config_is_the_experiment_that_was_run(tiny_config, tmp_path):
@@ -370,20 +360,20 @@ def test_details_of_other_types_are_named_and_not_used(tmp_path, place, value):
     folder = workdirs.write(tmp_path / "run", workdirs.records((0,)))
     path = folder / "qad_w4a4" / "0" / "details.json"
     document = workdirs.details(4)
-    assert details.read_details(path.parent)[1] == ""
+    assert views.read_details(path.parent)[1] == ""
     inner = document
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = value
     path.write_text(json.dumps(document))
-    assert "is no file of details" in details.read_details(path.parent)[1]
+    assert "is no file of details" in views.read_details(path.parent)[1]
 
 
 def test_a_run_without_a_config_or_details_says_what_is_missing(tmp_path):
     folder = workdirs.write(tmp_path / "run", workdirs.records((0,)), with_details=False)
     (folder / "config.json").unlink()
     (experiment,) = experiments(folder)
-    found = section.build_section(experiment, Constraints())
+    found = section.Section(experiment, Constraints())
     assert any("config.json is not there" in text for text in found.problems)
     assert "--config=CONFIG" in found.commands["kd"]
     for part in ("layers", "calibration", "confusions", "attributions"):

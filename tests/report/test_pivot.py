@@ -3,8 +3,7 @@
 import pytest
 from test_table import record
 
-from kdq.report.pivot import markdown
-from kdq.report.table import rows
+from kdq.report.table import markdown_by_width, rows
 
 
 def arms(*accuracies):
@@ -22,7 +21,7 @@ def arms(*accuracies):
 
 
 def test_methods_are_rows_and_widths_are_columns():
-    lines = markdown(rows(arms(90.0, 50.0, 91.0, 48.0, 95.0))).splitlines()
+    lines = markdown_by_width(rows(arms(90.0, 50.0, 91.0, 48.0, 95.0))).splitlines()
     assert lines[2:6] == [
         "| Method | W4A4 | W2A2 |",
         "|:--|--:|--:|",
@@ -37,4 +36,4 @@ def test_methods_are_rows_and_widths_are_columns():
 @pytest.mark.parametrize("keep", [("student",), ("w4a4_rtn", "student")])
 def test_one_width_is_no_pivot(keep):
     records = [r for r in arms(90.0, 50.0, 91.0, 48.0, 95.0) if r["arm"] in keep]
-    assert markdown(rows(records)) == ""
+    assert markdown_by_width(rows(records)) == ""

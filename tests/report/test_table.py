@@ -57,7 +57,7 @@ def test_difference_is_paired_by_seed_whatever_the_order():
     assert row.difference.low == pytest.approx(-0.484138, abs=1e-6)
     assert row.difference.high == pytest.approx(4.484138, abs=1e-6)
     assert (row.score.mean, row.score.std) == pytest.approx((94, 3))
-    assert row.score_last.mean == pytest.approx(93)
+    assert row.mean_of(row.metric, "test_last").mean == pytest.approx(93)
     assert row.seeds == (0, 1, 2)
     line = lines_of(rows(STUDENT + arm), STUDENT + arm)[3]
     assert "| 94.00 ± 3.00 | +2.00 [-0.48, +4.48] | student |" in line
@@ -79,7 +79,7 @@ def test_difference_is_over_the_seeds_that_both_arms_finished():
     row = rows(STUDENT + arm)[1]
     assert row.difference.n == 2
     assert row.difference.mean == pytest.approx(1.5)
-    assert row.failures == ((0, "loss is nan"),)
+    assert row.failures == [(0, "loss is nan")]
     line = lines_of(rows(STUDENT + arm), STUDENT + arm)[3]
     assert "failed (1 of 4 seeds): loss is nan" in line
     assert "(n=2)" in line

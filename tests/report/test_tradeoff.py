@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from kdq.report.page import labels, marks, scales, specs, tradeoff
+from kdq.report.page import specs, tradeoff
 from kdq.tasks.classification import ACCURACY
 
 
@@ -36,9 +36,9 @@ def test_a_shape_a_start_and_a_color_a_kind():
     assert len(set(encoding["shape"]["scale"]["range"])) == 2
     assert encoding["color"]["scale"]["domain"] == ["PTQ", "QAT", "QAD"]
     # One start needs no legend.
-    assert scales.start_shapes(points[:1])["shape"]["legend"] is None
+    assert specs.start_shapes(points[:1])["legend"] is None
     many = [point(str(i), 1.0, 90.0, start=f"start {i}") for i in range(20)]
-    assert len(scales.start_shapes(many)["shape"]["scale"]["range"]) == 20
+    assert len(specs.start_shapes(many)["scale"]["range"]) == 20
 
 
 def test_the_frontier_has_names_others_their_bits_and_the_line_its_own():
@@ -48,7 +48,7 @@ def test_the_frontier_has_names_others_their_bits_and_the_line_its_own():
         point("kd", 20.0, 99.0, bits="fp32"),
         point("beaten", 10.0, 90.0, bits="W8A8"),
     ]
-    for name in (marks.WIDE_LABELS, marks.NARROW_LABELS):
+    for name in (tradeoff.WIDE_LABELS, tradeoff.NARROW_LABELS):
         (layer,) = layers(drawn(points), name)
         said = {(v["label"], v["weight"]) for v in layer["data"]["values"]}
         assert said == {
@@ -63,7 +63,7 @@ def test_labels_of_a_crowd_do_not_cover_each_other_nor_points():
     across = [i / 40 for i in range(41)]
     places = [(x, 0.5 + 0.02 * (i % 3)) for i, x in enumerate(across)]
     texts = [f"arm_{i}" for i in range(41)]
-    placed = labels.place_labels(places, texts, [1 if i % 5 == 0 else 2 for i in range(41)], 490)
+    placed = tradeoff.place_labels(places, texts, [1 if i % 5 == 0 else 2 for i in range(41)], 490)
     boxes = []
     for (x, y), label in zip(places, placed, strict=True):
         at = (17 + x * 456 + label["dx"], 17 + y * 306 + label["dy"])
@@ -86,7 +86,7 @@ def test_labels_of_a_crowd_do_not_cover_each_other_nor_points():
 
 def test_the_same_bits_side_by_side_are_written_once():
     places = [(0.5, 0.5), (0.53, 0.5), (0.9, 0.5)]
-    placed = labels.place_labels(places, ["W4A4"] * 3, [2] * 3, 490)
+    placed = tradeoff.place_labels(places, ["W4A4"] * 3, [2] * 3, 490)
     assert [label["label"] for label in placed] == ["W4A4", "", "W4A4"]
 
 
@@ -127,7 +127,7 @@ def test_more_curves_than_a_legend_can_name_have_the_color_of_their_kind():
     ],
 )
 def test_long_names_at_an_axis_break_where_their_words_end(name, expected):
-    axis = scales.names_axis([name, "b"])
+    axis = specs.names_axis([name, "b"])
     if expected is None:
         assert "labelExpr" not in axis
     else:

@@ -12,9 +12,8 @@ from kdq.distill.teacher import NO_TEACHER, Model, Stored
 from kdq.quantize.network import Weights
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
-from kdq.train.state import create_state
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Training, create_state
 
 OPTIMIZER = config.Optimizer()
 

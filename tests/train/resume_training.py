@@ -20,8 +20,7 @@ from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
-from kdq.train.state import create_state
-from kdq.train.training import Plan, Training
+from kdq.train.training import Plan, Training, create_state
 
 STEPS, EVAL_EVERY, EXAMPLES, BATCH = 24, 4, 40, 8
 OPTIMIZER = config.Optimizer(weight_decay=1e-3)

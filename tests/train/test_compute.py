@@ -12,10 +12,8 @@ from kdq.quantize.network import Weights
 from kdq.schema import AT_ONCE, Compute
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
-from kdq.train.remat import rematerialized
-from kdq.train.state import create_state
-from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.step import rematerialized, train_step
+from kdq.train.training import Training, create_state
 
 SGD = config.Optimizer(name="sgd", scale_rule="sgd")
 

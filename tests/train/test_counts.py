@@ -14,9 +14,8 @@ from kdq.quantize.network import Weights
 from kdq.schema import Compute
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
-from kdq.train.state import create_state
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Training, create_state
 
 BATCH = TOKENS = 4  # equal: a sum of [batch] and [batch, positions] would go through
 WIDTH, CLASSES, WEIGHT, RATE = 3, 5, 0.7, 0.1

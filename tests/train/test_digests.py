@@ -1,6 +1,7 @@
 """Digests of trees: of whole arrays, and of arrays in parts."""
 
 import hashlib
+import json
 import re
 from typing import Any, NamedTuple
 
@@ -27,12 +28,17 @@ class State(flax.struct.PyTreeNode):
 W = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
+def digest(tree):
+    """The digests as they are read again."""
+    return digests.parse(json.loads(json.dumps(digests.make_digests(tree))))
+
+
 def tree():
     return {"a": {"w": W}, "n": np.int32(7), "half": np.ones(3, ml_dtypes.bfloat16), "none": {}}
 
 
 def test_a_digest_is_the_sha256_of_dtype_shape_path_and_bytes():
-    found = digests.make_digests(tree())
+    found = digest(tree())
     assert set(found) == {("a", "w"), ("n",), ("half",), ("none",)}
     assert found["none",] == ("empty", {})
     assert found["a", "w"] == (
@@ -42,15 +48,14 @@ def test_a_digest_is_the_sha256_of_dtype_shape_path_and_bytes():
     assert found["n",] == ("int32[]", {(): hashlib.sha256(np.int32(7).tobytes()).hexdigest()})
     half = np.ones(3, ml_dtypes.bfloat16).tobytes()
     assert found["half",] == ("bfloat16[3]", {((0, 3),): hashlib.sha256(half).hexdigest()})
-    assert digests.from_json(digests.to_json(found)) == found
     assert digests.difference(jax.tree.map(jnp.asarray, tree()), found) is None
 
 
 def test_a_dataclass_is_as_the_dicts_that_it_is_read_as():
     state = State(params={"w": W}, moments=Moments(mean=W, count=np.int32(1)))
     read = {"params": {"w": W}, "moments": {"mean": W, "count": np.int32(1)}}
-    assert digests.difference(read, digests.make_digests(state)) is None
-    assert digests.difference([W], digests.make_digests({"0": W})) is None
+    assert digests.difference(read, digest(state)) is None
+    assert digests.difference([W], digest({"0": W})) is None
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,7 @@ def test_a_dataclass_is_as_the_dicts_that_it_is_read_as():
 )
 def test_what_differs_is_named(change, message):
     assert np.signbit(-W).any()  # -0.0 == 0.0, and is another value
-    difference = digests.difference({**tree(), **change}, digests.make_digests(tree()))
+    difference = digests.difference({**tree(), **change}, digest(tree()))
     assert difference is not None
     assert re.match(message, difference), difference
 
@@ -125,7 +130,7 @@ def scattered(monkeypatch):
 def of_both(array, axes):
     """The digests of both processes, and those of each."""
     each = [digests.make_digests({"w": Scattered(array, axes, process)}) for process in (0, 1)]
-    return digests.merge(each), each
+    return digests.parse(each[0] + each[1]), [digests.parse(rows) for rows in each]
 
 
 def test_each_part_has_a_digest_once():
@@ -161,16 +166,15 @@ def test_an_array_may_be_cut_up_in_another_way_when_it_is_read(saved, read):
 
 
 def test_a_part_that_nobody_told_of_is_noticed():
-    expected, (first, second) = of_both(ARRAY, ("x",))
+    expected, (first, _) = of_both(ARRAY, ("x",))
     assert digests.difference({"w": ARRAY}, first) == "w has parts without a digest"
-    assert digests.difference({"w": ARRAY}, digests.merge([first, second])) is None
     assert digests.difference({"w": ARRAY}, expected) is None
 
 
 def test_a_part_without_arrays_is_told_of_too():
     """A flipped bit renamed one, and a tree came back that is none of what was saved."""
     tree = {"params": {"w": np.ones(2, np.float32)}, "adapters": {}}
-    expected = digests.from_json(digests.to_json(digests.make_digests(tree)))
+    expected = digest(tree)
     assert digests.difference(tree, expected) is None
     renamed = {"params": tree["params"], "adaptery": {}}
     assert digests.difference(renamed, expected) == "an empty part is not there: adapters"

@@ -6,7 +6,7 @@ import pytest
 from host_scores import kl_divergence
 
 from kdq import models, quantize
-from kdq.arms import kl
+from kdq.arms import kl, recipe
 from kdq.fields import ConfigError
 from kdq.quantize.network import Weights
 from kdq.train.arrays import fit_arrays
@@ -101,9 +101,9 @@ def test_what_does_not_fit_is_refused(fields, message):
 
 
 def test_a_recipe_of_an_unknown_loss_is_refused():
-    recipe = {"task": 0.0, "terms": {"mine": {"loss": "klx"}}}
+    unknown = {"task": 0.0, "terms": {"mine": {"loss": "klx"}}}
     with pytest.raises(ConfigError, match=r"recipe\.terms\.mine\.loss"):
-        fit(teacher_logits=np.zeros((96, 3)), recipe=recipe)
+        fit(teacher_logits=np.zeros((96, 3)), recipe=unknown)
 
 
 def test_nan_stops_it_and_names_the_step():
@@ -111,3 +111,25 @@ def test_nan_stops_it_and_names_the_step():
     said[:, 0] = np.nan
     with pytest.raises(NonFiniteError, match="step 1"):
         fit(teacher_logits=said, recipe=kl(alpha=0.5, temperature=1.0))
+
+
+def test_it_learns_real_targets_and_follows_a_teacher_of_them():
+    """Outputs are of standardized targets: the line that is the truth is found, from either."""
+    targets = (INPUTS @ np.float32([[3.0], [-1.0], [2.0], [0.5]]) + 40.0)[:, 0]
+    standard = (targets - targets.mean()) / targets.std()
+    line = models.build("mlp", num_classes=1, widths=())
+    fields = {"epochs": 100, "learning_rate": 0.3, "batch_size": 16, "task": "regression"}
+    outputs = lambda weights: np.asarray(quantize.predict(line, weights.variables, {}, INPUTS))
+    by_targets = fit_arrays(line, INPUTS, targets, **fields)
+    np.testing.assert_allclose(outputs(by_targets)[:, 0], standard, atol=1e-3)
+    said = {"teacher_logits": -standard[:, None], "recipe": recipe("squared_error", 1.0)}
+    taught = fit_arrays(line, INPUTS, targets, **said, **fields)
+    np.testing.assert_allclose(outputs(taught)[:, 0], -standard, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"), [("classification", LABELS * 1.0), ("regression", LABELS)]
+)
+def test_labels_of_another_task_are_refused(task, labels):
+    with pytest.raises(ConfigError, match=f"task {task}: expected"):
+        fit(labels, task=task)

@@ -15,9 +15,8 @@ from kdq.quantize import QuantizationRule, TensorSpec
 from kdq.quantize.network import Weights
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
-from kdq.train.state import create_state
 from kdq.train.step import train_step
-from kdq.train.training import Training
+from kdq.train.training import Training, create_state
 
 
 def assert_trees_equal(a, b):

@@ -13,9 +13,8 @@ from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.objective import Objective
 from kdq.train.optimizer import make_optimizer
-from kdq.train.state import create_state
 from kdq.train.step import train_step
-from kdq.train.training import Plan, Training
+from kdq.train.training import Plan, Training, create_state
 
 MODEL = models.build("mlp", num_classes=3, widths=(6,))
 OPTIMIZER = config.Optimizer()

@@ -14,7 +14,7 @@ from kdq.distill.teacher import Model, MovingAverage, Peer
 from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.objective import Objective
-from kdq.train.state import create_state
+from kdq.train.training import create_state
 
 RATE, STEPS = 0.01, 20
 

@@ -6,11 +6,10 @@ file.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kdq.evaluate.statistics import PairedInterval, paired_interval
 from kdq.fields import ConfigError, unknown
-from kdq.report import metric as metrics
 from kdq.report.advisor.rules import INTEGERS, METHODS, REQUIREMENTS
 from kdq.report.advisor.study import Candidate, Study, Values
 from kdq.report.aggregate import Mean, interval_of
@@ -19,6 +18,15 @@ from kdq.tasks.metric import Metric
 KIB = 1024
 PACKED = "packed"  # kdq's own file
 ROUNDING = 1e-9  # a mean of shares of examples can miss the limit that it equals by this
+LIMITS = {  # requirement -> its field of `Constraints`
+    "size": "max_size_kib",
+    "latency": "max_latency_ms",
+    "energy": "max_energy_uj",
+    "accuracy": "min_accuracy",
+    "drop": "max_drop",
+    "training": "training_minutes",
+}
+POSITIVE = ("max_size_kib", "max_latency_ms", "max_energy_uj")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,53 +51,25 @@ class Constraints:
             raise ConfigError(unknown("--integers:", self.integers, INTEGERS))
         if self.batch < 1:
             raise ConfigError(f"--batch={self.batch}: expected at least 1")
-        for name in ("max_size_kib", "max_latency_ms", "max_energy_uj"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"--{name}={value}: expected a number above 0")
-        for name in ("min_accuracy", "max_drop", "training_minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1e9:
-                raise ConfigError(f"--{name}={value}: expected 0 to 1e+09")
+        for name in LIMITS.values():
+            value, positive = getattr(self, name), name in POSITIVE
+            if value is None or (0 < value < math.inf if positive else 0 <= value <= 1e9):
+                continue
+            raise ConfigError(
+                f"--{name}={value}: expected {'a number above 0' if positive else '0 to 1e+09'}"
+            )
 
     def check(self, metric: Metric) -> None:
         """Raises ConfigError for limits of a metric in percent that are above 100."""
         for name in ("min_accuracy", "max_drop") if metric.unit == "%" else ():
-            value = getattr(self, name)
-            if value is not None and value > 100:
-                raise ConfigError(f"--{name}={value}: expected 0 to 100")
+            if (getattr(self, name) or 0) > 100:
+                raise ConfigError(f"--{name}={getattr(self, name)}: expected 0 to 100")
 
     @property
     def limits(self) -> dict[str, float]:
         """The numbers among them, by the names of `kdq.report.advisor.rules.REQUIREMENTS`."""
-        limits = {
-            "size": self.max_size_kib,
-            "latency": self.max_latency_ms,
-            "energy": self.max_energy_uj,
-            "accuracy": self.min_accuracy,
-            "drop": self.max_drop,
-            "training": self.training_minutes,
-        }
-        return {name: limit for name, limit in limits.items() if limit is not None}
-
-    def describe(self, metric: Metric) -> str:
-        """Returns the constraints as part of a sentence."""
-        least = "least" if metric.higher_is_better else "most"
-        side = "below" if metric.higher_is_better else "above"
-        unit = metric.unit if metric.unit in ("", "%") else f" {metric.unit}"
-        texts = {
-            "size": f"file of at most {self.max_size_kib} KiB",
-            "latency": f"at most {self.max_latency_ms} ms for a batch of {self.batch}",
-            "energy": f"at most {self.max_energy_uj} µJ an example (modelled)",
-            "accuracy": f"{metrics.named(metric)} of at {least} {self.min_accuracy}{unit}",
-            "drop": f"at most {self.max_drop} {metric.difference_unit} {side} the teacher",
-            "training": f"at most {self.training_minutes} minutes of training",
-        }
-        parts = [texts[name] for name in self.limits]
-        parts += {"none": ["no integers"], "8": ["8-bit integers only"]}.get(self.integers, [])
-        parts += [] if self.labels else ["no labels to train with"]
-        parts += [] if self.teacher else ["no teacher"]
-        return ", ".join(parts) or "none"
+        limits = {requirement: getattr(self, name) for requirement, name in LIMITS.items()}
+        return {requirement: limit for requirement, limit in limits.items() if limit is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +95,10 @@ class Fit:
         """The requirements whose check is in one of the states."""
         return tuple(c.requirement for c in self.checks if c.state in states)
 
+    def check(self, requirement: str) -> Check:
+        """The check of a requirement that there is one of."""
+        return next(c for c in self.checks if c.requirement == requirement)
+
     @property
     def satisfies(self) -> bool:
         """Returns whether every constraint is met, at least by the means."""
@@ -139,78 +123,64 @@ class Fit:
         times = {n: files[n].milliseconds[batch] for n in names if batch in files[n].milliseconds}
         return min(times.items(), key=lambda item: item[1], default=("", math.nan))
 
-    def milliseconds(self, batch: int) -> float:
-        """The second of these; nan where not measured."""
-        return self.fastest(batch)[1]
-
 
 def fit(candidate: Candidate, constraints: Constraints, study: Study) -> Fit:
     """Returns how an arm stands to the constraints, in the file that stands best."""
-    timed = [n for n, f in candidate.files.items() if constraints.batch in f.milliseconds]
-    limited = constraints.max_latency_ms is not None
+    batch = constraints.batch
+    timed = [n for n, f in candidate.files.items() if batch in f.milliseconds]
     fits = []
-    for file in timed if timed and limited else [PACKED]:
+    for file in timed if timed and constraints.max_latency_ms is not None else [PACKED]:
         unchecked = Fit(candidate=candidate, file=file, checks=())
-        checks = (
-            *_check_limits(unchecked, constraints, study),
-            *_check_needs(candidate, constraints),
+        fits.append(
+            dataclasses.replace(unchecked, checks=tuple(_check(unchecked, constraints, study)))
         )
-        fits.append(dataclasses.replace(unchecked, checks=checks))
     # Size and latency have to hold of one and the same file.
-    return min(fits, key=lambda f: (len(f.named("no")), f.milliseconds(constraints.batch)))
+    return min(fits, key=lambda f: (len(f.named("no")), f.fastest(batch)[1]))
 
 
-def _check_limits(unchecked: Fit, constraints: Constraints, study: Study) -> list[Check]:
+def _check(unchecked: Fit, constraints: Constraints, study: Study) -> Iterator[Check]:
+    """Yields the checks of the limits, then of what the device and the project do not have."""
     candidate, metric = unchecked.candidate, study.metric
     values = {
         "size": unchecked.size_bytes / KIB,
-        "latency": unchecked.milliseconds(constraints.batch),
+        "latency": unchecked.fastest(constraints.batch)[1],
         "energy": candidate.energy_modelled_nj / 1000,
         "training": candidate.seconds / 60,
     }
-    checks = []
     for name, limit in constraints.limits.items():
         if name in values:
-            checks.append(_at_most(name, values[name], limit))
-        elif name == "accuracy":
+            value = values[name]
+            state = "?" if math.isnan(value) else "yes" if value <= limit + ROUNDING else "no"
+            over = (value - limit) / limit if limit else value
+            yield Check(requirement=name, state=state, value=value, limit=limit, shortfall=over)
+            continue
+        if name == "accuracy":
             sign = 1 if metric.higher_is_better else -1
             shown = {seed: metric.shown(v) for seed, v in candidate.validation.items()}
             gains = {seed: sign * (value - limit) for seed, value in shown.items()}
             room = paired_interval(gains, dict.fromkeys(gains, 0.0))
-            checks.append(_with_room(name, room, limit, limit + sign * room.mean))
+            value = limit + sign * room.mean
         elif candidate is study.teacher(candidate.source):
-            checks.append(Check(requirement=name, state="yes", value=0.0, limit=limit))
+            yield Check(requirement=name, state="yes", value=0.0, limit=limit)
+            continue
         elif (gain := gain_of(drop(candidate, study), metric)) is None:
-            checks.append(Check(requirement=name, state="?", limit=limit))
+            yield Check(requirement=name, state="?", limit=limit)
+            continue
         else:
-            room = dataclasses.replace(
-                gain, mean=gain.mean + limit, low=gain.low + limit, high=gain.high + limit
-            )
-            checks.append(_with_room(name, room, limit, -gain.mean))
-    return checks
-
-
-def _check_needs(candidate: Candidate, constraints: Constraints) -> list[Check]:
-    allowed, widths, states = INTEGERS[constraints.integers], candidate.widths, {}
+            value = -gain.mean
+            room = dataclasses.replace(gain, mean=gain.mean + limit, low=gain.low + limit)
+        # By how much the metric is better than the limit, with its interval.
+        state = "no" if room.mean < -ROUNDING else "yes" if room.low >= -ROUNDING else "likely"
+        yield Check(requirement=name, state=state, value=value, limit=limit, shortfall=-room.mean)
     if constraints.integers != "sub8":
-        states["integers"] = "?" if widths is None else "yes" if widths <= allowed else "no"
+        allowed, widths = INTEGERS[constraints.integers], candidate.widths
+        state = "?" if widths is None else "yes" if widths <= allowed else "no"
+        yield Check(requirement="integers", state=state)
     if not constraints.labels:
-        states["labels"] = {None: "?", True: "no", False: "yes"}[candidate.lineage.labels]
+        state = {None: "?", True: "no", False: "yes"}[candidate.lineage.labels]
+        yield Check(requirement="labels", state=state)
     if not constraints.teacher:
-        states["teacher"] = "no" if candidate.lineage.teacher else "yes"
-    return [Check(requirement=name, state=state) for name, state in states.items()]
-
-
-def _at_most(name: str, value: float, limit: float) -> Check:
-    state = "?" if math.isnan(value) else "yes" if value <= limit + ROUNDING else "no"
-    over = (value - limit) / limit if limit else value
-    return Check(requirement=name, state=state, value=value, limit=limit, shortfall=over)
-
-
-def _with_room(name: str, room: PairedInterval, limit: float, value: float) -> Check:
-    """Returns a check by how much better the metric is than the limit, with its interval."""
-    state = "no" if room.mean < -ROUNDING else "yes" if room.low >= -ROUNDING else "likely"
-    return Check(requirement=name, state=state, value=value, limit=limit, shortfall=-room.mean)
+        yield Check(requirement="teacher", state="no" if candidate.lineage.teacher else "yes")
 
 
 def drop(candidate: Candidate, study: Study) -> PairedInterval | None:
@@ -261,12 +231,16 @@ def rank(fits: Sequence[Fit]) -> list[list[Fit]]:
     the shortest training, the smallest file.
     """
     left = sorted(fits, key=lambda f: by_validation(f.candidate))
-    groups = []
+    simplest, groups = list(METHODS), []
     while left:
         leader = left[0]
         group = [f for f in left if f is leader or _ties(leader.candidate, f.candidate)]
         left = [f for f in left if f not in group]
-        groups.append(sorted(group, key=_effort))
+        effort = lambda f: (
+            *(not f.certain, simplest.index(f.candidate.method)),
+            *(f.candidate.seconds, f.size_bytes),
+        )
+        groups.append(sorted(group, key=effort))
     return groups
 
 
@@ -279,41 +253,23 @@ def _ties(a: Candidate, b: Candidate) -> bool:
     return abs(metric.difference(*means)) <= metric.tie + ROUNDING
 
 
-def _effort(fit_: Fit) -> tuple[bool, int, float, float]:
-    candidate = fit_.candidate
-    method = list(METHODS).index(candidate.method)
-    return not fit_.certain, method, candidate.seconds, fit_.size_bytes
-
-
 def nearest(fits: Sequence[Fit]) -> dict[str, tuple[int, Fit | None]]:
     """Returns for each constraint how many arms it rules out, and what misses it alone by least.
 
-    None stands for no arm that misses this one only.
+    Between equals the better on validation. None stands for no arm that misses this one only.
     """
     result: dict[str, tuple[int, Fit | None]] = {}
     for name in REQUIREMENTS:
         out = [f for f in fits if name in f.named("no")]
         alone = [f for f in out if f.named("no", "?") == (name,)]
+        miss = lambda f, name=name: (f.check(name).shortfall, -merit(f.candidate))
         if out:
-            result[name] = (len(out), min(alone, key=lambda f: _miss(f, name), default=None))
+            result[name] = (len(out), min(alone, key=miss, default=None))
     return result
-
-
-def _miss(fit_: Fit, name: str) -> tuple[float, float]:
-    """Returns how far off, and between equals the better on validation."""
-    shortfall = next(c.shortfall for c in fit_.checks if c.requirement == name)
-    return shortfall, -merit(fit_.candidate)
 
 
 def closest(fits: Sequence[Fit]) -> Fit | None:
     """Returns the arm that misses the fewest constraints, by least; None if all satisfy."""
-    missing = [f for f in fits if f.named("no")]
-    return min(
-        missing,
-        key=lambda f: (
-            len(f.named("no", "?")),
-            max(c.shortfall for c in f.checks),
-            -merit(f.candidate),
-        ),
-        default=None,
-    )
+    count = lambda f: len(f.named("no", "?"))
+    miss = lambda f: (count(f), max(c.shortfall for c in f.checks), -merit(f.candidate))
+    return min((f for f in fits if f.named("no")), key=miss, default=None)

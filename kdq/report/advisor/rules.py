@@ -2,7 +2,7 @@
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SEEDS = 3  # fewer than this make no claim between arms
@@ -50,8 +50,8 @@ class Rule:
     above: str  # said if all of the interval says that `a` is better
     below: str  # if all of it says that `b` is
     level: str  # if it contains 0 and lies within the metric's `level` of it
-    papers: tuple[str, ...]  # arXiv ids
-    results: tuple[str, ...] = ()  # files of docs/results in which this project measured it
+    papers: Sequence[str]  # arXiv ids
+    results: Sequence[str] = ()  # files of docs/results in which this project measured it
     caution: str = ""  # what else differs between such arms
 
     @property
@@ -62,16 +62,10 @@ class Rule:
 
 
 _TABLES = tomllib.loads(Path(__file__).with_name("rules.toml").read_text(encoding="utf-8"))
-# From the simplest on.
-METHODS: Mapping[str, Method] = {m["name"]: Method(**m) for m in _TABLES["method"]}
-REQUIREMENTS: Mapping[str, Requirement] = {
-    r["name"]: Requirement(**r) for r in _TABLES["requirement"]
-}
+METHODS = {m["name"]: Method(**m) for m in _TABLES["method"]}  # from the simplest on
+REQUIREMENTS = {r["name"]: Requirement(**r) for r in _TABLES["requirement"]}
 QUESTIONS: Mapping[str, str] = _TABLES["questions"]
-RULES = tuple(
-    Rule(**{k: tuple(v) if isinstance(v, list) else v for k, v in rule.items()})
-    for rule in _TABLES["rule"]
-)
+RULES = tuple(Rule(**rule) for rule in _TABLES["rule"])
 # The bits that a device multiplies or unpacks, by what --integers says of it.
 INTEGERS: Mapping[str, frozenset[int]] = {
     "none": frozenset(),  # floats only

@@ -4,19 +4,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdq.evaluate.statistics import summary
 from kdq.fields import ConfigError
 from kdq.record import ArmRecord
-from kdq.report.advisor import lineage
-from kdq.report.advisor.lineage import Lineage
-from kdq.report.aggregate import (
-    Row,
-    mean_of_all,
-    numbers_by_seed,
-    timings,
-)
+from kdq.report.aggregate import Row, mean_of_all, numbers_by_seed, timings
 from kdq.report.metric import task_key, task_of_records
 from kdq.report.workdirs import Workdir
 from kdq.tasks.metric import Metric
@@ -24,7 +17,25 @@ from kdq.tasks.metric import Metric
 if TYPE_CHECKING:
     from kdq.tasks import Task
 
+QUANTIZED = ("PTQ", "QAT", "QAD")
 Values = Mapping[int, float]  # of a metric by seed, as it is recorded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """Trainings, labels and teachers that an arm builds on, but the teacher's own training.
+
+    A workdir's config.json says it. Without one it is inferred from what each arm is compared with
+    ("reference"), and is not `known`.
+    """
+
+    start: str | None  # the float arm whose weights it starts from; None for fresh or unknown ones
+    trained: tuple[str, ...]  # arms that have to be trained for it, itself included
+    known: bool  # whether a config says so, and not a guess from references
+    teacher: bool  # whether a teacher takes part, or is itself what is compressed
+    labels: bool | None  # whether training needs labels; None: the records do not say
+    distilled: bool  # whether what it starts from was taught
+    control: bool = False  # a deliberately spoiled teacher: for science, not for use
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,11 +74,6 @@ class Candidate(Row):
     def params(self) -> int:
         """Parameters, rounded where a search chose other widths for other seeds."""
         return round(self.mean("params"))
-
-    @property
-    def steps(self) -> float:
-        """Steps of the arm's own training."""
-        return self.mean("steps")
 
     @property
     def compiling_is_within(self) -> bool:
@@ -120,50 +126,48 @@ def studies(sources: Iterable[Workdir]) -> list[Study]:
         records = [record for _, each in members for record in each]
         devices = dict.fromkeys(device for r in records for _, (device, _), _ in timings(r))
         for device in devices or ("",):
-            result.append(_build_study(records, device, members))
+            task, candidates, failures = task_of_records(records), [], []
+            for source, each in members:
+                finished: dict[str, list[ArmRecord]] = {}
+                for record in each:
+                    if record.status == "ok":
+                        finished.setdefault(record.arm, []).append(record)
+                    else:
+                        failures.append((source, record))
+                candidates += [_candidate(source, task, arm, finished, device) for arm in finished]
+            result.append(
+                Study(
+                    data=records[0].data,
+                    task=task,
+                    timed_on=device,
+                    sources=tuple(source for source, _ in members),
+                    candidates=tuple(candidates),
+                    failures=tuple(failures),
+                )
+            )
     return result
 
 
-def _build_study(
-    records: Sequence[ArmRecord], device: str, members: Sequence[tuple[Workdir, list[ArmRecord]]]
-) -> Study:
-    task, candidates, failures = task_of_records(records), [], []
-    for source, each in members:
-        finished: dict[str, list[ArmRecord]] = {}
-        for record in each:
-            if record.status == "ok":
-                finished.setdefault(record.arm, []).append(record)
-            else:
-                failures.append((source, record))
-        candidates += [_build_candidate(source, task, arm, finished, device) for arm in finished]
-    return Study(
-        data=records[0].data,
-        task=task,
-        timed_on=device,
-        sources=tuple(source for source, _ in members),
-        candidates=tuple(candidates),
-        failures=tuple(failures),
-    )
-
-
-def _build_candidate(
-    source: Workdir,
-    task: "Task",
-    arm: str,
-    finished: Mapping[str, list[ArmRecord]],
-    device: str,
+def _candidate(
+    source: Workdir, task: "Task", arm: str, finished: Mapping[str, list[ArmRecord]], device: str
 ) -> Candidate:
     runs = finished[arm]
     if len(kinds := {run.kind for run in runs}) > 1:
         raise ConfigError(f"{source.path}: seeds of {arm!r} disagree on kind: {kinds}")
+    kind = runs[0].kind
     if source.config:
-        ancestry = lineage.from_config(source.config, arm)
+        lineage = _read_lineage(source.config, arm)
     else:
-        ancestry = lineage.from_references({name: each[0] for name, each in finished.items()}, arm)
-    trained = [finished[name] for name in ancestry.trained if name in finished]
-    if ancestry.known and len(trained) < len(ancestry.trained):
-        # An arm that it starts from is not there.
-        ancestry = dataclasses.replace(ancestry, known=False)
+        lineage = _infer_lineage({name: each[0] for name, each in finished.items()}, arm)
+    trained = [finished[name] for name in lineage.trained if name in finished]
+    if lineage.known and len(trained) < len(lineage.trained):
+        lineage = dataclasses.replace(lineage, known=False)  # what it starts from is not there
+    if any(len(set(run.policy.values())) > 1 for run in runs):
+        method = "mixed precision"  # a search may find the same bits for all layers at one seed
+    elif kind in ("teacher", "labels"):
+        method = "labels only"
+    else:
+        method = "KD then PTQ" if kind == "PTQ" and lineage.distilled else kind
     mean = lambda each: summary(numbers_by_seed(each, "train_seconds").values())[0]
     return Candidate(
         arm=arm,
@@ -171,22 +175,13 @@ def _build_candidate(
         runs=tuple(runs),
         scores={r.seed: kept for r in runs if (kept := source.scores.get((arm, r.seed)))},
         source=source,
-        method=_method(runs, ancestry),
+        method=method,
         widths=_widths(runs),
         files=_files(runs, device),
         seconds=sum(map(mean, trained)),
         seconds_of_compiling=sum(mean_of_all(each, "compile_seconds") for each in trained),
-        lineage=ancestry,
+        lineage=lineage,
     )
-
-
-def _method(runs: Sequence[ArmRecord], ancestry: Lineage) -> str:
-    if any(len(set(run.policy.values())) > 1 for run in runs):
-        return "mixed precision"  # a search may find the same bits for all layers at one seed
-    kind = runs[0].kind
-    if kind in ("teacher", "labels"):
-        return "labels only"
-    return "KD then PTQ" if kind == "PTQ" and ancestry.distilled else kind
 
 
 def _widths(runs: Sequence[ArmRecord]) -> frozenset[int] | None:
@@ -211,8 +206,7 @@ def _files(runs: Sequence[ArmRecord], device: str) -> dict[str, File]:
             sizes.setdefault(form, []).append(entry["size_bytes"])
         for form, (where, batch), entry in timings(run):
             if where == device:
-                batches = times.setdefault(form, {})
-                batches.setdefault(batch, []).append(entry["milliseconds"])
+                times.setdefault(form, {}).setdefault(batch, []).append(entry["milliseconds"])
     mean = lambda values: summary(values)[0]
     return {
         form: File(
@@ -221,3 +215,56 @@ def _files(runs: Sequence[ArmRecord], device: str) -> dict[str, File]:
         )
         for form, values in sizes.items()
     }
+
+
+def _read_lineage(config: Mapping[str, Any], arm: str) -> Lineage:
+    """Returns the lineage that the config.json of a workdir says."""
+    arms, main = config["arms"], config["teacher"]
+    chain = [arm]
+    while chain[-1] != main and arms[chain[-1]].get("init"):
+        chain.append(arms[chain[-1]]["init"])
+    trained = [name for name in chain if name != main and arms[name].get("epochs")]
+    # "" of no teacher, "arm", or the kind of one of the config's `teachers`.
+    teachers = [arms[name].get("teacher") for name in chain if name != main]
+    kinds = [t and config.get("teachers", {}).get(t, {}).get("kind", "arm") for t in teachers]
+    floats = [name for name in chain[1:] if not arms[name].get("bits")]
+    # A loss with the task in it needs labels; a schedule may have it: it counts.
+    labelled = [
+        not arms[name].get("teacher")
+        or config["distill"][arms[name]["distill"]].get("task", 0.1) != 0
+        for name in trained
+    ]
+    return Lineage(
+        start=floats[0] if floats else None,
+        trained=tuple(trained),
+        known=True,
+        teacher=main in chain or any(k not in (None, "", "moving_average", "peer") for k in kinds),
+        labels=any(labelled),
+        distilled=any(kinds[1:]),
+        control="shuffled" in kinds,
+    )
+
+
+def _infer_lineage(arms: Mapping[str, ArmRecord], arm: str) -> Lineage:
+    """Infers the lineage from the records of an experiment alone: `arms` has one of each arm."""
+    kind, start = arms[arm].kind, None
+    if kind in QUANTIZED:
+        # The first float arm of the same parameters on the way along the references.
+        seen, name = {arm}, arms[arm].reference
+        while name in arms and name not in seen and arms[name].kind in QUANTIZED:
+            seen.add(name)
+            name = arms[name].reference
+        if name in arms and name not in seen and arms[name].params == arms[arm].params:
+            start = name
+    steps = [arms[name] for name in (arm, start) if name]
+    kinds = [record.kind for record in steps]
+    # A recipe may mix the labels in or not, and where QAD starts no reference tells.
+    unclear = "KD" in kinds or "QAD" in kinds or kinds == ["PTQ"]
+    return Lineage(
+        start=start,
+        trained=tuple(r.arm for r in steps if r.kind != "teacher" and r.steps != 0),
+        known=kind == "teacher",
+        teacher="teacher" in kinds or "KD" in kinds or kind == "QAD",
+        labels=None if unclear else "labels" in kinds or "QAT" in kinds,
+        distilled=kinds[1:] == ["KD"],
+    )

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from kdq.evaluate.statistics import PairedInterval
-from kdq.report.advisor.constraints import PACKED, Fit
+from kdq.report.advisor.constraints import PACKED, Check, Fit
+from kdq.report.advisor.rules import REQUIREMENTS
 from kdq.report.advisor.study import Candidate, Values
 from kdq.report.aggregate import Mean
 from kdq.report.cells import ABSENT, format_bytes, mean_cell, number_cell
@@ -56,15 +57,25 @@ def latency(fit: Fit, batch: int) -> str:
     return f"{number_cell(milliseconds, '.3f')} {form}".strip()
 
 
-def level_unit(metric: Metric) -> str:
-    """Returns the unit of the metric's `level`, after the number."""
+def level(metric: Metric) -> str:
+    """Returns the metric's `level` with its unit: "1 point"."""
     unit = metric.difference_unit
-    return unit.removesuffix("s") if unit == "points" and metric.level == 1 else unit
+    singular = unit == "points" and metric.level == 1
+    return f"{metric.level:g} {unit.removesuffix('s') if singular else unit}"
 
 
-def unjudged_names(fits: Sequence[Fit]) -> str:
-    """Returns the constraints that arms can't be judged by."""
-    return ", ".join(sorted({name for fit in fits for name in fit.named("?")}))
+def relax(check: Check, metric: Metric) -> str:
+    """Returns what would let an arm in that a check rules out."""
+    requirement = REQUIREMENTS[check.requirement]
+    if math.isnan(check.value):
+        return f"{check.requirement} ({requirement.fails})"
+    units = {"accuracy": metric.unit, "drop": metric.difference_unit}
+    unit = units.get(check.requirement, requirement.unit)
+    # Rounded to four digits, to the side on which the arm fits.
+    least = check.requirement == "accuracy" and metric.higher_is_better
+    digit = 10.0 ** (math.floor(math.log10(check.value)) - 3) if check.value > 0 else 1.0
+    value = (math.floor if least else math.ceil)(round(check.value / digit, 6)) * digit
+    return f"{check.requirement} from {check.limit:g} to {value:.4g} {unit}"
 
 
 def name_a_few(names: Sequence[str], most: int = 3) -> str:

@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import vl_convert
 from PIL import Image
 
-from kdq.report.page.labels import WIDE
-from kdq.report.page.marks import NARROW_LABELS, SCHEMA, Spec
+from kdq.report.page.specs import SCHEMA, Spec, fill
+from kdq.report.page.tradeoff import NARROW_LABELS, WIDE
 
 VERSION = "6.4"  # of Vega-Lite
 WIDTH = 560  # of a picture, in units of which a PNG has two pixels
@@ -27,15 +26,13 @@ def on_page(spec: Spec, legend: bool = True) -> Spec:
     if not legend:
         encoding = spec["encoding"]
         spec = {**spec, "encoding": {**encoding, "color": {**encoding["color"], "legend": None}}}
-    return {**spec, "width": "container", "config": _config("currentColor")}
+    return {**spec, "width": "container", "config": fill("theme", ink="currentColor")}
 
 
 def pictures(specs: Sequence[Spec], title: str, columns: int = 0) -> tuple[bytes, bytes]:
     """Returns (PNG, SVG) of charts on white, side by side or in so many columns."""
-    joined: Spec = {
-        "$schema": SCHEMA,
-        "config": {**_config("#222222"), "background": "white", "padding": 12},
-    }
+    config = {**fill("theme", ink="#222222"), "background": "white", "padding": 12}
+    joined: Spec = {"$schema": SCHEMA, "config": config}
     if len(specs) == 1:
         joined |= {"width": WIDTH, **_bare(specs[0])}
         subtitle = joined.pop("title", None)
@@ -77,33 +74,3 @@ def _bare(spec: Spec) -> Spec:
         # Two charts of a picture may not have parts of one name.
         bare["layer"] = [{k: v for k, v in layer.items() if k != "name"} for layer in layers]
     return bare
-
-
-def _config(ink: str) -> dict[str, Any]:
-    faint = {"gridColor": ink, "gridOpacity": 0.15, "domainColor": ink, "tickColor": ink}
-    return {
-        "background": "transparent",
-        "font": "system-ui, sans-serif",
-        "axis": {
-            **faint,
-            "labelColor": ink,
-            "titleColor": ink,
-            "titleFontWeight": "normal",
-            "labelFontSize": 11,
-            "titleFontSize": 12,
-            "domainOpacity": 0.4,
-            "tickOpacity": 0.4,
-        },
-        "legend": {
-            "orient": "bottom",
-            "labelColor": ink,
-            "titleColor": ink,
-            "columns": 3,
-            "labelLimit": 220,
-            "titleFontWeight": "normal",
-            "layout": {"bottom": {"anchor": "start", "direction": "vertical"}},
-        },
-        "title": {"color": ink, "fontSize": 12, "fontWeight": "normal", "anchor": "start"},
-        "text": {"color": ink},
-        "view": {"stroke": None},
-    }

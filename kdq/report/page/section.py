@@ -1,36 +1,32 @@
 """All that the page says of one experiment, as plain data for the template."""
 
 import dataclasses
+import functools
+import itertools
 import math
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kdq.fields import ConfigError
 from kdq.report import metric as metrics
 from kdq.report.advise import advise
 from kdq.report.advisor import words
-from kdq.report.advisor.constraints import Constraints, best, drop
-from kdq.report.advisor.document import Block, find_section
+from kdq.report.advisor.constraints import Constraints, best, drop, fit
+from kdq.report.advisor.document import Block, Document
+from kdq.report.advisor.rules import METHODS
 from kdq.report.advisor.study import Study, studies
-from kdq.report.aggregate import distinct, latencies
-from kdq.report.cells import format_bytes, without_count
-from kdq.report.notes import (
-    compiling_note,
-    intervals_note,
-    quick_note,
-    seeds_note,
-    versions_of,
-)
-from kdq.report.page import methods, specs, tables, tradeoff, views
+from kdq.report.aggregate import compare_on_test, distinct, distinct_text, latencies, mean_of_all
+from kdq.report.cells import format_bytes, format_energy, without_count
+from kdq.report.notes import compiling_note, intervals_note, quick_note, seeds_note, versions_of
+from kdq.report.page import specs, tables, tradeoff, views
 from kdq.report.page.combine import Experiment
-from kdq.report.page.marks import Point, Spec
-from kdq.tasks.metric import Metric
+from kdq.report.page.specs import Spec
+from kdq.schema import Qat
 
-if TYPE_CHECKING:
-    from kdq.tasks import Task
-
+COMPARED = ("KD", "PTQ", "QAT", "QAD", "KD then PTQ", "mixed precision")
+ABOUT = {name: METHODS[name] for name in COMPARED}
 POLICIES = 24  # arms of a chart of bits
 # Parts of the page that only some tasks have -> what measures them, of `kdq.evaluate`.
 PROBES = {
@@ -47,331 +43,306 @@ class Chart:
 
     name: str
     title: str
-    specs: tuple[Spec, ...]  # side by side in the file
+    specs: Sequence[Spec]  # side by side in the file
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """The part of the page of one experiment."""
+    """The part of the page of one experiment.
 
-    experiment: Experiment
-    results: tables.Grid
-    fidelity: tables.Grid
-    commands: Mapping[str, str]  # by arm
-    answer: Sequence[str]
-    advice: Sequence[Block]
-    comparison: Sequence[tuple[str, list[str]]]
-    charts: Mapping[str, Sequence[Chart]]  # by the part of the page
-    layers: Mapping[str, tables.Grid]  # by arm
-    attributions: Sequence[Mapping[str, Any]]
-    failures: Sequence[str]
-    problems: Sequence[str]
-    missing: Mapping[str, str]  # part -> why there is nothing
-    absent: frozenset[str]  # parts that its task does not have
-    notes: Mapping[str, str]  # once, instead of at each number
-    facts: Sequence[tuple[str, str]]
-
-
-def build_section(experiment: Experiment, constraints: Constraints) -> Section:
-    """Returns the section of an experiment; `constraints` are those of the advisor."""
-    rows, times = experiment.rows, latencies(experiment.records)
-    plain = without_count if experiment.one_seed else lambda text: text
-    study, advice, problems = _ask_advisor(experiment, constraints)
-    answer, comparison, picked = [], [], []
-    if study:
-        picks = methods.choose(study)
-        picked = [pick.candidate.arm for pick in picks if pick.candidate]
-        answer = _answer(advice, study, constraints)
-        comparison = methods.comparison(study, picks, times)
-    teacher = next((r.arm for r in rows if r.kind == "teacher"), None)
-    student = next((r.arm for r in rows if r.kind in ("labels", "student")), None)
-    shown = list(dict.fromkeys(arm for arm in (teacher, student, *picked) if arm))
-    searched = [r.arm for r in experiment.records if r.policy and r.status == "ok"]
-    drawn = list(dict.fromkeys([*shown, *searched]))[:POLICIES]
-    details, lost = views.collect_details(experiment, drawn)
-    of_shown = {arm: details[arm] for arm in shown if arm in details}
-    layers = views.layers_of_arms(details, drawn)
-    points = views.arm_points(rows, views.find_starts(study) if study else {}, times)
-    confusions, most = _confusion_charts(details, [a for a in shown if a != teacher], teacher)
-    charts = {
-        "fronts": _front_charts(experiment, points),
-        "layers": _layer_charts(layers, shown, metrics.distance_metric(experiment.task)),
-        "training": _training_charts(experiment),
-        "fidelity": _fidelity_charts(experiment, points),
-        "calibration": _reliability_charts(of_shown),
-        "confusions": confusions,
-    }
-    more = [f"and {len(lost) - 3} more files of details"] if len(lost) > 3 else []
-    return Section(
-        experiment=experiment,
-        results=tables.results_grid(experiment),
-        fidelity=tables.fidelity_grid(experiment),
-        commands={row.arm: command(experiment, row.arm) for row in rows},
-        answer=list(map(plain, answer)),
-        advice=[_plainly(block, plain) for block in advice],
-        comparison=[(aspect, list(map(plain, cells))) for aspect, cells in comparison],
-        charts=charts,
-        layers=_layer_grids(layers, shown, experiment.task),
-        attributions=views.attribution_maps(of_shown),
-        failures=[f"{r.arm}, seed {seed}: {reason}" for r in rows for seed, reason in r.failures],
-        problems=[*experiment.problems, *problems, *lost[:3], *more],
-        missing=_missing(charts, experiment),
-        absent=_absent(charts, experiment.task),
-        notes=_notes(experiment) | {"confusions": most},
-        facts=_facts(experiment),
-    )
-
-
-def _ask_advisor(
-    experiment: Experiment, constraints: Constraints
-) -> tuple[Study | None, Sequence[Block], list[str]]:
-    """Returns what the advisor says, and why it can't judge all or some of the records."""
-    evidence, problems = experiment.evidence()
-    try:
-        if evidence.runs:
-            return studies([evidence])[0], advise([evidence], constraints).blocks, problems
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        problems.append(f"the advisor can't judge {experiment.name}: {error!r}")
-    return None, (), problems
-
-
-def _notes(experiment: Experiment) -> dict[str, str]:
-    """Returns what is said once, instead of at each number."""
-    seeds = {row.seeds for row in experiment.rows if row.seeds}
-    plain = without_count if experiment.one_seed else lambda text: text
-    compared = [row.difference for row in experiment.rows if row.difference]
-    intervals = any(not math.isnan(difference.low) for difference in compared)
-    same = f"Each arm has the seeds {words.ranges(next(iter(seeds)))}." if len(seeds) == 1 else ""
-    return {
-        "seeds": seeds_note(experiment.rows) or same,
-        "quick": quick_note(experiment.rows),
-        "compiling": compiling_note(experiment.rows),
-        "difference": experiment.metric.difference_unit or metrics.named(experiment.metric),
-        "intervals": plain(intervals_note(experiment.rows)) if intervals else "",
-    }
-
-
-def _plainly(block: Block, plain: Callable[[str], str]) -> Block:
-    rows = tuple(tuple(map(plain, row)) for row in block.rows)
-    return dataclasses.replace(block, text=plain(block.text), rows=rows)
-
-
-def _answer(advice: Sequence[Block], study: Study, constraints: Constraints) -> list[str]:
-    """Returns the advisor's own first words, and how far one can go.
-
-    Without constraints these words are only that the most accurate network will do: left out.
+    Attributes:
+      answer, advice, comparison: what the advisor says first, all of it, and methods side by side.
+      problems: what was left out, and why.
+      charts: by the part of the page.
+      layers: tables by arm.
+      missing, absent: why a part is empty; parts that the experiment's task does not have.
     """
-    limited = constraints != Constraints()
-    texts = [_uncited(block.text) for block in find_section(advice, "Answer") if limited]
-    texts += _how_far(study)
-    return texts + [_uncited(b.text) for b in advice if b.text.startswith("In short")]
 
+    def __init__(self, experiment: Experiment, constraints: Constraints):
+        self.experiment, self._times = experiment, latencies(experiment.records)
+        self._plain = without_count if experiment.one_seed else str
+        evidence, problems = experiment.evidence()
+        self._study: Study | None = None
+        self.advice: Sequence[Block] = ()
+        try:
+            if evidence.runs:
+                advice = advise([evidence], constraints).blocks
+                self._study, self.advice = studies([evidence])[0], advice
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
+            problems.append(f"the advisor can't judge {experiment.name}: {error!r}")
+        self.answer = self._answer(constraints) if self._study else []
+        for block in self.advice:
+            block.text = self._plain(block.text)
+            block.rows = [tuple(map(self._plain, row)) for row in block.rows]
+        # Of each method the arm that is best on validation.
+        arms = self._study.candidates if self._study else ()
+        usable = [c for c in arms if not c.lineage.control and c.kind != "teacher"]
+        picks = {method: best([c for c in usable if c.method == method]) for method in ABOUT}
+        self.comparison = self._compare(picks) if self._study else []
+        rows = experiment.rows
+        self._teacher = next((r.arm for r in rows if r.kind == "teacher"), None)
+        student = next((r.arm for r in rows if r.kind in ("labels", "student")), None)
+        picked = [arm.arm for arm in picks.values() if arm]
+        shown = list(dict.fromkeys(arm for arm in (self._teacher, student, *picked) if arm))
+        searched = [r.arm for r in experiment.records if r.policy and r.status == "ok"]
+        drawn = list(dict.fromkeys([*shown, *searched]))[:POLICIES]
+        details, lost = views.collect_details(experiment, drawn)
+        self._shown = {arm: details.get(arm, {}) for arm in shown}
+        self._layers = views.layers_of_arms(details, drawn)
+        more = [f"and {len(lost) - 3} more files of details"] if len(lost) > 3 else []
+        self.problems = [*experiment.problems, *problems, *lost[:3], *more]
 
-def _how_far(study: Study) -> list[str]:
-    """Returns which file is the smallest that is level with the teacher on validation."""
-    metric = study.metric
-    unit = metric.difference_unit
-    near = f"{metric.level:g} {words.level_unit(metric)}"
-    score = lambda values: words.in_sentence(values, metric)
-    behind = lambda arm: words.interval(drop(arm, study), metric)
-    smallest = methods.find_smallest(study, metric.level)
-    teacher = next((c for c in study.candidates if c.kind == "teacher"), None)
-    if teacher is None:
-        return []
-    if smallest and smallest[0].kind != "teacher":
-        arm, unsure = smallest
-        likely = f" ({unsure})" if unsure else ""
-        ratio = teacher.size_bytes / arm.size_bytes if arm.size_bytes else 1
-        return [
-            f"{arm.method}, {arm.bits}, is as far as one can go: {arm.arm} is the smallest file "
-            f"within {near} of the teacher on validation{likely}. "
-            f"{format_bytes(arm.size_bytes)}, {ratio:.1f} times smaller; {score(arm.validation)} "
-            f"on validation, {behind(arm)} {unit} against the teacher; {score(arm.test)} on test."
-        ]
-    other = best([c for c in study.candidates if c.kind != "teacher"])
-    if other is None:
-        return []
-    return [
-        f"No smaller file is within {near} of the teacher on validation. The best is {other.arm} "
-        f"({other.method}, {other.bits}): {format_bytes(other.size_bytes)}, {behind(other)} {unit} "
-        "against the teacher."
-    ]
+    def _answer(self, constraints: Constraints) -> list[str]:
+        """Returns the advisor's own first words, and how far one can go.
 
+        Without constraints these words are only that the most accurate network will do: left out.
+        """
+        study, texts = self._study, []
+        if constraints != Constraints():
+            after = itertools.dropwhile(lambda block: block.text != "Answer", self.advice)
+            below = itertools.islice(after, 1, None)
+            texts += [b.text for b in itertools.takewhile(lambda b: b.kind != "heading", below)]
+        teacher = next((c for c in study.candidates if c.kind == "teacher"), None)
+        if teacher is not None:
+            near = Constraints(max_drop=study.metric.level)
+            usable = [c for c in study.candidates if not c.lineage.control]
+            fits = [f for f in (fit(c, near, study) for c in usable) if f.satisfies]
+            order = lambda f: (f.candidate.size_bytes, not f.certain)
+            document = Document(
+                "answer.txt",
+                smallest=min(fits, key=order, default=None),
+                other=best([c for c in study.candidates if c.kind != "teacher"]),
+                **{"teacher": teacher, "study": study, "m": study.metric, "drop": drop},
+                **{"words": words, "format_bytes": format_bytes},
+            )
+            texts += [block.text for block in document.blocks]
+        texts += [block.text for block in self.advice if block.text.startswith("In short")]
+        # The numbers of rows are for the whole advice, which lists these.
+        return [self._plain(re.sub(r" \[\d+(, \d+)*\]$", "", text)) for text in texts]
 
-def _uncited(text: str) -> str:
-    """Returns a text without the numbers of rows, which only the whole advice resolves."""
-    return re.sub(r" \[\d+(, \d+)*\]$", "", text)
+    def _compare(self, picks: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+        """Returns (aspect, a cell for each method) in the order of `ABOUT`."""
+        study = self._study
 
+        def against_teacher(arm: Any) -> Any:
+            teacher = study.teacher(arm.source)
+            return None if teacher is None else compare_on_test(arm, teacher)[0]
 
-def command(experiment: Experiment, arm: str) -> str:
-    """Returns what runs an arm again, in a new folder."""
-    folder = next((f for f in experiment.folders if f.config and arm in f.config["arms"]), None)
-    config = f"configs/saved/workdir.py:{folder.path}" if folder else "CONFIG"
-    seeds = [str(r.seed) for r in experiment.records if r.arm == arm]
-    parts = ["python", "launch/train.py", f"--config={config}", "--workdir=runs/again"]
-    parts += [f"--arm={arm}", f"--config.seeds={','.join(seeds)}"]
-    return " ".join(shlex.quote(part) for part in parts)
+        document = Document(
+            "methods.txt",
+            picks=picks,
+            about=ABOUT,
+            named=metrics.words(study.metric),
+            times=self._times,
+            default_qat=Qat().method,
+            **{"study": study, "m": study.metric, "against_teacher": against_teacher},
+            **{"words": words, "format_bytes": format_bytes, "format_energy": format_energy},
+            **{"isnan": math.isnan, "mean_of_all": mean_of_all, "distinct_text": distinct_text},
+        )
+        return [(row[0], list(map(self._plain, row[1:]))) for row in document.blocks[0].rows]
 
-
-def _front_charts(experiment: Experiment, points: Sequence[Point]) -> list[Chart]:
-    metric = experiment.metric
-    name, first = metric.name, metrics.named(metric, first=True)
-    costs = [("size", "size on disk, KiB", f"{name}_vs_size")]
-    for i, (device, batch) in enumerate(latencies(experiment.records), 1):
-        title = f"latency of a batch of {batch}, ms, on {device}"
-        costs.append((str((device, batch)), title, f"{name}_vs_latency_{i}"))
-    costs.append(("energy", "energy of an example, nJ, modelled", f"{name}_vs_energy_modelled"))
-    charts = []
-    for key, title, file in costs:
-        if drawn := tradeoff.pareto(points, key, title, metric):
+    @functools.cached_property
+    def charts(self) -> dict[str, list[Chart]]:
+        """The charts, by the part of the page."""
+        experiment, metric = self.experiment, self.experiment.metric
+        starts = views.find_starts(self._study) if self._study else {}
+        points = views.arm_points(experiment.rows, starts, self._times)
+        named, first = metrics.named(metric), metrics.named(metric, first=True)
+        costs = [("size", "size on disk, KiB", "size")]
+        for i, (device, batch) in enumerate(self._times, 1):
+            title = f"latency of a batch of {batch}, ms, on {device}"
+            costs.append((str((device, batch)), title, f"latency_{i}"))
+        costs.append(("energy", "energy of an example, nJ, modelled", "energy_modelled"))
+        fronts = []
+        for key, title, name in costs:
             note = "Arms of equal cost stand side by side." if key == "size" else ""
-            charts.append(
-                Chart(name=file, title=f"{first} against {title}", specs=tuple(drawn), note=note)
-            )
-    return charts
-
-
-def _training_charts(experiment: Experiment) -> list[Chart]:
-    metric = experiment.metric
-    validation, losses = views.training_curves(experiment)
-    charts = []
-    if validation:
-        spec = specs.curves(validation, "score", metrics.axis(metric, "validation"))
-        title = f"Validation {metrics.named(metric)}, mean over seeds"
-        charts.append(Chart(name=f"validation_{metric.name}", title=title, specs=(spec,)))
-    if losses:
-        spec = specs.curves(losses, "loss", "training loss")
-        note = "Losses of different recipes have different terms: compare shapes, not heights."
-        title = "Training loss of the first seed, means of windows"
-        charts.append(Chart(name="training_loss", title=title, specs=(spec,), note=note))
-    return charts
-
-
-def _fidelity_charts(experiment: Experiment, points: Sequence[Point]) -> list[Chart]:
-    points = [
-        p for p in points if None not in (p["fidelity"], p["score"]) and p["kind"] != "teacher"
-    ]
-    if not points:
-        return []
-    metric, nearness = experiment.metric, metrics.fidelity_metrics(experiment.task)[0]
-    likeness = metrics.likeness(nearness).partition(",")[0]
-    title = f"{likeness[:1].upper()}{likeness[1:]} against {metrics.named(metric)}"
-    spec = specs.fidelity(points, metric, nearness)
-    return [Chart(name=f"{nearness.name}_vs_{metric.name}", title=title, specs=(spec,))]
-
-
-def _reliability_charts(details: views.Details) -> list[Chart]:
-    bins = views.reliability_bins(details)
-    if not bins:
-        return []
-    title = "Reliability on test, all seeds"
-    return [Chart(name="reliability", title=title, specs=(specs.reliability(bins),))]
-
-
-def _confusion_charts(
-    details: views.Details, arms: Sequence[str], teacher: str | None
-) -> tuple[list[Chart], str]:
-    """Returns a chart an arm, and the examples at the end of the scale that they share."""
-    if teacher is None:
-        return [], ""
-    every = {arm: views.confusion_cells(details, arm, teacher) for arm in arms}
-    most = max((abs(c["difference"]) for cells in every.values() for c in cells), default=0) or 1
-    charts = []
-    for arm, cells in every.items():
-        if not cells:
-            continue
-        classes = 1 + max(c["class"] for c in cells)
-        if classes > specs.MOST_CLASSES:  # the pairs that changed most
-            cells = sorted(cells, key=lambda c: -abs(c["difference"]))[:60]
-        charts.append(
-            Chart(
-                name=f"confusions_{len(charts) + 1}",
-                title=f"{arm} less {teacher}",
-                specs=(specs.confusion_difference(cells, most),),
-            )
-        )
-    return charts, f"{most:.3g}"
-
-
-def _layer_charts(
-    layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[str], distance: Metric
-) -> list[Chart]:
-    cells = [
-        {
-            "arm": arm,
-            "layer": row["path"] or "(root)",
-            "bits": views.width_name(row),
-            "weight_bits": min(row["weight_bits"], 8),
-            "sensitivity": row["sensitivity"],
+            drawn = tradeoff.pareto(points, key, title, metric)
+            chart = {"name": f"{metric.name}_vs_{name}", "title": f"{first} against {title}"}
+            fronts += [Chart(**chart, specs=drawn, note=note)] if drawn else []
+        fidelity = []
+        known = [p for p in points if None not in (p["fidelity"], p["score"])]
+        if students := [p for p in known if p["kind"] != "teacher"]:
+            nearness = metrics.fidelity_metrics(experiment.task)[0]
+            likeness = metrics.likeness(nearness).partition(",")[0]
+            title = f"{likeness[:1].upper()}{likeness[1:]} against {named}"
+            drawn = [specs.fidelity(students, metric, nearness)]
+            name = f"{nearness.name}_vs_{metric.name}"
+            fidelity.append(Chart(name=name, title=title, specs=drawn))
+        bins, title = views.reliability_bins(self._shown), "Reliability on test, all seeds"
+        reliability = [Chart(name="reliability", title=title, specs=[specs.reliability(bins)])]
+        return {
+            "fronts": fronts,
+            "layers": self._layer_charts(),
+            "training": self._training_charts(),
+            "fidelity": fidelity,
+            "calibration": reliability if bins else [],
+            "confusions": self._confusion_charts(),
         }
-        for arm, rows in layers.items()
-        for row in rows
-    ]
-    if not cells:
-        return []
-    title = "Bits of each layer: weights and inputs"
-    charts = [Chart(name="bits_by_layer", title=title, specs=(specs.bits_by_layer(cells),))]
-    measured = [c for c in cells if (c["sensitivity"] or 0) > 0 and c["arm"] in shown]
-    if measured:
-        measure = metrics.named(distance).removesuffix(" to teacher")
-        title = f"{measure} with this layer alone quantized{metrics.in_unit(distance)}"
-        arms = [arm for arm in shown if arm in layers]
-        charts.append(
-            Chart(
-                name="sensitivity",
-                title="Sensitivity: what each layer's quantizer alone does to the outputs",
-                specs=(specs.sensitivity(measured, arms, title),),
-                note=f"{measure} to the same weights without any quantizer, on validation, of "
-                "the first seed. Of a network trained with quantizers those are not a network "
-                "that anybody would use.",
+
+    def _training_charts(self) -> list[Chart]:
+        metric, charts = self.experiment.metric, []
+        validation, losses = views.training_curves(self.experiment)
+        if validation:
+            spec = specs.curves(validation, "score", metrics.axis(metric, "validation"))
+            title = f"Validation {metrics.named(metric)}, mean over seeds"
+            charts.append(Chart(name=f"validation_{metric.name}", title=title, specs=[spec]))
+        if losses:
+            spec = specs.curves(losses, "loss", "training loss")
+            note = "Losses of different recipes have different terms: compare shapes, not heights."
+            title = "Training loss of the first seed, means of windows"
+            charts.append(Chart(name="training_loss", title=title, specs=[spec], note=note))
+        return charts
+
+    @functools.cached_property
+    def _confusions(self) -> dict[str, list[dict[str, Any]]]:
+        arms = [arm for arm in self._shown if self._teacher and arm != self._teacher]
+        cells = {arm: views.confusion_cells(self._shown, arm, self._teacher) for arm in arms}
+        return {arm: each for arm, each in cells.items() if each}
+
+    @functools.cached_property
+    def _most_confused(self) -> float:
+        """Examples at the end of the scale that charts of confusions share."""
+        differences = (abs(c["difference"]) for each in self._confusions.values() for c in each)
+        return max(differences, default=0) or 1
+
+    def _confusion_charts(self) -> list[Chart]:
+        charts = []
+        for i, (arm, cells) in enumerate(self._confusions.items(), 1):
+            if 1 + max(c["class"] for c in cells) > specs.MOST_CLASSES:
+                cells = sorted(cells, key=lambda c: -abs(c["difference"]))[:60]  # changed most
+            spec = specs.confusion_difference(cells, self._most_confused)
+            title = f"{arm} less {self._teacher}"
+            charts.append(Chart(name=f"confusions_{i}", title=title, specs=[spec]))
+        return charts
+
+    def _layer_charts(self) -> list[Chart]:
+        cells = [
+            {
+                "arm": arm,
+                "layer": row["path"] or "(root)",
+                "bits": views.width_name(row),
+                "weight_bits": min(row["weight_bits"], 8),
+                "sensitivity": row["sensitivity"],
+            }
+            for arm, rows in self._layers.items()
+            for row in rows
+        ]
+        if not cells:
+            return []
+        title = "Bits of each layer: weights and inputs"
+        charts = [Chart(name="bits_by_layer", title=title, specs=[specs.bits_by_layer(cells)])]
+        sensitive = [c for c in cells if (c["sensitivity"] or 0) > 0 and c["arm"] in self._shown]
+        if sensitive:
+            distance = metrics.distance_metric(self.experiment.task)
+            measure = metrics.named(distance).removesuffix(" to teacher")
+            axis = f"{measure} with this layer alone quantized{metrics.in_unit(distance)}"
+            arms = [arm for arm in self._shown if arm in self._layers]
+            charts.append(
+                Chart(
+                    name="sensitivity",
+                    title="Sensitivity: what each layer's quantizer alone does to the outputs",
+                    specs=[specs.sensitivity(sensitive, arms, axis)],
+                    note=f"{measure} to the same weights without any quantizer, on validation, of "
+                    "the first seed. Of a network trained with quantizers those are not a network "
+                    "that anybody would use.",
+                )
             )
-        )
-    return charts
+        return charts
 
+    @property
+    def results(self) -> tables.Grid:
+        """The main table."""
+        return tables.results_grid(self.experiment)
 
-def _missing(charts: Mapping[str, Sequence[Chart]], experiment: Experiment) -> dict[str, str]:
-    """Returns why a part of the page is empty, and what to run."""
-    again = command(experiment, experiment.rows[0].arm).partition(" --arm=")[0]
-    again = again.replace("launch/train.py", "launch/compress.py")
-    detail = f"No details of the arms shown were found. {OLD_RUN_NOTE} {again}"
-    name = metrics.named(experiment.metric)
-    texts = {
-        "training": "No metrics.jsonl of a trained arm is there.",
-        "fidelity": "No arm was compared with the teacher, which failed or is not there.",
-        "fronts": f"No arm has {'an' if name[0] in 'aeiouRM' else 'a'} {name} and a cost.",
-        "layers": f"No quantized arm has details by layer. {OLD_RUN_NOTE} {again}",
-        **dict.fromkeys(("calibration", "confusions"), detail),
-        "attributions": f"Only images have maps. {detail}",
-    }
-    return {part: text for part, text in texts.items() if not charts.get(part)}
+    @property
+    def fidelity(self) -> tables.Grid:
+        """The table of what was taken over from the teacher."""
+        return tables.fidelity_grid(self.experiment)
 
+    @property
+    def layers(self) -> dict[str, tables.Grid]:
+        """Tables of layers, by arm."""
+        task, arms = self.experiment.task, [arm for arm in self._layers if arm in self._shown]
+        return {arm: tables.layer_grid(self._layers[arm], task) for arm in arms}
 
-def _absent(charts: Mapping[str, Sequence[Chart]], task: "Task") -> frozenset[str]:
-    """Returns the parts of the page that a task does not have."""
-    without = (part for part, probe in PROBES.items() if probe not in task.probes)
-    return frozenset(part for part in without if not charts.get(part))
+    @property
+    def attributions(self) -> list[dict[str, Any]]:
+        """Maps, by arm."""
+        return views.attribution_maps(self._shown)
 
+    @property
+    def failures(self) -> list[str]:
+        """Runs that failed, and why."""
+        every = [(row.arm, *each) for row in self.experiment.rows for each in row.failures]
+        return [f"{arm}, seed {seed}: {reason}" for arm, seed, reason in every]
 
-def _layer_grids(
-    layers: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[str], task: "Task"
-) -> dict[str, tables.Grid]:
-    return {arm: tables.layer_grid(rows, task) for arm, rows in layers.items() if arm in shown}
+    @property
+    def commands(self) -> dict[str, str]:
+        """Commands that run an arm again, in a new folder."""
+        experiment, commands = self.experiment, {}
+        for arm in (row.arm for row in experiment.rows):
+            configs = (f for f in experiment.folders if f.config and arm in f.config["arms"])
+            folder = next(configs, None)
+            config = f"configs/saved/workdir.py:{folder.path}" if folder else "CONFIG"
+            seeds = ",".join(str(r.seed) for r in experiment.records if r.arm == arm)
+            parts = ["python", "launch/train.py", f"--config={config}", "--workdir=runs/again"]
+            parts += [f"--arm={arm}", f"--config.seeds={seeds}"]
+            commands[arm] = " ".join(map(shlex.quote, parts))
+        return commands
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """Texts that are said once, instead of at each number."""
+        rows, metric = self.experiment.rows, self.experiment.metric
+        seeds = {row.seeds for row in rows if row.seeds}
+        has_intervals = any(r.difference and not math.isnan(r.difference.low) for r in rows)
+        same = f"Each arm has the seeds {words.ranges(min(seeds))}." if len(seeds) == 1 else ""
+        return {
+            "seeds": seeds_note(rows) or same,
+            "quick": quick_note(rows),
+            "compiling": compiling_note(rows),
+            "difference": metric.difference_unit or metrics.named(metric),
+            "intervals": self._plain(intervals_note(rows)) if has_intervals else "",
+            "confusions": f"{self._most_confused:.3g}" if self._teacher else "",
+        }
 
-def _facts(experiment: Experiment) -> list[tuple[str, str]]:
-    listed = lambda field: ", ".join(distinct(experiment.records, field)) or "not recorded"
-    data = ", ".join(f"{split} {digest[:12]}" for split, digest in experiment.data.items())
-    versions = [
-        f"{name} {version}"
-        for name, each in versions_of(experiment.records).items()
-        for version in each
-    ]
-    return [
-        ("Folders", ", ".join(folder.path for folder in experiment.folders)),
-        ("Digests of the data", data or "not recorded"),
-        ("Config digests", listed("config_digest")),
-        ("Commits", listed("commit")),
-        ("Devices", "; ".join(experiment.devices) or "not recorded"),
-        ("Versions", ", ".join(versions) or "not recorded"),
-    ]
+    @property
+    def missing(self) -> dict[str, str]:
+        """Why a part of the page is empty, and what to run."""
+        again = self.commands[self.experiment.rows[0].arm].partition(" --arm=")[0]
+        again = again.replace("launch/train.py", "launch/compress.py")
+        detail = f"No details of the arms shown were found. {OLD_RUN_NOTE} {again}"
+        name = metrics.named(self.experiment.metric)
+        texts = {
+            "training": "No metrics.jsonl of a trained arm is there.",
+            "fidelity": "No arm was compared with the teacher, which failed or is not there.",
+            "fronts": f"No arm has {'an' if name[0] in 'aeiouRM' else 'a'} {name} and a cost.",
+            "layers": f"No quantized arm has details by layer. {OLD_RUN_NOTE} {again}",
+            **dict.fromkeys(("calibration", "confusions"), detail),
+            "attributions": f"Only images have maps. {detail}",
+        }
+        return {part: text for part, text in texts.items() if not self.charts.get(part)}
+
+    @property
+    def absent(self) -> list[str]:
+        """Parts of the page that the task does not have."""
+        probes = self.experiment.task.probes
+        without = [part for part, probe in PROBES.items() if probe not in probes]
+        return [part for part in without if not self.charts.get(part)]
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """Where the records came from."""
+        experiment = self.experiment
+        listed = lambda field, between=", ": between.join(distinct(experiment.records, field))
+        data = ", ".join(f"{split} {digest[:12]}" for split, digest in experiment.data.items())
+        versions = versions_of(experiment.records)
+        facts = {
+            "Folders": ", ".join(folder.path for folder in experiment.folders),
+            "Digests of the data": data,
+            "Config digests": listed("config_digest"),
+            "Commits": listed("commit"),
+            "Devices": listed("device", "; "),
+            "Versions": ", ".join(f"{n} {v}" for n, each in versions.items() for v in each),
+        }
+        return [(name, text or "not recorded") for name, text in facts.items()]

@@ -1,110 +1,116 @@
-"""Charts as Vega-Lite specifications, which browsers, files and notebooks show alike."""
+"""Charts as Vega-Lite specifications, which browsers, files and notebooks show alike.
 
+Those of the page are `template/charts.json`, in which "$name" stands for a value; notebooks build
+theirs of `encode`, `plot`, `heat` and `overlay`. Kinds and arms have the same colors everywhere.
+"""
+
+import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kdq.evaluate.statistics import PairedInterval
 from kdq.report import metric as metrics
-from kdq.report.page.marks import (
-    DASHED,
-    Point,
-    Spec,
-    chart,
-    dot,
-    encode,
-    layer,
-    tight,
-    tips,
-    with_tips,
-)
-from kdq.report.page.scales import (
-    GRAY,
-    arm_colors,
-    curve_styles,
-    kind_colors,
-    names_axis,
-    start_shapes,
-)
 from kdq.tasks.metric import Metric
 
+Spec = dict[str, Any]
+Point = Mapping[str, Any]
+
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 MOST_CLASSES = 20  # of a map of confusions that can be read
-DIVERGING = ["#3b78c2", "#eeeeee", "#c9542c"]
+# Okabe and Ito's palette, which the color-blind can tell apart; kinds have shapes as well.
+COLORS = {
+    "teacher": "#777777",
+    "labels": "#999933",
+    "KD": "#56b4e9",
+    "PTQ": "#e69f00",
+    "QAT": "#009e73",
+    "QAD": "#d55e00",
+}
+SPARE_COLORS = ("#0072b2", "#cc79a7", "#b8a800")
 SEQUENTIAL = ["#f7d9b0", "#4f9db8"]
+GRAY = "#888888"
+NARROW = 420  # pixels of a chart below which it is one of a phone
+LABEL = 200  # pixels of a name in a legend or at an axis
+LONG = 18  # letters of a name above which an axis breaks it
+SHAPES = (
+    *("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"),
+    "triangle-left",
+)
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 2, 1, 2])
+MOST_CURVES = 36  # that a legend can name
+SHADES = 0.3  # how far a kind's color goes to black and to white for its first and last arm
+
+
+@functools.cache
+def _charts() -> dict[str, Spec]:
+    return json.loads(Path(__file__).with_name("template").joinpath("charts.json").read_text())
+
+
+def fill(name: str, /, **values: Any) -> Spec:
+    """Returns a part of charts.json with values in the place of "$name"."""
+
+    def filled(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: filled(inner) for key, inner in part.items()}
+        if isinstance(part, list):
+            return [filled(inner) for inner in part]
+        is_name = isinstance(part, str) and part.startswith("$")
+        return values[part[1:]] if is_name else part
+
+    return filled(_charts()[name])
+
+
+def chart(name: str, /, **values: Any) -> Spec:
+    """Returns a chart of charts.json."""
+    return {"$schema": SCHEMA, **fill(name, **values)}
 
 
 def curves(points: Sequence[Point], field: str, title: str) -> Spec:
     """Returns lines over steps; the one that the pointer is on stands out.
+
+    A line has a shade of its kind's color, and dashes of its own; of more arms than a legend can
+    name, the color of the kind alone.
 
     Args:
       points: with "arm", "kind", "step" and the field.
       field: what is drawn.
       title: of its axis.
     """
-    chosen = {"condition": {"param": "arm", "empty": False, "value": 3}, "value": 1.2}
-    select = {"type": "point", "fields": ["arm"], "on": "pointerover", "clear": "pointerout"}
-    names = [{"field": name} for name in ("arm", "kind", "step")]
-    hover = {
-        "params": [{"name": "arm", "select": select}],
-        "mark": dot(90, opacity=0),
-        "encoding": {"tooltip": [*names, {"field": field, "title": title, "format": ".4g"}]},
-    }
-    return chart(
-        points,
-        280,
-        encoding={
-            "x": encode("step", axis={"grid": False}),
-            "y": encode(field, title=title, scale={"zero": False}),
-            **curve_styles(points),
-            "detail": {"field": "arm"},
-        },
-        layer=[{"mark": {"type": "line"}, "encoding": {"strokeWidth": chosen}}, hover],
-    )
+    spec = chart("curves", points=points, field=field, title=title)
+    kinds = {p["arm"]: p["kind"] for p in points}
+    if len(kinds) > MOST_CURVES:
+        spec["encoding"]["color"] = kind_colors(points)
+        return spec
+    scale = kind_colors(points)["scale"]
+    base = dict(zip(scale["domain"], scale["range"], strict=True))
+    arms = sorted(kinds, key=lambda arm: scale["domain"].index(kinds[arm]))
+    colors, dashes = [], []
+    for arm in arms:
+        same = [other for other in arms if kinds[other] == kinds[arm]]
+        place = same.index(arm)
+        colors.append(_shade(base[kinds[arm]], place, len(same)))
+        dashes.append(DASHES[place % len(DASHES)])
+    columns = {"expr": f"width < {NARROW} ? 2 : 4"}
+    legend = {"columns": columns, "symbolType": "stroke", "symbolSize": 500, "labelLimit": LABEL}
+    shared = {"field": "arm", "type": "nominal", "title": None, "legend": legend, "sort": arms}
+    for channel, values in (("color", colors), ("strokeDash", dashes)):
+        spec["encoding"][channel] = {**shared, "scale": {"domain": arms, "range": values}}
+    return spec
 
 
 def fidelity(points: Sequence[Point], metric: Metric, nearness: Metric) -> Spec:
     """Returns likeness to the teacher against the metric: being right is not being like it."""
-    scale = tight(14, zero=False)
-    return chart(
-        with_tips(points),
-        280,
-        mark=dot(75, opacity=0.9),
-        encoding={
-            "x": encode("score", title=metrics.axis(metric, "test"), scale=scale),
-            "y": encode("fidelity", title=metrics.likeness(nearness), scale=scale),
-            "color": kind_colors(points),
-            **start_shapes(points),
-            "tooltip": tips(points),
-        },
-    )
+    across, up = metrics.axis(metric, "test"), metrics.likeness(nearness)
+    return chart("fidelity", across=across, up=up, **arm_values(points))
 
 
 def reliability(bins: Sequence[Point]) -> Spec:
-    """Returns accuracy against confidence.
-
-    Args:
-      bins: with "arm", "confidence", "accuracy" and "count".
-    """
-    arms = list(dict.fromkeys(b["arm"] for b in bins))
-    places = lambda x, y: {
-        "x": encode(x, title="mean confidence of a bin", scale={"domain": [0, 1]}),
-        "y": encode(y, title="accuracy in the bin", scale={"domain": [0, 1]}),
-    }
-    colored = {**places("confidence", "accuracy"), "color": arm_colors(arms)}
-    size = encode("count", scale={"type": "sqrt", "range": [8, 220]}, legend=None)
-    shares = [{"field": name, "format": ".3f"} for name in ("confidence", "accuracy")]
-    tooltip = [{"field": "arm"}, *shares, {"field": "count", "title": "examples"}]
-    diagonal = [{"x": 0, "y": 0}, {"x": 1, "y": 1}]
-    point = {"type": "point", "filled": True, "opacity": 1}
-    return chart(
-        None,
-        300,
-        layer=[
-            layer(diagonal, DASHED, **places("x", "y"), color={"value": GRAY}),
-            layer(bins, {"type": "line", "strokeWidth": 1}, **colored),
-            layer(bins, point, **colored, size=size, tooltip=tooltip),
-        ],
-    )
+    """Returns accuracy against confidence: `bins` have "arm", both, and "count"."""
+    arms = arm_colors(list(dict.fromkeys(b["arm"] for b in bins)))
+    return chart("reliability", bins=bins, arms=arms)
 
 
 def confusion_difference(cells: Sequence[Point], most: float) -> Spec:
@@ -114,23 +120,7 @@ def confusion_difference(cells: Sequence[Point], most: float) -> Spec:
       cells: with "class", "predicted" and "difference".
       most: at the ends of the scale of colors, which several charts share.
     """
-    scale = {"domain": [-most, 0, most], "range": DIVERGING}
-    name = "examples more than the teacher"
-    return chart(
-        cells,
-        220,
-        mark={"type": "rect"},
-        encoding={
-            "x": encode("predicted", "ordinal", title="predicted", axis={"labelAngle": 0}),
-            "y": encode("class", "ordinal", title="class"),
-            "color": encode("difference", title="examples more", scale=scale),
-            "tooltip": [
-                {"field": "class"},
-                {"field": "predicted"},
-                {"field": "difference", "title": name, "format": "+.3g"},
-            ],
-        },
-    )
+    return chart("confusions", cells=cells, domain=[-most, 0, most])
 
 
 def bits_by_layer(cells: Sequence[Point]) -> Spec:
@@ -141,28 +131,11 @@ def bits_by_layer(cells: Sequence[Point]) -> Spec:
     """
     order = {key: list(dict.fromkeys(c[key] for c in cells)) for key in ("arm", "layer")}
     across, down = ("layer", "arm") if len(order["layer"]) <= 10 else ("arm", "layer")
-    angle = 0 if across == "layer" else -60
-    axes = {across: {**names_axis(order[across]), "labelAngle": angle}}
-    axes[down] = names_axis(order[down])
+    axes = {key: names_axis(names) for key, names in order.items()}
+    axes[across]["labelAngle"] = 0 if across == "layer" else -60
     place = lambda field: encode(field, "ordinal", sort=order[field], title=None, axis=axes[field])
-    scale = {"domain": [1, 8], "range": SEQUENTIAL, "clamp": True}
-    color = encode("weight_bits", title="bits of weights", scale=scale)
-    return chart(
-        cells,
-        28 * len(order[down]),
-        encoding={
-            "x": place(across),
-            "y": place(down),
-            "tooltip": [{"field": name} for name in ("arm", "layer", "bits")],
-        },
-        layer=[
-            {"mark": {"type": "rect"}, "encoding": {"color": color}},
-            {
-                "mark": {"type": "text", "fontSize": 10},
-                "encoding": {"text": {"field": "bits"}, "color": {"value": "#111111"}},
-            },
-        ],
-    )
+    height = 28 * len(order[down])
+    return chart("bits", cells=cells, height=height, x=place(across), y=place(down))
 
 
 def sensitivity(cells: Sequence[Point], arms: Sequence[str], title: str) -> Spec:
@@ -174,23 +147,8 @@ def sensitivity(cells: Sequence[Point], arms: Sequence[str], title: str) -> Spec
       title: of the axis of sensitivities.
     """
     layers = list(dict.fromkeys(c["layer"] for c in cells))
-    names = [{"field": name} for name in ("arm", "layer", "bits")]
-    return chart(
-        cells,
-        26 * len(layers),
-        mark=dot(70, opacity=1),
-        encoding={
-            "x": encode(
-                "sensitivity",
-                scale=tight(12, type="log"),
-                axis={"tickCount": 4, "format": ".0e"},
-                title=title,
-            ),
-            "y": encode("layer", "ordinal", sort=layers, title=None, axis=names_axis(layers)),
-            "color": arm_colors(arms),
-            "tooltip": [*names, {"field": "sensitivity", "format": ".3g"}],
-        },
-    )
+    values = {"cells": cells, "layers": layers, "title": title, "arms": arm_colors(arms)}
+    return chart("sensitivity", height=26 * len(layers), axis=names_axis(layers), **values)
 
 
 def intervals(
@@ -214,23 +172,95 @@ def intervals(
         for name, each in differences.items()
     ]
     y = encode("name", "nominal", sort=list(differences), title=None, axis={"labelLimit": 260})
-    x = lambda field: encode(field, title=unit)
-    hollow = {"fill": encode("fill", "nominal", scale=None), "stroke": {"value": color}}
-    bars = [v for v in values if "low" in v]
-    return chart(
-        None,
-        20 * len(values) + 10,
-        **({"title": title} if title else {}),
-        layer=[
-            layer([{"zero": 0}], {"type": "rule"}, x=x("zero"), color={"value": GRAY}),
-            *(
-                [layer(bars, "rule", x=x("low"), x2={"field": "high"}, y=y, color={"value": color})]
-                if bars
-                else []
-            ),
-            layer(values, {"type": "point", "size": 50, "opacity": 1}, x=x("mean"), y=y, **hollow),
-        ],
-    )
+    bars, height = [v for v in values if "low" in v], 20 * len(values) + 10
+    shown = {"values": values, "bars": bars, "y": y, "color": color, "unit": unit}
+    spec = chart("intervals", height=height, **shown)
+    if not bars:
+        del spec["layer"][1]
+    return spec | ({"title": title} if title else {})
+
+
+def arm_values(points: Sequence[Point]) -> dict[str, Any]:
+    """Returns the values of a chart of arms: their points, colors, shapes and tooltips.
+
+    Args:
+      points: with "kind", "start" and what a tooltip is to show under "tip".
+    """
+    names = dict.fromkeys(key for p in points for key in p["tip"])
+    # Dots and brackets in the name of a field would be paths.
+    escaped = {n: "".join(f"\\{c}" if c in "\\.[]'\"" else c for c in n) for n in names}
+    return {
+        "points": [{k: v for k, v in p.items() if k != "tip"} | p["tip"] for p in points],
+        "kinds": kind_colors(points),
+        "starts": start_shapes(points),
+        "tips": [{"field": escaped[name], "title": name} for name in names],
+    }
+
+
+def kind_colors(points: Sequence[Point]) -> Spec:
+    """Returns the color of the "kind" of each point: the same in every chart of every report."""
+    kinds = {p["kind"] for p in points}
+    known, other = [kind for kind in COLORS if kind in kinds], sorted(kinds - COLORS.keys())
+    spare = [SPARE_COLORS[i % len(SPARE_COLORS)] for i in range(len(other))]
+    scale = {"domain": [*known, *other], "range": [*(COLORS[k] for k in known), *spare]}
+    return {"field": "kind", "type": "nominal", "scale": scale, "title": "kind"}
+
+
+def arm_colors(arms: Sequence[str]) -> Spec:
+    """Returns the color of each arm, for the few that a chart shows."""
+    colors = [*COLORS.values(), *SPARE_COLORS]
+    scale = {"domain": list(arms), "range": [colors[i % len(colors)] for i in range(len(arms))]}
+    legend = {"columns": 2, "labelLimit": LABEL}
+    return {"field": "arm", "type": "nominal", "title": None, "legend": legend, "scale": scale}
+
+
+def start_shapes(points: Sequence[Point]) -> Spec:
+    """Returns shapes of what arms start from; those beyond the shapes share the last one."""
+    starts = list(dict.fromkeys(p["start"] for p in points))
+    shapes = [SHAPES[min(i, len(SHAPES) - 1)] for i in range(len(starts))]
+    scale = {"domain": starts, "range": shapes}
+    legend = {"symbolFillColor": GRAY, "symbolStrokeColor": GRAY} if starts[1:] else None
+    return encode("start", "nominal", title="starts from", scale=scale, legend=legend)
+
+
+def _shade(color: str, place: int, count: int) -> str:
+    """Returns a color made darker for the first of so many places, lighter for the last."""
+    if count == 1:
+        return color
+    share = SHADES * (2 * place / (count - 1) - 1)
+    end = 255 if share > 0 else 0
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(c + abs(share) * (end - c)):02x}" for c in parts)
+
+
+def names_axis(names: Sequence[str]) -> Spec:
+    """Returns an axis whose long names are broken in two at a separator near their middle."""
+    broken = {}
+    for name in (name for name in names if len(name) > LONG):
+        if ends := [i + 1 for i, char in enumerate(name[:-1]) if char in "_-/."]:
+            half = min(ends, key=lambda end, name=name: abs(2 * end - len(name)))
+            broken[name] = [name[:half], name[half:]]
+    if not broken:
+        return {"labelLimit": LABEL}
+    known = f"({json.dumps(broken, ensure_ascii=True)})[datum.value]"
+    # Of two lines the upper one would be where the only one is.
+    raised = {"condition": {"test": f"isArray({known})", "value": -6}, "value": 0}
+    return {"labelLimit": LABEL, "labelExpr": f"{known} || datum.value", "labelOffset": raised}
+
+
+def encode(field: str, kind: str = "quantitative", **options: Any) -> Spec:
+    """Returns the encoding of a field, "quantitative", "ordinal" or "nominal"."""
+    return {"field": field, "type": kind, **options}
+
+
+def dot(size: int, **options: Any) -> Spec:
+    """Returns a filled point of so many square pixels."""
+    return {"type": "point", "filled": True, "size": size, **options}
+
+
+def layer(values: Sequence[Point], mark: Spec | str, **encoding: Any) -> Spec:
+    """Returns a layer of a chart with points of its own."""
+    return {"data": {"values": list(values)}, "mark": mark, "encoding": encoding}
 
 
 def plot(
@@ -252,11 +282,11 @@ def plot(
     if color:
         names = list(dict.fromkeys(value[color] for value in values))
         encoding["color"] = {**arm_colors(names), "field": color}
-    chart_ = chart(values, height, mark=mark, encoding=encoding)
+    spec = {"$schema": SCHEMA, "height": height, **layer(values, mark, **encoding)}
     if not spread:
-        return chart_ | parts
+        return spec | parts
     ends = {"y": {**y, "field": spread[0]}, "y2": {"field": spread[1]}}
-    return overlay({**chart_, "mark": "rule", "encoding": encoding | ends}, chart_, **parts)
+    return overlay({**spec, "mark": "rule", "encoding": encoding | ends}, spec, **parts)
 
 
 def heat(cells: Sequence[Point], x: str, y: str, color: Spec, text: str = "", **parts: Any) -> Spec:
@@ -272,8 +302,7 @@ def heat(cells: Sequence[Point], x: str, y: str, color: Spec, text: str = "", **
     """
     axes = parts.pop("axes", {"axis": {"labelAngle": 0}})
     places = [encode(field, "ordinal", sort=None, title=None, **axes) for field in (x, y)]
-    height = 24 * len({cell[y] for cell in cells})
-    parts = {"height": height, **parts}
+    parts = {"height": 24 * len({cell[y] for cell in cells}), **parts}
     colored = plot(cells, "rect", *places, encoding={"color": color}, **parts)
     if not text:
         return colored
@@ -285,4 +314,4 @@ def overlay(*charts: Spec, **parts: Any) -> Spec:
     """Returns charts on top of each other, on the same axes."""
     height = parts.pop("height", charts[0].get("height", 220))
     layers = [{k: v for k, v in c.items() if k in ("data", "mark", "encoding")} for c in charts]
-    return chart(None, height, layer=layers, **parts)
+    return {"$schema": SCHEMA, "height": height, "layer": layers, **parts}

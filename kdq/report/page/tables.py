@@ -6,38 +6,35 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdq.report import metric as metrics
 from kdq.report import table
 from kdq.report.aggregate import Row, latencies
 from kdq.report.cells import (
     ABSENT,
+    Column,
+    cells_of,
     escape,
     format_bytes,
     format_energy,
+    main_columns,
     mean_cell,
+    metric_column,
     number_cell,
-)
-from kdq.report.columns import Column, cells_of, fidelity_columns, main_columns
-from kdq.report.metric import (
-    TRANSFER,
-    distance_metric,
-    fidelity_metrics,
-    in_unit,
-    other_metrics,
+    number_column,
+    text_column,
+    transfer_columns,
 )
 from kdq.report.notes import coverage, quick_note
 from kdq.report.page.combine import Experiment
 from kdq.report.page.views import width_name
-from kdq.tasks.metric import Metric
 
 if TYPE_CHECKING:
     from kdq.tasks import Task
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
+class Cell(NamedTuple):
     """A text that is shown, and what it is sorted by."""
 
     text: str
@@ -49,13 +46,14 @@ class Grid:
     """A table whose first column names its rows."""
 
     head: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    arms: tuple[str, ...]  # of the rows
-    states: tuple[str, ...]  # of the rows: "failed" where no seed finished
+    rows: list[list[Cell]]
+    arms: list[str]  # of the rows
+    states: list[str]  # of the rows: "failed" where no seed finished
 
 
 SHOWN = ("arm", "kind", "bits", "score", "difference", "reference", "over_seeds", "p_holm")
 COSTS = ("size_smaller", "energy", "train", "compile", "seeds")
+IN_LATEX = ("arm", "bits", "size_smaller", "score", "difference", "reference")
 
 
 def results_grid(experiment: Experiment) -> Grid:
@@ -63,88 +61,79 @@ def results_grid(experiment: Experiment) -> Grid:
 
     Columns that nobody measured are left out, and seeds where all finished arms have as many.
     """
-    rows = experiment.rows
+    rows, task = experiment.rows, experiment.task
     same = len({len(row.seeds) for row in rows if row.seeds}) == 1
-    columns = main_columns(experiment.task)
-    others = [metric.name for metric in other_metrics(experiment.task)]
+    others = [metric.name for metric in metrics.other_metrics(task)]
     keys = [key for key in (*SHOWN, *others, *COSTS) if key != "seeds" or not same]
-    shown = _measured([columns[key] for key in keys], rows)
+    columns = [main_columns(task)[key] for key in keys]
     times = latencies(experiment.records)
     devices = {device for device, _ in times}
     for (device, batch), arms in times.items():
         where = f" ({device})" if len(devices) > 1 else ""
-        shown.append(
+        cells = {arm: Cell(f"{mean_cell(t, 3)} {form}", t.mean) for arm, (t, form) in arms.items()}
+        cell = lambda row, cells=cells: cells.get(row.arm, Cell(ABSENT, None))
+        columns.append(
             Column(
                 f"Batch {batch}, ms{where}",
-                lambda r, arms=arms: (
-                    f"{mean_cell(arms[r.arm][0], 3)} {arms[r.arm][1]}" if r.arm in arms else ABSENT
-                ),
-                lambda r, arms=arms: arms[r.arm][0].mean if r.arm in arms else None,
+                lambda row, cell=cell: cell(row).text,
+                lambda row, cell=cell: cell(row).sort,
             )
         )
-    return _grid(shown, rows)
+    return _grid(columns, rows)
 
 
 def fidelity_grid(experiment: Experiment) -> Grid:
     """Returns what was taken over from the teacher; columns that nobody measured are left out."""
-    rows = [row for row in experiment.rows if row.seeds]
-    return _grid(_measured(fidelity_columns(experiment.task), rows), rows)
-
-
-def _measured(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    return [
-        column
-        for column in columns
-        if any(column.sort(row) is not None or column.text(row) != ABSENT for row in rows)
-    ]
+    task, headings = experiment.task, {"kl_to_teacher": "KL, nats"}
+    fidelity = [metric_column(m, headings.get(m.name)) for m in metrics.fidelity_metrics(task)]
+    columns = [main_columns(task)["arm"], metric_column(task.primary), *fidelity]
+    return _grid([*columns, *transfer_columns()], [row for row in experiment.rows if row.seeds])
 
 
 def _grid(columns: Sequence[Column], rows: Sequence[Row]) -> Grid:
+    has = lambda column, row: column.sort(row) is not None or column.text(row) != ABSENT
+    columns = [column for column in columns if any(has(column, row) for row in rows)]
     texts = zip(*cells_of(columns, rows).values(), strict=True)
     return Grid(
         head=tuple(column.name for column in columns),
-        rows=tuple(
-            tuple(
-                Cell(text=text, sort=column.sort(row))
-                for text, column in zip(line, columns, strict=True)
-            )
+        rows=[
+            [Cell(text, column.sort(row)) for text, column in zip(line, columns, strict=True)]
             for line, row in zip(texts, rows, strict=True)
-        ),
-        arms=tuple(row.arm for row in rows),
-        states=tuple("" if row.seeds else "failed" for row in rows),
+        ],
+        arms=[row.arm for row in rows],
+        states=["" if row.seeds else "failed" for row in rows],
     )
 
 
 def layer_grid(layers: Sequence[Mapping[str, Any]], task: "Task") -> Grid:
     """Returns what the policy of an arm is, does and costs; `layers` are those of its details."""
-    sensitivity = f"Sensitivity{in_unit(distance_metric(task))}"
-    head = ("Layer", "Kind", "Bits", sensitivity, "SQNR of weights, dB", "Input range")
-    head += ("Weights", "Size", "MACs", "BOPs", "Energy, modelled")
-    plain = lambda value, form: number_cell(math.nan if value is None else value, form)
-    lines = []
-    for layer in layers:
-        ends = layer["range"]
-        known = ends and None not in ends
-        lines.append(
-            (
-                (layer["path"] or "(root)", layer["path"]),
-                (layer["kind"], layer["kind"]),
-                (width_name(layer), width_name(layer)),
-                (plain(layer["sensitivity"], ".2e"), layer["sensitivity"]),
-                (plain(layer["sqnr_db"], ".1f"), layer["sqnr_db"]),
-                (f"{ends[0]:.3g} to {ends[1]:.3g}", ends[1] - ends[0]) if known else (ABSENT, None),
-                (f"{layer['weights']:,}", layer["weights"]),
-                (format_bytes(layer["bytes"]), layer["bytes"]),
-                (f"{layer['macs']:,}", layer["macs"]),
-                (f"{layer['bops']:,}", layer["bops"]),
-                (format_energy(layer["energy_modelled_nj"]), layer["energy_modelled_nj"]),
-            )
-        )
+    get = lambda key: lambda layer: layer[key]
+    form = lambda spec: lambda value: number_cell(value, spec)
+    known = lambda ends: ends and None not in ends
+    span = lambda ends: f"{ends[0]:.3g} to {ends[1]:.3g}" if known(ends) else ABSENT
+    sensitivity = f"Sensitivity{metrics.in_unit(metrics.distance_metric(task))}"
+    columns = (
+        Column("Layer", lambda layer: layer["path"] or "(root)", get("path")),
+        text_column("Kind", get("kind")),
+        text_column("Bits", width_name),
+        number_column(sensitivity, get("sensitivity"), form(".2e")),
+        number_column("SQNR of weights, dB", get("sqnr_db"), form(".1f")),
+        Column(
+            "Input range",
+            lambda layer: span(layer["range"]),
+            lambda layer: layer["range"][1] - layer["range"][0] if known(layer["range"]) else None,
+        ),
+        number_column("Weights", get("weights"), form(",")),
+        number_column("Size", get("bytes"), format_bytes),
+        number_column("MACs", get("macs"), form(",")),
+        number_column("BOPs", get("bops"), form(",")),
+        number_column("Energy, modelled", get("energy_modelled_nj"), format_energy),
+    )
     return Grid(
-        head=head,
-        rows=tuple(tuple(Cell(text=t, sort=s) for t, s in line) for line in lines),
-        arms=tuple(layer["path"] for layer in layers),
-        states=("",) * len(layers),
+        head=tuple(column.name for column in columns),
+        rows=[[Cell(c.text(layer), c.sort(layer)) for c in columns] for layer in layers],
+        arms=[layer["path"] for layer in layers],
+        states=[""] * len(layers),
     )
 
 
@@ -160,14 +149,11 @@ def markdown(experiments: Sequence[Experiment]) -> str:
     return "\n".join(parts)
 
 
-def _csv_name(metric: Metric) -> str:
-    return metric.name + {"%": "_percent", "": ""}.get(metric.unit, f"_{metric.unit}")
-
-
 def _csv_columns(task: "Task") -> dict[str, Callable[[Row], object]]:
     metric = task.primary
+    titled = lambda m: m.name + {"%": "_percent", "": ""}.get(m.unit, f"_{m.unit}")
     end = lambda of, name: getattr(of, name) if of else math.nan
-    means = (*other_metrics(task), *fidelity_metrics(task))
+    means = (*metrics.other_metrics(task), *metrics.fidelity_metrics(task))
     return {
         "arm": lambda r: r.arm,
         "kind": lambda r: r.kind,
@@ -176,7 +162,7 @@ def _csv_columns(task: "Task") -> dict[str, Callable[[Row], object]]:
         "failed_seeds": lambda r: " ".join(str(seed) for seed, _ in r.failures),
         "params": lambda r: r.mean("params"),
         "size_bytes": lambda r: r.size_bytes,
-        _csv_name(metric): lambda r: r.score.mean,
+        titled(metric): lambda r: r.score.mean,
         f"{metric.name}_std": lambda r: r.score.std,
         "reference": lambda r: r.reference,
         "difference": lambda r: end(r.difference, "mean"),
@@ -187,8 +173,8 @@ def _csv_columns(task: "Task") -> dict[str, Callable[[Row], object]]:
         "difference_over_seeds_high": lambda r: end(r.difference_over_seeds, "high"),
         "p_value": lambda r: end(r.difference, "p_value"),
         "p_value_holm": lambda r: r.p_holm,
-        **{_csv_name(m): lambda r, m=m: r.mean_of(m).mean for m in means},
-        "ece_percent": lambda r: r.mean_of(TRANSFER["ece"][0]).mean,
+        **{titled(m): lambda r, m=m: r.mean_of(m).mean for m in means},
+        "ece_percent": lambda r: r.mean_of(metrics.TRANSFER["ece"][0]).mean,
         "bops": lambda r: r.mean("bops"),
         "energy_modelled_nj": lambda r: r.energy_modelled_nj,
         "train_seconds": lambda r: r.train_seconds,
@@ -216,21 +202,21 @@ def csv_table(experiments: Sequence[Experiment]) -> str:
     return out.getvalue()
 
 
-def _field(value: object) -> object:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.10g}"
-    return _harmless(value) if isinstance(value, str) else value
-
-
 # What a spreadsheet takes for the beginning of a formula, in full width too; it skips blanks.
 FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
-def _harmless(text: str) -> str:
-    """Returns a text that no spreadsheet computes: with an apostrophe before what might be a
-    formula. Numbers stay as they are."""
+def _field(value: object) -> object:
+    """Returns a field of which no spreadsheet computes anything.
+
+    There is an apostrophe before a text that might be a formula; numbers stay as they are.
+    """
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.10g}"
+    if not isinstance(value, str):
+        return value
     # A bare return ends a row, and csv does not quote it.
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = value.replace("\r\n", "\n").replace("\r", "\n")
     try:
         float(text)
     except ValueError:
@@ -260,7 +246,7 @@ def latex(experiments: Sequence[Experiment]) -> str:
             rf"deviation over seeds; $\Delta$ in {_latex(metric.difference_unit)}, paired by seed, "
             rf"with its 95\% interval {coverage(each.rows)}; * excludes 0."
             rf"{_latex(' ' + quick_note(each.rows)).rstrip()}}}",
-            rf"\begin{{tabular}}{{{''.join('l' if key in LEFT else 'r' for key in IN_LATEX)}}}",
+            r"\begin{tabular}{llrrrl}",
             r"\toprule",
             " & ".join(_latex(column.name) for column in columns) + r" \\",
             r"\midrule",
@@ -274,10 +260,6 @@ def latex(experiments: Sequence[Experiment]) -> str:
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
-
-
-IN_LATEX = ("arm", "bits", "size_smaller", "score", "difference", "reference")
-LEFT = ("arm", "bits", "reference")
 
 
 def _latex(text: str) -> str:
