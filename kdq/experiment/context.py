@@ -32,14 +32,7 @@ T = TypeVar("T")
 class Context:
     """One experiment in one process.
 
-    Args:
-      experiment: from `kdq.config.freeze`.
-      workdir: of its arms.
-      progress: told what happens.
-      tensorboard: whether arms write their training curves as TensorBoard's events, too.
-
-    Raises:
-      ConfigError: a task, model, observer, optimizer or mesh that can't be.
+    Raises ConfigError for a task, model, observer, optimizer or mesh that can't be.
     """
 
     def __init__(
@@ -52,7 +45,12 @@ class Context:
     ):
         self.experiment, self.tensorboard = experiment, tensorboard
         self.progress = progress or Progress()
-        self.models = {key: _build_model(key, fields) for key, fields in experiment.models.items()}
+        self.models = {}
+        for key, fields in experiment.models.items():
+            try:
+                self.models[key] = models.build(**fields)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"config.models.{key}: {error}") from error
         self.store = Store(experiment, workdir)
         for name, arm in experiment.arms.items():
             if arm.observer not in OBSERVERS:
@@ -139,10 +137,3 @@ class Context:
 def shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Variables:
     """Returns the shapes of a model's variables; nothing is computed."""
     return jax.eval_shape(quantize.as_network(model).init, jax.random.key(0), image)
-
-
-def _build_model(key: str, fields: dict) -> nn.Module:
-    try:
-        return models.build(**fields)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"config.models.{key}: {error}") from error

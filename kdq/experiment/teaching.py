@@ -168,6 +168,14 @@ class Teachers:
         taught_by = self._experiment.arms[arm.teacher]
         weights = self._weights(arm.teacher, seed)
         apply = self._apply(arm.teacher)
+        temperature = config.temperature
+        targets = {
+            "dense": cache_key.Dense,
+            "top_k": lambda: cache_key.TopK(k=config.size, temperature=temperature),
+            "sampled": lambda: cache_key.Sampled(
+                samples=config.size, temperature=temperature, sampling_seed=arm_seed
+            ),
+        }
         split = self._experiment.data.train
         if augmented and arm.without_classes:
             split = f"{split} without classes {sorted(set(arm.without_classes))}"
@@ -182,7 +190,7 @@ class Teachers:
             augment=self._experiment.data.augment if augmented else (),
             stream_seed=arm_seed if augmented else None,
             num_classes=jax.eval_shape(apply, weights, inputs.image).shape[-1],
-            target=_target(config, arm_seed),
+            target=targets[config.kind](),
         )
         length = inputs.num_examples
         if augmented:
@@ -206,15 +214,3 @@ class Teachers:
         size = self._experiment.data.batch_size
         for step, batch in enumerate(data.iterate(self._inputs.stream(arm, seed))):
             yield {**batch, "position": np.arange(step * size, (step + 1) * size)}
-
-
-def _target(
-    config: kdq_config.Cache, seed: int
-) -> cache_key.Dense | cache_key.TopK | cache_key.Sampled:
-    if config.kind == "dense":
-        return cache_key.Dense()
-    if config.kind == "top_k":
-        return cache_key.TopK(k=config.size, temperature=config.temperature)
-    return cache_key.Sampled(
-        samples=config.size, temperature=config.temperature, sampling_seed=seed
-    )
