@@ -153,17 +153,13 @@ def _save_teacher(
 
     Raises ConfigError if that has other variables.
     """
-    model = models.describe(teacher)
+    model, weights = models.describe(teacher), Weights(variables=variables, qparams={})
     if not path.exists():
-        deploy.save_packed(
-            path, Weights(variables=variables, qparams={}), model=model, inputs=example
-        )
+        deploy.save_packed(path, weights, model=model, inputs=example)
         return str(path)
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / path.name
-        deploy.save_packed(
-            again, Weights(variables=variables, qparams={}), model=model, inputs=example
-        )
+        deploy.save_packed(again, weights, model=model, inputs=example)
         there, here = (deploy.load_packed(file, teacher).variables for file in (path, again))
     same = jax.tree.structure(there) == jax.tree.structure(here)
     if not (same and jax.tree.all(jax.tree.map(np.array_equal, there, here))):
