@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from kdq import config as kdq_config
-from kdq import files, quantize
+from kdq import files
 from kdq.config import ConfigError, Experiment, Search
 from kdq.experiment import costing, plan, training
 from kdq.experiment.context import Context
@@ -172,7 +172,7 @@ def prepare_student(context: Context, search: Search, name: str, seed: int) -> P
     )
     student = Student(
         name=name,
-        layers=_layers(context, name, seed),
+        layers=context.layers(key),
         choices=evaluator.choices,
         costs=costing.table(context, key, search, evaluator.choices),
     )
@@ -212,15 +212,11 @@ def prepare_student(context: Context, search: Search, name: str, seed: int) -> P
     )
 
 
-def _layers(context: Context, name: str, seed: int) -> dict[str, quantize.LayerInfo]:
-    variables = context.store.weights(name, seed)
-    return quantize.list_layers(context.model(name), variables, context.inputs.image)
-
-
 def _make_evaluator(context: Context, search: Search, name: str, seed: int) -> Evaluator:
     """Returns the evaluator of a student, calibrated at every choice, on held-out examples."""
     model, variables = context.model(name), context.store.weights(name, seed)
-    choices = costing.choices_of(search, _layers(context, name, seed), "config.search")
+    layers = context.layers(context.experiment.arms[name].model)
+    choices = costing.choices_of(search, layers, "config.search")
     size = min(search.examples, context.experiment.data.eval_batch_size)
     batches = context.inputs.split("validation", size, limit=search.examples)
     teacher = context.teachers.logits(search.teacher, seed, "validation")
