@@ -29,7 +29,6 @@ from kdq.schema import (
     Quantize,
     Resources,
     Search,
-    TeacherConfig,
 )
 
 __all__ = [
@@ -141,7 +140,13 @@ def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
     experiment = build(Experiment, config, "config")
-    teachers = {name: _teacher(name, entry) for name, entry in experiment.teachers.items()}
+    teachers = {}
+    for name, entry in experiment.teachers.items():
+        where = f"config.teachers.{name}"
+        kind = entry.get("kind") if isinstance(entry, Mapping) else entry
+        if kind not in TEACHERS:
+            raise ConfigError(unknown(f"{where}.kind:", kind, TEACHERS))
+        teachers[name] = build(TEACHERS[kind], entry, where)
     models, compute = dict(experiment.models), experiment.compute
     if compute.dtype:
         models = {name: {**fields, "dtype": compute.dtype} for name, fields in models.items()}
@@ -150,14 +155,6 @@ def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     check_references(experiment, experiment, "config")
     _check(experiment)
     return experiment
-
-
-def _teacher(name: str, fields: Any) -> TeacherConfig:
-    where = f"config.teachers.{name}"
-    kind = fields.get("kind") if isinstance(fields, Mapping) else fields
-    if kind not in TEACHERS:
-        raise ConfigError(unknown(f"{where}.kind:", kind, TEACHERS))
-    return build(TEACHERS[kind], fields, where)
 
 
 def _check(experiment: Experiment) -> None:
@@ -310,14 +307,12 @@ def ancestors(experiment: Experiment, *names: str) -> tuple[str, ...]:
                 del trail[current]
             elif parent in trail:
                 circle = " -> ".join([*trail, parent])
-                raise ConfigError(f"arms need each other in a circle: {_shortened(circle)}")
+                if len(circle) > 400:
+                    circle = f"{circle[:200]} ... {circle[-200:]}"
+                raise ConfigError(f"arms need each other in a circle: {circle}")
             else:
                 trail[parent] = iter(parents(experiment, parent))
     return tuple(order)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def parents(experiment: Experiment, name: str) -> tuple[str, ...]:

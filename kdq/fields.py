@@ -78,15 +78,6 @@ class Limits:
     refers: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()  # other fields that are not empty or 0 if this one is not
 
-    def converted(self, value: Any, where: str) -> Any:
-        """The value, and of a path what it stands for. Raises ConfigError beyond the limits."""
-        self.check(value, where)
-        if not self.path:
-            return value
-        if isinstance(value, tuple):
-            return tuple(expand_user(path, where) for path in value)
-        return expand_user(value, where)
-
     def check(self, value: Any, where: str) -> None:
         """Raises ConfigError for a value beyond the limits."""
         if self.some and isinstance(value, str | tuple | Mapping) and not value:
@@ -223,7 +214,13 @@ def convert(cls: type, name: str, value: Any, where: str) -> Any:
 
     Raises ConfigError for any other.
     """
-    return limits_of(cls, name).converted(_coerce(hints(cls)[name], value, where), where)
+    limits, value = limits_of(cls, name), _coerce(hints(cls)[name], value, where)
+    limits.check(value, where)
+    if not limits.path:
+        return value
+    if isinstance(value, tuple):
+        return tuple(expand_user(path, where) for path in value)
+    return expand_user(value, where)
 
 
 @functools.cache

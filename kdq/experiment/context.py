@@ -76,8 +76,12 @@ class Context:
 
     @functools.cached_property
     def validation(self) -> list[Batch]:
-        """The validation split, where training is."""
-        return self.inputs.validation_on(self.layout)
+        """The validation split where training is: images cut up over a mesh, all else whole."""
+        inputs, layout = self.inputs, self.layout
+        if layout == sharding.ONE_DEVICE:
+            return inputs.validation
+        batches = inputs.split("validation", multiple=layout.batch_parts)
+        return [{**batch, inputs.key: layout.whole_batch(batch[inputs.key])} for batch in batches]
 
     @functools.cached_property
     def example(self) -> np.ndarray:

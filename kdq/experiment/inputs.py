@@ -158,13 +158,6 @@ class Inputs:
         """The validation split, on the device."""
         return [jax.device_put(batch) for batch in self.split("validation")]
 
-    def validation_on(self, layout: Layout) -> list[Batch]:
-        """Returns the validation split with images cut up over a mesh, all else whole."""
-        if layout == ONE_DEVICE:
-            return self.validation
-        batches = self.split("validation", multiple=layout.batch_parts)
-        return [{**batch, self.key: layout.whole_batch(batch[self.key])} for batch in batches]
-
     @functools.cached_property
     def test(self) -> list[Batch]:
         """The test split, on the device."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,6 @@ from kdq.config import ConfigError, Data, Experiment
 from kdq.schema import CLASSIFICATION
 
 UNIFORM = "uniform"  # the method of searches that others are compared with
-
-
-def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
-    """`names` and what they need, each after what it needs."""
-    return list(kdq_config.ancestors(experiment, *names))
 
 
 def digests(experiment: Experiment) -> dict[str, str]:
@@ -33,7 +27,7 @@ def digests(experiment: Experiment) -> dict[str, str]:
         **_task(experiment),
     }
     digests_of_arms: dict[str, str] = {}
-    for name in in_order(experiment, experiment.arms):
+    for name in kdq_config.ancestors(experiment, *experiment.arms):
         arm = experiment.arms[name]
         others = {
             "init": digests_of_arms.get(arm.init, ""),

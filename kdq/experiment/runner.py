@@ -9,14 +9,13 @@ import jax
 from kdq import config as kdq_config
 from kdq import lock, processes
 from kdq.config import ConfigError, Experiment
-from kdq.experiment import arm, check, exports, parallel, plan, sharing
+from kdq.experiment import arm, check, exports, parallel, sharing
 from kdq.experiment.arm import ArmRun
 from kdq.experiment.context import Context
 from kdq.experiment.progress import Progress, Unit
 from kdq.fields import expand_user
 from kdq.record import ArmRecord
 from kdq.train import metrics_writer
-from kdq.train.training import Plan, TrainState
 
 
 def run(
@@ -56,21 +55,6 @@ def run(
         return _run(context, arms, workers if in_processes else 1, shared)
 
 
-def first_step(
-    experiment: Experiment, workdir: str | Path, name: str, seed: int
-) -> tuple[Plan, TrainState]:
-    """Returns an arm's training and the state before it, once what it needs has been run.
-
-    Raises ConfigError for an arm that does not train.
-    """
-    if not experiment.arms[name].epochs:
-        raise ConfigError(f"config.arms.{name}.epochs=0: it is not trained")
-    started = ArmRun(Context(experiment, Path(workdir)), name, seed)
-    variables, _ = started.start()
-    started.weights, _ = started.calibrate(variables)
-    return started.make_plan()
-
-
 def _run(
     context: Context, arms: Sequence[str] | None, workers: int, shared: str | Path | None
 ) -> list[ArmRecord]:
@@ -80,7 +64,7 @@ def _run(
     for name in names:
         if name not in experiment.arms:
             raise ConfigError(kdq_config.unknown("arm", name, experiment.arms))
-    order = plan.in_order(experiment, [experiment.teacher, *names])
+    order = kdq_config.ancestors(experiment, experiment.teacher, *names)
     records = _finished(context, order)
     if None in records.values():
         check.check(context, order)

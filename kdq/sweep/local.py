@@ -6,18 +6,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from kdq import pool
-from kdq.fields import ConfigError
 from kdq.sweep.job import Executor, Job, execute, problem
 
 
 def make(*, workers: int | None = None) -> Executor:
     """At most `workers` runs at a time (1 if not given); each may use every core."""
-    workers = 1 if workers is None else workers
-    if workers < 1:
-        raise ConfigError(f"--workers={workers}: expected at least 1")
 
     def run(jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
-        with contextlib.closing(pool.run(dict.fromkeys(jobs, ()), _start, count=workers)) as ends:
+        ends = pool.run(dict.fromkeys(jobs, ()), _start, count=workers or 1)
+        with contextlib.closing(ends):
             for job, status in ends:
                 yield job, problem(status)
 

@@ -43,7 +43,7 @@ class Run:
         experiment = self.experiment
         if not self.arm:
             return list(experiment.arms)
-        needed = plan.in_order(experiment, [experiment.teacher, self.arm])
+        needed = kdq_config.ancestors(experiment, experiment.teacher, self.arm)
         return [name for name in experiment.arms if name in needed]
 
 

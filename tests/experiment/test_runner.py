@@ -357,7 +357,7 @@ def test_an_arm_that_diverges_fails_alone(copied, tiny_config, finished):
     documents = [record.to_json() for record in all_records]
     rows = {row.arm: row for row in table.rows(documents)}
     assert list(rows) == [*ARMS, "wild", "wild_ptq", "tame"]
-    assert rows["wild"].failures == ((0, error),)
+    assert rows["wild"].failures == [(0, error)]
     assert "failed" in table.markdown(
         list(rows.values()), [record.to_json() for record in all_records]
     )
