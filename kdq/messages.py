@@ -19,15 +19,9 @@ _LENGTH_BYTES = 8
 
 
 def encode(value: Any) -> bytes:
-    """Returns the bytes of a value.
-
-    Args:
-      value: of None, booleans, numbers, texts, lists, tuples, mappings, arrays of NumPy and JAX,
-        PRNG keys, dataclasses of kdq and exceptions, in each other.
-
-    Raises:
-      TypeError: anything else in it.
-    """
+    """Returns the bytes of a value. Raises TypeError for one that has anything in it but None,
+    booleans, numbers, texts, lists, tuples, mappings, arrays of NumPy and JAX, PRNG keys,
+    dataclasses of kdq and exceptions."""
     buffers: list[bytes] = []
     text = json.dumps(_encoded(value, buffers), separators=(",", ":")).encode()
     return b"".join([len(text).to_bytes(_LENGTH_BYTES, "little"), text, *buffers])
@@ -35,11 +29,7 @@ def encode(value: Any) -> bytes:
 
 def decode(data: bytes) -> Any:
     """Returns the value that was encoded; a mapping as a dict, an exception that this process does
-    not know as a RuntimeError with its name.
-
-    Raises:
-      ValueError: bytes that `encode` did not make.
-    """
+    not know as a RuntimeError with its name. Raises ValueError for bytes of something else."""
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     start = _LENGTH_BYTES + length
     try:

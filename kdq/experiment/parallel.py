@@ -103,7 +103,7 @@ def run(
     Args:
       experiment: of the arms.
       order: of the arms, each after those it needs.
-      missing: arms and seeds that are not finished.
+      missing: those that are not finished.
       count: of processes, and of the shares that the cores are cut into: the same when few arms are
         left, so that a run that goes on computes with as many threads.
       make: called once in each of them; what it returns runs an arm and seed. It is pickled.

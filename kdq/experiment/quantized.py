@@ -53,15 +53,8 @@ def quantized(
     {"layers": {path: [before, after]}}, and the KL [nats] of the output, {"kl": [before, after]},
     on `images`. None is a ratio without noise or signal.
 
-    Args:
-      experiment: has the rules and the chains of methods.
-      arm: how many bits, which observer, which chain.
-      model: the arm's.
-      variables: float.
-      images: batches to calibrate on.
-      guide: the teacher of methods that ask one; None is the float model itself.
-      progress: told of methods.
-      categorical: whether the outputs are logits of one distribution, which have a KL.
+    `images` are batches to calibrate on; `guide` is the teacher of methods that ask one, None the
+    float model itself; `categorical` outputs are logits of one distribution, which have a KL.
     """
     rules = rules_of(experiment, arm)
     steps = experiment.ptq[arm.ptq] if arm.ptq else ()

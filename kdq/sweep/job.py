@@ -41,12 +41,7 @@ def execute(
     """Runs a job here, in a process group of its own, and returns its exit status.
 
     The group is killed if anything is raised here: a run that is killed at any time resumes, so
-    there is nothing to ask it for.
-
-    Args:
-      job: to run.
-      environment: of the process; None is this one's.
-      ignored: signals that the process does not see.
+    there is nothing to ask it for. It does not see `ignored` signals.
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
     job.log.touch()  # says that it has been started

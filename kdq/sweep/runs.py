@@ -87,9 +87,8 @@ def plan_runs(
       shared: overrides of all runs, which a run's own go before.
       arm: see Run.
 
-    Raises:
-      ConfigError: an override of something that is not there or can't be, two runs of one name, two
-        with the same seed of the same experiment.
+    Raises ConfigError for an override of something that is not there or can't be, two runs of one
+    name, two with the same seed of the same experiment.
     """
     runs: dict[str, Run] = {}
     for changes in sweep:

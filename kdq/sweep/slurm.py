@@ -39,11 +39,8 @@ def make(
     Args:
       folder: for submitit's files; on a disk that the nodes share.
       workers: at most so many runs of an array at a time; None is all.
-      cluster: one of CLUSTERS.
+      cluster: one of CLUSTERS. Raises ConfigError for others, or if there is no sbatch here.
       parameters: of sbatch, beside the resources: {"partition": "gpu", "exclusive": True}.
-
-    Raises:
-      ConfigError: an unknown cluster, no sbatch here, or no workers.
     """
     if cluster not in CLUSTERS:
         raise ConfigError(unknown("--cluster", cluster, CLUSTERS))
