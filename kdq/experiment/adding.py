@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kdq import config as kdq_config
-from kdq import files
 from kdq.config import Arm, ConfigError, Experiment, Search
 from kdq.experiment import costing, plan
 from kdq.experiment.context import Context
 from kdq.experiment.progress import Progress
-from kdq.experiment.store import CONFIG, Store
+from kdq.experiment.store import Store, read_config
 from kdq.record import ArmRecord
 from kdq.search.cost import CostTable
 
@@ -41,16 +40,11 @@ def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Exper
     if search.finetune not in experiment.arms:
         where = "config.search.finetune: arm"
         raise ConfigError(kdq_config.unknown(where, search.finetune, experiment.arms))
-    before, path = {}, Path(workdir, CONFIG)
-    if path.is_file():  # which says what was run there last
-        try:
-            old = kdq_config.freeze(files.read_json(path))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        for other, searched in old.searches.items():
-            is_known = other in experiment.searches or other == name
-            if not is_known and searched.finetune in experiment.arms:
-                before[other] = searched
+    before, last = {}, read_config(Path(workdir))
+    for other, searched in last.searches.items() if last else ():
+        is_known = other in experiment.searches or other == name
+        if not is_known and searched.finetune in experiment.arms:
+            before[other] = searched
     uniform = _uniform(experiment, before, name, search)
     searches = {**before, name: search, **uniform}  # what is wrong is said of the first one
     arms = {}

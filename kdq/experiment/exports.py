@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import deploy, files, lock, models, trust
+from kdq import deploy, lock, models, trust
 from kdq.config import ConfigError
 from kdq.deploy.measure import latency
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.store import CONFIG, PACKED
+from kdq.experiment.store import CONFIG, PACKED, read_config
 from kdq.tasks import Task
 from kdq.types import Array, Batch
 
@@ -100,15 +100,9 @@ def export_arm(
     Raises:
       ConfigError: no such experiment, arm or format, or one that has not been run.
     """
-    path = Path(workdir, CONFIG)
-    try:
-        config = files.read_json(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{workdir} holds no experiment: no {path}") from None
-    try:
-        experiment = kdq_config.freeze(config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    experiment = read_config(Path(workdir))
+    if experiment is None:
+        raise ConfigError(f"{workdir} holds no experiment: no {Path(workdir, CONFIG)}")
     check(formats, "format")
     if arm not in experiment.arms:
         raise ConfigError(kdq_config.unknown("arm", arm, experiment.arms))

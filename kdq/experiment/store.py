@@ -39,6 +39,21 @@ def load(path: str) -> deploy.PackedModel:
         raise ConfigError(f"a packed file of the config: {error}") from error
 
 
+def read_config(workdir: Path) -> Experiment | None:
+    """Returns what was run last in a workdir, None if nothing was.
+
+    Raises ConfigError if that can't be read, or is of another version.
+    """
+    path = workdir / CONFIG
+    if not path.exists():
+        return None
+    document = files.read_json(path)
+    try:
+        return kdq_config.freeze(document)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 # Runs once, but full optimization of the samplers takes ten times as long to compile.
 @functools.partial(
     jax.jit,
@@ -94,8 +109,10 @@ class Store:
         That is "" if it is nothing. Arms, models and the like that only one has are no difference.
         """
         try:
-            before = kdq_config.freeze(files.read_json(self.workdir / CONFIG))
-        except (OSError, ValueError, files.DamagedError):  # ConfigError, too: of another version
+            before = read_config(self.workdir)
+        except (OSError, ValueError):  # a ConfigError, too
+            before = None
+        if before is None:
             return ""
         default = {f.name: f.default for f in dataclasses.fields(Experiment) if f.name in PLACES}
         there, here = (
