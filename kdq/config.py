@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from kdq.fields import ConfigError, build, check_references, did_you_mean, unknown
+from kdq.fields import ConfigError, build, check_needs, check_references, did_you_mean, unknown
 from kdq.schema import (
     SEEDS,
     TEACHERS,
@@ -287,6 +287,7 @@ def _check_arm(experiment: Experiment, name: str) -> None:
             f"{where}: teacher={arm.teacher!r} with distill={arm.distill!r}; expected both or "
             "neither"
         )
+    check_needs(arm, where)
 
 
 def ancestors(experiment: Experiment, *names: str) -> tuple[str, ...]:

@@ -181,7 +181,7 @@ def build(cls: type, fields: Any, where: str) -> Any:
 
 
 def check_references(config: Any, part: Any, where: str) -> None:
-    """Raises ConfigError if a field names an entry that is not there, or lacks what it needs.
+    """Raises ConfigError if a field names an entry of another section that is not there.
 
     Args:
       config: the whole, a dataclass with the sections that `Limits.refers` names.
@@ -190,10 +190,7 @@ def check_references(config: Any, part: Any, where: str) -> None:
     """
     for field in dataclasses.fields(part):
         value, place = getattr(part, field.name), f"{where}.{field.name}"
-        limits = limits_of(type(part), field.name)
-        if value and not all(getattr(part, other) for other in limits.needs):
-            raise ConfigError(f"{place}={value!r}: needs {' and '.join(limits.needs)}")
-        if sections := limits.refers:
+        if sections := limits_of(type(part), field.name).refers:
             valid = [name for section in sections for name in getattr(config, section)]
             optional = value == field.default == ""
             for name in () if optional else value if isinstance(value, tuple) else (value,):
@@ -207,6 +204,14 @@ def check_references(config: Any, part: Any, where: str) -> None:
             for key, entry in value.items():
                 if dataclasses.is_dataclass(entry):
                     check_references(config, entry, f"{place}.{key}")
+
+
+def check_needs(part: Any, where: str) -> None:
+    """Raises ConfigError if a field of a dataclass is set without others that it needs."""
+    for name, value in vars(part).items():
+        needs = limits_of(type(part), name).needs
+        if value and not all(getattr(part, other) for other in needs):
+            raise ConfigError(f"{where}.{name}={value!r}: needs {' and '.join(needs)}")
 
 
 def convert(cls: type, name: str, value: Any, where: str) -> Any:
