@@ -116,7 +116,7 @@ def _started(
 def _named_death() -> Iterator[None]:
     try:
         yield
-    except (EOFError, ConnectionError) as error:  # of its pipe
+    except (EOFError, OSError) as error:  # its pipe ended, perhaps within a message
         raise ChildProcessError(
             "a process of this run was killed, or could not begin (its own output says why); the "
             "same command again goes on from here"
