@@ -28,8 +28,8 @@ from kdq.search import cost
 from kdq.search.problem import InfeasibleError
 from kdq.tasks import Task
 from kdq.train import loop, together
-from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
+from kdq.train.step import NonFiniteError
 from kdq.train.training import Plan, TrainState
 from kdq.types import Batch, Variables
 

@@ -82,6 +82,19 @@ class Check:
     limit: float = math.nan
     shortfall: float = 0.0  # of `value` beyond the limit, as a share of it or as a difference
 
+    def relax(self, metric: Metric) -> str:
+        """Returns what would let an arm in that the check rules out."""
+        requirement = REQUIREMENTS[self.requirement]
+        if math.isnan(self.value):
+            return f"{self.requirement} ({requirement.fails})"
+        units = {"accuracy": metric.unit, "drop": metric.difference_unit}
+        unit = units.get(self.requirement, requirement.unit)
+        # Rounded to four digits, to the side on which the arm fits.
+        least = self.requirement == "accuracy" and metric.higher_is_better
+        digit = 10.0 ** (math.floor(math.log10(self.value)) - 3) if self.value > 0 else 1.0
+        value = (math.floor if least else math.ceil)(round(self.value / digit, 6)) * digit
+        return f"{self.requirement} from {self.limit:g} to {value:.4g} {unit}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Fit:

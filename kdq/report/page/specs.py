@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kdq.evaluate.statistics import PairedInterval
-from kdq.report import metric as metrics
-from kdq.tasks.metric import Metric
 
 Spec = dict[str, Any]
 Point = Mapping[str, Any]
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-MOST_CLASSES = 20  # of a map of confusions that can be read
 # Okabe and Ito's palette, which the color-blind can tell apart; kinds have shapes as well.
 COLORS = {
     "teacher": "#777777",
@@ -46,7 +43,7 @@ SHADES = 0.3  # how far a kind's color goes to black and to white for its first 
 
 @functools.cache
 def _charts() -> dict[str, Spec]:
-    return json.loads(Path(__file__).with_name("template").joinpath("charts.json").read_text())
+    return json.loads(Path(__file__).parents[1].joinpath("template", "charts.json").read_text())
 
 
 def fill(name: str, /, **values: Any) -> Spec:
@@ -99,28 +96,6 @@ def curves(points: Sequence[Point], field: str, title: str) -> Spec:
     for channel, values in (("color", colors), ("strokeDash", dashes)):
         spec["encoding"][channel] = {**shared, "scale": {"domain": arms, "range": values}}
     return spec
-
-
-def fidelity(points: Sequence[Point], metric: Metric, nearness: Metric) -> Spec:
-    """Returns likeness to the teacher against the metric: being right is not being like it."""
-    across, up = metrics.axis(metric, "test"), metrics.likeness(nearness)
-    return chart("fidelity", across=across, up=up, **arm_values(points))
-
-
-def reliability(bins: Sequence[Point]) -> Spec:
-    """Returns accuracy against confidence: `bins` have "arm", both, and "count"."""
-    arms = arm_colors(list(dict.fromkeys(b["arm"] for b in bins)))
-    return chart("reliability", bins=bins, arms=arms)
-
-
-def confusion_difference(cells: Sequence[Point], most: float) -> Spec:
-    """Returns mean counts of an arm less those of the teacher, class by predicted class.
-
-    Args:
-      cells: with "class", "predicted" and "difference".
-      most: at the ends of the scale of colors, which several charts share.
-    """
-    return chart("confusions", cells=cells, domain=[-most, 0, most])
 
 
 def bits_by_layer(cells: Sequence[Point]) -> Spec:
