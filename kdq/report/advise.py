@@ -111,24 +111,14 @@ class Advice:
     def _judge_answer(self, arm: Candidate) -> None:
         self.method = METHODS[arm.method]
         self.tied = [f.candidate for f in self.groups[0][1:]]
-        self.drop_on_test = self.against_teacher(arm)
+        self.drop_on_test = self.study.drop_on_test(arm)
         asked, sign = self.constraints, 1 if self.metric.higher_is_better else -1
         holds = []
         if asked.min_accuracy is not None:
-            mean = limits.shown_mean(arm.test, self.metric)
-            holds.append(sign * mean >= sign * asked.min_accuracy)
+            holds.append(sign * arm.score.mean >= sign * asked.min_accuracy)
         if asked.max_drop is not None and self.drop_on_test is not None:
             holds.append(sign * self.drop_on_test.mean >= -asked.max_drop)
         self.holds_on_test = all(holds) if holds else None
-
-    def drop(self, arm: Candidate) -> PairedInterval | None:
-        """Returns an arm's metric on validation less that of its teacher."""
-        return limits.drop(arm, self.study)
-
-    def against_teacher(self, arm: Candidate) -> PairedInterval | None:
-        """Returns an arm's metric on test less that of its teacher."""
-        teacher = self.study.teacher(arm.source)
-        return None if teacher is None else compare_on_test(arm, teacher)[0]
 
     def against_answer(self, other: Fit) -> PairedInterval | None:
         """Returns the metric on validation less that of the answer, if it is another arm."""

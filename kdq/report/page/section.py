@@ -11,11 +11,11 @@ from typing import Any
 from kdq.fields import ConfigError
 from kdq.report import metric as metrics
 from kdq.report.advise import advise
-from kdq.report.advisor.constraints import Constraints, best, drop, fit
+from kdq.report.advisor.constraints import Constraints, best, fit
 from kdq.report.advisor.document import Block, Document
 from kdq.report.advisor.rules import METHODS
 from kdq.report.advisor.study import Study, studies
-from kdq.report.aggregate import compare_on_test, latencies
+from kdq.report.aggregate import latencies
 from kdq.report.cells import without_count
 from kdq.report.page import specs, tables, tradeoff, views
 from kdq.report.page.combine import Experiment
@@ -111,7 +111,7 @@ class Section:
                 "answer.txt",
                 smallest=min(fits, key=order, default=None),
                 other=best([c for c in study.candidates if c.kind != "teacher"]),
-                **{"teacher": teacher, "study": study, "m": study.metric, "drop": drop},
+                **{"teacher": teacher, "study": study, "m": study.metric},
             )
             texts += [block.text for block in document.blocks]
         texts += [block.text for block in self.advice if block.text.startswith("In short")]
@@ -121,11 +121,6 @@ class Section:
     def _compare(self, picks: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         """Returns (aspect, a cell for each method) in the order of `ABOUT`."""
         study = self._study
-
-        def against_teacher(arm: Any) -> Any:
-            teacher = study.teacher(arm.source)
-            return None if teacher is None else compare_on_test(arm, teacher)[0]
-
         document = Document(
             "methods.txt",
             picks=picks,
@@ -133,7 +128,8 @@ class Section:
             named=metrics.words(study.metric),
             times=self._times,
             default_qat=Qat().method,
-            **{"study": study, "m": study.metric, "against_teacher": against_teacher},
+            study=study,
+            m=study.metric,
         )
         return [(row[0], list(map(self.plain, row[1:]))) for row in document.blocks[0].rows]
 

@@ -66,15 +66,10 @@ def chart(name: str, /, **values: Any) -> Spec:
 
 
 def curves(points: Sequence[Point], field: str, title: str) -> Spec:
-    """Returns lines over steps; the one that the pointer is on stands out.
+    """Returns lines over the "step" of points of the "kind" of an "arm"; `title` is the field's.
 
     A line has a shade of its kind's color, and dashes of its own; of more arms than a legend can
-    name, the color of the kind alone.
-
-    Args:
-      points: with "arm", "kind", "step" and the field.
-      field: what is drawn.
-      title: of its axis.
+    name, the color of the kind alone. The one that the pointer is on stands out.
     """
     spec = chart("curves", points=points, field=field, title=title)
     kinds = {p["arm"]: p["kind"] for p in points}
@@ -99,11 +94,7 @@ def curves(points: Sequence[Point], field: str, title: str) -> Spec:
 
 
 def bits_by_layer(cells: Sequence[Point]) -> Spec:
-    """Returns the policy of each arm.
-
-    Args:
-      cells: with "arm", "layer", "bits" ("W4A4") and "weight_bits", in order.
-    """
+    """Returns the policies of arms: cells have "arm", "layer", "bits" ("W4A4"), "weight_bits"."""
     order = {key: list(dict.fromkeys(c[key] for c in cells)) for key in ("arm", "layer")}
     across, down = ("layer", "arm") if len(order["layer"]) <= 10 else ("arm", "layer")
     axes = {key: names_axis(names) for key, names in order.items()}
@@ -114,12 +105,9 @@ def bits_by_layer(cells: Sequence[Point]) -> Spec:
 
 
 def sensitivity(cells: Sequence[Point], arms: Sequence[str], title: str) -> Spec:
-    """Returns what each layer alone does to the outputs.
+    """Returns what each layer alone does to the outputs; `title` is of the axis of sensitivities.
 
-    Args:
-      cells: with "arm", "layer", "sensitivity" [above 0] and "bits".
-      arms: whose colors are as in the other charts of arms.
-      title: of the axis of sensitivities.
+    Cells have "arm", "layer", "sensitivity" [above 0] and "bits".
     """
     layers = list(dict.fromkeys(c["layer"] for c in cells))
     values = {"cells": cells, "layers": layers, "title": title, "arms": arm_colors(arms)}
@@ -156,11 +144,7 @@ def intervals(
 
 
 def arm_values(points: Sequence[Point]) -> dict[str, Any]:
-    """Returns the values of a chart of arms: their points, colors, shapes and tooltips.
-
-    Args:
-      points: with "kind", "start" and what a tooltip is to show under "tip".
-    """
+    """Returns the values of a chart of arms: their points, colors, shapes and tooltips ("tip")."""
     names = dict.fromkeys(key for p in points for key in p["tip"])
     # Dots and brackets in the name of a field would be paths.
     escaped = {n: "".join(f"\\{c}" if c in "\\.[]'\"" else c for c in n) for n in names}
