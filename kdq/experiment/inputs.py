@@ -125,13 +125,10 @@ class Inputs:
     def split(
         self, name: str, size: int | None = None, *, limit: int | None = None, multiple: int = 1
     ) -> data.EvalBatches:
-        """Returns a split's examples in order, in batches of one size.
+        """Returns the first `limit` examples of a split in order, all by default, in batches.
 
-        Args:
-          name: "train", "validation" or "test".
-          size: examples of a batch; None is `data.eval_batch_size`. At most those of the split.
-          limit: only so many examples, the first; None is all.
-          multiple: the size is rounded up to a multiple of it.
+        Each has `size` examples, by default `data.eval_batch_size`, at most those of the split, and
+        rounded up to a multiple of `multiple`.
         """
         source = self.splits[name]
         size = min(size or self._config.eval_batch_size, len(source))
@@ -158,13 +155,6 @@ class Inputs:
     def validation(self) -> list[Batch]:
         """The validation split, on the device."""
         return [jax.device_put(batch) for batch in self.split("validation")]
-
-    def validation_on(self, layout: Layout) -> list[Batch]:
-        """Returns the validation split with images cut up over a mesh, all else whole."""
-        if layout == ONE_DEVICE:
-            return self.validation
-        batches = self.split("validation", multiple=layout.batch_parts)
-        return [{**batch, self.key: layout.whole_batch(batch[self.key])} for batch in batches]
 
     @functools.cached_property
     def test(self) -> list[Batch]:

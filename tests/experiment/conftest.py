@@ -42,7 +42,7 @@ def floats(make_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(make_config, floats, tmp_path_factory):
+def finished_search(make_config, floats, tmp_path_factory):
     """`(its config, folder, records by arm, who watched)` of one search and its two arms."""
     workdir = tmp_path_factory.mktemp("found") / "run"
     shutil.copytree(floats, workdir)
@@ -52,9 +52,9 @@ def finished(make_config, floats, tmp_path_factory):
 
 
 @pytest.fixture
-def folder(floats, finished, tmp_path):
+def folder(floats, finished_search, tmp_path):
     """Float arms and cost tables, and no search."""
     workdir = tmp_path / "run"
     shutil.copytree(floats, workdir)
-    shutil.copytree(finished[1] / "costs", workdir / "costs")
+    shutil.copytree(finished_search[1] / "costs", workdir / "costs")
     return workdir

@@ -18,8 +18,8 @@ from kdq.search.cost import load
 # What is found, and what becomes of it.
 
 
-def test_both_arms_have_the_bits_that_were_found(finished):
-    _, workdir, records, _ = finished
+def test_both_arms_have_the_bits_that_were_found(finished_search):
+    _, workdir, records, _ = finished_search
     assert {record.status for record in records.values()} == {"ok"}
     policy = records["four_ptq"].policy
     assert set(policy) == {"conv_0", "conv_1", "head"}
@@ -38,8 +38,8 @@ def test_both_arms_have_the_bits_that_were_found(finished):
     assert told["costs"]["size"] == pytest.approx(size, abs=128)
 
 
-def test_two_arms_share_one_search(finished):
-    _, workdir, records, watcher = finished
+def test_two_arms_share_one_search(finished_search):
+    _, workdir, records, watcher = finished_search
     assert watcher.searches == [("four", 0, 8)]
     assert watcher.counts == list(range(1, 9))
     assert records["four_ptq"].search == records["four_qad"].search
@@ -50,9 +50,9 @@ def test_two_arms_share_one_search(finished):
     assert len({tuple(line["policy"]) for line in log}) > 3
 
 
-def test_the_score_is_that_of_the_arms_file_on_validation(finished):
+def test_the_score_is_that_of_the_arms_file_on_validation(finished_search):
     """The first examples, logits of the packed files, divergence in NumPy."""
-    frozen, workdir, records, _ = finished
+    frozen, workdir, records, _ = finished_search
     source = data.open_split("digits", "validation", data_dir=frozen.data.data_dir)
     examples = source.read(np.arange(EXAMPLES))
     images = ((examples["image"].astype(np.float64) - 4.9) / 6.0).astype(np.float32)
@@ -72,8 +72,8 @@ def test_the_score_is_that_of_the_arms_file_on_validation(finished):
     assert scores["noise"] == pytest.approx(noise, rel=2e-2)
 
 
-def test_what_was_found_is_read_again(finished):
-    frozen, workdir, records, _ = finished
+def test_what_was_found_is_read_again(finished_search):
+    frozen, workdir, records, _ = finished_search
     copied = workdir.parent / "again"
     shutil.copytree(workdir, copied)
     shutil.rmtree(copied / "four_ptq")
@@ -84,8 +84,8 @@ def test_what_was_found_is_read_again(finished):
     assert again["four_ptq"].value("accuracy") == records["four_ptq"].value("accuracy")
 
 
-def test_another_config_in_the_same_folder_is_refused(finished, make_config):
-    _, workdir, _, _ = finished
+def test_another_config_in_the_same_folder_is_refused(finished_search, make_config):
+    _, workdir, _, _ = finished_search
     changed = config.freeze(make_config({"four": searched(evaluations=9)}))
     with pytest.raises(ConfigError, match=r"four_\w+.*was made with another config"):
         experiment.run(changed, workdir)
@@ -102,8 +102,8 @@ def test_another_config_in_the_same_folder_is_refused(finished, make_config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut_at", [1, 5])
-def test_a_search_that_was_cut_off_comes_to_the_same(finished, folder, cut_at):
-    frozen, workdir, records, _ = finished
+def test_a_search_that_was_cut_off_comes_to_the_same(finished_search, folder, cut_at):
+    frozen, workdir, records, _ = finished_search
     with pytest.raises(KeyboardInterrupt):
         experiment.run(frozen, folder, arms=["four_ptq"], progress=Watcher(cut_at))
     assert len(evaluations(folder)) == cut_at
@@ -265,9 +265,9 @@ def test_an_infeasible_budget_fails_its_arms_alone(make_config, folder):
 
 
 @pytest.mark.slow
-def test_a_cost_table_is_used_if_it_fits(make_config, folder, finished, tmp_path):
+def test_a_cost_table_is_used_if_it_fits(make_config, folder, finished_search, tmp_path):
     """One that says that the head is free, whatever its bits."""
-    (path,) = (finished[1] / "costs").glob("student-*.json")
+    (path,) = (finished_search[1] / "costs").glob("student-*.json")
     table = load(path, device="any", other_device=True)
     size = table.metrics["size"]
     layers = {**size.layers, "head": dict.fromkeys(size.layers["head"], -1e4)}

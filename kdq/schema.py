@@ -1,11 +1,11 @@
-"""The fields of a config but those of searches and teachers."""
+"""The fields of a config: frozen dataclasses, a comment and the limits at each field."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from kdq.fields import field
-from kdq.schema.search import Search
+from kdq.fields import field, limits_of
 
 SEEDS = 2**32  # random keys are made of 32 bits
 # What a workdir has beside the arms; names without a dot.
@@ -39,8 +39,7 @@ class Optimizer:
     """Shared by every arm; an arm's own `learning_rate` is its peak. Cosine decay to zero."""
 
     name: str = "adam"
-    # Share of the steps in which the rate rises linearly from zero.
-    warmup: float = field(0.05, at_least=0, at_most=1)
+    warmup: float = field(0.05, at_least=0, at_most=1)  # share of steps: rises linearly from 0
     # What of the quantizers trains does so at this multiple of the rate.
     scale_rate: float = field(0.1, at_least=0, at_most=10**6)
     # "adam": relative steps of their scales; "sgd": absolute ones, with the gradient as it is.
@@ -139,20 +138,19 @@ class Arm:
     # Arm that teaches, or a key of `teachers`; "" is labels only. With `ptq` and no epochs, the arm
     # that guides a method that asks a teacher; "" is the float model itself.
     teacher: str = field("", refers=("arms", "teachers"))
-    distill: str = field("", refers=("distill",))  # how; with a teacher, and only then
+    distill: str = field("", refers=("distill",), needs=("epochs",))  # how; only with a teacher
     # "W4A4", "W4" (weights only), a key of `rules` or of `searches`, or "" for float.
     bits: str = ""
     observer: str = "mse"  # calibration: absmax, min_max, moving_average, percentile, mse, entropy
-    ptq: str = field("", refers=("ptq",))  # done beside calibration; "" is nothing
-    qat: str = field("", refers=("qat",))  # how quantizers train; "" is learned step sizes
+    ptq: str = field("", refers=("ptq",), needs=("bits",))  # done beside calibration; "" is nothing
+    qat: str = field("", refers=("qat",), needs=("bits", "epochs"))  # "": learned step sizes
     epochs: float = field(0.0, at_least=0)  # passes over the training split; 0 only calibrates
-    # End after this many of the epochs, the schedules unfinished; 0: at the end.
-    stop: float = field(0.0, at_least=0)
+    stop: float = field(0.0, at_least=0)  # after so many, the schedules unfinished; 0: at the end
     # Their examples are kept from the arm's training.
-    without_classes: tuple[int, ...] = field((), at_least=0, distinct=True)
+    without_classes: tuple[int, ...] = field((), at_least=0, distinct=True, needs=("epochs",))
     learning_rate: float = field(1e-3, above=0)  # peak
     # Of the task loss: this much of the target spread evenly.
-    label_smoothing: float = field(0.0, at_least=0, below=1)
+    label_smoothing: float = field(0.0, at_least=0, below=1, needs=("epochs",))
     seed_offset: int = 0  # added to the seed: an independent repetition of an equal arm
     augment: bool = True  # trains on images changed as `data.augment` says, if it says anything
     reference: str = field("", refers=("arms",))  # compared with in the table, seed by seed
@@ -177,20 +175,16 @@ class Cache:
     # or "sampled" ones; with augmentation a record for each position of the training stream.
     kind: str = field("memory", one_of=("none", "memory", "dense", "top_k", "sampled"))
     size: int = field(0, at_least=0)  # classes that top_k keeps, draws of sampled
-    # Of top_k and sampled, which are made for one.
-    temperature: float = field(1.0, at_least=COLD, at_most=HOT)
+    temperature: float = field(1.0, at_least=COLD, at_most=HOT)  # that these are made for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transfer:
     """Measures of what an arm took over from the teacher beside its predictions on test data."""
 
-    # The first of the test split; 0 leaves these measures out.
-    examples: int = field(0, at_least=0)
-    # Of examples of different classes: agreement on the path between them.
-    pairs: int = field(256, at_least=1)
-    # Of an adversarial step, in units of the normalized pixel.
-    epsilon: float = field(0.1, at_least=0, at_most=1000)
+    examples: int = field(0, at_least=0)  # the first of the test split; 0 leaves these out
+    pairs: int = field(256, at_least=1)  # of two classes: agreement on the path between them
+    epsilon: float = field(0.1, at_least=0, at_most=1000)  # of an adversarial step, normalized
 
 
 FORMATS = ("packed", "onnx", "onnx_int8", "litert", "stablehlo")  # see kdq.deploy.FORMATS
@@ -204,8 +198,7 @@ class Export:
     arms: tuple[str, ...] = field((), refers=("arms",))  # only these; () is all
     # The first of the validation split, on which a file is compared.
     examples: int = field(1000, at_least=1)
-    # Least share of these with the class of the simulated model.
-    agreement: float = field(0.99, at_least=0, at_most=1)
+    agreement: float = field(0.99, at_least=0, at_most=1)  # least, with the simulated model
     # Batch sizes at which each format is timed, beside the float model in ONNX Runtime; () is none.
     latency_batches: tuple[int, ...] = field((), at_least=1)
     threads: int = field(0, at_least=0)  # of each runtime when it is timed; 0 is one a core
@@ -227,12 +220,145 @@ class Resources:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """Limits of costs, all of which hold; 0 is none."""
+
+    average_bits: float = field(0.0, at_least=0)  # bits of a weight, mean over all weights
+    size: float = field(0.0, at_least=0)  # bytes of the packed file
+    weight_memory: float = field(0.0, at_least=0)  # bytes of parameters, weights in their bits
+    activation_memory: float = field(0.0, at_least=0)  # bytes of a layer's input and output, most
+    bops: float = field(0.0, at_least=0)  # bit operations for one example (arXiv:2005.07093)
+    energy: float = field(0.0, at_least=0)  # nJ for one example, modelled (deploy.measure.energy)
+    latency: float = field(0.0, at_least=0)  # ms for a batch in a runtime, measured
+
+    @property
+    def set(self) -> dict[str, float]:
+        """Those that there are."""
+        return {metric: limit for metric, limit in vars(self).items() if limit}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """A choice of bits for each layer under budgets; arms name one by its key in their `bits`.
+
+    It sees the training split (to calibrate, and to finetune if it does) and the first examples of
+    the validation split, by which policies are judged; never the test split.
+    """
+
+    method: str = "knapsack"  # a key of kdq.search.METHODS
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of that method
+    # Float arms whose weights may be quantized; of several, a policy names one: widths are searched
+    # too. Arms with these bits have one of them as their `init`, and get what the policy names.
+    students: tuple[str, ...] = field((), distinct=True, refers=("arms",))
+    # Arm that guides: what policies do to the student is measured against it.
+    teacher: str = field("", refers=("arms",))
+    # Of a layer; "" is float.
+    choices: tuple[str, ...] = field(
+        ("W2A8", "W3A8", "W4A8", "W6A8", "W8A8"), some=True, distinct=True
+    )
+    # {path pattern: bits} of layers that are not searched; the first that matches a layer wins.
+    fixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    most: Budgets = Budgets()  # at most so much
+    # At most this share of what the costliest student costs with every layer at its last choice.
+    share: Budgets = Budgets()
+    objective: str = "kl"  # what policies are judged by: kl (to the teacher), loss, error or noise
+    sensitivity: str = "kl"  # of each layer alone: one of kdq.search.sensitivity.MEASURES
+    observer: str = "mse"  # calibration, see Arm
+    examples: int = field(1000, at_least=1)  # the first of the validation split
+    evaluations: int = field(200, at_least=1)  # of policies, those for sensitivities among them
+    # Arm that the arms of `launch/search.py` are trained as, by whose recipe policies are finetuned
+    # for `steps` before they are judged. 0 steps: calibration alone.
+    finetune: str = field("", refers=("arms",))
+    steps: int = field(0, at_least=0, below=2**31)
+    distilled: tuple[str, ...] = ()  # terms of the recipe of `finetune` that a policy may leave out
+    # That one call of the device evaluates; 0: 1 on a CPU, else 16.
+    policies_at_once: int = field(0, at_least=0)
+    runtime: str = "onnx"  # where latencies are measured, a key of kdq.deploy.FORMATS
+    batch: int = field(1, at_least=1)  # examples at once in it
+    threads: int = field(1, at_least=1)
+    # Whose files are measured before one is chosen, if size or latency counts.
+    finalists: int = field(5, at_least=1)
+    # Files of launch/cost_table.py; what they do not have is measured here, if a budget asks.
+    cost_tables: tuple[str, ...] = field((), path=True)
+    other_device: bool = False  # allows tables that were measured on another device
+
+
+class Teacher:
+    """A teacher that is no arm of the experiment."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arms that have to be there."""
+        names = []
+        for key, value in vars(self).items():
+            if "arms" in limits_of(type(self), key).refers:
+                names += [value] if isinstance(value, str) else value
+        return tuple(filter(None, names))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ensemble(Teacher):
+    """Teachers that are averaged."""
+
+    kind: str = "ensemble"
+    arms: tuple[str, ...] = field(some=True, refers=("arms",))
+    weights: tuple[float, ...] = field((), above=0)  # one an arm; () is equal ones
+    average: str = field("probability", one_of=("probability", "logit"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MovingAverage(Teacher):
+    """The exponential moving average of the student itself."""
+
+    kind: str = "moving_average"
+    decay: float = field(0.999, at_least=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peer(Teacher):
+    """A network trained at once, that learns from the student in turn."""
+
+    kind: str = "peer"
+    model: str = field(refers=("models",))
+    # Float arm whose selected weights it starts from; "" is fresh weights.
+    init: str = field("", refers=("arms",))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FormerPeer(Teacher):
+    """The peer of an arm, as it was at the step that the arm selected; it learns no more."""
+
+    kind: str = "former_peer"
+    arm: str = field(refers=("arms",))  # one whose teacher is a peer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed(Teacher):
+    """A model in a packed file."""
+
+    kind: str = "packed"
+    path: str = field(some=True, path=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shuffled(Teacher):
+    """A control: an arm's logits, each moved to another training example."""
+
+    kind: str = "shuffled"
+    arm: str = field(refers=("arms",))
+    within_class: bool = True  # to one of the same label: the class is taught, the example is not
+
+
+TeacherConfig = Ensemble | MovingAverage | Peer | FormerPeer | Packed | Shuffled
+TEACHERS = {cls.kind: cls for cls in typing.get_args(TeacherConfig)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A set of arms over the same data, splits and seeds."""
 
     seeds: tuple[int, ...] = field(at_least=0, below=SEEDS, some=True, distinct=True)
-    # So many seeds of an arm train as one program, spread over the devices if there are several.
-    seeds_at_once: int = field(1, at_least=1)
+    seeds_at_once: int = field(1, at_least=1)  # that train as one program, over all devices
     # Processes that launchers run arms in, each with its share of this machine's cores: 0 is one a
     # seed on CPUs as far as there are cores, where nothing is timed. See kdq.experiment.parallel.
     workers: int = field(0, at_least=0)
@@ -258,9 +384,7 @@ class Experiment:
     distill: Mapping[str, Distill] = dataclasses.field(default_factory=dict)
     # Bits by search: an arm whose `bits` is a key of these gets what is found with its seed.
     searches: Mapping[str, Search] = field(default_factory=dict, folders=())
-    search: Search = dataclasses.field(
-        default_factory=Search
-    )  # what launch/search.py does, beside these
+    search: Search = Search()  # what launch/search.py does, beside these
     # Teachers that are no arm: {key: {"kind": a key of TEACHERS, **its fields}}.
     teachers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cache: Cache = Cache()
@@ -268,7 +392,6 @@ class Experiment:
     export: Export = Export()
     resources: Resources = Resources()  # what a run of a sweep asks for
     evaluations: int = field(20, at_least=1)  # times that an arm is validated while it trains
-    # Least time between two checkpoints; 0 is every validation.
-    checkpoint_seconds: float = field(30.0, at_least=0)
+    checkpoint_seconds: float = field(30.0, at_least=0)  # between two; 0 is every validation
     # A trial of a config, whose numbers mean nothing: records, tables and pages say so.
     quick: bool = False
