@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from kdq import models, quantize
 from kdq.deploy import PackedFileError, load_packed, save_packed
-from kdq.deploy.formats import container, packing
+from kdq.deploy.formats import container
 from kdq.quantize import MinMax, QuantizationRule, TensorSpec
 from kdq.quantize.network import Weights
 
@@ -407,11 +407,11 @@ def _places(value):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_unpacking_takes_no_more_than_the_codes(bits):
     count = 80_000
-    packed = packing.pack(np.arange(count) % 2**bits, bits)
+    packed = container.pack(np.arange(count) % 2**bits, bits)
     peaks = []
     for _ in range(3):  # whatever else runs in this process counts too
         tracemalloc.start()
-        codes = packing.unpack(packed, bits, count)
+        codes = container.unpack(packed, bits, count)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     np.testing.assert_array_equal(codes, np.arange(count) % 2**bits)
