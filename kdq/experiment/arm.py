@@ -22,8 +22,8 @@ from kdq.quantize.network import Weights
 from kdq.record import ArmRecord
 from kdq.search.problem import InfeasibleError
 from kdq.train import loop, together
-from kdq.train.diagnose import NonFiniteError
 from kdq.train.loop import Fit, Selection
+from kdq.train.step import NonFiniteError
 from kdq.train.training import Plan, TrainState
 from kdq.types import Variables
 

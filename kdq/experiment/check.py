@@ -28,9 +28,10 @@ from kdq.quantize import qat
 from kdq.quantize.ptq import chain
 from kdq.quantize.rules import match
 from kdq.search import sensitivity
-from kdq.search.objectives import OBJECTIVES
+from kdq.search.evaluate import OBJECTIVES
 from kdq.search.searchers import METHODS
-from kdq.train import objective, regime
+from kdq.train import objective
+from kdq.train.training import build_regime
 from kdq.types import Variables
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def check(context: Context, arms: Sequence[str]) -> None:
         where = f"config.qat.{key}"
         if recipe.method not in qat.METHODS:
             raise ConfigError(unknown(f"{where}.method:", recipe.method, qat.METHODS))
-        regime.build(recipe, 1, where)
+        build_regime(recipe, 1, where)
     for key, recipe in experiment.distill.items():  # those of no arm too
         objective.build(vars(recipe), 1, f"config.distill.{key}", context.task)
     for key in experiment.rules:

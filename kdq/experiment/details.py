@@ -25,7 +25,7 @@ from kdq.quantize.layers import LayerInfo, layer_bits
 from kdq.quantize.network import Weights
 from kdq.quantize.paths import at_path
 from kdq.search import bank, cost
-from kdq.search.objectives import distance
+from kdq.search.evaluate import distance
 from kdq.tasks import Task
 from kdq.types import Array, Batch, QParams, Variables
 

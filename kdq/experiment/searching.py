@@ -15,12 +15,10 @@ from kdq.experiment import costing, plan, training
 from kdq.experiment.context import Context
 from kdq.experiment.quantized import OBSERVERS, recipe
 from kdq.search import bank, evaluate, run, searchers, sensitivity, spaces
-from kdq.search.evaluate import Evaluator
-from kdq.search.finalists import choose
-from kdq.search.finetune import Finetune
-from kdq.search.history import History
-from kdq.search.measured import Files
+from kdq.search.evaluate import Evaluator, Finetune
+from kdq.search.measured import Files, choose_finalist
 from kdq.search.problem import Policy
+from kdq.search.run import History
 from kdq.search.searchers import METHODS
 from kdq.search.spaces import DISTILLED, Student
 from kdq.stopwatch import Stopwatch
@@ -140,7 +138,7 @@ def _search(context: Context, name: str, seed: int, log: Path) -> dict[str, Any]
             ),
         )
     costs = [network.costs for network in networks]
-    best, measured = choose(problem, evaluated, search, [s.files for s in students], costs)
+    best, measured = choose_finalist(problem, evaluated, search, [s.files for s in students], costs)
     chosen = best.policy[0]
     choices = students[chosen].files.choose(best.policy)
     return {

@@ -12,10 +12,10 @@ from kdq.experiment.inputs import Inputs
 from kdq.experiment.quantized import recipe
 from kdq.experiment.teaching import Teaching
 from kdq.quantize.network import Weights
-from kdq.train import objective, regime
+from kdq.train import objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.sharding import ONE_DEVICE, Layout
-from kdq.train.training import Plan, Training, TrainState, create_state
+from kdq.train.training import Plan, Training, TrainState, build_regime, create_state
 
 
 def make_plan(
@@ -54,7 +54,7 @@ def make_plan(
         optimizer=make_optimizer(experiment.optimizer),
         objective=objective.arm_objective(experiment, name, steps, inputs.task),
         teacher=teaching.teacher,
-        regime=regime.build(qat, steps, f"config.qat.{arm.qat}"),
+        regime=build_regime(qat, steps, f"config.qat.{arm.qat}"),
         layout=layout,
         compute=experiment.compute,
     )

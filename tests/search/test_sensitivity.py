@@ -15,7 +15,7 @@ from kdq import quantize
 from kdq.config import ConfigError, parse_bits
 from kdq.quantize import MSE
 from kdq.search import sensitivity
-from kdq.search.objectives import OBJECTIVES
+from kdq.search.evaluate import OBJECTIVES
 
 CHOICES = ("W2A3", "W6A6", "W8A8")
 

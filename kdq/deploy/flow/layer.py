@@ -17,13 +17,19 @@ from kdq.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerCall:
+class LayerCode:
+    """The code of one call of a layer, in floats."""
+
+    traced: core.ClosedJaxpr
+    roles: tuple[str, ...]  # of its arguments: inputs, weight, bias
+    operands: tuple[str, ...]  # names of its inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall(LayerCode):
     """The static part of one call of an integer layer."""
 
     path: str
-    traced: core.ClosedJaxpr  # the layer's own code, in floats
-    roles: tuple[str, ...]  # of its arguments
-    operands: tuple[str, ...]  # names of its inputs
     grids: tuple[Hashable, ...]  # of each input: the same for the same grid
     structure: Any  # of the IntegerLayer
     largest: int  # a bound of its sums

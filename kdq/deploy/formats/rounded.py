@@ -16,7 +16,7 @@ from jax.extend import core
 
 from kdq.deploy import jaxprs
 from kdq.deploy.contraction import Conv, Dot, Kernel, align, follow, list_axes
-from kdq.deploy.flow.layer import layer_p
+from kdq.deploy.flow.layer import inline, layer_p
 from kdq.deploy.flow.propagate import assign_grids
 from kdq.deploy.lower.model import IntegerModel
 from kdq.deploy.qtensor import InputGrid
@@ -75,21 +75,19 @@ class Rounding:
 
 def run(lowered: IntegerModel, rounding: Rounding, inputs: Inputs) -> Any:
     """Returns a model's outputs, to be traced; layers of a stack are unrolled."""
+    traced, structure, leaves = lowered.trace(inputs)
+    program = inline(traced, leaves, unroll=True)
+    rounded_alone = {*assign_grids(program.jaxpr), *program.jaxpr.invars}
 
-    def binder(program: core.Jaxpr) -> jaxprs.RunEquation:
-        rounded_alone = {*assign_grids(program), *program.invars}
+    def run_equation(eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        if eqn.primitive is not layer_p:
+            return rounding.bind(eqn, values)
+        for i, atom in enumerate(eqn.invars[: len(eqn.params["call"].operands)]):
+            if not isinstance(atom, core.Literal) and atom not in rounded_alone:
+                values[i] = rounding.set_apart(values[i])
+        return [_run_layer(eqn, values, rounding)]
 
-        def run_equation(eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
-            if eqn.primitive is not layer_p:
-                return rounding.bind(eqn, values)
-            for i, atom in enumerate(eqn.invars[: len(eqn.params["call"].operands)]):
-                if not isinstance(atom, core.Literal) and atom not in rounded_alone:
-                    values[i] = rounding.set_apart(values[i])
-            return [_run_layer(eqn, values, rounding)]
-
-        return run_equation
-
-    return lowered.evaluate(inputs, binder)
+    return jax.tree.unflatten(structure, jaxprs.evaluate(program, leaves, run_equation))
 
 
 def _run_layer(eqn: core.JaxprEqn, values: list[Any], rounding: Rounding) -> Array:

@@ -10,9 +10,10 @@ import numpy as np
 
 from kdq import quantize
 from kdq.deploy import qtensor
+from kdq.deploy.flow.layer import LayerCode
 from kdq.deploy.integer_layer import IntegerLayer, MadeLayer, Rounded, make_integer_layer
 from kdq.deploy.lower.model import LOWERED, FloatLayer, IntegerModel, Static, StaticLayer
-from kdq.deploy.lower.trace import LayerCode, Structure, trace_structure
+from kdq.deploy.lower.trace import Structure, trace_structure
 from kdq.quantize.grid import Quantizer
 from kdq.quantize.inputs import Batch, Inputs, as_inputs, unboxed
 from kdq.quantize.kinds import Unsupported
@@ -173,7 +174,7 @@ def _make_layer(
         else:
             offset = _broadcast_to_axes(offset, norm.axes, len(info.output_shape))
     made = [
-        make_integer_layer(call.code, call.roles, inputs, weight, bias, offset) for call in calls
+        make_integer_layer(call.traced, call.roles, inputs, weight, bias, offset) for call in calls
     ]
     if len({str(jax.tree.map(jnp.shape, layer)) for layer, _, _ in made}) > 1:
         raise Unsupported("it is called with inputs of several ranks")

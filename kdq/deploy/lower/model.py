@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from kdq.deploy import jaxprs, primitives
-from kdq.deploy.flow.layer import LayerCall, call_layer, inline
+from kdq.deploy import primitives
+from kdq.deploy.flow.layer import LayerCall, call_layer
 from kdq.deploy.flow.run import run as run_flow
 from kdq.deploy.lower.trace import trace_layer
 from kdq.deploy.qtensor import QTensor
@@ -107,25 +106,18 @@ class IntegerModel(flax.struct.PyTreeNode):
             sums. Of a later call of a layer PATH is PATH#2, ... Layers of a stack are in it if they
             are unrolled.
         """
-        traced, structure, leaves = self._trace(inputs)
+        traced, structure, leaves = self.trace(inputs)
         integers, fixed_point = {} if integers is None else integers, self.static.fixed_point
         outputs = run_flow(
             traced, leaves, unroll=unroll, integers=integers, fixed_point=fixed_point
         )
         return jax.tree.unflatten(structure, outputs)
 
-    def evaluate(self, inputs: Batch, binder: Callable[[core.Jaxpr], jaxprs.RunEquation]) -> Array:
-        """Returns the outputs by `binder(program)` for each equation of the model, to be traced.
+    def trace(self, inputs: Batch) -> tuple[core.ClosedJaxpr, Any, list[Array]]:
+        """Returns the model with layers as equations, the tree of its outputs, its arguments.
 
-        A layer is one equation, `flow.layer.layer_p`, between floats. Layers of a stack are
-        unrolled.
+        A layer is one equation, `flow.layer.layer_p`, between floats.
         """
-        traced, structure, leaves = self._trace(inputs)
-        flat = inline(traced, leaves, unroll=True)
-        return jax.tree.unflatten(structure, jaxprs.evaluate(flat, leaves, binder(flat.jaxpr)))
-
-    def _trace(self, inputs: Batch) -> tuple[core.ClosedJaxpr, Any, list[Array]]:
-        """Returns the model with layers as equations, the tree of its outputs, its arguments."""
         batch = as_inputs(inputs)
         call = Inputs(*batch.args, **{**self.keywords.kwargs, **batch.kwargs})
         forward = functools.partial(_forward, self.static)
@@ -171,10 +163,8 @@ def _call_lowered(static: Static, call: ModuleCall) -> Any:
         params["bias"] = layer.bias
     code, numbers = trace_layer(call, params), dict(layer.grids)
     layer_call = LayerCall(
+        **vars(code),
         path=call.path,
-        traced=code.code,
-        roles=code.roles,
-        operands=code.operands,
         grids=tuple(numbers[operand] for operand in code.operands),
         structure=jax.tree.structure(lowered),
         largest=layer.largest,

@@ -1,7 +1,6 @@
 """The layers of a model, as tracing shows them: their code in floats, and the norms behind them."""
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,21 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from kdq.deploy.contraction import BIAS, INPUT, OTHER, WEIGHT
+from kdq.deploy.flow.layer import LayerCode
 from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
 from kdq.quantize.network import Network, Weights
 from kdq.quantize.ptq.norms import Norm, list_norms
 from kdq.types import Variables
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCode:
-    """The code of one call of a layer, in floats."""
-
-    code: core.ClosedJaxpr
-    roles: tuple[str, ...]  # of its arguments: inputs, weight, bias
-    operands: tuple[str, ...]  # names of its inputs
 
 
 class Structure(NamedTuple):

@@ -5,8 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import every_policy, feasible_policies, keeps, layered, limited, random_policies
 
-from kdq.search.feasible import Feasible
-
 CASES = st.builds(
     limited,
     layers=st.integers(1, 6),
@@ -21,10 +19,10 @@ CASES = st.builds(
 @settings(max_examples=40, deadline=None)
 @given(problem=CASES, seed=st.integers(0, 1000))
 def test_allowed_never_leaves_nothing_and_ends_within_the_limits(problem, seed):
-    feasible, rng = Feasible(problem), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     policy = np.full(len(problem.decisions), -1)
     for i in (0, *(1 + rng.permutation(len(policy) - 1))):
-        options = np.flatnonzero(feasible.allowed(policy, i))
+        options = np.flatnonzero(problem.allowed(policy, i))
         assert len(options)
         policy[i] = rng.choice(options)
     assert keeps(problem, tuple(policy), problem.limits)
@@ -33,14 +31,13 @@ def test_allowed_never_leaves_nothing_and_ends_within_the_limits(problem, seed):
 @settings(max_examples=40, deadline=None)
 @given(problem=CASES, seed=st.integers(0, 1000))
 def test_projection_keeps_what_is_feasible_and_mends_the_rest(problem, seed):
-    feasible = Feasible(problem)
     for policy in random_policies(problem, 4, seed):  # projected ones
         order = 1 + np.random.default_rng(seed).permutation(len(policy) - 1)
-        assert feasible.projected(policy, order) == policy
+        assert problem.projected(policy, order) == policy
     rng = np.random.default_rng(seed)
     for _ in range(4):
         policy = tuple(int(rng.integers(len(d.options))) for d in problem.decisions)
-        projected = feasible.projected(policy)
+        projected = problem.projected(policy)
         assert keeps(problem, projected, problem.limits)
         if keeps(problem, policy, problem.limits):
             assert projected == policy
@@ -59,15 +56,15 @@ def test_projection_keeps_what_is_feasible_and_mends_the_rest(problem, seed):
 )
 def test_with_one_budget_every_feasible_policy_can_be_reached(problem):
     """The allowed options are exactly those with which some policy within the budget begins."""
-    feasible, within = Feasible(problem), feasible_policies(problem)
+    within = feasible_policies(problem)
     for length in range(len(problem.decisions)):
         for start in {p[:length] for p in within}:
             partial = np.array([*start, *[-1] * (len(problem.decisions) - length)])
-            allowed = {(*start, int(o)) for o in np.flatnonzero(feasible.allowed(partial, length))}
+            allowed = {(*start, int(o)) for o in np.flatnonzero(problem.allowed(partial, length))}
             assert allowed == {p[: length + 1] for p in within if p[:length] == start}
 
 
 def test_a_problem_is_made_without_solving_a_program(monkeypatch):
     monkeypatch.setattr("kdq.search.programs.nearest", lambda *_: 1 / 0)
     problem = layered(layers=3)
-    assert len(list(every_policy(problem))) == problem.size
+    assert len(list(every_policy(problem))) == 6**3

@@ -1,23 +1,29 @@
-"""One option at a time, by what it adds to the objective for what it saves."""
+"""Searchers by sensitivities: greedy, one option at a time; and the optimum of a program."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 
-from kdq.search.feasible import Feasible
+from kdq.search import programs
 from kdq.search.problem import Policy, Problem
 from kdq.search.searcher import Searcher
 
+AT_ONCE = 8  # policies that a knapsack proposes together
+
 
 class Greedy(Searcher):
-    """For each student down from the best options, and up from the cheapest."""
+    """For each student down from the best options, and up from the cheapest.
+
+    One option at a time, by what it adds to the objective for what it saves.
+    """
 
     needs: ClassVar[tuple[str, ...]] = ("sensitivity",)
 
     def __init__(self, problem: Problem, *, seed: int, evaluations: int, settings: Any):
         policies: dict[Policy, None] = {}
-        for reserve in Feasible(problem).reserves[0].tolist():
+        for reserve in problem.reserves[0].tolist():
             for start in (_lower(problem, reserve[0]), tuple(reserve)):
                 if start is not None and problem.feasible(start):
                     policies[_raise(problem, start)] = None
@@ -84,3 +90,42 @@ def _moves(problem: Problem, policy: Policy, metrics: Any) -> Iterator[tuple[Pol
                 saved = float(np.subtract(saves[i, policy[i]], saves[i, option])) if shares else 0.0
                 other = (*policy[:i], option, *policy[i + 1 :])
                 yield other, float(harm[option] - harm[policy[i]]), saved
+
+
+class Knapsack(Searcher):
+    """The policy with the least predicted objective, then the next best (arXiv:2011.10680).
+
+    Sensitivities alone leave out what layers do to each other; so the first few of those that are
+    predicted to be good are evaluated.
+    """
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Settings:
+        # Policies in all. Each is ruled out for those after it, which makes later programs harder.
+        pool: int = 20
+
+    needs: ClassVar[tuple[str, ...]] = ("sensitivity",)
+
+    def __init__(self, problem: Problem, *, seed: int, evaluations: int, settings: Any):
+        self._problem = problem
+        self._most = min(settings.pool, evaluations)
+        self._proposed: list[Policy] = []
+
+    def propose(self) -> list[Policy]:
+        known = len(self._proposed)
+        while len(self._proposed) < min(self._most, known + AT_ONCE):
+            policy = programs.best(self._problem, exclude=self._proposed)
+            if policy is None:
+                self._most = len(self._proposed)
+                break
+            self._proposed.append(policy)
+        return self._proposed[known:]
+
+
+class PairwiseKnapsack(Knapsack):
+    """The same with what pairs of layers add beyond the sum of each (arXiv:2307.05657).
+
+    Its programs are larger: of ten layers with five choices each takes seconds.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("sensitivity", "pairs")
