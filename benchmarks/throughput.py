@@ -137,7 +137,7 @@ def make_plan(setting: Setting, kind: str) -> tuple[Plan, TrainState]:
     model = built[arm.model]
     start = Weights(variables=fresh(model, 0), qparams={})
     if arm.bits:
-        images = inputs.calibration_images()
+        images = inputs.calibration_batches()
         start, _ = quantized(
             experiment, arm, model, start.variables, images, guide=None, progress=Progress()
         )

@@ -110,7 +110,7 @@ class ArmRun:
             self.arm,
             self.context.model(self.arm),
             variables,
-            self.context.inputs.calibration_images(),
+            self.context.inputs.calibration_batches(),
             guide=guide,
             progress=self.context.progress,
             categorical=self.context.task.categorical,

@@ -14,6 +14,7 @@ from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment.progress import Progress
 from kdq.fields import check_arguments, unknown
 from kdq.quantize import QuantizationRule, TensorSpec, observers
+from kdq.quantize.inputs import Batch
 from kdq.quantize.network import Weights
 from kdq.quantize.observers import Observer
 from kdq.quantize.ptq import chain
@@ -40,7 +41,7 @@ def quantized(
     arm: Arm,
     model: nn.Module,
     variables: Variables,
-    images: Sequence[Array],
+    images: Sequence[Batch],
     *,
     guide: Callable[[Array], Array] | None,
     progress: Progress,

@@ -233,7 +233,7 @@ def _make_evaluator(context: Context, search: Search, name: str, seed: int) -> E
         model,
         variables,
         choices,
-        context.inputs.calibration_images(),
+        context.inputs.calibration_batches(),
         OBSERVERS[search.observer],
         progress=context.progress.method,
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kdq import quantize
 from kdq.config import parse_bits
 from kdq.quantize import Network, Observer, Quantizer
+from kdq.quantize.inputs import Batch
 from kdq.quantize.layers import FLOAT_BITS
 from kdq.types import Array, QParams, Variables
 
@@ -23,7 +24,7 @@ def fill(
     network: Network | nn.Module,
     variables: Variables,
     choices: Choices,
-    images: Sequence[Array],
+    images: Sequence[Batch],
     observer: Observer,
     *,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, description: items,

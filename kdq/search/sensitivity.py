@@ -192,7 +192,7 @@ def _input_errors(evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
     return {key: choices(state["energy"]) / examples for key, state in states.items()}
 
 
-def _add_energy(state: dict[str, Any], x: Array) -> dict[str, Any]:
+def _add_energy(state: dict[str, Any], x: Array, counts: Array | None) -> dict[str, Any]:
     return {**state, "energy": state["energy"] + _squared_errors(x, state["quantizers"])}
 
 

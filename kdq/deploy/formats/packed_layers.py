@@ -10,7 +10,7 @@ import numpy as np
 
 from kdq.deploy.formats.container import pack, unpack
 from kdq.deploy.qtensor import codes_and_scale
-from kdq.quantize import grid, scale_formats
+from kdq.quantize import formats, grid
 from kdq.types import Array
 
 # Beyond these float32 holds not every whole number, and codes are lost.
@@ -82,7 +82,7 @@ def pack_weight(
         arrays[f"{name}:zero_point"] = zero_point
     options = {
         "levels": None if quantizer.levels is None else _json(quantizer.levels),
-        "scale_format": scale_format if scale_format in scale_formats.STORED else None,
+        "scale_format": scale_format if scale_format in formats.STORED else None,
         "dtype": None if weight.dtype == np.float32 else weight.dtype.name,
     }
     return {
@@ -168,8 +168,8 @@ def check_quantizer(quantizer: grid.Quantizer) -> None:
             raise ValueError(f"levels of shape {levels.shape}: expected two or more of each layer")
         if not (np.isfinite(levels).all() and (np.diff(levels) > 0).all()):
             raise ValueError("levels: expected finite numbers that ascend")
-    if quantizer.scale_format not in ("", *scale_formats.ROUNDINGS):
-        valid = tuple(scale_formats.ROUNDINGS)
+    if quantizer.scale_format not in ("", *formats.ROUNDINGS):
+        valid = tuple(formats.ROUNDINGS)
         raise ValueError(f"scale_format={quantizer.scale_format!r}: expected one of {valid}")
 
 
@@ -215,14 +215,14 @@ def _pack_scale(
     name = quantizer.scale_format
     if not name:
         return quantizer, {"scale": np.asarray(quantizer.scale)}
-    of_layer = lambda _, q: (grid.with_rounded_scale(q).scale, scale_formats.tensor_scale(q.scale))
+    of_layer = lambda _, q: (grid.with_rounded_scale(q).scale, formats.tensor_scale(q.scale))
     scale, shared = map(np.asarray, grid.over_stack(of_layer, quantizer)(weight, quantizer))
     quantizer = quantizer.replace(scale=scale, scale_format="")
-    if name not in scale_formats.STORED:
+    if name not in formats.STORED:
         return quantizer, {"scale": scale}
-    if not scale_formats.STORED[name].shared:
-        return quantizer, {f"scale_{name}": scale_formats.encode(scale, np.float32(1), name)}
-    codes = scale_formats.encode(scale, _over_stack(shared, scale), name)
+    if not formats.STORED[name].shared:
+        return quantizer, {f"scale_{name}": formats.encode(scale, np.float32(1), name)}
+    codes = formats.encode(scale, _over_stack(shared, scale), name)
     return quantizer, {f"scale_{name}": codes, "scale_tensor": shared}
 
 
@@ -234,16 +234,16 @@ def _unpack_scale(
         if scale.dtype != np.float32:
             raise ValueError(f"scale: expected float32, got {scale.dtype}")
         return scale
-    if scale_format not in scale_formats.STORED:
-        raise ValueError(f"{scale_format=}: expected one of {tuple(scale_formats.STORED)}")
+    if scale_format not in formats.STORED:
+        raise ValueError(f"{scale_format=}: expected one of {tuple(formats.STORED)}")
     codes, shared = arrays.pop(f"{name}:scale_{scale_format}"), np.float32(1)
-    if scale_formats.STORED[scale_format].shared:
+    if formats.STORED[scale_format].shared:
         shared = arrays.pop(f"{name}:scale_tensor")
         if (shared.dtype, shared.shape) != (np.float32, stack):
             raise ValueError(
                 f"scale_tensor: expected float32 {stack}: {shared.dtype} {shared.shape}"
             )
-    return scale_formats.decode(codes, _over_stack(shared, codes), scale_format)
+    return formats.decode(codes, _over_stack(shared, codes), scale_format)
 
 
 def _over_stack(of_stack: np.ndarray, array: np.ndarray) -> np.ndarray:
