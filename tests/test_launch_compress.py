@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import digits_run
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -21,28 +22,12 @@ from kdq import files
 
 slow = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-ARMS = ("teacher", "student", "kd", "ptq_w4a4_student_mse", "qat_w4a4", "qad_w4a4_kd")
-
-# A config file of a user's own, next to no other: it narrows the one that kdq ships.
-NARROWED = f"""
-import runpy
-
-def get_config(arg=None):
-    config = runpy.run_path({str(ROOT / "configs" / "digits.py")!r})["get_config"](arg)
-    for name in list(config.arms):
-        if name not in {ARMS!r}:
-            del config.arms[name]
-    config.arms.kd.epochs = 1.0
-    config.models.teacher.widths = (8, 8)
-    return config
-"""
+ARMS = digits_run.ARMS
 
 
 @pytest.fixture(scope="module")
-def narrowed(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "narrowed.py"
-    path.write_text(NARROWED)
-    return path
+def narrowed(digits_folder):
+    return digits_folder / digits_run.CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +48,14 @@ def program(data_dir, monkeypatch, capsys):
 
 
 def compress_flags(narrowed, workdir):
-    overrides = "--config.checkpoint_seconds=0", "--config.evaluations=4"
-    return f"--config={narrowed}:quick", f"--workdir={workdir}", *overrides
+    return digits_run.flags(narrowed, workdir)
 
 
 @pytest.fixture(scope="module")
-def unbroken(launch, narrowed, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("launch") / "new" / "run"
-    return launch("compress", *compress_flags(narrowed, workdir)), workdir
+def unbroken(digits_folder):
+    """The process and the folder that it left."""
+    said = [(digits_folder / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess("compress", 0, *said), digits_folder / digits_run.WORKDIR
 
 
 def comparable(records):

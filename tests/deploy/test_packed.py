@@ -127,7 +127,7 @@ class Bare(nn.Dense):
 @pytest.mark.parametrize(("bits", "most"), [(4, 4.2), (2, 2.2), (3, 3.2), (1, 1.2)])
 def test_a_large_layer_takes_its_bits_on_disk(tmp_path, bits, most):
     model, inputs = OneLayer(), jax.random.normal(jax.random.key(0), (4, 1024))
-    variables = model.init(jax.random.key(1), inputs)
+    variables = jax.jit(model.init)(jax.random.key(1), inputs)
     spec = TensorSpec(bits=bits, granularity="per_channel")
     rules = (QuantizationRule(path="dense", weights=spec),)
     qparams = quantize.calibrate(model, variables, rules, [inputs])
@@ -142,7 +142,7 @@ def test_a_large_layer_takes_its_bits_on_disk(tmp_path, bits, most):
 
 def test_a_model_that_is_one_layer(tmp_path):
     model, inputs = Bare(3), jax.random.normal(jax.random.key(0), (4, 6))
-    variables = model.init(jax.random.key(1), inputs)
+    variables = jax.jit(model.init)(jax.random.key(1), inputs)
     spec = TensorSpec(bits=4)
     rules = (QuantizationRule(path="", weights=spec, activations=spec),)
     qparams = quantize.calibrate(model, variables, rules, [inputs])
