@@ -1,10 +1,11 @@
-"""Four networks at four widths, exported and timed in their runtimes, on Fashion-MNIST.
+r"""Four networks at four bit-widths, exported and timed in their runtimes, on Fashion-MNIST.
 
 python launch/compress.py --config=configs/deployment.py --config.data.data_dir=data \
     --workdir=runs/deployment
 
-Half an hour on two quiet cores, which it wants for itself: it measures latencies. Trained shortly:
-this is about the files, `configs/fashion_mnist.py` about accuracy.
+Half an hour on two quiet cores; because it measures latencies, nothing else should run on the
+machine. Training is short, since the subject is the exported files; for accuracy see
+`configs/fashion_mnist.py`.
 """
 
 from ml_collections import ConfigDict

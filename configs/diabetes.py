@@ -1,4 +1,4 @@
-"""Distill, quantize, or both, where the target is a number: scikit-learn's diabetes, regression.
+"""Distill, quantize, or both, for a regression task: scikit-learn's diabetes data.
 
 python launch/compress.py --config=configs/diabetes.py --workdir=runs/diabetes
 python launch/compress.py --config=configs/diabetes.py:quick --workdir=runs/quick

@@ -1,4 +1,4 @@
-"""Distill, quantize, or both, with several labels an example: which digits are there, of two.
+"""Distill, quantize, or both, for a multi-label task: which digits an image of two contains.
 
 python launch/compress.py --config=configs/digit_pairs.py --workdir=runs/digit_pairs
 python launch/compress.py --config=configs/digit_pairs.py:quick --workdir=runs/quick

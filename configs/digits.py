@@ -1,4 +1,4 @@
-"""Distill, quantize, or both, on scikit-learn's digits: the whole experiment in minutes on a CPU.
+"""Distill, quantize, or both, on scikit-learn's digits: a full experiment in minutes on a CPU.
 
 python launch/compress.py --config=configs/digits.py --workdir=runs/digits
 python launch/compress.py --config=configs/digits.py:quick --workdir=runs/quick

@@ -2,8 +2,8 @@
 
 python launch/compress.py --config=configs/digits_tuning.py --workdir=runs/digits_tuning
 
-Every `result.json` holds `validation_accuracy` and `validation_nll`; test numbers chose nothing.
-The seeds are not those of digits.py.
+Choices are made by the metrics on validation, never by those on test. The seeds differ from those
+of digits.py.
 """
 
 import runpy

@@ -1,19 +1,19 @@
-r"""Every way to distill, on equal terms: initialization, epochs, data, and trials to tune it.
+r"""A comparison of all distillation methods with equal initialization, epochs, data and tuning.
 
 python launch/compress.py --config=configs/distill_methods.py --workdir=runs/methods
 python launch/compress.py --config=configs/distill_methods.py:tune --workdir=runs/methods_tune
 
-On Fashion-MNIST (`:fashion`) with a short schedule on 10,000 images and one
-teacher, which configs/fashion_mnist.py trained:
+On Fashion-MNIST (`:fashion`), with a short schedule on 10,000 images and one teacher, trained by
+configs/fashion_mnist.py:
 
 python launch/compress.py --config=configs/distill_methods.py:fashion --config.data.data_dir=data \
     --workdir=runs/methods_fashion \
     --config.arms.teacher.load=runs/fashion_mnist/teacher/0/model.safetensors
 
-Each method had three weights to choose from, on the validation split of digits and with seeds of
-their own (`:tune`); `WEIGHTS` are the best, for Fashion-MNIST too. Losses on outputs have a tenth
-of the labels' loss beside them, losses on features all of it; what a method adds to plain KL is
-another question.
+For each method the best of three weights was chosen on the validation split of digits, with
+separate seeds (`:tune`); `WEIGHTS` are the chosen ones, which Fashion-MNIST uses too. Losses on
+outputs are combined with a tenth of the label loss, losses on features with the full label loss.
+The study does not measure what a method adds to plain KL.
 """
 
 import runpy

@@ -6,7 +6,7 @@ python launch/prepare_data.py --dataset=fashion_mnist --data_dir=data \
 python launch/compress.py --config=configs/fashion_mnist.py --config.data.data_dir=data \
     --workdir=runs/fashion_mnist
 
-About an hour a seed on two quiet cores, a third of it for the teacher.
+About an hour per seed on two quiet cores, a third of it for the teacher.
 """
 
 from ml_collections import ConfigDict

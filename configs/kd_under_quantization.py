@@ -1,11 +1,12 @@
-r"""Does the teacher matter more at fewer bits? And is it this teacher, or any?
+r"""Does the teacher matter more at fewer bits, and does it have to be this teacher?
 
 python launch/compress.py --config=configs/kd_under_quantization.py --workdir=runs/kd_bits
 
-At each width the same start and the same steps, with labels (`qat`), with the teacher (`qad`), and
-with two controls: an independent teacher of equal training (`other`), and the teacher's own logits
-moved to another example of the class (`shuffled`). Fidelity is against the teacher: what a student
-of the other one shares with it was not transferred by it.
+At each bit-width, from the same start and for the same number of steps, the student is trained with
+labels (`qat`), with the teacher (`qad`), and with two controls: an independent teacher with equal
+training (`other`), and the teacher's logits moved to another example of the class (`shuffled`).
+Fidelity is measured against the teacher. What the student of the other teacher has in common with
+it was therefore not transferred by it.
 """
 
 import runpy

@@ -1,17 +1,17 @@
-r"""The ladder of quantization: which step pays, at which width.
+r"""A comparison of quantization methods: which steps help at which bit-width.
 
 python launch/compress.py --config=configs/ladder.py --workdir=runs/ladder
 
-On Fashion-MNIST with a shorter schedule, and one teacher that configs/fashion_mnist.py trained:
+On Fashion-MNIST, with a shorter schedule and one teacher, trained by configs/fashion_mnist.py:
 
 python launch/compress.py --config=configs/ladder.py:fashion --config.data.data_dir=data \
     --workdir=runs/ladder_fashion \
     --config.arms.teacher.load=runs/fashion_mnist/teacher/0/model.safetensors
 
-At each width, from the same student: round to nearest, with ranges by min-max and by least squares;
-then from the latter each method of post-training; then training, by each way to train quantizers,
-with and without dampened oscillations; then training with the teacher, in three ways. A `reference`
-is what the step is to be compared with. `pivot.md` of the run is the table.
+At each bit-width the arms start from the same student: rounding to nearest with min-max ranges and
+with MSE ranges; each post-training method, starting from MSE ranges; each method for training
+quantizers, with and without dampened oscillations; and training with the teacher, in three ways.
+The `reference` of an arm is the arm it is compared with. `pivot.md` of the run is the table.
 """
 
 import runpy

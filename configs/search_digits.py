@@ -1,10 +1,10 @@
-r"""Bits by search on digits: nine searchers, three sizes, before and after the same training.
+r"""Search for bit-widths on digits: nine searchers, three budgets, before and after training.
 
 python launch/compress.py --config=configs/search_digits.py --workdir=runs/search_digits
 python launch/search.py --config=configs/search_digits.py --workdir=runs/search_digits \
     --config.search.method=ddpg --config.search.most.average_bits=3.5
 
-A few minutes a seed on two quiet cores.
+A few minutes per seed on two quiet cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-r"""Bits by search on Fashion-MNIST, for a ResNet student: searchers, budgets, before and after QAD.
+r"""Search for bit-widths on Fashion-MNIST, for a ResNet student, before and after QAD.
 
 apt-get install dataset-fashion-mnist  # or any folder with the four IDX files
 python launch/prepare_data.py --dataset=fashion_mnist --data_dir=data \
@@ -6,7 +6,7 @@ python launch/prepare_data.py --dataset=fashion_mnist --data_dir=data \
 python launch/compress.py --config=configs/search_fashion.py --config.data.data_dir=data \
     --workdir=runs/search_fashion
 
-About half an hour a seed on two quiet cores. It measures latencies: it wants them for itself.
+About half an hour per seed on two quiet cores. It measures latencies, so nothing else should run.
 """
 
 from ml_collections import ConfigDict

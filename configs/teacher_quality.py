@@ -1,11 +1,11 @@
-r"""Does a better teacher make a better student? Teacher's size, where it stops, and temperature.
+r"""Does a better teacher make a better student? Teacher size, stopping epoch and temperature.
 
 python launch/compress.py --config=configs/teacher_quality.py --workdir=runs/teacher_quality
 
-Every teacher stops on the schedule of the longest (arXiv:1910.01348 found that a teacher stopped
-early may teach a small student better). `kd_SIZE_STOP_tT` is taught by `teacher_SIZE_STOP`;
-fidelity is against the largest, fully trained one, agreement with one's own teacher is in the
-student's training curve.
+All teachers follow the schedule of the longest training and are stopped along it (arXiv:1910.01348
+found that a teacher stopped early may teach a small student better). `kd_SIZE_STOP_tT` is taught by
+`teacher_SIZE_STOP`. Fidelity is measured against the largest, fully trained teacher; the agreement
+of a student with its teacher is in its training curve.
 """
 
 import runpy

@@ -1,11 +1,12 @@
-r"""Hinton's experiment in miniature: what a student knows of a class that it was never shown.
+r"""Hinton's experiment at a small scale: what a student learns about a class it was never shown.
 
 python launch/compress.py --config=configs/withheld_class.py --workdir=runs/withheld
 
-As in arXiv:1503.02531, §3: the examples of one class are kept from the students, not from the
-teacher. A student of labels can't know the class; one of softened probabilities has met it in what
-the teacher says of the others. Each record has `accuracy_by_class` and, with the class's bias
-chosen on validation, `accuracy_corrected` and `accuracy_by_class_corrected`.
+As in arXiv:1503.02531, §3, the examples of one class are removed from the students' training data,
+but not from the teacher's. A student trained on labels cannot know the class; the teacher's
+softened probabilities for the other classes contain information about it. Each record has
+`accuracy_by_class` and, with the bias of the class chosen on validation, `accuracy_corrected` and
+`accuracy_by_class_corrected`.
 """
 
 import runpy

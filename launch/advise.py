@@ -1,10 +1,10 @@
-"""Says from measured results whether to distill, to quantize, or to do both.
+"""Recommends from measured results whether to distill, to quantize, or to do both.
 
     python launch/advise.py --records=docs/results/digits.json --max_size_kib=5 --max_drop=1
 
-Give the folders of experiments, files of records, or both; what was measured on other data or timed
-on another device is answered apart. Every number is cited, and what is missing is said with the
-command that measures it.
+Pass folders of experiments, files of records, or both. Results on different data, or timed on
+different devices, are answered separately. Every number is cited, and for each missing result the
+report gives the command that measures it.
 """
 
 from absl import flags
@@ -14,27 +14,31 @@ from kdq.report.advisor import rules
 
 WORKDIRS = cli.define_paths("workdirs", [], "Folders of launch/compress.py or train.py.")
 RECORDS = cli.define_paths("records", [], "JSON lists of records, e.g. docs/results/digits.json.")
-OUT = cli.define_path("out", None, "Markdown file for the report, beside the terminal.")
+OUT = cli.define_path("out", None, "Markdown file for the report, which is printed as well.")
 MAX_SIZE = flags.DEFINE_float("max_size_kib", None, "Largest file on disk, KiB.")
 MAX_LATENCY = flags.DEFINE_float("max_latency_ms", None, "Longest time of one batch, ms.")
 BATCH = flags.DEFINE_integer("batch", 1, "Examples in a batch, for latencies.")
-MAX_ENERGY = flags.DEFINE_float("max_energy_uj", None, "Most modelled energy an example, µJ.")
+MAX_ENERGY = flags.DEFINE_float("max_energy_uj", None, "Largest modelled energy per example, µJ.")
 MIN_ACCURACY = flags.DEFINE_float(
     "min_accuracy",
     None,
-    "Least (of errors: most) of the metric on validation.",
+    "Lowest (for error metrics: highest) value of the metric on validation.",
 )
 MAX_DROP = flags.DEFINE_float(
-    "max_drop", None, "Most points (of errors: percent) behind the teacher on validation."
+    "max_drop",
+    None,
+    "Largest drop from the teacher on validation, in points (for error metrics: percent).",
 )
 INTEGERS = flags.DEFINE_enum(
     "integers",
     "sub8",
     list(rules.INTEGERS),
-    "Integers of the device: none (float only), 8 (8 bits only), sub8 (1 to 8 bits).",
+    "Integers that the device supports: none (float only), 8 (8 bits only), sub8 (1 to 8 bits).",
 )
 MINUTES = flags.DEFINE_float(
-    "training_minutes", None, "Longest training, on the records' machine; 0 only calibrates."
+    "training_minutes",
+    None,
+    "Longest training, in minutes on the machine of the records; 0 only calibrates.",
 )
 LABELS = flags.DEFINE_bool("labels", True, "Whether there are labels to train with.")
 TEACHER = flags.DEFINE_bool("teacher", True, "Whether there is a trained teacher.")

@@ -3,9 +3,9 @@
     python launch/compress.py --config=configs/digits.py --workdir=runs/digits
 
 Any field can be overridden: --config.data.batch_size=128
---config.distill.kd.terms.kl.temperature=2. What comes after ":" in
---config=configs/digits.py:quick,seeds=3 goes to the config file itself. Run the same command again
-after an interruption: what is done stays done.
+--config.distill.kd.terms.kl.temperature=2. The part after ":" in
+--config=configs/digits.py:quick,seeds=3 is an argument of the config file. Run the same command
+again after an interruption: finished arms are kept.
 """
 
 from absl import flags
@@ -17,10 +17,12 @@ WORKDIR = cli.define_workdir(
     "Folder for results, tables and checkpoints; made if it does not exist."
 )
 TENSORBOARD = flags.DEFINE_boolean(
-    "tensorboard", False, "Training curves as TensorBoard's events, too: ARM/SEED/tensorboard."
+    "tensorboard",
+    False,
+    "Also write TensorBoard events of the training curves, to ARM/SEED/tensorboard.",
 )
 SHARED = flags.DEFINE_string(
-    "shared", None, "Folder by which the runs of a sweep share arms; launch/sweep.py gives it."
+    "shared", None, "Folder through which the runs of a sweep share arms; set by launch/sweep.py."
 )
 
 

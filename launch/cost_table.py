@@ -1,9 +1,10 @@
-r"""Measures what a network costs at given bits on this device, layer by layer, for later searches.
+"""Measures the cost of a network on this device, per layer and bits, for later searches.
 
     python launch/cost_table.py --config=configs/search_fashion.py --model=student --out=costs.json
 
-Choices of bits, runtime, batch and threads are those of config.search. A search here makes the
-table itself; for another device run this there, and give the search the file:
+The choices of bits, the runtime, the batch and the threads are those of config.search. A search
+measures the table for its own machine; for another device run this program there, and pass the
+file to the search:
 --config.search.cost_tables=costs.json --config.search.other_device=True
 """
 
@@ -13,8 +14,8 @@ from kdq import cli
 
 CONFIG = cli.define_config()
 MODEL = flags.DEFINE_string("model", "student", "The network, a key of config.models.")
-OUT = cli.define_path("out", None, "The file.")
-METRICS = flags.DEFINE_list("metrics", ["size", "latency"], "What is measured of size, latency.")
+OUT = cli.define_path("out", None, "File for the table.")
+METRICS = flags.DEFINE_list("metrics", ["size", "latency"], "Costs to measure: size, latency.")
 
 
 def main(_: list[str]) -> None:

@@ -1,23 +1,26 @@
-"""Exports an arm of an experiment that has been run, and says what runtimes make of it.
+"""Exports a finished arm of an experiment and checks the files in their runtimes.
 
     python launch/export.py --workdir=runs/digits --arm=qat_w4a4 --format=onnx,stablehlo --out=DIR
 
-Each file is run in its own runtime: it must agree with the simulated model on nearly all of the
-held-out examples (have its class, for classification), or it is an error, which comes when all
-other files are there. DIR/manifest.json says what the files are, and why one is not.
+Each file is run in its own runtime and must agree with the simulated model on nearly all of the
+held-out examples (for classification: predict the same class). A disagreement is an error, which is
+raised after all other files are written. DIR/manifest.json describes the files, and says why one is
+missing.
 """
 
 from absl import flags
 
 from kdq import cli, schema
 
-WORKDIR = cli.define_path("workdir", None, "The folder of launch/compress.py or train.py.")
+WORKDIR = cli.define_path("workdir", None, "Folder of launch/compress.py or launch/train.py.")
 ARM = flags.DEFINE_string("arm", None, "The arm, a key of config.arms.")
 FORMAT = flags.DEFINE_list("format", ["onnx"], f"Some of: {', '.join(schema.FORMATS)}.")
 OUT = cli.define_path(
-    "out", None, "Folder for the files, one a seed in it; WORKDIR/ARM/SEED/export if not given."
+    "out",
+    None,
+    "Folder for the files, with subfolders for several seeds; default WORKDIR/ARM/SEED/export.",
 )
-SEED = flags.DEFINE_integer("seed", None, "One seed; all that have been run if not given.")
+SEED = flags.DEFINE_integer("seed", None, "One seed; default all finished seeds.")
 cli.define_allow_models()
 
 

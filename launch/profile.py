@@ -2,8 +2,8 @@
 
     python launch/profile.py --config=configs/digits.py --workdir=runs/digits --arm=teacher
 
-What the arm needs is run first, and kept in the workdir; of the arm itself nothing is kept but the
-trace, under WORKDIR/profile/ARM: for Perfetto, xprof, or TensorBoard's profile plugin.
+The arms on which it depends are run first, and kept in the workdir. Of the traced arm only the
+trace is kept, under WORKDIR/profile/ARM: for Perfetto, xprof, or TensorBoard's profile plugin.
 """
 
 from absl import flags
@@ -11,11 +11,11 @@ from absl import flags
 from kdq import cli
 
 CONFIG = cli.define_config()
-WORKDIR = cli.define_workdir("Folder for the trace, and for the arms that this one needs.")
+WORKDIR = cli.define_workdir("Folder for the trace, and for the arms on which this one depends.")
 ARM = flags.DEFINE_string("arm", None, "The arm whose training is traced.")
-SEED = flags.DEFINE_integer("seed", 0, "Of config.seeds.")
+SEED = flags.DEFINE_integer("seed", 0, "The seed, one of config.seeds.")
 STEPS = flags.DEFINE_integer("steps", 50, "Steps to trace.", lower_bound=1)
-TOP = flags.DEFINE_integer("top", 15, "Costs to print.", lower_bound=1)
+TOP = flags.DEFINE_integer("top", 15, "Number of operations to print.", lower_bound=1)
 
 
 def main(_: list[str]) -> None:

@@ -1,10 +1,10 @@
-"""Writes one page of the results of one or several workdirs, with its tables and plots.
+"""Writes one page of the results of one or several workdirs, with tables and plots.
 
     python launch/report.py --workdirs=runs/digits --out=report
 
-Leaves report.html (which opens from disk and loads nothing), table.md, table.csv, table.tex and
-plots/ as PNG and SVG. Seeds of the same arms are put together; what must not be compared, as of
-other data, is kept apart.
+Writes report.html (which opens from disk and loads nothing), table.md, table.csv, table.tex and
+plots/ as PNG and SVG. Seeds of the same arms are combined; results that must not be compared, such
+as those on different data, are kept apart.
 """
 
 from absl import flags
@@ -15,7 +15,7 @@ WORKDIRS = cli.define_paths("workdirs", None, "Folders of launch/compress.py or 
 OUT = cli.define_path("out", None, "Folder for the report; made if it does not exist.")
 MAX_SIZE = flags.DEFINE_float("max_size_kib", None, "For the answer: largest file on disk, KiB.")
 MAX_DROP = flags.DEFINE_float(
-    "max_drop", None, "For the answer: most points of validation accuracy below the teacher's."
+    "max_drop", None, "For the answer: largest drop from the teacher on validation, in points."
 )
 
 

@@ -1,13 +1,13 @@
-r"""Searches bits for each layer under a budget, trains what it finds, exports it, tabulates it.
+r"""Searches bits for each layer under a budget, then trains, exports and tabulates the result.
 
     python launch/search.py --config=configs/search_digits.py --workdir=runs/search \
         --config.search.method=knapsack --config.search.most.average_bits=3
 
-What is searched, with what, under which budgets: config.search. The arms it needs are run first.
-WORKDIR/searches/NAME/SEED has every evaluation (evaluations-DIGEST.jsonl) and the result; the arms
-NAME_ptq (calibrated) and NAME_qad (trained as config.search.finetune) join the table, beside those
-of the best uniform bits under the same budgets (uniform_ptq, uniform_qad). Run the same command
-again after an interruption: it goes on where it was.
+config.search sets the choices, the method and the budgets. The arms on which the search depends are
+run first. WORKDIR/searches/NAME/SEED has every evaluation (evaluations-DIGEST.jsonl) and the
+result. The arms NAME_ptq (calibrated) and NAME_qad (trained as config.search.finetune) are added to
+the table, with those of the best uniform bits under the same budgets (uniform_ptq, uniform_qad).
+Run the same command again after an interruption: the search resumes.
 """
 
 from absl import flags
@@ -17,7 +17,7 @@ from kdq import cli
 CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir("Folder for results; made if it does not exist.")
 NAME = flags.DEFINE_string(
-    "name", None, "Of the search, and of its arms; config.search.method if not given."
+    "name", None, "Name of the search and of its arms; default config.search.method."
 )
 
 

@@ -4,8 +4,8 @@ r"""Runs an experiment many times with different overrides, and prints one table
         --sweep=configs/sweeps/temperature.py --executor=local --workers=2
 
 Each run is launch/compress.py (with --arm: launch/train.py) in WORKDIR/runs/NAME, with its output
-in log.txt there. Run the same command again after an interruption or a failure: what is done stays
-done. See docs/sweeps.md.
+in log.txt there. Run the same command again after an interruption or a failure: finished runs are
+kept. See docs/sweeps.md.
 """
 
 import sys
@@ -19,12 +19,16 @@ from kdq import cli, sweep
 CONFIG = cli.define_config()
 WORKDIR = cli.define_path("workdir", None, "Folder for the runs and the table.")
 SWEEP = cli.define_path("sweep", None, "File with get_sweep(), e.g. configs/sweeps/bits.py.")
-ARM = flags.DEFINE_string("arm", "", "Only this arm of each run, with those it needs.")
-EXECUTOR = flags.DEFINE_enum("executor", "local", list(sweep.EXECUTORS), "What runs the runs.")
-WORKERS = flags.DEFINE_integer("workers", None, "Runs at a time; local, ray: 1, slurm: all.")
-ADDRESS = flags.DEFINE_string("address", None, "ray: of a cluster; none starts one here.")
-CLUSTER = flags.DEFINE_string("cluster", "slurm", "slurm: or local or debug, to try things out.")
-SLURM = flags.DEFINE_multi_string("slurm", [], "slurm: a parameter of sbatch, partition=gpu.")
+ARM = flags.DEFINE_string("arm", "", "Only this arm of each run, and those on which it depends.")
+EXECUTOR = flags.DEFINE_enum("executor", "local", list(sweep.EXECUTORS), "How runs are started.")
+WORKERS = flags.DEFINE_integer(
+    "workers", None, "Concurrent runs; default 1 for local and ray, all for slurm."
+)
+ADDRESS = flags.DEFINE_string(
+    "address", None, "ray: address of a cluster; if not set, one is started here."
+)
+CLUSTER = flags.DEFINE_string("cluster", "slurm", "slurm: slurm, or for testing local or debug.")
+SLURM = flags.DEFINE_multi_string("slurm", [], "slurm: an sbatch parameter, such as partition=gpu.")
 
 
 def options(executor: str) -> dict:

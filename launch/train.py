@@ -1,8 +1,8 @@
-"""Runs one arm of an experiment, and the arms it needs, for one seed or all.
+"""Runs one arm of an experiment, and the arms on which it depends, for one seed or all.
 
     python launch/train.py --config=configs/digits.py --workdir=runs/digits --arm=kd --seed=0
 
-The same config, workdir and files as launch/compress.py, which then finds the arm done.
+It uses the same config, workdir and files as launch/compress.py, which then keeps the finished arm.
 """
 
 from absl import flags
@@ -12,12 +12,14 @@ from kdq import cli
 CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir("Folder for results; made if it does not exist.")
 ARM = flags.DEFINE_string("arm", None, "The arm to run, a key of config.arms.")
-SEED = flags.DEFINE_integer("seed", None, "One seed; all of config.seeds if not given.")
+SEED = flags.DEFINE_integer("seed", None, "One seed; default all of config.seeds.")
 TENSORBOARD = flags.DEFINE_boolean(
-    "tensorboard", False, "Training curves as TensorBoard's events, too: ARM/SEED/tensorboard."
+    "tensorboard",
+    False,
+    "Also write TensorBoard events of the training curves, to ARM/SEED/tensorboard.",
 )
 SHARED = flags.DEFINE_string(
-    "shared", None, "Folder by which the runs of a sweep share arms; launch/sweep.py gives it."
+    "shared", None, "Folder through which the runs of a sweep share arms; set by launch/sweep.py."
 )
 
 

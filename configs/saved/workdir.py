@@ -1,9 +1,9 @@
-r"""The config that a workdir was last run with, to run it or one of its arms again elsewhere.
+r"""The config with which a workdir was last run, to run it or one of its arms again elsewhere.
 
 python launch/train.py --config=configs/saved/workdir.py:runs/digits --workdir=runs/again \
     --arm=kd --seed=0
 
-Models of modules that kdq has not are imported only with --allow_models=MODULE.
+Models defined outside kdq are imported only with --allow_models=MODULE.
 """
 
 from pathlib import Path

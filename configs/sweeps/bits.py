@@ -1,4 +1,4 @@
-"""Sweeps the bits of the first and last layer, usually 8, while the others have W4A4.
+"""Sweeps the bits of the first and last layer, usually 8, with the others at W4A4.
 
 python launch/sweep.py --config=configs/digits.py --workdir=runs/bits --arm=qad_w4a4_kd \
     --sweep=configs/sweeps/bits.py --executor=slurm --slurm=partition=short

@@ -1,4 +1,4 @@
-"""Which temperature and weight of the teacher? Each over seeds of its own, on any config with `kd`.
+"""Sweeps the temperature of distillation, over several seeds, in any config with `kd`.
 
 python launch/sweep.py --config=configs/digits.py --workdir=runs/temperature --arm=kd \
     --sweep=configs/sweeps/temperature.py --executor=local
