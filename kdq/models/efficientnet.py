@@ -35,7 +35,7 @@ STAGES = (
 
 
 class Variant(NamedTuple):
-    """How a network differs from B0."""
+    """The difference of a network from B0."""
 
     width: float  # factor of channels
     depth: float  # factor of blocks

@@ -39,7 +39,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     Args:
       path: of a safetensors file (".safetensors"), of NumPy's (".npz"), or else one that PyTorch
         saved (".pth", ".pt", ".bin"), of which nothing is executed: it may hold tensors in
-        mappings and lists, whose keys are joined by dots, and numbers and texts, which are left out.
+        mappings and lists, whose keys are joined by dots; numbers and texts are left out.
 
     Raises:
       TensorFileError: another file, a damaged one, or one that asks for code to be run.
@@ -109,7 +109,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         raise TensorFileError(
-            f"it asks for {module}.{name}, which is code and not a tensor: save the state_dict alone"
+            f"it asks for {module}.{name}, which is code, not a tensor: save the state_dict alone"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
