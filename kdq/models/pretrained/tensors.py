@@ -173,17 +173,17 @@ def _fill(tree: Any, read: Callable[[_Storage], bytes]) -> Any:
 def _tensors(tree: Any) -> list[_Tensor]:
     if isinstance(tree, _Tensor):
         return [tree]
-    children = tree.values() if isinstance(tree, Mapping) else tree
     if not isinstance(tree, Mapping | list | tuple):
         return []
+    children = tree.values() if isinstance(tree, Mapping) else tree
     return [tensor for child in children for tensor in _tensors(child)]
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, np.ndarray]]:
     if isinstance(tree, np.ndarray):
         return [(prefix, tree)]
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
     if not isinstance(tree, Mapping | list):
         return []
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
     join = lambda key: f"{prefix}.{key}" if prefix else str(key)
     return [entry for key, value in items for entry in _flatten(value, join(key))]

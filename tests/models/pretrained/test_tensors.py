@@ -116,6 +116,13 @@ def test_both_layouts_of_pytorch(tmp_path, save):
         assert read[name].dtype == array.dtype
 
 
+def test_tensors_in_mappings_and_lists_have_dots_in_their_names(tmp_path):
+    (tensor,) = tree_of({"x": np.ones(2, np.float32)}).values()
+    tree = {"epoch": 3, "state": {"conv": {"bias": tensor}, "steps": [tensor], "note": "text"}}
+    save_zip(tmp_path / "m.pth", tree, {"0": np.ones(2, np.float32).tobytes()})
+    assert list(read_tensors(tmp_path / "m.pth")) == ["state.conv.bias", "state.steps.0"]
+
+
 def test_views_of_a_storage_have_its_strides_and_offset(tmp_path):
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     view = Tensor(Storage("FloatStorage", "0", 12), (2, 3), (1, 4), offset=1)
