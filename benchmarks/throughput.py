@@ -42,10 +42,11 @@ from kdq.config import Experiment
 from kdq.data import Source
 from kdq.deploy.measure import latency
 from kdq.distill.teacher import Model, Stored
-from kdq.experiment import initial, training
+from kdq.experiment import training
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress
 from kdq.experiment.quantized import quantized
+from kdq.experiment.store import fresh_variables
 from kdq.experiment.teaching import Teaching
 from kdq.quantize.network import Weights
 from kdq.train import loop
@@ -133,11 +134,11 @@ def make_plan(setting: Setting, kind: str) -> tuple[Plan, TrainState]:
     arm = experiment.arms[name]
     built = {key: models.build(**fields) for key, fields in experiment.models.items()}
     image = np.zeros(inputs.image.shape, np.float32)
-    fresh = lambda model, seed: initial.variables(model, jax.random.key(seed), image)
+    fresh = lambda model, seed: fresh_variables(model, jax.random.key(seed), image)
     model = built[arm.model]
     start = Weights(variables=fresh(model, 0), qparams={})
     if arm.bits:
-        images = inputs.calibration_images()
+        images = inputs.calibration_batches()
         start, _ = quantized(
             experiment, arm, model, start.variables, images, guide=None, progress=Progress()
         )

@@ -121,17 +121,14 @@ def searched_arms(
     """
     searches, arms = ConfigDict(sort_keys=False), ConfigDict(sort_keys=False)
     calibrated = {key: trained[key] for key in ("model", "init")}
+    by_name = {method: {"method": method} for method in methods}
+    if isinstance(methods, Mapping):
+        by_name = methods
     for budget, limits in budgets.items():
-        for method, fields in _methods(methods).items():
+        for method, fields in by_name.items():
             name = f"{method}_{budget}"
             searches[name] = search(**{**shared, **limits, **fields})
             for suffix, kind in (("ptq", calibrated), ("qad", trained)):
                 reference = "" if method == baseline else f"{baseline}_{budget}_{suffix}"
                 arms[f"{name}_{suffix}"] = arm(**{**kind, "bits": name, "reference": reference})
     return searches, arms
-
-
-def _methods(methods: Any) -> dict[str, Mapping[str, Any]]:
-    if isinstance(methods, Mapping):
-        return dict(methods)
-    return {method: {"method": method} for method in methods}

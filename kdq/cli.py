@@ -9,6 +9,7 @@ import importlib
 import re
 import runpy
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdq import config, heap, interrupts, trust, usage
+from kdq import config, heap, interrupts, trust
 from kdq.fields import ConfigError, Mistake, check_text, expand_user
 
 flags.disclaim_key_flags()  # what is defined here is listed under --help of the program itself
 
 
+# Flags of the same meaning in all programs; they come last in the help.
 WHERE = (
     "compilation_cache_dir",
     "distributed",
@@ -29,6 +31,8 @@ WHERE = (
     "num_processes",
     "process_id",
 )
+WIDTH = 92  # of the help's text
+HELP = ("-?", "-h", "-help", "--help", "--h")  # --helpfull is absl's
 
 
 def define_config() -> flags.FlagHolder:
@@ -125,8 +129,8 @@ def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
             processes.leave_if_lost(error)
             raise
 
-    if usage.asked(sys.argv):
-        print(usage.text(sys.modules["__main__"].__doc__, required, WHERE), end="")
+    if any(argument in HELP for argument in sys.argv[1:]):
+        print(_help_text(sys.modules["__main__"].__doc__, required), end="")
         return
     heap.keep_freed_memory()
     flags.mark_flags_as_required(required)
@@ -177,8 +181,13 @@ def _prepare() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with a config file that is not there and keys that it lacks explained."""
+    argv = list(argv)
     try:
-        argv = [_argument(argument) for argument in argv]
+        for i, argument in enumerate(argv):
+            check_text(argument, "argument")
+            flag, _, value = argument.partition("=")
+            if flag in ("--config", "-config"):
+                argv[i] = f"{flag}={expand_user(value, flag)}"
     except ConfigError as error:
         sys.exit(f"error: {error}")
     trust.allow(m for text in _values(argv, "allow_models") for m in text.split(","))
@@ -200,19 +209,14 @@ def _parse(argv: list[str]) -> list[str]:
             cause = cause.__context__
         sys.exit(f"error: {error}")
     except (AttributeError, KeyError):
-        wrong = _unknown_key(argv, path)
-        if wrong is None:
-            raise
-        sys.exit(f"error: {wrong}")
-
-
-def _argument(argument: str) -> str:
-    """An argument, with the ~ of --config expanded. Raises ConfigError for what is no line."""
-    check_text(argument, "argument")
-    flag, _, value = argument.partition("=")
-    if flag in ("--config", "-config"):
-        return f"{flag}={expand_user(value, flag)}"
-    return argument
+        file, *argument = path.split(":", 1)
+        overrides = [re.match(r"--?(?:no)?config\.([^=]+)", each) for each in argv[1:]]
+        for key in (match[1] for match in overrides if match):
+            try:
+                config.at_path(runpy.run_path(file)["get_config"](*argument), key)
+            except ConfigError as error:
+                sys.exit(f"error: {error}")
+        raise
 
 
 def _values(argv: list[str], name: str) -> list[str]:
@@ -236,16 +240,39 @@ def _names_libraries(argv: list[str]) -> bool:
     return False
 
 
-def _unknown_key(argv: list[str], path: str) -> str | None:
-    """Returns what is wrong with the first --config.KEY that the config lacks; None if none is."""
-    file, *argument = path.split(":", 1)
-    for argument_given in argv[1:]:
-        override = re.match(r"--?(?:no)?config\.([^=]+)", argument_given)
-        if override is None:
-            continue
-        place, seen = runpy.run_path(file)["get_config"](*argument), "config"
-        for key in override[1].split("."):
-            if not hasattr(place, "keys") or key not in place:
-                return config.unknown(f"key in {seen}:", key, getattr(place, "keys", list)())
-            place, seen = place[key], f"{seen}.{key}"
-    return None
+def _help_text(doc: str, required: Sequence[str]) -> str:
+    """Returns the text of --help: a program's own flags first, by what they are for."""
+    defined = {flag.name: flag for flag in flags.FLAGS.get_flags_for_module(sys.argv[0])}
+    groups = {
+        "required": [name for name in required if name in defined],
+        "options": [name for name in defined if name not in (*required, *WHERE)],
+        "where it runs": [name for name in WHERE if name in defined],
+    }
+    parts = [doc.strip()]
+    for title, names in groups.items():
+        if names:
+            parts.append("\n".join([f"{title}:", *(_describe(defined[name]) for name in names)]))
+    if "config" in defined:
+        words = (
+            "--config.data.batch_size=128 overrides any of them; kdq/schema.py says what there is, "
+            "and a name that does not exist is an error that lists the valid ones."
+        )
+        parts.append(f"fields of the config:\n{_indented(words, '  ')}")
+    return "\n\n".join([*parts, "--helpfull lists the flags of absl, JAX and TFDS too.", ""])
+
+
+def _describe(flag: flags.Flag) -> str:
+    name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+    value = "" if flag.default in (None, [], False, "") else flag.default_as_str.strip("'")
+    default = f" Default: {value}." if value else ""
+    # Without what absl puts before and after what the program says.
+    words = re.sub(r"^<[^>]*>: |;\s+repeat this option.*", "", flag.help, flags=re.DOTALL)
+    if isinstance(flag.parser, flags.EnumParser):
+        words = f"One of {', '.join(flag.parser.enum_values)}. {words}"
+    if isinstance(flag, flags.MultiFlag):
+        words += " Can be given several times."
+    return f"  {name}\n{_indented(words + default, '      ')}"
+
+
+def _indented(words: str, indent: str) -> str:
+    return textwrap.fill(words, WIDTH, initial_indent=indent, subsequent_indent=indent)

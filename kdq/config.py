@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from kdq.fields import ConfigError, build, check_references, did_you_mean, unknown
+from kdq.fields import ConfigError, build, check_needs, check_references, did_you_mean, unknown
 from kdq.schema import (
     SEEDS,
     TEACHERS,
@@ -29,7 +29,6 @@ from kdq.schema import (
     Quantize,
     Resources,
     Search,
-    TeacherConfig,
 )
 
 __all__ = [
@@ -46,6 +45,7 @@ __all__ = [
     "Search",
     "ancestors",
     "arm",
+    "at_path",
     "complete",
     "did_you_mean",
     "digest",
@@ -120,6 +120,16 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
+def at_path(config: ml_collections.ConfigDict, path: str) -> Any:
+    """Returns what a config has at a dotted path. Raises ConfigError for a key that it lacks."""
+    place, seen = config, "config"
+    for key in path.split("."):
+        if not hasattr(place, "keys") or key not in place:
+            raise ConfigError(unknown(f"key in {seen}:", key, getattr(place, "keys", list)()))
+        place, seen = place[key], f"{seen}.{key}"
+    return place
+
+
 def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     """The checked, frozen form of a config.
 
@@ -130,7 +140,13 @@ def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
     experiment = build(Experiment, config, "config")
-    teachers = {name: _teacher(name, entry) for name, entry in experiment.teachers.items()}
+    teachers = {}
+    for name, entry in experiment.teachers.items():
+        where = f"config.teachers.{name}"
+        kind = entry.get("kind") if isinstance(entry, Mapping) else entry
+        if kind not in TEACHERS:
+            raise ConfigError(unknown(f"{where}.kind:", kind, TEACHERS))
+        teachers[name] = build(TEACHERS[kind], entry, where)
     models, compute = dict(experiment.models), experiment.compute
     if compute.dtype:
         models = {name: {**fields, "dtype": compute.dtype} for name, fields in models.items()}
@@ -139,14 +155,6 @@ def freeze(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     check_references(experiment, experiment, "config")
     _check(experiment)
     return experiment
-
-
-def _teacher(name: str, fields: Any) -> TeacherConfig:
-    where = f"config.teachers.{name}"
-    kind = fields.get("kind") if isinstance(fields, Mapping) else fields
-    if kind not in TEACHERS:
-        raise ConfigError(unknown(f"{where}.kind:", kind, TEACHERS))
-    return build(TEACHERS[kind], fields, where)
 
 
 def _check(experiment: Experiment) -> None:
@@ -166,12 +174,16 @@ def _check(experiment: Experiment) -> None:
         if name in experiment.rules:
             raise ConfigError(f"config.searches.{name}: there are rules of that name")
         _check_search(experiment, search, f"config.searches.{name}")
-    _check_cache(experiment.cache)
+    cache = experiment.cache
+    if (cache.kind in ("top_k", "sampled")) != (cache.size > 0):
+        raise ConfigError(
+            f"config.cache: size={cache.size} with kind={cache.kind!r}; expected at least 1 with "
+            "'top_k' and 'sampled', 0 with the others"
+        )
     for name in experiment.teachers:
         _check_teacher(experiment, name)
     for name in experiment.arms:
         _check_arm(experiment, name)
-        _check_taught(experiment, name)
     ancestors(experiment, *experiment.arms)  # whose parents are all there
 
 
@@ -207,15 +219,6 @@ def _check_search(experiment: Experiment, search: Search, where: str) -> None:
         for term in search.distilled:
             if term not in terms:
                 raise ConfigError(unknown(f"{where}.distilled: term", term, terms))
-
-
-def _check_cache(cache: Cache) -> None:
-    sparse = cache.kind in ("top_k", "sampled")
-    if sparse != (cache.size > 0):
-        raise ConfigError(
-            f"config.cache: size={cache.size} with kind={cache.kind!r}; expected at least 1 with "
-            "'top_k' and 'sampled', 0 with the others"
-        )
 
 
 def _check_teacher(experiment: Experiment, name: str) -> None:
@@ -270,9 +273,6 @@ def _check_arm(experiment: Experiment, name: str) -> None:
         raise ConfigError(
             f"{where}.epochs={arm.epochs}: expected more than 0, or an init or load to keep"
         )
-    for field in ("label_smoothing", "without_classes"):
-        if getattr(arm, field) and not arm.epochs:
-            raise ConfigError(f"{where}.{field}={getattr(arm, field)}: needs epochs to train in")
     if arm.stop > arm.epochs:
         raise ConfigError(f"{where}.stop={arm.stop}: expected 0 to the {arm.epochs} epochs")
     for seed in experiment.seeds:
@@ -281,22 +281,13 @@ def _check_arm(experiment: Experiment, name: str) -> None:
                 f"{where}.seed_offset={arm.seed_offset}: with the seed {seed} that is "
                 f"{seed + arm.seed_offset}; expected 0 to below {SEEDS}"
             )
-
-
-def _check_taught(experiment: Experiment, name: str) -> None:
-    where, arm = f"config.arms.{name}", experiment.arms[name]
     guided = arm.ptq and not arm.epochs and arm.teacher in experiment.arms
     if bool(arm.teacher) != bool(arm.distill) and not guided:
         raise ConfigError(
             f"{where}: teacher={arm.teacher!r} with distill={arm.distill!r}; expected both or "
             "neither"
         )
-    if arm.ptq and not arm.bits:
-        raise ConfigError(f"{where}.ptq={arm.ptq!r}: needs bits")
-    if arm.distill and not arm.epochs:
-        raise ConfigError(f"{where}.distill={arm.distill!r}: needs epochs, in which it is taught")
-    if arm.qat and not (arm.bits and arm.epochs):
-        raise ConfigError(f"{where}.qat={arm.qat!r}: needs bits and epochs")
+    check_needs(arm, where)
 
 
 def ancestors(experiment: Experiment, *names: str) -> tuple[str, ...]:
@@ -317,14 +308,12 @@ def ancestors(experiment: Experiment, *names: str) -> tuple[str, ...]:
                 del trail[current]
             elif parent in trail:
                 circle = " -> ".join([*trail, parent])
-                raise ConfigError(f"arms need each other in a circle: {_shortened(circle)}")
+                if len(circle) > 400:
+                    circle = f"{circle[:200]} ... {circle[-200:]}"
+                raise ConfigError(f"arms need each other in a circle: {circle}")
             else:
                 trail[parent] = iter(parents(experiment, parent))
     return tuple(order)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def parents(experiment: Experiment, name: str) -> tuple[str, ...]:

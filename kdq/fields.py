@@ -76,15 +76,7 @@ class Limits:
     path: bool = False  # of a file or folder, in which ~ is the user's own folder
     # Sections of the whole config; a value is a key of one of them, or "" if that is the default.
     refers: tuple[str, ...] = ()
-
-    def converted(self, value: Any, where: str) -> Any:
-        """The value, and of a path what it stands for. Raises ConfigError beyond the limits."""
-        self.check(value, where)
-        if not self.path:
-            return value
-        if isinstance(value, tuple):
-            return tuple(expand_user(path, where) for path in value)
-        return expand_user(value, where)
+    needs: tuple[str, ...] = ()  # other fields that are not empty or 0 if this one is not
 
     def check(self, value: Any, where: str) -> None:
         """Raises ConfigError for a value beyond the limits."""
@@ -214,12 +206,26 @@ def check_references(config: Any, part: Any, where: str) -> None:
                     check_references(config, entry, f"{place}.{key}")
 
 
+def check_needs(part: Any, where: str) -> None:
+    """Raises ConfigError if a field of a dataclass is set without others that it needs."""
+    for name, value in vars(part).items():
+        needs = limits_of(type(part), name).needs
+        if value and not all(getattr(part, other) for other in needs):
+            raise ConfigError(f"{where}.{name}={value!r}: needs {' and '.join(needs)}")
+
+
 def convert(cls: type, name: str, value: Any, where: str) -> Any:
     """Returns the value of a field of a dataclass, of its type and within its limits.
 
     Raises ConfigError for any other.
     """
-    return limits_of(cls, name).converted(_coerce(hints(cls)[name], value, where), where)
+    limits, value = limits_of(cls, name), _coerce(hints(cls)[name], value, where)
+    limits.check(value, where)
+    if not limits.path:
+        return value
+    if isinstance(value, tuple):
+        return tuple(expand_user(path, where) for path in value)
+    return expand_user(value, where)
 
 
 @functools.cache

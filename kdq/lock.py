@@ -105,12 +105,23 @@ def _acquire(folder: Path, workdir: str) -> TextIO | None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever held it may have deleted the file between the opening and the lock.
-            if not _is_at(file, folder / FILE):
+            try:
+                is_there = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / FILE))
+            except FileNotFoundError:
+                is_there = False
+            if not is_there:
                 file.close()
                 continue
+            now = datetime.datetime.now().astimezone()
+            holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": now.isoformat(sep=" ", timespec="seconds"),
+                "command": shlex.join(sys.orig_argv),
+            }
             with named_errors(folder / FILE):
                 file.truncate(0)
-                file.write(json.dumps(_holder()) + "\n")
+                file.write(json.dumps(holder) + "\n")
                 file.flush()
             return file
         except BlockingIOError:
@@ -128,23 +139,6 @@ def _acquire(folder: Path, workdir: str) -> TextIO | None:
             )
             os.unlink(folder / FILE)
             return None
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _holder() -> dict[str, str | int]:
-    now = datetime.datetime.now().astimezone()
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": now.isoformat(sep=" ", timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
-    }
 
 
 def _describe(file: TextIO) -> str:

@@ -19,15 +19,9 @@ _LENGTH_BYTES = 8
 
 
 def encode(value: Any) -> bytes:
-    """Returns the bytes of a value.
-
-    Args:
-      value: of None, booleans, numbers, texts, lists, tuples, mappings, arrays of NumPy and JAX,
-        PRNG keys, dataclasses of kdq and exceptions, in each other.
-
-    Raises:
-      TypeError: anything else in it.
-    """
+    """Returns the bytes of a value. Raises TypeError for one that has anything in it but None,
+    booleans, numbers, texts, lists, tuples, mappings, arrays of NumPy and JAX, PRNG keys,
+    dataclasses of kdq and exceptions."""
     buffers: list[bytes] = []
     text = json.dumps(_encoded(value, buffers), separators=(",", ":")).encode()
     return b"".join([len(text).to_bytes(_LENGTH_BYTES, "little"), text, *buffers])
@@ -35,11 +29,7 @@ def encode(value: Any) -> bytes:
 
 def decode(data: bytes) -> Any:
     """Returns the value that was encoded; a mapping as a dict, an exception that this process does
-    not know as a RuntimeError with its name.
-
-    Raises:
-      ValueError: bytes that `encode` did not make.
-    """
+    not know as a RuntimeError with its name. Raises ValueError for bytes of something else."""
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     start = _LENGTH_BYTES + length
     try:
@@ -61,7 +51,14 @@ def _encoded(value: Any, buffers: list[bytes]) -> Any:
         words = inner([jax.random.key_data(value)])
         return {"key": [str(jax.random.key_impl(value)), *words]}
     if isinstance(value, jax.Array | np.ndarray | np.generic):
-        return {"array": _array(value, buffers)}
+        is_jax, is_scalar = isinstance(value, jax.Array), isinstance(value, np.generic)
+        array = np.asarray(value, order="C")
+        if array.dtype.hasobject:
+            raise TypeError("an array of objects can't be sent to another process")
+        start = sum(map(len, buffers))
+        buffers.append(array.tobytes())
+        library = "jax" if is_jax else "scalar" if is_scalar else "numpy"
+        return {"array": [library, array.dtype.name, list(array.shape), start]}
     if isinstance(value, BaseException):
         arguments = value.args
         if isinstance(value, OSError) and value.filename is not None:
@@ -74,17 +71,6 @@ def _encoded(value: Any, buffers: list[bytes]) -> Any:
     raise TypeError(f"a {type(value).__name__} can't be sent to another process: {value!r:.60}")
 
 
-def _array(value: Any, buffers: list[bytes]) -> list[Any]:
-    is_jax, is_scalar = isinstance(value, jax.Array), isinstance(value, np.generic)
-    kind = "jax" if is_jax else "scalar" if is_scalar else "numpy"
-    array = np.asarray(value, order="C")
-    if array.dtype.hasobject:
-        raise TypeError("an array of objects can't be sent to another process")
-    start = sum(map(len, buffers))
-    buffers.append(array.tobytes())
-    return [kind, array.dtype.name, list(array.shape), start]
-
-
 def _decoded(value: Any, buffer: memoryview) -> Any:
     if isinstance(value, list):
         return [_decoded(v, buffer) for v in value]
@@ -92,28 +78,16 @@ def _decoded(value: Any, buffer: memoryview) -> Any:
         return value
     ((kind, content),) = value.items()
     if kind == "array":
-        return _decoded_array(*content, buffer)
+        return _array(*content, buffer)
+    makers = {"list": list, "tuple": tuple, "dict": dict}
+    makers |= {"key": _key, "error": _error, "class": _instance}
+    if kind not in makers:
+        raise ValueError(f"no message of kdq: {kind!r}")
     content = _decoded(content, buffer)
-    if kind == "list":
-        return content
-    if kind == "tuple":
-        return tuple(content)
-    if kind == "dict":
-        return dict(content)
-    if kind == "key":
-        return jax.random.wrap_key_data(content[1], impl=content[0])
-    if kind == "error":
-        return _error(*content)
-    if kind == "class":
-        name, fields = content
-        cls = _lookup(name)
-        if not (name.startswith("kdq.") and dataclasses.is_dataclass(cls)):
-            raise ValueError(f"no message of kdq: the class {name!r}")
-        return cls(**fields)
-    raise ValueError(f"no message of kdq: {kind!r}")
+    return makers[kind](content)
 
 
-def _decoded_array(kind: str, dtype: str, shape: list[int], start: int, buffer: memoryview) -> Any:
+def _array(kind: str, dtype: str, shape: list[int], start: int, buffer: memoryview) -> Any:
     of_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     size = int(np.prod(shape, dtype=np.int64)) * of_dtype.itemsize
     array = np.frombuffer(buffer[start : start + size], of_dtype).reshape(shape)
@@ -122,7 +96,20 @@ def _decoded_array(kind: str, dtype: str, shape: list[int], start: int, buffer: 
     return jax.device_put(array) if kind == "jax" else array.copy()
 
 
-def _error(name: str, text: str, arguments: list[Any]) -> Exception:
+def _key(content: list[Any]) -> jax.Array:
+    return jax.random.wrap_key_data(content[1], impl=content[0])
+
+
+def _instance(content: list[Any]) -> Any:
+    name, fields = content
+    cls = _lookup(name)
+    if not (name.startswith("kdq.") and dataclasses.is_dataclass(cls)):
+        raise ValueError(f"no message of kdq: the class {name!r}")
+    return cls(**fields)
+
+
+def _error(content: list[Any]) -> Exception:
+    name, text, arguments = content
     cls = _lookup(name) if name.startswith(("kdq.", "builtins:")) else None
     if isinstance(cls, type) and issubclass(cls, Exception):
         try:

@@ -19,10 +19,10 @@ from kdq import config, data, deploy, experiment, lock, models, quantize, tasks
 from kdq.arms import recipe
 from kdq.data.sources.arrays import Split
 from kdq.distill.methods import list_methods
+from kdq.experiment.store import read_config
 from kdq.fields import expand_user
 from kdq.quantize.network import Weights
 from kdq.report import progress, write
-from kdq.report.workdirs import read_json
 from kdq.types import Variables
 
 
@@ -101,7 +101,8 @@ def compress(
         example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), np.float32)
         path = workdir / "teacher.safetensors"
         load = _save_teacher(path, teacher, teacher_variables, example)
-    there = _arms_of(workdir)
+    last = read_config(workdir)
+    there = last.arms if last else {}
     names = _names(there, widths)
     trained = {"epochs": float(epochs), "learning_rate": learning_rate}
     made = {
@@ -153,17 +154,13 @@ def _save_teacher(
 
     Raises ConfigError if that has other variables.
     """
-    model = models.describe(teacher)
+    model, weights = models.describe(teacher), Weights(variables=variables, qparams={})
     if not path.exists():
-        deploy.save_packed(
-            path, Weights(variables=variables, qparams={}), model=model, inputs=example
-        )
+        deploy.save_packed(path, weights, model=model, inputs=example)
         return str(path)
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / path.name
-        deploy.save_packed(
-            again, Weights(variables=variables, qparams={}), model=model, inputs=example
-        )
+        deploy.save_packed(again, weights, model=model, inputs=example)
         there, here = (deploy.load_packed(file, teacher).variables for file in (path, again))
     same = jax.tree.structure(there) == jax.tree.structure(here)
     if not (same and jax.tree.all(jax.tree.map(np.array_equal, there, here))):
@@ -171,17 +168,6 @@ def _save_teacher(
             f"{path} holds other teacher_variables: choose another workdir, or delete {path.parent}"
         )
     return str(path)
-
-
-def _arms_of(workdir: Path) -> Mapping[str, config.Arm]:
-    """Returns those of earlier calls. Raises ConfigError for a workdir that can't be read."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return config.freeze(read_json(path)).arms
-    except config.ConfigError as error:
-        raise config.ConfigError(f"{path}: {error}") from error
 
 
 def _names(there: Mapping[str, config.Arm], widths: Sequence[str]) -> dict[str, str]:

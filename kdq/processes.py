@@ -31,14 +31,8 @@ def start(
 ) -> None:
     """Joins the processes of this run; to be called before JAX computes anything.
 
-    Args:
-      coordinator_address: "HOST:PORT" of process 0. None, here and below: as Slurm, Kubernetes,
-        Open MPI or a TPU pod says.
-      num_processes: of all.
-      process_id: of this one, from 0.
-
-    Raises:
-      ValueError: something is missing that the environment does not say.
+    The coordinator is process 0, at "HOST:PORT". None is as Slurm, Kubernetes, Open MPI or a TPU
+    pod says. Raises ValueError if something is missing that the environment does not say.
     """
     jax.distributed.initialize(
         coordinator_address,
@@ -116,7 +110,7 @@ def _from_first(data: bytes) -> bytes:
 
 
 def leave_if_lost(error: BaseException) -> None:
-    """Ends this process if JAX lost another one: JAX's own way out would wait for it."""
+    """Ends this process if JAX lost another one."""
     if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
         leave(error)
 

@@ -30,10 +30,6 @@ _VERSION_1 = {
 }
 
 
-def _share() -> Any:
-    return field(None, at_least=0, at_most=1)
-
-
 def _amount() -> Any:
     return field(None, at_least=0)
 
@@ -104,7 +100,7 @@ class ArmRecord:
     # Of an arm that never saw some classes: the bias that validation chose for them, and with it
     # the accuracy on test.
     class_offset: float | None = None
-    accuracy_corrected: float | None = _share()
+    accuracy_corrected: float | None = field(None, at_least=0, at_most=1)
     accuracy_by_class_corrected: tuple[float, ...] = ()
     compile_seconds: float | None = None  # apart from the other seconds
     exports: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # by format
@@ -162,7 +158,9 @@ class ArmRecord:
             value = getattr(self, each.name)
             if each.name in NULLABLE:
                 document[each.name] = value or None
-            elif each.name in NEEDED or _is_measured(value):
+                continue
+            is_number = isinstance(value, int | float) and value is not False  # 0 is measured
+            if each.name in NEEDED or value or is_number:
                 document[each.name] = value
         return files.plain(document | dict(self.extra))
 
@@ -241,11 +239,6 @@ def _limited(
 def _hints() -> dict[str, Any]:
     """Returns the types of the fields that JSON may have."""
     return {name: hint for name, hint in fields.hints(ArmRecord).items() if name != "extra"}
-
-
-def _is_measured(value: Any) -> bool:
-    """Returns whether a field is not at its default; 0 and NaN are measured."""
-    return (isinstance(value, int | float) and value is not False) or bool(value)
 
 
 def _read(name: str, value: Any) -> Any:

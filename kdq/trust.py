@@ -31,14 +31,8 @@ def is_trusted(module: str, allow_models: Iterable[str] = ()) -> bool:
 
 
 def check(name: Any, where: str, allow_models: Iterable[str] = ()) -> None:
-    """Raises ConfigError if a file names a class, "package.module:Class", whose module is not
-    trusted.
-
-    Args:
-      name: of a model.
-      where: the file.
-      allow_models: modules that are trusted for this call.
-    """
+    """Raises ConfigError if a file, `where`, names a class, "package.module:Class", whose module is
+    neither trusted nor among `allow_models`."""
     module, colon, _ = name.partition(":") if isinstance(name, str) else ("", "", "")
     if colon and not is_trusted(module, allow_models):
         raise ConfigError(

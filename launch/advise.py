@@ -20,14 +20,10 @@ MAX_LATENCY = flags.DEFINE_float("max_latency_ms", None, "Longest time of one ba
 BATCH = flags.DEFINE_integer("batch", 1, "Examples in a batch, for latencies.")
 MAX_ENERGY = flags.DEFINE_float("max_energy_uj", None, "Largest modelled energy per example, µJ.")
 MIN_ACCURACY = flags.DEFINE_float(
-    "min_accuracy",
-    None,
-    "Lowest (for error metrics: highest) value of the metric on validation.",
+    "min_accuracy", None, "Lowest (for error metrics: highest) value on validation."
 )
 MAX_DROP = flags.DEFINE_float(
-    "max_drop",
-    None,
-    "Largest drop from the teacher on validation, in points (for error metrics: percent).",
+    "max_drop", None, "Largest drop from the teacher on validation, points (of errors: percent)."
 )
 INTEGERS = flags.DEFINE_enum(
     "integers",

@@ -45,6 +45,24 @@ def run(script, *arguments):
     return None
 
 
+def launcher(data_dir):
+    """Returns what runs a script of launch/ from the root of the repository, in a process."""
+    environment = os.environ | {"TFDS_DATA_DIR": str(data_dir)}
+
+    def start(script, *arguments, **options):
+        command = [sys.executable, f"launch/{script}.py", *map(str, arguments)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+
+    def run(script, *arguments):
+        with start(script, *arguments) as process:
+            output, errors = process.communicate(timeout=550)
+        return subprocess.CompletedProcess(script, process.returncode, output, errors)
+
+    run.start = start
+    return run
+
+
 def children(pid):
     """Every process below one, by its id: what `ps` says of it."""
     # Whole lines: without -ww they end at COLUMNS, which CI sets, in the middle of a command.

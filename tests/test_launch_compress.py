@@ -4,66 +4,35 @@ Most runs use configs/digits.py:quick with fewer arms; the whole of it runs with
 """
 
 import json
-import os
 import re
 import runpy
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import digits_run
 import numpy as np
 import pytest
 import safetensors.numpy
-from programs import children, is_there, refusal, run, wait_for
+from programs import children, is_there, launcher, refusal, run, wait_for
 
-from kdq import config, files, lock
+from kdq import files
 
 slow = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-ARMS = ("teacher", "student", "kd", "ptq_w4a4_student_mse", "qat_w4a4", "qad_w4a4_kd")
-
-# A config file of a user's own, next to no other: it narrows the one that kdq ships.
-NARROWED = f"""
-import runpy
-
-def get_config(arg=None):
-    config = runpy.run_path({str(ROOT / "configs" / "digits.py")!r})["get_config"](arg)
-    for name in list(config.arms):
-        if name not in {ARMS!r}:
-            del config.arms[name]
-    config.arms.kd.epochs = 1.0
-    config.models.teacher.widths = (8, 8)
-    return config
-"""
+ARMS = digits_run.ARMS
 
 
 @pytest.fixture(scope="module")
-def narrowed(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "narrowed.py"
-    path.write_text(NARROWED)
-    return path
+def narrowed(digits_folder):
+    return digits_folder / digits_run.CONFIG
 
 
 @pytest.fixture(scope="module")
 def launch(data_dir):
-    """Runs a script of launch/ from the root of the repository."""
-    environment = os.environ | {"TFDS_DATA_DIR": str(data_dir)}
-
-    def start(script, *arguments, **options):
-        command = [sys.executable, f"launch/{script}.py", *map(str, arguments)]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-        return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
-
-    def run(script, *arguments):
-        with start(script, *arguments) as process:
-            output, errors = process.communicate(timeout=550)
-        return subprocess.CompletedProcess(script, process.returncode, output, errors)
-
-    run.start = start
-    return run
+    return launcher(data_dir)
 
 
 @pytest.fixture
@@ -79,14 +48,14 @@ def program(data_dir, monkeypatch, capsys):
 
 
 def compress_flags(narrowed, workdir):
-    overrides = "--config.checkpoint_seconds=0", "--config.evaluations=4"
-    return f"--config={narrowed}:quick", f"--workdir={workdir}", *overrides
+    return digits_run.flags(narrowed, workdir)
 
 
 @pytest.fixture(scope="module")
-def unbroken(launch, narrowed, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("launch") / "new" / "run"
-    return launch("compress", *compress_flags(narrowed, workdir)), workdir
+def unbroken(digits_folder):
+    """The process and the folder that it left."""
+    said = [(digits_folder / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess("compress", 0, *said), digits_folder / digits_run.WORKDIR
 
 
 def comparable(records):
@@ -283,73 +252,6 @@ def test_train_runs_one_arm_and_what_it_needs(unbroken, program, narrowed, tmp_p
         assert (tmp_path / file).read_bytes() == (unbroken[1] / file).read_bytes()
 
 
-QUICK = "--config=configs/digits.py:quick"
-MISTAKES = {
-    "key": (
-        [QUICK, "--config.data.nam=x"],
-        r"error: unknown key in config.data: 'nam' (did you mean 'name'?); valid: augment, ",
-    ),
-    "argument": (
-        ["--config=configs/digits.py:quik"],
-        "error: unknown config argument 'quik' (did you mean 'quick'?); valid: quick, seeds",
-    ),
-    "file": (
-        ["--config=configs/digit.py"],
-        "error: unknown config file 'configs/digit.py' (did you mean 'configs/digits.py'?); valid:",
-    ),
-    "data set": ([QUICK, "--config.data.name=digit"], "error: no data set 'digit' in TFDS or in "),
-    "arm": (
-        [QUICK, "--config.arms.kdd.epochs=0.5"],
-        "error: unknown key in config.arms: 'kdd' (did you mean 'kd'?); valid: teacher, ",
-    ),
-    "value": (
-        [QUICK, "--config.arms.kd.label_smoothing=1.5"],
-        "error: config.arms.kd.label_smoothing=1.5: expected 0 to below 1",
-    ),
-    "export": (
-        [QUICK, "--config.export.formats=onnx", "--config.export.fixed_point=True"],
-        "error: config.export.fixed_point: format 'onnx' has no multipliers in fixed point; ",
-    ),
-    "type": ([QUICK, "--config.data.batch_size=ten"], "error: flag --config.data.batch_size=ten: "),
-    "flag": ([QUICK, "--confg.data.name=x"], "error: Unknown command line flag 'confg.data.name'"),
-    "word": ([QUICK, "compress"], "error: unknown arguments: compress"),
-    "no file": ([], "error: flag --config=None: Flag --config must have a value other than None."),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_answered_in_one_line(data_dir, monkeypatch, capsys, tmp_path, mistake):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
-    arguments, message = MISTAKES[mistake]
-    answer = refusal("compress", *arguments, f"--workdir={tmp_path / 'run'}")
-    assert answer.startswith(message)
-    assert "\n" not in answer
-    assert capsys.readouterr() == ("", "")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_program_that_refuses_says_so_by_its_status(launch, tmp_path):
-    arguments, message = MISTAKES["key"]
-    process = launch("compress", *arguments, f"--workdir={tmp_path / 'run'}")
-    assert (process.returncode, process.stdout) == (1, "")
-    assert process.stderr.startswith(message)
-    assert process.stderr.count("\n") == 1
-
-
-@slow
-@pytest.mark.parametrize("program", ["compress", "train"])
-def test_a_second_program_in_a_workdir_is_told_who_holds_it(launch, tmp_path, program):
-    """Other arms of the same experiment, too: the arms that both need would be trained twice."""
-    more = ("--arm=student",) if program == "train" else ()
-    with lock.hold(tmp_path):
-        process = launch(program, QUICK, f"--workdir={tmp_path}", *more)
-        assert os.listdir(tmp_path) == ["lock"]
-    assert process.returncode == 1
-    assert process.stdout == ""
-    assert process.stderr.startswith(f"error: {tmp_path} is in use by process {os.getpid()} of ")
-    assert process.stderr.count("\n") == 1
-
-
 @pytest.mark.slow
 def test_export_writes_files_and_says_what_they_do(unbroken, program, tmp_path):
     _, workdir = unbroken
@@ -447,7 +349,9 @@ def test_an_arm_that_diverges_is_a_row_and_no_crash(launch, narrowed, tmp_path):
 
 @slow
 def test_the_quick_config_as_shipped(program, tmp_path):
-    mistake, output = program("compress", QUICK, f"--workdir={tmp_path}")
+    mistake, output = program(
+        "compress", "--config=configs/digits.py:quick", f"--workdir={tmp_path}"
+    )
     assert mistake is None
     records = files.read_json(tmp_path / "results.json")
     loaded = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("quick")
@@ -461,24 +365,3 @@ def test_the_quick_config_as_shipped(program, tmp_path):
     file = tmp_path / "qat_w2a2" / "0" / "model.safetensors"
     arrays = safetensors.numpy.load_file(file)
     assert arrays["params/conv_1/kernel"].dtype == np.uint8
-
-
-# The configs that kdq ships.
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-@pytest.mark.parametrize("argument", [None, "quick", "seeds=2", "quick,seeds=2"])
-def test_shipped_configs_are_valid(path, argument):
-    if argument and "quick" in argument and "quick=" not in path.read_text():
-        pytest.skip(f"{path.name} has no quick variant")
-    experiment = config.freeze(runpy.run_path(str(path))["get_config"](argument))
-    if argument and "seeds=2" in argument:
-        assert len(experiment.seeds) == 2
-    assert experiment.teacher in experiment.arms
-    opening = path.read_text().split('"""')[1]
-    assert f"--config=configs/{path.name}" in opening  # the command that runs it
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda p: p.stem)
-def test_entry_points_only_parse_and_call(path):
-    assert len(path.read_text().splitlines()) < 70

@@ -15,7 +15,7 @@ from kdq.config import ConfigError
 from kdq.experiment.searching import SearchResult
 from kdq.quantize import grid
 from kdq.quantize.network import Weights
-from kdq.train.diagnose import NonFiniteError
+from kdq.train.step import NonFiniteError
 
 QUANTIZER = grid.Quantizer(
     scale=jnp.ones((1, 3)),

@@ -136,9 +136,9 @@ def test_runs_of_a_sweep_may_import_what_the_sweep_may(theirs):
 
 def test_a_class_of_a_script_is_warned_of_before_training(caplog):
     for name in ("cnn", "tests.nets:Net"):
-        check._warn_of_script(name, "config.models.net")
+        check.warn_of_script(name, "config.models.net")
     assert not caplog.records
-    check._warn_of_script("__main__:Net", "config.models.net")
+    check.warn_of_script("__main__:Net", "config.models.net")
     (record,) = caplog.records
     text = record.getMessage()
     assert text.startswith("config.models.net: Net is defined in a script or notebook: it trains")

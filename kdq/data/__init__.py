@@ -6,9 +6,8 @@ shuffles, batches and transforms it, `iterate` prefetches with a state that can 
 `eval_batches` walks a split once.
 """
 
-from kdq.data.errors import DataError
 from kdq.data.pipeline import EvalBatches, Lookup, eval_batches, iterate, train_dataset
-from kdq.data.source import Source, Spec
+from kdq.data.source import DataError, Source, Spec
 from kdq.data.sources import open_split
 from kdq.data.sources.arrays import from_arrays, save_arrays
 from kdq.data.sources.idx import prepare, read_idx

@@ -14,7 +14,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -87,19 +87,16 @@ def train_dataset(
         raise ValueError(f"ids: {source.name} {source.split} would have no example left")
     _check_keys(source, transforms, extra)
 
-    def locate(step: int) -> dict[str, np.ndarray]:
+    def make(step: int) -> dict[str, np.ndarray]:
         first = step * batch_size
         positions = np.arange(first + rows.start, first + rows.stop)
-        return {"position": positions, "id": ids[_shuffled(positions, len(ids), seed)]}
+        batch = {"id": ids[_shuffled(positions, len(ids), seed)]}
+        batch |= _read(source, batch["id"], extra)
+        if lookup is not None:
+            batch |= lookup(positions, batch["id"])
+        return transform(batch, transforms, positions=positions, seed=seed)
 
-    def load(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        stored = lookup(batch["position"], batch["id"]) if lookup else {}
-        return {**batch, **_read(source, batch["id"], extra), **stored}
-
-    def finish(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return transform(batch, transforms, positions=batch.pop("position"), seed=seed)
-
-    return grain.MapDataset.range(sys.maxsize // batch_size).map(locate).map(load).map(finish)
+    return grain.MapDataset.range(sys.maxsize // batch_size).map(make)
 
 
 def iterate(
@@ -116,18 +113,20 @@ def iterate(
       dataset: from `train_dataset`.
       start_step: step of the first batch.
       state: what `get_state()` of an earlier iterator returned, JSON-able; instead of `start_step`.
+        The next batch is then the one that an unbroken run would have had.
       num_threads: threads that make batches ahead of time; 0 makes each when asked for. None: 2,
         or 0 where a batch is made in less than `CHEAP_SECONDS`.
       prefetch: batches made ahead of time.
-
-    Returns:
-      An iterator with `get_state()` and `set_state(state)`: after a restore, the next batch is the
-      one that an unbroken run would have had.
     """
     if state is not None and start_step:
         raise ValueError(f"give start_step or state, not both: {start_step}, {state}")
     if num_threads is None:
-        num_threads = 0 if _seconds(dataset) < CHEAP_SECONDS else 2
+        taken = []
+        for step in (0, 0, 1):  # the first makes the parts that batches share
+            start = time.perf_counter()
+            dataset[step]
+            taken.append(time.perf_counter() - start)
+        num_threads = 0 if min(taken) < CHEAP_SECONDS else 2
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     iterator = iter(dataset.to_iter_dataset(options))
     if state is not None:
@@ -135,16 +134,6 @@ def iterate(
     else:
         grain.experimental.set_next_index(iterator, start_step)
     return iterator
-
-
-def _seconds(dataset: grain.MapDataset) -> float:
-    """Returns the time of one batch, once the parts that batches share have been made."""
-    taken = []
-    for step in (0, 0, 1):
-        start = time.perf_counter()
-        dataset[step]
-        taken.append(time.perf_counter() - start)
-    return min(taken)
 
 
 def eval_batches(
@@ -197,9 +186,6 @@ class EvalBatches(Sequence):
         batch = {"id": ids, **_read(self.source, ids, self.extra)}
         batch = transform(batch, self.transforms, positions=positions, seed=0)
         return {**batch, "mask": counts.astype(np.float32)}
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return (self[index] for index in range(len(self)))
 
 
 def _read(

@@ -7,7 +7,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdq.fields import Mistake
+
 Reader = Callable[[np.ndarray], dict[str, np.ndarray]]  # ids [n] -> {key: [n, ...]}
+
+
+class DataError(Mistake, ValueError):
+    """A data set, a split or a file that cannot be used as asked; the message says what to do."""
+
+
+def damaged(name: str, folder: Any, error: Exception) -> DataError:
+    """Returns the error for a prepared data set that can't be read."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return DataError(
+        f"{name} in {folder} can't be read ({reason}): remove that folder and prepare it again"
+    )
 
 
 class Spec(NamedTuple):
@@ -50,13 +64,9 @@ class Source:
         )
 
     def read(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns examples by id, in the order given: `{key: [n, *shape]}`, the caller's to change.
+        """Returns examples by id [n], in that order: `{key: [n, *shape]}`, the caller's to change.
 
-        Args:
-          ids: [n] int, each in [0, len(self)).
-
-        Raises:
-          IndexError: an id out of range.
+        Raises IndexError for an id that is not in [0, len(self)).
         """
         ids = np.asarray(ids)
         if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
@@ -67,20 +77,20 @@ class Source:
         return self.reader(ids)
 
 
-def digest_arrays(inputs: np.ndarray, labels: np.ndarray) -> str:
-    """Returns the SHA-256 of a split's arrays, with the shape and dtype of the inputs."""
-    digest = hashlib.sha256(repr((inputs.shape, inputs.dtype.name)).encode())
-    for array in (inputs, labels):
+def hold_arrays(arrays: Mapping[str, np.ndarray], described: tuple = (), **fields: Any) -> Source:
+    """Returns a source of arrays [n, ...] in memory, "image" first; `fields` are its others.
+
+    Its digest is of the arrays and what describes them, by default the images' shape and type.
+    """
+    images = arrays["image"]
+    digest = hashlib.sha256(repr(described or (images.shape, images.dtype.name)).encode())
+    for array in arrays.values():
         digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
-
-
-def hold_arrays(arrays: Mapping[str, np.ndarray], **fields: Any) -> Source:
-    """Returns a source of arrays [n, ...] in memory; `fields` are its others."""
     return Source(
         spec={key: Spec(array.shape[1:], array.dtype) for key, array in arrays.items()},
-        num_examples=len(next(iter(arrays.values()))),
+        num_examples=len(images),
         in_memory=True,
+        digest=digest.hexdigest(),
         reader=lambda ids: {key: array[ids] for key, array in arrays.items()},
         **fields,
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kdq.deploy.contraction import Conv, Dot, Kernel, reduce_side
+from kdq.deploy.contraction import Conv, Dot, Kernel, list_axes, reduce_channels, reduce_rows
 from kdq.deploy.qtensor import InputGrid
 from kdq.types import Array
 
@@ -51,40 +51,25 @@ def product(
         for axis, ((low, high), dilation) in zip(spatial, edges, strict=True):
             config[axis] = (low, high, dilation - 1)
         x = lax.pad(x, x_zero.astype(x.dtype), config)
-    left, left_zero = _int8(x), x_zero - 128  # a, a_zero
+    less_128 = lambda codes: (codes.astype(jnp.int16) - 128).astype(jnp.int8)
+    sum_up = lambda codes, axes: codes.astype(jnp.int32).sum(axes)
+    left, left_zero = less_128(x), x_zero - 128  # a, a_zero
     if w.dtype == jnp.uint8:
-        w, w_zero = _int8(w), w_zero - 128
+        w, w_zero = less_128(w), w_zero - 128
     w = w.astype(jnp.int8)
     if w_sum is None:
-        w_sum = _sums(kernel, w, 1, x.ndim)
+        w_sum = reduce_channels(kernel, w, sum_up)
     total = _multiply(kernel, left, w) - left_zero * w_sum
     if w_zero is None:
         return total
     if isinstance(kernel, Conv):
+        summed = kernel.dimension_numbers.rhs_spec[1:]
         x_sum = _multiply(kernel, left, jnp.ones_like(w))
     else:
-        x_sum = _sums(kernel, left, 0, w.ndim)
-    return total - w_zero * (x_sum - left_zero * _count_terms(kernel, w.shape))
-
-
-def _int8(codes: Array) -> Array:
-    """Returns uint8 codes less 128."""
-    return (codes.astype(jnp.int16) - 128).astype(jnp.int8)
-
-
-def _sums(kernel: Dot, codes: Array, side: int, rank: int) -> Array:
-    """Sums codes of the input (0) or of what it meets (1) over what is contracted."""
-    summed = lambda values, axes: values.astype(jnp.int32).sum(axes)
-    return reduce_side(kernel, codes, side ^ kernel.swapped, rank, summed)
-
-
-def _count_terms(kernel: Kernel, shape: tuple[int, ...]) -> int:
-    """Returns how many products a sum has, by the shape of the weight."""
-    if isinstance(kernel, Conv):
-        axes = kernel.dimension_numbers.rhs_spec[1:]
-    else:
-        axes = kernel.dimension_numbers[0][0 if kernel.swapped else 1]
-    return math.prod(shape[axis] for axis in axes)
+        summed = list_axes(kernel, w.ndim).w_summed
+        x_sum = reduce_rows(kernel, left, w.ndim, sum_up)
+    terms = math.prod(w.shape[axis] for axis in summed)
+    return total - w_zero * (x_sum - left_zero * terms)
 
 
 def _multiply(kernel: Kernel, x: Array, w: Array) -> Array:

@@ -8,7 +8,7 @@ without a line of its own: codes take the way that the floats took.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from kdq.types import Array
 INPUT, OTHER, WEIGHT, BIAS, RESULT = "input", "second input", "weight", "bias", "result"
 REARRANGED = "rearranged result"
 Value = tuple[str, Any]  # a role, and a pytree of arrays that are rearranged alike
+Reduce = Callable[[Array, tuple[int, ...]], Array]  # of the elements along axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +77,15 @@ def follow(
 
     Args:
       traced: the layer as traced with floats.
-      operands: `(role, value)` for each of its arguments. A value is a pytree of arrays of the
-        argument's shape, all of which are rearranged alike; None stands for one that is not needed
-        and stays None.
+      operands: `(role, value)` for each of its arguments; None stands for a value that is not
+        needed and stays None.
       multiply: `multiply(kernel, input, weight)`, or of two inputs, returns the result.
-      add_bias: of the result and the bias, in the shape that the layer gave it, returns the result.
-        By default the bias is part of the result already.
+      add_bias: of the result and the bias, in the shape that the layer gave it; by default the bias
+        is part of the result already.
       zeros: what stands for 0 where a role is padded; 0 if not given.
 
-    Returns:
-      The value that the layer ends in, with its role: RESULT, or REARRANGED.
-
-    Raises:
-      Unsupported: the layer does something else.
+    Returns the value that the layer ends in, with its role: RESULT, or REARRANGED. Raises
+    Unsupported if the layer does something else.
     """
     constant = lambda array: ("", array)
 
@@ -97,43 +94,35 @@ def follow(
         if inner is not None:
             return evaluate(inner, values, run_equation, constant)
         roles, arrays = zip(*values, strict=True) if values else ((), ())
-        if not any(roles):
-            return [("", array) for array in bind(eqn, arrays)]
-        return [run_with_roles(eqn, roles, arrays)]
-
-    def run_with_roles(eqn: core.JaxprEqn, roles: tuple[str, ...], arrays: tuple) -> Value:
         name, known = eqn.primitive.name, [role for role in roles if role]
+        if not known:
+            return [("", array) for array in bind(eqn, arrays)]
         if name == "convert_element_type":
-            return roles[0], arrays[0]
+            return [values[0]]
         if name == "dot_general" and {RESULT, REARRANGED}.isdisjoint(known) and len(known) == 2:
             swapped = roles[0] != INPUT
             rank = eqn.invars[1 if swapped else 0].aval.ndim
             kernel = Dot(eqn.params["dimension_numbers"], rank, swapped)
-            return RESULT, multiply(kernel, *(reversed(arrays) if swapped else arrays))
+            return [(RESULT, multiply(kernel, *(reversed(arrays) if swapped else arrays)))]
         if name == "conv_general_dilated" and roles == (INPUT, WEIGHT):
-            return RESULT, multiply(conv(eqn.params), *arrays)
+            return [(RESULT, multiply(conv(eqn.params), *arrays))]
         if name == "add" and sorted(known) == sorted([RESULT, BIAS]):
-            result, bias = arrays if roles[0] == RESULT else reversed(arrays)
-            return RESULT, add_bias(result, bias)
+            return [(RESULT, add_bias(*(arrays if roles[0] == RESULT else reversed(arrays))))]
         if name in LAYOUT and len(set(known)) == 1:
             role = REARRANGED if known[0] == RESULT else known[0]
-            return role, _rearrange(eqn, arrays, (zeros or {}).get(role, 0))
+            if name == "pad":
+                zero, config = (zeros or {}).get(role, 0), eqn.params["padding_config"]
+                arrays, move = arrays[:1], lambda x: lax.pad(x, jnp.asarray(zero, x.dtype), config)
+            else:
+                move = lambda *arrays: bind(eqn, arrays)[0]
+            missing = any(array is None for array in arrays)
+            return [(role, None if missing else jax.tree.map(move, *arrays))]
         raise Unsupported(f"it computes {name!r} of its {' and '.join(dict.fromkeys(known))}")
 
     role, value = evaluate(traced, operands, run_equation, constant)[0]
     if role not in (RESULT, REARRANGED):
         raise Unsupported("its output is no product")
     return role, value
-
-
-def _rearrange(eqn: core.JaxprEqn, values: Sequence[Any], zero: Any) -> Any:
-    """Returns a value with the layout operation on each of its arrays."""
-    if eqn.primitive.name == "pad":
-        filled = lambda x: lax.pad(x, jnp.asarray(zero, x.dtype), eqn.params["padding_config"])
-        return None if values[0] is None else jax.tree.map(filled, values[0])
-    if any(value is None for value in values):
-        return None
-    return jax.tree.map(lambda *arrays: bind(eqn, arrays)[0], *values)
 
 
 def conv(params: Mapping[str, Any]) -> Conv:
@@ -150,45 +139,7 @@ def conv(params: Mapping[str, Any]) -> Conv:
     )
 
 
-def reduce_channels(kernel: Kernel, values: Array, reduce: Callable) -> Array:
-    """Reduces numbers of a weight's elements to one for each channel of the product's output.
-
-    Args:
-      kernel: the product.
-      values: of the weight's shape, as the product sees it; of JAX or NumPy.
-      reduce: `reduce(values, axes)` of the elements of a channel.
-
-    Returns:
-      An array that broadcasts with the output.
-    """
-    if isinstance(kernel, Conv):
-        numbers = kernel.dimension_numbers
-        shape = [1] * values.ndim
-        shape[numbers.out_spec[1]] = -1  # [1, ..., channels, ..., 1]
-        return reduce(values, tuple(sorted(numbers.rhs_spec[1:]))).reshape(shape)
-    return reduce_side(kernel, values, 0 if kernel.swapped else 1, kernel.rank, reduce)
-
-
-def reduce_side(kernel: Dot, values: Array, side: int, rank: int, reduce: Callable) -> Array:
-    """Reduces as `reduce_channels` does, the left (0) or the right (1) array of a `dot_general`.
-
-    `rank` is the other's.
-    """
-    contracting, batch = kernel.dimension_numbers
-    summed, shared = contracting[side], batch[side]
-    free = [a for a in range(values.ndim) if a not in (*summed, *shared)]
-    kept = [a for a in range(values.ndim) if a not in summed]
-    # [*shared, *free], as `dot_general` has them in its output.
-    reduced = reduce(values, tuple(summed)).transpose([kept.index(a) for a in (*shared, *free)])
-    shared_sizes, free_sizes = reduced.shape[: len(shared)], reduced.shape[len(shared) :]
-    # Its output is [*shared, *free of the left, *free of the right]; the other's are of size 1.
-    others = (1,) * (rank - len(summed) - len(shared))
-    free_axes = (*free_sizes, *others) if side == 0 else (*others, *free_sizes)
-    return reduced.reshape((*shared_sizes, *free_axes))
-
-
-@dataclasses.dataclass(frozen=True)
-class Axes:
+class Axes(NamedTuple):
     """The axes of a `Dot`: of each array those shared, free and summed; and of the result."""
 
     x_shared: list[int]
@@ -198,11 +149,6 @@ class Axes:
     w_free: list[int]
     w_summed: list[int]
     order: list[int]  # brings (shared, those of x, those of w) into the layout of the result
-
-    @property
-    def back(self) -> np.ndarray:
-        """The inverse of `order`."""
-        return np.argsort(self.order)
 
 
 def list_axes(kernel: Dot, w_rank: int) -> Axes:
@@ -218,6 +164,36 @@ def list_axes(kernel: Dot, w_rank: int) -> Axes:
         first, second = len(x_shared), len(x_shared) + len(x_free)
         order = [*order[:first], *order[second:], *order[first:second]]
     return Axes(*map(list, (x_shared, x_free, x_summed, w_shared, w_free, w_summed, order)))
+
+
+def reduce_channels(kernel: Kernel, weight: Array, reduce: Reduce) -> Array:
+    """Reduces numbers of a weight's elements to one for each channel of the product's output.
+
+    Returns an array that broadcasts with the output; `weight` may be of JAX or NumPy.
+    """
+    if isinstance(kernel, Dot):
+        axes = list_axes(kernel, weight.ndim)
+        shared, free = axes.w_shared, axes.w_free
+        reduced = _reduce(weight, axes.w_summed, [*shared, *free], reduce)
+        sizes = reduced.shape[: len(shared)], reduced.shape[len(shared) :]
+        return reduced.reshape(*sizes[0], *[1] * len(axes.x_free), *sizes[1]).transpose(axes.order)
+    numbers = kernel.dimension_numbers
+    shape = [1] * weight.ndim
+    shape[numbers.out_spec[1]] = -1  # [1, ..., channels, ..., 1]
+    return reduce(weight, tuple(sorted(numbers.rhs_spec[1:]))).reshape(shape)
+
+
+def reduce_rows(kernel: Dot, x: Array, w_rank: int, reduce: Reduce) -> Array:
+    """Reduces numbers of an input's elements over the terms of a product, as `reduce_channels`."""
+    axes = list_axes(kernel, w_rank)
+    reduced = _reduce(x, axes.x_summed, [*axes.x_shared, *axes.x_free], reduce)
+    return reduced.reshape(*reduced.shape, *[1] * len(axes.w_free)).transpose(axes.order)
+
+
+def _reduce(array: Array, summed: Sequence[int], order: Sequence[int], reduce: Reduce) -> Array:
+    """Reduces some axes of an array, and brings the others into an order."""
+    kept = [axis for axis in range(array.ndim) if axis not in summed]
+    return reduce(array, tuple(summed)).transpose([kept.index(axis) for axis in order])
 
 
 def align(array: Any, rank: int) -> np.ndarray:

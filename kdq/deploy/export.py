@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,21 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kdq import files, provenance
-from kdq.deploy import interface
+from kdq import files, provenance, quantize
 from kdq.deploy.formats.catalog import FORMATS, Source, check_formats
 from kdq.deploy.formats.onnx.model import load_onnx, to_onnx
 from kdq.deploy.formats.packed import PackedModel, load_packed
 from kdq.deploy.lower.lower import lower
 from kdq.deploy.measure import latency, memory, parity
 from kdq.fields import Mistake
-from kdq.quantize.inputs import Batch
+from kdq.quantize.inputs import Batch, as_inputs
 from kdq.quantize.network import Network, Weights
 from kdq.tasks import Task
 
 MANIFEST = "manifest.json"
+FLOAT = "float in ONNX Runtime"
+# How Flax's layers read an array of so many axes.
+LAYOUTS = {4: "NHWC", 5: "NDHWC"}
 
 
 class ExportError(Mistake, RuntimeError):
@@ -58,7 +60,7 @@ def export(
     """Writes a packed model in other formats, and `manifest.json`, which says what they are.
 
     Each file is loaded in its own runtime and run on `inputs`. In the manifest: the model's
-    "inputs" and "outputs" (see `interface`), and what its "prediction" means; for each format its
+    "inputs" and "outputs" (see `describe`), and what its "prediction" means; for each format its
     own names for them, its size and SHA-256; `argmax_agreement` and `max_logit_difference` with the
     simulated model, see `parity.compare_outputs`; for ONNX also `max_code_difference`, of what any
     integer layer makes, from integer JAX. Of the model: how many codes of layers' inputs differ
@@ -98,7 +100,9 @@ def export(
     packed = load_packed(path, network)
     first = jax.tree.map(lambda array: array[:1], inputs)
     integer = packed.lower(first, fixed_point=fixed_point)
-    outputs = parity.simulated_outputs(packed, integer, inputs)
+    # Of the simulation, with the biases of the integer model, whatever the file's are.
+    variables = integer.simulated(packed.variables)
+    outputs = quantize.predict(packed.network, variables, packed.qparams, inputs)
     simulated, integers = parity.leaves(outputs), parity.layer_integers(integer, inputs)
     codes = parity.simulated_codes(packed, integer, inputs)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -110,7 +114,7 @@ def export(
         "in_float": integer.in_float,
         "weight_bytes": memory.weight_bytes(integer),
         "activation_bytes": memory.activation_bytes(integer, first),
-        **interface.describe(inputs, outputs, packed.metadata),
+        **describe(inputs, outputs, packed.metadata),
         "prediction": {"task": task.name, **task.describe_outputs()},
         "examples": len(simulated[0]),
         "simulation": parity.compare_integers(codes, integers),
@@ -132,8 +136,7 @@ def export(
             manifest["failed"][name] = str(error)
         files.write_json(folder / MANIFEST, manifest)
     if latency_batches:
-        _add_latencies(packed, folder, manifest["files"], inputs, latency_batches, cores)
-        manifest["recommended"] = _fastest(manifest["files"], str(latency_batches[0]))
+        _add_latencies(packed, folder, manifest, inputs, latency_batches, cores)
         files.write_json(folder / MANIFEST, manifest)
     if errors:
         several = len(errors) > 1
@@ -143,18 +146,44 @@ def export(
     return manifest
 
 
-FLOAT = "float in ONNX Runtime"
+def describe(inputs: Batch, outputs: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the "inputs" and "outputs" of a model, in the order in which a runtime has them.
+
+    Each has a shape, whose first axis is "batch", and a dtype; images their layout, and what they
+    were normalized by, `(pixel - mean) / std`, if the metadata of the packed file have it; an
+    output its place in what the model returns, if that is no single array.
+    """
+    entry = lambda array: {
+        "shape": ["batch", *np.shape(array)[1:]],
+        "dtype": np.dtype(array.dtype).name,
+    }
+    data = metadata.get("data")
+    normalization = isinstance(data, Mapping) and {k: data[k] for k in ("mean", "std") if k in data}
+    input_entries = [entry(array) for array in jax.tree.leaves(as_inputs(inputs))]
+    for described in input_entries:
+        rank = len(described["shape"])
+        if described["dtype"].startswith("float") and rank in LAYOUTS:
+            described["layout"] = LAYOUTS[rank]
+            if normalization:
+                described["normalization"] = normalization
+    output_entries = [
+        entry(array) | ({"place": jax.tree_util.keystr(path)} if path else {})
+        for path, array in jax.tree_util.tree_leaves_with_path(outputs)
+    ]
+    return {"inputs": input_entries, "outputs": output_entries}
 
 
 def _add_latencies(
     packed: PackedModel,
     folder: Path,
-    entries: Mapping[str, dict[str, Any]],
+    manifest: dict[str, Any],
     inputs: Batch,
     batches: Sequence[int],
     cores: Sequence[int],
 ) -> None:
-    """Adds to the entry of each file how it compares with the float model in ONNX Runtime."""
+    """Adds to the entry of each file how it compares with the float model in ONNX Runtime, and to
+    the manifest which format, other than the simulation, is the fastest."""
+    entries = manifest["files"]
     first = jax.tree.map(lambda array: array[:1], inputs)
     weights = Weights(variables=packed.variables, qparams={})
     in_float = lower(packed.network, weights, first)
@@ -169,14 +198,9 @@ def _add_latencies(
         sizes = {str(size): dataclasses.asdict(timing) for size, timing in timed[name].items()}
         entry["latency"] = {"conditions": conditions, **sizes}
         entry["smaller_than_float"] = len(proto) / entry["size_bytes"]
-
-
-def _fastest(entries: Mapping[str, Any], size: str) -> str | None:
-    """Returns the fastest format, other than the simulation."""
-    ratios = {
-        k: e["latency"][size]["ratio"] for k, e in entries.items() if not FORMATS[k].simulates
-    }
-    return max(ratios, key=ratios.__getitem__, default=None)
+    ratios = {name: entry["latency"][str(batches[0])]["ratio"] for name, entry in entries.items()}
+    candidates = [name for name in ratios if not FORMATS[name].simulates]
+    manifest["recommended"] = max(candidates, key=ratios.__getitem__, default=None)
 
 
 def _files_of(folder: Path, digest: str, fixed_point: bool) -> dict[str, Any]:
@@ -202,7 +226,8 @@ def _export_format(
     """Writes and checks one file; returns its entry in the manifest."""
     form = FORMATS[name]
     target = folder / form.file
-    with _new_file(target) as temporary:
+    temporary = target.with_name(f".new-{target.name}")
+    try:
         try:
             details = form.save(temporary, source)
             runtime = form.load(temporary, None, source.network)
@@ -219,6 +244,9 @@ def _export_format(
                 f"{agreement:.2%} (largest difference of outputs "
                 f"{measures['max_logit_difference']:.3g})"
             )
+        os.replace(temporary, target)
+    finally:  # nothing is left of it after an error
+        temporary.unlink(missing_ok=True)
     data = target.read_bytes()
     return {
         "file": form.file,
@@ -231,14 +259,3 @@ def _export_format(
         "commit": provenance.commit(),
         "versions": {package: packages.version(package) for package in form.packages},
     }
-
-
-@contextlib.contextmanager
-def _new_file(target: Path) -> Iterator[Path]:
-    """Yields a path beside `target` that becomes it; nothing is left of it after an error."""
-    temporary = target.with_name(f".new-{target.name}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -34,6 +34,7 @@ class IntegerLayer(flax.struct.PyTreeNode):
     weight_sum: Array | None = None  # int32, of the weight's codes
     weight_zero: Array | None = None  # int32, of the weight; None is 0
     bias: Array | None = None  # int32, at `scale`
+    output: InputGrid | None = None  # of the codes to make; None: int32 sums
 
     @property
     def scale(self) -> Array:
@@ -51,12 +52,6 @@ class Rounded:
 
     added: np.ndarray  # float64, as it broadcasts with the result of the layer's product
     index: np.ndarray | None  # which element of the layer's own bias each is; None: it has none
-
-    def sum_up(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns what is added to each element of the layer's own bias."""
-        added = np.zeros(shape)
-        added.flat[self.index.ravel()] = np.broadcast_to(self.added, self.index.shape).ravel()
-        return added
 
 
 class MadeLayer(NamedTuple):
@@ -88,22 +83,38 @@ def make_integer_layer(
     Raises:
       Unsupported: why it can't be computed with integers.
     """
-    met = _meet(traced, roles, weight, bias)
-    if offset is not None and met.role != RESULT:
+    # Take the weight and the bias to where they meet the input.
+    products, biases = [], [(None, None)]
+
+    def multiply(kernel: Kernel, left: Any, right: Any) -> None:
+        if products:
+            raise Unsupported("it multiplies more than once")
+        products.append((kernel, right and {k: np.asarray(array) for k, array in right.items()}))
+
+    arrays = {} if weight is None else {WEIGHT: _unpack(weight)}
+    if bias is not None:
+        arrays[BIAS] = np.float32(bias), np.arange(bias.size).reshape(bias.shape)
+    operands = [(role, arrays.get(role)) for role in roles]
+    add_bias = lambda result, bias: biases.append(tuple(map(np.asarray, bias)))
+    role, _ = contraction.follow(traced, operands, multiply, add_bias=add_bias)
+    if offset is not None and role != RESULT:
         raise Unsupported("it rearranges its output, behind which a norm adds to it")
-    added = met.bias if offset is None else offset
     if weight is None:
         if reason := overflow_reason(contraction.contracted_terms(traced)):
             raise Unsupported(reason)
         return MadeLayer(IntegerLayer(inputs=dict(inputs)), INT32, None)
-    by_channel = lambda values, reduce: contraction.reduce_channels(met.kernel, values, reduce)
-    weight_scale = by_channel(met.weight["scale"], _require_equal)
-    weight_zero = by_channel(met.weight["zero_point"], _require_equal)
-    codes = met.weight["codes"].astype(np.int64)
-    steps = inputs["activations"]
-    scale = np.float32(steps.scale) * weight_scale
-    bias = _rounded_bias(added, scale)
-    most_weight = int(by_channel(abs(codes - met.weight["zero_point"]), np.sum).max())
+    (kernel, parts), (added, index) = products[0], biases[-1]
+    added = added if offset is None else offset
+    by_channel = functools.partial(contraction.reduce_channels, kernel)
+    weight_scale = by_channel(parts["scale"], _require_equal)
+    weight_zero = by_channel(parts["zero_point"], _require_equal)
+    codes, steps = parts["codes"].astype(np.int64), inputs["activations"]
+    # The bias in steps of the sums, and the bounds of these.
+    scale, bias = np.float32(steps.scale) * weight_scale, np.zeros(weight_scale.shape, np.int64)
+    if added is not None:
+        in_steps = np.round(np.asarray(added, np.float64) / scale)
+        bias = in_steps.clip(-(2.0**62), 2.0**62).astype(np.int64)
+    most_weight = int(by_channel(abs(codes - parts["zero_point"]), np.sum).max())
     most_bias = int(abs(bias).max(initial=0))
     # The product of the codes as they are is larger than that of the differences; both must fit.
     largest = 255 * most_weight + most_bias
@@ -121,41 +132,8 @@ def make_integer_layer(
         weight_zero=jnp.asarray(weight_zero, jnp.int32) if weight_zero.any() else None,
         bias=jnp.asarray(bias, jnp.int32) if bias.any() else None,
     )
-    rounded = None if added is None else Rounded(bias * np.float64(scale) - added, met.index)
+    rounded = None if added is None else Rounded(bias * np.float64(scale) - added, index)
     return MadeLayer(layer, reach * most_weight + most_bias, rounded)
-
-
-class _Met(NamedTuple):
-    """A layer's weight and bias as they are where they meet its input."""
-
-    role: str  # of the layer's output
-    kernel: Kernel
-    weight: dict[str, np.ndarray] | None
-    bias: np.ndarray | None
-    index: np.ndarray | None  # which element of the layer's own bias each is
-
-
-def _meet(
-    traced: core.ClosedJaxpr, roles: Sequence[str], weight: QTensor | None, bias: np.ndarray | None
-) -> _Met:
-    """Takes a layer's weight and bias the way that its code takes them."""
-    kernels, weights, biases = [], [], [(None, None)]
-
-    def multiply(kernel: Kernel, left: Any, right: Any) -> None:
-        if kernels:
-            raise Unsupported("it multiplies more than once")
-        kernels.append(kernel)
-        weights.append(right and {name: np.asarray(array) for name, array in right.items()})
-
-    values = {}
-    if weight is not None:
-        values[WEIGHT] = _unpack(weight)
-    if bias is not None:
-        values[BIAS] = np.float32(bias), np.arange(bias.size).reshape(bias.shape)
-    operands = [(role, values.get(role)) for role in roles]
-    add_bias = lambda result, bias: biases.append(tuple(map(np.asarray, bias)))
-    role, _ = contraction.follow(traced, operands, multiply, add_bias=add_bias)
-    return _Met(role, kernels[0], weights[0], *biases[-1])
 
 
 def overflow_reason(terms: int) -> str:
@@ -166,24 +144,14 @@ def overflow_reason(terms: int) -> str:
     return f"its sums of {terms} products reach {largest:.3g}, more than 32 bits hold"
 
 
-def _rounded_bias(bias: np.ndarray | None, scale: np.ndarray) -> np.ndarray:
-    if bias is None:
-        return np.zeros(scale.shape, np.int64)
-    steps = np.round(np.asarray(bias, np.float64) / scale)
-    return steps.clip(-(2.0**62), 2.0**62).astype(np.int64)
-
-
 def _unpack(weight: QTensor) -> dict[str, np.ndarray]:
     """Returns every array of a weight, of the weight's shape: they are rearranged alike."""
     if weight.levels is not None:
         raise Unsupported("its weight has a number format, not integers")
     zero_point = np.int32(0) if weight.zero_point is None else weight.zero_point
     spread = lambda array: np.broadcast_to(grid.expand(array, weight.shape), weight.shape)
-    return {
-        "codes": np.asarray(weight.codes).astype(np.int8),
-        "scale": spread(weight.scale),
-        "zero_point": spread(zero_point),
-    }
+    codes = np.asarray(weight.codes).astype(np.int8)
+    return {"codes": codes, "scale": spread(weight.scale), "zero_point": spread(zero_point)}
 
 
 def _require_equal(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:

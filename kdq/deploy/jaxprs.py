@@ -9,22 +9,17 @@ from jax.extend import core
 Atom = core.Var | core.Literal  # an input of an equation
 # `(equation, values of its inputs) -> values of its outputs`
 RunEquation = Callable[[core.JaxprEqn, list[Any]], Sequence[Any]]
+Constant = Callable[[Any], Any]  # makes the value of an array that the program itself holds
 
 
 class Environment:
-    """The values of a program's variables, as many as its equations have made by now.
-
-    Args:
-      traced: the program.
-      arguments: a value for each of its inputs.
-      constant: makes the value of an array that the program itself holds.
-    """
+    """The values of a program's variables, as many as its equations have made by now."""
 
     def __init__(
         self,
         traced: core.ClosedJaxpr,
         arguments: Sequence[Any],
-        constant: Callable[[Any], Any] = lambda array: array,
+        constant: Constant = lambda array: array,
     ):
         self._constant, self._outputs = constant, traced.jaxpr.outvars
         self._values = dict(zip(traced.jaxpr.invars, arguments, strict=True))
@@ -52,7 +47,7 @@ def evaluate(
     traced: core.ClosedJaxpr,
     arguments: Sequence[Any],
     run_equation: RunEquation,
-    constant: Callable[[Any], Any] = lambda array: array,
+    constant: Constant = lambda array: array,
 ) -> list[Any]:
     """Returns the outputs of a program with `run_equation` for each of its equations."""
     environment = Environment(traced, arguments, constant)
@@ -65,10 +60,8 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     function = lambda *arrays: eqn.primitive.bind(*arrays, **eqn.params)
     static = all(isinstance(size, int) for var in eqn.outvars for size in var.aval.shape)
     # The size of a batch, and arrays of as many examples, are known when a program runs.
-    if eqn.primitive.name != "dim_as_value" and static:
-        outputs = at_once(function, *values)
-    else:
-        outputs = function(*values)
+    now = static and eqn.primitive.name != "dim_as_value"
+    outputs = at_once(function, *values) if now else function(*values)
     return outputs if eqn.primitive.multiple_results else [outputs]
 
 

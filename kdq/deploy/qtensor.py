@@ -1,7 +1,5 @@
 """Integer codes with what they stand for: what is left of a weight, and of a layer's input."""
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -67,15 +65,12 @@ def from_quantizer(weight: Array, quantizer: Quantizer) -> QTensor:
     """Returns the weight in the codes of its quantizer.
 
     One signed bit becomes the codes -1 and 1, at half the scale; unsigned codes are moved down to
-    fit a signed dtype, and their zero point with them.
-
-    Args:
-      weight: [*stack, ...] float.
-      quantizer: of the weight; see `Quantizer`.
+    fit a signed dtype, and their zero point with them. `weight`: [*stack, ...] float.
     """
     codes, scale = map(np.asarray, codes_and_scale(weight, quantizer))
     if quantizer.levels is not None:
-        return _on_device(codes=codes.astype(np.uint8), scale=scale, levels=quantizer.levels)
+        weight = QTensor(codes.astype(np.uint8), scale, levels=quantizer.levels)
+        return jax.tree.map(jnp.asarray, weight)
     zero_point = np.asarray(quantizer.zero_point)
     if (zero_point == 0.5).any():  # one signed bit; a channel of zeros has the zero point 0
         expand = lambda c, q: jnp.broadcast_to(grid.expand(q.zero_point, c.shape), c.shape)
@@ -84,11 +79,8 @@ def from_quantizer(weight: Array, quantizer: Quantizer) -> QTensor:
     elif (np.asarray(quantizer.qmin) == 0).all():
         half = np.float32(2 ** (grid.bits(quantizer) - 1))
         codes, zero_point = codes - half, zero_point - half
-    return _on_device(
-        codes=_smallest(codes),
-        scale=scale,
-        zero_point=zero_point.astype(np.int32) if zero_point.any() else None,
-    )
+    zero_point = zero_point.astype(np.int32) if zero_point.any() else None
+    return jax.tree.map(jnp.asarray, QTensor(_smallest(codes), scale, zero_point))
 
 
 @jax.jit
@@ -100,11 +92,7 @@ def codes_and_scale(weight: Array, quantizer: Quantizer) -> tuple[Array, Array]:
 
 
 def input_grid(quantizer: Quantizer) -> InputGrid:
-    """Returns the codes of an input.
-
-    Raises:
-      Unsupported: it has no integers, no fixed scale, or one for each channel.
-    """
+    """Returns the codes of an input. Raises Unsupported without integers and one fixed scale."""
     if quantizer.levels is not None:
         raise Unsupported("its input is quantized to a number format, not to integers")
     if quantizer.dynamic is not None:
@@ -128,12 +116,8 @@ def input_grid(quantizer: Quantizer) -> InputGrid:
 def scaled(weight: QTensor, factor: np.ndarray) -> QTensor:
     """Returns the weight times a factor for each channel; a negative one turns its codes around.
 
-    Args:
-      weight: of one layer, with integers.
-      factor: float64, which broadcasts with the scale; of every channel, as the scale then is.
-
-    Raises:
-      Unsupported: a negative factor of a code of -128, or of integers with a zero point.
+    `factor` is float64 and broadcasts with the scale. Raises Unsupported for a negative factor of a
+    code of -128, or of integers with a zero point.
     """
     codes, zero = np.asarray(weight.codes, np.int16), factor == 0
     if weight.zero_point is not None and (factor <= 0).any():
@@ -146,7 +130,8 @@ def scaled(weight: QTensor, factor: np.ndarray) -> QTensor:
     zero_point = weight.zero_point
     if zero_point is not None:
         zero_point = np.broadcast_to(np.asarray(zero_point), scale.shape)
-    return _on_device(codes=_smallest(codes), scale=scale.astype(np.float32), zero_point=zero_point)
+    turned = QTensor(_smallest(codes), scale.astype(np.float32), zero_point)
+    return jax.tree.map(jnp.asarray, turned)
 
 
 def _smallest(codes: np.ndarray) -> np.ndarray:
@@ -155,7 +140,3 @@ def _smallest(codes: np.ndarray) -> np.ndarray:
         if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1):
             return codes.astype(np.int8).astype(dtype)
     return codes.astype(np.int8)
-
-
-def _on_device(**arrays: Any) -> QTensor:
-    return QTensor(**{k: None if v is None else jnp.asarray(v) for k, v in arrays.items()})

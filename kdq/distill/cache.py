@@ -124,23 +124,22 @@ def open_cache(directory: str | Path, key: CacheKey) -> Cache:
     """
     directory = Path(directory)
     path = directory / _METADATA
+    parts = None
     try:
         metadata = files.read_json(path)
-        if metadata["format"] != FORMAT:
-            raise CacheError(
-                f"{directory} has format {metadata['format']!r}; this version reads {FORMAT}: "
-                "delete it"
-            )
-        stored, length, size = dict(metadata["key"]), metadata["length"], metadata["bytes"]
-        expected_sha = metadata["sha256"]
+        if metadata["format"] == FORMAT:
+            parts = dict(metadata["key"]), *(metadata[k] for k in ("length", "bytes", "sha256"))
     except FileNotFoundError as error:
         raise CacheError(f"no cache in {directory}: there is no {_METADATA}") from error
     except files.DamagedError as error:
         raise CacheError(str(error)) from error
-    except CacheError:
-        raise
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{path} is damaged: {error!r}") from error
+    if parts is None:
+        raise CacheError(
+            f"{directory} has format {metadata['format']!r}; this version reads {FORMAT}: delete it"
+        )
+    stored, length, size, expected_sha = parts
     expected = key.to_json()
     differences = [
         f"{name}: expected {expected.get(name, 'nothing')!r}, found {stored.get(name, 'nothing')!r}"

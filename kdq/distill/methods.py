@@ -111,7 +111,10 @@ class OnOutputs(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnFeatures(Method):
-    """The features of one layer each, the student's by way of an adapter."""
+    """The features of one layer each, the student's by way of an adapter.
+
+    A loss of tokens, one with `token_mask`, is told which are padding where the batch says so.
+    """
 
     adapter: str = "none"
     layers: int = 1
@@ -124,7 +127,10 @@ class OnFeatures(Method):
         (student,), (teacher,) = inputs.student, inputs.teacher
         student = adapters.adapt(params.get("adapter", {}), student, teacher.shape)
         further = [params["raw_variance"]] if "raw_variance" in params else []
-        return self.loss(student, teacher, *further, mask=inputs.mask, **options), memory
+        masks = {"mask": inputs.mask}
+        if "token_mask" in inspect.signature(self.loss).parameters:
+            masks["token_mask"] = inputs.batch.get("token_mask")
+        return self.loss(student, teacher, *further, **masks, **options), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,15 +145,6 @@ class Variational(OnFeatures):
         # softplus(x) = 5, where the authors start.
         raw = jnp.full(teacher[0][-1], jnp.log(jnp.expm1(5.0)), jnp.float32)
         return {**params, "raw_variance": raw}, memory
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokens(OnFeatures):
-    """Features of tokens, of which the batch may say which are padding."""
-
-    def __call__(self, params, memory, inputs, key, options):
-        tokens = {"token_mask": inputs.batch.get("token_mask")}
-        return super().__call__(params, memory, inputs, key, {**options, **tokens})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,7 +230,7 @@ METHODS: dict[str, Method] = {
     "contrastive": Contrastive(loss=contrast.contrastive),
     "info_nce": Embedded(loss=contrast.info_nce),
     "attention_relation": Relation(loss=features.attention_relation),
-    "hidden_states": Tokens(loss=features.hidden_states, adapter="fit"),
+    "hidden_states": OnFeatures(loss=features.hidden_states, adapter="fit"),
 }
 
 

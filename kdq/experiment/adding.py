@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kdq import config as kdq_config
-from kdq import files
 from kdq.config import Arm, ConfigError, Experiment, Search
 from kdq.experiment import costing, plan
 from kdq.experiment.context import Context
 from kdq.experiment.progress import Progress
-from kdq.experiment.store import CONFIG, Store
-from kdq.quantize import list_layers
+from kdq.experiment.store import Store, read_config
 from kdq.record import ArmRecord
 from kdq.search.cost import CostTable
 
@@ -29,18 +27,12 @@ def _names(search: str) -> tuple[str, str]:
 
 
 def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Experiment:
-    """The experiment with `config.search` as one of its searches, and with its arms.
+    """The experiment with `config.search` as one of its searches, called `name`, and with its arms.
 
     Beside it comes a search for the best uniform bits under the same budgets, with arms of its own
     that the search's are compared with. Searches that were added to the same workdir before stay.
 
-    Args:
-      experiment: from `kdq.config.freeze`.
-      workdir: of earlier runs, if there are any.
-      name: of the search.
-
-    Raises:
-      ConfigError: a name that is taken, or a search that can't be.
+    Raises ConfigError for a name that is taken, or a search that can't be.
     """
     search = experiment.search
     if name in experiment.searches:
@@ -48,7 +40,11 @@ def with_search(experiment: Experiment, workdir: str | Path, name: str) -> Exper
     if search.finetune not in experiment.arms:
         where = "config.search.finetune: arm"
         raise ConfigError(kdq_config.unknown(where, search.finetune, experiment.arms))
-    before = _before(experiment, Path(workdir), name)
+    before, last = {}, read_config(Path(workdir))
+    for other, searched in last.searches.items() if last else ():
+        is_known = other in experiment.searches or other == name
+        if not is_known and searched.finetune in experiment.arms:
+            before[other] = searched
     uniform = _uniform(experiment, before, name, search)
     searches = {**before, name: search, **uniform}  # what is wrong is said of the first one
     arms = {}
@@ -117,24 +113,6 @@ def _arms(experiment: Experiment, name: str, search: Search, baseline: str) -> d
     return arms
 
 
-def _before(experiment: Experiment, workdir: Path, name: str) -> dict[str, Search]:
-    """Searches that were added to a workdir, by what it says was run there last."""
-    path = workdir / CONFIG
-    if not path.is_file():
-        return {}
-    there = files.read_json(path)
-    try:
-        old = kdq_config.freeze(there)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    known = {*experiment.searches, name}
-    return {
-        other: search
-        for other, search in old.searches.items()
-        if other not in known and search.finetune in experiment.arms
-    }
-
-
 def finished(experiment: Experiment, workdir: str | Path) -> list[ArmRecord]:
     """The records of all arms and seeds of an experiment that a workdir has."""
     store = Store(experiment, Path(workdir))
@@ -151,14 +129,8 @@ def cost_table(
 ) -> CostTable:
     """Measures what a network costs at the choices of `config.search`, on this device.
 
-    Args:
-      experiment: from `kdq.config.freeze`.
-      key: of its models.
-      metrics: beside those that are counted: "size", "latency".
-      progress: told what happens.
-
-    Raises:
-      ConfigError: a model or metric that there is not.
+    `key` is of its models, `metrics` are beside those that are counted: "size", "latency". Raises
+    ConfigError for others.
     """
     if key not in experiment.models:
         raise ConfigError(kdq_config.unknown("model", key, experiment.models))
@@ -166,7 +138,5 @@ def cost_table(
         if metric not in ("size", "latency"):
             raise ConfigError(kdq_config.unknown("metric", metric, ("size", "latency")))
     context = Context(experiment, Path(), progress)
-    model, image = context.models[key], context.inputs.image
-    layers = list_layers(model, costing.shapes(model, context.inputs), image)
-    choices = costing.choices_of(experiment.search, layers, "config.search")
+    choices = costing.choices_of(experiment.search, context.layers(key), "config.search")
     return costing.build(context, key, experiment.search, choices, metrics)

@@ -8,18 +8,16 @@ import os
 import re
 from collections.abc import Sequence
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from kdq import deploy, processes, quantize
-from kdq.config import ConfigError, Data, Experiment, Search, unknown
-from kdq.deploy import PackedFileError, PackedModel, extras
+from kdq.config import ConfigError, Data, Search, unknown
+from kdq.deploy import PackedFileError, extras
 from kdq.deploy.measure import latency
 from kdq.distill import capture
-from kdq.distill.term import Shapes
 from kdq.experiment import costing
-from kdq.experiment.context import Context
+from kdq.experiment.context import Context, shapes
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.quantized import OBSERVERS, rules_of, rules_of_entries
 from kdq.experiment.store import load
@@ -28,10 +26,10 @@ from kdq.quantize import qat
 from kdq.quantize.ptq import chain
 from kdq.quantize.rules import match
 from kdq.search import sensitivity
-from kdq.search.objectives import OBJECTIVES
+from kdq.search.evaluate import OBJECTIVES
 from kdq.search.searchers import METHODS
-from kdq.train import objective, regime
-from kdq.types import Variables
+from kdq.train import objective
+from kdq.train.training import build_regime
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ def check(context: Context, arms: Sequence[str]) -> None:
 
     Searches are checked as far as these arms need them.
     """
-    experiment, models, inputs = context.experiment, context.models, context.inputs
+    experiment, inputs = context.experiment, context.inputs
     _check_task(context)
     spec = inputs.splits["train"].spec[inputs.key]
     if inputs.augment and (spec.dtype != np.uint8 or len(spec.shape) != 3):
@@ -53,9 +51,7 @@ def check(context: Context, arms: Sequence[str]) -> None:
         )
     _check_data(experiment.data, inputs)
     for key, fields in experiment.models.items():
-        _check_size(models[key], inputs.image, f"config.models.{key}")
-        _check_outputs(context, models[key], f"config.models.{key}")
-        _warn_of_script(fields["name"], f"config.models.{key}")
+        _check_model(context, key, fields["name"])
     _check_compute(context)
     for name in experiment.arms:
         _check_arm(context, name)
@@ -65,16 +61,12 @@ def check(context: Context, arms: Sequence[str]) -> None:
         where = f"config.qat.{key}"
         if recipe.method not in qat.METHODS:
             raise ConfigError(unknown(f"{where}.method:", recipe.method, qat.METHODS))
-        regime.build(recipe, 1, where)
+        build_regime(recipe, 1, where)
     for key, recipe in experiment.distill.items():  # those of no arm too
         objective.build(vars(recipe), 1, f"config.distill.{key}", context.task)
     for key in experiment.rules:
         rules_of_entries(experiment.rules[key], OBSERVERS["mse"], f"config.rules.{key}")
-    for key in {arm.model for arm in experiment.arms.values() if arm.bits}:
-        _check_quantize(experiment, key, models[key], inputs.image)
-    for name, arm in experiment.arms.items():
-        if arm.bits in experiment.rules:
-            _check_rules(experiment, name, models[arm.model], inputs.image)
+    _check_patterns(context)
     for name, arm in experiment.arms.items():
         if arm.distill:
             _check_taught(context, name)
@@ -118,22 +110,14 @@ def _check_arm(context: Context, name: str) -> None:
         )
     if arm.load:
         packed, where = load(arm.load), f"{where}.load={arm.load!r}"
-        _check_loaded(packed, context.model(arm), inputs.image, where)
-
-
-def _warn_of_script(name: str, where: str) -> None:
-    """Says of a class that no other program can import what will not work, and how to mend it."""
-    module, _, class_name = name.partition(":")
-    if module == "__main__" and class_name and processes.is_first():
-        log.warning(
-            "%s: %s is defined in a script or notebook: it trains here, but no other program, such "
-            "as launch/export.py, finds it by name, and load_packed(path) elsewhere wants the "
-            "model: load_packed(path, %s(...)). Put the class into a module of its own and import "
-            "it from there to have both.",
-            where,
-            class_name,
-            class_name,
-        )
+        modules = (packed.network.module, context.model(arm))
+        if modules[0] != modules[1]:
+            loaded, expected = (" ".join(str(module).split()) for module in modules)
+            raise ConfigError(f"{where} is {loaded}, but the arm's model is {expected}")
+        try:
+            packed.check(inputs.image)
+        except PackedFileError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
 
 def _check_data(config: Data, inputs: Inputs) -> None:
@@ -201,7 +185,7 @@ def _check_task(context: Context) -> None:
 
 
 def _check_compute(context: Context) -> None:
-    experiment, inputs, layout = context.experiment, context.inputs, context.layout
+    experiment, layout = context.experiment, context.layout
     compute, size = experiment.compute, experiment.data.batch_size
     if size % (layout.batch_parts * compute.accumulate):
         raise ConfigError(
@@ -210,51 +194,33 @@ def _check_compute(context: Context) -> None:
             f"{compute.accumulate}"
         )
     if compute.remat:
-        paths = {
-            path
-            for model in context.models.values()
-            for path in layers(model, _shapes(model, inputs.image), inputs.image)
-        }
+        paths = {path for key in context.models for path in context.outputs(key)}
         if not any(re.fullmatch(compute.remat, path) for path in paths):
             raise ConfigError(
                 f"config.compute.remat={compute.remat!r} matches none of {sorted(paths)}"
             )
 
 
-def _check_loaded(
-    packed: PackedModel, model: nn.Module, image: jax.ShapeDtypeStruct, where: str
-) -> None:
-    if packed.network.module != model:
-        modules = (packed.network.module, model)
-        loaded, expected = (" ".join(str(module).split()) for module in modules)
-        raise ConfigError(f"{where} is {loaded}, but the arm's model is {expected}")
+def _check_model(context: Context, key: str, name: str) -> None:
+    """Raises ConfigError for a model that can't take the data, has other outputs, or is too large.
+
+    What will not work with a class that no other program can import is told in a warning.
+    """
+    image, task, where = context.inputs.image, context.task, f"config.models.{key}"
     try:
-        packed.check(image)
-    except PackedFileError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _check_size(model: nn.Module, image: jax.ShapeDtypeStruct, where: str) -> None:
-    """Raises ConfigError for a model whose parameters alone are larger than the memory."""
-    try:
-        shapes = _shapes(model, image)
-    except Exception:  # whatever a module of anybody's raises: `_check_outputs` says so
-        return
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        raise ConfigError(
-            f"{where} has parameters of {size / 2**30:,.0f} GiB; this machine has "
-            f"{memory / 2**30:,.0f} GiB of memory"
-        )
-
-
-def _check_outputs(context: Context, model: nn.Module, where: str) -> None:
-    """Raises ConfigError for a model that can't take the data, or has other outputs."""
-    image, task = context.inputs.image, context.task
-    try:
-        apply = functools.partial(quantize.apply, model)
-        outputs = jax.eval_shape(apply, _shapes(model, image), {}, image)
+        shapes = context.shapes(key)
+        leaves = jax.tree.leaves(shapes)
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > memory:
+            raise ConfigError(
+                f"{where} has parameters of {size / 2**30:,.0f} GiB; this machine has "
+                f"{memory / 2**30:,.0f} GiB of memory"
+            )
+        apply = functools.partial(quantize.apply, context.models[key])
+        outputs = jax.eval_shape(apply, shapes, {}, image)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a module of anybody's raises
         raise ConfigError(
             f"{where} can't take inputs {image.shape}: {type(error).__name__}: {error}"
@@ -267,44 +233,57 @@ def _check_outputs(context: Context, model: nn.Module, where: str) -> None:
         task.check({task.target: labels}, context.inputs.facts, outputs)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    warn_of_script(name, where)
 
 
-def layers(model: nn.Module, variables: Variables, image: jax.ShapeDtypeStruct) -> Shapes:
-    """The layers of a model that can be captured, in evaluation mode."""
-    return capture.list_outputs(model, variables, image)
+def warn_of_script(name: str, where: str) -> None:
+    """Says of a class that no other program can import what will not work, and how to mend it."""
+    module, _, class_name = name.partition(":")
+    if module == "__main__" and class_name and processes.is_first():
+        log.warning(
+            "%s: %s is defined in a script or notebook: it trains here, but no other program, such "
+            "as launch/export.py, finds it by name, and load_packed(path) elsewhere wants the "
+            "model: load_packed(path, %s(...)). Put the class into a module of its own and import "
+            "it from there to have both.",
+            where,
+            class_name,
+            class_name,
+        )
 
 
-def _shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Variables:
-    return jax.eval_shape(quantize.as_network(model).init, jax.random.key(0), image)
-
-
-def _check_quantize(
-    experiment: Experiment, key: str, model: nn.Module, image: jax.ShapeDtypeStruct
-) -> None:
-    layers_of_model = quantize.list_layers(model, _shapes(model, image), image)
-    try:
-        match(quantize.uniform_rules(8, 8, keep=experiment.quantize.keep), layers_of_model)
-    except ValueError as error:
-        raise ConfigError(f"config.quantize.keep, model {key!r}: {error}") from error
-    names = [f"{path}/{half}" for path in layers_of_model for half in ("weights", "activations")]
-    for pattern in experiment.quantize.fixed_scales:
-        if not any(re.fullmatch(pattern, name) for name in names):
-            raise ConfigError(
-                f"config.quantize.fixed_scales, model {key!r}: {pattern!r} matches none of {names}"
-            )
-
-
-def _check_rules(
-    experiment: Experiment, name: str, model: nn.Module, image: jax.ShapeDtypeStruct
-) -> None:
-    arm = experiment.arms[name]
-    layers_of_model = quantize.list_layers(model, _shapes(model, image), image)
-    try:
-        match(rules_of(experiment, arm), layers_of_model)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"config.rules.{arm.bits}, arm {name!r}: {error}") from error
+def _check_patterns(context: Context) -> None:
+    """Raises ConfigError for patterns of layers that match none of those that are quantized."""
+    experiment = context.experiment
+    config, arms = experiment.quantize, experiment.arms
+    rules = {
+        f"config.quantize.keep, model {arm.model!r}": (
+            arm.model,
+            quantize.uniform_rules(8, 8, keep=config.keep),
+        )
+        for arm in arms.values()
+        if arm.bits
+    }
+    rules |= {
+        f"config.rules.{arm.bits}, arm {name!r}": (arm.model, rules_of(experiment, arm))
+        for name, arm in arms.items()
+        if arm.bits in experiment.rules
+    }
+    for where, (key, rules_of_model) in rules.items():
+        try:
+            match(rules_of_model, context.layers(key))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    for key in {arm.model for arm in arms.values() if arm.bits}:
+        halves = ("weights", "activations")
+        names = [f"{path}/{half}" for path in context.layers(key) for half in halves]
+        for pattern in config.fixed_scales:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                raise ConfigError(
+                    f"config.quantize.fixed_scales, model {key!r}: {pattern!r} matches none of "
+                    f"{names}"
+                )
 
 
 def _check_taught(context: Context, name: str) -> None:
@@ -317,9 +296,10 @@ def _check_taught(context: Context, name: str) -> None:
             f"{where}: config.distill.{arm.distill} looks at layers of the teacher, and "
             f"config.teachers.{arm.teacher} has none that it may look at"
         )
-    taught_by = layers(module, _shapes(module, inputs.image), inputs.image) if module else {}
-    model = context.model(arm)
-    student = layers(model, _shapes(model, inputs.image), inputs.image)
+    taught_by = {}
+    if module:
+        taught_by = capture.list_outputs(module, shapes(module, inputs.image), inputs.image)
+    student = context.outputs(arm.model)
     try:
         jax.eval_shape(
             lambda key: aim.init(key, student, taught_by, inputs.num_examples), jax.random.key(0)
@@ -363,11 +343,7 @@ def _check_search(context: Context, search: Search, where: str) -> None:
         of_pairs = f"{where}.sensitivity of pairs:"
         raise ConfigError(unknown(of_pairs, search.sensitivity, OBJECTIVES))
     for student in search.students:
-        model = context.model(student)
-        layers = quantize.list_layers(
-            model, _shapes(model, context.inputs.image), context.inputs.image
-        )
-        costing.choices_of(search, layers, where)
+        costing.choices_of(search, context.layers(context.experiment.arms[student].model), where)
     if "latency" in (*search.most.set, *search.share.set):
         try:
             deploy.check_formats((search.runtime,))

@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import TypeVar
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import models, provenance
+from kdq import models, provenance, quantize
 from kdq.config import Arm, ConfigError, Experiment
+from kdq.distill import capture
 from kdq.experiment import plan
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress
 from kdq.experiment.quantized import OBSERVERS
 from kdq.experiment.store import Store
 from kdq.experiment.teaching import Teachers
+from kdq.quantize.layers import LayerInfo
 from kdq.record import ArmRecord
 from kdq.tasks import Task
 from kdq.train import sharding
 from kdq.train.optimizer import make_optimizer
-from kdq.types import Batch
+from kdq.types import Batch, Variables
 
 T = TypeVar("T")
 
@@ -29,14 +32,7 @@ T = TypeVar("T")
 class Context:
     """One experiment in one process.
 
-    Args:
-      experiment: from `kdq.config.freeze`.
-      workdir: of its arms.
-      progress: told what happens.
-      tensorboard: whether arms write their training curves as TensorBoard's events, too.
-
-    Raises:
-      ConfigError: a task, model, observer, optimizer or mesh that can't be.
+    Raises ConfigError for a task, model, observer, optimizer or mesh that can't be.
     """
 
     def __init__(
@@ -49,7 +45,12 @@ class Context:
     ):
         self.experiment, self.tensorboard = experiment, tensorboard
         self.progress = progress or Progress()
-        self.models = {key: _build_model(key, fields) for key, fields in experiment.models.items()}
+        self.models = {}
+        for key, fields in experiment.models.items():
+            try:
+                self.models[key] = models.build(**fields)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"config.models.{key}: {error}") from error
         self.store = Store(experiment, workdir)
         for name, arm in experiment.arms.items():
             if arm.observer not in OBSERVERS:
@@ -64,6 +65,8 @@ class Context:
             )
         self.inputs = Inputs(experiment)
         self.teachers = Teachers(experiment, self.models, self.store, self.inputs)
+        # Of the variables of a model, by its key.
+        self.shapes = functools.cache(lambda key: shapes(self.models[key], self.inputs.image))
         self._results: dict[str, dict[Hashable, object]] = {}
 
     @property
@@ -73,8 +76,12 @@ class Context:
 
     @functools.cached_property
     def validation(self) -> list[Batch]:
-        """The validation split, where training is."""
-        return self.inputs.validation_on(self.layout)
+        """The validation split where training is: images cut up over a mesh, all else whole."""
+        inputs, layout = self.inputs, self.layout
+        if layout == sharding.ONE_DEVICE:
+            return inputs.validation
+        batches = inputs.split("validation", multiple=layout.batch_parts)
+        return [{**batch, inputs.key: layout.whole_batch(batch[inputs.key])} for batch in batches]
 
     @functools.cached_property
     def example(self) -> np.ndarray:
@@ -85,6 +92,14 @@ class Context:
         """Returns the model of an arm."""
         arm = self.experiment.arms[arm] if isinstance(arm, str) else arm
         return self.models[arm.model]
+
+    def layers(self, key: str) -> dict[str, LayerInfo]:
+        """Returns the layers of a model that can be quantized."""
+        return quantize.list_layers(self.models[key], self.shapes(key), self.inputs.image)
+
+    def outputs(self, key: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the layers of a model whose outputs can be captured."""
+        return capture.list_outputs(self.models[key], self.shapes(key), self.inputs.image)
 
     def once(self, kind: str, key: Hashable, make: Callable[[], T], most: int = 4) -> T:
         """Returns what `make` returned for this key, or calls it; the last `most` keys are kept."""
@@ -123,8 +138,6 @@ class Context:
         return self.store.record(teacher, seed).status == "ok"
 
 
-def _build_model(key: str, fields: dict) -> nn.Module:
-    try:
-        return models.build(**fields)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"config.models.{key}: {error}") from error
+def shapes(model: nn.Module, image: jax.ShapeDtypeStruct) -> Variables:
+    """Returns the shapes of a model's variables; nothing is computed."""
+    return jax.eval_shape(quantize.as_network(model).init, jax.random.key(0), image)

@@ -3,20 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 
-import flax.linen as nn
-import jax
-
 from kdq import config as kdq_config
 from kdq import provenance
 from kdq.config import ConfigError, Search
 from kdq.experiment.context import Context
-from kdq.experiment.inputs import Inputs
 from kdq.quantize.layers import LayerInfo
-from kdq.quantize.network import as_network
 from kdq.search import cost, measured
 from kdq.search.bank import Choices
 from kdq.search.cost import CostTable
-from kdq.types import Variables
 
 IMAGES = 256  # of the training split: quantizers need a range, whatever it is
 
@@ -67,7 +61,15 @@ def table(context: Context, key: str, search: Search, choices: Choices) -> CostT
         costs = cost.load(path, device=device, other_device=search.other_device)
         network = kdq_config.to_json(costs.model), costs.image_shape
         fits = network == (model, inputs.image.shape[1:])
-        if fits and _covers(costs, choices, metrics) and _measured_so(costs, search, metrics):
+        covers = all(
+            metric in costs.metrics
+            and set(bits) <= costs.metrics[metric].layers.get(path, {}).keys()
+            for metric in metrics
+            for path, bits in choices.items()
+        )
+        # Latencies, if any count, are those of the search's runtime.
+        how = {"runtime": search.runtime, "batch": search.batch} if "latency" in metrics else {}
+        if fits and covers and all(costs.conditions.get(k) == v for k, v in how.items()):
             return costs
     how = [search.runtime, search.batch, search.threads] if "latency" in metrics else []
     digest = kdq_config.digest([model, dict(choices), metrics, how, inputs.image.shape, device])
@@ -77,25 +79,3 @@ def table(context: Context, key: str, search: Search, choices: Choices) -> CostT
     costs = build(context, key, search, choices, metrics)
     costs.save(path)
     return costs
-
-
-def shapes(model: nn.Module, inputs: Inputs) -> Variables:
-    """Returns the shapes of a model's variables; nothing is computed."""
-    return jax.eval_shape(as_network(model).init, jax.random.key(0), inputs.image)
-
-
-def _covers(table: CostTable, choices: Choices, metrics: Sequence[str]) -> bool:
-    return all(
-        metric in table.metrics
-        and all(
-            set(bits) <= table.metrics[metric].layers.get(path, {}).keys()
-            for path, bits in choices.items()
-        )
-        for metric in metrics
-    )
-
-
-def _measured_so(table: CostTable, search: Search, metrics: Sequence[str]) -> bool:
-    """Returns whether latencies of a table, if any count, are those of the search's runtime."""
-    how = {"runtime": search.runtime, "batch": search.batch}
-    return "latency" not in metrics or all(table.conditions.get(k) == v for k, v in how.items())

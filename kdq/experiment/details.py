@@ -25,7 +25,7 @@ from kdq.quantize.layers import LayerInfo, layer_bits
 from kdq.quantize.network import Weights
 from kdq.quantize.paths import at_path
 from kdq.search import bank, cost
-from kdq.search.objectives import distance
+from kdq.search.evaluate import distance
 from kdq.tasks import Task
 from kdq.types import Array, Batch, QParams, Variables
 
@@ -48,27 +48,24 @@ def write(
 ) -> None:
     """Measures and writes the details of an arm.
 
-    Args:
-      folder: of the arm and seed.
-      packed: its file, loaded back.
-      layers: of its model.
-      weights: its weights, before rounding, and quantizers.
-      task: without classes, there are no confusion, reliability and attributions.
-      scores: of the packed model on the test split.
-      inputs: the data; other inputs than [n, height, width, channels] have no maps.
+    `packed` is its file, loaded back, of which `scores` are; `weights` are those before rounding.
+    Without classes there are no confusion, reliability and attributions; inputs other than
+    [n, height, width, channels] have no maps.
     """
     batch, has_classes = inputs.test[0], "classification" in task.probes
     images = batch[inputs.key][: min(IMAGES, int(np.sum(batch["mask"])))]
     packed_weights = Weights(variables=packed.variables, qparams=packed.qparams)
     predictor = Predictor(weights=packed_weights, network=packed.network)
-    shown = {
-        "confusion": confusion(scores.arrays, inputs.classes) if has_classes else None,
-        "reliability": _reliability(scores.arrays) if has_classes else None,
-        "layers": layer_rows(layers, packed, weights, inputs.validation[0], task),
-        "attributions": _attributions(predictor, images, scores.arrays["label"])
-        if has_classes and images.ndim == 4
-        else None,
-    }
+    shown = dict.fromkeys(("confusion", "reliability", "layers", "attributions"))
+    if has_classes:
+        arrays = scores.arrays
+        shown["confusion"] = confusion(arrays, inputs.classes)
+        bins = classification.reliability(arrays["confidence"], arrays["correct"], BINS)
+        columns = ("confidence", "accuracy", "count")
+        shown["reliability"] = {name: getattr(bins, name).tolist() for name in columns}
+        if images.ndim == 4:
+            shown["attributions"] = _attributions(predictor, images, arrays["label"])
+    shown["layers"] = layer_rows(layers, packed, weights, inputs.validation[0], task)
     files.write_json(folder / FILE, _shortened(shown), indent=None)
 
 
@@ -78,11 +75,6 @@ def confusion(scores: Mapping[str, np.ndarray], classes: int) -> list[list[int]]
     labels, predicted = (scores[name][valid].astype(np.int64) for name in ("label", "predicted"))
     pairs = labels * classes + predicted
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes).tolist()
-
-
-def _reliability(scores: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    bins = classification.reliability(scores["confidence"], scores["correct"], BINS)
-    return {name: getattr(bins, name).tolist() for name in ("confidence", "accuracy", "count")}
 
 
 def layer_rows(

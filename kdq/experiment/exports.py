@@ -9,16 +9,16 @@ import jax
 import numpy as np
 
 from kdq import config as kdq_config
-from kdq import deploy, files, lock, models, trust
-from kdq.config import ConfigError, Experiment
-from kdq.deploy.formats.runtime import Runtime
+from kdq import deploy, lock, models, trust
+from kdq.config import ConfigError
 from kdq.deploy.measure import latency
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.store import CONFIG, PACKED
+from kdq.experiment.store import CONFIG, PACKED, read_config
 from kdq.tasks import Task
 from kdq.types import Array, Batch
 
 FOLDER = "export"
+PART = 500  # examples of the test split that a runtime computes at once
 
 
 def export(
@@ -28,13 +28,11 @@ def export(
     inputs: Inputs,
     config: kdq_config.Export,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Exports a packed file; returns what the record says of each file of it, by format.
+    """Exports a packed file; returns what the record says of each file of it, by format, and why
+    other formats failed.
 
-    That is its part of the manifest, and whether it is the recommended one, if they are timed; of
-    these formats also the task's primary metric: on the whole test split, in their own runtimes.
-
-    Returns:
-      The files, and why those of other formats are not there.
+    Of a file that is its part of the manifest, whether it is the recommended one, if they are
+    timed, and the task's primary metric on the whole test split, in its own runtime.
     """
     task = inputs.task
     arrays = {key: inputs.examples("validation", key, config.examples) for key in task.keys}
@@ -62,17 +60,13 @@ def export(
             entry["recommended"] = manifest["recommended"] == name
     for name in [name for name in formats if name in entries]:
         run = deploy.FORMATS[name].load(folder / entries[name]["file"], None, None)
-        entries[name][task.primary.name] = _measure(run, test, task)
+        scores = []
+        for first in range(0, len(test[task.target]), PART):
+            part = {key: array[first : first + PART] for key, array in test.items()}
+            scores.append(_primary_scores(task, run(task.inputs(part)), part))
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *scores)
+        entries[name][task.primary.name] = task.primary.compute(joined)
     return entries, manifest["failed"]
-
-
-def _measure(run: Runtime, test: Batch, task: Task) -> float:
-    """Returns the task's primary metric of a file in its runtime, on examples in parts of 500."""
-    scores = []
-    for first in range(0, len(test[task.target]), 500):
-        part = {key: array[first : first + 500] for key, array in test.items()}
-        scores.append(_primary_scores(task, run(task.inputs(part)), part))
-    return task.primary.compute(jax.tree.map(lambda *parts: np.concatenate(parts), *scores))
 
 
 @partial(jax.jit, static_argnames="task")
@@ -106,7 +100,9 @@ def export_arm(
     Raises:
       ConfigError: no such experiment, arm or format, or one that has not been run.
     """
-    experiment = _read(Path(workdir))
+    experiment = read_config(Path(workdir))
+    if experiment is None:
+        raise ConfigError(f"{workdir} holds no experiment: no {Path(workdir, CONFIG)}")
     check(formats, "format")
     if arm not in experiment.arms:
         raise ConfigError(kdq_config.unknown("arm", arm, experiment.arms))
@@ -136,25 +132,9 @@ def export_arm(
 
 
 def raise_failures(failures: Mapping[str, str]) -> None:
-    """Raises ExportError if anything failed: all of it in a line.
-
-    Args:
-      failures: reasons, by what was to be exported.
-    """
+    """Raises ExportError if anything failed: all reasons in a line, by what was exported."""
     if failures:
         raise deploy.ExportError("; ".join(f"{what}: {why}" for what, why in failures.items()))
-
-
-def _read(workdir: Path) -> Experiment:
-    path = workdir / CONFIG
-    try:
-        config = files.read_json(path)
-    except FileNotFoundError:
-        raise ConfigError(f"{workdir} holds no experiment: no {path}") from None
-    try:
-        return kdq_config.freeze(config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 def check(formats: Sequence[str], where: str) -> None:

@@ -7,7 +7,7 @@ import grain
 import jax
 import numpy as np
 
-from kdq import data, tasks
+from kdq import data, quantize, tasks
 from kdq.config import Arm, ConfigError, Experiment
 from kdq.tasks import Task
 from kdq.train.sharding import ONE_DEVICE, Layout
@@ -125,13 +125,10 @@ class Inputs:
     def split(
         self, name: str, size: int | None = None, *, limit: int | None = None, multiple: int = 1
     ) -> data.EvalBatches:
-        """Returns a split's examples in order, in batches of one size.
+        """Returns the first `limit` examples of a split in order, all by default, in batches.
 
-        Args:
-          name: "train", "validation" or "test".
-          size: examples of a batch; None is `data.eval_batch_size`. At most those of the split.
-          limit: only so many examples, the first; None is all.
-          multiple: the size is rounded up to a multiple of it.
+        Each has `size` examples, by default `data.eval_batch_size`, at most those of the split, and
+        rounded up to a multiple of `multiple`.
         """
         source = self.splits[name]
         size = min(size or self._config.eval_batch_size, len(source))
@@ -144,28 +141,29 @@ class Inputs:
         batches = self.split(name, limit=limit)
         return np.concatenate([batch[key][batch["mask"] > 0] for batch in batches])
 
-    def calibration_images(self) -> list[np.ndarray]:
+    def calibration_batches(self) -> list[quantize.Inputs]:
         """Returns the first examples of the training split, in four batches of one shape, or more.
 
-        So that a method can hold one of them out.
+        So that a method can hold one of them out. Padding, of examples and of tokens, is masked.
         """
         count = min(self._quantize.calibration_examples, self.num_examples)
         size = min(max(1, count // 4), self._config.eval_batch_size)
-        return [b[self.key] for b in self.split("train", size, limit=max(1, count // size) * size)]
+        batches = self.split("train", size, limit=max(1, count // size) * size)
+        return [quantize.masked(batch[self.key], _mask(batch)) for batch in batches]
 
     @functools.cached_property
     def validation(self) -> list[Batch]:
         """The validation split, on the device."""
         return [jax.device_put(batch) for batch in self.split("validation")]
 
-    def validation_on(self, layout: Layout) -> list[Batch]:
-        """Returns the validation split with images cut up over a mesh, all else whole."""
-        if layout == ONE_DEVICE:
-            return self.validation
-        batches = self.split("validation", multiple=layout.batch_parts)
-        return [{**batch, self.key: layout.whole_batch(batch[self.key])} for batch in batches]
-
     @functools.cached_property
     def test(self) -> list[Batch]:
         """The test split, on the device."""
         return [jax.device_put(batch) for batch in self.split("test")]
+
+
+def _mask(batch: Batch) -> np.ndarray:
+    """Returns what of a batch is no padding: [batch], or [batch, positions] if it has tokens."""
+    if "token_mask" not in batch:
+        return batch["mask"]
+    return batch["mask"][:, None] * batch["token_mask"]

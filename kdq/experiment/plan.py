@@ -2,21 +2,15 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kdq import config as kdq_config
 from kdq import models
-from kdq.config import Arm, ConfigError, Data, Experiment
-from kdq.schema.experiment import CLASSIFICATION
+from kdq.config import ConfigError, Data, Experiment
+from kdq.schema import CLASSIFICATION
 
 UNIFORM = "uniform"  # the method of searches that others are compared with
-
-
-def in_order(experiment: Experiment, names: Iterable[str]) -> list[str]:
-    """`names` and what they need, each after what it needs."""
-    return list(kdq_config.ancestors(experiment, *names))
 
 
 def digests(experiment: Experiment) -> dict[str, str]:
@@ -33,7 +27,7 @@ def digests(experiment: Experiment) -> dict[str, str]:
         **_task(experiment),
     }
     digests_of_arms: dict[str, str] = {}
-    for name in in_order(experiment, experiment.arms):
+    for name in kdq_config.ancestors(experiment, *experiment.arms):
         arm = experiment.arms[name]
         others = {
             "init": digests_of_arms.get(arm.init, ""),
@@ -43,16 +37,21 @@ def digests(experiment: Experiment) -> dict[str, str]:
             # Fidelity of every arm but the teacher's own ancestors is measured against the teacher.
             "measured_against": digests_of_arms.get(experiment.teacher, ""),
         }
+        further = {}
+        if arm.bits in experiment.searches:
+            further["search"] = search_digest(experiment, arm.bits, digests_of_arms)
+        model = experiment.models[arm.model]
+        if models.is_own(model["name"]):  # it can change with no commit of kdq's to tell
+            further["source"] = models.source_digest(model["name"])
         digests_of_arms[name] = kdq_config.digest(
             {
                 **shared,
                 "quantize": experiment.quantize if arm.bits else None,
                 "ptq": experiment.ptq[arm.ptq] if arm.ptq else None,
                 **({"rules": experiment.rules[arm.bits]} if arm.bits in experiment.rules else {}),
-                **_searched(experiment, arm, digests_of_arms),
+                **further,
                 "qat": experiment.qat[arm.qat] if arm.qat else None,
-                "model": experiment.models[arm.model],
-                **_source(experiment.models[arm.model]["name"]),
+                "model": model,
                 "arm": {**kdq_config.to_json(arm), "reference": "", **kdq_config.to_json(others)},
             }
         )
@@ -65,17 +64,6 @@ def _data(config: Data) -> Data:
     if name.endswith(".npz"):
         name = _file(str(Path(config.data_dir, name)), "config.data.name")
     return dataclasses.replace(config, name=name, data_dir="")
-
-
-def _source(model: str) -> dict[str, str]:
-    """Returns the digest of a user's class, which can change with no commit of kdq's to tell."""
-    return {"source": models.source_digest(model)} if models.is_own(model) else {}
-
-
-def _searched(experiment: Experiment, arm: Arm, digests_of_arms: dict[str, str]) -> dict[str, Any]:
-    if arm.bits not in experiment.searches:
-        return {}
-    return {"search": search_digest(experiment, arm.bits, digests_of_arms)}
 
 
 def search_digest(experiment: Experiment, name: str, digests_of_arms: dict[str, str]) -> str:
@@ -138,11 +126,9 @@ def _file(path: str, where: str) -> str:
 
 def experiment_digest(experiment: Experiment) -> str:
     """A digest of the whole config but the seeds, where it runs, and what is said of it."""
-    place = {
-        "seeds": (),
-        "data": _data(experiment.data),
-    }
-    parts = kdq_config.to_json(dataclasses.replace(experiment, **place))
+    parts = kdq_config.to_json(
+        dataclasses.replace(experiment, seeds=(), data=_data(experiment.data))
+    )
     # `quick` is said of numbers, and decides none.
     for name in ("mesh", "resources", "compute", "seeds_at_once", "workers", "quick", "task"):
         del parts[name]

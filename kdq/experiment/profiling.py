@@ -13,11 +13,12 @@ import jax
 from kdq import lock
 from kdq.config import ConfigError, Experiment, parents, unknown
 from kdq.experiment import runner
+from kdq.experiment.arm import ArmRun
+from kdq.experiment.context import Context
 from kdq.experiment.progress import Progress
 from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.step import train_step
-from kdq.train.training import Plan, TrainState
 
 WARM_UP = 10  # steps before the trace: the first compiles
 STEP = "jit_train_step"  # what XLA calls the compiled step
@@ -53,33 +54,10 @@ def profile(
     """
     if arm not in experiment.arms:
         raise ConfigError(unknown("arm", arm, experiment.arms))
-    with lock.hold(workdir):
-        return _profile(experiment, Path(workdir), arm, seed, steps, progress)
-
-
-def _profile(
-    experiment: Experiment,
-    workdir: Path,
-    arm: str,
-    seed: int,
-    steps: int,
-    progress: Progress | None,
-) -> Profile:
-    if needs := parents(experiment, arm):
-        runner.run(experiment, workdir, arms=needs, progress=progress)
-    plan, state = runner.first_step(experiment, workdir, arm, seed)
-    last = WARM_UP + steps
-    if plan.steps < last:
-        raise ConfigError(
-            f"arm {arm!r} trains for {plan.steps} steps: expected {last}, {WARM_UP} of them to "
-            "warm up"
-        )
-    names = _names(plan, state)
+    if not experiment.arms[arm].epochs:
+        raise ConfigError(f"config.arms.{arm}.epochs=0: it is not trained")
+    workdir, last = Path(workdir), WARM_UP + steps
     folder = workdir / "profile" / arm
-    folder.mkdir(parents=True, exist_ok=True)
-
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # it slows down what it looks at
 
     def on_step(step: int) -> None:
         if step == WARM_UP:
@@ -89,11 +67,27 @@ def _profile(
         jax.profiler.stop_trace()  # here the loop has waited for the last step
         return {metric.name: 0.0 for metric in plan.training.objective.task.metrics}
 
-    plan = dataclasses.replace(plan, steps=last, eval_every=last, validate=stop)
-    with tempfile.TemporaryDirectory() as scratch:
-        loop.fit(plan, state, Path(scratch), on_step=on_step)
-    trace = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    return read(trace, names)
+    with lock.hold(workdir):
+        if needs := parents(experiment, arm):
+            runner.run(experiment, workdir, arms=needs, progress=progress)
+        started = ArmRun(Context(experiment, workdir), arm, seed)
+        variables, _ = started.start()
+        started.weights, _ = started.calibrate(variables)
+        plan, state = started.make_plan()
+        if plan.steps < last:
+            raise ConfigError(
+                f"arm {arm!r} trains for {plan.steps} steps: expected {last}, {WARM_UP} of them to "
+                "warm up"
+            )
+        compiled = train_step.lower(plan.training, state, plan.dataset[0]).compile()
+        names = names_of(compiled.as_text())
+        folder.mkdir(parents=True, exist_ok=True)
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # it slows down what it looks at
+        plan = dataclasses.replace(plan, steps=last, eval_every=last, validate=stop)
+        with tempfile.TemporaryDirectory() as scratch:
+            loop.fit(plan, state, Path(scratch), on_step=on_step)
+    return read(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime), names)
 
 
 def read(trace: Path, names: Mapping[str, str]) -> Profile:
@@ -130,12 +124,6 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, stop - max(start, until))
         until = max(until, stop)
     return total
-
-
-def _names(plan: Plan, state: TrainState) -> dict[str, str]:
-    """Returns readable names of the compiled step's operations: "backward conv_1 dot"."""
-    compiled = train_step.lower(plan.training, state, plan.dataset[0]).compile()
-    return names_of(compiled.as_text())
 
 
 def names_of(program: str) -> dict[str, str]:

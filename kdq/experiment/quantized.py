@@ -14,6 +14,7 @@ from kdq.config import Arm, ConfigError, Experiment
 from kdq.experiment.progress import Progress
 from kdq.fields import check_arguments, unknown
 from kdq.quantize import QuantizationRule, TensorSpec, observers
+from kdq.quantize.inputs import Batch
 from kdq.quantize.network import Weights
 from kdq.quantize.observers import Observer
 from kdq.quantize.ptq import chain
@@ -40,42 +41,27 @@ def quantized(
     arm: Arm,
     model: nn.Module,
     variables: Variables,
-    images: Sequence[Array],
+    images: Sequence[Batch],
     *,
     guide: Callable[[Array], Array] | None,
     progress: Progress,
     categorical: bool = True,
 ) -> tuple[Weights, dict[str, Any]]:
-    """The weights that an arm with bits starts from, and what its record says of them.
+    """Returns the weights that an arm with bits starts from, and what its record says of them.
 
-    Args:
-      experiment: has the rules and the chains of methods.
-      arm: how many bits, which observer, which chain.
-      model: the arm's.
-      variables: float.
-      images: batches to calibrate on.
-      guide: the teacher of methods that ask one; None is the float model itself.
-      progress: told of methods.
-      categorical: whether the outputs are logits of one distribution, which have a KL.
+    That is "calibration_seconds" and, apart from them, "compile_seconds"; with a chain of methods
+    "ptq_errors": the signal to quantization noise ratio [dB] of each layer,
+    {"layers": {path: [before, after]}}, and the KL [nats] of the output, {"kl": [before, after]},
+    on `images`. None is a ratio without noise or signal.
 
-    Returns:
-      The weights; "calibration_seconds" and, apart from them, "compile_seconds"; with a chain
-      "ptq_errors": the signal to quantization noise ratio [dB] of each layer,
-      {"layers": {path: [before, after]}}, and the KL [nats] of the output, {"kl": [before, after]},
-      on `images`. None is a ratio without noise or signal.
+    `images` are batches to calibrate on; `guide` is the teacher of methods that ask one, None the
+    float model itself; `categorical` outputs are logits of one distribution, which have a KL.
     """
     rules = rules_of(experiment, arm)
     steps = experiment.ptq[arm.ptq] if arm.ptq else ()
     watch = Stopwatch()
-    start = chain.run(
-        steps,
-        model,
-        variables,
-        rules,
-        images,
-        teacher=guide,
-        progress=progress.method,
-    )
+    tell = progress.method
+    start = chain.run(steps, model, variables, rules, images, teacher=guide, progress=tell)
     jax.block_until_ready((start.variables, start.qparams))
     fields: dict[str, Any] = {
         "calibration_seconds": watch.working,
@@ -90,7 +76,7 @@ def quantized(
             (start.variables, start.qparams),
             images,
             target=start.target,
-            progress=progress.method,
+            progress=tell,
         )
         if not categorical:
             reason = "outputs are no logits of one distribution"
@@ -99,14 +85,8 @@ def quantized(
         fields["ptq_errors"] = errors.to_json()
     variables, qparams = start.variables, start.qparams
     if not arm.epochs:  # what is trained on is to be measured afterwards
-        warn_of_noise(
-            model,
-            variables,
-            qparams,
-            images[0],
-            target=start.target,
-            where=f"{arm.bits} by calibration",
-        )
+        where = f"{arm.bits} by calibration"
+        warn_of_noise(model, variables, qparams, images[0], target=start.target, where=where)
     else:
         method = recipe(experiment, arm).method
         variables, qparams = quantize.prepare(variables, qparams, method)

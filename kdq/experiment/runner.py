@@ -9,14 +9,13 @@ import jax
 from kdq import config as kdq_config
 from kdq import lock, processes
 from kdq.config import ConfigError, Experiment
-from kdq.experiment import arm, check, exports, parallel, plan, sharing
+from kdq.experiment import arm, check, exports, parallel, sharing
 from kdq.experiment.arm import ArmRun
 from kdq.experiment.context import Context
 from kdq.experiment.progress import Progress, Unit
 from kdq.fields import expand_user
 from kdq.record import ArmRecord
 from kdq.train import metrics_writer
-from kdq.train.training import Plan, TrainState
 
 
 def run(
@@ -56,21 +55,6 @@ def run(
         return _run(context, arms, workers if in_processes else 1, shared)
 
 
-def first_step(
-    experiment: Experiment, workdir: str | Path, name: str, seed: int
-) -> tuple[Plan, TrainState]:
-    """Returns an arm's training and the state before it, once what it needs has been run.
-
-    Raises ConfigError for an arm that does not train.
-    """
-    if not experiment.arms[name].epochs:
-        raise ConfigError(f"config.arms.{name}.epochs=0: it is not trained")
-    started = ArmRun(Context(experiment, Path(workdir)), name, seed)
-    variables, _ = started.start()
-    started.weights, _ = started.calibrate(variables)
-    return started.make_plan()
-
-
 def _run(
     context: Context, arms: Sequence[str] | None, workers: int, shared: str | Path | None
 ) -> list[ArmRecord]:
@@ -80,7 +64,7 @@ def _run(
     for name in names:
         if name not in experiment.arms:
             raise ConfigError(kdq_config.unknown("arm", name, experiment.arms))
-    order = plan.in_order(experiment, [experiment.teacher, *names])
+    order = kdq_config.ancestors(experiment, experiment.teacher, *names)
     records = _finished(context, order)
     if None in records.values():
         check.check(context, order)
@@ -135,12 +119,7 @@ def make_runner(
 ) -> parallel.Run:
     """Returns a function that runs an arm and seed, of which all that it needs is there."""
     context = Context(experiment, workdir, progress, tensorboard=tensorboard)
-
-    def run_unit(name: str, seed: int) -> ArmRecord:
-        (record,) = _run_arm(context, name, [seed], shared)
-        return _finish(context, record)
-
-    return run_unit
+    return lambda name, seed: _finish(context, _run_arm(context, name, [seed], shared)[0])
 
 
 def _finished(context: Context, order: Sequence[str]) -> dict[Unit, ArmRecord | None]:
@@ -170,13 +149,9 @@ def _run_arm(
 
 def _run_here(context: Context, name: str, seeds: Sequence[int]) -> list[ArmRecord]:
     """Returns the records of seeds that are copied from an arm of equal bits, or trained."""
-    copied = {
-        seed: processes.first(
-            lambda seed=seed: sharing.copy_equal_bits(context, context.identify(name, seed))
-        )
-        for seed in seeds
-    }
-    runs = [ArmRun(context, name, seed) for seed in seeds if copied[seed] is None]
+    copy = lambda seed: sharing.copy_equal_bits(context, context.identify(name, seed))
+    records = {seed: processes.first(functools.partial(copy, seed)) for seed in seeds}
+    runs = [ArmRun(context, name, seed) for seed in seeds if records[seed] is None]
     for started in runs:
         started.prepare()
     trained = [started for started in runs if started.weights]
@@ -185,5 +160,5 @@ def _run_here(context: Context, name: str, seeds: Sequence[int]) -> list[ArmReco
         if started in fits:
             started.conclude(fits[started])
         started.save()
-    records = {started.seed: started.record for started in runs}
-    return [copied[seed] or records[seed] for seed in seeds]
+        records[started.seed] = started.record
+    return [records[seed] for seed in seeds]

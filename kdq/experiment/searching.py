@@ -9,18 +9,16 @@ from typing import Any
 import jax
 
 from kdq import config as kdq_config
-from kdq import files, quantize
+from kdq import files
 from kdq.config import ConfigError, Experiment, Search
 from kdq.experiment import costing, plan, training
 from kdq.experiment.context import Context
 from kdq.experiment.quantized import OBSERVERS, recipe
 from kdq.search import bank, evaluate, run, searchers, sensitivity, spaces
-from kdq.search.evaluate import Evaluator
-from kdq.search.finalists import choose
-from kdq.search.finetune import Finetune
-from kdq.search.history import History
-from kdq.search.measured import Files
+from kdq.search.evaluate import Evaluator, Finetune
+from kdq.search.measured import Files, choose_finalist
 from kdq.search.problem import Policy
+from kdq.search.run import History
 from kdq.search.searchers import METHODS
 from kdq.search.spaces import DISTILLED, Student
 from kdq.stopwatch import Stopwatch
@@ -80,13 +78,15 @@ def result(context: Context, name: str, seed: int) -> SearchResult:
         log = folder / f"evaluations-{digest}.jsonl"
         fields = {"digest": digest, **_search(context, name, seed, log)}
         files.write_json(path, fields)
-    fields = _checked(files.read_json(path), path)
+    fields = files.read_json(path)
+    fields = dict(fields) if isinstance(fields, Mapping) else {}
+    if not isinstance(fields.get("chosen"), Mapping) or not isinstance(fields.get("digest"), str):
+        raise ConfigError(f"{path} is no result of a search: delete {folder} to search again")
     if fields.pop("digest") != digest:
         raise ConfigError(
             f"{path} was found with another config: choose another workdir, or delete {folder}"
         )
-    chosen = fields["chosen"]
-    description = {"name": name, **fields}
+    chosen, description = fields["chosen"], {"name": name, **fields}
     baseline = plan.baseline_of(experiment, name)
     if baseline and (_folder(context, baseline, seed) / RESULT).is_file():
         other = result(context, baseline, seed)
@@ -94,15 +94,6 @@ def result(context: Context, name: str, seed: int) -> SearchResult:
         uniform = {key: other.description[key] for key in keys}
         description["uniform"] = {**uniform, "same": dict(other.chosen) == dict(chosen)}
     return SearchResult(name=name, chosen=chosen, observer=search.observer, description=description)
-
-
-def _checked(fields: Any, path: Path) -> dict[str, Any]:
-    """Returns the fields of a search's result as read. Raises ConfigError if they are none."""
-    fields = fields if isinstance(fields, Mapping) else {}
-    chosen = fields.get("chosen")
-    if not isinstance(chosen, Mapping) or not isinstance(fields.get("digest"), str):
-        raise ConfigError(f"{path} is no result of a search: delete {path.parent} to search again")
-    return dict(fields)
 
 
 def _folder(context: Context, name: str, seed: int) -> Path:
@@ -140,7 +131,7 @@ def _search(context: Context, name: str, seed: int, log: Path) -> dict[str, Any]
             ),
         )
     costs = [network.costs for network in networks]
-    best, measured = choose(problem, evaluated, search, [s.files for s in students], costs)
+    best, measured = choose_finalist(problem, evaluated, search, [s.files for s in students], costs)
     chosen = best.policy[0]
     choices = students[chosen].files.choose(best.policy)
     return {
@@ -179,7 +170,7 @@ def prepare_student(context: Context, search: Search, name: str, seed: int) -> P
     )
     student = Student(
         name=name,
-        layers=_layers(context, name, seed),
+        layers=context.layers(key),
         choices=evaluator.choices,
         costs=costing.table(context, key, search, evaluator.choices),
     )
@@ -219,15 +210,11 @@ def prepare_student(context: Context, search: Search, name: str, seed: int) -> P
     )
 
 
-def _layers(context: Context, name: str, seed: int) -> dict[str, quantize.LayerInfo]:
-    variables = context.store.weights(name, seed)
-    return quantize.list_layers(context.model(name), variables, context.inputs.image)
-
-
 def _make_evaluator(context: Context, search: Search, name: str, seed: int) -> Evaluator:
     """Returns the evaluator of a student, calibrated at every choice, on held-out examples."""
     model, variables = context.model(name), context.store.weights(name, seed)
-    choices = costing.choices_of(search, _layers(context, name, seed), "config.search")
+    layers = context.layers(context.experiment.arms[name].model)
+    choices = costing.choices_of(search, layers, "config.search")
     size = min(search.examples, context.experiment.data.eval_batch_size)
     batches = context.inputs.split("validation", size, limit=search.examples)
     teacher = context.teachers.logits(search.teacher, seed, "validation")
@@ -235,7 +222,7 @@ def _make_evaluator(context: Context, search: Search, name: str, seed: int) -> E
         model,
         variables,
         choices,
-        context.inputs.calibration_images(),
+        context.inputs.calibration_batches(),
         OBSERVERS[search.observer],
         progress=context.progress.method,
     )

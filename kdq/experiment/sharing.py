@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ from kdq import files
 from kdq.config import Experiment
 from kdq.experiment import exports, searching
 from kdq.experiment.context import Context
-from kdq.experiment.store import PACKED, RESULT, Store
+from kdq.experiment.store import PACKED, RESULT, Store, file_digest
 from kdq.record import ArmRecord
 from kdq.search.problem import InfeasibleError
 
@@ -57,16 +56,13 @@ class Shared:
         return alone and not searched
 
     def once(self, identity: ArmRecord, train: Callable[[], ArmRecord]) -> ArmRecord:
-        """Returns the record of an arm and seed: copied, or else trained while others wait.
-
-        Args:
-          identity: the part of its record that is known before it is trained.
-          train: trains it in this run's workdir, and returns its record.
-        """
+        """Returns the record of an arm and seed: copied, or else trained while others wait."""
         with self._locked(identity):
             if source := self._source(identity):
+                changed = {key: getattr(identity, key) for key in ("config_digest", "reference")}
+                target = self._store.folder(identity.arm, identity.seed)
                 with contextlib.suppress(OSError):  # it is deleted meanwhile, and trained here then
-                    return self._copy(source, identity)
+                    return copy(self._store, source, target, changed)
             record = train()
             self.offer(record)
         return record
@@ -131,23 +127,12 @@ class Shared:
                 return None
         return folder
 
-    def _copy(self, source: Path, identity: ArmRecord) -> ArmRecord:
-        of_this_run = {key: getattr(identity, key) for key in ("config_digest", "reference")}
-        target = self._store.folder(identity.arm, identity.seed)
-        return copy(self._store, source, target, of_this_run)
-
 
 def copy_equal_bits(context: Context, identity: ArmRecord) -> ArmRecord | None:
     """Copies the arm that an arm is compared with, if both searches chose the same bits.
 
-    If the arms are else alike, that one has been trained as this one would be.
-
-    Args:
-      context: of the experiment.
-      identity: the record of the arm as far as it is known before it is trained.
-
-    Returns:
-      The record; None if there is no such arm.
+    If the arms are else alike, that one has been trained as this one would be. Returns the record,
+    or None if there is no such arm.
     """
     experiment, store = context.experiment, context.store
     name, seed = identity.arm, identity.seed
@@ -174,14 +159,7 @@ def copy_equal_bits(context: Context, identity: ArmRecord) -> ArmRecord | None:
 
 
 def copy(store: Store, source: Path, target: Path, changed: Mapping[str, Any]) -> ArmRecord:
-    """Copies an arm and seed into a workdir, whole or not at all, and returns its record.
-
-    Args:
-      store: of the workdir.
-      source: the folder of the arm and seed, in this workdir or another one.
-      target: its folder there.
-      changed: of its record.
-    """
+    """Copies an arm and seed, whole or not at all, and returns its record with what is changed."""
     record = ArmRecord.from_json(files.read_json(source / RESULT))
     partial = target.with_name(f".{target.name}.copy")
     shutil.rmtree(partial, ignore_errors=True)
@@ -198,11 +176,10 @@ def copy(store: Store, source: Path, target: Path, changed: Mapping[str, Any]) -
     return record
 
 
-@functools.lru_cache(maxsize=64)
-def _digest_of(path: Path, modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sha256(path: Path) -> str:
     return _digest_of(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of(path: Path, modified: int) -> str:
+    return file_digest(path)

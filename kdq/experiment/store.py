@@ -1,21 +1,34 @@
-"""Records and weights of finished arms in the workdir."""
+"""Records and weights of the arms in a workdir, and the weights that arms start from."""
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from kdq import config as kdq_config
 from kdq import deploy, files, tasks
 from kdq.config import ConfigError, Experiment
-from kdq.experiment import differences, plan, records
+from kdq.distill.cache_key import digest_variables
+from kdq.experiment import plan
+from kdq.quantize.inputs import unboxed
+from kdq.quantize.network import as_network
 from kdq.record import ArmRecord
 from kdq.train.checkpoint import Checkpointer, CheckpointError
-from kdq.types import Variables
+from kdq.train.loop import Selection
+from kdq.types import Array, Variables
 
 CONFIG = "config.json"  # of an experiment
 RESULT, PACKED = "result.json", "model.safetensors"  # of an arm and seed
+SHOWN = 3  # differences between configs that are told
+# Fields of the config that decide where it runs, and no number.
+PLACES = ("seeds_at_once", "workers", "mesh", "resources", "export", "checkpoint_seconds")
 
 
 def load(path: str) -> deploy.PackedModel:
@@ -24,6 +37,32 @@ def load(path: str) -> deploy.PackedModel:
         return deploy.load_packed(path)
     except deploy.PackedFileError as error:
         raise ConfigError(f"a packed file of the config: {error}") from error
+
+
+def read_config(workdir: Path) -> Experiment | None:
+    """Returns what was run last in a workdir, None if nothing was.
+
+    Raises ConfigError if that can't be read, or is of another version.
+    """
+    path = workdir / CONFIG
+    if not path.exists():
+        return None
+    document = files.read_json(path)
+    try:
+        return kdq_config.freeze(document)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+# Runs once, but full optimization of the samplers takes ten times as long to compile.
+@functools.partial(
+    jax.jit,
+    static_argnames=("model",),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+def fresh_variables(model: nn.Module, key: Array, images: np.ndarray) -> Variables:
+    """The model's variables at the start of training, drawn from `key`, without boxes of Flax."""
+    return unboxed(as_network(model).init(key, images))
 
 
 class Store:
@@ -42,28 +81,61 @@ class Store:
     def finished(self, name: str, seed: int) -> ArmRecord | None:
         """The record of an arm that has been run before.
 
-        Raises ConfigError if it was run with another config.
+        Raises ConfigError if it was run with another config, or its packed file is not the one
+        that the record is about.
         """
-        if not (self.folder(name, seed) / RESULT).exists():
+        path = self.folder(name, seed) / RESULT
+        if not path.exists():
             return None
         record = self.record(name, seed)
-        path = self.folder(name, seed) / RESULT
         if record.arm_digest != self.digests[name]:
-            changed = differences.between(self.workdir / CONFIG, self._experiment)
+            changed = self._differences()
             changed = changed or f"digest {record.arm_digest}, now {self.digests[name]}"
             raise ConfigError(
                 f"{path} was made with another config ({changed}): choose another workdir, or "
                 f"delete {path.parent}"
             )
-        records.check_packed(record, path.parent / PACKED)
+        packed, expected = path.parent / PACKED, record.packed_sha256
+        if expected and packed.exists() and file_digest(packed) != expected:
+            raise ConfigError(
+                f"{packed} is damaged, or not the file that its result.json is about: delete both, "
+                "and the same command makes them again from the arm's checkpoint"
+            )
         return dataclasses.replace(record, reference=self._experiment.arms[name].reference)
+
+    def _differences(self) -> str:
+        """Returns what the config has otherwise than the one that the workdir was last run with.
+
+        That is "" if it is nothing. Arms, models and the like that only one has are no difference.
+        """
+        try:
+            before = read_config(self.workdir)
+        except (OSError, ValueError):  # a ConfigError, too
+            before = None
+        if before is None:
+            return ""
+        default = {f.name: f.default for f in dataclasses.fields(Experiment) if f.name in PLACES}
+        there, here = (
+            _leaves(
+                kdq_config.to_json(
+                    dataclasses.replace(
+                        each, **default, seeds=(), data=dataclasses.replace(each.data, data_dir="")
+                    )
+                )
+            )
+            for each in (before, self._experiment)
+        )
+        changed = [key for key in there if key in here and there[key] != here[key]]
+        said = [f"{key} was {there[key]!r}, is {here[key]!r}" for key in changed[:SHOWN]]
+        more = len(changed) - len(said)
+        return ", ".join([*said, *([f"and {more} more"] if more else [])])
 
     def save_config(self) -> None:
         """Writes the config that is run here, for those who look at it later."""
         path = self.workdir / CONFIG
-        text = files.json_text(kdq_config.to_json(self._experiment))
-        if not path.is_file() or path.read_bytes() != text.encode():
-            files.write_atomic(path, text.encode())
+        data = files.json_text(kdq_config.to_json(self._experiment)).encode()
+        if not path.is_file() or path.read_bytes() != data:
+            files.write_atomic(path, data)
 
     def record(self, name: str, seed: int) -> ArmRecord:
         """Returns the record of an arm and seed. Raises ConfigError for a file that is none."""
@@ -95,17 +167,16 @@ class Store:
         while not arms[name].epochs and arms[name].init:
             name = arms[name].init
         if arms[name].epochs:
-            return self._selected(name, seed)["weights"]
+            return self.selected(name, seed)["weights"]
         return load(arms[name].load).variables
 
-    def peer_weights(self, name: str, seed: int) -> Variables:
-        """The variables of the peer that taught an arm, at the step that the arm selected."""
-        return self._selected(name, seed)["peer"]
+    def selected(self, name: str, seed: int) -> dict[str, Variables]:
+        """Returns the networks that a trained arm's record is about.
 
-    def _selected(self, name: str, seed: int) -> dict[str, Variables]:
-        """Returns the networks that an arm's record is about: "weights", and "peer" if it has one.
+        These are "weights" and, if a peer taught the arm, "peer": its variables at the step that
+        the arm selected.
 
-        Raises CheckpointError if no checkpoint has it.
+        Raises CheckpointError if no checkpoint has them.
         """
         folder = self.folder(name, seed)
         record = self._expected.get((name, seed)) or self.record(name, seed)
@@ -114,9 +185,18 @@ class Store:
                 parts = checkpointer.read(step, {"selected": None})
                 if parts is None:
                     continue
-                networks = _by_name(parts[0]["selected"]).items()
-                trees = {network: records.variables_of(part) for network, part in networks}
-                if records.is_about(record, trees, parts[1]["selected"]["step"]):
+                networks, step = parts[0]["selected"], parts[1]["selected"]["step"]
+                trees = {"weights": _variables(networks)}
+                if "peer" in networks:
+                    trees["peer"] = _variables(networks["peer"])
+                if not record.weights_sha256:  # it is from before there were digests
+                    is_selected = step == record.selected_step
+                else:
+                    is_selected = all(
+                        digest_variables(tree) == getattr(record, f"{network}_sha256")
+                        for network, tree in trees.items()
+                    )
+                if is_selected:
                     return trees
         raise CheckpointError(
             f"{folder / 'checkpoints'} has no checkpoint with the weights that "
@@ -124,6 +204,35 @@ class Store:
         )
 
 
-def _by_name(parts: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Returns the networks of what training selected: "weights", and "peer" if there is one."""
-    return {"weights": parts, **({"peer": parts["peer"]} if "peer" in parts else {})}
+def digests_of(selection: Selection) -> dict[str, str]:
+    """Returns the part of a record that names the weights that training selected, and its peer's.
+
+    Nothing for an arm that was not trained, which has none of its own to hand on.
+    """
+    record = {}
+    if selection.step:
+        record["weights_sha256"] = digest_variables(selection.weights.variables)
+    if selection.peer:
+        record["peer_sha256"] = digest_variables(_variables(selection.peer))
+    return record
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _variables(parts: Mapping[str, Any]) -> Variables:
+    """Returns {"params", "model_state"} as a model takes it."""
+    return jax.tree.map(jnp.asarray, {"params": parts["params"], **parts["model_state"]})
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """{"arms.kd.epochs": 4.0, ...}"""
+    if not isinstance(value, Mapping):
+        return {path: value}
+    leaves = {}
+    for key, inner in value.items():
+        leaves |= _leaves(inner, f"{path}.{key}" if path else key)
+    return leaves

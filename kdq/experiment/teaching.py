@@ -17,9 +17,8 @@ from kdq.distill.cache import Cache
 from kdq.distill.cache_key import CacheKey
 from kdq.distill.teacher import NO_TEACHER, Ensemble, Model, MovingAverage, Peer, Stored, Teacher
 from kdq.evaluate import metrics
-from kdq.experiment import initial
 from kdq.experiment.inputs import Inputs
-from kdq.experiment.store import Store, load
+from kdq.experiment.store import Store, fresh_variables, load
 from kdq.quantize.network import Weights
 from kdq.types import Array, Batch
 
@@ -42,14 +41,6 @@ class Teachers:
         self._experiment, self._models = experiment, models
         self._store, self._inputs = store, inputs
         self.logits = functools.lru_cache(maxsize=8)(self._predict)
-        self._makers: dict[str, Callable[..., Teaching]] = {
-            "ensemble": self._ensemble,
-            "moving_average": self._moving_average,
-            "peer": self._peer,
-            "former_peer": self._former_peer,
-            "packed": self._packed,
-            "shuffled": self._shuffled,
-        }
 
     def teaching(self, name: str, seed: int) -> Teaching:
         """Returns the teaching of the arm `name` in the run of `seed`."""
@@ -59,7 +50,7 @@ class Teachers:
         if arm.teacher in self._experiment.arms:
             return self._arm(arm, seed, self._stored_as(name))
         config = self._experiment.teachers[arm.teacher]
-        return self._makers[config.kind](config, arm, seed)
+        return getattr(self, f"_{config.kind}")(config, arm, seed)
 
     def module(self, name: str) -> nn.Module | None:
         """The network whose layers the arm `name` may look at, if its teacher has one."""
@@ -120,8 +111,7 @@ class Teachers:
         )
 
     def _moving_average(self, config, arm: Arm, seed: int) -> Teaching:
-        module = self._models[arm.model]
-        return Teaching(teacher=MovingAverage(module, config.decay))
+        return Teaching(teacher=MovingAverage(self._models[arm.model], config.decay))
 
     def _peer(self, config, arm: Arm, seed: int) -> Teaching:
         module = self._models[config.model]
@@ -130,11 +120,11 @@ class Teachers:
         # Another key than that of the student, which may be of the same model.
         key = jax.random.fold_in(jax.random.key(seed + arm.seed_offset), 1)
         images = self._inputs.split("train", 1)[0][self._inputs.key]
-        return Teaching(teacher=Peer(module, initial.variables(module, key, images)))
+        return Teaching(teacher=Peer(module, fresh_variables(module, key, images)))
 
     def _former_peer(self, config, arm: Arm, seed: int) -> Teaching:
         module = self._models[kdq_config.peer_of(self._experiment, config.arm).model]
-        variables = self._store.peer_weights(config.arm, seed)
+        variables = self._store.selected(config.arm, seed)["peer"]
         return Teaching(teacher=Model(module, Weights(variables=variables, qparams={})))
 
     def _packed(self, config, arm: Arm, seed: int) -> Teaching:
@@ -178,18 +168,29 @@ class Teachers:
         taught_by = self._experiment.arms[arm.teacher]
         weights = self._weights(arm.teacher, seed)
         apply = self._apply(arm.teacher)
+        temperature = config.temperature
+        targets = {
+            "dense": cache_key.Dense,
+            "top_k": lambda: cache_key.TopK(k=config.size, temperature=temperature),
+            "sampled": lambda: cache_key.Sampled(
+                samples=config.size, temperature=temperature, sampling_seed=arm_seed
+            ),
+        }
+        split = self._experiment.data.train
+        if augmented and arm.without_classes:
+            split = f"{split} without classes {sorted(set(arm.without_classes))}"
         key = CacheKey(
             teacher=cache_key.digest_variables(weights.variables),
             teacher_model=kdq_config.to_json(self._experiment.models[taught_by.model]),
             dataset=self._experiment.data.name,
-            split=_describe_split(self._experiment.data.train, arm if augmented else None),
+            split=split,
             data_digest=source.digest,
             mean=self._experiment.data.mean,
             std=self._experiment.data.std,
             augment=self._experiment.data.augment if augmented else (),
             stream_seed=arm_seed if augmented else None,
             num_classes=jax.eval_shape(apply, weights, inputs.image).shape[-1],
-            target=_target(config, arm_seed),
+            target=targets[config.kind](),
         )
         length = inputs.num_examples
         if augmented:
@@ -213,22 +214,3 @@ class Teachers:
         size = self._experiment.data.batch_size
         for step, batch in enumerate(data.iterate(self._inputs.stream(arm, seed))):
             yield {**batch, "position": np.arange(step * size, (step + 1) * size)}
-
-
-def _describe_split(split: str, arm: Arm | None) -> str:
-    """Names the split of a stream, and the classes that the arm leaves out."""
-    if arm is None or not arm.without_classes:
-        return split
-    return f"{split} without classes {sorted(set(arm.without_classes))}"
-
-
-def _target(
-    config: kdq_config.Cache, seed: int
-) -> cache_key.Dense | cache_key.TopK | cache_key.Sampled:
-    if config.kind == "dense":
-        return cache_key.Dense()
-    if config.kind == "top_k":
-        return cache_key.TopK(k=config.size, temperature=config.temperature)
-    return cache_key.Sampled(
-        samples=config.size, temperature=config.temperature, sampling_seed=seed
-    )

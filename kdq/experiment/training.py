@@ -1,21 +1,20 @@
 """Makes the training of an arm from its config; a search's short runs use it too."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 
 from kdq.config import Experiment
-from kdq.experiment import check
+from kdq.distill import capture
 from kdq.experiment.inputs import Inputs
 from kdq.experiment.quantized import recipe
 from kdq.experiment.teaching import Teaching
 from kdq.quantize.network import Weights
-from kdq.train import objective, regime
+from kdq.train import objective
 from kdq.train.optimizer import make_optimizer
 from kdq.train.sharding import ONE_DEVICE, Layout
-from kdq.train.training import Plan, Training, TrainState, create_state
+from kdq.train.training import Plan, Training, TrainState, build_regime, create_state
 
 
 def make_plan(
@@ -31,19 +30,10 @@ def make_plan(
     steps: int | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[Plan, TrainState]:
-    """Makes the plan of an arm's training, and the state before its first step.
+    """Returns the plan of an arm's training from `start`, and the state before its first step.
 
-    Args:
-      experiment: has the arm.
-      name: of the arm.
-      seed: of the run; the arm adds its own offset.
-      start: the weights to start from.
-      model: of these.
-      inputs: the data.
-      teaching: who teaches.
-      validate: see `Plan`; by default there is nothing to score.
-      steps: a schedule of so many; None: the arm's own.
-      layout: the devices that train.
+    `steps` is the length of another schedule than the arm's own; without `validate`, there is
+    nothing to score.
     """
     arm, arm_seed = experiment.arms[name], seed + experiment.arms[name].seed_offset
     last_step = inputs.last_step(arm) if steps is None else steps
@@ -54,11 +44,21 @@ def make_plan(
         optimizer=make_optimizer(experiment.optimizer),
         objective=objective.arm_objective(experiment, name, steps, inputs.task),
         teacher=teaching.teacher,
-        regime=regime.build(qat, steps, f"config.qat.{arm.qat}"),
+        regime=build_regime(qat, steps, f"config.qat.{arm.qat}"),
         layout=layout,
         compute=experiment.compute,
     )
-    adapters, memory = _init_terms(training, inputs, start, arm_seed)
+    aim, adapters, memory = training.objective, {}, {}
+    if aim.student_layers:  # losses on logits have neither
+        student = capture.list_outputs(model, start.variables, inputs.image)
+        taught_by = {}
+        if aim.teacher_layers:
+            # A moving average has the student's variables.
+            weights = getattr(teaching.teacher, "weights", start)
+            network = teaching.teacher.network
+            taught_by = capture.list_outputs(network, weights.variables, inputs.image)
+        key = jax.random.fold_in(jax.random.key(arm_seed), 2)
+        adapters, memory = aim.init(key, student, taught_by, inputs.num_examples)
     state = create_state(
         start,
         experiment.optimizer,
@@ -82,20 +82,3 @@ def make_plan(
         freeze_norm_at=round(qat.freeze_norm * steps),
     )
     return plan, state
-
-
-def _init_terms(
-    training: Training, inputs: Inputs, start: Weights, seed: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns `(adapters, memory)` of the objective's terms."""
-    objective, teacher = training.objective, training.teacher
-    if not objective.student_layers:  # losses on logits have neither
-        return {}, {}
-    student = check.layers(training.network, start.variables, inputs.image)
-    taught_by = {}
-    if objective.teacher_layers:
-        # A moving average has the student's variables.
-        weights = getattr(teacher, "weights", start)
-        taught_by = check.layers(teacher.network, weights.variables, inputs.image)
-    key = jax.random.fold_in(jax.random.key(seed), 2)
-    return objective.init(key, student, taught_by, inputs.num_examples)

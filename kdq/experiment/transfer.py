@@ -29,11 +29,8 @@ class Predictor(flax.struct.PyTreeNode):
 class Comparison:
     """Measures of a teacher, taken once, to compare any number of students with it.
 
-    Args:
-      teacher: it.
-      images: [n, height, width, channels], normalized.
-      config: how to compare.
-      probes: modules of kdq.evaluate that can look at models of the task.
+    `images` are [n, height, width, channels], normalized; `probes` the modules of kdq.evaluate that
+    can look at models of the task.
     """
 
     def __init__(
@@ -52,14 +49,12 @@ class Comparison:
             self._paths = boundary.probe_paths(teacher, images, pairs=config.pairs)
 
     def measure(self, student: Predictor) -> dict[str, Any]:
-        """Compares a student with the teacher.
+        """Returns how a student compares with the teacher; NaN for what can't be said of the two.
 
-        Returns:
-          "cka": {layer of the student: {layer of the teacher: value}}, with maps averaged over
-          positions; "attribution_cosine" and "attribution_rank" (integrated gradients towards the
-          teacher's class); "path_agreement"; "adversarial_agreement" after a step of
-          `config.epsilon` against the teacher. NaN for what can't be said of these two. Without
-          classes "cka" alone.
+        That is "cka": {layer of the student: {layer of the teacher: value}}, with maps averaged
+        over positions; "attribution_cosine" and "attribution_rank" (integrated gradients towards
+        the teacher's class); "path_agreement"; "adversarial_agreement" after a step of
+        `config.epsilon` against the teacher. Without classes "cka" alone.
         """
         matrix: dict[str, dict[str, float]] = {}
         layers = cka.layer_cka(_averaged(student, self._images), self._features)
@@ -79,8 +74,7 @@ class Comparison:
 
 def _averaged(predictor: Predictor, images: np.ndarray) -> dict[str, np.ndarray]:
     """{layer: [n, channels]} of every layer that can be captured."""
-    features = _features(predictor, images)
-    return {name: cka.global_average(values) for name, values in features.items()}
+    return {k: cka.global_average(v) for k, v in _features(predictor, images).items()}
 
 
 @jax.jit

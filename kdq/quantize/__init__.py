@@ -9,7 +9,7 @@ logits = apply(model, variables, qparams, inputs)
 from kdq.quantize.calibrate import calibrate
 from kdq.quantize.formats import FORMATS
 from kdq.quantize.grid import Dynamic, Quantizer, Training
-from kdq.quantize.inputs import Inputs
+from kdq.quantize.inputs import Inputs, masked
 from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
 from kdq.quantize.network import Network, Weights, apply, as_network, predict
 from kdq.quantize.observers import (
@@ -56,6 +56,7 @@ __all__ = [
     "finish",
     "list_layers",
     "list_unquantized",
+    "masked",
     "plain",
     "predict",
     "prepare",

@@ -46,7 +46,7 @@ def calibrate(
       rules: first match wins; see `kdq.quantize.rules`.
       batches: inputs of the model, all of one shape: another shape compiles anew. Each is an array,
         a tuple of positional arguments, a dict or another pytree that is one argument, or `Inputs`,
-        with keyword arguments of its own.
+        with keyword arguments of its own; `masked` ones have examples or positions of padding.
       check: runs the float and the quantized model on the first batch once more, to warn of noise.
 
     Returns:
@@ -158,8 +158,10 @@ class _Observe:
     observer: Observer
     shape: tuple[int, ...]  # of the scale
 
-    def __call__(self, state: State, x: Array) -> State:
-        return self.observer.update(state, grid.to_groups(x, self.shape))
+    def __call__(self, state: State, x: Array, counts: Array | None = None) -> State:
+        if counts is not None:
+            counts = grid.to_groups(jnp.broadcast_to(counts, x.shape), self.shape)
+        return self.observer.update(state, grid.to_groups(x, self.shape), counts)
 
 
 def _observe_inputs(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.quantize import choice, scale_formats
+from kdq.quantize import choice, formats
 from kdq.quantize.formats import FORMATS
 from kdq.types import Array
 
@@ -62,7 +62,7 @@ class Quantizer(flax.struct.PyTreeNode):
     levels: Array | None = None  # [codes] float32, ascending: a number format instead of integers
     key: Array | None = None  # random, of one step: round by chance instead of to the nearest
     # What follows is static: it decides what is compiled.
-    scale_format: str = flax.struct.field(default="", pytree_node=False)  # see `scale_formats`
+    scale_format: str = flax.struct.field(default="", pytree_node=False)  # see `formats`
     dynamic: "Dynamic | None" = flax.struct.field(default=None, pytree_node=False)
     training: Training = flax.struct.field(default=Training(), pytree_node=False)
 
@@ -209,7 +209,7 @@ def with_rounded_scale(quantizer: Quantizer) -> Quantizer:
     """The quantizer with a scale that its `scale_format` holds; of one layer, not of a stack."""
     if not quantizer.scale_format:
         return quantizer
-    rounding = scale_formats.ROUNDINGS[quantizer.scale_format]
+    rounding = formats.ROUNDINGS[quantizer.scale_format]
     raw = jax.lax.stop_gradient(quantizer.scale)
     rounded = rounding(raw, quantizer.levels)
     # The gradient of the logarithm passes through the rounding unchanged (arXiv:1903.08066).

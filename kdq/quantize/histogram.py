@@ -48,9 +48,12 @@ class Extremes(flax.struct.PyTreeNode):
     def bounds(self) -> tuple[Array, Array]:
         return self.low, self.high
 
-    def update(self, x: Array) -> "Extremes":
-        """With those of `x` [groups, elements]."""
-        return Extremes(jnp.minimum(self.low, x.min(-1)), jnp.maximum(self.high, x.max(-1)))
+    def update(self, x: Array, counts: Array | None = None) -> "Extremes":
+        """With those of `x` [groups, elements] that count."""
+        low = high = x
+        if counts is not None:
+            low, high = jnp.where(counts, x, jnp.inf), jnp.where(counts, x, -jnp.inf)
+        return Extremes(jnp.minimum(self.low, low.min(-1)), jnp.maximum(self.high, high.max(-1)))
 
 
 def no_extremes(groups: int) -> Extremes:
@@ -141,8 +144,14 @@ def empty(groups: int) -> Histogram:
     return Histogram(digits, digits, exponent, no_extremes(groups))
 
 
-def add(state: Histogram, x: Array) -> Histogram:
-    """The histogram with the values `x` [groups, elements] float32, fewer than 2^31 a group."""
+def add(state: Histogram, x: Array, counts: Array | None = None) -> Histogram:
+    """The histogram with the values `x` [groups, elements] float32, fewer than 2^31 a group.
+
+    `counts` [groups, elements] bool is false at those that are left out.
+    """
+    extremes = state.extremes.update(x, counts)
+    x = x if counts is None else jnp.where(counts, x, 0)
+    each = jnp.uint32(1) if counts is None else counts.astype(jnp.uint32)
     reach = jnp.abs(x).max(-1)
     # Not log2, which is off by an ulp.
     needed = jnp.where(reach > 0, jnp.frexp(reach)[1], _LEAST_EXPONENT)
@@ -156,9 +165,10 @@ def add(state: Histogram, x: Array) -> Histogram:
     halves = exponent // 2, exponent - exponent // 2
     first, second = (jnp.ldexp(jnp.float32(1), -half)[:, None] for half in halves)
     index = _signed_bin(x * first * second)
-    ones = jax.vmap(lambda counts, at: counts.at[at].add(jnp.uint32(1)))(digits[0], index)
+    each = jnp.broadcast_to(each, index.shape)
+    ones = jax.vmap(lambda ones, at, each: ones.at[at].add(each))(digits[0], index, each)
     ones, carried = _carry(ones, digits[1])
-    return Histogram(ones, carried, exponent, state.extremes.update(x))
+    return Histogram(ones, carried, exponent, extremes)
 
 
 def _signed_bin(share: Array) -> Array:

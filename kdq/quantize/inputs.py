@@ -30,6 +30,8 @@ class Inputs:
     Where a function takes a batch, this may be one.
     """
 
+    mask: Any = None  # [batch, positions] bool, or [batch]: which count; None: all. See `masked`.
+
     def __init__(self, *args: Any, **kwargs: Any):
         leaves, structure = jax.tree.flatten((args, kwargs))
         self._arrays = tuple(leaf for leaf in leaves if _is_array(leaf))
@@ -54,13 +56,13 @@ class Inputs:
 
     def tree_flatten(self) -> tuple[tuple, Any]:
         """The arrays, and all that is not arrays."""
-        return self._arrays, self._static
+        return (self._arrays, self.mask), self._static
 
     @classmethod
     def tree_unflatten(cls, static: Any, arrays: Iterable[Any]) -> "Inputs":
         """The inverse of `tree_flatten`."""
         inputs = object.__new__(cls)
-        inputs._arrays, inputs._static = tuple(arrays), static
+        (inputs._arrays, inputs.mask), inputs._static = arrays, static
         return inputs
 
     @property
@@ -100,8 +102,42 @@ def as_inputs(batch: Batch) -> Inputs:
     return Inputs(batch)  # a named tuple, a dict, a list: one argument
 
 
+def masked(batch: Batch, mask: Any) -> Inputs:
+    """A batch of which only some examples or positions count in what is gathered from it.
+
+    `mask` is [batch] or [batch, positions], above 0 where they count. Calibration and the methods
+    of `ptq` leave examples out before the model runs, and gather nothing at other positions; that
+    these do not change what the model computes at those that count is up to the model's arguments.
+
+    Raises ValueError for a mask that has not a row for each example.
+    """
+    args, kwargs = as_inputs(batch).unpack()
+    inputs = Inputs(*args, **kwargs)
+    if np.ndim(mask) not in (1, 2) or np.shape(mask)[0] != inputs.rows:
+        raise ValueError(
+            f"mask has shape {np.shape(mask)}: expected [batch] or [batch, positions] with a batch "
+            f"of {inputs.rows}"
+        )
+    inputs.mask = np.asarray(mask) > 0
+    return inputs
+
+
+def _without_padding(inputs: Inputs) -> Inputs:
+    """Without the examples that do not count; the mask goes where all that is left counts."""
+    mask, rows = np.asarray(inputs.mask), inputs.rows
+    kept = mask.reshape(rows, -1).any(1)
+    has_rows = lambda a: a.shape[:1] == (rows,)
+    if not kept.all():
+        inputs = jax.tree.map(lambda a: a[kept] if has_rows(a) else a, inputs)
+        mask = mask[kept]
+    else:
+        inputs = jax.tree.map(lambda a: a, inputs)
+    inputs.mask = None if mask.all() else mask
+    return inputs
+
+
 def as_batches(batches: Iterable[Batch], function: str) -> Iterator[Inputs]:
-    """Each batch as `Inputs`, one at a time.
+    """Each batch as `Inputs`, one at a time, without the examples that its mask hides.
 
     Raises:
       ValueError: no batch, or one without examples; says whose.
@@ -114,6 +150,8 @@ def as_batches(batches: Iterable[Batch], function: str) -> Iterator[Inputs]:
     number = -1
     for number, batch in enumerate(batches):
         inputs = as_inputs(batch)
+        if inputs.mask is not None:
+            inputs = _without_padding(inputs)
         if inputs.rows == 0:
             raise ValueError(f"{function}: batch {number} is empty: expected at least one example")
         yield inputs

@@ -13,17 +13,20 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from kdq.quantize import tracing
 from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Batch, as_batches, unboxed
 from kdq.quantize.layers import list_layers
+from kdq.quantize.masks import counted_in_call, counted_turns
 from kdq.quantize.network import Network, Weights, as_network
 from kdq.quantize.walk import walk
 from kdq.types import Array, QParams, Variables
 
-# (state, input of the layer) -> state; hashable, and equal if it does the same: it is static.
-Watcher = Callable[[Any, Array], Any]
+# (state, input of the layer with 0 for padding, which of it counts: see `masks`) -> state;
+# hashable, and equal if it does the same: it is static.
+Watcher = Callable[[Any, Array, Array | None], Any]
 Key = tuple[str, str]  # layer path, operand
 
 
@@ -79,7 +82,9 @@ def _observe(weights, states, inputs, *, network, watchers, in_loop):
             if path in depths:
                 call = call.with_operands(**{name: tracing.see((path, name), x)})
             elif seen is not None:  # else a watcher runs the layer, where the model is a layer
-                seen = seen | {name: watchers[path, name](seen[name], x)}
+                counts = counted_in_call(inputs.mask, call, x, name)
+                x = x if counts is None else jnp.where(counts, x, 0)
+                seen = seen | {name: watchers[path, name](seen[name], x, counts)}
         return call.run(), seen
 
     _, left = walk(network, weights, inputs, watch, by_layer, collects=bool(depths))
@@ -88,10 +93,16 @@ def _observe(weights, states, inputs, *, network, watchers, in_loop):
         if path not in depths:
             after[path, name] = left[path][name]
             continue
-        update = watchers[path, name]
+        update = partial(_update_turns, watchers[path, name], inputs.mask)
         for _ in range(depths[path]):
             update = jax.vmap(update)
         for x in left[path, name]:
             state = update(state, x)
         after[path, name] = state
     return after
+
+
+def _update_turns(watcher: Watcher, mask: Array | None, state: Any, x: Array) -> Any:
+    """The state after all turns of a loop, `x` [turns, batch, ...]; a turn may be a position."""
+    counts = counted_turns(mask, x)
+    return watcher(state, x if counts is None else jnp.where(counts, x, 0), counts)

@@ -28,8 +28,11 @@ class Observer(Protocol):
     def init(self, groups: int) -> State:
         """The state before any data."""
 
-    def update(self, state: State, x: Array) -> State:
-        """The state after `x` [groups, elements]; safe under `jit`."""
+    def update(self, state: State, x: Array, counts: Array | None = None) -> State:
+        """The state after `x` [groups, elements]; safe under `jit`.
+
+        `counts` [groups, elements] bool is false at what is padding; None: all of `x` counts.
+        """
 
     def exact(self, x: Array) -> State:
         """The state of a tensor `[groups, elements]` that is seen once and whole."""
@@ -42,8 +45,8 @@ class _ExtremesObserver:
     def init(self, groups: int) -> Extremes:
         return histogram.no_extremes(groups)
 
-    def update(self, state: Extremes, x: Array) -> Extremes:
-        return state.update(x.astype(jnp.float32))
+    def update(self, state: Extremes, x: Array, counts: Array | None = None) -> Extremes:
+        return state.update(x.astype(jnp.float32), counts)
 
     def exact(self, x: Array) -> Extremes:
         return self.update(self.init(x.shape[0]), x)
@@ -76,14 +79,14 @@ class MovingAverage(_ExtremesObserver):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum!r}: expected 0 <= momentum < 1")
 
-    def update(self, state: Extremes, x: Array) -> Extremes:
+    def update(self, state: Extremes, x: Array, counts: Array | None = None) -> Extremes:
         fresh = state.low > state.high  # not isfinite: a NaN or infinity must stay to be reported
 
         def blend(past, now):
             mixed = self.momentum * jnp.where(fresh, 0.0, past) + (1 - self.momentum) * now
             return jnp.where(fresh, now, mixed)
 
-        seen = self.init(x.shape[0]).update(x.astype(jnp.float32))
+        seen = self.init(x.shape[0]).update(x.astype(jnp.float32), counts)
         return jax.tree.map(blend, state, seen)
 
 
@@ -91,8 +94,8 @@ class _HistogramObserver:
     def init(self, groups: int) -> Histogram:
         return histogram.empty(groups)
 
-    def update(self, state: Histogram, x: Array) -> Histogram:
-        return histogram.add(state, x.astype(jnp.float32))
+    def update(self, state: Histogram, x: Array, counts: Array | None = None) -> Histogram:
+        return histogram.add(state, x.astype(jnp.float32), counts)
 
     def exact(self, x: Array) -> Samples:
         x = x.astype(jnp.float32)

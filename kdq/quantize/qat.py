@@ -29,7 +29,7 @@ class Method:
 
     weights: Training
     activations: Training
-    scale_format: str = ""  # of every scale: a key of scale_formats.ROUNDINGS
+    scale_format: str = ""  # of every scale: a key of formats.ROUNDINGS
 
 
 METHODS: dict[str, Method] = {

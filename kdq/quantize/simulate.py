@@ -5,7 +5,7 @@ student live in one `jit`, in any order.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ from kdq.quantize import calls
 from kdq.quantize.calls import Handler, ModuleCall
 from kdq.quantize.grid import Quantizer
 from kdq.quantize.inputs import Inputs
-from kdq.quantize.kinds import WEIGHT_NAMES
-from kdq.quantize.paths import copied, has_path, unknown_layer
+from kdq.quantize.kinds import WEIGHT_NAMES, weight_name
+from kdq.quantize.paths import at_path, copied, has_path, unknown_layer
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
 
@@ -91,3 +91,25 @@ def _quantize_inputs(called: set[str], rounding: Rounding, call: ModuleCall) -> 
     quantizers = call.module.get_variable("params", QUANTIZERS)
     rounded = {k: rounding(x, quantizers[k]) for k, x in operands.items() if k in quantizers}
     return call.with_operands(**rounded).run()
+
+
+def weights_of(params: Any, qparams: QParams) -> dict[str, Array]:
+    """The weights that have quantizers, by layer path."""
+    layers = {path: at_path(params, path) for path, q in qparams.items() if "weights" in q}
+    return {path: params[weight_name(params)] for path, params in layers.items()}
+
+
+def rounded(variables: Variables, qparams: QParams) -> Variables:
+    """The variables with every quantized weight on its grid, rounded to nearest."""
+    only = {path: {"weights": q["weights"]} for path, q in qparams.items() if "weights" in q}
+    return {**variables, "params": quantize_params(variables["params"], only)}
+
+
+def put_weights(params: Any, weights: Mapping[str, Array]) -> dict[str, Any]:
+    """A copy of `params` with these weights, each in the dtype that it has."""
+    params = dict(params)
+    for path, weight in weights.items():
+        layer = copied(params, path, "weights")
+        name = weight_name(layer)
+        layer[name] = weight.astype(layer[name].dtype)
+    return params

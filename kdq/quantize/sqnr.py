@@ -150,7 +150,7 @@ def _inputs(
     }
 
 
-def _add_energy(state: Any, x: Array) -> Any:
+def _add_energy(state: Any, x: Array, counts: Array | None) -> Any:
     """A watcher: what an input is, and what rounding changes of it."""
     signal, noise, quantizer = state
     x = x.astype(jnp.float32)
@@ -175,7 +175,7 @@ def warn_of_noise(
         return
     clean = variables if target is None else target
     layers, (energies, (outputs,), _) = measure_energies(
-        as_network(network), [(clean, (variables, qparams))], [inputs]
+        as_network(network), [(clean, (variables, qparams))], as_batches([inputs], where)
     )
     ratios = (
         (decibel(energies[path][0][0][index], energies[path][0][1][index]), name)

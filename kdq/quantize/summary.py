@@ -10,13 +10,12 @@ import jax
 import numpy as np
 
 from kdq.quantize import grid
-from kdq.quantize.formats import FORMATS
+from kdq.quantize.formats import FORMATS, stored_bytes
 from kdq.quantize.inputs import Batch, unboxed
 from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
 from kdq.quantize.network import Network, as_network
 from kdq.quantize.paths import at_path
 from kdq.quantize.rules import QuantizationRule, TensorSpec, match, weight_scale_shape
-from kdq.quantize.scale_formats import stored_bytes
 from kdq.quantize.table import aligned
 from kdq.types import QParams, Variables
 

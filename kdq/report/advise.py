@@ -1,7 +1,7 @@
 """The advisor: given constraints and records, which of the methods to use, and on what evidence.
 
 Arms are selected on validation; the test split stands beside it, for what one may expect. Findings
-are data; `advisor/template/advice.txt` says them in words.
+are data; `template/advice.txt` says them in words.
 """
 
 import dataclasses
@@ -10,18 +10,15 @@ import math
 from collections.abc import Iterator, Sequence
 
 from kdq.evaluate.statistics import PairedInterval
-from kdq.report import metric as metrics
 from kdq.report.advisor import constraints as limits
-from kdq.report.advisor import words
 from kdq.report.advisor.constraints import Constraints, Fit, best, fit, rank
 from kdq.report.advisor.document import Document
 from kdq.report.advisor.findings import MOST_SEEDS, Finding, find_gaps, findings
 from kdq.report.advisor.rules import METHODS, QUESTIONS, RULES, SEEDS, Rule
 from kdq.report.advisor.study import Candidate, Study, studies
-from kdq.report.aggregate import compare_on_test, distinct, distinct_text, interval_of
-from kdq.report.cells import format_energy
+from kdq.report.aggregate import compare_on_test, interval_of
 from kdq.report.front import pareto_front
-from kdq.report.notes import name_coverage
+from kdq.report.notes import coverage
 from kdq.report.workdirs import Workdir
 
 SHOWN = 12  # arms of the ranking
@@ -44,11 +41,6 @@ def advise(sources: Sequence[Workdir], constraints: Constraints) -> Document:
         studies=[Advice(study, constraints) for study in compared],
         constraints=constraints,
         metric=compared[0].metric,
-        metrics=metrics,
-        words=words,
-        format_energy=format_energy,
-        distinct=distinct,
-        distinct_text=distinct_text,
         questions=QUESTIONS,
         seeds=SEEDS,
         most_seeds=MOST_SEEDS,
@@ -113,31 +105,20 @@ class Advice:
         self.closest = limits.closest(self.fits)
         self.ruled_out = limits.nearest(self.fits)
         self.findings = {source: findings(study, source) for source in study.sources}
-        compared = [finding.difference for each in self.findings.values() for finding in each]
-        self.coverage = name_coverage(compared)
+        self.coverage = coverage(f for each in self.findings.values() for f in each)
         self.gaps = find_gaps(study, self.fits, self.findings, constraints)
 
     def _judge_answer(self, arm: Candidate) -> None:
         self.method = METHODS[arm.method]
         self.tied = [f.candidate for f in self.groups[0][1:]]
-        self.drop_on_test = self.against_teacher(arm)
+        self.drop_on_test = self.study.drop_on_test(arm)
         asked, sign = self.constraints, 1 if self.metric.higher_is_better else -1
         holds = []
         if asked.min_accuracy is not None:
-            mean = limits.shown_mean(arm.test, self.metric)
-            holds.append(sign * mean >= sign * asked.min_accuracy)
+            holds.append(sign * arm.score.mean >= sign * asked.min_accuracy)
         if asked.max_drop is not None and self.drop_on_test is not None:
             holds.append(sign * self.drop_on_test.mean >= -asked.max_drop)
         self.holds_on_test = all(holds) if holds else None
-
-    def drop(self, arm: Candidate) -> PairedInterval | None:
-        """Returns an arm's metric on validation less that of its teacher."""
-        return limits.drop(arm, self.study)
-
-    def against_teacher(self, arm: Candidate) -> PairedInterval | None:
-        """Returns an arm's metric on test less that of its teacher."""
-        teacher = self.study.teacher(arm.source)
-        return None if teacher is None else compare_on_test(arm, teacher)[0]
 
     def against_answer(self, other: Fit) -> PairedInterval | None:
         """Returns the metric on validation less that of the answer, if it is another arm."""

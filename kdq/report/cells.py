@@ -61,6 +61,23 @@ def escape(text: str) -> str:
     return text.replace("](", r"\](")
 
 
+def name_a_few(names: Sequence[str], most: int = 3) -> str:
+    """Returns the first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Returns "0–2, 5" for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
+
+
 def without_count(text: str) -> str:
     """Returns a text that does not say of each number that it is of one seed."""
     return text.replace(" (n=1)", "").replace(" (one seed)", "")

@@ -1,7 +1,7 @@
 """Exported files: a table on a terminal of one arm, and as Markdown of a whole experiment."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -18,10 +18,8 @@ from kdq.report.cells import (
     standard_output,
     terminal_grid,
 )
+from kdq.report.notes import texts
 from kdq.tasks.metric import Metric
-
-if TYPE_CHECKING:
-    from kdq.tasks import Task
 
 AGREEMENT = Metric(name="argmax_agreement", scores=(), unit="%")  # of an exported file's class
 
@@ -29,9 +27,7 @@ Entry = Mapping[str, Any]
 
 
 def print_table(
-    exports: Mapping[int, Mapping[str, Entry]],
-    metric: Metric,
-    console: Console | None = None,
+    exports: Mapping[int, Mapping[str, Entry]], metric: Metric, console: Console | None = None
 ) -> None:
     """Prints a row for each seed and format of what `kdq.experiment.export` returns.
 
@@ -42,23 +38,17 @@ def print_table(
     """
     head = ("Seed", "Format", "Size", metrics.title(metric), "Agreement %", "Δ outputs", "Δ codes")
     grid = terminal_grid(head, ("Format",))
+    shown = lambda entry, each: each.number(entry[each.name]) if each.name in entry else ABSENT
     for seed, formats in exports.items():
         for name, entry in formats.items():
-            if "failed" in entry:
-                grid.add_row(str(seed), name, *[ABSENT] * (len(head) - 2))
-                continue
-            codes = entry.get("max_code_difference")
-            grid.add_row(
-                str(seed),
-                name,
-                format_bytes(entry["size_bytes"]),
-                *(
-                    each.number(entry[each.name]) if each.name in entry else ABSENT
-                    for each in (metric, AGREEMENT)
-                ),
-                f"{entry['max_logit_difference']:.2g}",
-                ABSENT if codes is None else str(codes),
-            )
+            cells = [ABSENT] * (len(head) - 2)
+            if "failed" not in entry:
+                codes = entry.get("max_code_difference")
+                cells = [format_bytes(entry["size_bytes"])]
+                cells += [shown(entry, each) for each in (metric, AGREEMENT)]
+                cells += [f"{entry['max_logit_difference']:.2g}"]
+                cells += [ABSENT if codes is None else str(codes)]
+            grid.add_row(str(seed), name, *cells)
     (console or standard_output()).print(grid)
 
 
@@ -68,7 +58,6 @@ def markdown(records: Records) -> str:
     energy: dict[str, list[float]] = {}
     records = as_records(records)
     task = metrics.task_of_records(records)
-    metric = task.primary
     for record in records:
         energy.setdefault(record.arm, []).append(number(record, "energy_modelled_nj"))
         for name, entry in record.exports.items():
@@ -77,34 +66,15 @@ def markdown(records: Records) -> str:
         return ""
     sizes = sorted({int(size) for runs in entries.values() for e in runs for size in _batches(e)})
     times = [name for s in sizes for name in (f"Batch {s}, ms", f"Batch {s}, times faster")]
-    head = ["Arm", "Format", metrics.title(metric), "Agreement %", "Δ codes", "Size"]
+    head = ["Arm", "Format", metrics.title(task.primary), "Agreement %", "Δ codes", "Size"]
     head += [*(["Smaller"] if sizes else []), *times, "Energy, modelled"]
     lines = [
-        [*_cells(arm, name, runs, sizes, metric), format_energy(summary(energy[arm])[0])]
+        [*_cells(arm, name, runs, sizes, task.primary), format_energy(summary(energy[arm])[0])]
         for (arm, name), runs in entries.items()
     ]
-    notes = [
-        f"{metrics.named(metric, first=True)}: of the exported file in its own runtime, on the "
-        "whole test split.",
-        f"Agreement: {_define_agreement(task)}, on held-out examples.",
-        "Δ codes: the largest difference of any integer of any layer from integer JAX.",
-    ]
-    if sizes:
-        notes.append(
-            "Smaller, times faster: than the same architecture as float in ONNX and ONNX Runtime, "
-            "timed beside it. The fastest format of an arm for the first batch size is **bold**."
-        )
     table = markdown_grid(head, lines, left=("Arm", "Format"))
+    notes = texts().exports(task, bool(sizes)).splitlines()
     return "\n".join([*table, "", *(f"- {note}" for note in notes), ""])
-
-
-def _define_agreement(task: "Task") -> str:
-    """Returns what `kdq.deploy.measure.parity.compare_outputs` counts as agreement."""
-    if task.categorical:
-        return "with the class of the simulated model"
-    if any(metric.higher_is_better for metric in task.fidelity):
-        return "with the decisions of the simulated model"
-    return "one less the relative error of outputs against the simulated model's"
 
 
 def _cells(arm: str, name: str, runs: list[Entry], sizes: list[int], metric: Metric) -> list[str]:
@@ -125,8 +95,7 @@ def _cells(arm: str, name: str, runs: list[Entry], sizes: list[int], metric: Met
         cells.append(f"{summary(factors)[0]:.1f}×" if factors else ABSENT)
     for size in sizes:
         timed = [_batches(e)[str(size)] for e in runs if str(size) in _batches(e)]
-        cells.append(mean((t["milliseconds"] for t in timed), 3))
-        cells.append(mean(t["ratio"] for t in timed))
+        cells += [mean((t["milliseconds"] for t in timed), 3), mean(t["ratio"] for t in timed)]
     return cells
 
 

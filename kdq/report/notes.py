@@ -1,87 +1,51 @@
-"""Notes below a table: definitions, selection, and where the numbers come from."""
+"""Notes below tables, as `template/notes.txt` words them, and the templates of reports."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from kdq.evaluate.statistics import SEEDS, PairedInterval
+import jinja2
+
+from kdq.evaluate.statistics import SEEDS
 from kdq.record import ArmRecord
+from kdq.report import aggregate, cells
 from kdq.report import metric as metrics
-from kdq.report.aggregate import Row, distinct_text, has_one_seed
+from kdq.report.aggregate import Row
 from kdq.report.workdirs import SCORES
+
+
+def environment(**options: Any) -> jinja2.Environment:
+    """Returns what renders `kdq/report/template`; a value that is not there is an error."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("kdq.report", "template"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **options,
+    )
+    templates.globals |= {"aggregate": aggregate, "cells": cells, "metrics": metrics}
+    templates.globals |= {"isnan": math.isnan, "versions_of": versions_of, "digests_of": digests_of}
+    return templates
+
+
+@functools.cache
+def texts() -> Any:
+    """Returns the macros of notes.txt, as functions that return plain text."""
+    templates = environment(autoescape=False, finalize=lambda v: " ".join(str(v).splitlines()))
+    templates.globals |= {"SEEDS": SEEDS, "SCORES": SCORES}
+    return templates.get_template("notes.txt").module
 
 
 def notes(table: Sequence[Row], records: Sequence[ArmRecord]) -> list[str]:
     """Returns one paragraph a note, as plain text."""
-    task, metric = table[0].task, table[0].metric
-    first = metrics.named(metric, first=True)
-    unit = metrics.in_unit(metric).replace(", ", ", in ")
-    best, second = (
-        f"the {'highest' if each.higher_is_better else 'lowest'} "
-        f"{'negative log-likelihood' if each.name == 'nll' else metrics.named(each)}"
-        for each in task.metrics[:2]
-    )
-    shown = (*metrics.other_metrics(task), *metrics.fidelity_metrics(task))
-    defined = [text for each in (metric, *shown) if (text := metrics.definition(task, each))]
-    missing = [
-        f"{row.arm} (against {row.reference}: {row.no_difference})"
-        for row in table
-        if row.no_difference
-    ]
-    uniform = against_uniform(records)
-    return [
-        *filter(None, [seeds_note(table)]),
-        f"{first}: on the test split{unit}, mean ± sample standard deviation over seeds, at "
-        "the selected step; test data selects nothing.",
-        f"Selected on: what chose the step, by {best} there and, between equals, {second}. An arm "
-        "that is only calibrated has nothing to choose.",
-        f"Δ: {metrics.units_phrase(metric)} above the arm named beside it, paired by seed over the "
-        f"seeds that both finished. {intervals_note(table)}",
-        *([f"Against uniform bits: {uniform}"] if uniform else []),
-        *([f"No difference for: {', '.join(missing)}."] if missing else []),
-        "Size: bytes of the model's file on disk, mean over seeds; 1 KiB is 1024 bytes. Smaller: "
-        "the size of the baseline (the teacher, unless another was named) over this one.",
-        f"{' '.join([*defined, ''])}BOPs: multiply-accumulates times weight bits times activation "
-        "bits of one example, counted and not measured.",
-        f"Train s: of training and validation. {compiling_note(table)}",
-        _provenance(records),
-    ]
+    lines = texts().notes(table, records, against_uniform(records)).split("\n")
+    return [line for line in lines if line]
 
 
-def intervals_note(table: Sequence[Row]) -> str:
-    """Returns what the intervals of differences cover, and what their marks and p-values say."""
-    compared = [row for row in table if row.difference is not None]
-    alone = [row.arm for row in compared if row.difference.over == SEEDS]
-    seeds = "the 95% Student-t interval of the mean difference over seeds"
-    both = (
-        "the 95% interval of the mean difference over seeds and test examples, all of which might "
-        "have been others (crossed random effects); it is never narrower than the one over seeds "
-        "alone, and one seed (n=1) has that of its test examples alone"
-    )
-    unkept = (
-        f"which one seed (n=1) has not; as no scores of single test examples ({SCORES}) are there, "
-        "it does not cover that the test examples might have been others"
-    )
-    if len(alone) == len(compared):
-        covered = f"{seeds}, {unkept}"
-    elif alone:
-        covered = f"{both}. Of {', '.join(alone)}, {seeds}, {unkept}"
-    else:
-        covered = both
-    return (
-        f"In brackets {covered}; * marks an interval without 0, each of which stands alone. "
-        "p, Holm: the p-value of no difference, corrected for the number of comparisons in the "
-        "table."
-    )
-
-
-def coverage(table: Sequence[Row]) -> str:
-    """Returns what the intervals of a table are over, in a few words."""
-    return name_coverage(row.difference for row in table if row.difference is not None)
-
-
-def name_coverage(differences: Iterable[PairedInterval]) -> str:
-    """Returns what intervals are over, in a few words."""
-    over = {difference.over for difference in differences}
+def coverage(compared: Iterable[Any]) -> str:
+    """Returns what the intervals of rows or findings are over, in a few words."""
+    over = {each.difference.over for each in compared if each.difference is not None}
     if over <= {SEEDS}:
         return "over seeds"
     return f"over seeds and test examples{', where scores of these are' if SEEDS in over else ''}"
@@ -106,44 +70,6 @@ def against_uniform(records: Sequence[ArmRecord]) -> str:
     return f"{'; '.join(parts)}." if parts else ""
 
 
-def compiling_note(table: Sequence[Row]) -> str:
-    """Returns where the seconds of compiling are: apart, or in those of training."""
-    apart = (
-        "Compile s: of tracing and compiling programs while an arm was calibrated and trained, not "
-        "in Train s; arms that share programs, and later runs that find them kept, compile little."
-    )
-    trained = [row for row in table if row.train_seconds > 0]
-    mixed = [row for row in trained if math.isnan(row.compile_seconds)]
-    if not mixed:
-        return apart
-    if len(mixed) == len(trained):
-        return "Train s contains compiling, which old records do not tell apart."
-    names = ", ".join(row.arm for row in mixed)
-    return f"{apart} The Train s of {names} contains it: their records do not tell it apart."
-
-
-def quick_note(table: Sequence[Row]) -> str:
-    """Returns a warning of the arms of a quick run; "" where there is none."""
-    quick = [row.arm for row in table if row.quick]
-    if not quick:
-        return ""
-    if len(quick) == len(table):
-        return "A quick run: these numbers mean nothing."
-    return f"Of a quick run, so that their numbers mean nothing: {', '.join(quick)}."
-
-
-def seeds_note(table: Sequence[Row]) -> str:
-    """Returns a sentence where no arm has more than one seed; else ""."""
-    if not has_one_seed(table):
-        return ""
-    if any(row.difference and row.difference.over != SEEDS for row in table):
-        return (
-            "One seed of each arm: no spread is known, and intervals are over test examples alone; "
-            "another seed may well lie outside them."
-        )
-    return "One seed of each arm: no spread or interval is known, and small differences are chance."
-
-
 def versions_of(records: Sequence[ArmRecord]) -> dict[str, list[str]]:
     """Returns {package: versions, in order of appearance}."""
     versions: dict[str, dict[str, None]] = {}
@@ -153,19 +79,7 @@ def versions_of(records: Sequence[ArmRecord]) -> dict[str, list[str]]:
     return {package: list(each) for package, each in versions.items()}
 
 
-def _provenance(records: Sequence[ArmRecord]) -> str:
-    versions = [f"{name} {' and '.join(each)}" for name, each in versions_of(records).items()]
-    parts = [
-        f"config digest {_digests(records)}",
-        f"commit {distinct_text(records, 'commit')}",
-        f"versions {', '.join(versions) or 'not recorded'}",
-        f"device {distinct_text(records, 'device')}",
-        f"seeds {', '.join(map(str, sorted({r.seed for r in records})))}",
-    ]
-    return "Record: " + "; ".join(parts) + "."
-
-
-def _digests(records: Sequence[ArmRecord]) -> str:
+def digests_of(records: Sequence[ArmRecord]) -> str:
     """Returns the digest that most arms have, then each other one with its arms."""
     arms: dict[str, dict[str, None]] = {}
     for record in records:

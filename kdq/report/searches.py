@@ -8,7 +8,6 @@ from typing import Any
 from rich.text import Text
 
 from kdq.record import ArmRecord
-from kdq.report import metric as metrics
 from kdq.report import notes
 from kdq.report.aggregate import Mean, Records, Row, as_records
 from kdq.report.cells import (
@@ -87,8 +86,8 @@ def _policy_rows(results: Sequence[Result]) -> Iterable[list[str]]:
         uniform = [_uniform(result) for result in results]
         yield [f"{objective}, uniform bits", *(_score(result, objective) for result in uniform)]
         yield ["uniform bits", *map(_bits, uniform)]
-    yield ["evaluations", *(str(_evaluations(result)) for result in results)]
-    yield ["seconds", *(f"{_seconds(result):.1f}" for result in results)]
+    yield ["evaluations", *(str(_effort(result)[0]) for result in results)]
+    yield ["seconds", *(f"{_effort(result)[1]:.1f}" for result in results)]
 
 
 def _uniform(result: Result) -> Result:
@@ -112,12 +111,10 @@ def _bits(uniform: Result) -> str:
     return f"{text}: the same policy" if uniform["same"] else text
 
 
-def _evaluations(result: Result) -> int:
-    return result["evaluations"] + result["sensitivity_evaluations"]
-
-
-def _seconds(result: Result) -> float:
-    return result["prepare_seconds"] + result["seconds"]
+def _effort(result: Result) -> tuple[int, float]:
+    """Returns evaluations, of sensitivities too, and seconds."""
+    seconds = result["prepare_seconds"] + result["seconds"]
+    return result["evaluations"] + result["sensitivity_evaluations"], seconds
 
 
 def markdown(records: Records, table: Sequence[Row]) -> str:
@@ -148,40 +145,20 @@ def markdown(records: Records, table: Sequence[Row]) -> str:
             lines += ["", f"**{escape(budget)}**", "", *markdown_grid(HEAD, cells, ("Search",))]
     if not lines:
         return ""
-    baselines = dict.fromkeys(arms[f"{name}_ptq"].reference for name in searches)
+    baselines = dict.fromkeys(filter(None, (arms[f"{name}_ptq"].reference for name in searches)))
+    apart = all("compile_seconds" in r for results in searches.values() for r in results.values())
+    names, over = escape(", ".join(baselines)), notes.coverage(table)
+    intro = notes.texts().searches(table[0].metric, names, over, apart)
     note = notes.against_uniform(records)
-    tail = ["", escape(note)] if note else []
-    intro = _intro(table, filter(None, baselines), searches)
-    return "\n".join([intro, *lines, *tail, ""])
-
-
-def _intro(
-    table: Sequence[Row], baselines: Iterable[str], searches: Mapping[str, Mapping[int, Result]]
-) -> str:
-    results = [result for by_seed in searches.values() for result in by_seed.values()]
-    apart = all("compile_seconds" in result for result in results)
-    compiling = "without compiling" if apart else "compiling included where records are old"
-    name = f"{metrics.named(table[0].metric)}{metrics.in_unit(table[0].metric)}"
-    return (
-        f"Test {name}, mean ± standard deviation over seeds, calibrated (PTQ) and after the same "
-        "training (QAD); Δ is to the same arm of the baseline "
-        f"({escape(', '.join(baselines))}, ...), paired by seed, with a 95% interval "
-        f"{notes.coverage(table)}; \\* "
-        "excludes 0. Objective: what policies are chosen by, on validation. Evaluations count "
-        "those of sensitivities; seconds are of the search, calibration at each choice too "
-        f"where it was the first of its seed, {compiling}."
-    )
+    return "\n".join([intro, *lines, *(["", escape(note)] if note else []), ""])
 
 
 def _cells(name: str, results: Sequence[Result], arms: Mapping[str, Row]) -> list[str]:
     stages = [arms[f"{name}_{stage}"] for stage in STAGES]
-    cells = [
-        escape(name),
-        f"{statistics.fmean(map(_evaluations, results)):.0f}",
-        f"{statistics.fmean(map(_seconds, results)):.1f}",
-        mean_cell(Mean.over(result["scores"][result["objective"]] for result in results), 4),
-        format_bytes(stages[0].size_bytes),
-    ]
+    evaluations, seconds = map(statistics.fmean, zip(*map(_effort, results), strict=True))
+    objective = Mean.over(result["scores"][result["objective"]] for result in results)
+    cells = [escape(name), f"{evaluations:.0f}", f"{seconds:.1f}", mean_cell(objective, 4)]
+    cells.append(format_bytes(stages[0].size_bytes))
     for row in stages:
         cells += [mean_cell(row.score, row.metric.decimals), escape(difference_cell(row))]
     return cells

@@ -23,7 +23,7 @@ from kdq.report.cells import (
     terminal_grid,
     transfer_columns,
 )
-from kdq.report.notes import coverage, notes, quick_note, seeds_note
+from kdq.report.notes import coverage, notes, texts
 
 __all__ = ["Row", "markdown", "markdown_by_width", "print_table", "rows"]
 
@@ -53,7 +53,7 @@ def markdown(table: Sequence[Row], records: Records) -> str:
     records = as_records(records)
     metrics.task_of_records(records)  # one, or it is refused
     columns = shown_columns(table)
-    lines = [f"**{note}**", ""] if (note := quick_note(table)) else []
+    lines = [f"**{note}**", ""] if (note := texts().quick(table)) else []
     lines += _grid(columns.values(), table)
     measured = [name for name in metrics.TRANSFER if any(row.values(name) for row in table)]
     if not set(measured) <= EVERYWHERE:
@@ -117,9 +117,9 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
     console.print(grid)
     if left_out := [columns[k].name for k in cells if k in measured and k not in shown]:
         console.print(Text(f"Not shown at this width: {'; '.join(left_out)}."))
-    if note := seeds_note(table):
+    if note := texts().seeds(table):
         console.print(Text(note))
-    if note := quick_note(table):
+    if note := texts().quick(table):
         console.print(Text(note, style="bold"))
 
 
@@ -163,16 +163,6 @@ def markdown_by_width(table: Sequence[Row]) -> str:
             lines.append([*map(escape, (method, *names)), *cells])
         return markdown_grid([*left, *widths], lines, left)
 
-    lines = [
-        f"Test {metrics.named(metric)}{metrics.in_unit(metric)}, mean ± standard deviation "
-        "over seeds; best of a width bold.",
-        "",
-        *grid(score),
-        "",
-        f"Difference to the arm named first in the row, {metric.difference_unit}, with its "
-        f"paired 95% interval {coverage(table)}; \\* excludes 0.",
-        "",
-        *grid(lambda row: escape(difference_cell(row)), against=True),
-        "",
-    ]
-    return "\n".join(lines)
+    first, second = texts().by_width(metric, coverage(table)).splitlines()
+    differences = grid(lambda row: escape(difference_cell(row)), against=True)
+    return "\n".join([first, "", *grid(score), "", second, "", *differences, ""])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kdq import quantize
 from kdq.config import parse_bits
 from kdq.quantize import Network, Observer, Quantizer
+from kdq.quantize.inputs import Batch
 from kdq.quantize.layers import FLOAT_BITS
 from kdq.types import Array, QParams, Variables
 
@@ -23,20 +24,14 @@ def fill(
     network: Network | nn.Module,
     variables: Variables,
     choices: Choices,
-    images: Sequence[Array],
+    images: Sequence[Batch],
     observer: Observer,
     *,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, description: items,
 ) -> Bank:
-    """Returns a model's quantizers, calibrated at every choice.
+    """Returns a model's quantizers, calibrated at every choice of the layers that are searched.
 
-    Args:
-      network: any Linen module, or a `Network`.
-      variables: float.
-      choices: of the layers that are searched.
-      images: batches to calibrate on, of one shape.
-      observer: of weights and inputs alike.
-      progress: a bar.
+    `images` are batches of one shape, `observer` is that of weights and inputs alike.
     """
     calibrate = lambda rules: quantize.calibrate(network, variables, rules, images, check=False)
     calibrated: dict[str, QParams] = {"": {}}
@@ -60,14 +55,9 @@ def identity_quantizer(quantizer: Quantizer) -> Quantizer:
     Codes of 24 bits over 16 times the range of `quantizer`: the error is at most 2^-20 of that
     range, and values that were not seen in calibration are not clipped.
     """
-    most = jnp.float32(2**23)
-    reach = (
-        16
-        * quantizer.scale
-        * jnp.maximum(quantizer.qmax, -quantizer.qmin).reshape(
-            *quantizer.qmax.shape, *[1] * (quantizer.scale.ndim - quantizer.qmax.ndim)
-        )
-    )
+    most, codes = jnp.float32(2**23), jnp.maximum(quantizer.qmax, -quantizer.qmin)
+    ones = [1] * (quantizer.scale.ndim - codes.ndim)
+    reach = 16 * quantizer.scale * codes.reshape(*codes.shape, *ones)
     return quantizer.replace(
         scale=reach / most,
         zero_point=jnp.zeros_like(quantizer.zero_point),
@@ -77,12 +67,7 @@ def identity_quantizer(quantizer: Quantizer) -> Quantizer:
 
 
 def choose(bank: Bank, chosen: Mapping[str, Array]) -> QParams:
-    """Returns the quantizers of a policy; may be traced.
-
-    Args:
-      bank: see `fill`.
-      chosen: {layer path: int scalar}, the place of each layer's choice.
-    """
+    """Returns the quantizers of a policy, {layer path: place of its choice}; may be traced."""
     return {
         path: jax.tree.map(lambda array, i=chosen[path]: array[i], quantizers)
         for path, quantizers in bank.items()
@@ -100,12 +85,8 @@ def to_rules(chosen: Mapping[str, str], observer: str) -> tuple[dict[str, Any], 
     rules = []
     for path, choice in chosen.items():
         entry: dict[str, Any] = {"path": re.escape(path)}
-        for tensor, granularity, bits in zip(
-            ("weights", "activations"),
-            ("per_channel", "per_tensor"),
-            parse_bits(choice),
-            strict=True,
-        ):
+        kinds = {"weights": "per_channel", "activations": "per_tensor"}
+        for (tensor, granularity), bits in zip(kinds.items(), parse_bits(choice), strict=True):
             if bits:
                 entry[tensor] = {"bits": bits, "granularity": granularity, "observer": observer}
         rules.append(entry)

@@ -1,6 +1,7 @@
 """Costs of a model, layer by layer, at given bits: counted, modelled, measured."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +22,7 @@ def macs(layers: Mapping[str, LayerInfo]) -> int:
 
 def bops(layers: Mapping[str, LayerInfo], qparams: QParams) -> int:
     """Returns Σ MACs × weight bits × activation bits for one example (arXiv:2005.07093)."""
-    total = 0
-    for path, layer in layers.items():
-        weight_bits, activation_bits = layer_bits(qparams, path)
-        total += layer.macs * weight_bits * activation_bits
-    return total
+    return sum(layer.macs * math.prod(layer_bits(qparams, path)) for path, layer in layers.items())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +51,11 @@ class CostTable:
         values = [table.layers[path][bits] for path, bits in chosen.items()]
         return table.constant + (max(values) if table.worst else sum(values))
 
+    def rows(self, metric: str, choices: Choices) -> list[list[float]]:
+        """Returns the costs of each layer's choices, without the constant."""
+        layers = self.metrics[metric].layers
+        return [[layers[path][bits] for bits in row] for path, row in choices.items()]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON, atomically."""
         files.write_json(path, to_json(self))
@@ -62,13 +64,8 @@ class CostTable:
 def load(path: str | os.PathLike[str], *, device: str, other_device: bool = False) -> CostTable:
     """Returns a table that was saved.
 
-    Args:
-      path: of the file.
-      device: this one, see `kdq.provenance.device`.
-      other_device: whether measurements of another device will do.
-
-    Raises:
-      ConfigError: no such file, no table, or a table that was measured on another device.
+    Raises ConfigError for no such file, no table, or, unless `other_device`, a table measured on
+    another one than `device` (see `kdq.provenance.device`).
     """
     try:
         table = build(CostTable, files.read_json(path), str(path))
@@ -88,13 +85,7 @@ def load(path: str | os.PathLike[str], *, device: str, other_device: bool = Fals
 def counted(
     layers: Mapping[str, LayerInfo], choices: Choices, parameters: int
 ) -> dict[str, Metric]:
-    """Returns the metrics that need no measuring.
-
-    Args:
-      layers: from `list_layers`.
-      choices: of each of them.
-      parameters: of the whole model.
-    """
+    """Returns the metrics that need no measuring; `parameters` are those of the whole model."""
     weights = sum(layer.weight_count for layer in layers.values())
     # Each layer's memories are those that its most bits need: energy is at most too much.
     most = {

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from kdq.search.feasible import Feasible
 from kdq.search.problem import ROUNDING, Problem
 from kdq.types import Array
 
@@ -61,17 +60,17 @@ class State:
         return jnp.maximum(self.policy[0], 0)
 
 
-def build(feasible: Feasible) -> Environment:
+def build(problem: Problem) -> Environment:
     """Returns the environment of a problem; without sensitivities, those observed are 0."""
-    problem = feasible.problem
     students, decisions, options = problem.valid.shape
     places = np.zeros((decisions, options, 2), np.float32)
     for i, decision in enumerate(problem.decisions):
         places[i, : len(decision.options)] = decision.places
-    exact = [_exact(problem, metric) for metric in problem.limits]
-    costs = np.array([cost for cost, _ in exact], np.int64).reshape(-1, *problem.valid.shape)
-    capacity = np.array([limit for _, limit in exact], np.int64).reshape(-1, students)
-    ways = feasible.reserves  # [reserves, students, decisions]
+    costs = np.zeros((len(problem.limits), *problem.valid.shape), np.int64)
+    capacity = np.zeros((len(problem.limits), students), np.int64)
+    for i, metric in enumerate(problem.limits):
+        costs[i], capacity[i] = _exact(problem, metric)
+    ways = problem.reserves  # [reserves, students, decisions]
     taken = costs[:, np.arange(students)[:, None], np.arange(decisions), ways]
     needs = np.zeros((*taken.shape[:-1], decisions + 1), np.int64)  # [metrics, reserves, ...]
     needs[..., :-1] = taken[..., ::-1].cumsum(-1)[..., ::-1]
@@ -81,7 +80,7 @@ def build(feasible: Feasible) -> Environment:
         needs=_split(needs.swapaxes(0, 1)),
         capacity=_split(capacity),
         most=jnp.asarray(costs.max(-1)[..., ::-1].cumsum(-1)[..., ::-1], jnp.float32),
-        reserve=jnp.asarray(feasible.reserve, jnp.int32),
+        reserve=jnp.asarray(problem.reserve, jnp.int32),
         places=jnp.asarray(places),
         features=jnp.asarray(problem.features, jnp.float32),
         sensitivity=jnp.asarray(_sensitivity(problem, places), jnp.float32),
@@ -104,7 +103,9 @@ def allowed(env: Environment, state: State) -> Array:
     At least one does: the reserve that an option was allowed for also has a next option.
     """
     options = jnp.arange(env.options)
-    student = _student(env, state)
+    # The student that each option means.
+    students = jnp.minimum(options, env.valid.shape[0] - 1)
+    student = jnp.where(state.position == 0, students, state.student)
     at = (student, state.position, options)
     need = env.needs[:, :, student, state.position + 1]  # [reserves, metrics, options, 2]
     total = _carry(state.spent[:, None] + env.costs[(slice(None), *at)] + need)
@@ -121,13 +122,14 @@ def allowed(env: Environment, state: State) -> Array:
 def observe(env: Environment, state: State) -> Array:
     """Returns what an agent sees before it decides, [observation] float32 between about 0 and 1.
 
-    In this order: the problem's features of the decision; which decision it is, of the first 0 and
-    of the last 1; of each budget, how much of what the rest could still spend is left, beyond what
-    it must; the place of the option taken last (2, first 0); how sensitive the decision is (2: its
-    least option, its middle one). Before the student is decided, those of the first student.
+    In this order: the problem's features of the decision; its position, 0 to 1; of each budget, how
+    much of what the rest could still spend is left, beyond what it must; the place of the option
+    taken last (2, first 0); how sensitive the decision is (2: its least option, its middle one).
+    Before the student is decided, those of the first student.
     """
     student, position = state.student, jnp.minimum(state.position, env.decisions - 1)
-    left = _number(env.capacity[:, student] - state.spent)
+    high, low = jnp.moveaxis((env.capacity[:, student] - state.spent).astype(jnp.float32), -1, 0)
+    left = high * 2.0**LOW_BITS + low
     most = env.most[:, student, position]
     share = jnp.where(most > 0, left / jnp.where(most > 0, most, 1.0), 1.0)
     return jnp.concatenate(
@@ -159,12 +161,6 @@ def step(env: Environment, state: State, option: Array) -> State:
     )
 
 
-def _student(env: Environment, state: State) -> Array:
-    """Returns the student that each option means, [options] int32."""
-    students = jnp.minimum(jnp.arange(env.options), env.valid.shape[0] - 1)
-    return jnp.where(state.position == 0, students, state.student)
-
-
 def _exact(problem: Problem, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns whole units: costs [students, decisions, options], capacity [students], int64.
 
@@ -192,11 +188,6 @@ def _split(x: np.ndarray) -> Array:
 
 def _carry(x: Array) -> Array:
     return jnp.stack([x[..., 0] + (x[..., 1] >> LOW_BITS), x[..., 1] & (2**LOW_BITS - 1)], -1)
-
-
-def _number(x: Array) -> Array:
-    """Returns whole numbers as float32."""
-    return x[..., 0].astype(jnp.float32) * 2.0**LOW_BITS + x[..., 1].astype(jnp.float32)
 
 
 def _sensitivity(problem: Problem, places: np.ndarray) -> np.ndarray:

@@ -10,17 +10,14 @@ import numpy as np
 from kdq.deploy import extras
 from kdq.fields import ConfigError, unknown
 from kdq.search import environment
-from kdq.search.feasible import Feasible
 from kdq.search.problem import Policy, Problem
 
 (gymnasium,) = extras.load("search", "gymnasium")
 
 MODES = ("continuous", "discrete")
 
-_allowed = jax.jit(environment.allowed)
-_nearest = jax.jit(environment.nearest)
-_observe = jax.jit(environment.observe)
-_step = jax.jit(environment.step)
+_allowed, _nearest = jax.jit(environment.allowed), jax.jit(environment.nearest)
+_observe, _step = jax.jit(environment.observe), jax.jit(environment.step)
 
 
 class BitsEnv(gymnasium.Env):
@@ -36,10 +33,7 @@ class BitsEnv(gymnasium.Env):
     - after each step, "action": the projected one, which an agent had better learn from;
     - after the last, "policy", a tuple of options, "score", and "costs" by metric.
 
-    Args:
-      problem: decisions, costs and budgets.
-      score: from policies to the objective of each; less is better.
-      mode: "continuous" or "discrete".
+    `score` maps policies to the objective of each; less is better.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012, Gymnasium's own annotation
@@ -52,8 +46,8 @@ class BitsEnv(gymnasium.Env):
     ):
         if mode not in MODES:
             raise ConfigError(unknown("mode", mode, MODES))
-        self._feasible, self._score, self._mode = Feasible(problem), score, mode
-        self._env = environment.build(self._feasible)
+        self._problem, self._score, self._mode = problem, score, mode
+        self._env = environment.build(problem)
         self._state = environment.reset(self._env)
         size = _observe(self._env, self._state).size
         # The problem's features are about 0 to 1, not quite; all else is.
@@ -77,7 +71,17 @@ class BitsEnv(gymnasium.Env):
     ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if self._ended:
             raise gymnasium.error.ResetNeeded("the policy is complete: call reset")
-        option = self._option(action)
+        if self._mode == "continuous":
+            place = jnp.clip((jnp.asarray(action, jnp.float32) + 1) / 2, 0.0, 1.0)
+        elif self.action_space.contains(action):
+            place = self._env.places[self._state.position, action]
+        else:
+            raise gymnasium.error.InvalidAction(
+                f"{action!r}: expected 0 to {self._env.options - 1}"
+            )
+        option = int(_nearest(self._env, self._state, place))
+        if self._mode == "discrete" and _allowed(self._env, self._state)[action]:
+            option = int(action)  # another may have the same place
         self._state = _step(self._env, self._state, option)
         place = 2 * np.asarray(self._state.action) - 1
         info: dict[str, Any] = {
@@ -86,9 +90,9 @@ class BitsEnv(gymnasium.Env):
         }
         reward = 0.0
         if self._ended:
-            policy = self._feasible.projected(np.asarray(self._state.policy))
+            policy = self._problem.projected(np.asarray(self._state.policy))
             (score,) = self._score([policy])
-            costs = self._feasible.problem.total(policy)
+            costs = self._problem.total(policy)
             info |= {"policy": policy, "score": float(score), "costs": costs}
             reward = -float(score)
         return self._observation(), reward, self._ended, False, info
@@ -96,18 +100,6 @@ class BitsEnv(gymnasium.Env):
     @property
     def _ended(self) -> bool:
         return int(self._state.position) == self._env.decisions
-
-    def _option(self, action: np.ndarray | int) -> int:
-        if self._mode == "continuous":
-            place = jnp.clip((jnp.asarray(action, jnp.float32) + 1) / 2, 0.0, 1.0)
-            return int(_nearest(self._env, self._state, place))
-        if not self.action_space.contains(action):
-            raise gymnasium.error.InvalidAction(
-                f"{action!r}: expected 0 to {self._env.options - 1}"
-            )
-        if _allowed(self._env, self._state)[action]:
-            return int(action)
-        return int(_nearest(self._env, self._state, self._env.places[self._state.position, action]))
 
     def _mask(self) -> np.ndarray:
         if self._ended:

@@ -1,4 +1,4 @@
-"""Cost tables that are measured: from the files of a network at many policies.
+"""Costs that are measured: from the files of a network at many policies.
 
 The latency that a layer adds at a choice is found by least squares over the files of random
 policies: there a runtime fuses the layer with its neighbours. Alone in a file it would also pay for
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from kdq import deploy, models, provenance
+from kdq.config import Search
 from kdq.deploy.formats.catalog import Source
 from kdq.deploy.measure import latency
 from kdq.quantize import MSE, Network, Weights, as_network
@@ -23,9 +24,12 @@ from kdq.quantize.layers import FLOAT_BITS, list_layers
 from kdq.search import bank as banks
 from kdq.search.bank import Bank, Choices
 from kdq.search.cost import CostTable, Metric, counted
+from kdq.search.problem import InfeasibleError, Problem
+from kdq.search.run import Evaluation
 from kdq.types import QParams, Variables
 
 Bar = Callable[[Iterable[Any], str], Iterable[Any]]
+Measured = dict[str, float]
 MEASURED = ("size", "latency")
 # As long as the metadata of an arm's own file.
 METADATA = {"arm": "x" * 32, "seed": 0, "bits": "x" * 16, "arm_digest": "x" * 16, "data": "x" * 80}
@@ -62,7 +66,16 @@ def build(
     files = Files(network, variables, choices, bank, images, model_config)
     conditions: dict[str, Any] = {}
     if "size" in metrics:
-        table["size"] = _sizes(choices, files)
+        # The bytes that a file has more or less with one layer changed: bytes add up.
+        base = {path: bits[-1] for path, bits in choices.items()}
+        whole = files.size(base)
+        table["size"] = Metric(
+            constant=float(whole),
+            layers={
+                path: {bits: float(files.size({**base, path: bits}) - whole) for bits in layer}
+                for path, layer in choices.items()
+            },
+        )
     if "latency" in metrics:
         cores = latency.cores(threads)
         time = functools.partial(
@@ -82,19 +95,6 @@ def build(
         metrics=table,
         conditions=conditions,
         versions=provenance.versions(),
-    )
-
-
-def _sizes(choices: Choices, files: "Files") -> Metric:
-    """Returns the bytes that a file has more or less with one layer changed: bytes add up."""
-    base = {path: bits[-1] for path, bits in choices.items()}
-    whole = files.size(base)
-    return Metric(
-        constant=float(whole),
-        layers={
-            path: {bits: float(files.size({**base, path: bits}) - whole) for bits in layer}
-            for path, layer in choices.items()
-        },
     )
 
 
@@ -187,25 +187,83 @@ class Files:
         return [measured[str(i)] for i in range(len(policies))]
 
     def _pack(self, chosen: Mapping[str, str], path: Path) -> int:
+        qparams: QParams = {}  # of the layers that are not in float
+        for layer, bits in chosen.items():
+            place = self.choices[layer].index(bits)
+            weights, activations = (width < FLOAT_BITS for width in banks.bits_of(bits))
+            quantizers = {
+                name: jax.tree.map(lambda a, i=place: a[i], stack)
+                for name, stack in self.bank[layer].items()
+                if (weights if name == "weights" else activations)
+            }
+            if quantizers:
+                qparams[layer] = quantizers
         return deploy.save_packed(
             path,
-            Weights(variables=self.variables, qparams=self._qparams(chosen)),
+            Weights(variables=self.variables, qparams=qparams),
             model=dict(self.model_config),
             inputs=self.images[:1],
             metadata=METADATA,
         )
 
-    def _qparams(self, chosen: Mapping[str, str]) -> QParams:
-        """Returns the quantizers of the layers that are not in float."""
-        qparams = {}
-        for path, bits in chosen.items():
-            place = self.choices[path].index(bits)
-            weights, activations = (width < FLOAT_BITS for width in banks.bits_of(bits))
-            layer = {
-                name: jax.tree.map(lambda a, i=place: a[i], quantizers)
-                for name, quantizers in self.bank[path].items()
-                if (weights if name == "weights" else activations)
-            }
-            if layer:
-                qparams[path] = layer
-        return qparams
+
+def choose_finalist(
+    problem: Problem,
+    evaluations: Sequence[Evaluation],
+    search: Search,
+    files: Sequence[Files],
+    tables: Sequence[CostTable],
+) -> tuple[Evaluation, Measured]:
+    """Returns the best policy whose own file keeps the budgets, and the measurements of that file.
+
+    The files of the best few policies are written and timed (`search` says how many, and where they
+    run), and if none of them keeps the budgets the next few. `files` and `tables` are the
+    students'.
+
+    Raises InfeasibleError if no evaluated policy keeps the budgets when measured.
+    """
+    distinct = {evaluation.policy: evaluation for evaluation in evaluations}
+    ranked = sorted(distinct.values(), key=lambda e: e.rank(search.objective, problem))
+    nearest = ""
+    for start in range(0, len(ranked), search.finalists):
+        part = ranked[start : start + search.finalists]
+        measured = _measure(part, problem.limits, search, files, tables)
+        for finalist, values in zip(part, measured, strict=True):
+            over = [metric for metric, value in values.items() if value > problem.limits[metric]]
+            if not over:
+                return finalist, values
+            nearest = nearest or f"the best has {over[0]} {values[over[0]]:g}"
+    raise InfeasibleError(
+        f"none of {len(ranked)} policies keeps the budgets {dict(problem.limits)} when its file is "
+        f"measured; {nearest}"
+    )
+
+
+def _measure(
+    finalists: Sequence[Evaluation],
+    limits: Mapping[str, float],
+    search: Search,
+    files: Sequence[Files],
+    tables: Sequence[CostTable],
+) -> list[Measured]:
+    """Returns of each file that of "size" and "latency" which has a limit."""
+    measured: list[Measured] = [{} for _ in finalists]
+    for s, (table, student) in enumerate(zip(tables, files, strict=True)):
+        places = [i for i, evaluation in enumerate(finalists) if evaluation.policy[0] == s]
+        chosen = [student.choose(finalists[i].policy) for i in places]
+        if "size" in limits:
+            for i, policy in zip(places, chosen, strict=True):
+                measured[i]["size"] = float(student.size(policy))
+        if "latency" in limits and places:
+            largest = {path: choices[-1] for path, choices in student.choices.items()}
+            first, *times = student.seconds(
+                [largest, *chosen],
+                runtime=search.runtime,
+                batch=search.batch,
+                cores=latency.cores(search.threads),
+            )
+            # As fast as the machine was when the table was made, by what the largest takes now.
+            unit = table.total("latency", largest) / np.median(first)
+            for i, seconds in zip(places, times, strict=True):
+                measured[i]["latency"] = float(unit * np.median(seconds))
+    return measured

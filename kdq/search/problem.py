@@ -6,13 +6,16 @@ each layer that may be distilled. Costs add up over decisions, given the student
 """
 
 import dataclasses
+import decimal
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from kdq.fields import ConfigError
+from kdq.search import programs
 
 Policy = tuple[int, ...]  # the option of each decision
 
@@ -39,6 +42,8 @@ class Decision:
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
     """Arrays have the axes [students, decisions, options]; options past a decision's last are void.
+
+    Its integer programs are solved when first needed, and once.
 
     Raises:
       ConfigError: a budget of a metric without costs.
@@ -69,11 +74,6 @@ class Problem:
     def free(self) -> tuple[int, ...]:
         """The decisions with more than one option."""
         return tuple(i for i, d in enumerate(self.decisions) if len(d.options) > 1)
-
-    @functools.cached_property
-    def size(self) -> float:
-        """The number of policies, within the budgets or not."""
-        return float(np.prod(self.valid.sum(-1).astype(float), axis=-1).sum() / self.students)
 
     def total(self, policy: Sequence[int]) -> dict[str, float]:
         """Returns the cost of a policy by metric."""
@@ -109,6 +109,78 @@ class Problem:
     def describe(self, policy: Sequence[int]) -> dict[str, str]:
         """Returns a policy by names: {decision: option}."""
         return {d.name: d.options[o] for d, o in zip(self.decisions, policy, strict=True)}
+
+    @functools.cached_property
+    def reserve(self) -> Policy:
+        """The policy that comes nearest to the limits, or keeps them with the most to spare."""
+        return programs.nearest(self)
+
+    @functools.cached_property
+    def reserves(self) -> np.ndarray:
+        """Ways to end well, [reserves, students, decisions] int: cheap ones by mixtures of metrics.
+
+        While a policy is built, an option may be taken if one of these completes it within the
+        limits. With one budget that loses nothing; with several a few policies at the very edge.
+        """
+        ways = [np.array([programs.nearest(self, s) for s in range(self.students)])]
+        steps = (0.0, 0.25, 0.5, 0.75, 1.0)
+        mixtures = itertools.product(steps, repeat=len(self.limits))
+        for mixture in [m for m in mixtures if sum(m) == 1.0] or [()]:
+            cost = np.zeros(self.valid.shape)
+            for weight, (metric, limit) in zip(mixture, self.limits.items(), strict=True):
+                cost += weight * self.costs[metric] / max(abs(limit), 1e-300)
+            ways.append(np.where(self.valid, cost, np.inf).argmin(-1))
+        return np.stack(ways)
+
+    def check(self) -> None:
+        """Raises InfeasibleError, with the nearest limits, if no policy keeps them."""
+        if self.feasible(self.reserve):
+            return
+        total, budgets, nearest = self.total(self.reserve), [], []
+        # Up to the six digits that a message shows, so that the budget it names is enough.
+        up = decimal.Context(prec=6, rounding=decimal.ROUND_CEILING).create_decimal_from_float
+        for metric, limit in self.limits.items():
+            budgets.append(f"{metric} <= {limit:g}")
+            nearest.append(f"{metric} <= {max(float(up(total[metric])), limit):g}")
+        policy = ", ".join(f"{k}={v}" for k, v in self.describe(self.reserve).items())
+        raise InfeasibleError(
+            f"no policy keeps the budgets {', '.join(budgets)}; the nearest that one keeps: "
+            f"{', '.join(nearest)} ({policy})"
+        )
+
+    def allowed(self, partial: Sequence[int], decision: int) -> np.ndarray:
+        """Returns which options of an open decision may be taken, [options] bool.
+
+        At least one may, if each option before was allowed. `partial` has -1 for open decisions;
+        the student is the first to be decided.
+        """
+        count = len(self.decisions[decision].options)
+        tried = np.repeat(np.asarray(partial)[None], count, axis=0)
+        tried[:, decision] = np.arange(count)
+        student = tried[:, 0]
+        # [reserves, options, decisions]: each option, completed in each way.
+        whole = np.where(tried[None] < 0, self.reserves[:, student], tried[None])
+        at = (student[None, :, None], np.arange(len(self.decisions)), whole)
+        keeps = self.valid[at].all(-1)
+        for metric in self.limits:
+            total = self.constants[metric][student] + self.costs[metric][at].sum(-1)
+            keeps &= self.keeps(metric, total)
+        return keeps.any(0)
+
+    def projected(self, policy: Sequence[int], order: Sequence[int] | None = None) -> Policy:
+        """Returns a policy that keeps the limits: itself, or option by option the nearest to it.
+
+        `order` is that of the decisions after the student: those that come late get what is left.
+        """
+        if self.feasible(policy):
+            return tuple(int(option) for option in policy)
+        partial = np.full(len(self.decisions), -1)
+        for i in (0, *(order if order is not None else range(1, len(partial)))):
+            allowed = np.flatnonzero(self.allowed(partial, i))
+            places = np.asarray(self.decisions[i].places)
+            away = np.square(places[allowed] - places[policy[i]]).sum(-1)
+            partial[i] = allowed[away.argmin()]
+        return tuple(partial.tolist())
 
 
 def _places(policy: Sequence[int]) -> tuple:

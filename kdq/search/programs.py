@@ -1,32 +1,26 @@
 """Integer linear programs over policies, solved to the optimum by HiGHS (scipy.optimize.milp)."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import optimize, sparse
 from scipy.optimize import LinearConstraint
 
-from kdq.search.problem import Policy, Problem
+if TYPE_CHECKING:  # it solves them
+    from kdq.search.problem import Policy, Problem
 
 
-def best(problem: Problem, exclude: Iterable[Policy] = ()) -> Policy | None:
+def best(problem: "Problem", exclude: Iterable["Policy"] = ()) -> "Policy | None":
     """Returns the policy of least predicted objective within the limits; None if none is left.
 
-    A multiple-choice knapsack, of several budgets at once, over all students. What pairs of options
-    add is linearized: a variable for each pair, which is the product of its two.
-
-    Args:
-      problem: with its sensitivity.
-      exclude: policies that are ruled out.
+    A multiple-choice knapsack, of several budgets at once, over all students; `exclude` is ruled
+    out. What pairs of options add is linearized: a variable for each pair, the product of its two.
     """
     program = _Program(problem)
-    cost = np.concatenate(
-        [
-            problem.base,
-            [problem.sensitivity[at] for at in program.options],
-            [problem.pairs.get(at, 0.0) for at in program.pairs],
-        ]
-    )
+    single = [problem.sensitivity[at] for at in program.options]
+    pairs = [problem.pairs.get(at, 0.0) for at in program.pairs]
+    cost = np.concatenate([problem.base, single, pairs])
     excluded = list(exclude)
     while True:
         policy = program.solve(cost, program.within() + [program.without(p) for p in excluded])
@@ -36,12 +30,12 @@ def best(problem: Problem, exclude: Iterable[Policy] = ()) -> Policy | None:
         excluded.append(policy)
 
 
-def nearest(problem: Problem, student: int | None = None) -> Policy:
+def nearest(problem: "Problem", student: int | None = None) -> "Policy":
     """Returns the policy whose largest share of a limit is the least, of one student or of all."""
     program = _Program(problem, slack=True)
     cost = np.zeros(program.count)
     cost[-1] = float(bool(problem.limits))  # without limits there is nothing to be near to
-    only = [] if student is None else [program.only(student)]
+    only = [] if student is None else [LinearConstraint(np.eye(1, program.count, student), 1, 1)]
     policy = program.solve(cost, program.within() + only)
     assert policy is not None  # the share has no bound
     return policy
@@ -50,23 +44,22 @@ def nearest(problem: Problem, student: int | None = None) -> Policy:
 class _Program:
     """Variables: one a student, one an option, one a pair, and with `slack` a common share."""
 
-    def __init__(self, problem: Problem, slack: bool = False):
+    def __init__(self, problem: "Problem", slack: bool = False):
         self.problem, self.slack = problem, slack
         valid = problem.valid.copy()
         valid[:, 0] = False  # the options of the first decision are the students' variables
         self.options = list(zip(*(axis.tolist() for axis in np.nonzero(valid)), strict=True))
         self.place = {at: problem.students + i for i, at in enumerate(self.options)}
         self.first_pair = problem.students + len(self.options)
-        self.pairs = [] if slack else self._all_pairs()
+        # Every pair of options of two layers that add something to each other.
+        layers = dict.fromkeys((s, d, e) for s, d, _, e, _ in problem.pairs if not slack)
+        exists = lambda s, d: np.flatnonzero(problem.valid[s, d]).tolist()
+        self.pairs = [
+            (s, d, o, e, p) for s, d, e in layers for o in exists(s, d) for p in exists(s, e)
+        ]
         self.count = self.first_pair + len(self.pairs) + slack
 
-    def _all_pairs(self) -> list[tuple[int, int, int, int, int]]:
-        """Returns every pair of options of two layers that add something to each other."""
-        layers = dict.fromkeys((s, d, e) for s, d, _, e, _ in self.problem.pairs)
-        valid = lambda s, d: np.flatnonzero(self.problem.valid[s, d]).tolist()
-        return [(s, d, o, e, p) for s, d, e in layers for o in valid(s, d) for p in valid(s, e)]
-
-    def solve(self, cost: np.ndarray, constraints: list[LinearConstraint]) -> Policy | None:
+    def solve(self, cost: np.ndarray, constraints: list[LinearConstraint]) -> "Policy | None":
         integrality = np.ones(self.count)
         integrality[self.first_pair :] = 0  # products of integers are integers anyway
         lower, upper = np.zeros(self.count), np.ones(self.count)
@@ -80,7 +73,15 @@ class _Program:
             constraints=[self._policies(), *self._products(), *constraints],
             options={"mip_rel_gap": 0.0},
         )
-        return None if solution.x is None else self._policy(solution.x)
+        if solution.x is None:
+            return None
+        student = int(solution.x[: self.problem.students].argmax())
+        policy = [student]
+        for decision in range(1, len(self.problem.decisions)):  # of each the option nearest to 1
+            options = np.flatnonzero(self.problem.valid[student, decision]).tolist()
+            values = [solution.x[self.place[student, decision, o]] for o in options]
+            policy.append(options[int(np.argmax(values))])
+        return tuple(policy)
 
     def within(self) -> list[LinearConstraint]:
         """Each metric at most its limit; with slack, at most that share of it."""
@@ -96,11 +97,7 @@ class _Program:
             rows.append(row), limits.append(limit / unit - float(self.slack))
         return [LinearConstraint(np.stack(rows), -np.inf, np.array(limits))] if rows else []
 
-    def only(self, student: int) -> LinearConstraint:
-        """This student."""
-        return LinearConstraint(np.eye(1, self.count, student), 1, 1)
-
-    def without(self, policy: Policy) -> LinearConstraint:
+    def without(self, policy: "Policy") -> LinearConstraint:
         """Not this policy."""
         row = np.zeros(self.count)
         for decision, option in enumerate(policy[1:], 1):
@@ -140,12 +137,3 @@ class _Program:
         """Returns a matrix from (row, column, value), rows in order."""
         rows, columns, values = zip(*entries, strict=True)
         return sparse.csr_array((values, (rows, columns)), shape=(rows[-1] + 1, self.count))
-
-    def _policy(self, x: np.ndarray) -> Policy:
-        """Returns the policy of a solution: of each decision the option nearest to 1."""
-        student = int(x[: self.problem.students].argmax())
-        policy = [student]
-        for decision in range(1, len(self.problem.decisions)):
-            options = np.flatnonzero(self.problem.valid[student, decision]).tolist()
-            policy.append(max(options, key=lambda o, d=decision: x[self.place[student, d, o]]))
-        return tuple(policy)

@@ -22,9 +22,9 @@ from kdq.quantize.observe import observe
 from kdq.quantize.paths import at_path
 from kdq.search import bank as banks
 from kdq.search.bank import Bank
-from kdq.search.evaluate import Evaluator, predict
-from kdq.search.objectives import OBJECTIVES, HeldOut, mean_loss, sum_curvature
+from kdq.search.evaluate import OBJECTIVES, Evaluator, HeldOut, distance, predict
 from kdq.tasks import Task
+from kdq.tasks.base import weighted_sum
 from kdq.types import Array, Variables
 
 MEASURES = (*OBJECTIVES, "fisher", "hessian")
@@ -51,12 +51,16 @@ def measure(
     """
     if name not in MEASURES:
         raise ConfigError(unknown("sensitivity:", name, MEASURES))
-    if name == "fisher":
-        return _fisher(evaluator), 0.0
     if name == "hessian":
         return _hessian(evaluator, probes, seed), 0.0
-    scores = evaluator([evaluator.float_policy, *_single_layers(evaluator)])[name]
-    return _split(evaluator, scores[1:] - scores[0]), float(scores[0])
+    sizes = [len(choices) for choices in evaluator.choices.values()]
+    single = [_policy(evaluator, {i: a}) for i, size in enumerate(sizes) for a in range(size)]
+    if name == "fisher":
+        values, base = np.array([_fisher(evaluator, policy) for policy in single]), 0.0
+    else:
+        scores = evaluator([evaluator.float_policy, *single])[name]
+        values, base = scores[1:] - scores[0], float(scores[0])
+    return np.split(values, np.cumsum(sizes)[:-1]), base
 
 
 def pairs(
@@ -64,16 +68,8 @@ def pairs(
 ) -> dict[tuple[int, int, int, int], float]:
     """Returns the objective that two layers' choices add beyond their sum (arXiv:2307.05657).
 
-    `{(layer, choice, other layer, its choice): f(both) - f(one) - f(other) + f(none)}`.
-
-    Args:
-      name: one of OBJECTIVES.
-      evaluator: of the student.
-      table: from `measure`, of that name.
-      base: likewise.
-
-    Raises:
-      ConfigError: an unknown objective.
+    `{(layer, choice, other layer, its choice): f(both) - f(one) - f(other) + f(none)}`; `table` and
+    `base` are from `measure` of the same name, one of OBJECTIVES. Raises ConfigError for another.
     """
     if name not in OBJECTIVES:
         raise ConfigError(unknown("pairs of layers are evaluated by:", name, OBJECTIVES))
@@ -95,34 +91,16 @@ def _policy(evaluator: Evaluator, chosen: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(chosen.get(i, -1) for i in range(len(evaluator.choices)))
 
 
-def _single_layers(evaluator: Evaluator) -> list[tuple[int, ...]]:
-    """Returns the policies that quantize one layer each."""
-    return [
-        _policy(evaluator, {i: choice})
-        for i, choices in enumerate(evaluator.choices.values())
-        for choice in range(len(choices))
-    ]
-
-
-def _split(evaluator: Evaluator, values: np.ndarray) -> Table:
-    """Splits values of `_single_layers` by layer."""
-    sizes = [len(choices) for choices in evaluator.choices.values()]
-    return np.split(values, np.cumsum(sizes)[:-1])
-
-
-def _fisher(evaluator: Evaluator) -> Table:
+def _fisher(evaluator: Evaluator, policy: tuple[int, ...]) -> float:
     """Returns ½ E[dzᵀ F dz], dz the change of the outputs z to first order; see `curvature`.
 
     That is the quadratic form of the Fisher matrix with the error of the quantized tensors, weights
     and inputs alike, without ever making the matrix: one forward-mode derivative a choice.
     """
-    values = []
-    for policy in _single_layers(evaluator):
-        args = evaluator.network, evaluator.variables, evaluator.bank, evaluator.chosen(policy)
-        sums = [_fisher_sum(*args, held, task=evaluator.task) for held in evaluator.held]
-        total, count = np.sum(np.asarray(sums, np.float64), 0)
-        values.append(0.5 * total / count)
-    return _split(evaluator, np.array(values))
+    args = evaluator.network, evaluator.variables, evaluator.bank, evaluator.chosen(policy)
+    sums = [_fisher_sum(*args, held, task=evaluator.task) for held in evaluator.held]
+    total, count = np.sum(np.asarray(sums, np.float64), 0)
+    return 0.5 * total / count
 
 
 @partial(jax.jit, static_argnames=("network", "task"))
@@ -148,7 +126,28 @@ def _fisher_sum(
         return predict(network, weights, task.inputs(held.batch), rounding=rounding)
 
     at, change = jax.jvp(outputs, (jnp.float32(0),), (jnp.float32(1),))
-    return sum_curvature(task, at, change, held)
+    return jnp.stack(weighted_sum(curvature(task, at, change), task.weights(held.batch)))
+
+
+def curvature(task: Task, outputs: Array, change: Array) -> Array:
+    """Returns the second derivative of the distance by `change`, of each prediction.
+
+    The quadratic form of `change` [..., outputs] with the Hessian of the distance of outputs from
+    themselves: of a divergence of distributions the Fisher matrix of the predictions. For a softmax
+    p that is Var_p(change).
+    """
+    if task.categorical:
+        p = jax.nn.softmax(outputs)
+        mean = jnp.sum(p * change, -1, keepdims=True)
+        return jnp.sum(p * jnp.square(change - mean), -1)
+
+    def moved(share: Array) -> Array:
+        scores = task.divergence(outputs + share * change, outputs)
+        values = [scores[name] for name in distance(task).scores]
+        return sum(jnp.sum(v.reshape(*outputs.shape[:-1], -1), -1) for v in values)
+
+    slope = lambda share: jax.jvp(moved, (share,), (jnp.ones_like(share),))[1]
+    return jax.jvp(slope, (jnp.float32(0),), (jnp.float32(1),))[1]
 
 
 def _hessian(evaluator: Evaluator, probes: int, seed: int) -> Table:
@@ -157,27 +156,20 @@ def _hessian(evaluator: Evaluator, probes: int, seed: int) -> Table:
     H_t is the Hessian of the mean loss with respect to the tensor: the weight, or the layer's
     input, each example's own.
     """
-    curvatures = _curvatures(evaluator, probes, seed)
-    errors = _weight_errors(evaluator) | _input_errors(evaluator)
+    curvatures, errors = _curvatures(evaluator, probes, seed), _input_errors(evaluator)
     table = []
     for path in evaluator.choices:
         total = 0.0
-        for operand, curvature in curvatures[path].items():
-            total = total + 0.5 * curvature * np.asarray(errors[path, operand], np.float64)
+        for operand, value in curvatures[path].items():
+            if operand == "weights":
+                layer = at_path(evaluator.variables["params"], path)
+                weight, quantizers = layer[weight_name(layer)], evaluator.bank[path]["weights"]
+                error = _squared_errors(weight, quantizers)
+            else:
+                error = errors[path, operand]
+            total = total + 0.5 * value * np.asarray(error, np.float64)
         table.append(total[:-1])  # the last choice is float
     return table
-
-
-def _weight_errors(evaluator: Evaluator) -> dict[tuple[str, str], Array]:
-    """Returns {(path, "weights"): [choices]}: the squared error of each weight, summed."""
-    errors = {}
-    for path, quantizers in evaluator.bank.items():
-        if "weights" in quantizers:
-            layer = at_path(evaluator.variables["params"], path)
-            errors[path, "weights"] = _squared_errors(
-                layer[weight_name(layer)], quantizers["weights"]
-            )
-    return errors
 
 
 def _input_errors(evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
@@ -200,7 +192,7 @@ def _input_errors(evaluator: Evaluator) -> dict[tuple[str, str], np.ndarray]:
     return {key: choices(state["energy"]) / examples for key, state in states.items()}
 
 
-def _add_energy(state: dict[str, Any], x: Array) -> dict[str, Any]:
+def _add_energy(state: dict[str, Any], x: Array, counts: Array | None) -> dict[str, Any]:
     return {**state, "energy": state["energy"] + _squared_errors(x, state["quantizers"])}
 
 
@@ -256,16 +248,16 @@ def _probe(
         """Returns it with each tensor moved; the moves are in the place of its quantizers."""
         weights = Weights(variables=variables, qparams=moves)
         inputs = task.inputs(held.batch)
-        return mean_loss(task, predict(network, weights, inputs, rounding=jnp.add), held)
+        outputs = predict(network, weights, inputs, rounding=jnp.add)
+        total, count = weighted_sum(task.loss(outputs, held.batch), task.weights(held.batch))
+        return total / count
 
-    names = [(path, operand) for path, tensors in zeros.items() for operand in tensors]
-    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-    signs = {
-        path: {
-            operand: jax.random.rademacher(keys[path, operand], zero.shape, zero.dtype)
-            for operand, zero in tensors.items()
-        }
-        for path, tensors in zeros.items()
-    }
+    leaves, structure = jax.tree.flatten(zeros)
+    keys = jax.random.split(key, len(leaves))
+    signs = [
+        jax.random.rademacher(k, zero.shape, zero.dtype)
+        for k, zero in zip(keys, leaves, strict=True)
+    ]
+    signs = jax.tree.unflatten(structure, signs)
     product = jax.jvp(jax.grad(loss), (zeros,), (signs,))[1]
     return jax.tree.map(jnp.vdot, signs, product)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from kdq.fields import ConfigError, unknown
 from kdq.quantize.layers import LayerInfo
 from kdq.search.bank import Choices, bits_of
 from kdq.search.cost import CostTable
-from kdq.search.feasible import Feasible
 from kdq.search.problem import Decision, Problem
 
 KINDS = ("Dense", "Conv", "Embed", "Einsum")  # of layers that an agent tells apart
@@ -34,16 +33,10 @@ class Student:
 def limits_of(
     students: Sequence[Student], most: Mapping[str, float], share: Mapping[str, float]
 ) -> dict[str, float]:
-    """Returns budgets as numbers.
+    """Returns budgets as numbers: `most`, and `share` of the costliest student.
 
-    Args:
-      students: to choose from.
-      most: at most so much.
-      share: at most this share of what the costliest student costs with every layer at its last
-        choice.
-
-    Raises:
-      ConfigError: a metric that no table has, or one with two budgets.
+    That is what it costs with every layer at its last choice. Raises ConfigError for a metric that
+    no table has, or one with two budgets.
     """
     known = students[0].costs.metrics
     for metric in (*most, *share):
@@ -63,13 +56,10 @@ def make_problem(
 ) -> Problem:
     """Returns the problem of choosing a student, its layers' bits, and the terms that distill it.
 
-    Args:
-      students: of layers by the same paths, with the same choices.
-      limits: budgets, by metric.
-      distilled: terms of the recipe that a policy may leave out.
+    `limits` are budgets by metric, `distilled` the terms of the recipe that a policy may leave out.
 
     Raises:
-      ConfigError: students that differ in their layers.
+      ConfigError: students that differ in their layers or in the choices of these.
       InfeasibleError: budgets that no policy keeps.
     """
     first = students[0]
@@ -80,38 +70,39 @@ def make_problem(
                 f"{dict(first.choices)} and {dict(other.choices)}"
             )
     decisions = _decisions(students, distilled)
-    shape = (len(students), len(decisions), max(len(d.options) for d in decisions))
-    valid = np.zeros(shape, bool)
-    for i, decision in enumerate(decisions):
-        valid[:, i, : len(decision.options)] = True
-    sums = [m for m, table in first.costs.metrics.items() if not table.worst]
-    costs = {metric: np.zeros(shape) for metric in sums}
-    constants = {m: np.array([s.costs.metrics[m].constant for s in students]) for m in sums}
-    for s, student in enumerate(students):
-        for i, (path, choices) in enumerate(student.choices.items(), 1):
-            for metric in sums:
-                layer = student.costs.metrics[metric].layers[path]
-                costs[metric][s, i, : len(choices)] = [layer[bits] for bits in choices]
-    # The rest are costs of the worst layer alone: limits on each choice, which need no budget.
-    for metric in limits.keys() - costs.keys():
-        each = zip(students, valid, strict=True)
-        least = [_keep_below(limits[metric], metric, *pair) for pair in each]
-        if max(least) > limits[metric]:  # no choice of layers makes up for that student
-            costs[metric], constants[metric] = np.zeros(shape), np.array(least)
-    sensitivity = None
-    if guided := all(student.sensitivity is not None for student in students):
-        sensitivity = np.zeros(shape)
+    counts = np.array([len(decision.options) for decision in decisions])
+    valid = np.tile(np.arange(counts.max()) < counts[:, None], (len(students), 1, 1))
+
+    def place(values: Callable[[Student], Iterable[Sequence[float]]]) -> np.ndarray:
+        """Places values of each student's layers at their decisions."""
+        array = np.zeros(valid.shape)
         for s, student in enumerate(students):
-            for i, values in enumerate(student.sensitivity, 1):
-                sensitivity[s, i, : len(values)] = values
+            for i, row in enumerate(values(student), 1):
+                array[s, i, : len(row)] = row
+        return array
+
+    tables = first.costs.metrics
+    costs = {m: place(lambda s, m=m: s.costs.rows(m, s.choices)) for m in tables}
+    constants = {m: np.array([s.costs.metrics[m].constant for s in students]) for m in tables}
+    # Costs of the worst layer alone are limits on each choice, which need no budget.
+    layers = slice(1, 1 + len(first.choices))
+    exists = valid[:, layers].copy()
+    for metric in [m for m, table in tables.items() if table.worst]:
+        limit = limits.get(metric, np.inf)
+        cost = (costs.pop(metric) + constants.pop(metric)[:, None, None])[:, layers]
+        least = np.where(exists, cost, np.inf).min(-1).max(-1)  # [students]
+        valid[:, layers] &= (cost <= limit) | (least > limit)[:, None, None]
+        if least.max() > limit:  # no choice of layers makes up for that student
+            costs[metric], constants[metric] = np.zeros(valid.shape), least
+    guided = all(student.sensitivity is not None for student in students)
     problem = Problem(
         decisions=decisions,
         valid=valid,
         costs=costs,
         constants=constants,
-        limits={m: limit for m, limit in limits.items() if m in costs},
+        limits={m: limit for m, limit in limits.items() if m in costs or m not in tables},
         features=_features(students, decisions),
-        sensitivity=sensitivity,
+        sensitivity=place(lambda student: student.sensitivity) if guided else None,
         base=np.array([student.base for student in students]) if guided else None,
         pairs={
             (s, i + 1, a, j + 1, b): value
@@ -119,33 +110,25 @@ def make_problem(
             for (i, a, j, b), value in student.pairs.items()
         },
     )
-    Feasible(problem).check()
+    problem.check()
     return problem
 
 
 def _decisions(students: Sequence[Student], distilled: Sequence[str]) -> tuple[Decision, ...]:
     """Returns the decisions for the student, each layer's bits, and each term."""
-    count = len(students)
+    last = max(1, len(students) - 1)
     student = Decision(
         name="student",
         options=tuple(student.name for student in students),
-        places=tuple((i / max(1, count - 1), 0.0) for i in range(count)),
+        places=tuple((i / last, 0.0) for i in range(len(students))),
         kind="student",
     )
     layers = [
         Decision(name=path, options=tuple(choices), places=_rank(choices))
         for path, choices in students[0].choices.items()
     ]
-    terms = [
-        Decision(
-            name=DISTILLED + name,
-            options=("off", "on"),
-            places=((0.0, 0.0), (1.0, 0.0)),
-            kind="distilled",
-        )
-        for name in distilled
-    ]
-    return (student, *layers, *terms)
+    switch = {"options": ("off", "on"), "places": ((0.0, 0.0), (1.0, 0.0)), "kind": "distilled"}
+    return (student, *layers, *(Decision(name=DISTILLED + name, **switch) for name in distilled))
 
 
 def _rank(choices: Sequence[str]) -> tuple[tuple[float, float], ...]:
@@ -157,43 +140,23 @@ def _rank(choices: Sequence[str]) -> tuple[tuple[float, float], ...]:
     return tuple(zip(*places, strict=True))
 
 
-def _keep_below(limit: float, metric: str, student: Student, valid: np.ndarray) -> float:
-    """Rules out the choices of layers that alone are beyond a limit; returns the least cost left.
-
-    A student of which that leaves nothing keeps them all.
-    """
-    table = student.costs.metrics[metric]
-    costs = [
-        np.array([table.constant + table.layers[path][bits] for bits in choices])
-        for path, choices in student.choices.items()
-    ]
-    least = max(layer.min() for layer in costs)
-    if least <= limit:
-        for i, layer in enumerate(costs, 1):
-            valid[i, : len(layer)] &= layer <= limit
-    return float(least)
-
-
 def _features(students: Sequence[Student], decisions: Sequence[Decision]) -> np.ndarray:
     """Returns what an agent sees of each decision: its kind, and of layers the sizes, 0 to 1."""
+    log = lambda number, most: math.log2(max(number, 1)) / most
     rows = []
     for student in students:
         for decision in decisions:
-            layer = student.layers.get(decision.name)
+            layer, sizes = student.layers.get(decision.name), [0.0] * 6
+            if layer is not None:
+                sizes = [
+                    log(layer.input_shape[-1], 12),
+                    log(layer.output_shape[-1], 12),
+                    log(math.prod(layer.output_shape[1:-1]), 16),  # positions
+                    log(math.prod(layer.weight_shape[:-2]), 6),  # kernel
+                    log(layer.macs, 36),
+                    log(layer.weight_count, 24),
+                ]
             kinds = [decision.kind == "student", decision.kind == "distilled"]
             kinds += [layer is not None and layer.kind == kind for kind in KINDS]
-            rows.append([*map(float, kinds), *(_sizes(layer) if layer else [0.0] * 6)])
+            rows.append([*map(float, kinds), *sizes])
     return np.array(rows, np.float32).reshape(len(students), len(decisions), -1)
-
-
-def _sizes(layer: LayerInfo) -> list[float]:
-    """Returns logarithms of channels in and out, positions, kernel, MACs and weights."""
-    log = lambda number, most: math.log2(max(number, 1)) / most
-    return [
-        log(layer.input_shape[-1], 12),
-        log(layer.output_shape[-1], 12),
-        log(math.prod(layer.output_shape[1:-1]), 16),
-        log(math.prod(layer.weight_shape[:-2]), 6),
-        log(layer.macs, 36),
-        log(layer.weight_count, 24),
-    ]

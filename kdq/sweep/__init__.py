@@ -17,10 +17,13 @@ EXECUTORS = {"local": None, "ray": "ray", "slurm": "slurm"}
 def executor(name: str, **options: Any) -> Executor:
     """Returns an executor of jobs: a key of EXECUTORS with its options.
 
-    Raises ConfigError for an unknown name or option, or if its extra is not installed.
+    Raises ConfigError for an unknown name, no workers, or if its extra is not installed.
     """
     if name not in EXECUTORS:
         raise ConfigError(unknown("executor", name, EXECUTORS))
+    workers = options.get("workers")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers={workers}: expected at least 1")
     try:
         module = importlib.import_module(f"kdq.sweep.{name}")
     except ModuleNotFoundError as error:

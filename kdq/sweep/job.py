@@ -1,12 +1,10 @@
 """One run as an executor sees it: a command, where its output goes, what it needs."""
 
-import contextlib
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -37,20 +35,13 @@ class Executor(Protocol):
 def execute(
     job: Job,
     *,
-    stop: threading.Event | None = None,
     environment: Mapping[str, str] | None = None,
     ignored: Sequence[int] = (),
 ) -> int:
     """Runs a job here, in a process group of its own, and returns its exit status.
 
-    The group is killed if `stop` is set or anything is raised here: a run that is killed at any
-    time resumes, so there is nothing to ask it for.
-
-    Args:
-      job: to run.
-      stop: looked at several times a second.
-      environment: of the process; None is this one's.
-      ignored: signals that the process does not see.
+    The group is killed if anything is raised here: a run that is killed at any time resumes, so
+    there is nothing to ask it for. It does not see `ignored` signals.
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
     job.log.touch()  # says that it has been started
@@ -66,13 +57,11 @@ def execute(
             start_new_session=True,
         )
     try:
-        while not (stop and stop.is_set()):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=0.2 if stop else None)
+        return process.wait()
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
+            process.wait()
 
 
 def problem(status: int) -> str:

@@ -1,6 +1,7 @@
 """Runs of a sweep as tasks of Ray: of a cluster that is there, or of one started here."""
 
 import contextlib
+import itertools
 import os
 import secrets
 import signal
@@ -34,14 +35,11 @@ def make(*, workers: int | None = None, address: str | None = None) -> Executor:
             f"--workers={workers} with --address={address}: the cluster decides how many runs it "
             "runs at once, by config.resources"
         )
-    workers = 1 if workers is None else workers
-    if workers < 1:
-        raise ConfigError(f"--workers={workers}: expected at least 1")
 
     def run(jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         # Of this process and not of Ray's workers, which have OMP_NUM_THREADS=1 for one.
         environment = dict(os.environ)
-        with _there(address) if address else _started(workers, jobs):
+        with _there(address) if address else _started(workers or 1, jobs):
             pending = {
                 _task.options(**_options(job, is_local=not address)).remote(job, environment): job
                 for job in jobs
@@ -121,7 +119,19 @@ def _started(workers: int, jobs: Sequence[Job]) -> Iterator[None]:
                     object_store_memory=100 * 2**20,  # bytes; runs leave their results in files
                     _temp_dir=folder,
                 )
-                _check(jobs)
+                has = ray.cluster_resources()
+                there = {
+                    "cpus": has.get("CPU", 0),
+                    "gpus": has.get("GPU", 0),
+                    "memory_gib": has["memory"] / 2**30,
+                }
+                for job, key in itertools.product(jobs, there):
+                    amount = getattr(job.resources, key)
+                    if amount > there[key]:  # it would wait forever
+                        raise ConfigError(
+                            f"run {job.name}: config.resources.{key}={amount}: this machine has "
+                            f"{there[key]:g}"
+                        )
                 yield
             finally:
                 ray.shutdown()
@@ -136,20 +146,3 @@ def _connect(**options: Any) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(log_to_driver=False, logging_level="ERROR", **options)
     signal.signal(signal.SIGTERM, handler)
-
-
-def _check(jobs: Sequence[Job]) -> None:
-    """Raises ConfigError for a run that asks for more than there is: it would wait forever."""
-    has = ray.cluster_resources()
-    there = {
-        "cpus": has.get("CPU", 0),
-        "gpus": has.get("GPU", 0),
-        "memory_gib": has["memory"] / 2**30,
-    }
-    for job in jobs:
-        for key, most in there.items():
-            amount = getattr(job.resources, key)
-            if amount > most:
-                raise ConfigError(
-                    f"run {job.name}: config.resources.{key}={amount}: this machine has {most:g}"
-                )

@@ -62,11 +62,7 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
 
     Runs whose experiments differ in nothing but their seeds (by the digest of all the rest) are
     seeds of the same rows; if there are several experiments, a row's arm is "LABEL/ARM".
-
-    Args:
-      runs: of a sweep.
-      failed: what went wrong, by the name of the run.
-      workdir: of the sweep; each file is replaced atomically.
+    `failed` says what went wrong, by the name of the run.
     """
     documents: list[dict[str, Any]] = []
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -80,11 +76,17 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
     rows, shown = [], []
     for digest, run_documents in groups.items():
         prefix = f"{labels[digest]}/" if len(groups) > 1 else ""
-        rows += [
-            _named(row, prefix) for row in (table.rows(run_documents) if run_documents else [])
-        ]
+        for row in table.rows(run_documents) if run_documents else []:
+            reference = row.reference and prefix + row.reference
+            rows.append(dataclasses.replace(row, arm=prefix + row.arm, reference=reference))
         shown += [{**record, "arm": prefix + record["arm"]} for record in run_documents]
-    copied = _copied(documents)
+    copied, every = (
+        collections.Counter(each["arm"] for each in some)
+        for some in ([d for d in documents if "shared_from" in d], documents)
+    )
+    said = ", ".join(f"{arm} ({count} of {every[arm]})" for arm, count in copied.items())
+    same = "the same in several runs, trained in one of them and copied by the others"
+    copied = f"Arms that are {same}: {said}." if said else ""
     lines = [f"- {escape(copied)}"] if copied else []
     lines += [f"- Run {escape(name)} failed: {escape(why)}." for name, why in failed.items()]
     markdown = table.markdown(rows, shown) if rows else "No arm of any run is finished.\n"
@@ -96,20 +98,3 @@ def write(runs: Sequence[Run], failed: Mapping[str, str], workdir: Path) -> None
     if rows:
         where = f"Table: {workdir / 'table.md'}; of each run: {workdir / 'runs'}/NAME"
         standard_output().print(Text(where), soft_wrap=True)
-
-
-def _copied(records: Sequence[Mapping[str, Any]]) -> str:
-    """Returns what is to be said of arms that runs have copied; "" if there are none."""
-    counts = collections.Counter(r["arm"] for r in records if "shared_from" in r)
-    said = [f"{arm} ({count} of {_times(records, arm)})" for arm, count in counts.items()]
-    same = "the same in several runs, trained in one of them and copied by the others"
-    return f"Arms that are {same}: {', '.join(said)}." if said else ""
-
-
-def _times(records: Sequence[Mapping[str, Any]], arm: str) -> int:
-    return sum(record["arm"] == arm for record in records)
-
-
-def _named(row: table.Row, prefix: str) -> table.Row:
-    reference = row.reference and prefix + row.reference
-    return dataclasses.replace(row, arm=prefix + row.arm, reference=reference)

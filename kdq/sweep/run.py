@@ -3,13 +3,25 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
 from kdq import lock
-from kdq.sweep import progress, results
-from kdq.sweep.job import Executor
+from kdq.sweep import results
+from kdq.sweep.job import Executor, Job
 from kdq.sweep.runs import Run
 
 TAIL = 10  # lines of a log that are shown
@@ -33,7 +45,7 @@ def run(runs: Sequence[Run], executor: Executor, workdir: Path) -> bool:
     with (
         lock.hold(workdir, alone=True),
         _interruptible(),
-        progress.reporter(jobs, len(runs) - len(jobs)) as ended,
+        reporter(jobs, len(runs) - len(jobs)) as ended,
         contextlib.closing(executor(jobs) if jobs else (_ for _ in ())) as ends,
     ):
         for job, problem in ends:
@@ -44,14 +56,9 @@ def run(runs: Sequence[Run], executor: Executor, workdir: Path) -> bool:
     for name, problem in failed.items():
         log = waiting[name].job.log
         print(f"\nrun {name} failed: {problem}; the end of {log}:", file=sys.stderr)
-        print(_tail(log), file=sys.stderr)
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else ["(no log)"]
+        print("\n".join(lines[-TAIL:]), file=sys.stderr)
     return not failed
-
-
-def _tail(log: Path) -> str:
-    if not log.is_file():
-        return "(no log)"
-    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
 
 
 @contextlib.contextmanager
@@ -66,3 +73,45 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def reporter(
+    jobs: Sequence[Job], done: int, console: Console | None = None
+) -> Iterator[Callable[[str, str], None]]:
+    """Yields a function to call with the name of a job that ended and its problem ("" for none).
+
+    A bar on a terminal, a line a run elsewhere. `done` runs were finished before.
+    """
+    console = console or Console(file=sys.stderr, soft_wrap=True)
+    failed, left, total = [], {job.name: job for job in jobs}, done + len(jobs)
+    state = _State(left, failed)
+    columns = (BarColumn(), MofNCompleteColumn(), state, TimeElapsedColumn())
+    visible = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not visible) as bar:
+        task = bar.add_task("runs", total=total, completed=done)
+
+        def end(name: str, problem: str) -> None:
+            del left[name]
+            failed.extend([name] if problem else [])
+            said = f"failed: {problem}" if problem else "done"
+            if problem or not visible:
+                text = f"[{total - len(left)}/{total}] {name}: {said}"
+                console.print(text, markup=False, highlight=False)
+            bar.advance(task)
+
+        yield end
+
+
+class _State(ProgressColumn):
+    """A column: how many runs are running, by their logs having been touched, and have failed."""
+
+    def __init__(self, left: dict[str, Job], failed: list[str]):
+        super().__init__()
+        self._left, self._failed = left, failed
+        self._since = time.time() - 1  # s: clocks of file systems are coarse
+
+    def render(self, task: Task) -> Text:
+        logs = [job.log for job in list(self._left.values())]
+        running = sum(log.exists() and log.stat().st_mtime >= self._since for log in logs)
+        return Text(f"done, {running} running, {len(self._failed)} failed")

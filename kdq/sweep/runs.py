@@ -2,9 +2,10 @@
 
 import dataclasses
 import os
+import re
 import runpy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from kdq import config as kdq_config
 from kdq import trust
 from kdq.config import ConfigError, Experiment
 from kdq.experiment import plan
-from kdq.sweep import names
 from kdq.sweep.job import Job
 
 SHARED = "shared"  # folder of a sweep by which its runs share arms
+LONGEST = 200  # characters of a name; file systems allow 255
 RESOURCES = "resources."  # overrides that are for the executor alone
 
 
@@ -42,7 +43,7 @@ class Run:
         experiment = self.experiment
         if not self.arm:
             return list(experiment.arms)
-        needed = plan.in_order(experiment, [experiment.teacher, self.arm])
+        needed = kdq_config.ancestors(experiment, experiment.teacher, self.arm)
         return [name for name in experiment.arms if name in needed]
 
 
@@ -86,19 +87,22 @@ def plan_runs(
       shared: overrides of all runs, which a run's own go before.
       arm: see Run.
 
-    Raises:
-      ConfigError: an override of something that is not there or can't be, two runs of one name, two
-        with the same seed of the same experiment.
+    Raises ConfigError for an override of something that is not there or can't be, two runs of one
+    name, two with the same seed of the same experiment.
     """
     runs: dict[str, Run] = {}
     for changes in sweep:
-        overrides = {str(path): _plain(value) for path, value in changes.items()}
+        # NumPy's numbers as Python's, of which a flag can be made.
+        overrides = {
+            str(path): value.item() if isinstance(value, np.generic) else value
+            for path, value in changes.items()
+        }
         name = overrides.pop("name", "")
         both = {**(shared or {}), **overrides}
         decides = {
             path: value for path, value in overrides.items() if not path.startswith(RESOURCES)
         }
-        folder = names.folder(decides, name)
+        folder = run_folder(decides, name)
         try:
             run = _run(config, both, workdir / "runs" / folder, launch, arm)
         except ConfigError as error:
@@ -108,10 +112,13 @@ def plan_runs(
                 f"two runs are called {folder!r}, {dict(runs[folder].overrides)} and {overrides}: "
                 'expected different ones, or a "name" in each'
             )
-        runs[folder] = dataclasses.replace(
-            run, label=names.label(decides, name), overrides=overrides
-        )
-    _check_seeds(runs.values())
+        runs[folder] = dataclasses.replace(run, label=run_label(decides, name), overrides=overrides)
+    taken: dict[tuple[str, int], str] = {}
+    for run in runs.values():
+        for seed in run.experiment.seeds:
+            other = taken.setdefault((run.digest, seed), run.name)
+            if other != run.name:
+                raise ConfigError(f"runs {other} and {run.name} are the same with seed {seed}")
     return list(runs.values())
 
 
@@ -161,7 +168,9 @@ def _parsed(config: str, overrides: Mapping[str, Any], passed: Sequence[str]) ->
     plain.unlock()
     plain.resources = {**kdq_config.resources(), **plain.get("resources", {})}
     for path, value in overrides.items():
-        _check_path(plain, path, value)
+        place, key = kdq_config.at_path(plain, path), f"config.{path}"
+        if isinstance(value, Mapping) or isinstance(place, ConfigDict):
+            raise ConfigError(f"{key}={value!r}: expected its fields one by one, as {key}.FIELD")
     parsed = _from_flags(config, passed).to_dict()
     resources = {
         p.removeprefix(RESOURCES): v for p, v in overrides.items() if p.startswith(RESOURCES)
@@ -182,26 +191,34 @@ def _from_flags(config: str, passed: Sequence[str]) -> ConfigDict:
     return values["config"].value
 
 
-def _check_path(config: ConfigDict, path: str, value: Any) -> None:
-    place, seen = config, "config"
-    for key in path.split("."):
-        if not hasattr(place, "keys") or key not in place:
-            there = getattr(place, "keys", list)()
-            raise ConfigError(kdq_config.unknown(f"key in {seen}:", key, there))
-        place, seen = place[key], f"{seen}.{key}"
-    if isinstance(value, Mapping) or isinstance(place, ConfigDict):
-        raise ConfigError(f"{seen}={value!r}: expected its fields one by one, as {seen}.FIELD")
+def run_label(overrides: Mapping[str, Any], name: str = "") -> str:
+    """`{"distill.kd.terms.kl.temperature": 4.0, "seeds": (3,)}` -> "temperature=4.0".
+
+    Runs of one label differ in nothing but their seeds. Without overrides it is "base"; a name says
+    it better than the overrides do. Raises ConfigError for one that is no folder's, or too long.
+    """
+    if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_+=,.\-]*", name):
+        raise ConfigError(
+            f"run name {name!r} is a folder: expected letters, digits, _ + = , . - and a letter or "
+            "digit first"
+        )
+    said = [_said(path, value) for path, value in overrides.items() if path != "seeds"]
+    return _checked(name or ",".join(said) or "base")
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, of which a flag can be made."""
-    return value.item() if isinstance(value, np.generic) else value
+def run_folder(overrides: Mapping[str, Any], name: str = "") -> str:
+    """The label with the seeds: "temperature=4.0,seeds=3"."""
+    seeds = [_said("seeds", overrides["seeds"])] if "seeds" in overrides else []
+    return _checked(",".join([run_label(overrides, name), *seeds]))
 
 
-def _check_seeds(runs: Iterable[Run]) -> None:
-    taken: dict[tuple[str, int], str] = {}
-    for run in runs:
-        for seed in run.experiment.seeds:
-            other = taken.setdefault((run.digest, seed), run.name)
-            if other != run.name:
-                raise ConfigError(f"runs {other} and {run.name} are the same with seed {seed}")
+def _said(path: str, value: Any) -> str:
+    values = value if isinstance(value, tuple | list) else [value]
+    text = "-".join(map(str, values))
+    return re.sub(r"[^A-Za-z0-9_+=.\-]+", "-", f"{path.rpartition('.')[2]}={text}")
+
+
+def _checked(name: str) -> str:
+    if len(name) > LONGEST:
+        raise ConfigError(f'run name {name!r} is too long: expected a "name" beside the overrides')
+    return name

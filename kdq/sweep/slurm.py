@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import submitit
 
@@ -40,16 +39,11 @@ def make(
     Args:
       folder: for submitit's files; on a disk that the nodes share.
       workers: at most so many runs of an array at a time; None is all.
-      cluster: one of CLUSTERS.
+      cluster: one of CLUSTERS. Raises ConfigError for others, or if there is no sbatch here.
       parameters: of sbatch, beside the resources: {"partition": "gpu", "exclusive": True}.
-
-    Raises:
-      ConfigError: an unknown cluster, no sbatch here, or no workers.
     """
     if cluster not in CLUSTERS:
         raise ConfigError(unknown("--cluster", cluster, CLUSTERS))
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers={workers}: expected at least 1")
     try:
         submitit.AutoExecutor(folder, cluster=cluster)
     except RuntimeError as error:
@@ -57,17 +51,25 @@ def make(
 
     def run(jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         pending: dict[submitit.Job, Job] = {}
+        groups: dict[Resources, list[Job]] = {}
         for job in jobs:
+            groups.setdefault(job.resources, []).append(job)
             if not job.resources.minutes:
                 raise ConfigError(
                     f"run {job.name}: config.resources.minutes=0 is unstated, and Slurm needs it"
                 )
         try:
-            for resources, same in _by_resources(jobs).items():
+            for resources, same in groups.items():
+                stated = {
+                    "cpus_per_task": resources.cpus,
+                    "gpus_per_node": resources.gpus,
+                    "mem_gb": resources.memory_gib,
+                    "timeout_min": resources.minutes,
+                }
                 engine = submitit.AutoExecutor(folder, cluster=cluster)
                 engine.update_parameters(
                     name="kdq",
-                    **_generic(resources),
+                    **{name: amount for name, amount in stated.items() if amount},
                     slurm_array_parallelism=workers or len(same),
                     slurm_additional_parameters=dict(parameters or {}),
                 )
@@ -84,24 +86,6 @@ def make(
                     end.wait()
 
     return run
-
-
-def _by_resources(jobs: Sequence[Job]) -> dict[Resources, list[Job]]:
-    groups: dict[Resources, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(job.resources, []).append(job)
-    return groups
-
-
-def _generic(resources: Resources) -> dict[str, Any]:
-    """In submitit's words, those that are stated."""
-    named = {
-        "cpus_per_task": resources.cpus,
-        "gpus_per_node": resources.gpus,
-        "mem_gb": resources.memory_gib,
-        "timeout_min": resources.minutes,
-    }
-    return {name: amount for name, amount in named.items() if amount}
 
 
 def _outcome(end: submitit.Job) -> str:

@@ -106,7 +106,7 @@ class Classification(base.Task):
     def problems(
         self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None
     ) -> Iterator[str]:
-        """Yields unless labels are classes, and outputs have a logit of each class.
+        """Yields a problem unless labels are classes, and outputs have a logit of each class.
 
         Labels that a mask hides may be anything.
         """

@@ -167,7 +167,7 @@ class Multilabel(base.Task):
     def problems(
         self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None
     ) -> Iterator[str]:
-        """Yields unless labels are floats 0 and 1, [batch, labels], and outputs fit."""
+        """Yields a problem unless labels are floats 0 and 1, [batch, labels], and outputs fit."""
         labels = np.asarray(batch[self.target])
         if not np.issubdtype(labels.dtype, np.floating) or labels.ndim != 2:
             yield (

@@ -161,7 +161,7 @@ class Regression(base.Task):
     def problems(
         self, batch: Batch, facts: Mapping[str, Any], outputs: jax.ShapeDtypeStruct | None
     ) -> Iterator[str]:
-        """Yields unless targets are finite floats, as many as there are outputs."""
+        """Yields a problem unless targets are finite floats, as many as there are outputs."""
         targets = np.asarray(batch[self.target])
         if not np.issubdtype(targets.dtype, np.floating) or targets.ndim not in (1, 2):
             yield (

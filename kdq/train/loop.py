@@ -17,9 +17,8 @@ from kdq.stopwatch import Stopwatch
 from kdq.tasks.base import improves
 from kdq.train import together
 from kdq.train.checkpoint import Checkpointer
-from kdq.train.diagnose import NonFiniteError, first_nonfinite
 from kdq.train.metrics_writer import MetricsWriter
-from kdq.train.step import train_step
+from kdq.train.step import NonFiniteError, first_nonfinite, train_step
 from kdq.train.training import Plan, TrainState
 from kdq.types import Mean, Metrics
 

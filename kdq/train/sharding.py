@@ -59,7 +59,7 @@ class Layout:
         """A tree that every process has whole, whole on every device."""
         if not self.mesh:
             return jax.device_put(tree)
-        return self._put(tree, jax.tree.map(lambda _: self._named(), tree))
+        return self._put(tree, self._named())
 
     def batch(self, rows: Batch) -> Batch:
         """This process's rows of a global batch (see `rows_of`), as global arrays."""
@@ -167,7 +167,7 @@ class Layout:
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
         if isinstance(shardings, NamedSharding):
-            return put(tree, shardings)
+            return jax.tree.map(lambda x: put(x, shardings), tree)
         return jax.tree.map(put, tree, shardings)
 
 

@@ -19,7 +19,7 @@ class Two(nn.Module):
 @pytest.fixture(scope="module")
 def case():
     model, x = Two(), jnp.ones((2, 20))
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     return model, variables, x, quantize.list_layers(model, variables, x)
 
 

@@ -232,7 +232,7 @@ def test_several_inputs_and_outputs_in_every_format(tmp_path):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     inputs, model = (draw(6, 4, 4, 2), draw(6, 3)), Detector()
-    variables = model.init(jax.random.key(0), *inputs)
+    variables = jax.jit(model.init)(jax.random.key(0), *inputs)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [inputs])
     variables = deploy.lower(
         model, Weights(variables=variables, qparams=qparams), inputs
@@ -295,7 +295,7 @@ def test_a_network_of_several_inputs_that_takes_deterministic_needs_no_flags(tmp
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     network = quantize.Network(Scored())
     inputs = quantize.Inputs({"a": draw(6, 4), "b": draw(6, 1)}, scale=draw(6, 3))
-    variables = network.init(jax.random.key(0), inputs)
+    variables = jax.jit(network.init)(jax.random.key(0), inputs)
     qparams = quantize.calibrate(network, variables, quantize.uniform_rules(8, 8), [inputs])
     path, folder = tmp_path / "scored", tmp_path / "out"
     weights = Weights(variables=variables, qparams=qparams)

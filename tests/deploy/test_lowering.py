@@ -183,7 +183,7 @@ class Large(nn.Module):
 def test_sums_that_do_not_fit_stay_in_float():
     x = jnp.full((4, 3), 1e-3)
     model = Large()
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x], check=False)
     lowered = lower(model, Weights(variables=variables, qparams=qparams), x)
     assert "more than 32 bits hold" in lowered.in_float["dense"]
@@ -204,7 +204,7 @@ def test_a_norm_behind_an_output_that_is_also_used_elsewhere_stays():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
     model = Used()
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     variables = {**variables, "batch_stats": {"norm": {"mean": jnp.ones(4), "var": jnp.ones(4)}}}
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x], check=False)
     lowered = lower(model, Weights(variables=variables, qparams=qparams), x)
@@ -306,7 +306,7 @@ def test_products_whose_sums_may_not_fit_are_left_in_float():
     """255 * 255 * 33,025 is the last that int32 holds; attention adds up all positions."""
     model, rng = Attention(), np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     qparams = quantize.calibrate(model, variables, quantize.uniform_rules(8, 8), [x])
     inputs = {n: jax.ShapeDtypeStruct((1, n, 4), jnp.float32) for n in (6, 33_025, 33_026)}
     integers = {

@@ -20,7 +20,7 @@ class Two(nn.Module):
 
 def test_activations_by_hand():
     model, x = Two(), jnp.arange(20.0).reshape(5, 4)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     integer, _ = lowered(model, variables, x, quantize.uniform_rules(8, 8))
     # 4 floats and their codes; 3 codes and 2 sums; 2 sums and 2 floats.
     assert memory.activation_bytes(integer, x) == max(16 + 4, 4 + 3, 3 + 8, 8 + 8)
@@ -31,7 +31,7 @@ def test_activations_by_hand():
 
 def test_weights_by_hand():
     model, x = Two(), jnp.arange(20.0).reshape(5, 4)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     assert memory.weight_bytes(lower(model, Weights(variables=variables, qparams={}), x)) == 4 * (
         12 + 6
     )

@@ -128,7 +128,7 @@ def test_every_form_of_product(weights):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(6, 8, 8, 3)), jnp.float32)
     model = Variants()
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     rules = (QuantizationRule(path=".*", weights=weights, activations=TensorSpec(bits=8)),)
     integer, qparams = lowered(model, variables, x, rules)
     assert not integer.in_float
@@ -159,7 +159,7 @@ def test_tables_and_stacks(granularity):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 11, (6, 5)), jnp.int32)
     model = Tokens()
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
     weights = TensorSpec(bits=4, granularity=granularity)
     rules = (QuantizationRule(path=".*", weights=weights, activations=TensorSpec(bits=8)),)
     integer, _ = lowered(model, variables, tokens, rules)
@@ -281,7 +281,7 @@ def test_a_layer_that_onnx_has_no_form_for_is_an_error():
     )  # fmt: skip
     x = jnp.ones((4, 3)).at[0].set(-1.0)
     model = members(5)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     integer, _ = lowered(model, variables, x, quantize.uniform_rules(8, 8))
     with pytest.raises(ValueError, match=r"nn\.vmap"):
         deploy.to_onnx(integer, x)
@@ -298,7 +298,7 @@ def test_an_operation_that_there_is_no_form_for_is_named():
     x = np.ones((2, 4), np.float32)
     model = Called()
     integer = deploy.lower(
-        model, Weights(variables=model.init(jax.random.key(0), x), qparams={}), x
+        model, Weights(variables=jax.jit(model.init)(jax.random.key(0), x), qparams={}), x
     )
     with pytest.raises(ValueError, match=r"^jax2onnx has no form for 'pure_callback': .*$"):
         deploy.to_onnx(integer, x)

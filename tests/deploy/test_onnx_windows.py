@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdq import deploy
-from kdq.deploy.flow.inline import inline
+from kdq.deploy.flow.layer import inline
 from kdq.deploy.formats.onnx import model as onnx_model
 from kdq.deploy.formats.onnx import program as onnx_program
 

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from kdq import models, quantize
 from kdq.deploy import PackedFileError, load_packed, save_packed
-from kdq.deploy.formats import container, packing
+from kdq.deploy.formats import container
 from kdq.quantize import MinMax, QuantizationRule, TensorSpec
 from kdq.quantize.network import Weights
 
@@ -127,7 +127,7 @@ class Bare(nn.Dense):
 @pytest.mark.parametrize(("bits", "most"), [(4, 4.2), (2, 2.2), (3, 3.2), (1, 1.2)])
 def test_a_large_layer_takes_its_bits_on_disk(tmp_path, bits, most):
     model, inputs = OneLayer(), jax.random.normal(jax.random.key(0), (4, 1024))
-    variables = model.init(jax.random.key(1), inputs)
+    variables = jax.jit(model.init)(jax.random.key(1), inputs)
     spec = TensorSpec(bits=bits, granularity="per_channel")
     rules = (QuantizationRule(path="dense", weights=spec),)
     qparams = quantize.calibrate(model, variables, rules, [inputs])
@@ -142,7 +142,7 @@ def test_a_large_layer_takes_its_bits_on_disk(tmp_path, bits, most):
 
 def test_a_model_that_is_one_layer(tmp_path):
     model, inputs = Bare(3), jax.random.normal(jax.random.key(0), (4, 6))
-    variables = model.init(jax.random.key(1), inputs)
+    variables = jax.jit(model.init)(jax.random.key(1), inputs)
     spec = TensorSpec(bits=4)
     rules = (QuantizationRule(path="", weights=spec, activations=spec),)
     qparams = quantize.calibrate(model, variables, rules, [inputs])
@@ -407,11 +407,11 @@ def _places(value):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_unpacking_takes_no_more_than_the_codes(bits):
     count = 80_000
-    packed = packing.pack(np.arange(count) % 2**bits, bits)
+    packed = container.pack(np.arange(count) % 2**bits, bits)
     peaks = []
     for _ in range(3):  # whatever else runs in this process counts too
         tracemalloc.start()
-        codes = packing.unpack(packed, bits, count)
+        codes = container.unpack(packed, bits, count)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     np.testing.assert_array_equal(codes, np.arange(count) % 2**bits)

@@ -171,7 +171,7 @@ class Deep(nn.Module):
 def test_a_model_without_end_is_not_traced(tmp_path):
     model = {"name": f"{__name__}:Deep", "depth": 10**9}
     x = np.ones((1, 2), np.float32)
-    variables = Deep().init(jax.random.key(0), x)
+    variables = jax.jit(Deep().init)(jax.random.key(0), x)
     save_packed(tmp_path / "m", Weights(variables=variables, qparams={}), model=model, inputs=x)
     with pytest.raises(PackedFileError, match=r"the model makes more than 6 arrays"):
         load_packed(tmp_path / "m")

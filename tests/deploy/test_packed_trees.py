@@ -213,7 +213,7 @@ X = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_quantized_outputs_are_the_simulated_ones_in_every_dtype(tmp_path, dtype):
     model = Net(jnp.dtype(dtype))
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     plain = nn.meta.unbox(variables)
     qparams = quantize.calibrate(model, plain, uniform_rules(4, 8), [X])
     assert set(qparams) == {"a/b", "Dense_0"}
@@ -236,7 +236,7 @@ def test_quantized_outputs_are_the_simulated_ones_in_every_dtype(tmp_path, dtype
 
 def test_a_weight_that_can_not_be_packed_is_named(tmp_path):
     model = Net()
-    variables = nn.meta.unbox(model.init(jax.random.key(0), X))
+    variables = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), X))
     qparams = quantize.calibrate(model, variables, uniform_rules(4, 8), [X])
     kernel = variables["params"]["a/b"]["kernel"].astype(jnp.float8_e4m3fn)
     variables["params"]["a/b"]["kernel"] = kernel

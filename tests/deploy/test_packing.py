@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdq.deploy.formats.packing import pack, packed_bytes, unpack
+from kdq.deploy.formats.container import pack, packed_bytes, unpack
 
 
 def test_layout_by_hand():

@@ -73,7 +73,7 @@ class Shared(nn.Module):
 
 def test_a_shared_module_is_named_and_not_listed():
     model, x = Shared(), jnp.ones((2, 4))
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     assert list(capture.list_outputs(model, variables, x)) == ["once"]
     with pytest.raises(ValueError, match="'twice' was called 2 times"):
         capture.run(model, variables, {}, x, ("twice",))

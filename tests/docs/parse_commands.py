@@ -1,16 +1,12 @@
-"""Parses command lines of launch/*.py with their own flags and configs, and runs none of them.
+"""Parses command lines of launch/*.py with their own flags and configs, and runs none of them."""
 
-python parse_commands.py FILE, a JSON list of [script, flag, ...]; prints a JSON list of what is
-wrong with each, "" if nothing. One process imports kdq and becomes each program in turn.
-"""
-
-import json
-import os
-import runpy
+import contextlib
+import io
 import sys
-import tempfile
 from pathlib import Path
+from unittest import mock
 
+import programs
 from absl import flags
 
 from kdq import cli, config, experiment
@@ -39,29 +35,15 @@ def check(main, *, required):
 
 
 def problem(command: list[str]) -> str:
-    """What is wrong with a command, in a process of its own."""
-    with tempfile.TemporaryFile("w+") as output:
-        child = os.fork()
-        if not child:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            sys.argv = command
-            status = 1
-            try:
-                runpy.run_path(command[0], run_name="__main__")
-                status = 0
-            except SystemExit as error:
-                print(error.code)
-            except BaseException as error:
-                print(f"{type(error).__name__}: {error}")
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        status = os.waitpid(child, 0)[1]
-        output.seek(0)
-        return (output.read().strip() or "failed") if status else ""
-
-
-if __name__ == "__main__":
-    cli.run = check
-    print(json.dumps([problem(command) for command in json.loads(Path(sys.argv[1]).read_text())]))
+    """What is wrong with a command, "" if nothing."""
+    script, *arguments = command
+    with (
+        mock.patch.object(cli, "run", check),
+        contextlib.redirect_stdout(io.StringIO()) as output,
+        contextlib.redirect_stderr(output),
+    ):
+        try:
+            mistake = programs.run(Path(script).stem, *arguments)
+        except Exception as error:
+            mistake = f"{type(error).__name__}: {error}"
+    return "" if mistake is None else f"{output.getvalue()}{mistake}" or "failed"

@@ -7,11 +7,11 @@ shell blocks, and those within sentences, are parsed by the programs themselves.
 
 import configparser
 import contextlib
-import json
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -22,19 +22,18 @@ import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
+import parse_commands
 import pytest
 from blocks import ALL, INLINE_COMMANDS, ROOT
+from digits_run import ARMS
 from sklearn.datasets import load_digits
 
 from kdq import config, deploy, experiment, quantize
 from kdq.experiment import check
 from kdq.experiment.context import Context
-from kdq.report import write
 from kdq.search import problem, searchers
 
 QUICKSTART = "docs/quickstart.md"
-ARMS = ("teacher", "student", "kd", "ptq_w4a4_student_mse", "qat_w4a4", "qad_w4a4_kd")
-DIGITS_RUN = ("teacher", "student", "kd", "ptq_w4a4_student_mse", "qad_w4a4_kd")
 # Whose configs are frozen, but not held against data and layers.
 FROZEN_ONLY = {
     "docs/quantization.md": "groups of 32 do not divide the inputs of the digits student"
@@ -76,20 +75,17 @@ def digits_config(data_dir) -> ml_collections.ConfigDict:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, digits_config):
+def folder(tmp_path_factory, digits_folder, data_dir):
     """The reader's: a checkout in which the digits have been run."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("configs", "docs", "launch"):
         (folder / name).symlink_to(ROOT / name)
-    if any("runs/digits" in block.code for block in PYTHON):
-        made = digits_config.copy_and_resolve_references()
-        for name, widths in (("teacher", (16, 16)), ("student", (8, 8))):
-            made.models[name] = {"name": "mlp", "num_classes": 10, "widths": widths}
-        made.quantize.update(keep=("dense_0", "head"), fixed_scales=("dense_0/activations",))
-        workdir = folder / "runs" / "digits"
-        records = experiment.run(config.freeze(made), workdir, arms=DIGITS_RUN)
-        write.write_report(records, workdir)
-        experiment.export(workdir, "qad_w4a4_kd", formats=("onnx",), out=folder / "exported")
+    shutil.copytree(digits_folder / "copy", folder / "runs" / "digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(data_dir))
+        experiment.export(
+            folder / "runs" / "digits", "qad_w4a4_kd", formats=("onnx",), out=folder / "exported"
+        )
     return folder
 
 
@@ -228,22 +224,20 @@ def climb() -> None:
 
 
 @pytest.fixture(scope="module")
-def parsed(tmp_path_factory) -> dict[tuple[str, ...], str]:
+def parsed() -> dict[tuple[str, ...], str]:
     """{command of a program of kdq: what is wrong with it}."""
     found = [words for block in SHELL for words in blocks.commands(block.code)]
     found += [words for _, words in INLINE_COMMANDS]
-    programs = list(dict.fromkeys(tuple(program(words)) for words in found if program(words)))
-    file = tmp_path_factory.mktemp("commands") / "commands.json"
-    file.write_text(json.dumps(programs))
-    run = subprocess.run(
-        [sys.executable, ROOT / "tests" / "docs" / "parse_commands.py", file],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    return dict(zip(programs, json.loads(run.stdout), strict=True))
+    programs = dict.fromkeys(tuple(program(words)) for words in found if program(words))
+    return {words: parse_commands.problem(list(words)) for words in programs}
+
+
+def test_a_command_with_a_mistake_is_noticed():
+    good = ["launch/compress.py", "--config=configs/digits.py", "--workdir=runs/digits"]
+    assert parse_commands.problem(good) == ""
+    for mistake, said in (("--confg=x", "confg"), ("x", "unknown arguments"), ("--arm=x", "arm")):
+        assert said in parse_commands.problem([*good, mistake])
+    assert "workdir" in parse_commands.problem(good[:2])
 
 
 def program(words: list[str]) -> list[str]:

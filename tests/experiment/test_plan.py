@@ -19,10 +19,10 @@ def frozen(base, **changes):
 
 
 def test_order(tiny_experiment):
-    assert plan.in_order(tiny_experiment, ["qad"]) == ["teacher", "kd", "qad"]
-    assert plan.in_order(tiny_experiment, ["ptq", "student"]) == ["student", "ptq"]
-    everything = plan.in_order(tiny_experiment, tiny_experiment.arms)
-    assert everything == ["teacher", "student", "kd", "ptq", "qat", "qad"]
+    assert config.ancestors(tiny_experiment, "qad") == ("teacher", "kd", "qad")
+    assert config.ancestors(tiny_experiment, "ptq", "student") == ("student", "ptq")
+    everything = config.ancestors(tiny_experiment, *tiny_experiment.arms)
+    assert everything == ("teacher", "student", "kd", "ptq", "qat", "qad")
 
 
 def changed_arms(base, **changes):

@@ -7,10 +7,12 @@ import pytest
 
 from kdq import config, quantize
 from kdq.config import ConfigError
+from kdq.experiment.inputs import Inputs
 from kdq.experiment.progress import Progress
 from kdq.experiment.quantized import quantized, rules_of
 from kdq.models import build
-from kdq.quantize import FORMATS, MinMax
+from kdq.quantize import FORMATS, MinMax, uniform_rules
+from kdq.quantize.inputs import as_batches
 
 RULES = {
     "mixed": (
@@ -107,3 +109,25 @@ def test_what_a_rule_may_not_say(tiny_config, entry, words):
 def test_bits_that_are_neither_a_width_nor_rules(tiny_config):
     with pytest.raises(ConfigError, match=r"bits='mix': expected 'W4A4'.*'mixed', 'observed'"):
         frozen(tiny_config, bits="mix")
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_calibration_does_not_see_the_padding_of_batches(tiny_config, case, monkeypatch, tokens):
+    model, variables, (images, _) = case
+    experiment, _ = frozen(tiny_config)
+    inputs = Inputs(experiment)
+    padded = images.at[5:].set(1e6)
+    batch = {inputs.key: np.asarray(padded), "mask": np.float32([1] * 5 + [0] * 3)}
+    if tokens:
+        batch["token_mask"] = np.float32(np.arange(8) < 6) * np.ones((8, 1), np.float32)
+    monkeypatch.setattr(Inputs, "num_examples", 8)
+    monkeypatch.setattr(Inputs, "split", lambda *args, **options: [batch])
+    batches = inputs.calibration_batches()
+    (seen,) = as_batches(batches, "calibrate")
+    if tokens:
+        np.testing.assert_array_equal(seen.mask, np.ones((5, 1)) * (np.arange(8) < 6))
+        return
+    rules = uniform_rules(8, 8)
+    got = quantize.calibrate(model, variables, rules, batches)
+    expected = quantize.calibrate(model, variables, rules, [images[:5]])
+    jax.tree.map(np.testing.assert_array_equal, got, expected)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -66,11 +67,18 @@ def make(task, /, **changed):
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def run(request, tmp_path_factory):
+def run(request, make_once, tmp_path_factory):
     """The name of a task, the folder of its experiment, and the records by arm."""
-    workdir = tmp_path_factory.mktemp(request.param)
-    frozen = config.freeze(make(request.param))
-    return request.param, workdir, {r.arm: r for r in experiment.run(frozen, workdir)}
+    workdir = copy_finished(request.param, make_once, tmp_path_factory)
+    records = experiment.run(config.freeze(make(request.param)), workdir)  # nothing is left to do
+    return request.param, workdir, {r.arm: r for r in records}
+
+
+def copy_finished(task, make_once, tmp_path_factory):
+    """Returns a copy of a folder in which the experiment of a task is finished."""
+    frozen = config.freeze(make(task))
+    shared = make_once(f"task-{task}", lambda path: experiment.run(frozen, path))
+    return shutil.copytree(shared, tmp_path_factory.mktemp(task) / "run")
 
 
 def test_every_kind_of_arm_is_measured_by_the_metrics_of_its_task(run):

@@ -11,12 +11,12 @@ FORMATS = ("packed", "stablehlo")
 
 
 @pytest.fixture(scope="module", params=list(test_task_runs.CASES))
-def searched(request, tmp_path_factory):
-    """A task's name, and the record of an arm with searched bits, which is exported."""
-    name, workdir = request.param, tmp_path_factory.mktemp(request.param)
+def searched(request, make_once, tmp_path_factory):
+    """A task's name, its folder, and the record of an arm with searched bits, which is exported."""
+    name = request.param
+    workdir = test_task_runs.copy_finished(name, make_once, tmp_path_factory)
     fields = test_task_runs.make(name)
-    arms = {key: fields["arms"][key] for key in ("teacher", "student", "kd")}
-    arms["low_bits"] = {"model": "student", "init": "kd", "bits": "bits", "ptq": ""}
+    low_bits = {"model": "student", "init": "kd", "bits": "bits", "ptq": ""}
     search = {
         "students": ("kd",),
         "teacher": "teacher",
@@ -28,7 +28,7 @@ def searched(request, tmp_path_factory):
         "objective": "error",
     }
     fields |= {
-        "arms": arms,
+        "arms": fields["arms"] | {"low_bits": low_bits},
         "searches": {"bits": search},
         "export": {"formats": FORMATS, "arms": ("low_bits",), "examples": 64},
     }

@@ -6,13 +6,15 @@ writes those of a finished run of every_arm.py to record.json: only for a change
 """
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
 import compare
 import numpy as np
 import pytest
-from programs import run
+
+from kdq import config, experiment
 
 HERE = Path(__file__).parent
 # Digests of floats differ between processors.
@@ -51,8 +53,9 @@ def check(actual, expected, where):
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("golden") / "run"
-    flags = ["--config=tests/golden/every_arm.py", f"--workdir={workdir}", "--config.workers=1"]
-    assert run("compress", *flags) is None
+    every_arm = runpy.run_path(str(HERE / "every_arm.py"))["get_config"]()
+    every_arm.workers = 1
+    experiment.run(config.freeze(every_arm), workdir)
     return measurements(workdir)
 
 

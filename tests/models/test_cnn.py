@@ -44,7 +44,7 @@ def test_strides_set_where_the_image_is_halved(pool, strides, sides):
     model = models.build("cnn", num_classes=4, strides=strides, pool=pool)
 
     def capture(image):
-        variables = model.init(jax.random.key(0), image)
+        variables = jax.jit(model.init)(jax.random.key(0), image)
         return model.apply(variables, image, capture_intermediates=True, mutable="intermediates")
 
     _, captured = jax.eval_shape(capture, jnp.zeros((1, 12, 12, 1)))

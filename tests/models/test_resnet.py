@@ -27,7 +27,7 @@ def test_stem_pool_halves_what_the_blocks_see_and_adds_no_parameter():
     build = lambda pool: models.build(
         "resnet", num_classes=3, depth=8, widths=(4, 4, 4, 4), stem_pool=pool
     )
-    variables = build(False).init(jax.random.key(1), images)
+    variables = jax.jit(build(False).init)(jax.random.key(1), images)
     whole = _first_block_input(build(False), variables, images)
     pooled = _first_block_input(build(True), variables, images)
     np.testing.assert_array_equal(pooled, nn.max_pool(whole, (2, 2), (2, 2)))

@@ -107,11 +107,11 @@ def test_several_arguments_and_a_model_that_is_one_layer():
             return nn.Dense(2, name="a")(a) + nn.Dense(2, name="b")(b)
 
     inputs = (jnp.ones((3, 4)), jnp.ones((3, 6)))
-    variables = Sum().init(jax.random.key(0), *inputs)
+    variables = jax.jit(Sum().init)(jax.random.key(0), *inputs)
     layers = list_layers(Sum(), variables, inputs)
     assert {p: v.weight_shape for p, v in layers.items()} == {"a": (4, 2), "b": (6, 2)}
     dense = nn.Dense(2)
-    layers = list_layers(dense, dense.init(jax.random.key(0), inputs[0]), inputs[0])
+    layers = list_layers(dense, jax.jit(dense.init)(jax.random.key(0), inputs[0]), inputs[0])
     assert {p: v.macs for p, v in layers.items()} == {"": 8}
 
 

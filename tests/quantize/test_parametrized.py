@@ -100,7 +100,7 @@ KINDS = ["weight norm", "spectral norm", "map_variables", "cast", "param", "call
 def network(kind):
     """`(model, variables, expected)`: parameters far from what their wrapper makes of them."""
     model = Net(kind)
-    variables = jax.tree.map(np.asarray, model.init(jax.random.key(0), X))
+    variables = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0), X))
     variables["params"]["hidden"]["kernel"] = 3 * variables["params"]["hidden"]["kernel"] + 0.5
     if kind == "weight norm":
         gain = variables["params"]["wrapper"]
@@ -182,7 +182,7 @@ def test_what_is_beside_a_computed_weight_in_one_wrapper_stays_in_float_too():
             return nn.Dense(2, name="head")(wrapped(Block(name="block"), tokens))
 
     tokens = np.arange(10).reshape(2, 5) % 5
-    variables = Wrapped().init(jax.random.key(0), tokens)
+    variables = jax.jit(Wrapped().init)(jax.random.key(0), tokens)
     assert list(quantize.list_layers(Wrapped(), variables, tokens)) == ["head"]
     reasons = quantize.list_unquantized(Wrapped(), variables, tokens)
     assert {"block/dense", "block/embed"} <= set(reasons)
@@ -203,7 +203,7 @@ def test_a_subclass_that_multiplies_by_its_kernel_is_a_layer_as_before():
             return y + inputs @ down @ self.param("up", self.kernel_init, (1, self.features))
 
     model = LowRank(3)
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     assert list(quantize.list_layers(model, variables, X)) == [""]
     qparams = quantize.calibrate(model, variables, RULES, [X])
     integer = deploy.lower(model, Weights(variables=variables, qparams=qparams), X)

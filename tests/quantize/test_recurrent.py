@@ -257,7 +257,7 @@ def test_a_locally_connected_layer():
     """Its product against NumPy: each position has a kernel of its own."""
     x = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
     model = nn.ConvLocal(4, (2,), padding="VALID")
-    variables = jax.tree.map(np.asarray, model.init(jax.random.key(0), x))
+    variables = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0), x))
     layer = quantize.list_layers(model, variables, x)[""]
     assert (layer.kind, layer.macs) == ("ConvLocal", 4 * 4 * 2 * 3)
     qparams = quantize.calibrate(model, variables, rules(signed=True), [x], check=False)

@@ -144,7 +144,7 @@ def _one_by_one(variables, qparams, x):
 @pytest.mark.slow
 def test_a_stack_is_calibrated_and_quantized_as_its_layers_one_by_one():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, TOKENS, WIDTH)), jnp.float32)
-    variables = Stack().init(jax.random.key(0), x)
+    variables = jax.jit(Stack().init)(jax.random.key(0), x)
     qparams = quantize.calibrate(Stack(), variables, quantize.uniform_rules(3, 4), [x])
     seen, _ = _one_by_one(variables, {}, x)
     quantizers = qparams["layers/up"]

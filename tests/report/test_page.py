@@ -124,16 +124,25 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("field", HOSTILE)
-def test_a_field_of_another_type_is_left_out_of_the_page_and_refused_by_advice(tmp_path, field):
+def test_a_field_of_another_type_is_left_out_and_refused_by_advice(tmp_path, field):
     found = workdirs.records((0,))
     found[0][field] = HOSTILE[field]
     path = str(workdirs.write(tmp_path / "run", found))
     (folder,) = read_workdirs([path])
     (problem,) = [text for text in folder.problems if f"{field}=" in text]
     assert "left out" in problem
-    publish.write(read_workdirs([path]), tmp_path / "out")
     with pytest.raises(ConfigError, match=rf"record \d+ .*{field}=.*: expected "):
         read_evidence([path], [])
+
+
+def test_a_page_is_made_of_fields_of_other_types(tmp_path):
+    found = workdirs.records((0, 1))
+    for one, (field, value) in zip(found, HOSTILE.items(), strict=False):
+        one[field] = value
+    (folder,) = read_workdirs([str(workdirs.write(tmp_path / "run", found))])
+    for field in HOSTILE:
+        assert any(f"{field}=" in text and "left out" in text for text in folder.problems), field
+    publish.write([folder], tmp_path / "out")
 
 
 def test_an_integer_that_a_chart_can_not_hold_becomes_a_float():

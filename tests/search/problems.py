@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from kdq.search import programs
-from kdq.search.feasible import Feasible
 from kdq.search.problem import ROUNDING, Decision, Policy, Problem
 from kdq.search.searcher import Searcher
 
@@ -91,12 +90,12 @@ def _features(sizes: np.ndarray, students: int, layers: int) -> np.ndarray:
 
 def random_policies(problem: Problem, count: int, seed: int) -> list[Policy]:
     """Uniformly random policies, projected in a random order: what a search has to beat."""
-    feasible, rng = Feasible(problem), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     policies = []
     for _ in range(count):
         policy = [rng.integers(len(decision.options)) for decision in problem.decisions]
         order = 1 + rng.permutation(len(problem.decisions) - 1)
-        policies.append(feasible.projected(policy, order.tolist()))
+        policies.append(problem.projected(policy, order.tolist()))
     return policies
 
 

@@ -8,7 +8,6 @@ from problems import layered
 from scipy import stats
 
 from kdq.search import environment
-from kdq.search.feasible import Feasible
 from kdq.search.searchers import ddpg, ppo
 from kdq.search.searchers.agents import rewards
 
@@ -16,7 +15,7 @@ from kdq.search.searchers.agents import rewards
 def build(**sizes):
     """Returns the environment of a problem with options of 2 and 8 bits."""
     problem = layered(bits=(2, 8), **sizes)
-    return problem, environment.build(Feasible(problem))
+    return problem, environment.build(problem)
 
 
 def feedback(rewards, best, baseline, count, updates):

@@ -78,7 +78,7 @@ def test_a_layer_that_runs_twice_costs_twice():
             return dense(dense(x))
 
     inputs = jnp.ones((2, 3))
-    variables = Twice().init(jax.random.key(0), inputs)
+    variables = jax.jit(Twice().init)(jax.random.key(0), inputs)
     layers = quantize.list_layers(Twice(), variables, inputs)
     assert cost.macs(layers) == 2 * 9
     assert cost.bops(layers, {}) == 2 * 9 * 32 * 32

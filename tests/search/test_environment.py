@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from problems import layered
 
 from kdq.search import environment
-from kdq.search.feasible import Feasible
 from kdq.search.gym import BitsEnv
 from kdq.search.problem import ROUNDING
 
@@ -54,12 +53,12 @@ def test_options_allowed_are_those_of_the_problem(students, metrics, budget, see
     problem = layered(
         layers=4, bits=(2, 3, 8), students=students, metrics=metrics, budget=budget, seed=seed
     )
-    feasible, rng = Feasible(problem), np.random.default_rng(seed)
-    env = environment.build(feasible)
+    rng = np.random.default_rng(seed)
+    env = environment.build(problem)
     for _ in range(3):
         state, taken = environment.reset(env), np.full(5, -1)
         for i, decision in enumerate(problem.decisions):
-            expected = feasible.allowed(taken, i)
+            expected = problem.allowed(taken, i)
             options = np.asarray(allowed(env, state))
             np.testing.assert_array_equal(options[: len(decision.options)], expected)
             assert not options[len(decision.options) :].any()
@@ -74,13 +73,12 @@ def test_options_allowed_are_those_of_the_problem(students, metrics, budget, see
 def test_actions_mean_the_nearest_allowed_option(budget, seed):
     problem = layered(layers=4, bits=(2, 3, 8), students=2, metrics=2, budget=budget, seed=seed)
     actions = np.random.default_rng(seed).uniform(size=(4, 5, 2)).astype(np.float32)
-    feasible = Feasible(problem)
-    policies, projected = by_actions(environment.build(feasible), actions)
+    policies, projected = by_actions(environment.build(problem), actions)
     for policy, target, places in zip(np.asarray(policies), actions, projected, strict=True):
         taken = np.full(5, -1)
         for i, decision in enumerate(problem.decisions):
             away = np.square(np.asarray(decision.places) - target[i]).sum(-1)
-            taken[i] = np.where(feasible.allowed(taken, i), away, np.inf).argmin()
+            taken[i] = np.where(problem.allowed(taken, i), away, np.inf).argmin()
             np.testing.assert_allclose(places[i], decision.places[taken[i]], rtol=1e-6)
         np.testing.assert_array_equal(policy, taken)
 
@@ -92,7 +90,7 @@ def test_budgets_hold_to_the_last_of_more_digits_than_float32_has(beyond, fits):
     costs[0, 1:, :3] = 10**9 * np.array([[2, 4, 8]]) + np.array([[1, 2, 7]])
     wanted = (0, 1, 2, 1)
     total = costs[0, range(4), wanted].sum()
-    env = environment.build(Feasible(with_costs(problem, costs, total - beyond)))
+    env = environment.build(with_costs(problem, costs, total - beyond))
     places = np.array([d.places[o] for d, o in zip(problem.decisions, wanted, strict=True)])
     policies, _ = by_actions(env, places[None].astype(np.float32))
     assert (tuple(np.asarray(policies[0])) == wanted) == fits
@@ -106,7 +104,7 @@ def test_the_only_policy_is_found_though_rounding_keeps_it_from_the_limit():
     limit = least / (1 + ROUNDING)
     while least > limit + ROUNDING * limit:
         limit = np.nextafter(limit, np.inf)
-    tight = Feasible(with_costs(problem, costs, float(limit)))
+    tight = with_costs(problem, costs, float(limit))
     policies, _ = by_actions(environment.build(tight), jnp.ones((1, 5, 2)))
     assert tuple(np.asarray(policies[0])) == tight.reserve == (0, 2, 2, 2, 2)
 
@@ -118,7 +116,7 @@ def test_observations_are_what_is_documented():
     sensitivity = np.zeros_like(problem.sensitivity)
     sensitivity[0, 1:, :3] = [[1.0, 1e-3, 0.0], [0.1, 1e-9, 0.0]]
     problem = dataclasses.replace(with_costs(problem, costs, 75.0), sensitivity=sensitivity)
-    env, state = environment.build(Feasible(problem)), None
+    env, state = environment.build(problem), None
     found = []
     for option in (0, 1):
         state = environment.reset(env) if state is None else state
@@ -134,7 +132,7 @@ def test_observations_are_what_is_documented():
         [*features[2], 1.0, 25 / 30, 1 / 3, 1, 5 / 6, 0],
     ]
     np.testing.assert_allclose(np.stack(found), expected, atol=1e-6)
-    blind = environment.build(Feasible(dataclasses.replace(problem, sensitivity=None)))
+    blind = environment.build(dataclasses.replace(problem, sensitivity=None))
     np.testing.assert_array_equal(environment.observe(blind, state)[-2:], 0)
 
 

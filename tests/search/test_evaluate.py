@@ -8,8 +8,8 @@ from compilations import count_compilations
 from scipy.special import log_softmax
 
 from kdq import quantize, tasks
-from kdq.search import bank, evaluate, objectives
-from kdq.search.objectives import OBJECTIVES, WORST, compute_scores
+from kdq.search import bank, evaluate, sensitivity
+from kdq.search.evaluate import OBJECTIVES, WORST, compute_scores
 
 CHOICES = ("W2A8", "W3A8", "W8A8", "")
 
@@ -196,7 +196,7 @@ def test_scores_of_multilabel_by_hand(padded):
 def test_curvature_is_the_quadratic_form_of_the_distance(name):
     rng = np.random.default_rng(7)
     outputs, change = (rng.normal(size=(3, 5)).astype(np.float32) for _ in range(2))
-    found = np.asarray(objectives.curvature(tasks.build(name), outputs, change))
+    found = np.asarray(sensitivity.curvature(tasks.build(name), outputs, change))
     if name == "regression":
         expected = 2 * np.square(change).sum(-1)
     else:
@@ -209,7 +209,7 @@ def test_curvature_of_classes_is_that_of_the_divergence():
     """The closed form, against automatic differentiation of the task's divergence."""
     rng = np.random.default_rng(8)
     outputs, change = (rng.normal(size=(3, 5)).astype(np.float32) for _ in range(2))
-    found = objectives.curvature(students.TASK, outputs, change)
+    found = sensitivity.curvature(students.TASK, outputs, change)
     moved = lambda share: students.TASK.divergence(outputs + share * change, outputs)["kl"]
     second = jax.jacfwd(jax.jacfwd(moved))(0.0)
     np.testing.assert_allclose(found, second, rtol=1e-4)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from kdq.config import Search
-from kdq.search import finalists
+from kdq.search import measured
 from kdq.search.cost import CostTable, Metric
-from kdq.search.history import Evaluation
 from kdq.search.problem import Decision, InfeasibleError, Problem
+from kdq.search.run import Evaluation
 
 OPTIONS = ("W2", "W4", "W8")
 CHOICES = {"a": OPTIONS, "b": OPTIONS}
@@ -86,7 +86,7 @@ SEARCH = Search(students=("x",), batch=2, finalists=2)
 
 def choose(problem, policies, files, search=SEARCH):
     tables = [TABLE] * len(files)
-    return finalists.choose(problem, evaluated(problem, policies), search, files, tables)
+    return measured.choose_finalist(problem, evaluated(problem, policies), search, files, tables)
 
 
 def test_the_best_whose_file_is_too_large_is_passed_over():

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from kdq import files
-from kdq.search.history import Evaluation, History
+from kdq.search.run import Evaluation, History
 
 
 def evaluation(number):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from problems import every_policy, feasible_policies, keeps, layered, predicted, total
 
-from kdq.search.feasible import Feasible
 from kdq.search.problem import InfeasibleError
 from kdq.search.searchers import make
 
@@ -89,7 +88,7 @@ def named(message):
 
 def refused(problem, limits):
     with pytest.raises(InfeasibleError) as caught:
-        Feasible(dataclasses.replace(problem, limits=limits)).check()
+        dataclasses.replace(problem, limits=limits).check()
     return str(caught.value)
 
 
@@ -108,7 +107,7 @@ def test_an_infeasible_budget_is_told_the_nearest_that_is_not(seed, students):
     assert is_feasible(problem, nearest)
     assert not is_feasible(problem, {"weights": nearest["weights"] * (1 - 1e-5)})
     refused(problem, {"weights": least * (1 - 1e-9)})
-    Feasible(dataclasses.replace(problem, limits=nearest)).check()
+    dataclasses.replace(problem, limits=nearest).check()
     # The policy that the message describes is one that keeps it.
     policy = message.rsplit(" (")[-1].rstrip(")").split(", ")
     assert [part.split("=")[0] for part in policy] == [one.name for one in problem.decisions]

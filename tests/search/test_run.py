@@ -8,8 +8,8 @@ from problems import layered
 
 from kdq import files
 from kdq.search import run
-from kdq.search.history import History
 from kdq.search.problem import InfeasibleError
+from kdq.search.run import History
 from kdq.search.searchers import METHODS, make
 
 PROBLEM = layered(layers=5, bits=(2, 4, 8), students=2, metrics=2, budget=0.8)
@@ -134,9 +134,7 @@ def test_equal_scores_are_decided_by_what_is_used(tmp_path):
     found = search(
         tmp_path / "log", "random", scores=lambda policies: [{"kl": 1.0}] * len(policies)
     )
-    best = None
-    for one in found:
-        best = run.better(best, one, "kl", PROBLEM)
+    best = min(found, key=lambda one: one.rank("kl", PROBLEM))
     used = lambda one: sum(one.costs[m] / limit for m, limit in PROBLEM.limits.items())
     assert used(best) == pytest.approx(min(map(used, found)))
     assert used(best) < max(map(used, found))

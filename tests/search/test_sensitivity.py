@@ -15,7 +15,7 @@ from kdq import quantize
 from kdq.config import ConfigError, parse_bits
 from kdq.quantize import MSE
 from kdq.search import sensitivity
-from kdq.search.objectives import OBJECTIVES
+from kdq.search.evaluate import OBJECTIVES
 
 CHOICES = ("W2A3", "W6A6", "W8A8")
 
@@ -180,7 +180,7 @@ def test_hessian_is_the_trace_times_the_squared_error():
     """Within what 256 random probes leave open; the padded example counts for nothing."""
     model, rng = Smooth(), np.random.default_rng(0)
     x = rng.normal(size=(6, 3)).astype(np.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     batch = {
         "image": x,
         "label": np.array([0, 1, 2, 0, 1, 2], np.int32),

@@ -12,7 +12,6 @@ from kdq import models, quantize
 from kdq.config import ConfigError
 from kdq.search import cost, spaces
 from kdq.search.cost import CostTable
-from kdq.search.feasible import Feasible
 from kdq.search.problem import ROUNDING, InfeasibleError
 from kdq.search.searchers import make
 from kdq.search.spaces import Student
@@ -85,7 +84,7 @@ def test_feasible_is_what_the_tables_say(seed):
         for metric, value in problem.total(policy).items():
             if metric != "activation_memory":
                 assert value == pytest.approx(COSTS[policy][metric])
-        projected = Feasible(problem).projected(policy)
+        projected = problem.projected(policy)
         assert projected in feasible
         assert projected == policy or policy not in feasible
 
@@ -160,7 +159,7 @@ def test_the_nearest_budget_is_one_that_is_kept_and_no_less_is(metric):
     named = nearest(str(caught.value))
     assert within(named)
     assert not within({metric: named[metric] * (1 - 1e-5)})
-    assert Feasible(spaces.make_problem(STUDENTS, named)).reserve in within(named)
+    assert spaces.make_problem(STUDENTS, named).reserve in within(named)
 
 
 def test_shares_are_of_the_costliest_student_at_its_last_choices():

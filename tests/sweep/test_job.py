@@ -4,18 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 from kdq.sweep.job import execute, problem
-
-# Starts a process of its own, says its number, and waits.
-NESTED = """
-import subprocess, sys
-inner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print(inner.pid, flush=True)
-inner.wait()
-"""
 
 
 def wait_for(condition, seconds=20.0):
@@ -58,17 +49,6 @@ def test_ignored_signals_do_not_end_a_job(python):
     job = python("b", code)
     assert execute(job, ignored=(signal.SIGTERM,)) == 0
     assert said(job) == "lives\n"
-
-
-def test_stopping_kills_what_the_job_started_too(python):
-    job, stop, ends = python("a", NESTED), threading.Event(), []
-    thread = threading.Thread(target=lambda: ends.append(execute(job, stop=stop)))
-    thread.start()
-    inner = int(wait_for(lambda: said(job)))
-    stop.set()
-    thread.join(20)
-    assert ends == [-signal.SIGKILL]
-    wait_for(lambda: not is_running(inner))
 
 
 def test_a_job_dies_with_the_process_that_runs_it(python):

@@ -1,15 +1,24 @@
 """The executor of this machine, and how executors are found."""
 
+import multiprocessing
 import sys
 import time
 
 import pytest
+from test_job import is_running, wait_for
 
 from kdq import sweep
 from kdq.config import ConfigError
 from kdq.sweep import local
 
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+# Starts a process of its own, says its number, and waits.
+NESTED = """
+import subprocess, sys
+inner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(inner.pid, flush=True)
+inner.wait()
+"""
 
 
 def test_jobs_end_each_with_its_own_problem(python):
@@ -36,6 +45,28 @@ def test_closing_stops_what_runs_and_drops_what_waits(python):
     ends.close()
     assert time.monotonic() - started < 20
     assert not jobs[3].log.exists()
+
+
+def test_closing_kills_what_a_job_started_too(python):
+    nested = python("nested", NESTED)
+    wait = f"import os, time\nwhile not os.path.exists({str(nested.log)!r}) or not os.path.getsize("
+    wait += f"{str(nested.log)!r}):\n    time.sleep(0.05)"
+    ends = local.make(workers=2)([nested, python("quick", wait)])
+    assert next(ends)[0].name == "quick"
+    inner = int(nested.log.read_text())
+    assert is_running(inner)
+    ends.close()
+    wait_for(lambda: not is_running(inner))
+
+
+def test_a_process_of_the_pool_that_is_killed_leaves_no_job(python):
+    job = python("orphan", "import os, time; print(os.getppid(), flush=True); time.sleep(600)")
+    wait = f"import os, signal, time\nwhile not os.path.exists({str(job.log)!r}) or not os.path."
+    wait += f"getsize({str(job.log)!r}):\n    time.sleep(0.05)\n"
+    wait += f"os.kill(int(open({str(job.log)!r}).read()), signal.SIGKILL)\ntime.sleep(600)"
+    with pytest.raises(ChildProcessError, match=r"was killed.*the same command again goes on"):
+        list(local.make(workers=2)([job, python("killer", wait)]))
+    assert not multiprocessing.active_children()
 
 
 def test_no_workers_is_an_error():

@@ -3,7 +3,7 @@
 import pytest
 
 from kdq.config import ConfigError
-from kdq.sweep import names
+from kdq.sweep import runs
 
 TEMPERATURE = "distill.kd.terms.kl.temperature"
 
@@ -20,16 +20,16 @@ TEMPERATURE = "distill.kd.terms.kl.temperature"
     ],
 )
 def test_a_name_says_the_overrides(overrides, name, label, folder):
-    assert names.label(overrides, name) == label
-    assert names.folder(overrides, name) == folder
+    assert runs.run_label(overrides, name) == label
+    assert runs.run_folder(overrides, name) == folder
 
 
 @pytest.mark.parametrize("name", ["../x", ".", "a b", "-x", "a/b"])
 def test_a_name_that_is_no_folder_is_an_error(name):
     with pytest.raises(ConfigError, match="is a folder: expected letters"):
-        names.folder({}, name)
+        runs.run_folder({}, name)
 
 
 def test_a_name_too_long_for_a_folder_is_an_error():
     with pytest.raises(ConfigError, match='too long: expected a "name"'):
-        names.folder({"data.name": "x" * 300})
+        runs.run_folder({"data.name": "x" * 300})

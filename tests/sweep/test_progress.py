@@ -4,13 +4,13 @@ import io
 
 from rich.console import Console
 
-from kdq.sweep import progress
+from kdq.sweep import run
 
 
 def shown(jobs, *, terminal, ended=()):
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=100, color_system=None)
-    with progress.reporter(jobs, 2, console) as end:
+    with run.reporter(jobs, 2, console) as end:
         for job in jobs[:2]:
             job.log.parent.mkdir(parents=True, exist_ok=True)
             job.log.touch()

@@ -50,7 +50,7 @@ def layer_of(case, size):
     images = np.random.default_rng(0).normal(size=(3, size, size, channels))
     layer = nn.Conv(features, **options)
     images = jnp.asarray(images, jnp.float32)
-    return layer, layer.init(jax.random.key(0), images), images
+    return layer, jax.jit(layer.init)(jax.random.key(0), images), images
 
 
 def gradients(layer, params, images):
@@ -80,7 +80,7 @@ def test_the_same_values_and_gradients(case, size):
 def test_other_numbers_of_dimensions(dims):
     images = np.random.default_rng(0).normal(size=(2, *[5] * dims, 32)).astype(np.float32)
     layer = nn.Conv(32, [3] * dims, strides=2)
-    params = layer.init(jax.random.key(0), images)
+    params = jax.jit(layer.init)(jax.random.key(0), images)
     plain = gradients(layer, params, images)
     with fast_convolutions():
         ours = gradients(layer, params, images)
@@ -105,7 +105,7 @@ def test_a_convolution_of_the_users_own_is_left_alone():
 
     layer = nn.Conv(6, (1, 1), conv_general_dilated=own)
     images = jnp.ones((2, 4, 4, 3))
-    params = layer.init(jax.random.key(0), images)
+    params = jax.jit(layer.init)(jax.random.key(0), images)
     with fast_convolutions():
         assert not layer.apply(params, images).any()
 

@@ -10,7 +10,7 @@ from kdq.arms import kl, recipe
 from kdq.fields import ConfigError
 from kdq.quantize.network import Weights
 from kdq.train.arrays import fit_arrays
-from kdq.train.diagnose import NonFiniteError
+from kdq.train.step import NonFiniteError
 
 MODEL = models.build("mlp", num_classes=3, widths=(8,))
 CENTRES = np.array([[2.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0]])

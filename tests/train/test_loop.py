@@ -20,7 +20,7 @@ from kdq.distill.teacher import Stored
 from kdq.quantize.network import Weights
 from kdq.train import loop
 from kdq.train.checkpoint import Checkpointer
-from kdq.train.diagnose import NonFiniteError
+from kdq.train.step import NonFiniteError
 
 
 class Interrupted(Exception):

@@ -282,7 +282,7 @@ def test_dropout_differs_by_step_and_seed():
 
     model = Dropping()
     batch = {"image": np.ones((4, 6), np.float32), "label": np.zeros(4, np.int32)}
-    variables = model.init(jax.random.key(0), batch["image"])
+    variables = jax.jit(model.init)(jax.random.key(0), batch["image"])
     settings = config.Optimizer()
     training = Training(network=model, optimizer=make_optimizer(settings), objective=Objective())
 

@@ -42,7 +42,7 @@ def dataset():
 def start(dataset):
     """Variables, and quantizers that round by chance."""
     images = dataset[0]["image"]
-    variables = MODEL.init(jax.random.key(0), images)
+    variables = jax.jit(MODEL.init)(jax.random.key(0), images)
     calibrated = quantize.calibrate(MODEL, variables, RULES, [images])
     variables, qparams = quantize.prepare(variables, calibrated, "stochastic")
     return Weights(variables=variables, qparams=qparams)

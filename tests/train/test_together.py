@@ -18,7 +18,7 @@ from resume_training import EVAL_EVERY, STEPS
 
 from kdq import config
 from kdq.train import loop, together
-from kdq.train.diagnose import NonFiniteError
+from kdq.train.step import NonFiniteError
 
 pytestmark = pytest.mark.slow
 # Not Adam, whose first steps are of one size however small the gradient: rounding would tell.

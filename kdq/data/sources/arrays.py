@@ -1,8 +1,8 @@
 """Your own data sets: NumPy arrays of three splits in one `.npz` file.
 
 For each split two arrays, `SPLIT_inputs` [n, ...] and `SPLIT_labels` [n] or, of several labels or
-real targets, [n, outputs] float. `config.data.name` names
-the file, and everything else goes as with a data set of TFDS.
+real targets, [n, outputs] float. `config.data.name` names the file, and everything else goes as
+with a data set of TFDS.
 """
 
 import math
@@ -15,8 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from kdq.data.errors import DataError
-from kdq.data.source import Source, digest_arrays, hold_arrays
+from kdq.data.source import DataError, Source, hold_arrays
 from kdq.fields import expand_user, unknown
 
 # Files that unpack to more than both are bombs: arrays of data pack some 10 to 100 times smaller.
@@ -53,7 +52,13 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
     }
     if path.exists():
         there = _read(path)
-        differing = [k for k in {**arrays, **there} if not _is_same(arrays.get(k), there.get(k))]
+        differing = [
+            key
+            for key in {**arrays, **there}
+            if not (key in arrays and key in there)
+            or arrays[key].dtype != there[key].dtype
+            or not np.array_equal(arrays[key], there[key])
+        ]
         if not differing:
             return path
         raise DataError(
@@ -66,10 +71,6 @@ def save_arrays(path: str | os.PathLike[str], **splits: Split) -> Path:
         np.savez(temporary, **arrays)
         temporary.replace(path)
     return path
-
-
-def _is_same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return a is not None and b is not None and a.dtype == b.dtype and np.array_equal(a, b)
 
 
 def open_file(path: Path, split: str) -> Source:
@@ -98,30 +99,18 @@ def from_arrays(
     split: str = "train",
     classes: int | None = None,
 ) -> Source:
-    """Returns arrays in memory as a split.
+    """Returns arrays in memory as a split of a data set.
 
-    Args:
-      inputs: [n, ...] uint8 or float32.
-      labels: [n] int, classes from 0; or [n] or [n, outputs] float.
-      name: of the data set.
-      split: of the split.
-      classes: how many there are; None is up to the largest label.
-
-    Raises:
-      DataError: labels that are no classes, or floats that are not finite.
+    `inputs` are uint8 or float32 [n, ...]; `labels` int [n], of so many `classes` from 0 (None: up
+    to the largest label), or float [n] or [n, outputs]. Raises DataError for labels that are no
+    classes, or floats that are not finite.
     """
     labels = as_labels(labels, f"{name} {split}")
     facts = {}
     if not _is_real(labels):
         facts["class_names"] = tuple(map(str, range(classes or int(labels.max()) + 1)))
-    return hold_arrays(
-        {"image": inputs, "label": labels},
-        name=name,
-        version="",
-        split=split,
-        facts=facts,
-        digest=digest_arrays(inputs, labels),
-    )
+    arrays = {"image": inputs, "label": labels}
+    return hold_arrays(arrays, name=name, version="", split=split, facts=facts)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -169,22 +158,14 @@ def _check_sizes(path: Path, file: BinaryIO) -> None:
 def _split(where: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
     """Returns arrays of the types that kdq works with; raises DataError for others."""
     inputs, labels = np.asarray(inputs), np.asarray(labels)
-    if np.issubdtype(inputs.dtype, np.floating):
-        with np.errstate(over="ignore"):  # what float32 can't hold is refused below
-            inputs = inputs.astype(np.float32)
-    if inputs.dtype not in (np.uint8, np.float32) or inputs.ndim < 2 or not inputs.size:
+    if not (inputs.dtype == np.uint8 or _is_real(inputs)) or inputs.ndim < 2 or not inputs.size:
         raise DataError(
             f"{where}: inputs are {inputs.dtype} {inputs.shape}; expected uint8 or floats [n, ...]"
         )
-    if not np.isfinite(inputs).all():
-        bad = int(np.argmin(np.isfinite(inputs).reshape(len(inputs), -1).all(-1)))
-        raise DataError(f"{where}: input {bad} is not finite")
-    fits = labels.shape == inputs.shape[:1]
-    if _is_real(labels):
-        fits = labels.ndim in (1, 2) and labels.shape[:1] == inputs.shape[:1] and labels.size
-    elif not np.issubdtype(labels.dtype, np.integer):
-        fits = False
-    if not fits:
+    if _is_real(inputs):
+        inputs = _as_float32(inputs, f"{where}: input")
+    real = _is_real(labels) and labels.ndim == 2 and labels.size and len(labels) == len(inputs)
+    if not (real or (labels.dtype.kind in "iuf" and labels.shape == inputs.shape[:1])):
         raise DataError(
             f"{where}: labels are {labels.dtype} {labels.shape}; expected integers "
             f"{inputs.shape[:1]}, a class for each input, or floats [n] or [n, outputs]"
@@ -196,20 +177,23 @@ def _is_real(labels: np.ndarray) -> bool:
     return np.issubdtype(labels.dtype, np.floating)
 
 
+def _as_float32(values: np.ndarray, where: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # infinite is refused below
+        values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        bad = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(-1)))
+        raise DataError(f"{where} {bad} is not finite")
+    return values
+
+
 def as_labels(labels: np.ndarray, where: str) -> np.ndarray:
     """Returns labels [n] as int32; real ones [n, ...] as float32.
 
-    Raises:
-      DataError: no numbers, or a label that is no class or not finite; names the example.
+    Raises DataError for what is no number, no class or not finite; it names the example.
     """
     labels = np.asarray(labels)
     if _is_real(labels):
-        with np.errstate(over="ignore"):
-            labels = labels.astype(np.float32)
-        if not np.isfinite(labels).all():
-            bad = int(np.argmin(np.isfinite(labels).reshape(len(labels), -1).all(-1)))
-            raise DataError(f"{where}: label of example {bad} is not finite")
-        return labels
+        return _as_float32(labels, f"{where}: label of example")
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{where}: labels are {labels.dtype}; expected integers")
     # Compared in their own type: in another, 2^32 + 1 could be 1.

@@ -4,13 +4,13 @@ This module is imported only when one of them is used: scikit-learn takes second
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from sklearn import datasets
 
-from kdq.data.errors import DataError
-from kdq.data.source import Source, digest_arrays, hold_arrays
+from kdq.data.source import DataError, Source, hold_arrays
 from kdq.data.sources.digits import split_ids
 from kdq.fields import unknown
 
@@ -24,15 +24,10 @@ Split = tuple[np.ndarray, np.ndarray, Mapping[str, Any]]
 
 
 def open_bundled(name: str, split: str) -> Source:
-    """Opens a split of a bundled data set.
+    """Opens a split of a bundled data set; raises DataError for another name or split.
 
-    Args:
-      name: "diabetes", "linnerud" or "digit_pairs".
-      split: "train", "validation" or "test", always the same 60/20/20 % of the examples; of
-        digit_pairs those of `digits`, so that no handwritten digit is in two splits.
-
-    Raises:
-      DataError: another name or split.
+    Splits are always the same 60/20/20 % of the examples; of digit_pairs those of `digits`, so that
+    no handwritten digit is in two splits.
     """
     if name not in READERS:
         raise DataError(unknown("bundled data set:", name, READERS))
@@ -40,27 +35,8 @@ def open_bundled(name: str, split: str) -> Source:
         raise DataError(unknown(f"split of {name}:", split, SPLITS))
     inputs, labels, facts = READERS[name](split)
     return hold_arrays(
-        {"image": inputs, "label": labels},
-        name=name,
-        version="1.0.0",
-        split=split,
-        facts=facts,
-        digest=digest_arrays(inputs, labels),
+        {"image": inputs, "label": labels}, name=name, version="1.0.0", split=split, facts=facts
     )
-
-
-def read_diabetes(split: str) -> Split:
-    """Reads 442 patients: 10 measurements, and the progression of the disease after a year."""
-    data = datasets.load_diabetes(scaled=False)
-    facts = {"target_names": ("progression",), "unit": ""}
-    return _split_table(data.data, data.target[:, None], split, facts)
-
-
-def read_linnerud(split: str) -> Split:
-    """Reads 20 men of a fitness club: chin-ups, sit-ups, jumps, and three physiological targets."""
-    data = datasets.load_linnerud()
-    facts = {"target_names": ("weight", "waist", "pulse"), "unit": ""}
-    return _split_table(data.data, data.target, split, facts)
 
 
 def read_digit_pairs(split: str) -> Split:
@@ -77,20 +53,25 @@ def read_digit_pairs(split: str) -> Split:
     return inputs, labels, {"class_names": tuple("0123456789")}
 
 
-def _split_table(
-    inputs: np.ndarray, targets: np.ndarray, split: str, facts: Mapping[str, Any]
-) -> Split:
-    """Returns a split of a table, its columns standardized by the training split alone."""
+def _read_table(load: Callable[[], Any], names: tuple[str, ...], split: str) -> Split:
+    """Reads a split of a table, its columns standardized by the training split alone."""
+    data = load()
+    inputs, targets = data.data, data.target.reshape(len(data.data), -1)
     order = np.random.RandomState(SEED).permutation(len(inputs))
     ends = np.round(np.array([0.6, 0.8]) * len(inputs)).astype(int)
     rows = dict(zip(SPLITS, np.split(order, ends), strict=True))
     train = inputs[rows["train"]]
     inputs = (inputs[rows[split]] - train.mean(0)) / train.std(0)
+    facts = {"target_names": names, "unit": ""}
     return inputs.astype(np.float32), targets[rows[split]].astype(np.float32), facts
 
 
 READERS: Mapping[str, Callable[[str], Split]] = {
-    "diabetes": read_diabetes,
-    "linnerud": read_linnerud,
+    # 442 patients: 10 measurements, and the progression of the disease after a year.
+    "diabetes": partial(
+        _read_table, partial(datasets.load_diabetes, scaled=False), ("progression",)
+    ),
+    # 20 men of a fitness club: chin-ups, sit-ups, jumps, and three physiological targets.
+    "linnerud": partial(_read_table, datasets.load_linnerud, ("weight", "waist", "pulse")),
     "digit_pairs": read_digit_pairs,
 }

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from kdq.data.errors import DataError
+from kdq.data.source import DataError
 from kdq.data.sources.writing import write_dataset
 
 SPLIT_SEED = 20240229

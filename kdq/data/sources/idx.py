@@ -17,9 +17,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from kdq.data.errors import DataError
-from kdq.data.progress import track
-from kdq.data.sources.writing import default_data_dir, is_prepared, write_dataset
+from kdq.data.source import DataError
+from kdq.data.sources.writing import default_data_dir, is_prepared, track, write_dataset
 from kdq.fields import expand_user, unknown
 
 # The official numbers of examples, (train, test): others are accepted, but said aloud.
@@ -35,53 +34,46 @@ _OFFICIAL = {
     "emnist/mnist": (60_000, 10_000),
 }
 IDX_DATASETS = tuple(_OFFICIAL)
-_TYPES = {
-    0x08: "uint8",
-    0x09: "int8",
-    0x0B: "int16",
-    0x0C: "int32",
-    0x0D: "float32",
-    0x0E: "float64",
-}
-_UINT8 = 0x08
+_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
 _MOST_BYTES = 2 * 2**30  # the largest of these data sets, EMNIST by class, has 0.5 GiB of pixels
 _MOST_GZIP_RATIO = 1032  # of what deflate can pack
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes, gzipped when its name ends in `.gz`.
+    """Reads an IDX file of unsigned bytes, gzipped when its name ends in `.gz`: a uint8 array.
 
     No more is unpacked than the header states, nor more than 2 GiB.
-
-    Returns:
-      uint8 array with the shape that the file's header states.
 
     Raises:
       DataError: not gzip, a wrong magic number, a type other than uint8, too few or too many bytes.
       FileNotFoundError: no such file.
     """
     path = Path(path)
-    opened = gzip.open if path.suffix == ".gz" else open
+    packed, size = path.suffix == ".gz", path.stat().st_size
     try:
-        with opened(path, "rb") as file:
+        with (gzip.open if packed else open)(path, "rb") as file:
             shape = _read_header(path, file)
-            expected = math.prod(shape)
+            header, expected = 4 + 4 * len(shape), math.prod(shape)
             if expected > _MOST_BYTES:
                 raise DataError(
                     f"{path}: {expected} bytes of values by the header {shape}; expected at most "
                     f"{_MOST_BYTES}"
                 )
-            _check_packed_size(path, shape)
-            values = file.read(expected + 1)
+            # Where the file can't hold so many bytes no memory is taken for them.
+            count = _MOST_GZIP_RATIO * size if packed else size - header
+            if expected <= count:
+                values = file.read(expected + 1)
+                count = len(values)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file ({error})") from error
-    if len(values) < expected:
-        raise _truncated(path, len(values), shape)
-    if len(values) > expected:
-        is_packed = path.suffix == ".gz"
-        size = f"over {expected}" if is_packed else path.stat().st_size - 4 - 4 * len(shape)
+    if count < expected:
         raise DataError(
-            f"{path}: trailing bytes: {size} bytes of values, {expected} expected for {shape}"
+            f"{path}: truncated: {count} bytes of values, {expected} expected for {shape}"
+        )
+    if count > expected:
+        there = f"over {expected}" if packed else size - header
+        raise DataError(
+            f"{path}: trailing bytes: {there} bytes of values, {expected} expected for {shape}"
         )
     return np.frombuffer(values, np.uint8).reshape(shape)
 
@@ -94,7 +86,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[int, ...]:
             f"{path}: the file starts with {magic.hex(' ') or 'nothing'}, which is no IDX magic "
             "number; expected 00 00, 08 (uint8), then the number of dimensions"
         )
-    if magic[2] != _UINT8:
+    if _TYPES[magic[2]] != "uint8":
         raise DataError(f"{path}: values are {_TYPES[magic[2]]} by the header; expected uint8")
     ndim = magic[3]
     sizes = file.read(4 * ndim)
@@ -104,20 +96,6 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[int, ...]:
             f"{4 + 4 * ndim}"
         )
     return struct.unpack(f">{ndim}I", sizes)
-
-
-def _check_packed_size(path: Path, shape: tuple[int, ...]) -> None:
-    """Raises DataError if a file can't hold so many bytes: then no memory is taken for them."""
-    size = path.stat().st_size
-    most = _MOST_GZIP_RATIO * size if path.suffix == ".gz" else size - 4 - 4 * len(shape)
-    if math.prod(shape) > most:
-        raise _truncated(path, most, shape)
-
-
-def _truncated(path: Path, size: int, shape: tuple[int, ...]) -> DataError:
-    return DataError(
-        f"{path}: truncated: {size} bytes of values, {math.prod(shape)} expected for {shape}"
-    )
 
 
 def prepare(dataset: str, source_dir: str | Path, data_dir: str | Path | None = None) -> Path:
@@ -131,11 +109,8 @@ def prepare(dataset: str, source_dir: str | Path, data_dir: str | Path | None = 
       source_dir: holds the four files with their official names, gzipped or not.
       data_dir: a TFDS data directory; TFDS's default when None.
 
-    Returns:
-      The directory of the prepared data set.
-
-    Raises:
-      DataError: an unknown data set, a missing, damaged, mislabelled or inconsistent file.
+    Returns the directory of the prepared data set. Raises DataError for an unknown data set, a
+    missing, damaged, mislabelled or inconsistent file.
     """
     if dataset not in IDX_DATASETS:
         raise DataError(unknown("data set of IDX files", dataset, IDX_DATASETS))
@@ -150,7 +125,7 @@ def prepare(dataset: str, source_dir: str | Path, data_dir: str | Path | None = 
     splits = {
         split: _read_split(dataset, split, source_dir, features) for split in ("train", "test")
     }
-    importer = _importer(type(builder), splits)
+    importer = _make_importer(type(builder), splits)
     config = {"config": builder.builder_config.name} if builder.builder_config else {}
     return write_dataset(lambda scratch: importer(data_dir=scratch, **config), data_dir)
 
@@ -162,10 +137,8 @@ def _read_split(
     image_path = _find(dataset, split, source_dir, "images-idx3-ubyte")
     label_path = _find(dataset, split, source_dir, "labels-idx1-ubyte")
     images, labels = read_idx(image_path), read_idx(label_path)
-    for path, array, kind, ndim in (
-        (image_path, images, "images", 3),
-        (label_path, labels, "labels", 1),
-    ):
+    checked = (image_path, images, "images", 3), (label_path, labels, "labels", 1)
+    for path, array, kind, ndim in checked:
         if array.ndim != ndim:
             raise DataError(
                 f"{path}: mislabelled: the name says {kind} ({ndim} dimensions), the file holds "
@@ -210,7 +183,7 @@ def _find(dataset: str, split: str, source_dir: Path, kind: str) -> Path:
     return paths[0]
 
 
-def _importer(builder_class: type, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> type:
+def _make_importer(builder_class: type, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> type:
     """Returns TFDS's own builder with its download and its TensorFlow parser replaced.
 
     Name, version, configs and features are inherited and the keys are the same, so TFDS's hash

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming
 
-from kdq.data.errors import DataError, damaged
+from kdq.data.source import DataError, damaged
 
 # NAME[/CONFIG][:VERSION] of TFDS, without a namespace (another place) and without arguments.
 NAME = re.compile(r"[\w\-]+(/[\w+.\-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?")
@@ -18,32 +18,23 @@ _DEEPEST = 3  # folders below that of a data set: its config, its version
 _MOST_BYTES = 64 * 2**20  # of a JSON file that describes a data set
 
 
-def check_name(name: str) -> None:
-    """Raises DataError for the name of a data set that is elsewhere, as "huggingface:mnist"."""
-    if NAME.fullmatch(name):
-        return
+def check(name: str, data_dir: Path) -> None:
+    """Raises DataError for a data set elsewhere ("huggingface:mnist"), or of unknown classes.
+
+    TFDS imports the module of any class that `features.json` or
+    `dataset_info.json` names: all that are there are looked into, since TFDS chooses among configs
+    and versions.
+    """
     place, colon, _ = name.partition(":")
-    if colon:
+    if not NAME.fullmatch(name):
         raise DataError(
             f"data set {name!r}: kdq reads what is prepared on disk, and goes to no network: "
             f"prepare it there first, and name it without {place + ':'!r}; a version is three "
             "numbers, as in 'mnist:3.0.1'"
+            if colon
+            else f"no data set {name!r}: expected NAME, NAME/CONFIG or NAME:VERSION of TFDS, or "
+            "FILE.npz"
         )
-    raise DataError(
-        f"no data set {name!r}: expected NAME, NAME/CONFIG or NAME:VERSION of TFDS, or FILE.npz"
-    )
-
-
-def check_features(name: str, data_dir: Path) -> None:
-    """Raises DataError if a data set's files name a class of features that is not imported.
-
-    TFDS imports the module of any class that `features.json` or `dataset_info.json` names. All
-    that are there are looked into, since TFDS chooses among configs and versions.
-
-    Args:
-      name: of the data set.
-      data_dir: of TFDS.
-    """
     folder = naming.camelcase_to_snakecase(re.split("[/:]", name)[0])
     for depth in range(_DEEPEST + 1):
         for file in ("features.json", "dataset_info.json"):

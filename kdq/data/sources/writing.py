@@ -1,17 +1,31 @@
-"""Write a TFDS data set so that it is there in full or not at all."""
+"""Writing of a TFDS data set, so that it is there in full or not at all."""
 
 import contextlib
 import io
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+import rich.progress
 import tensorflow_datasets as tfds
+from rich.console import Console
 
-from kdq.data.errors import DataError
+from kdq.data.source import DataError
 from kdq.fields import expand_user
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """Yields `items` under a progress bar where stderr is a terminal: none is in a log file."""
+    if not sys.stderr.isatty():
+        return iter(items)
+    console = Console(stderr=True)
+    return rich.progress.track(items, description, total=total, console=console, transient=True)
 
 
 def default_data_dir() -> Path:
@@ -28,16 +42,9 @@ def is_prepared(directory: str | Path) -> bool:
 def write_dataset(make_builder: Callable[[str], tfds.core.DatasetBuilder], data_dir: Path) -> Path:
     """Prepares a data set in a scratch directory of `data_dir` and moves it into place by rename.
 
-    Args:
-      make_builder: takes a data directory, returns the builder to prepare in it.
-      data_dir: where the data set goes; made when missing.
-
-    Returns:
-      The data set's directory, `data_dir/name[/config]/version`.
-
-    Raises:
-      DataError: something that is not a prepared data set is in the way.
-      Exception: whatever the builder raises; nothing of the data set is then left in `data_dir`.
+    `make_builder` maps a data directory to the builder to prepare in it. Returns the data set's
+    directory, `data_dir/name[/config]/version`. Raises DataError if something that is not a
+    prepared data set is in the way; whatever the builder raises, nothing is left in `data_dir`.
     """
     tfds.disable_progress_bar()  # kdq shows its own, and only on a terminal
     data_dir.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ most, in the largest set of codes with the invariant: *what is made as codes of 
 into layers with that grid, and into operations that make codes of it again.*
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from jax.extend import core
@@ -36,53 +36,37 @@ def assign_grids(jaxpr: core.Jaxpr) -> dict[core.Var, Hashable]:
     """Returns the grid of each array that is made as codes."""
     floats: set[core.Var] = set()
     while True:
-        grids = _required_grids(jaxpr, floats)
-        codes = _made_as_codes(jaxpr, grids)
-        wrong = {
-            atom
-            for eqn in jaxpr.eqns
-            if eqn.primitive is not layer_p
-            for atom in eqn.invars
-            if isinstance(atom, core.Var) and atom in codes and eqn.outvars[0] not in codes
-        }
+        values: dict[core.Var, Hashable] = dict.fromkeys(floats, FLOATS)
+
+        def join(atom: Atom, value: Hashable, values: dict[core.Var, Hashable] = values) -> None:
+            if isinstance(atom, core.Var):
+                values[atom] = value if values.get(atom, value) == value else FLOATS
+
+        # Backwards. All uses of an equation's output are behind it, so that its value is final.
+        for atom in jaxpr.outvars:
+            join(atom, FLOATS)
+        for eqn in reversed(jaxpr.eqns):
+            through = values.get(eqn.outvars[0], FLOATS) if passes_numbers(eqn) else FLOATS
+            needs: Sequence[Hashable] = [through] * len(eqn.invars)
+            if eqn.primitive is layer_p:
+                grids = eqn.params["call"].grids
+                needs = [*grids, *[FLOATS] * (len(eqn.invars) - len(grids))]
+            for atom, value in zip(eqn.invars, needs, strict=True):
+                join(atom, value)
+        # Forwards.
+        codes: dict[core.Var, Hashable] = {}
+        wrong: set[core.Var] = set()
+        for eqn in jaxpr.eqns:
+            is_layer, out = eqn.primitive is layer_p, eqn.outvars[0]
+            inputs = {atom for atom in eqn.invars if isinstance(atom, core.Var)}
+            made = is_layer or (passes_numbers(eqn) and codes.keys() >= inputs)
+            if made and values.get(out, FLOATS) is not FLOATS:
+                codes[out] = values[out]
+            elif not is_layer:
+                wrong |= inputs & codes.keys()
         if not wrong:
-            return {var: grid for var, grid in grids.items() if var in codes}
+            return codes
         floats |= wrong
-
-
-def _required_grids(jaxpr: core.Jaxpr, floats: set[core.Var]) -> dict[core.Var, Hashable]:
-    """Returns the grid of each array whose uses all need the same: the pass backwards."""
-    values: dict[core.Var, Hashable] = dict.fromkeys(floats, FLOATS)
-
-    def join(atom: Atom, value: Hashable) -> None:
-        if isinstance(atom, core.Var):
-            values[atom] = value if values.get(atom, value) == value else FLOATS
-
-    for atom in jaxpr.outvars:
-        join(atom, FLOATS)
-    for eqn in reversed(jaxpr.eqns):
-        # All uses of an equation's output are behind it, so that its value is final here.
-        through = values.get(eqn.outvars[0], FLOATS) if passes_numbers(eqn) else FLOATS
-        needs: Sequence[Hashable] = [through] * len(eqn.invars)
-        if eqn.primitive is layer_p:
-            grids = eqn.params["call"].grids
-            needs = [*grids, *[FLOATS] * (len(eqn.invars) - len(grids))]
-        for atom, value in zip(eqn.invars, needs, strict=True):
-            join(atom, value)
-    return {var: grid for var, grid in values.items() if grid is not FLOATS}
-
-
-def _made_as_codes(jaxpr: core.Jaxpr, grids: Mapping[core.Var, Hashable]) -> set[core.Var]:
-    """Returns the arrays with a grid that can be made as its codes: the pass forwards."""
-    codes: set[core.Var] = set()
-    for eqn in jaxpr.eqns:
-        out = eqn.outvars[0]
-        if out not in grids:
-            continue
-        inputs = [atom for atom in eqn.invars if isinstance(atom, core.Var)]
-        if eqn.primitive is layer_p or (passes_numbers(eqn) and codes.issuperset(inputs)):
-            codes.add(out)
-    return codes
 
 
 def passes_numbers(eqn: core.JaxprEqn) -> bool:

@@ -18,12 +18,13 @@ from jax.extend import core
 
 from kdq.deploy import arithmetic, primitives
 from kdq.deploy.contraction import RESULT
-from kdq.deploy.flow.inline import bind, inline
-from kdq.deploy.flow.layer import layer_p, run_layer
+from kdq.deploy.flow.layer import bind, inline, layer_p, run_layer
 from kdq.deploy.flow.propagate import assign_grids, is_zero
 from kdq.deploy.jaxprs import Atom, Environment, at_once
 from kdq.deploy.qtensor import InputGrid
 from kdq.types import Array
+
+ADDED = 2**29  # a bound of what two sums add up to
 
 
 class QuantizedValue(NamedTuple):
@@ -49,44 +50,34 @@ def run(
     integers: dict[str, Array],
     fixed_point: bool,
 ) -> list[Array]:
-    """Returns the outputs of a traced model.
+    """Returns the outputs of a traced model; `unroll` as in `inline`.
 
-    Args:
-      traced: the model.
-      arguments: what it was traced with, or other arrays of these shapes.
-      unroll: write each layer of a scanned stack out.
-      integers: gets what integer layers take and make; see `IntegerModel.apply`.
-      fixed_point: no floats between integer layers where there need not be; see `lower`.
+    `integers` gets what integer layers take and make, see `IntegerModel.apply`; with `fixed_point`
+    there are no floats between integer layers where there need not be, see `lower`.
     """
     flat = inline(traced, arguments, unroll=unroll)
-    environment = Environment(flat, arguments)
-    before, after = _split_at_layers(flat.jaxpr)
-    environment.run(before, bind)
-    # The grids of all layers are among what needs no layer's output.
-    grids: dict[Hashable, InputGrid] = {}
-    for eqn in after:
-        if eqn.primitive is layer_p:
-            call = eqn.params["call"]
-            arrays = [environment.get(atom) for atom in eqn.invars]
-            for number, name in zip(call.grids, call.operands, strict=True):
-                grids.setdefault(number, call.split(arrays)[1].inputs[name])
-    outputs = {var: grids[number] for var, number in assign_grids(flat.jaxpr).items()}
-    environment.run(after, _Interpreter(outputs, integers, fixed_point))
-    pairs = zip(environment.outputs(), flat.jaxpr.outvars, strict=True)
-    return [_to_floats(value, atom.aval.dtype) for value, atom in pairs]
-
-
-def _split_at_layers(jaxpr: core.Jaxpr) -> tuple[list[core.JaxprEqn], list[core.JaxprEqn]]:
-    """Returns the equations that need no layer's output, and the others."""
+    # What needs no layer's output comes first: the grids of all layers are among it.
     before, after, outputs = [], [], set()
-    for eqn in jaxpr.eqns:
+    for eqn in flat.jaxpr.eqns:
         atoms = {atom for atom in eqn.invars if isinstance(atom, core.Var)}
         if eqn.primitive is layer_p or not outputs.isdisjoint(atoms):
             outputs.update(eqn.outvars)
             after.append(eqn)
         else:
             before.append(eqn)
-    return before, after
+    environment = Environment(flat, arguments)
+    environment.run(before, bind)
+    grids: dict[Hashable, InputGrid] = {}
+    for eqn in after:
+        if eqn.primitive is layer_p:
+            call = eqn.params["call"]
+            _, layer = call.split([environment.get(atom) for atom in eqn.invars])
+            for number, name in zip(call.grids, call.operands, strict=True):
+                grids.setdefault(number, layer.inputs[name])
+    made = {var: grids[number] for var, number in assign_grids(flat.jaxpr).items()}
+    environment.run(after, _Interpreter(made, integers, fixed_point))
+    pairs = zip(environment.outputs(), flat.jaxpr.outvars, strict=True)
+    return [_to_floats(value, atom.aval.dtype) for value, atom in pairs]
 
 
 class _Interpreter:
@@ -126,13 +117,16 @@ class _Interpreter:
         for x, atom, number, name in zip(
             inputs, eqn.invars, call.grids, call.operands, strict=False
         ):
+            key, steps = (atom, number), layer.inputs[name]
             if isinstance(x, QuantizedValue):
                 codes.append(x.codes)
                 continue
-            if (atom, number) not in self.rounded:
-                rounded = self._quantize(x, atom.aval.dtype, layer.inputs[name])
-                self.rounded[atom, number] = rounded
-            codes.append(self.rounded[atom, number])
+            if key not in self.rounded and self.fixed_point and isinstance(x, Accumulator):
+                total = arithmetic.requantize(x.total, x.scale, steps, fixed_point=True)
+                self.rounded[key] = total
+            elif key not in self.rounded:
+                self.rounded[key] = primitives.quantize(_to_floats(x, atom.aval.dtype), steps)
+            codes.append(self.rounded[key])
         names = (f"{path}/{name}" for name in call.operands)
         self.integers.update(zip(names, codes, strict=True))
         if grid is not None:
@@ -145,12 +139,6 @@ class _Interpreter:
             return Accumulator(total, layer.scale, call.largest)
         # Rearranged sums do not broadcast with their scales.
         return run_layer(call, layer, codes, "floats")[1].astype(eqn.outvars[0].aval.dtype)
-
-    def _quantize(self, value: Any, dtype: Any, grid: InputGrid) -> Array:
-        """Returns the codes of a layer's input."""
-        if self.fixed_point and isinstance(value, Accumulator):
-            return arithmetic.requantize(value.total, value.scale, grid, fixed_point=True)
-        return primitives.quantize(_to_floats(value, dtype), grid)
 
 
 def _to_floats(value: Any, dtype: Any) -> Array:
@@ -180,7 +168,15 @@ def _run_on_sums(
     """Runs a rectifier, a mean or a factor on sums; None for anything else."""
     name, sums = eqn.primitive.name, values[0]
     if fixed_point and name == "add" and all(isinstance(value, Accumulator) for value in values):
-        return _add(*values)
+        # The scale at which the largest sums of both add up to ADDED.
+        left, right = values
+        fit = lambda a, b: (jnp.max(a) * left.largest + jnp.max(b) * right.largest) / ADDED
+        scale = at_once(fit, left.scale, right.scale)
+        rescaled = [
+            arithmetic.multiply_fixed_point(total, arithmetic.divide(by, scale))
+            for total, by, _ in values
+        ]
+        return Accumulator(rescaled[0] + rescaled[1], scale, ADDED + 2)  # each may be rounded up
     if not isinstance(sums, Accumulator) or any(isinstance(v, Accumulator) for v in values[1:]):
         return None
     total, scale, largest = sums
@@ -203,21 +199,6 @@ def _run_on_sums(
             total = total.sum(axes, dtype=jnp.int32)
             return Accumulator(total, scale.squeeze(squeezed), count * largest)
     return None
-
-
-ADDED = 2**29  # a bound of what two sums add up to
-
-
-def _add(left: Accumulator, right: Accumulator) -> Accumulator:
-    """Adds sums, first brought to one scale at which they fit."""
-    # The scale at which the largest sums of both add up to ADDED.
-    fit = lambda a, b: (jnp.max(a) * left.largest + jnp.max(b) * right.largest) / ADDED
-    scale = at_once(fit, left.scale, right.scale)
-    rescaled = [
-        arithmetic.multiply_fixed_point(sums.total, arithmetic.divide(sums.scale, scale))
-        for sums in (left, right)
-    ]
-    return Accumulator(rescaled[0] + rescaled[1], scale, ADDED + 2)  # each may be rounded up
 
 
 def shorten(sums: Accumulator, count: int) -> Accumulator:

@@ -68,11 +68,20 @@ def _save_packed(path: Path, source: Source) -> dict[str, Any]:
     return {}
 
 
-def _save_onnx(path: Path, source: Source, *, symmetric: bool = False) -> dict[str, Any]:
-    onnx_model.save_onnx(
-        path, source.integer, source.inputs, symmetric=symmetric, metadata=source.about
-    )
+def _save_onnx(path: Path, source: Source, **options: Any) -> dict[str, Any]:
+    onnx_model.save_onnx(path, source.integer, source.inputs, metadata=source.about, **options)
     return {"opset": onnx_model.opset(source.integer)}
+
+
+def _save_litert(path: Path, source: Source) -> dict[str, Any]:
+    path.write_bytes(litert.to_litert(source.integer, source.inputs))
+    return {}
+
+
+def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:
+    how = {"platforms": ("cpu", "cuda")}
+    stablehlo.save_stablehlo(path, source.integer, source.inputs, metadata=source.about, **how)
+    return how
 
 
 def _onnx_integers(source: Source) -> dict[str, np.ndarray]:
@@ -82,42 +91,27 @@ def _onnx_integers(source: Source) -> dict[str, np.ndarray]:
     return dict(zip(names, outputs[-len(names) :], strict=True)) if names else {}
 
 
-def _save_stablehlo(path: Path, source: Source) -> dict[str, Any]:
-    platforms = ("cpu", "cuda")
-    stablehlo.save_stablehlo(
-        path, source.integer, source.inputs, platforms=platforms, metadata=source.about
-    )
-    return {"platforms": platforms}
-
-
-def _save_litert(path: Path, source: Source) -> dict[str, Any]:
-    path.write_bytes(litert.to_litert(source.integer, source.inputs))
-    return {}
-
-
 _ONNX = {"extra": "onnx", "packages": ("jax2onnx", "onnx", "onnxruntime")}
 FORMATS = {
     "packed": Format(
         file="model.safetensors",
         packages=("safetensors",),
         save=_save_packed,
-        load=lambda path, threads, network: Runtime(load_packed(path, network)),
+        load=lambda path, _, network: Runtime(load_packed(path, network)),
         simulates=True,
     ),
     "onnx": Format(
         file="model.onnx",
         **_ONNX,
         save=_save_onnx,
-        load=lambda path, threads, network: onnx_model.load_onnx(path, threads=threads),
+        load=lambda path, threads, _: onnx_model.load_onnx(path, threads=threads),
         layer_integers=_onnx_integers,
     ),
     "onnx_int8": Format(
         file="model.int8.onnx",
         **_ONNX,
         save=functools.partial(_save_onnx, symmetric=True),
-        load=lambda path, threads, network: onnx_model.load_onnx(
-            path, threads=threads, integer=False
-        ),
+        load=lambda path, threads, _: onnx_model.load_onnx(path, threads=threads, integer=False),
         simulates=True,  # TensorRT would not
     ),
     "litert": Format(
@@ -125,12 +119,12 @@ FORMATS = {
         extra="litert",
         packages=("ai-edge-litert", "litert-converter"),
         save=_save_litert,
-        load=lambda path, threads, network: litert.load_litert(path, threads=threads),
+        load=lambda path, threads, _: litert.load_litert(path, threads=threads),
     ),
     "stablehlo": Format(
         file="model.stablehlo",
         packages=("jax", "jaxlib"),
         save=_save_stablehlo,
-        load=lambda path, threads, network: stablehlo.load_stablehlo(path).runtime(),
+        load=lambda path, *_: stablehlo.load_stablehlo(path).runtime(),
     ),
 }

@@ -72,16 +72,9 @@ def check(network: Network, variables: Variables, qparams: QParams, inputs: Batc
     """Compares names, shapes and dtypes of all arrays with the model's own.
 
     Arrays may have another precision than the model's where both are floats, as networks that were
-    cast have; those of collections that a model makes in training alone may be there or not.
-
-    Args:
-      network: the module and how it is called.
-      variables: what may be its own.
-      qparams: of its layers' inputs.
-      inputs: what it takes (arrays or ShapeDtypeStructs); only shapes and dtypes matter.
-
-    Raises:
-      MisfitError: another model's variables or quantizers, or inputs that the model does not take.
+    cast have; those of collections that a model makes in training alone may be there or not. Of
+    `inputs` only shapes and dtypes matter. Raises MisfitError for another model's variables or
+    quantizers, or inputs that the model does not take.
     """
     call = jax.eval_shape(lambda call: call, as_inputs(inputs))
     leaves = _leaves(variables)
@@ -94,7 +87,9 @@ def check(network: Network, variables: Variables, qparams: QParams, inputs: Batc
     for path, leaf in leaves.items():
         if path not in expected:
             raise MisfitError(f"{path} is none of the model's arrays")
-        if not _fits(leaf, expected[path]):
+        pair = (leaf.dtype, expected[path].dtype)
+        same_kind = pair[0] == pair[1] or all(jnp.issubdtype(d, jnp.floating) for d in pair)
+        if leaf.shape != expected[path].shape or not same_kind:
             raise MisfitError(
                 f"{path} is {_text(leaf)}, the model's {_text(expected[path])}"
                 + _OF_OLD * (leaf.shape == (1,) and expected[path].shape == ())
@@ -156,13 +151,6 @@ def _with_paths(tree: Any) -> Iterator[tuple[str, Any]]:
 def _leaves(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and dtypes, as JAX has them, by the keys."""
     return dict(_with_paths(jax.eval_shape(lambda tree: tree, tree)))
-
-
-def _fits(leaf: jax.ShapeDtypeStruct, expected: jax.ShapeDtypeStruct) -> bool:
-    if leaf.shape != expected.shape:
-        return False
-    are_floats = all(jnp.issubdtype(array.dtype, jnp.floating) for array in (leaf, expected))
-    return are_floats or leaf.dtype == expected.dtype
 
 
 def _text(array: jax.ShapeDtypeStruct) -> str:

@@ -6,6 +6,8 @@ with the operation between them. LiteRT then computes with int8 codes and fixed-
 so an output may be a code away from that of integer JAX.
 """
 
+import dataclasses
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -14,10 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.extend import core
 
-from kdq.deploy import extras
-from kdq.deploy.contraction import Conv
-from kdq.deploy.formats import litert_program, rounded
+from kdq.deploy import contraction, extras, jaxprs, primitives
+from kdq.deploy.contraction import Conv, Dot, Kernel
+from kdq.deploy.formats import rounded
 from kdq.deploy.formats.rounded import ChannelWeight
 from kdq.deploy.formats.runtime import Runtime, example_specs, flatten_inputs
 from kdq.deploy.lower.model import IntegerModel
@@ -26,6 +30,10 @@ from kdq.quantize.inputs import Batch, Inputs
 from kdq.types import Array
 
 MARK = "kdq_rounded_"
+# The least normal number: to add it changes no number, and the converter, which lets a rounding
+# move back through operations that move numbers, stops at an addition.
+LEAST = np.finfo(np.float32).tiny
+MOST_AXES = 3  # of an array that a matrix multiplies
 
 
 class _Types(rounded.Rounding):
@@ -34,9 +42,13 @@ class _Types(rounded.Rounding):
     def __init__(self) -> None:
         self.types: list[str] = []
 
-    set_apart = staticmethod(litert_program.set_apart)
-    bind = staticmethod(litert_program.bind)
-    product = staticmethod(litert_program.product)
+    def set_apart(self, x: Array) -> Array:
+        """Returns an array that nothing before is rounded for.
+
+        The converter would round what a maximum, a mean or a concatenation is made of, to the grid
+        of the result, and with it all else that takes it.
+        """
+        return x + LEAST
 
     def _marked(self, x: Array, quantized: str) -> Array:
         """Returns `x`, marked to be rounded to a quantized element type."""
@@ -46,10 +58,10 @@ class _Types(rounded.Rounding):
 
     def input(self, x: Array, grid: InputGrid, of_two: bool) -> Array:
         """Rounds to int8 codes, those of kdq less 128."""
-        if of_two and int(grid.top) < 255:
+        scale, zero, top = (np.float32(v) for v in (grid.scale, grid.zero_point, grid.top))
+        if of_two and top < 255:
             # Its kernel for a product of two inputs rounds twice, which moves codes of few bits.
-            return _on_grid(x, grid)
-        scale, zero, top = (np.asarray(v) for v in (grid.scale, grid.zero_point, grid.top))
+            return (jnp.clip(jnp.round(x / scale) + zero, 0, top) - zero) * scale
         if top < 255:  # the operators know no fewer codes than 256
             low, high = (np.float32(scale * (code - zero)) for code in (0, int(top)))
             x = jnp.clip(x, low, high)
@@ -72,23 +84,64 @@ class _Types(rounded.Rounding):
         """Convolves in 8 bits: LiteRT's kernel for 4 is a hundred times slower, and inexact."""
         return super().convolve(kernel, x, weight._replace(bits=8))
 
+    def product(self, kernel: Kernel, x: Array, w: Array) -> Array:
+        """Returns the product of floats in a form that the converter gets right."""
+        if isinstance(kernel, Conv):
+            return self._convolution(kernel, x, w)
+        (summed, shared), last = kernel.dimension_numbers, x.ndim - 1
+        if x.ndim > MOST_AXES and w.ndim == 2 and summed == ((last,), (0,)) and shared == ((), ()):
+            # Its product of a matrix and rows loses count of axes of one element, unless what is
+            # added to it keeps the reshapes away.
+            rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+            total = super().product(Dot((((1,), (0,)), ((), ())), 2), rows, w) + LEAST
+            return total.reshape(*x.shape[:-1], w.shape[1])
+        return super().product(kernel, x, w)
 
-def _on_grid(x: Array, grid: InputGrid) -> Array:
-    """Rounds an input to its grid by operations on floats."""
-    scale, zero, top = (np.float32(v) for v in (grid.scale, grid.zero_point, grid.top))
-    return (jnp.clip(jnp.round(x / scale) + zero, 0, top) - zero) * scale
+    def _convolution(self, kernel: Conv, x: Array, w: Array) -> Array:
+        """Computes a transposed one whole, then cuts it: LiteRT pads these in another way."""
+        if set(kernel.input_dilation) == {1}:
+            return super().product(kernel, x, w)
+        numbers = kernel.dimension_numbers
+        sizes = [w.shape[axis] for axis in numbers.rhs_spec[2:]]
+        reach = [
+            (size - 1) * step for size, step in zip(sizes, kernel.kernel_dilation, strict=True)
+        ]
+        whole = [
+            (max(low, most), max(high, most))
+            for (low, high), most in zip(kernel.padding, reach, strict=True)
+        ]
+        if set(kernel.strides) != {1}:
+            whole = list(kernel.padding)
+        total = super().product(dataclasses.replace(kernel, padding=tuple(whole)), x, w)
+        for axis, kept, padded in zip(numbers.out_spec[2:], kernel.padding, whole, strict=True):
+            low, high = padded[0] - kept[0], padded[1] - kept[1]
+            total = lax.slice_in_dim(total, low, total.shape[axis] - high, axis=axis)
+        return total
+
+    def bind(self, eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+        """Runs an equation in a form that the converter gets right."""
+        name, params = eqn.primitive.name, eqn.params
+        if not any(isinstance(value, jax.core.Tracer) for value in values):
+            return jaxprs.bind(eqn, values)
+        if name == "conv_general_dilated" and params["batch_group_count"] == 1:
+            return [self.product(contraction.conv(params), *values)]
+        if name == "dot_general":
+            kernel = Dot(params["dimension_numbers"], eqn.invars[0].aval.ndim)
+            return [self.product(kernel, *values)]
+        if eqn.primitive is primitives.rows.primitive:
+            indices, table = jax.tree.unflatten(params["structure"], values)
+            with jax.ensure_compile_time_eval():  # LiteRT looks up no fewer bits than 8
+                table = table.replace(codes=table.codes.astype(jnp.int8))
+            return [table.rows(indices)]
+        return jaxprs.bind(eqn, values)
 
 
 def to_litert(lowered: IntegerModel, inputs: Batch) -> bytes:
     """Returns the contents of a .tflite file, for one example at a time.
 
-    Args:
-      lowered: see `lower`.
-      inputs: of one batch, arrays with a leading batch axis; only the shapes matter.
-
-    Raises:
-      ImportError: litert-converter is not installed; says how to.
-      ValueError: a weight that LiteRT has no type for, or an operation that it lacks.
+    `inputs` are of one batch, arrays with a leading batch axis, of which only the shapes matter.
+    Raises ImportError if litert-converter is not installed, ValueError for a weight that LiteRT has
+    no type for, or an operation that it lacks.
     """
     ir, passes, converter = extras.load(
         "litert",
@@ -129,33 +182,27 @@ def _in_short(error: Exception) -> str:
 
 def _with_types(text: str, types: Sequence[str]) -> str:
     """Replaces the marks of StableHLO by quantization."""
-
-    def write_pair(mark: re.Match) -> str:
-        result, number, operand, shape = mark.groups()
-        float_type = f"tensor<{shape}f32>"
-        quantized = f"tensor<{shape}{types[int(number)]}>"
-        return (
-            f'%{MARK}{number} = "tfl.quantize"({operand}) <{{qtype = {quantized}}}> : '
-            f"({float_type}) -> {quantized}\n"
-            f'    {result} = "tfl.dequantize"(%{MARK}{number}) : ({quantized}) -> {float_type}'
-        )
-
     pattern = (
         rf"(%\w+) = stablehlo\.custom_call @{MARK}(\d+)\((%\w+)\).*"
         r" : \(tensor<((?:\d+x)*)f32>\) -> .*"
     )
+
+    def write_pair(mark: re.Match) -> str:
+        result, number, operand, shape = mark.groups()
+        floats, quantized = f"tensor<{shape}f32>", f"tensor<{shape}{types[int(number)]}>"
+        return (
+            f'%{MARK}{number} = "tfl.quantize"({operand}) <{{qtype = {quantized}}}> : '
+            f"({floats}) -> {quantized}\n"
+            f'    {result} = "tfl.dequantize"(%{MARK}{number}) : ({quantized}) -> {floats}'
+        )
+
     return re.sub(pattern, write_pair, text)
 
 
 def load_litert(model: str | os.PathLike[str] | bytes, *, threads: int | None = None) -> Runtime:
-    """Loads a file into LiteRT, which computes one example of a batch after the other.
+    """Loads a file, or what is in it, into LiteRT, which computes one example after the other.
 
-    Args:
-      model: the file, or what is in it.
-      threads: how many; None is LiteRT's own default.
-
-    Raises:
-      ImportError: ai-edge-litert is not installed; says how to.
+    `threads` of None is LiteRT's own default. Raises ImportError without ai-edge-litert.
     """
     interpreter = _interpreter(model, threads)
     interpreter.allocate_tensors()
@@ -172,18 +219,13 @@ def load_litert(model: str | os.PathLike[str] | bytes, *, threads: int | None = 
                 results.append(interpreter.get_tensor(detail["index"]))
         return tuple(map(np.concatenate, rows))
 
-    return Runtime(run, {"inputs": _describe(inputs), "outputs": _describe(outputs)})
-
-
-def _describe(details: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": detail["name"],
-            "shape": [int(size) for size in detail["shape"]],
-            "dtype": np.dtype(detail["dtype"]).name,
-        }
-        for detail in details
-    ]
+    describe = lambda detail: {
+        "name": detail["name"],
+        "shape": [int(size) for size in detail["shape"]],
+        "dtype": np.dtype(detail["dtype"]).name,
+    }
+    signature = {"inputs": [*map(describe, inputs)], "outputs": [*map(describe, outputs)]}
+    return Runtime(run, signature)
 
 
 def _interpreter(model: str | os.PathLike[str] | bytes, threads: int | None) -> Any:

@@ -32,7 +32,7 @@ from kdq.deploy.formats.packed_layers import (
 )
 from kdq.deploy.lower.lower import lower
 from kdq.deploy.lower.model import IntegerModel
-from kdq.fields import ConfigError, Mistake, build
+from kdq.fields import Mistake, build
 from kdq.quantize import grid
 from kdq.quantize.inputs import Batch, as_inputs
 from kdq.quantize.kinds import WEIGHT_NAMES
@@ -114,36 +114,30 @@ class PackedModel:
         self._fits.append(True)
 
     def __repr__(self) -> str:
-        sizes = [np.size(leaf) for leaf in jax.tree.leaves(self.variables)]
-        parts = [
-            _describe(self.network.module),
-            f"{len(sizes)} arrays of {sum(sizes):,} numbers",
-            f"weights: {_widths(self.weight_quantizers)}",
-            f"inputs: {_widths(self.qparams)}",
+        model, sizes = (
+            self.network.module,
+            [np.size(leaf) for leaf in jax.tree.leaves(self.variables)],
+        )
+        values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+        fields = [
+            f"{name}={getattr(value, '__name__', repr(value))[:60]}"
+            for name, value in values.items()
+            if name not in ("parent", "name")
         ]
+        parts = [
+            f"{type(model).__name__}({', '.join(fields)})",
+            f"{len(sizes)} arrays of {sum(sizes):,} numbers",
+        ]
+        for name, qparams in (("weights", self.weight_quantizers), ("inputs", self.qparams)):
+            bits = [max(map(grid.bits, quantizers.values())) for quantizers in qparams.values()]
+            counts = [f"{width} bits in {bits.count(width)}" for width in sorted(set(bits))]
+            parts.append(f"{name}: {', '.join(counts) + ' layers' if counts else 'float'}")
         if self.inputs:
             taken = ", ".join(f"{array.dtype}{list(array.shape)}" for array in self.inputs)
             parts.append(f"takes {taken}")
         if self.metadata:
             parts.append(f"metadata: {', '.join(self.metadata)}")
         return f"PackedModel({'; '.join(parts)})"
-
-
-def _describe(model: nn.Module) -> str:
-    """Returns the model's class and fields in a line."""
-    fields = []
-    for field in dataclasses.fields(model):
-        if field.name not in ("parent", "name"):
-            value = getattr(model, field.name)
-            fields.append(f"{field.name}={getattr(value, '__name__', repr(value))[:60]}")
-    return f"{type(model).__name__}({', '.join(fields)})"
-
-
-def _widths(qparams: QParams) -> str:
-    """Returns how many layers are quantized to how many bits."""
-    bits = [max(map(grid.bits, quantizers.values())) for quantizers in qparams.values()]
-    counts = [f"{width} bits in {bits.count(width)}" for width in sorted(set(bits))]
-    return ", ".join(counts) + " layers" if counts else "float"
 
 
 def save_packed(
@@ -225,13 +219,7 @@ def load_packed(
         packed = _load(path, network, allow_models)
     except ModelNotImportedError:
         raise
-    except (
-        ConfigError,
-        container.ContainerError,
-        PackedFileError,
-        RecursionError,
-        MemoryError,
-    ) as error:
+    except (ValueError, OverflowError, RecursionError, MemoryError) as error:
         raise PackedFileError(f"{path} is no packed model: {error}") from error
     if packed.inputs:
         packed.check(packed.inputs)
@@ -260,12 +248,9 @@ def _load(
             raise PackedFileError(f"layer {layer!r} has no {error}") from error
         except (ValueError, OverflowError) as error:
             raise PackedFileError(f"layer {layer!r}: {error}") from error
-    try:
-        variables = trees.unflatten(arrays, header.tree, encoded=encoded)
-        fitting.check_finite(variables)
-        inputs = fitting.read(header.inputs)
-    except (ValueError, OverflowError) as error:
-        raise PackedFileError(str(error)) from error
+    variables = trees.unflatten(arrays, header.tree, encoded=encoded)
+    fitting.check_finite(variables)
+    inputs = fitting.read(header.inputs)
     if network is None:
         network = _build(path, header.model, allow_models)
     return PackedModel(
@@ -284,29 +269,24 @@ def _build(path: Path, description: Mapping[str, Any], allow_models: Sequence[st
     name = description.get("name")
     if models.is_own(name) and not models.is_imported(name):
         module, _, class_name = name.partition(":")
-        if module in sys.modules or not trust.is_trusted(module, allow_models):
-            raise ModelNotImportedError(_not_imported(path, module, class_name))
+        holds = f"{path} holds a model of the class {module}:{class_name}, which"
+        give = f"pass the model: load_packed(path, {class_name.rpartition('.')[2]}(...))"
+        if module == "__main__":
+            raise ModelNotImportedError(
+                f"{path} holds a {class_name} that was defined in a script or notebook, where no "
+                f"other program can import it: {give}, or define it here under the same name"
+            )
+        if module in sys.modules:
+            raise ModelNotImportedError(f"{holds} is not there: {give}")
+        if not trust.is_trusted(module, allow_models):
+            raise ModelNotImportedError(
+                f"{holds} this program has not imported, and reading a file imports nothing: "
+                f'`import {module}` before, or {give}, or allow_models=["{module}"]'
+            )
     try:
         return models.build(**description)
     except Exception as error:  # whatever a class of anybody's raises
         raise PackedFileError(f"model: {error}") from error
-
-
-def _not_imported(path: Path, module: str, class_name: str) -> str:
-    """Returns the message for a good file whose model's class is not there."""
-    give = f"pass the model: load_packed(path, {class_name.rpartition('.')[2]}(...))"
-    if module == "__main__":
-        return (
-            f"{path} holds a {class_name} that was defined in a script or notebook, where no other "
-            f"program can import it: {give}, or define it here under the same name"
-        )
-    holds = f"{path} holds a model of the class {module}:{class_name}"
-    if module in sys.modules:
-        return f"{holds}, which is not there: {give}"
-    return (
-        f"{holds}, which this program has not imported, and reading a file imports nothing: "
-        f'`import {module}` before, or {give}, or allow_models=["{module}"]'
-    )
 
 
 def _array_name(layer: str, weight: str, array: str, encoded: bool) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.deploy.formats.packing import pack, unpack
+from kdq.deploy.formats.container import pack, unpack
 from kdq.deploy.qtensor import codes_and_scale
-from kdq.quantize import grid, scale_formats
+from kdq.quantize import formats, grid
 from kdq.types import Array
 
 # Beyond these float32 holds not every whole number, and codes are lost.
@@ -60,10 +60,9 @@ class Input:
 def pack_weight(
     arrays: dict[str, np.ndarray], name: str, weight: Array, quantizer: grid.Quantizer
 ) -> dict[str, Any]:
-    """Replaces a weight by its packed codes and scales; returns what is needed to undo that.
+    """Replaces a weight by its packed codes and scales; returns the fields of `Weight`.
 
-    Raises:
-      ValueError: a weight or a quantizer that a file can't hold.
+    Raises ValueError for a weight or a quantizer that a file can't hold.
     """
     weight = np.asarray(weight)
     if weight.dtype.name not in DTYPES:
@@ -81,31 +80,28 @@ def pack_weight(
     constant = float(zero_point.flat[0]) if np.ptp(zero_point) == 0 else None
     if constant is None:
         arrays[f"{name}:zero_point"] = zero_point
-    info = {
+    options = {
+        "levels": None if quantizer.levels is None else _json(quantizer.levels),
+        "scale_format": scale_format if scale_format in formats.STORED else None,
+        "dtype": None if weight.dtype == np.float32 else weight.dtype.name,
+    }
+    return {
         "name": "",
         "shape": weight.shape,
         "bits": bits,
         "qmin": _json(qmin),
         "zero_point": None if constant is None else _json(constant),
+        **{k: value for k, value in options.items() if value is not None},
     }
-    if quantizer.levels is not None:
-        info["levels"] = _json(quantizer.levels)
-    if scale_format in scale_formats.STORED:
-        info["scale_format"] = scale_format
-    if weight.dtype != np.float32:
-        info["dtype"] = weight.dtype.name
-    return info
 
 
 def unpack_weight(
     arrays: dict[str, np.ndarray], name: str, info: Weight
 ) -> tuple[np.ndarray, grid.Quantizer]:
-    """Returns a weight's numbers, and the quantizer that makes its codes of them; its codes and
-    scales are taken out of `arrays`.
+    """Returns a weight's numbers, and the quantizer that makes its codes of them.
 
-    Raises:
-      KeyError: a tensor that is not there.
-      ValueError: tensors or fields that do not fit together.
+    Its codes and scales are taken out of `arrays`. Raises KeyError for a tensor that is not there,
+    ValueError for tensors or fields that do not fit together.
     """
     shape, size = info.shape, math.prod(info.shape)
     if any(axis < 0 for axis in shape):
@@ -117,7 +113,10 @@ def unpack_weight(
     if qmin.shape != shape[: qmin.ndim]:
         raise ValueError(f"weight.qmin has shape {qmin.shape}, the weight {shape}")
     scale = _unpack_scale(arrays, name, info.scale_format, qmin.shape)
-    _check_scale_shape(scale, shape)
+    if scale.ndim > len(shape) or any(
+        not size or full % size for size, full in zip(scale.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise ValueError(f"a scale of shape {scale.shape} for a weight of shape {shape}")
     zero_point = info.zero_point
     if zero_point is None:
         zero_point = arrays.pop(f"{name}:zero_point")
@@ -169,23 +168,23 @@ def check_quantizer(quantizer: grid.Quantizer) -> None:
             raise ValueError(f"levels of shape {levels.shape}: expected two or more of each layer")
         if not (np.isfinite(levels).all() and (np.diff(levels) > 0).all()):
             raise ValueError("levels: expected finite numbers that ascend")
-    if quantizer.scale_format not in ("", *scale_formats.ROUNDINGS):
-        valid = tuple(scale_formats.ROUNDINGS)
+    if quantizer.scale_format not in ("", *formats.ROUNDINGS):
+        valid = tuple(formats.ROUNDINGS)
         raise ValueError(f"scale_format={quantizer.scale_format!r}: expected one of {valid}")
 
 
 def quantizer_json(quantizer: grid.Quantizer) -> dict[str, Any]:
-    """Returns the quantizer of an input as the fields of `Input`; what it trains by is not part of
-    a finished model. Raises ValueError for one that has no grid."""
+    """Returns the quantizer of an input as the fields of `Input`, but for what it trains by. Raises
+    ValueError for one that has no grid."""
     check_quantizer(quantizer)
+    levels, dynamic = quantizer.levels, quantizer.dynamic
+    options = {
+        "levels": None if levels is None else _json(levels),
+        "scale_format": quantizer.scale_format or None,
+        "dynamic": None if dynamic is None else dataclasses.asdict(dynamic),
+    }
     document = {k: _json(getattr(quantizer, k)) for k in FIELDS}
-    if quantizer.levels is not None:
-        document["levels"] = _json(quantizer.levels)
-    if quantizer.scale_format:
-        document["scale_format"] = quantizer.scale_format
-    if quantizer.dynamic is not None:
-        document["dynamic"] = dataclasses.asdict(quantizer.dynamic)
-    return document
+    return document | {k: value for k, value in options.items() if value is not None}
 
 
 def input_quantizer(operand: str, info: Input) -> grid.Quantizer:
@@ -216,14 +215,14 @@ def _pack_scale(
     name = quantizer.scale_format
     if not name:
         return quantizer, {"scale": np.asarray(quantizer.scale)}
-    of_layer = lambda _, q: (grid.with_rounded_scale(q).scale, scale_formats.tensor_scale(q.scale))
+    of_layer = lambda _, q: (grid.with_rounded_scale(q).scale, formats.tensor_scale(q.scale))
     scale, shared = map(np.asarray, grid.over_stack(of_layer, quantizer)(weight, quantizer))
     quantizer = quantizer.replace(scale=scale, scale_format="")
-    if name not in scale_formats.STORED:
+    if name not in formats.STORED:
         return quantizer, {"scale": scale}
-    if not scale_formats.STORED[name].shared:
-        return quantizer, {f"scale_{name}": scale_formats.encode(scale, np.float32(1), name)}
-    codes = scale_formats.encode(scale, _over_stack(shared, scale), name)
+    if not formats.STORED[name].shared:
+        return quantizer, {f"scale_{name}": formats.encode(scale, np.float32(1), name)}
+    codes = formats.encode(scale, _over_stack(shared, scale), name)
     return quantizer, {f"scale_{name}": codes, "scale_tensor": shared}
 
 
@@ -235,29 +234,22 @@ def _unpack_scale(
         if scale.dtype != np.float32:
             raise ValueError(f"scale: expected float32, got {scale.dtype}")
         return scale
-    if scale_format not in scale_formats.STORED:
-        raise ValueError(f"{scale_format=}: expected one of {tuple(scale_formats.STORED)}")
+    if scale_format not in formats.STORED:
+        raise ValueError(f"{scale_format=}: expected one of {tuple(formats.STORED)}")
     codes, shared = arrays.pop(f"{name}:scale_{scale_format}"), np.float32(1)
-    if scale_formats.STORED[scale_format].shared:
+    if formats.STORED[scale_format].shared:
         shared = arrays.pop(f"{name}:scale_tensor")
         if (shared.dtype, shared.shape) != (np.float32, stack):
             raise ValueError(
                 f"scale_tensor: expected float32 {stack}: {shared.dtype} {shared.shape}"
             )
-    return scale_formats.decode(codes, _over_stack(shared, codes), scale_format)
+    return formats.decode(codes, _over_stack(shared, codes), scale_format)
 
 
 def _over_stack(of_stack: np.ndarray, array: np.ndarray) -> np.ndarray:
     """Returns a value for each layer of a stack, shaped to broadcast with an array of it."""
     of_stack = np.asarray(of_stack)
     return of_stack.reshape(*of_stack.shape, *[1] * (array.ndim - of_stack.ndim))
-
-
-def _check_scale_shape(scale: np.ndarray, shape: tuple[int, ...]) -> None:
-    if scale.ndim > len(shape) or any(
-        not size or full % size for size, full in zip(scale.shape[::-1], shape[::-1], strict=False)
-    ):
-        raise ValueError(f"a scale of shape {scale.shape} for a weight of shape {shape}")
 
 
 def _floats(value: Any, where: str) -> np.ndarray:

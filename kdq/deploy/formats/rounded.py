@@ -16,7 +16,7 @@ from jax.extend import core
 
 from kdq.deploy import jaxprs
 from kdq.deploy.contraction import Conv, Dot, Kernel, align, follow, list_axes
-from kdq.deploy.flow.layer import layer_p
+from kdq.deploy.flow.layer import inline, layer_p
 from kdq.deploy.flow.propagate import assign_grids
 from kdq.deploy.lower.model import IntegerModel
 from kdq.deploy.qtensor import InputGrid
@@ -58,26 +58,36 @@ class Rounding:
 
     def product(self, kernel: Kernel, x: Array, w: Array) -> Array:
         """Returns a product of floats."""
-        return product(kernel, x, w)
+        if isinstance(kernel, Dot):
+            left, right = (w, x) if kernel.swapped else (x, w)
+            return lax.dot_general(left, right, kernel.dimension_numbers)
+        return lax.conv_general_dilated(
+            x,
+            w,
+            kernel.strides,
+            kernel.padding,
+            kernel.input_dilation,
+            kernel.kernel_dilation,
+            kernel.dimension_numbers,
+            feature_group_count=kernel.groups,
+        )
 
 
 def run(lowered: IntegerModel, rounding: Rounding, inputs: Inputs) -> Any:
     """Returns a model's outputs, to be traced; layers of a stack are unrolled."""
+    traced, structure, leaves = lowered.trace(inputs)
+    program = inline(traced, leaves, unroll=True)
+    rounded_alone = {*assign_grids(program.jaxpr), *program.jaxpr.invars}
 
-    def binder(program: core.Jaxpr) -> jaxprs.RunEquation:
-        rounded_alone = {*assign_grids(program), *program.invars}
+    def run_equation(eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        if eqn.primitive is not layer_p:
+            return rounding.bind(eqn, values)
+        for i, atom in enumerate(eqn.invars[: len(eqn.params["call"].operands)]):
+            if not isinstance(atom, core.Literal) and atom not in rounded_alone:
+                values[i] = rounding.set_apart(values[i])
+        return [_run_layer(eqn, values, rounding)]
 
-        def run_equation(eqn: core.JaxprEqn, values: list[Any]) -> Sequence[Any]:
-            if eqn.primitive is not layer_p:
-                return rounding.bind(eqn, values)
-            for i, atom in enumerate(eqn.invars[: len(eqn.params["call"].operands)]):
-                if not isinstance(atom, core.Literal) and atom not in rounded_alone:
-                    values[i] = rounding.set_apart(values[i])
-            return [_run_layer(eqn, values, rounding)]
-
-        return run_equation
-
-    return lowered.evaluate(inputs, binder)
+    return jax.tree.unflatten(structure, jaxprs.evaluate(program, leaves, run_equation))
 
 
 def _run_layer(eqn: core.JaxprEqn, values: list[Any], rounding: Rounding) -> Array:
@@ -95,10 +105,17 @@ def _run_layer(eqn: core.JaxprEqn, values: list[Any], rounding: Rounding) -> Arr
         elif layer.weight_zero is not None:
             raise ValueError("it has weights around 0 only, and a layer's have a zero point")
         else:
-            bits = 4 if layer.weight.codes.dtype in (jnp.int2, jnp.int4) else 8
-            by_weight = _convolve if isinstance(kernel, Conv) else _multiply_matrix
+            codes, bits = (
+                np.asarray(right),
+                4 if layer.weight.codes.dtype in (jnp.int2, jnp.int4) else 8,
+            )
             scale = np.asarray(layer.weight_scale, np.float32)
-            total = by_weight(rounding, kernel, left, np.asarray(right), scale, bits)
+            if isinstance(kernel, Conv):
+                axis = kernel.dimension_numbers.rhs_spec[0]
+                scale = np.broadcast_to(scale.ravel(), codes.shape[axis])
+                total = rounding.convolve(kernel, left, ChannelWeight(codes, scale, axis, bits))
+            else:
+                total = _multiply_matrix(rounding, kernel, left, codes, scale, bits)
         if layer.bias is None:
             return total
         with jax.ensure_compile_time_eval():
@@ -110,14 +127,6 @@ def _run_layer(eqn: core.JaxprEqn, values: list[Any], rounding: Rounding) -> Arr
     return result.astype(eqn.outvars[0].aval.dtype)
 
 
-def _convolve(
-    rounding: Rounding, kernel: Conv, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
-) -> Array:
-    axis = kernel.dimension_numbers.rhs_spec[0]
-    scale = np.broadcast_to(scale.ravel(), codes.shape[axis])
-    return rounding.convolve(kernel, x, ChannelWeight(codes, scale, axis, bits))
-
-
 def _multiply_matrix(
     rounding: Rounding, kernel: Dot, x: Array, codes: np.ndarray, scale: np.ndarray, bits: int
 ) -> Array:
@@ -126,27 +135,11 @@ def _multiply_matrix(
     if axes.x_shared:
         raise ValueError("it has no weight for each example")
     height, width = [x.shape[a] for a in axes.x_free], [codes.shape[a] for a in axes.w_free]
-    scale = align(scale, len(axes.order)).transpose(axes.back)  # [1 for each of height, *width]
-    scale = np.broadcast_to(scale, [1] * len(height) + width).ravel()  # [channels]
+    # [1 for each of height, *width] -> [channels]
+    scale = align(scale, len(axes.order)).transpose(np.argsort(axes.order))
+    scale = np.broadcast_to(scale, [1] * len(height) + width).ravel()
     codes = codes.transpose([*axes.w_summed, *axes.w_free]).reshape(-1, len(scale))
     x = x.transpose([*axes.x_free, *axes.x_summed]).reshape([*height, len(codes)])
     matrix = rounding.weight(ChannelWeight(codes, scale, 1, bits))  # [terms, channels]
     total = rounding.product(Dot((((x.ndim - 1,), (0,)), ((), ())), x.ndim), x, matrix)
     return total.reshape([*height, *width]).transpose(axes.order)
-
-
-def product(kernel: Kernel, x: Array, w: Array) -> Array:
-    """Returns the product of two arrays of floats."""
-    if isinstance(kernel, Conv):
-        return lax.conv_general_dilated(
-            x,
-            w,
-            kernel.strides,
-            kernel.padding,
-            kernel.input_dilation,
-            kernel.kernel_dilation,
-            kernel.dimension_numbers,
-            feature_group_count=kernel.groups,
-        )
-    left, right = (w, x) if kernel.swapped else (x, w)
-    return lax.dot_general(left, right, kernel.dimension_numbers)

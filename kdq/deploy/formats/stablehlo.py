@@ -5,9 +5,8 @@ program: codes in their own 2, 4 or 8 bits.
 """
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq.deploy.formats import container, packing
+from kdq.deploy.formats import container
 from kdq.deploy.formats.runtime import Runtime, any_batch, example_specs, flatten_inputs
 from kdq.deploy.lower.model import IntegerModel
 from kdq.quantize.inputs import Batch
@@ -33,6 +32,9 @@ class Program:
     arguments: tuple[Array, ...]
     metadata: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        self._call = jax.jit(self.exported.call)
+
     def __call__(self, *inputs: Array) -> Array:
         """Returns the outputs, for a batch of any size; compiled once for each."""
         return self._call(self.arguments, *inputs)
@@ -40,10 +42,6 @@ class Program:
     def runtime(self) -> Runtime:
         """Returns the program as a function of a batch, as other formats are loaded."""
         return Runtime(lambda inputs: self(*jax.tree.leaves(inputs)))
-
-    @functools.cached_property
-    def _call(self) -> Callable[..., Array]:
-        return jax.jit(self.exported.call)
 
 
 def save_stablehlo(
@@ -90,16 +88,11 @@ def _as_argument(array: Array) -> Array:
 
 def _pack(array: np.ndarray) -> np.ndarray:
     bits = FEW_BITS.get(array.dtype.name)
-    return array if bits is None else packing.pack(array.astype(np.int8) + 2 ** (bits - 1), bits)
+    return array if bits is None else container.pack(array.astype(np.int8) + 2 ** (bits - 1), bits)
 
 
 def load_stablehlo(path: str | os.PathLike[str]) -> Program:
-    """Loads a program.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ContainerError: it is none, or a damaged one.
-    """
+    """Loads a program. Raises FileNotFoundError, or ContainerError for a damaged or other file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no StableHLO program at {path}")
@@ -122,5 +115,5 @@ def _unpack(array: np.ndarray, dtype: str, shape: Sequence[int]) -> Array:
     bits = FEW_BITS.get(dtype)
     if bits is None:
         return jnp.asarray(array.reshape(shape))
-    codes = packing.unpack(array, bits, int(np.prod(shape))).astype(np.int8) - 2 ** (bits - 1)
+    codes = container.unpack(array, bits, int(np.prod(shape))).astype(np.int8) - 2 ** (bits - 1)
     return _as_argument(jnp.asarray(codes.reshape(shape)).astype(dtype))

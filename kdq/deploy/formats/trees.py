@@ -52,7 +52,10 @@ class Structure:
 
 def name_of(path: Sequence[str]) -> str:
     """Returns the name of the array at these keys."""
-    return "/".join(map(_encode, path))
+    encoded = [quote(key, safe=" ", errors="surrogatepass") for key in path]
+    # safetensors has an entry of that name itself.
+    escape = lambda key: key.replace("_", "%5F", 1) if key == "__metadata__" else key
+    return "/".join(map(escape, encoded))
 
 
 def path_of(name: str, encoded: bool = True) -> Path:
@@ -66,9 +69,7 @@ def path_of(name: str, encoded: bool = True) -> Path:
 def flatten(tree: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the arrays of a tree by name, and the fields of its `Structure` that are not empty.
 
-    Raises:
-      ValueError: a key that is no string, a leaf that is no array, number or PRNG key, a container
-        or box that can't be named; says where.
+    Raises ValueError for what a file can't hold, and says where it is.
     """
     arrays, nodes, dtypes, weak = {}, {}, {}, []
     for path, kind, leaf in _walk(tree, ()):
@@ -93,12 +94,18 @@ def unflatten(
     Names are percent-encoded (`encoded`), as they were not always. Raises ValueError for names or a
     structure that are no tree's.
     """
+    root: dict[str, Any] = {}
     for name in {*structure.dtypes, *structure.weak} - arrays.keys():
         raise ValueError(f"dtypes, weak: there is no array {name!r}")
-    root: dict[str, Any] = {}
     for name, array in arrays.items():
         leaf = _restored(array, structure.dtypes.get(name), name)
-        leaf = _weakly_typed(leaf, name) if name in structure.weak else leaf
+        if name in structure.weak:
+            number = _NUMBERS.get(leaf.dtype.name)
+            if number is None:
+                raise ValueError(f"weak: {name!r} is {leaf.dtype}, which never is weakly typed")
+            # Only what is made from a Python number is weakly typed, and stays so when written to.
+            weak = jnp.full(leaf.shape, number)
+            leaf = weak.at[...].set(leaf) if weak.dtype == leaf.dtype else leaf
         _insert(root, path_of(name, encoded), leaf)
     # Children before parents, so that a container is complete when it becomes what it was.
     for name in sorted(structure.nodes, key=lambda name: -name.count("/")):
@@ -107,11 +114,8 @@ def unflatten(
 
 
 def _walk(node: Any, path: Path) -> Iterator[tuple[Path, Any, Any]]:
-    """Yields leaves, and what nodes are that are not dicts with something in them.
-
-    Yields:
-      The keys; the kind, as in `Structure.nodes`, or None; the leaf, or NO_LEAF.
-    """
+    """Yields leaves, and what nodes are that are not dicts with something in them: the keys; the
+    kind, as in `Structure.nodes`, or None; the leaf, or NO_LEAF."""
     where = "/".join(path)
     if len(path) > DEEPEST:
         raise ValueError(f"{where[:60]!r}...: expected at most {DEEPEST} keys")
@@ -189,15 +193,6 @@ def _restored(array: np.ndarray, dtype: str | None, name: str) -> Any:
     return jax.device_put(array)
 
 
-def _weakly_typed(array: Any, name: str) -> Any:
-    number = _NUMBERS.get(array.dtype.name)
-    if number is None:
-        raise ValueError(f"weak: {name!r} is {array.dtype}, which never is weakly typed")
-    # Only what is made from a Python number is weakly typed, and stays so when it is written to.
-    weak = jnp.full(array.shape, number)
-    return weak.at[...].set(array) if weak.dtype == array.dtype else array
-
-
 def _insert(root: dict[str, Any], path: Path, leaf: Any) -> None:
     *parents, last = path
     node = root
@@ -215,44 +210,32 @@ def _convert(root: dict[str, Any], path: Path, kind: Any, name: str) -> None:
     if kind in ("dict", "none"):
         _insert(root, path, {} if kind == "dict" else None)
         return
-    if kind in ("list", "tuple") and not _has(root, path):
-        _insert(root, path, {})
-    if not _has(root, path):
-        raise ValueError(f"nodes: there is nothing at {name!r}")
     *parents, last = path
-    place = root
+    place: Any = root
     for key in parents:
-        place = place[key]
-    place[last] = _converted(place[last], kind, name)
-
-
-def _converted(node: Any, kind: Any, name: str) -> Any:
+        place = place.get(key) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or last not in place:
+        if kind not in ("list", "tuple"):
+            raise ValueError(f"nodes: there is nothing at {name!r}")
+        _insert(root, path, {})
+        _convert(root, path, kind, name)
+        return
+    node = place[last]
+    is_array = hasattr(node, "dtype")
     if kind in ("list", "tuple"):
         if not isinstance(node, dict) or set(node) != set(map(str, range(len(node)))):
             raise ValueError(f"nodes: {name!r} is no {kind}")
         items = [node[str(index)] for index in range(len(node))]
-        return items if kind == "list" else tuple(items)
-    if isinstance(kind, str) and kind in _SCALARS:
-        if not hasattr(node, "dtype") or node.shape != ():
+        place[last] = items if kind == "list" else tuple(items)
+    elif isinstance(kind, str) and kind in _SCALARS:
+        if not is_array or node.shape != ():
             raise ValueError(f"nodes: {name!r} is no {kind}")
-        return _SCALARS[kind](node.item())
-    if isinstance(kind, Mapping) and len(kind) == 1 and set(kind) <= set(_BOXES):
+        place[last] = _SCALARS[kind](node.item())
+    elif isinstance(kind, Mapping) and len(kind) == 1 and set(kind) <= set(_BOXES):
         ((box, names),) = kind.items()
-        if not hasattr(node, "dtype") or not isinstance(names, list | tuple):
+        if not is_array or not isinstance(names, list | tuple):
             raise ValueError(f"nodes: {name!r} is no array with names of its axes: {names!r}")
-        return _BOXES[box](node, names=tuple(tuple(n) if isinstance(n, list) else n for n in names))
-    raise ValueError(f"nodes: {name!r} is {str(kind)[:60]!r}: unknown")
-
-
-def _has(root: Mapping[str, Any], path: Path) -> bool:
-    node: Any = root
-    for key in path:
-        if not isinstance(node, dict) or key not in node:
-            return False
-        node = node[key]
-    return True
-
-
-def _encode(key: str) -> str:
-    encoded = quote(key, safe=" ", errors="surrogatepass")
-    return encoded.replace("_", "%5F", 1) if encoded == "__metadata__" else encoded
+        names = tuple(tuple(n) if isinstance(n, list) else n for n in names)
+        place[last] = _BOXES[box](node, names=names)
+    else:
+        raise ValueError(f"nodes: {name!r} is {str(kind)[:60]!r}: unknown")

@@ -1,6 +1,6 @@
 """Lowering: a simulated model becomes one whose layers multiply integers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,11 +10,10 @@ import numpy as np
 
 from kdq import quantize
 from kdq.deploy import qtensor
+from kdq.deploy.flow.layer import LayerCode
 from kdq.deploy.integer_layer import IntegerLayer, MadeLayer, Rounded, make_integer_layer
-from kdq.deploy.lower.float_layer import LOWERED, FloatLayer
-from kdq.deploy.lower.folding import align_with_bias, broadcast_to_axes, rounded_biases
-from kdq.deploy.lower.model import IntegerModel, Static, StaticLayer
-from kdq.deploy.lower.trace import LayerCode, Structure, trace_structure
+from kdq.deploy.lower.model import LOWERED, FloatLayer, IntegerModel, Static, StaticLayer
+from kdq.deploy.lower.trace import Structure, trace_structure
 from kdq.quantize.grid import Quantizer
 from kdq.quantize.inputs import Batch, Inputs, as_inputs, unboxed
 from kdq.quantize.kinds import Unsupported
@@ -24,7 +23,7 @@ from kdq.quantize.paths import at_path, copied, unknown_layer
 from kdq.quantize.ptq import norms as norms_lib
 from kdq.quantize.ptq.norms import Norm
 from kdq.quantize.ptq.watch import output_channels
-from kdq.types import QParams, Variables
+from kdq.types import Array, Variables
 
 
 def lower(
@@ -63,18 +62,26 @@ def lower(
     variables, qparams = unboxed(weights.variables), quantize.plain(weights.qparams)
     call = Inputs(*batch.args, **kwargs | batch.kwargs)
     structure = trace_structure(network, variables, call)
+    for path in qparams:
+        if path in structure.unquantized:
+            raise ValueError(
+                f"qparams quantize {path!r}, which must stay in float: "
+                f"{structure.unquantized[path]}; calibrate anew"
+            )
+        if path not in structure.layers:
+            raise unknown_layer("qparams", path, variables.get("params", {}))
     in_float = {path: "no rule quantizes it" for path in structure.layers if path not in qparams}
     in_float |= structure.unquantized
-    lowered = _lower_layers(structure, variables, qparams)
-    grids = _number_grids(qparams, lowered)
+    lowered = {path: _lower_layer(path, structure, variables, qparams[path]) for path in qparams}
     params, layers, biases, folded = dict(variables.get("params", {})), {}, {}, set()
+    numbers: dict[Any, int] = {}  # of the grids
     for path, layer in lowered.items():
         info = structure.layers[path]
-        biases |= rounded_biases(variables, info, layer.norm, layer.rounded)
+        biases |= _rounded_biases(variables, info, layer.norm, layer.rounded)
         in_float |= layer.reasons
         folded |= {layer.norm.path} if layer.norm is not None else set()
         arrays = copied(params, path, "qparams")
-        layers[path] = _replace_arrays(arrays, info, qparams[path], layer, grids.get(path, {}))
+        layers[path] = _replace_arrays(arrays, info, qparams[path], layer, numbers)
     for path in folded:
         in_float.pop(path, None)
     static = Static(
@@ -84,12 +91,8 @@ def lower(
         in_float=tuple(in_float.items()),
         fixed_point=fixed_point,
     )
-    return IntegerModel(
-        variables={**variables, "params": params},
-        keywords=Inputs(**kwargs),
-        biases=biases,
-        static=static,
-    )
+    variables = {**variables, "params": params}
+    return IntegerModel(variables, keywords=Inputs(**kwargs), biases=biases, static=static)
 
 
 class _LoweredLayer(NamedTuple):
@@ -100,21 +103,6 @@ class _LoweredLayer(NamedTuple):
     largest: int = 0  # a bound of its sums
     norm: Norm | None = None  # the batch norm that is part of it
     rounded: tuple[Rounded | None, ...] = ()  # its bias; of each layer of a stack
-
-
-def _lower_layers(
-    structure: Structure, variables: Variables, qparams: QParams
-) -> dict[str, _LoweredLayer]:
-    """Lowers each layer that `qparams` quantize, by path."""
-    for path in qparams:
-        if path in structure.unquantized:
-            raise ValueError(
-                f"qparams quantize {path!r}, which must stay in float: "
-                f"{structure.unquantized[path]}; calibrate anew"
-            )
-        if path not in structure.layers:
-            raise unknown_layer("qparams", path, variables.get("params", {}))
-    return {path: _lower_layer(path, structure, variables, qparams[path]) for path in qparams}
 
 
 def _lower_layer(
@@ -132,16 +120,6 @@ def _lower_layer(
         return _make_stack(*arguments, None)._replace(reasons=reasons)
     except Unsupported as error:
         return _LoweredLayer(None, {path: str(error)})
-
-
-class _Arrays(NamedTuple):
-    """The arrays of a layer and of the norm behind it."""
-
-    inputs: dict[str, qtensor.InputGrid]
-    weight: qtensor.QTensor | None
-    bias: np.ndarray | None
-    factor: np.ndarray | None  # of the norm, by channel
-    offset: np.ndarray | None
 
 
 def _make_stack(
@@ -166,7 +144,7 @@ def _make_stack(
         weight = qtensor.from_quantizer(params[info.weight_name], quantizers["weights"])
         bias = None if "bias" not in params else np.asarray(params["bias"], np.float64)
     affine = (None, None) if norm is None else norms_lib.affine(norm, variables)
-    arrays = _Arrays(inputs, weight, bias, *affine)
+    arrays = (inputs, weight, bias, *affine)
     layers = []
     for index in np.ndindex(info.stack):
         part = jax.tree.map(lambda array: array[index], arrays) if index else arrays  # noqa: B023
@@ -180,46 +158,27 @@ def _make_stack(
 
 
 def _make_layer(
-    info: LayerInfo, calls: list[LayerCode], arrays: _Arrays, norm: Norm | None
+    info: LayerInfo, calls: list[LayerCode], arrays: tuple, norm: Norm | None
 ) -> MadeLayer:
-    """Makes one layer of a stack."""
+    """Makes one layer of a stack of its arrays; the last two are the norm's, by channel."""
     inputs, weight, bias, factor, offset = arrays
     if norm is not None:
         channels = output_channels(info)
         if not set(norm.axes) <= set(channels):
             raise Unsupported(f"the norm's axes {norm.axes} are no output channels")
         axes = [channels[axis] for axis in norm.axes]
-        weight = qtensor.scaled(weight, broadcast_to_axes(factor, axes, len(info.weight_shape)))
+        weight = qtensor.scaled(weight, _broadcast_to_axes(factor, axes, len(info.weight_shape)))
         if bias is not None:
-            aligned = lambda values: align_with_bias(values, norm, info, bias.ndim)
+            aligned = lambda values: _align_with_bias(values, norm, info, bias.ndim)
             bias, offset = bias * aligned(factor) + aligned(offset), None
         else:
-            offset = broadcast_to_axes(offset, norm.axes, len(info.output_shape))
+            offset = _broadcast_to_axes(offset, norm.axes, len(info.output_shape))
     made = [
-        make_integer_layer(call.code, call.roles, inputs, weight, bias, offset) for call in calls
+        make_integer_layer(call.traced, call.roles, inputs, weight, bias, offset) for call in calls
     ]
     if len({str(jax.tree.map(jnp.shape, layer)) for layer, _, _ in made}) > 1:
         raise Unsupported("it is called with inputs of several ranks")
     return made[0]
-
-
-def _number_grids(
-    qparams: QParams, lowered: Mapping[str, _LoweredLayer]
-) -> dict[str, dict[str, int]]:
-    """Returns the same number for the same grid; a stack of layers has one of its own."""
-    numbers: dict[Any, int] = {}
-    grids: dict[str, dict[str, int]] = {}
-    for path, layer in lowered.items():
-        for operand in layer.layer.inputs if layer.layer is not None else ():
-            quantizer = qparams[path][operand]
-            content = tuple(
-                np.asarray(getattr(quantizer, name)).tobytes()
-                for name in ("scale", "zero_point", "qmin", "qmax")
-            )
-            same = (path, operand) if np.ndim(quantizer.qmin) else content
-            number = numbers.setdefault((same, quantizer.scale_format), len(numbers))
-            grids.setdefault(path, {})[operand] = number
-    return grids
 
 
 def _replace_arrays(
@@ -227,20 +186,85 @@ def _replace_arrays(
     info: LayerInfo,
     quantizers: Mapping[str, Quantizer],
     lowered: _LoweredLayer,
-    grids: Mapping[str, int],
+    numbers: dict[Any, int],
 ) -> StaticLayer:
-    """Puts what a layer was lowered to in place of its weight and bias; returns its static part."""
+    """Puts what a layer was lowered to in place of its weight and bias; returns its static part.
+
+    The same grid gets the same of the `numbers`; a stack of layers has grids of its own.
+    """
     weight = bias = None
-    inputs = {name: quantizers[name] for name in quantizers if name != "weights"}
-    lowered_to = FloatLayer(None, inputs) if lowered.layer is None else lowered.layer
     if "weights" in quantizers:
         array = arrays.pop(info.weight_name)
         weight = info.weight_name, jax.ShapeDtypeStruct(array.shape, array.dtype)
-        if lowered.layer is None:
-            codes = qtensor.from_quantizer(array, quantizers["weights"])
-            lowered_to = lowered_to.replace(weight=codes)
-    if lowered.layer is not None and "bias" in arrays:
+    if lowered.layer is None:
+        inputs = {name: quantizers[name] for name in quantizers if name != "weights"}
+        codes = None if weight is None else qtensor.from_quantizer(array, quantizers["weights"])
+        arrays[LOWERED] = FloatLayer(codes, inputs)
+        return StaticLayer(weight)
+    arrays[LOWERED] = lowered.layer
+    if "bias" in arrays:
         array = arrays.pop("bias")
         bias = jax.ShapeDtypeStruct(array.shape[len(info.stack) :], array.dtype)
-    arrays[LOWERED] = lowered_to
-    return StaticLayer(weight, bias, tuple(grids.items()), lowered.largest)
+    grids = []
+    for operand in lowered.layer.inputs:
+        quantizer = quantizers[operand]
+        fields = (quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax)
+        content = tuple(np.asarray(field).tobytes() for field in fields)
+        same = (info.path, operand) if np.ndim(quantizer.qmin) else content
+        number = numbers.setdefault((same, quantizer.scale_format), len(numbers))
+        grids.append((operand, number))
+    return StaticLayer(weight, bias, tuple(grids), lowered.largest)
+
+
+def _broadcast_to_axes(values: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
+    """Aligns values, one axis each for `axes` (negative), with an array of so many axes."""
+    shape = [1] * rank
+    values = values.transpose(np.argsort(axes))
+    for size, axis in zip(values.shape, sorted(axes), strict=True):
+        shape[axis] = size
+    return values.reshape(shape)
+
+
+def _align_with_bias(values: np.ndarray, norm: Norm, layer: LayerInfo, rank: int) -> np.ndarray:
+    """Aligns numbers of a norm's channels with the bias of the layer before it."""
+    places = list(output_channels(layer))
+    axes = [places.index(axis) - len(places) for axis in norm.axes]
+    return _broadcast_to_axes(values, axes, rank)
+
+
+def _rounded_biases(
+    variables: Variables,
+    layer: LayerInfo,
+    norm: Norm | None,
+    rounded: Sequence[Rounded | None],
+) -> dict[str, Array]:
+    """Returns the bias, by path, that an integer layer adds: its own, or else that of its norm.
+
+    `rounded` has the change by rounding for each layer of a stack; None for one without a bias.
+    """
+    biases: dict[str, Array] = {}
+
+    def add(path: str, params: Variables, place: tuple[int, ...], added: np.ndarray) -> None:
+        bias = biases.get(path, params["bias"])
+        total = np.array(bias, np.float64)
+        total[place] += added
+        biases[path] = jnp.asarray(total, bias.dtype)
+
+    factor = None if norm is None else norms_lib.affine(norm, variables)[0]
+    norm_params = {} if norm is None else norms_lib.params_of(norm, variables)
+    for place, change in zip(np.ndindex(layer.stack), rounded, strict=False):
+        if change is None:
+            continue
+        if change.index is not None:
+            params = at_path(variables["params"], layer.path)
+            added = np.zeros(params["bias"][place].shape)
+            spread = np.broadcast_to(change.added, change.index.shape)
+            added.flat[change.index.ravel()] = spread.ravel()
+            if factor is not None:
+                by = _align_with_bias(factor[place], norm, layer, added.ndim)
+                by = np.broadcast_to(by, added.shape)
+                added = np.divide(added, by, out=np.zeros_like(added), where=by != 0)
+            add(layer.path, params, place, added)
+        elif "bias" in norm_params and change.added.size == factor[place].size:
+            add(norm.path, norm_params, place, change.added.reshape(factor[place].shape))
+    return biases

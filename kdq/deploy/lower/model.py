@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -10,17 +9,28 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from kdq.deploy import jaxprs
-from kdq.deploy.flow.inline import inline
+from kdq.deploy import primitives
 from kdq.deploy.flow.layer import LayerCall, call_layer
 from kdq.deploy.flow.run import run as run_flow
-from kdq.deploy.lower.float_layer import LOWERED, FloatLayer, call_in_float, look_up
 from kdq.deploy.lower.trace import trace_layer
+from kdq.deploy.qtensor import QTensor
 from kdq.quantize.calls import ModuleCall
+from kdq.quantize.grid import Quantizer
 from kdq.quantize.inputs import Batch, Inputs, as_inputs, reboxed, unboxed
 from kdq.quantize.network import Network, Weights
 from kdq.quantize.paths import copied
+from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, Variables
+
+# Where a layer finds what it computes with: in "params", which Linen's lifted transforms slice.
+LOWERED = "_lowered"
+
+
+class FloatLayer(flax.struct.PyTreeNode):
+    """A layer that multiplies floats: its weight is kept as codes if it was quantized."""
+
+    weight: QTensor | None
+    inputs: dict[str, Quantizer]  # what its inputs are rounded by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +74,9 @@ class IntegerModel(flax.struct.PyTreeNode):
     def simulated(self, variables: Variables) -> Variables:
         """Returns `variables`, those that were lowered, with the biases that this model adds.
 
-        A bias of an integer layer is an int32 at the scale of its sums, which at few bits is coarse
-        enough to move codes. Simulated with these variables (`quantize.apply`, a packed file of
-        them), every layer gets the codes that this model has. Where a batch norm is part of a layer
-        without a bias, it is the norm's that changes.
+        A bias of an integer layer is an int32 at the scale of its sums, at few bits coarse enough
+        to move codes. Simulated with these variables, every layer gets the codes that this model
+        has. Where a batch norm is part of a layer without a bias, it is the norm's that changes.
         """
         changed = unboxed(variables)
         params = dict(changed.get("params", {}))
@@ -97,28 +106,18 @@ class IntegerModel(flax.struct.PyTreeNode):
             sums. Of a later call of a layer PATH is PATH#2, ... Layers of a stack are in it if they
             are unrolled.
         """
-        traced, structure, leaves = self._trace(inputs)
+        traced, structure, leaves = self.trace(inputs)
+        integers, fixed_point = {} if integers is None else integers, self.static.fixed_point
         outputs = run_flow(
-            traced,
-            leaves,
-            unroll=unroll,
-            integers={} if integers is None else integers,
-            fixed_point=self.static.fixed_point,
+            traced, leaves, unroll=unroll, integers=integers, fixed_point=fixed_point
         )
         return jax.tree.unflatten(structure, outputs)
 
-    def evaluate(self, inputs: Batch, binder: Callable[[core.Jaxpr], jaxprs.RunEquation]) -> Array:
-        """Returns the outputs by `binder(program)` for each equation of the model, to be traced.
+    def trace(self, inputs: Batch) -> tuple[core.ClosedJaxpr, Any, list[Array]]:
+        """Returns the model with layers as equations, the tree of its outputs, its arguments.
 
-        A layer is one equation, `flow.layer.layer_p`, between floats. Layers of a stack are
-        unrolled.
+        A layer is one equation, `flow.layer.layer_p`, between floats.
         """
-        traced, structure, leaves = self._trace(inputs)
-        flat = inline(traced, leaves, unroll=True)
-        return jax.tree.unflatten(structure, jaxprs.evaluate(flat, leaves, binder(flat.jaxpr)))
-
-    def _trace(self, inputs: Batch) -> tuple[core.ClosedJaxpr, Any, list[Array]]:
-        """Returns the model with layers as equations, the tree of its outputs, its arguments."""
         batch = as_inputs(inputs)
         call = Inputs(*batch.args, **{**self.keywords.kwargs, **batch.kwargs})
         forward = functools.partial(_forward, self.static)
@@ -150,10 +149,12 @@ def _call_lowered(static: Static, call: ModuleCall) -> Any:
     if kind is None or not call.module.has_variable("params", LOWERED):
         return call.run()
     lowered = call.module.get_variable("params", LOWERED)
-    if not kind.methods[call.method]:
-        return look_up(lowered.weight, call)
+    if not kind.methods[call.method]:  # a table, of which only the rows asked for become floats
+        dtype = call.module.dtype
+        rows = primitives.rows(call.argument(0, "inputs"), lowered.weight)
+        return rows if dtype is None else rows.astype(dtype)
     if isinstance(lowered, FloatLayer):
-        return call_in_float(lowered, call)
+        return _call_in_float(lowered, call)
     layer = dict(static.layers)[call.path]
     params = {}
     if lowered.weight is not None:  # in a loop the layer is one of a stack
@@ -162,12 +163,25 @@ def _call_lowered(static: Static, call: ModuleCall) -> Any:
         params["bias"] = layer.bias
     code, numbers = trace_layer(call, params), dict(layer.grids)
     layer_call = LayerCall(
+        **vars(code),
         path=call.path,
-        traced=code.code,
-        roles=code.roles,
-        operands=code.operands,
         grids=tuple(numbers[operand] for operand in code.operands),
         structure=jax.tree.structure(lowered),
         largest=layer.largest,
     )
     return call_layer(layer_call, lowered, list(call.operands.values()))
+
+
+def _call_in_float(lowered: FloatLayer, call: ModuleCall) -> Any:
+    """Calls a layer with its rounded inputs and weight."""
+    quantizers = lowered.inputs
+    rounded = {
+        k: fake_quantize(x, quantizers[k]) for k, x in call.operands.items() if k in quantizers
+    }
+    call, variables = call.with_operands(**rounded), dict(call.module.variables)
+    params = {k: v for k, v in variables.get("params", {}).items() if k != LOWERED}
+    if lowered.weight is not None:
+        params[call.kind.weight] = primitives.weight(lowered.weight)
+    free = call.module.clone(parent=None, name=None)
+    variables |= {"params": params}
+    return free.apply(variables, *call.args, method=call.method, **call.kwargs)

@@ -1,32 +1,23 @@
 """The layers of a model, as tracing shows them: their code in floats, and the norms behind them."""
 
 import collections
-import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from kdq.deploy.contraction import BIAS, INPUT, OTHER, WEIGHT
-from kdq.deploy.lower.folding import list_foldable
+from kdq.deploy.flow.layer import LayerCode
 from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import LayerInfo, list_layers, list_unquantized
 from kdq.quantize.network import Network, Weights
-from kdq.quantize.ptq.norms import Norm
+from kdq.quantize.ptq.norms import Norm, list_norms
 from kdq.types import Variables
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCode:
-    """The code of one call of a layer, in floats."""
-
-    code: core.ClosedJaxpr
-    roles: tuple[str, ...]  # of its arguments: inputs, weight, bias
-    operands: tuple[str, ...]  # names of its inputs
 
 
 class Structure(NamedTuple):
@@ -57,8 +48,8 @@ def _trace_structure(network: Network, structure: Any, leaves: tuple) -> Structu
     return Structure(
         layers,
         list_unquantized(network, variables, inputs),
-        list_code(network, variables, inputs),
-        list_foldable(network, variables, inputs, layers),
+        _list_code(network, variables, inputs),
+        _list_foldable(network, variables, inputs, layers),
     )
 
 
@@ -78,7 +69,14 @@ def trace_layer(call: ModuleCall, params: Mapping[str, Any]) -> LayerCode:
     return LayerCode(code, (*(INPUT, OTHER)[: len(operands)], *roles), tuple(operands))
 
 
-def list_code(
+def _run_with(network: Network, handler: Callable[[ModuleCall], Any]) -> Callable[..., Any]:
+    """Returns the float model as a function of variables and inputs, its calls handled."""
+    return lambda variables, inputs: network.run(
+        Weights(variables=variables, qparams={}), inputs, handler
+    )[0]
+
+
+def _list_code(
     network: Network, variables: Variables, inputs: Inputs
 ) -> dict[str, list[LayerCode | str]]:
     """Returns the code of every call of the layers that multiply, or why it can't be taken out."""
@@ -104,8 +102,48 @@ def list_code(
         inside.clear()
         return outputs
 
-    def forward(variables: Variables, inputs: Inputs) -> Any:
-        return network.run(Weights(variables=variables, qparams={}), inputs, record)[0]
-
-    jax.eval_shape(forward, variables, inputs)
+    jax.eval_shape(_run_with(network, record), variables, inputs)
     return calls
+
+
+def _list_foldable(
+    network: Network, variables: Variables, inputs: Inputs, layers: Mapping[str, LayerInfo]
+) -> dict[str, Norm]:
+    """Returns the batch norm of each layer whose output goes to that norm alone."""
+    if "batch_stats" not in variables:
+        return {}
+    norms = {
+        norm.source: norm
+        for norm in list_norms(network, variables, inputs).values()
+        if norm.source in layers and norm.stack == layers[norm.source].stack
+    }
+    behind = {norm.path for norm in norms.values()}
+
+    def tag(call: ModuleCall) -> Any:
+        path = call.path
+        if call.method == "__call__" and path in behind:
+            return call.argument(0, "x") * 1.0  # one use, whatever a norm does
+        outputs = call.run()
+        if call.method == "__call__" and path in norms:
+            return checkpoint_name(outputs, path)
+        return outputs
+
+    uses: collections.Counter[str] = collections.Counter()
+    _count_uses(jax.make_jaxpr(_run_with(network, tag))(variables, inputs).jaxpr, uses)
+    return {path: norm for path, norm in norms.items() if uses[path] == 1}
+
+
+def _count_uses(jaxpr: core.Jaxpr, uses: collections.Counter) -> None:
+    """Counts how often each named array is used."""
+    names = {
+        eqn.outvars[0]: eqn.params["name"] for eqn in jaxpr.eqns if eqn.primitive.name == "name"
+    }
+    for eqn in jaxpr.eqns:
+        uses.update(names[a] for a in eqn.invars if isinstance(a, core.Var) and a in names)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inner, core.ClosedJaxpr):
+                    _count_uses(inner.jaxpr, uses)
+                elif isinstance(inner, core.Jaxpr):
+                    _count_uses(inner, uses)
+    uses.update(names[a] for a in jaxpr.outvars if isinstance(a, core.Var) and a in names)

@@ -6,6 +6,7 @@ problem", ISSCC 2014; below 8 bits the fits of QKeras (qtools) to them. It says 
 of one kind needs less, not what a device draws.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -54,10 +55,6 @@ def modelled(layers: Mapping[str, LayerInfo], qparams: QParams) -> dict[str, Ene
     A layer computes with integers if weight and input both have bits, else with float32. Weights
     are in the smallest memory that holds those of all layers, activations in the smallest that
     holds those of any one.
-
-    Args:
-      layers: from `list_layers`.
-      qparams: the quantizers; what has none is float32.
     """
     bits = {path: layer_bits(qparams, path) for path in layers}
     reads = memories(layers, bits)
@@ -69,13 +66,12 @@ def memories(
 ) -> tuple[float, float]:
     """Returns the picojoules of a read of 64 bits of weights, and of activations.
 
-    Args:
-      layers: from `list_layers`.
-      bits: (weight bits, activation bits) of each.
+    `bits` are (weight bits, activation bits) of each layer.
     """
     weight_bits = sum(layer.weight_count * bits[path][0] for path, layer in layers.items())
-    moved = [moved_bits(layer, bits[path][1]) for path, layer in layers.items()]
-    return _read(weight_bits / 8), _read(max(moved, default=0) / 8)
+    moved = max((moved_bits(layer, bits[path][1]) for path, layer in layers.items()), default=0)
+    read = lambda size: next((energy for most, energy in SRAM if size <= most), DRAM)
+    return read(weight_bits / 8), read(moved / 8)
 
 
 def layer_energy(
@@ -87,7 +83,7 @@ def layer_energy(
     else:
         multiply = integer_multiply(weight_bits, activation_bits)
         add = integer_add(ACCUMULATOR_BITS)
-    moved = _moved(layer) * activation_bits * math.prod(layer.stack)
+    moved = moved_bits(layer, activation_bits) * math.prod(layer.stack)
     return Energy(
         arithmetic=1e-3 * layer.macs * (multiply + add),
         weights=1e-3 * layer.weight_count * weight_bits / 64 * memories[0],
@@ -97,18 +93,8 @@ def layer_energy(
 
 def moved_bits(layer: LayerInfo, bits: int) -> int:
     """Returns the bits that a layer reads and writes for one example, outputs as wide as inputs."""
-    return bits * _moved(layer)
-
-
-def _moved(layer: LayerInfo) -> int:
-    """Returns how many numbers a layer reads and writes for one example."""
     shapes = (layer.input_shape, layer.other_shape, layer.output_shape)
-    return sum(math.prod(shape[1:]) for shape in shapes if shape)
-
-
-def _read(size: float) -> float:
-    """Returns the picojoules of a read of 64 bits from a memory that holds `size` bytes."""
-    return next((energy for most, energy in SRAM if size <= most), DRAM)
+    return bits * sum(math.prod(shape[1:]) for shape in shapes if shape)
 
 
 def measured(
@@ -116,19 +102,14 @@ def measured(
 ) -> dict[str, Any] | None:
     """Measures the joules of a call, by the counters of the processor (RAPL) or of an NVIDIA GPU.
 
-    Everything else that the machine does in the meantime is counted too.
+    Everything else that the machine does in the meantime is counted too. `call` does its work once,
+    to the end; it is repeated for so many seconds at least. `root` has the counters of RAPL.
 
-    Args:
-      call: does its work once, to the end.
-      seconds: it is repeated for at least so long.
-      root: where Linux has the counters of RAPL.
-
-    Returns:
-      `{"joules", "calls", "source"}`; None where there is no counter: not measured.
+    Returns `{"joules", "calls", "source"}`; None where there is no counter: not measured.
     """
     for source, read in (("RAPL", lambda: _rapl(root)), ("NVML", _nvml)):
         before = read()
-        if before is None:
+        if not before:
             continue
         start, calls = time.perf_counter(), 0
         while calls == 0 or time.perf_counter() - start < seconds:
@@ -140,27 +121,25 @@ def measured(
     return None
 
 
-def _rapl(root: Path) -> dict[str, tuple[float, float]] | None:
-    """Reads `{package: (joules, at which it starts again from 0)}`."""
+def _rapl(root: Path) -> dict[str, tuple[float, float]]:
+    """Reads `{package: (joules, at which it starts again from 0)}`; {} without a counter."""
     counters = {}
     for zone in sorted(root.glob("intel-rapl:?")):  # those with a second number are parts of these
-        try:
+        with contextlib.suppress(OSError, ValueError):  # root alone may read it
             joules = 1e-6 * int((zone / "energy_uj").read_text())
             counters[zone.name] = joules, 1e-6 * int((zone / "max_energy_range_uj").read_text())
-        except (OSError, ValueError):  # root alone may read it
-            continue
-    return counters or None
+    return counters
 
 
-def _nvml() -> dict[str, tuple[float, float]] | None:
+def _nvml() -> dict[str, tuple[float, float]]:
+    """Reads the same of NVIDIA's GPUs, which never start again."""
     try:
         import pynvml  # noqa: PLC0415
     except ImportError:
-        return None
-    try:
+        return {}
+    with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         read = pynvml.nvmlDeviceGetTotalEnergyConsumption  # millijoules since the driver started
-        return {str(i): (1e-3 * read(handle), math.inf) for i, handle in enumerate(handles)} or None
-    except pynvml.NVMLError:
-        return None
+        return {str(i): (1e-3 * read(handle), math.inf) for i, handle in enumerate(handles)}
+    return {}

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -99,23 +98,18 @@ def measure(
     """
     timings: dict[str, dict[int, Timing]] = {name: {} for name in runtimes}
     for size in batches:
-        batch = jax.tree.map(functools.partial(_resize, size=size), inputs)
+        resize = lambda a, size=size: np.ascontiguousarray(np.resize(a, (size, *a.shape[1:])))
+        batch = jax.tree.map(resize, inputs)
         calls = {name: lambda run=run, batch=batch: run(batch) for name, run in runtimes.items()}
         for name, timing in take_turns(calls, base, **turns).items():
             timings[name][size] = timing
     return timings
 
 
-def _resize(array: np.ndarray, size: int) -> np.ndarray:
-    """Returns as many examples, repeated if there are fewer."""
-    return np.ascontiguousarray(np.resize(array, (size, *array.shape[1:])))
-
-
 def cores(threads: int | None) -> list[int]:
     """Returns the first cores that this process may use, as many as threads; None is all.
 
-    Raises:
-      ValueError: there are not as many.
+    Raises ValueError if there are not as many.
     """
     allowed = sorted(os.sched_getaffinity(0))
     if threads is not None and not 1 <= threads <= len(allowed):

@@ -21,41 +21,31 @@ def activation_bytes(lowered: IntegerModel, inputs: Batch) -> int:
     """Returns the most bytes that are alive at once between the operations on one example.
 
     An array is alive from the operation that makes it, or from the start if it is an input, to the
-    last that takes it. A layer is one operation: what its kernel needs inside is not counted.
-
-    Args:
-      lowered: see `lower`.
-      inputs: of one batch, arrays with a leading batch axis; only the shapes matter.
+    last that takes it. A layer is one operation: what its kernel needs inside is not counted. Of
+    `inputs`, arrays with a leading batch axis, only the shapes matter.
     """
     forward = lambda call: lowered.apply(call, unroll=True)
     program = jax.make_jaxpr(forward)(example_specs(inputs, 1)).jaxpr
-    needed = _needed(program)
-    last = {atom: i for i, eqn in enumerate(needed) for atom in _variables(eqn.invars)}
-    last |= dict.fromkeys(_variables(program.outvars), len(needed))
-    made = {*program.invars, *(out for eqn in needed for out in eqn.outvars)}
-    alive = sum(_bits(var.aval) for var in program.invars)
-    most = alive
-    for i, eqn in enumerate(needed):
-        alive += sum(_bits(out.aval) for out in eqn.outvars)
-        most = max(most, alive)
-        ended = {var for var in {*_variables(eqn.invars), *eqn.outvars} if last.get(var, i) == i}
-        alive -= sum(_bits(var.aval) for var in ended & made)
-    return -(-most // 8)
-
-
-def _needed(program: core.Jaxpr) -> list[core.JaxprEqn]:
-    """Returns the equations that the outputs need, of the inputs and not of weights alone."""
-    needed_variables, kept = set(_variables(program.outvars)), []
+    # The equations that the outputs need, of the inputs and not of weights alone.
+    kept, needed = [], []
+    used, reached = set(_variables(program.outvars)), set(program.invars)
     for eqn in reversed(program.eqns):
-        if not needed_variables.isdisjoint(eqn.outvars):
-            needed_variables |= set(_variables(eqn.invars))
+        if not used.isdisjoint(eqn.outvars):
+            used |= set(_variables(eqn.invars))
             kept.append(eqn)
-    reached, needed = set(program.invars), []
     for eqn in reversed(kept):
         if not reached.isdisjoint(_variables(eqn.invars)):
             reached |= set(eqn.outvars)
             needed.append(eqn)
-    return needed
+    last = {atom: i for i, eqn in enumerate(needed) for atom in _variables(eqn.invars)}
+    last |= dict.fromkeys(_variables(program.outvars), len(needed))
+    alive = most = sum(_bits(var.aval) for var in program.invars)
+    for i, eqn in enumerate(needed):
+        alive += sum(_bits(out.aval) for out in eqn.outvars)
+        most = max(most, alive)
+        ended = {var for var in {*_variables(eqn.invars), *eqn.outvars} if last.get(var, i) == i}
+        alive -= sum(_bits(var.aval) for var in ended & reached)
+    return -(-most // 8)
 
 
 def _variables(atoms: Any) -> list[core.Var]:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdq import quantize
 from kdq.deploy.formats.packed import PackedModel
 from kdq.deploy.lower.model import IntegerModel
 from kdq.quantize import grid
@@ -97,20 +96,10 @@ def layer_integers(integer: IntegerModel, inputs: Batch) -> dict[str, Array]:
     return integers
 
 
-def simulated_outputs(packed: PackedModel, integer: IntegerModel, inputs: Batch) -> Any:
-    """Returns the outputs that a file in its runtime is compared with: those of the simulation.
-
-    Its biases are those of the integer model, whatever the file's are.
-    """
-    variables = integer.simulated(packed.variables)
-    return quantize.predict(packed.network, variables, packed.qparams, inputs)
-
-
 def simulated_codes(packed: PackedModel, integer: IntegerModel, inputs: Batch) -> dict[str, Array]:
-    """Returns what the simulation rounds layers' inputs to, named as by `layer_integers`.
+    """Returns what the simulation, with the biases of the integer model, rounds layers' inputs to.
 
-    It has the biases of the integer model (`IntegerModel.simulated`), as the packed files of arms
-    have by themselves. Layers in a stack are left out.
+    They are named as by `layer_integers`. Layers in a stack are left out.
     """
     names = set(jax.eval_shape(layer_integers, integer, inputs))
 

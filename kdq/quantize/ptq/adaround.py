@@ -8,9 +8,8 @@ from absl import logging
 from kdq.quantize.inputs import Inputs
 from kdq.quantize.network import Network
 from kdq.quantize.ptq.options import Progress, ptq_method, quiet
-from kdq.quantize.ptq.order import prefixes
 from kdq.quantize.ptq.reconstruct import Settings, reconstruct
-from kdq.quantize.ptq.units import Unit, Watch, describe, why_not
+from kdq.quantize.ptq.units import Unit, Watch, describe, prefixes, why_not
 from kdq.types import QParams, Variables
 
 

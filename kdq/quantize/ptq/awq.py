@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,10 +100,13 @@ class _Watch:
 
     layer: LayerInfo
 
-    def __call__(self, state: tuple[Array, Array, Array], x: Array) -> tuple[Array, Array, Array]:
+    def __call__(self, state: tuple[Array, Array, Array], x: Array, counts: Array | None) -> Any:
         sums, count, gram = state
         rows = jnp.abs(matrices.by_channel(x, matrices.form(self.layer)).astype(jnp.float32))
-        return sums + rows.sum(1), count + rows.shape[1], gram + matrices.gram(self.layer, x)
+        samples = rows.shape[1]
+        if counts is not None:  # rows of padding are 0
+            samples = jnp.broadcast_to(counts, x.shape).sum() / rows.shape[0]
+        return sums + rows.sum(1), count + samples, gram + matrices.gram(self.layer, x)
 
 
 def _best(

@@ -16,7 +16,7 @@ from kdq.quantize.network import Network, Weights
 from kdq.quantize.paths import at_path, copied
 from kdq.quantize.ptq.norms import Norm, list_norms
 from kdq.quantize.ptq.options import Progress, ptq_method, quiet
-from kdq.quantize.ptq.order import in_order, stack_roots
+from kdq.quantize.ptq.units import in_order, stack_roots
 from kdq.quantize.ptq.watch import output_channels, outputs_of
 from kdq.types import Array, QParams, Variables
 
@@ -129,11 +129,13 @@ def _mean_outputs(network, variables, qparams, *, batches, kept) -> dict[str, np
 def _batch_sums(variables, qparams, inputs, *, network, kept):
     """{path: ((sum of the outputs of each channel, how many each is of), ...)}, an entry a call."""
 
-    def sums(output: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    def sums(output: Array, counts: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
         others = tuple(i for i in range(output.ndim) if i - output.ndim not in axes)
         # Of a mean: a sum over many positions would lose digits.
-        mean = output.astype(jnp.float32).mean(others)
-        elements = jnp.float32(output.size / mean.size)
+        where = None if counts is None else jnp.broadcast_to(counts, output.shape)
+        mean = output.astype(jnp.float32).mean(others, where=where)
+        size = output.size if where is None else where.sum()
+        elements = jnp.float32(size / mean.size)
         return mean * elements, elements
 
     takes = {path: partial(sums, axes=axes) for path, axes in kept}

@@ -15,13 +15,13 @@ from kdq.entropy import kl
 from kdq.quantize import calls
 from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs
+from kdq.quantize.masks import counted
 from kdq.quantize.network import Network, Weights
 from kdq.quantize.ptq.adaround import choose_layers
 from kdq.quantize.ptq.options import Progress, check_logits, ptq_method, quiet
-from kdq.quantize.ptq.order import prefixes
 from kdq.quantize.ptq.reconstruct import Settings, reconstruct, run_quantized
-from kdq.quantize.ptq.units import UNSEEN, Unit, Watch, describe, run_watched, why_not
-from kdq.quantize.ptq.weights import put_weights, weights_of
+from kdq.quantize.ptq.units import UNSEEN, Unit, Watch, describe, prefixes, run_watched, why_not
+from kdq.quantize.simulate import put_weights, weights_of
 from kdq.quantize.ste import fake_quantize
 from kdq.quantize.walk import EXTRAS, place
 from kdq.types import Array, QParams, Variables
@@ -205,11 +205,16 @@ def _importance(
         square = lambda g: g[index].astype(jnp.float32) ** 2
         parts.append(jax.tree.map(square, gradients[unit.path]))
     joined = jax.tree.map(lambda *g: jnp.concatenate(g), *parts)
-    return [_mean_1(joined[str(i)]) for i in range(len(unit.calls))]
+    calls_joined = [joined[str(i)] for i in range(len(unit.calls))]
+    return [_mean_1(squares, watch.counted(squares)) for squares in calls_joined]
 
 
-def _mean_1(weights: list[Array]) -> list[Array]:
-    mean = sum(w.sum() for w in weights) / sum(w.size for w in weights)
+def _mean_1(weights: list[Array], counts: list[Array] | None) -> list[Array]:
+    sizes = [w.size for w in weights]
+    if counts is not None:
+        sizes = [jnp.broadcast_to(c, w.shape).sum() for w, c in zip(weights, counts, strict=True)]
+        weights = [jnp.where(c, w, 0) for w, c in zip(weights, counts, strict=True)]
+    mean = sum(w.sum() for w in weights) / sum(sizes)
     if not np.isfinite(mean):
         raise ValueError("brecq: the gradients of KL are not finite")
     return [jnp.where(mean > 0, w / mean, 1.0) for w in weights]
@@ -239,6 +244,8 @@ def _gradients(target, weights, inputs, *, network, units):
 
     def divergence(nudges: Any) -> Array:
         outputs, _ = go({path: UNSEEN._replace(nudges=n) for path, n in nudges.items()})
-        return kl(reference, network.select_prediction(outputs)).sum()
+        counts = counted(inputs.mask, reference)
+        where = None if counts is None else counts.reshape(counts.shape[:-1])
+        return kl(reference, network.select_prediction(outputs)).sum(where=where)
 
     return jax.grad(divergence)(zeros)

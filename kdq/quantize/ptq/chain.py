@@ -83,7 +83,9 @@ def check(steps: Sequence[Mapping[str, Any]], where: str, *, categorical: bool =
         for option in GIVEN:
             if option in options:
                 raise ConfigError(f"{here}.{option}: not an option of {name!r}")
-        check_arguments(METHODS[name], options | dict.fromkeys(_required(name)), here)
+        parameters = inspect.signature(METHODS[name]).parameters.values()
+        required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+        check_arguments(METHODS[name], options | dict.fromkeys(required), here)
 
 
 def run(
@@ -128,9 +130,3 @@ def run(
     for step in (step for step in steps if step["method"] in AFTER):
         variables, qparams = go(step, variables, qparams, target=target, teacher=teacher)
     return Outcome(target=target, variables=variables, qparams=qparams)
-
-
-def _required(name: str) -> list[str]:
-    """The parameters of a method that have no default."""
-    parameters = inspect.signature(METHODS[name]).parameters.values()
-    return [p.name for p in parameters if p.default is inspect.Parameter.empty]

@@ -13,6 +13,7 @@ import numpy as np
 from kdq.entropy import kl
 from kdq.quantize.inputs import Batch, Inputs, as_batches, unboxed
 from kdq.quantize.layers import LayerInfo, list_layers
+from kdq.quantize.masks import counted
 from kdq.quantize.network import Network, Weights, as_network
 from kdq.quantize.ptq.options import Progress, quiet
 from kdq.quantize.ptq.watch import outputs_of
@@ -141,7 +142,7 @@ def measure_energies(
 @partial(jax.jit, static_argnames=("network", "depths"))
 def _energies(pairs, inputs, *, network, depths):
     """See `measure_energies`; of one batch."""
-    takes = {path: lambda output: output.astype(jnp.float32) for path, _ in depths}
+    takes = dict.fromkeys((path for path, _ in depths), _counting)
 
     def run(variables, qparams):
         return outputs_of(network, Weights(variables=variables, qparams=qparams), inputs, takes)
@@ -153,8 +154,15 @@ def _energies(pairs, inputs, *, network, depths):
             _signal_and_noise(clean[path], noisy[path], depth) for (_, clean), (_, noisy) in runs
         )
     whole = [(clean, noisy) for (clean, _), (noisy, _) in runs]
-    outputs = tuple(_signal_and_noise(*map(_floats, pair), 0) for pair in whole)
-    return energies, outputs, _divergences(network, whole)
+    floats = partial(_floats, mask=inputs.mask)
+    outputs = tuple(_signal_and_noise(*map(floats, pair), 0) for pair in whole)
+    return energies, outputs, _divergences(network, whole, inputs.mask)
+
+
+def _counting(output: Array, counts: Array | None) -> Array:
+    """An output in float32, 0 where it is padding."""
+    output = output.astype(jnp.float32)
+    return output if counts is None else jnp.where(counts, output, 0)
 
 
 def _signal_and_noise(
@@ -168,13 +176,16 @@ def _signal_and_noise(
     )
 
 
-def _floats(outputs: Any) -> list[Array]:
-    """The float arrays of a model's outputs."""
+def _floats(outputs: Any, mask: Array | None) -> list[Array]:
+    """The float arrays of a model's outputs, 0 where they are padding."""
     is_float = lambda a: jnp.issubdtype(jnp.result_type(a), jnp.floating)
-    return [jnp.float32(leaf) for leaf in jax.tree.leaves(outputs) if is_float(leaf)]
+    leaves = [leaf for leaf in jax.tree.leaves(outputs) if is_float(leaf)]
+    return [_counting(leaf, counted(mask, jnp.asarray(leaf))) for leaf in leaves]
 
 
-def _divergences(network: Network, pairs: Sequence[tuple[Any, Any]]) -> tuple[Array, ...] | None:
+def _divergences(
+    network: Network, pairs: Sequence[tuple[Any, Any]], mask: Array | None
+) -> tuple[Array, ...] | None:
     try:
         pairs = [tuple(map(network.select_prediction, pair)) for pair in pairs]
     except ValueError:
@@ -182,5 +193,7 @@ def _divergences(network: Network, pairs: Sequence[tuple[Any, Any]]) -> tuple[Ar
     logits = pairs[0][0]
     if not isinstance(logits, jax.Array) or not logits.ndim:
         return None
-    examples = jnp.float32(logits.size // logits.shape[-1])
-    return (*(kl(clean, noisy).sum() for clean, noisy in pairs), examples)
+    counts = counted(mask, logits)
+    where = None if counts is None else jnp.broadcast_to(counts[..., 0], logits.shape[:-1])
+    examples = logits.size // logits.shape[-1] if where is None else where.sum()
+    return (*(kl(clean, noisy).sum(where=where) for clean, noisy in pairs), jnp.float32(examples))

@@ -60,7 +60,8 @@ def gptq(
     paths = [path for path in layers if "weights" in qparams.get(path, {})]
     for path in progress(paths, "gptq"):
         layer, quantizers = layers[path], qparams[path]
-        before = {p: qparams[p] for p in _until(layers, path) if p in qparams}
+        earlier = list(layers)[: list(layers).index(path)]
+        before = {p: qparams[p] for p in earlier if p in qparams}
         weight = jnp.asarray(matrices.weight_of(variables, layer))
         if reason := _why_not(layer):
             logging.warning("gptq rounds layer %r to nearest: %s", path, reason)
@@ -83,11 +84,6 @@ def gptq(
     return variables, qparams
 
 
-def _until(layers: dict[str, LayerInfo], path: str) -> list[str]:
-    paths = list(layers)
-    return paths[: paths.index(path)]
-
-
 def _why_not(layer: LayerInfo) -> str:
     if "activations" not in layer.operands:
         return "a lookup multiplies nothing"
@@ -104,7 +100,9 @@ class _Hessian:
 
     layer: LayerInfo
 
-    def __call__(self, state: tuple[Array, Quantizer | None], x: Array) -> Any:
+    def __call__(
+        self, state: tuple[Array, Quantizer | None], x: Array, counts: Array | None = None
+    ) -> Any:
         hessian, quantizer = state
         seen = x if quantizer is None else fake_quantize(x, quantizer)
         return hessian + 2 * matrices.gram(self.layer, seen), quantizer

@@ -135,7 +135,7 @@ class ByChannel:
     layer: LayerInfo
     update: Callable[[Any, Array], Any]  # (state, [channels, samples] float32) -> state
 
-    def __call__(self, state: Any, x: Array) -> Any:
+    def __call__(self, state: Any, x: Array, counts: Array | None = None) -> Any:
         return self.update(state, by_channel(x, form(self.layer)).astype(jnp.float32))
 
 

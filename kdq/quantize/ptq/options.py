@@ -12,7 +12,7 @@ from kdq.quantize.network import Network, as_network
 from kdq.types import QParams, Variables
 
 T = TypeVar("T")
-# Wraps a loop under a description, as `kdq.data.progress.track` does with a length.
+# Wraps a loop under a description, as `kdq.data.sources.writing.track` does with a length.
 Progress = Callable[[Iterable[T], str], Iterable[T]]
 Method = Callable[..., tuple[Variables, QParams]]
 

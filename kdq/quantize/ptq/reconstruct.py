@@ -16,10 +16,9 @@ from kdq.quantize.kinds import weight_name
 from kdq.quantize.paths import at_path
 from kdq.quantize.ptq import adam, rounding
 from kdq.quantize.ptq.options import Progress, check_positive, quiet
-from kdq.quantize.ptq.order import in_order, stack_roots
-from kdq.quantize.ptq.units import Call, Unit, Watch
-from kdq.quantize.ptq.weights import put_weights, rounded, weights_of
+from kdq.quantize.ptq.units import Call, Unit, Watch, in_order, stack_roots
 from kdq.quantize.scales import replace_scales, scales
+from kdq.quantize.simulate import put_weights, rounded, weights_of
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
 
@@ -127,7 +126,7 @@ def reconstruct(
             variables=unit.variables(floats, index),
             qparams=unit.qparams(qparams, index),
             data=[
-                Example(arrays, float_arrays, targets, of_call)
+                Example(arrays, float_arrays, targets, _without_padding(watch, targets, of_call))
                 for (arrays, _), (float_arrays, targets), of_call in zip(
                     quantized, in_float, weights, strict=True
                 )
@@ -146,6 +145,23 @@ def reconstruct(
         variables = _with_weights(variables, unit, index, learned)
         qparams = _with_scales(qparams, unit, index, trained)
     return rounded(variables, qparams), qparams
+
+
+def _without_padding(
+    watch: Watch, targets: list[Array], importance: list[Array] | None
+) -> list[Array] | None:
+    """The importance of a call's errors, 0 at padding, so that a row's mean is over the rest."""
+    counts = watch.counted(targets)
+    if counts is None:
+        return importance
+    shares = []
+    for target, counted in zip(targets, counts, strict=True):
+        whole = jnp.broadcast_to(counted, target.shape).astype(jnp.float32)
+        others = tuple(range(1, target.ndim))
+        shares.append(whole / jnp.maximum(whole.mean(others, keepdims=True), 1e-30))
+    if importance is None:
+        return shares
+    return [share * w for share, w in zip(shares, importance, strict=True)]
 
 
 def _with_weights(variables, unit, index, weights) -> Variables:
@@ -346,8 +362,10 @@ def _mix(key: Array, drop: Array, call: Call, example: Example) -> list[Array]:
 def _row_errors(outputs: list[Array], example: Example) -> Array:
     """[rows]: the mean squared error of each, over the elements of all arrays."""
     pairs = zip(outputs, example.targets, strict=True)
-    squared = [(o - t).astype(jnp.float32) ** 2 for o, t in pairs]
+    errors = [(o - t).astype(jnp.float32) for o, t in pairs]
+    squared = [error**2 for error in errors]
     if example.importance is not None:
-        squared = [s * w for s, w in zip(squared, example.importance, strict=True)]
+        weighted = list(zip(errors, example.importance, strict=True))
+        squared = [jnp.where(w > 0, error, 0) ** 2 * w for error, w in weighted]
     per_row = [s.reshape(len(s), -1) for s in squared]
     return sum(s.sum(1) for s in per_row) / sum(s.shape[1] for s in per_row)

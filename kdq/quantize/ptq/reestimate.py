@@ -12,6 +12,7 @@ from absl import logging
 
 from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs
+from kdq.quantize.masks import counted
 from kdq.quantize.network import Network, Weights
 from kdq.quantize.paths import copied
 from kdq.quantize.ptq.norms import is_folded, list_norms
@@ -91,7 +92,11 @@ def _moments(weights, inputs, *, network, paths):
         ):
             object.__setattr__(module, field, value)
         x, mask = call.argument(0, "x"), call.kwargs.get("mask")
+        counts = counted(inputs.mask, x)
+        if counts is not None:
+            mask = counts if mask is None else counts & jnp.asarray(mask, bool)
         kwargs = {k: v for k, v in call.kwargs.items() if k != "use_running_average"}
+        kwargs |= {} if mask is None else {"mask": mask}
         outputs = dataclasses.replace(call, args=call.args[:1], kwargs=kwargs).run()
         mean, var = (module.get_variable("batch_stats", name) for name in ("mean", "var"))
         elements = x.size if mask is None else jnp.broadcast_to(mask, x.shape).sum()

@@ -26,7 +26,7 @@ from kdq.quantize.observe import observe
 from kdq.quantize.paths import at_path
 from kdq.quantize.ptq import matrices
 from kdq.quantize.ptq.channels import Consumer, Producer, Rescaling, output_axes, rescale
-from kdq.quantize.ptq.norms import Norm, is_folded, list_norms
+from kdq.quantize.ptq.norms import is_folded, list_norms
 from kdq.quantize.ptq.options import Progress, quiet
 from kdq.quantize.ptq.watch import output_channels
 from kdq.quantize.walk import walk
@@ -111,15 +111,13 @@ def _producers(
     scalable = {path: producer for path, producer in producers.items() if producer is not None}
     if "batch_stats" in variables:
         for norm in list_norms(network, variables, inputs).values():
-            if norm.source in scalable and _only_adds(norm, layers[norm.source], variables):
+            if norm.source not in scalable or not is_folded(norm, variables):
+                continue
+            layer = layers[norm.source]
+            if norm.axes == tuple(output_channels(layer)) and norm.stack == layer.stack:
                 scalable[norm.source] = dataclasses.replace(scalable[norm.source], norm=norm.path)
                 scalable.pop(norm.path, None)
     return scalable
-
-
-def _only_adds(norm: Norm, layer: LayerInfo, variables: Variables) -> bool:
-    channels = tuple(output_channels(layer))
-    return norm.axes == channels and norm.stack == layer.stack and is_folded(norm, variables)
 
 
 def _layer_producer(layer: LayerInfo) -> Producer | None:
@@ -197,7 +195,9 @@ class _Trial:
             logs = []
             for digits in codes:
                 seen = self._seen(noisy, producer, maps, _factor(digits))
-                logs.append({path: _log_ratio(seen[path], base[path]) for path in seen})
+                # The factor that came with an input, as a logarithm base 2; NaN if all is 0.
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    logs.append({path: np.log2(seen[path] / base[path]) / 2 for path in seen})
             changed = ""
             for path in self.watched:
                 rows = _read(np.stack([log[path] for log in logs]), codes)
@@ -266,12 +266,6 @@ def _codes(count: int, rng: np.random.Generator) -> np.ndarray:
 def _factor(digits: np.ndarray) -> np.ndarray:
     """1/2 to 2, and never 1."""
     return 2.0 ** (2 * (digits + 0.5) / BASE - 1)
-
-
-def _log_ratio(energy: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """The factor that came with an input, as a logarithm base 2; NaN if all is 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log2(energy / base) / 2
 
 
 def _read(logs: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from kdq.entropy import kl
 from kdq.quantize.inputs import Inputs
+from kdq.quantize.masks import counted
 from kdq.quantize.network import Network, Weights
 from kdq.quantize.ptq import adam, rounding
 from kdq.quantize.ptq.options import Progress, check_logits, check_positive, ptq_method, quiet
-from kdq.quantize.ptq.weights import put_weights, rounded, weights_of
 from kdq.quantize.scales import Scales, replace_scales, scales
+from kdq.quantize.simulate import put_weights, rounded, weights_of
 from kdq.quantize.ste import fake_quantize
 from kdq.types import Array, QParams, Variables
 
@@ -84,7 +86,7 @@ def teacher_guided(
     reference = _reference(network, variables if target is None else target, logits, batches)
     held = max(1, len(batches) // 4)
     unseen = list(zip(batches[:held], reference[:held], strict=True))
-    fitted = jax.tree.map(lambda *a: jnp.stack(a), *batches[held:]), reference[held:]
+    fitted = list(zip(batches[held:], reference[held:], strict=True))
     weights = Weights(variables=variables, qparams=qparams)
     search = _Search(network, weights, fitted, unseen, jnp.float32(temperature))
     options = {
@@ -101,18 +103,17 @@ def teacher_guided(
 
 def _reference(
     network: Network, variables: Variables, logits: list[Array] | None, batches: Sequence[Inputs]
-) -> Array:
-    """[batches, ..., classes]: the logits of the teacher; None: of the model. Raises ValueError."""
+) -> list[Array]:
+    """By batch [..., classes]: the logits of the teacher; None: of the model. Raises ValueError."""
     weights = Weights(variables=variables, qparams={})
-    shape = jax.eval_shape(partial(_logits, network), weights, batches[0])
-    check_logits("teacher_guided", "the model's outputs", shape)
+    shapes = [jax.eval_shape(partial(_logits, network), weights, inputs) for inputs in batches]
+    check_logits("teacher_guided", "the model's outputs", shapes[0])
     if logits is None:
         forward = jax.jit(partial(_logits, network))
         logits = [forward(weights, inputs) for inputs in batches]
-    for array in logits:
+    for array, shape in zip(logits, shapes, strict=True):
         check_logits("teacher_guided", "the teacher's outputs", array, shape.shape)
-    logits = jnp.stack(logits)
-    if not bool(jnp.isfinite(logits).all()):
+    if not all(bool(jnp.isfinite(array).all()) for array in logits):
         raise ValueError("teacher_guided: the teacher's logits are not finite")
     return logits
 
@@ -153,15 +154,20 @@ class _Search:
         phase = _Phase(
             weights=Weights(variables=self._float, qparams=qparams),
             below={path: codes for path, (codes, _) in started.items()},
-            data=self._fitted,
             options={**options, "start": self._start_kl, "temperature": self._temperature},
         )
         state = adam.start(({p: v for p, (_, v) in started.items()}, _to_log(scales(qparams))))
         ends = sorted({round(steps * i / checks) for i in range(1, checks + 1)} - {0})
+        pick = lambda n: jax.random.randint(
+            jax.random.fold_in(options["key"], n), (), 0, len(self._fitted)
+        )
+        picks = np.asarray(jax.vmap(pick)(jnp.arange(steps)))  # a step sees one batch
         step = 0
         for end in progress(ends, f"teacher_guided: {name}"):
             for number in range(step, end):
-                state = _step(state, phase, number, network=self._network)
+                state = _step(
+                    state, phase, self._fitted[picks[number]], number, network=self._network
+                )
             step = end
             weights = _decide(state[0], phase)
             if (value := self._measure(weights)) < self.best:
@@ -173,22 +179,23 @@ class _Phase(NamedTuple):
 
     weights: Weights  # float variables, and the quantizers at its start
     below: dict[str, Array]  # the codes below each weight whose rounding is soft
-    data: tuple[Inputs, Array]  # the batches, stacked, and the logits to reproduce
     options: dict[str, Any]
 
 
 @partial(jax.jit, static_argnames=("network",))
 def _held_out(weights, inputs, reference, temperature, *, network):
-    return _softened(reference, _logits(network, weights, inputs), temperature)
+    return _softened(reference, _logits(network, weights, inputs), temperature, inputs.mask)
 
 
-def _softened(reference: Array, logits: Array, temperature: Array) -> Array:
-    """T² KL at the temperature T, the mean over all examples."""
-    return temperature**2 * kl(reference / temperature, logits / temperature).mean()
+def _softened(reference: Array, logits: Array, temperature: Array, mask: Array | None) -> Array:
+    """T² KL at the temperature T, the mean over all examples, or positions, that count."""
+    counts = counted(mask, logits)
+    where = None if counts is None else jnp.broadcast_to(counts[..., 0], logits.shape[:-1])
+    return temperature**2 * kl(reference / temperature, logits / temperature).mean(where=where)
 
 
 @partial(jax.jit, static_argnames=("network",), donate_argnames=("state",))
-def _step(state, phase, number, *, network):
+def _step(state, phase, batch, number, *, network):
     """One step of Adam; rounding is soft where there are codes below."""
     variables, qparams = phase.weights.variables, phase.weights.qparams
     options, below = phase.options, phase.below
@@ -204,12 +211,11 @@ def _step(state, phase, number, *, network):
             path: {k: q for k, q in quantizers.items() if k != "weights" or path not in soft}
             for path, quantizers in now.items()
         }
-        batch_key = jax.random.fold_in(options["key"], step)
-        pick = jax.random.randint(batch_key, (), 0, len(phase.data[1]))
-        inputs, reference = jax.tree.map(lambda a: a[pick], phase.data)
+        inputs, reference = batch
         weights = Weights(variables={**variables, "params": params}, qparams=rest)
         logits = _logits(network, weights, inputs)
-        total = _softened(reference, logits, options["temperature"]) / options["start"]
+        divergence = _softened(reference, logits, options["temperature"], inputs.mask)
+        total = divergence / options["start"]
         if not soft:
             return total
         beta, on = rounding.annealed_beta(step, options["steps"])

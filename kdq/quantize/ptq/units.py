@@ -6,7 +6,7 @@ and aims at the outputs of the float model: asymmetric reconstruction (AdaRound,
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdq.quantize import masks as masks_lib
 from kdq.quantize import simulate
 from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs
 from kdq.quantize.kinds import kind_of
 from kdq.quantize.layers import list_layers
 from kdq.quantize.network import Network, Weights
-from kdq.quantize.paths import at_path
-from kdq.quantize.ptq.order import prefixes
+from kdq.quantize.paths import at_path, has_path
 from kdq.quantize.walk import walk, without_extras
 from kdq.types import Array, QParams, Variables
 
@@ -257,6 +257,24 @@ class Watch:
             )
         return joined
 
+    def counted(self, arrays: Sequence[Array]) -> list[Array] | None:
+        """Which elements of joined arrays are no padding, in shapes that broadcast to theirs.
+
+        None if all are. An array without positions counts whole.
+        """
+        masks = [inputs.mask for inputs in self.batches]
+        shape = next((mask.shape for mask in masks if mask is not None), None)
+        if shape is None:
+            return None
+        rows = (inputs.rows for inputs in self.batches)
+        whole = [
+            np.ones((n, *shape[1:]), bool) if mask is None else np.asarray(mask)
+            for n, mask in zip(rows, masks, strict=True)
+        ]
+        mask = jnp.concatenate(whole)
+        pairs = [(array, masks_lib.counted(mask, array)) for array in arrays]
+        return [jnp.ones((1,) * a.ndim, bool) if c is None else c for a, c in pairs]
+
 
 def _join(parts: tuple[Array, ...], has_rows: bool, path: str) -> Array:
     if has_rows:
@@ -292,3 +310,49 @@ def why_not(unit: Unit) -> str:
         except flax.errors.FlaxError as error:
             return f"it needs what is outside of it: {error}"
     return ""
+
+
+def in_order(
+    stacks: Mapping[str, tuple[int, ...]], roots: Sequence[str]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Each piece at each place of its stack; under one root all of the first place come first.
+
+    `stacks` are {path: leading axes of its parameters} in the order in which the model calls them.
+    """
+    groups: dict[Any, list[tuple[str, tuple[int, ...]]]] = {}
+    for path, stack in stacks.items():
+        root = next((root for root in roots if stack and _inside(path, root)), (path,))
+        groups.setdefault(root, []).extend((path, index) for index in np.ndindex(*stack))
+    for group in groups.values():
+        yield from sorted(group, key=lambda place: place[1][:1])
+
+
+def stack_roots(network: Network, variables: Variables, inputs: Inputs) -> list[str]:
+    """Paths of the outermost modules whose parameters a lifted transform slices."""
+    sliced: list[str] = []
+
+    def record(call: ModuleCall, extras: Any) -> tuple[Any, Any]:
+        path = call.path
+        if has_path(variables["params"], path):
+            shapes = [a.shape for a in jax.tree.leaves(call.module.variables.get("params", {}))]
+            whole = [a.shape for a in jax.tree.leaves(at_path(variables["params"], path))]
+            # Some calls of lifted transforms are made on a module that has nothing yet.
+            if shapes and shapes != whole and not any(_inside(path, root) for root in sliced):
+                sliced.append(path)
+        return call.run(), extras
+
+    def forward(variables: Variables, inputs: Inputs) -> Any:
+        return walk(network, Weights(variables=variables, qparams={}), inputs, record)[0]
+
+    jax.eval_shape(forward, variables, inputs)
+    return sliced
+
+
+def _inside(path: str, root: str) -> bool:
+    return root in ("", path) or path.startswith(root + "/")
+
+
+def prefixes(path: str) -> list[str]:
+    """The paths of the modules around a module, the model's own ("") first, and its own."""
+    names = path.split("/") if path else []
+    return ["/".join(names[:i]) for i in range(len(names) + 1)]

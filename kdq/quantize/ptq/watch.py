@@ -9,12 +9,13 @@ from kdq.quantize import tracing
 from kdq.quantize.calls import ModuleCall
 from kdq.quantize.inputs import Inputs
 from kdq.quantize.layers import LayerInfo, list_layers
+from kdq.quantize.masks import counted_in_call, counted_turns
 from kdq.quantize.network import Network, Weights
 from kdq.quantize.walk import walk
 from kdq.types import Array
 
-# What to keep of an output of a layer.
-Take = Callable[[Array], Any]
+# What to keep of an output of a layer; of the second argument, see `masks`.
+Take = Callable[[Array, Array | None], Any]
 
 
 def outputs_of(
@@ -35,12 +36,13 @@ def outputs_of(
             return outputs, taken
         if path in depths:  # see `observe`
             return tracing.see(path, outputs), taken
-        return outputs, (*taken, takes[path](outputs))
+        counts = counted_in_call(inputs.mask, call, outputs, "")
+        return outputs, (*taken, takes[path](outputs, counts))
 
     extras = {path: () for path in takes if path not in depths}
     outputs, left = walk(network, weights, inputs, watch, extras, collects=bool(depths))
     for path, depth in depths.items():
-        take = takes[path]
+        take = lambda x, take=takes[path]: take(x, counted_turns(inputs.mask, x))
         for _ in range(depth):
             take = jax.vmap(take)
         left[path] = tuple(map(take, left.get(path, ())))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from kdq.evaluate.statistics import PairedInterval, paired_interval
 from kdq.fields import ConfigError, unknown
 from kdq.report.advisor.rules import INTEGERS, METHODS, REQUIREMENTS
-from kdq.report.advisor.study import Candidate, Study, Values
+from kdq.report.advisor.study import Candidate, Study
 from kdq.report.aggregate import Mean, interval_of
 from kdq.tasks.metric import Metric
 
@@ -81,6 +81,19 @@ class Check:
     value: float = math.nan  # in the requirement's unit
     limit: float = math.nan
     shortfall: float = 0.0  # of `value` beyond the limit, as a share of it or as a difference
+
+    def relax(self, metric: Metric) -> str:
+        """Returns what would let an arm in that the check rules out."""
+        requirement = REQUIREMENTS[self.requirement]
+        if math.isnan(self.value):
+            return f"{self.requirement} ({requirement.fails})"
+        units = {"accuracy": metric.unit, "drop": metric.difference_unit}
+        unit = units.get(self.requirement, requirement.unit)
+        # Rounded to four digits, to the side on which the arm fits.
+        least = self.requirement == "accuracy" and metric.higher_is_better
+        digit = 10.0 ** (math.floor(math.log10(self.value)) - 3) if self.value > 0 else 1.0
+        value = (math.floor if least else math.ceil)(round(self.value / digit, 6)) * digit
+        return f"{self.requirement} from {self.limit:g} to {value:.4g} {unit}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -163,7 +176,7 @@ def _check(unchecked: Fit, constraints: Constraints, study: Study) -> Iterator[C
         elif candidate is study.teacher(candidate.source):
             yield Check(requirement=name, state="yes", value=0.0, limit=limit)
             continue
-        elif (gain := gain_of(drop(candidate, study), metric)) is None:
+        elif (gain := gain_of(study.drop(candidate), metric)) is None:
             yield Check(requirement=name, state="?", limit=limit)
             continue
         else:
@@ -183,14 +196,6 @@ def _check(unchecked: Fit, constraints: Constraints, study: Study) -> Iterator[C
         yield Check(requirement="teacher", state="no" if candidate.lineage.teacher else "yes")
 
 
-def drop(candidate: Candidate, study: Study) -> PairedInterval | None:
-    """Returns the metric on validation less the teacher's; None without common seeds."""
-    teacher = study.teacher(candidate.source)
-    if teacher is None:
-        return None
-    return interval_of(candidate.validation, teacher.validation, study.metric)
-
-
 def gain_of(difference: PairedInterval | None, metric: Metric) -> PairedInterval | None:
     """Returns a difference that is above 0 where the first one is better."""
     if difference is None or metric.higher_is_better:
@@ -199,14 +204,9 @@ def gain_of(difference: PairedInterval | None, metric: Metric) -> PairedInterval
     return dataclasses.replace(difference, mean=-difference.mean, low=low, high=high)
 
 
-def shown_mean(values: Values, metric: Metric) -> float:
-    """Returns the mean over seeds, as the metric is shown."""
-    return Mean.over(map(metric.shown, values.values())).mean
-
-
 def merit(candidate: Candidate) -> float:
     """Returns the metric on validation, higher for the better arm."""
-    value = shown_mean(candidate.validation, candidate.metric)
+    value = candidate.mean_of(candidate.metric, "validation").mean
     return value if candidate.metric.higher_is_better else -value
 
 

@@ -9,12 +9,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 from rich.console import Console
 from rich.text import Text
 
 from kdq.report.advisor.study import Candidate
 from kdq.report.cells import ABSENT, escape, markdown_grid, terminal_grid
+from kdq.report.notes import environment
 
 # The first word of a line in the template -> kind of a block. "@" begins a table with its head, in
 # which "<" marks columns that are aligned left; "|" adds a row to it.
@@ -35,7 +35,7 @@ class Block:
 
 
 class Document:
-    """The blocks that a template of `kdq.report.advisor` writes, with numbered citations."""
+    """The blocks that a template writes, with numbered citations."""
 
     def __init__(self, template: str, **values: Any):
         """Renders `template` with `values`, and with the functions `cite` and `cited`.
@@ -43,16 +43,12 @@ class Document:
         A value can't begin a block or a cell: the ends of its lines become spaces.
         """
         self._cited: dict[tuple[str, str], Candidate] = {}
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("kdq.report.advisor", "template"),
+        templates = environment(
             autoescape=False,  # text, which each way of showing it escapes
-            undefined=jinja2.StrictUndefined,
             finalize=lambda value: " ".join(str(value).splitlines()).replace("|", BAR),
-            trim_blocks=True,
-            lstrip_blocks=True,
         )
-        functions = {"cite": self._cite, "cited": self._cited.values}
-        text = environment.get_template(template).render(**functions, **values)
+        templates.globals |= {"cite": self._cite, "cited": self._cited.values}
+        text = templates.get_template(template).render(values)
         self.blocks: list[Block] = []
         for line in filter(str.strip, text.splitlines()):
             mark, _, rest = line.partition(" ")

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kdq.evaluate.statistics import PairedInterval
-from kdq.report.advisor import words
 from kdq.report.advisor.constraints import Constraints, Fit, best, gain_of
 from kdq.report.advisor.rules import METHODS, REQUIREMENTS, RULES, SEEDS, Rule
 from kdq.report.advisor.study import Candidate, Study
 from kdq.report.aggregate import compare_on_test
+from kdq.report.cells import name_a_few
 from kdq.report.workdirs import Workdir
 
 NEAR = 0.1  # files of which neither is larger than the other by more than this share
@@ -103,7 +103,7 @@ class Gap:
     @property
     def names(self) -> str:
         """A few of the arms."""
-        return words.name_a_few([arm.arm for arm in self.arms])
+        return name_a_few([arm.arm for arm in self.arms])
 
 
 def find_gaps(

@@ -6,10 +6,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdq.evaluate.statistics import summary
+from kdq.evaluate.statistics import PairedInterval, summary
 from kdq.fields import ConfigError
 from kdq.record import ArmRecord
-from kdq.report.aggregate import Row, mean_of_all, numbers_by_seed, timings
+from kdq.report.aggregate import (
+    Row,
+    compare_on_test,
+    interval_of,
+    mean_of_all,
+    numbers_by_seed,
+    timings,
+)
 from kdq.report.metric import task_key, task_of_records
 from kdq.report.workdirs import Workdir
 from kdq.tasks.metric import Metric
@@ -61,11 +68,6 @@ class Candidate(Row):
     lineage: Lineage
 
     @property
-    def test(self) -> Values:
-        """The metric on test, by seed."""
-        return self.values(self.metric.name)
-
-    @property
     def validation(self) -> Values:
         """The metric on validation, by seed."""
         return self.values(self.metric.name, "validation")
@@ -106,6 +108,18 @@ class Study:
         """Returns the teacher of an experiment."""
         arms = (c for c in self.candidates if c.source is source and c.kind == "teacher")
         return next(arms, None)
+
+    def drop(self, arm: Candidate) -> PairedInterval | None:
+        """Returns an arm's metric on validation less its teacher's; None without common seeds."""
+        teacher = self.teacher(arm.source)
+        if teacher is None:
+            return None
+        return interval_of(arm.validation, teacher.validation, self.metric)
+
+    def drop_on_test(self, arm: Candidate) -> PairedInterval | None:
+        """Returns the same on test, as `kdq.report.aggregate.compare_on_test` does."""
+        teacher = self.teacher(arm.source)
+        return None if teacher is None else compare_on_test(arm, teacher)[0]
 
     def label(self, candidate: Candidate) -> str:
         """Returns an arm's name, with its experiment where there are several."""

@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdq.record import ArmRecord
-from kdq.report.advisor.words import name_a_few
 from kdq.report.aggregate import Row, distinct, has_one_seed, rows
+from kdq.report.cells import name_a_few
 from kdq.report.metric import task_key, task_of_records
 from kdq.report.workdirs import Run, Workdir, lacking
 from kdq.tasks.metric import Metric
 
 if TYPE_CHECKING:
     from kdq.tasks import Task
+
+
+# Fields of which two seeds of an arm have the same, where both have one.
+MUST_AGREE = ("arm_digest", "kind", "reference", "selected_on")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,27 +85,34 @@ def combine(folders: Sequence[Workdir]) -> list[Experiment]:
     """
     experiments: list[Experiment] = []
     for folder in folders:
-        for (_, data), runs in _group_comparable(folder.runs).items():
+        groups: dict[tuple, list[Run]] = {}
+        for run in folder.runs:
+            key = task_key(run.record), tuple(sorted(run.record.data.items()))
+            groups.setdefault(key, []).append(run)
+        for (_, data), runs in groups.items():
             new = _without_repetitions(folder, dict(data), runs)
             for i, other in enumerate(experiments):
                 if (other.data, other.task) != (new.data, new.task):
                     continue
-                if (why := _explain_difference(other, new)) is None:
+                digests, mine = ({r.arm: r.arm_digest for r in e.records} for e in (other, new))
+                changed = [a for a, digest in digests.items() if mine.get(a, digest) != digest]
+                if digests.keys() & mine.keys() and not changed:
                     experiments[i] = _merge(other, new)
                     break
+                why = "they have no arm in common"
+                if changed:
+                    why = f"its arms {name_a_few(changed)} were run with another config"
+                why = f"kept apart from {other.name}: {why}"
                 new = dataclasses.replace(new, problems=(*new.problems, why))
             else:
                 experiments.append(new)
-    return _with_unique_names(experiments)
-
-
-def _group_comparable(runs: Sequence[Run]) -> dict[tuple, list[Run]]:
-    """Groups runs by their task and the digests of their data."""
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        key = task_key(run.record), tuple(sorted(run.record.data.items()))
-        groups.setdefault(key, []).append(run)
-    return groups
+    # Numbers stand after equal names: a workdir may hold records of several data.
+    names = [experiment.name for experiment in experiments]
+    for i, (name, experiment) in enumerate(zip(names, experiments, strict=True)):
+        if names.count(name) > 1:
+            numbered = f"{name} ({names[:i].count(name) + 1})"
+            experiments[i] = dataclasses.replace(experiment, name=numbered)
+    return experiments
 
 
 def _without_repetitions(
@@ -113,11 +123,13 @@ def _without_repetitions(
     for run in runs:
         key = run.record.arm, run.record.seed
         before = first.setdefault(run.record.arm, run)
+        both = before.record, run.record
+        differ = [f for f in MUST_AGREE if len({getattr(r, f) for r in both} - {""}) > 1]
         if key in kept:
             problems.append(f"{run.folder}: left out, {kept[key].folder} is of {key[0]} too")
-        elif field := _disagreement(before.record, run.record):
+        elif differ:
             problems.append(
-                f"{run.folder}: left out, as its {field} is another than in {before.folder}"
+                f"{run.folder}: left out, as its {differ[0]} is another than in {before.folder}"
             )
         else:
             kept[key] = run
@@ -130,26 +142,6 @@ def _without_repetitions(
         runs=tuple(kept.values()),
         problems=tuple(problems),
     )
-
-
-def _disagreement(a: ArmRecord, b: ArmRecord) -> str:
-    """Returns the field that two seeds of one arm must agree on and do not; ""."""
-    for field in ("arm_digest", "kind", "reference", "selected_on"):
-        values = {getattr(record, field) for record in (a, b)} - {""}
-        if len(values) > 1:
-            return field
-    return ""
-
-
-def _explain_difference(a: Experiment, b: Experiment) -> str | None:
-    """Returns why two experiments on the same data are kept apart; None if they need not be."""
-    digests = [{r.arm: r.arm_digest for r in experiment.records} for experiment in (a, b)]
-    common = digests[0].keys() & digests[1].keys()
-    others = [arm for arm in digests[0] if arm in common and digests[0][arm] != digests[1][arm]]
-    if others:
-        names = name_a_few(others)
-        return f"kept apart from {a.name}: its arms {names} were run with another config"
-    return None if common else f"kept apart from {a.name}: they have no arm in common"
 
 
 def _merge(a: Experiment, b: Experiment) -> Experiment:
@@ -174,14 +166,3 @@ def _merge(a: Experiment, b: Experiment) -> Experiment:
         runs=tuple(sorted(runs.values(), key=lambda run: order.index(run.record.arm))),
         problems=tuple(dict.fromkeys(problems)),
     )
-
-
-def _with_unique_names(experiments: Sequence[Experiment]) -> list[Experiment]:
-    """Numbers those of one name: a workdir may hold records of several data."""
-    names = [experiment.name for experiment in experiments]
-    return [
-        dataclasses.replace(experiment, name=f"{name} ({names[:i].count(name) + 1})")
-        if names.count(name) > 1
-        else experiment
-        for i, (name, experiment) in enumerate(zip(names, experiments, strict=True))
-    ]

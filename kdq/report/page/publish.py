@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup, escape
 
 from kdq.files import plain, write_atomic
 from kdq.report.advisor.constraints import Constraints
+from kdq.report.notes import environment, texts
 from kdq.report.page import draw, tables
 from kdq.report.page.combine import combine
 from kdq.report.page.section import ABOUT, Section
@@ -50,7 +50,8 @@ def write(
     for name, text in zip(TABLES, (*contents, tables.latex(experiments)), strict=True):
         write_atomic(out / name, text.encode())
     for i, section in enumerate(sections, 1):
-        prefix, warning = f"{i}_" if len(sections) > 1 else "", section.notes["quick"].rstrip(".")
+        prefix = f"{i}_" if len(sections) > 1 else ""
+        warning = texts().quick(section.experiment.rows).rstrip(".")
         for chart in (chart for charts in section.charts.values() for chart in charts):
             title = chart.title + (f" ({warning})" if warning else "")
             png, svg = draw.pictures(chart.specs, title)
@@ -62,15 +63,9 @@ def write(
 
 def _render_page(sections: Sequence[Section]) -> str:
     """Returns the HTML of all experiments."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kdq.report.page", "template"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"breakable": _breakable, "in_parts": _in_parts}
-    read = lambda name: environment.loader.get_source(environment, name)[0]
+    templates = environment(autoescape=True)
+    templates.filters |= {"breakable": _breakable, "in_parts": _in_parts}
+    read = lambda name: templates.loader.get_source(templates, name)[0]
     scripts = [draw.program(), read("report.js")]
     specs = {
         # One scale stands above all maps of confusions.
@@ -92,9 +87,11 @@ def _render_page(sections: Sequence[Section]) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     records, left_out = _pack_records(sections)
-    return environment.get_template("report.html").render(
+    return templates.get_template("report.html").render(
         sections=sections,
         about=ABOUT,
+        tables=tables,
+        notes=texts(),
         style=Markup(read("report.css")),
         scripts=[Markup(script) for script in scripts],
         policy=policy,

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,12 @@ from typing import Any
 from kdq.fields import ConfigError
 from kdq.report import metric as metrics
 from kdq.report.advise import advise
-from kdq.report.advisor import words
-from kdq.report.advisor.constraints import Constraints, best, drop, fit
+from kdq.report.advisor.constraints import Constraints, best, fit
 from kdq.report.advisor.document import Block, Document
 from kdq.report.advisor.rules import METHODS
 from kdq.report.advisor.study import Study, studies
-from kdq.report.aggregate import compare_on_test, distinct, distinct_text, latencies, mean_of_all
-from kdq.report.cells import format_bytes, format_energy, without_count
-from kdq.report.notes import compiling_note, intervals_note, quick_note, seeds_note, versions_of
+from kdq.report.aggregate import latencies
+from kdq.report.cells import without_count
 from kdq.report.page import specs, tables, tradeoff, views
 from kdq.report.page.combine import Experiment
 from kdq.report.page.specs import Spec
@@ -27,6 +24,7 @@ from kdq.schema import Qat
 
 COMPARED = ("KD", "PTQ", "QAT", "QAD", "KD then PTQ", "mixed precision")
 ABOUT = {name: METHODS[name] for name in COMPARED}
+MOST_CLASSES = 20  # of a map of confusions that can be read
 POLICIES = 24  # arms of a chart of bits
 # Parts of the page that only some tasks have -> what measures them, of `kdq.evaluate`.
 PROBES = {
@@ -51,6 +49,7 @@ class Section:
     """The part of the page of one experiment.
 
     Attributes:
+      plain: leaves out of a text that numbers are of one seed, where all are.
       answer, advice, comparison: what the advisor says first, all of it, and methods side by side.
       problems: what was left out, and why.
       charts: by the part of the page.
@@ -60,7 +59,7 @@ class Section:
 
     def __init__(self, experiment: Experiment, constraints: Constraints):
         self.experiment, self._times = experiment, latencies(experiment.records)
-        self._plain = without_count if experiment.one_seed else str
+        self.plain = without_count if experiment.one_seed else str
         evidence, problems = experiment.evidence()
         self._study: Study | None = None
         self.advice: Sequence[Block] = ()
@@ -72,18 +71,18 @@ class Section:
             problems.append(f"the advisor can't judge {experiment.name}: {error!r}")
         self.answer = self._answer(constraints) if self._study else []
         for block in self.advice:
-            block.text = self._plain(block.text)
-            block.rows = [tuple(map(self._plain, row)) for row in block.rows]
+            block.text = self.plain(block.text)
+            block.rows = [tuple(map(self.plain, row)) for row in block.rows]
         # Of each method the arm that is best on validation.
         arms = self._study.candidates if self._study else ()
         usable = [c for c in arms if not c.lineage.control and c.kind != "teacher"]
         picks = {method: best([c for c in usable if c.method == method]) for method in ABOUT}
         self.comparison = self._compare(picks) if self._study else []
         rows = experiment.rows
-        self._teacher = next((r.arm for r in rows if r.kind == "teacher"), None)
+        self.teacher = next((r.arm for r in rows if r.kind == "teacher"), None)
         student = next((r.arm for r in rows if r.kind in ("labels", "student")), None)
         picked = [arm.arm for arm in picks.values() if arm]
-        shown = list(dict.fromkeys(arm for arm in (self._teacher, student, *picked) if arm))
+        shown = list(dict.fromkeys(arm for arm in (self.teacher, student, *picked) if arm))
         searched = [r.arm for r in experiment.records if r.policy and r.status == "ok"]
         drawn = list(dict.fromkeys([*shown, *searched]))[:POLICIES]
         details, lost = views.collect_details(experiment, drawn)
@@ -112,22 +111,16 @@ class Section:
                 "answer.txt",
                 smallest=min(fits, key=order, default=None),
                 other=best([c for c in study.candidates if c.kind != "teacher"]),
-                **{"teacher": teacher, "study": study, "m": study.metric, "drop": drop},
-                **{"words": words, "format_bytes": format_bytes},
+                **{"teacher": teacher, "study": study, "m": study.metric},
             )
             texts += [block.text for block in document.blocks]
         texts += [block.text for block in self.advice if block.text.startswith("In short")]
         # The numbers of rows are for the whole advice, which lists these.
-        return [self._plain(re.sub(r" \[\d+(, \d+)*\]$", "", text)) for text in texts]
+        return [self.plain(re.sub(r" \[\d+(, \d+)*\]$", "", text)) for text in texts]
 
     def _compare(self, picks: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         """Returns (aspect, a cell for each method) in the order of `ABOUT`."""
         study = self._study
-
-        def against_teacher(arm: Any) -> Any:
-            teacher = study.teacher(arm.source)
-            return None if teacher is None else compare_on_test(arm, teacher)[0]
-
         document = Document(
             "methods.txt",
             picks=picks,
@@ -135,11 +128,10 @@ class Section:
             named=metrics.words(study.metric),
             times=self._times,
             default_qat=Qat().method,
-            **{"study": study, "m": study.metric, "against_teacher": against_teacher},
-            **{"words": words, "format_bytes": format_bytes, "format_energy": format_energy},
-            **{"isnan": math.isnan, "mean_of_all": mean_of_all, "distinct_text": distinct_text},
+            study=study,
+            m=study.metric,
         )
-        return [(row[0], list(map(self._plain, row[1:]))) for row in document.blocks[0].rows]
+        return [(row[0], list(map(self.plain, row[1:]))) for row in document.blocks[0].rows]
 
     @functools.cached_property
     def charts(self) -> dict[str, list[Chart]]:
@@ -165,17 +157,19 @@ class Section:
             nearness = metrics.fidelity_metrics(experiment.task)[0]
             likeness = metrics.likeness(nearness).partition(",")[0]
             title = f"{likeness[:1].upper()}{likeness[1:]} against {named}"
-            drawn = [specs.fidelity(students, metric, nearness)]
+            axes = {"across": metrics.axis(metric, "test"), "up": metrics.likeness(nearness)}
+            spec = specs.chart("fidelity", **axes, **specs.arm_values(students))
             name = f"{nearness.name}_vs_{metric.name}"
-            fidelity.append(Chart(name=name, title=title, specs=drawn))
+            fidelity.append(Chart(name=name, title=title, specs=[spec]))
         bins, title = views.reliability_bins(self._shown), "Reliability on test, all seeds"
-        reliability = [Chart(name="reliability", title=title, specs=[specs.reliability(bins)])]
+        colors = specs.arm_colors(list(dict.fromkeys(each["arm"] for each in bins)))
+        spec = specs.chart("reliability", bins=bins, arms=colors)
         return {
             "fronts": fronts,
             "layers": self._layer_charts(),
             "training": self._training_charts(),
             "fidelity": fidelity,
-            "calibration": reliability if bins else [],
+            "calibration": [Chart(name="reliability", title=title, specs=[spec])] if bins else [],
             "confusions": self._confusion_charts(),
         }
 
@@ -195,12 +189,12 @@ class Section:
 
     @functools.cached_property
     def _confusions(self) -> dict[str, list[dict[str, Any]]]:
-        arms = [arm for arm in self._shown if self._teacher and arm != self._teacher]
-        cells = {arm: views.confusion_cells(self._shown, arm, self._teacher) for arm in arms}
+        arms = [arm for arm in self._shown if self.teacher and arm != self.teacher]
+        cells = {arm: views.confusion_cells(self._shown, arm, self.teacher) for arm in arms}
         return {arm: each for arm, each in cells.items() if each}
 
     @functools.cached_property
-    def _most_confused(self) -> float:
+    def most_confused(self) -> float:
         """Examples at the end of the scale that charts of confusions share."""
         differences = (abs(c["difference"]) for each in self._confusions.values() for c in each)
         return max(differences, default=0) or 1
@@ -208,10 +202,11 @@ class Section:
     def _confusion_charts(self) -> list[Chart]:
         charts = []
         for i, (arm, cells) in enumerate(self._confusions.items(), 1):
-            if 1 + max(c["class"] for c in cells) > specs.MOST_CLASSES:
+            if 1 + max(c["class"] for c in cells) > MOST_CLASSES:
                 cells = sorted(cells, key=lambda c: -abs(c["difference"]))[:60]  # changed most
-            spec = specs.confusion_difference(cells, self._most_confused)
-            title = f"{arm} less {self._teacher}"
+            most = self.most_confused
+            spec = specs.chart("confusions", cells=cells, domain=[-most, 0, most])
+            title = f"{arm} less {self.teacher}"
             charts.append(Chart(name=f"confusions_{i}", title=title, specs=[spec]))
         return charts
 
@@ -250,16 +245,6 @@ class Section:
         return charts
 
     @property
-    def results(self) -> tables.Grid:
-        """The main table."""
-        return tables.results_grid(self.experiment)
-
-    @property
-    def fidelity(self) -> tables.Grid:
-        """The table of what was taken over from the teacher."""
-        return tables.fidelity_grid(self.experiment)
-
-    @property
     def layers(self) -> dict[str, tables.Grid]:
         """Tables of layers, by arm."""
         task, arms = self.experiment.task, [arm for arm in self._layers if arm in self._shown]
@@ -269,12 +254,6 @@ class Section:
     def attributions(self) -> list[dict[str, Any]]:
         """Maps, by arm."""
         return views.attribution_maps(self._shown)
-
-    @property
-    def failures(self) -> list[str]:
-        """Runs that failed, and why."""
-        every = [(row.arm, *each) for row in self.experiment.rows for each in row.failures]
-        return [f"{arm}, seed {seed}: {reason}" for arm, seed, reason in every]
 
     @property
     def commands(self) -> dict[str, str]:
@@ -289,22 +268,6 @@ class Section:
             parts += [f"--arm={arm}", f"--config.seeds={seeds}"]
             commands[arm] = " ".join(map(shlex.quote, parts))
         return commands
-
-    @property
-    def notes(self) -> dict[str, str]:
-        """Texts that are said once, instead of at each number."""
-        rows, metric = self.experiment.rows, self.experiment.metric
-        seeds = {row.seeds for row in rows if row.seeds}
-        has_intervals = any(r.difference and not math.isnan(r.difference.low) for r in rows)
-        same = f"Each arm has the seeds {words.ranges(min(seeds))}." if len(seeds) == 1 else ""
-        return {
-            "seeds": seeds_note(rows) or same,
-            "quick": quick_note(rows),
-            "compiling": compiling_note(rows),
-            "difference": metric.difference_unit or metrics.named(metric),
-            "intervals": self._plain(intervals_note(rows)) if has_intervals else "",
-            "confusions": f"{self._most_confused:.3g}" if self._teacher else "",
-        }
 
     @property
     def missing(self) -> dict[str, str]:
@@ -329,20 +292,3 @@ class Section:
         probes = self.experiment.task.probes
         without = [part for part, probe in PROBES.items() if probe not in probes]
         return [part for part in without if not self.charts.get(part)]
-
-    @property
-    def facts(self) -> list[tuple[str, str]]:
-        """Where the records came from."""
-        experiment = self.experiment
-        listed = lambda field, between=", ": between.join(distinct(experiment.records, field))
-        data = ", ".join(f"{split} {digest[:12]}" for split, digest in experiment.data.items())
-        versions = versions_of(experiment.records)
-        facts = {
-            "Folders": ", ".join(folder.path for folder in experiment.folders),
-            "Digests of the data": data,
-            "Config digests": listed("config_digest"),
-            "Commits": listed("commit"),
-            "Devices": listed("device", "; "),
-            "Versions": ", ".join(f"{n} {v}" for n, each in versions.items() for v in each),
-        }
-        return [(name, text or "not recorded") for name, text in facts.items()]

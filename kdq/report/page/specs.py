@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kdq.evaluate.statistics import PairedInterval
-from kdq.report import metric as metrics
-from kdq.tasks.metric import Metric
 
 Spec = dict[str, Any]
 Point = Mapping[str, Any]
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-MOST_CLASSES = 20  # of a map of confusions that can be read
 # Okabe and Ito's palette, which the color-blind can tell apart; kinds have shapes as well.
 COLORS = {
     "teacher": "#777777",
@@ -46,7 +43,7 @@ SHADES = 0.3  # how far a kind's color goes to black and to white for its first 
 
 @functools.cache
 def _charts() -> dict[str, Spec]:
-    return json.loads(Path(__file__).with_name("template").joinpath("charts.json").read_text())
+    return json.loads(Path(__file__).parents[1].joinpath("template", "charts.json").read_text())
 
 
 def fill(name: str, /, **values: Any) -> Spec:
@@ -69,15 +66,10 @@ def chart(name: str, /, **values: Any) -> Spec:
 
 
 def curves(points: Sequence[Point], field: str, title: str) -> Spec:
-    """Returns lines over steps; the one that the pointer is on stands out.
+    """Returns lines over the "step" of points of the "kind" of an "arm"; `title` is the field's.
 
     A line has a shade of its kind's color, and dashes of its own; of more arms than a legend can
-    name, the color of the kind alone.
-
-    Args:
-      points: with "arm", "kind", "step" and the field.
-      field: what is drawn.
-      title: of its axis.
+    name, the color of the kind alone. The one that the pointer is on stands out.
     """
     spec = chart("curves", points=points, field=field, title=title)
     kinds = {p["arm"]: p["kind"] for p in points}
@@ -101,34 +93,8 @@ def curves(points: Sequence[Point], field: str, title: str) -> Spec:
     return spec
 
 
-def fidelity(points: Sequence[Point], metric: Metric, nearness: Metric) -> Spec:
-    """Returns likeness to the teacher against the metric: being right is not being like it."""
-    across, up = metrics.axis(metric, "test"), metrics.likeness(nearness)
-    return chart("fidelity", across=across, up=up, **arm_values(points))
-
-
-def reliability(bins: Sequence[Point]) -> Spec:
-    """Returns accuracy against confidence: `bins` have "arm", both, and "count"."""
-    arms = arm_colors(list(dict.fromkeys(b["arm"] for b in bins)))
-    return chart("reliability", bins=bins, arms=arms)
-
-
-def confusion_difference(cells: Sequence[Point], most: float) -> Spec:
-    """Returns mean counts of an arm less those of the teacher, class by predicted class.
-
-    Args:
-      cells: with "class", "predicted" and "difference".
-      most: at the ends of the scale of colors, which several charts share.
-    """
-    return chart("confusions", cells=cells, domain=[-most, 0, most])
-
-
 def bits_by_layer(cells: Sequence[Point]) -> Spec:
-    """Returns the policy of each arm.
-
-    Args:
-      cells: with "arm", "layer", "bits" ("W4A4") and "weight_bits", in order.
-    """
+    """Returns the policies of arms: cells have "arm", "layer", "bits" ("W4A4"), "weight_bits"."""
     order = {key: list(dict.fromkeys(c[key] for c in cells)) for key in ("arm", "layer")}
     across, down = ("layer", "arm") if len(order["layer"]) <= 10 else ("arm", "layer")
     axes = {key: names_axis(names) for key, names in order.items()}
@@ -139,12 +105,9 @@ def bits_by_layer(cells: Sequence[Point]) -> Spec:
 
 
 def sensitivity(cells: Sequence[Point], arms: Sequence[str], title: str) -> Spec:
-    """Returns what each layer alone does to the outputs.
+    """Returns what each layer alone does to the outputs; `title` is of the axis of sensitivities.
 
-    Args:
-      cells: with "arm", "layer", "sensitivity" [above 0] and "bits".
-      arms: whose colors are as in the other charts of arms.
-      title: of the axis of sensitivities.
+    Cells have "arm", "layer", "sensitivity" [above 0] and "bits".
     """
     layers = list(dict.fromkeys(c["layer"] for c in cells))
     values = {"cells": cells, "layers": layers, "title": title, "arms": arm_colors(arms)}
@@ -181,11 +144,7 @@ def intervals(
 
 
 def arm_values(points: Sequence[Point]) -> dict[str, Any]:
-    """Returns the values of a chart of arms: their points, colors, shapes and tooltips.
-
-    Args:
-      points: with "kind", "start" and what a tooltip is to show under "tip".
-    """
+    """Returns the values of a chart of arms: their points, colors, shapes and tooltips ("tip")."""
     names = dict.fromkeys(key for p in points for key in p["tip"])
     # Dots and brackets in the name of a field would be paths.
     escaped = {n: "".join(f"\\{c}" if c in "\\.[]'\"" else c for c in n) for n in names}

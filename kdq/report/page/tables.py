@@ -26,7 +26,7 @@ from kdq.report.cells import (
     text_column,
     transfer_columns,
 )
-from kdq.report.notes import coverage, quick_note
+from kdq.report.notes import coverage, texts
 from kdq.report.page.combine import Experiment
 from kdq.report.page.views import width_name
 
@@ -245,7 +245,7 @@ def latex(experiments: Sequence[Experiment]) -> str:
             rf"\caption{{{_latex(each.name)}: test {metrics.named(metric)}, mean $\pm$ standard "
             rf"deviation over seeds; $\Delta$ in {_latex(metric.difference_unit)}, paired by seed, "
             rf"with its 95\% interval {coverage(each.rows)}; * excludes 0."
-            rf"{_latex(' ' + quick_note(each.rows)).rstrip()}}}",
+            rf"{_latex(' ' + texts().quick(each.rows)).rstrip()}}}",
             r"\begin{tabular}{llrrrl}",
             r"\toprule",
             " & ".join(_latex(column.name) for column in columns) + r" \\",

@@ -155,12 +155,10 @@ def arm_points(
 ) -> list[dict[str, Any]]:
     """Returns a point for each arm that finished, for charts of the metric against costs.
 
-    Latencies are keyed "DEVICE, batch".
-
     Args:
       rows: of the arms.
       starts: what each of them starts from, as far as it is known.
-      times: from `kdq.report.aggregate.latencies`.
+      times: from `kdq.report.aggregate.latencies`; a point has them by their condition's text.
     """
     finite = lambda value: value if math.isfinite(value) else None
     points = []

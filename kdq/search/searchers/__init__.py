@@ -5,13 +5,11 @@ from typing import Any
 from kdq.fields import ConfigError, build, unknown
 from kdq.search.problem import Problem
 from kdq.search.searcher import Searcher
+from kdq.search.searchers.baselines import Random, Uniform
 from kdq.search.searchers.ddpg import DDPG
-from kdq.search.searchers.greedy import Greedy
-from kdq.search.searchers.knapsack import Knapsack, PairwiseKnapsack
 from kdq.search.searchers.ppo import PPO
-from kdq.search.searchers.random import Random
 from kdq.search.searchers.samplers import NSGA2, TPE
-from kdq.search.searchers.uniform import Uniform
+from kdq.search.searchers.sensitivities import Greedy, Knapsack, PairwiseKnapsack
 
 METHODS: dict[str, type[Searcher]] = {
     "uniform": Uniform,

@@ -1,7 +1,7 @@
 """The parts that learning agents share: networks, episodes, updates, and scores as rewards."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,8 @@ from scipy import special
 
 from kdq.search import environment
 from kdq.search.environment import Environment, State
+from kdq.search.problem import Problem
+from kdq.search.searcher import Searcher
 from kdq.types import Array
 
 
@@ -77,3 +79,14 @@ def rewards(scores: Sequence[float], size: int) -> np.ndarray:
     ranked = np.zeros(size, np.float32)
     ranked[: len(values)] = special.ndtri(worse / max(len(values), 1))
     return ranked
+
+
+class Learner(Searcher):
+    """A searcher that learns to act; without sensitivities in the problem it observes zeros."""
+
+    needs: ClassVar[tuple[str, ...]] = ("sensitivity",)
+
+    def __init__(self, problem: Problem, *, seed: int, evaluations: int, settings: Any):
+        self._settings, self._evaluations = settings, evaluations
+        self._problem, self._env = problem, environment.build(problem)
+        self._key = jax.random.key(seed)

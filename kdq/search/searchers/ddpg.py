@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,9 @@ from flax import struct
 
 from kdq.search import environment
 from kdq.search.environment import Environment, State
-from kdq.search.feasible import Feasible
 from kdq.search.problem import Policy, Problem
-from kdq.search.searcher import Searcher
 from kdq.search.searchers import agents
-from kdq.search.searchers.agents import MLP, descend, rewards
+from kdq.search.searchers.agents import MLP, Learner, descend, rewards
 from kdq.types import Array
 
 # Episodes drawn for one proposal: the first with the noise that is due, and others, should that
@@ -183,7 +181,7 @@ def _update(
     )
 
 
-class DDPG(Searcher):
+class DDPG(Learner):
     """One episode a proposal: an actor that acts with noise, and a critic that learns its value.
 
     As in HAQ the reward of the whole policy is given to each of its transitions, less an average of
@@ -192,17 +190,13 @@ class DDPG(Searcher):
     the actor also imitates the best episodes so far (arXiv:1709.10089, its own instead of a
     demonstrator's: most of what it learns from few evaluations comes of that); a policy that was
     proposed before is drawn again, with more noise each time. In the last tenth of the evaluations
-    the agent acts without noise. Without sensitivities in the problem it observes zeros.
+    the agent acts without noise.
     """
 
     Settings = Settings
-    needs: ClassVar[tuple[str, ...]] = ("sensitivity",)
 
     def __init__(self, problem: Problem, *, seed: int, evaluations: int, settings: Settings):
-        self._settings, self._evaluations = settings, evaluations
-        self._feasible = Feasible(problem)
-        self._env = environment.build(self._feasible)
-        self._key = jax.random.key(seed)
+        super().__init__(problem, seed=seed, evaluations=evaluations, settings=settings)
         self._agent = create(settings, self._env, self._key)
         self._warmup = round(settings.warmup * evaluations)
         self._last = round(0.9 * evaluations)
@@ -214,7 +208,12 @@ class DDPG(Searcher):
         count = len(self._policies)
         if count >= self._evaluations:
             return []
-        noise = self._sigma(count)
+        through = (count - self._warmup) / max(self._last - self._warmup, 1)
+        noise = self._settings.noise ** (1 - through) * self._settings.least_noise**through
+        if count < self._warmup:
+            noise = np.inf
+        elif count >= self._last:
+            noise = 0.0
         more = max(noise, LEAST) * MORE ** np.arange(DRAWS - 1)
         drawn, observations, actions = episodes(
             self._settings,
@@ -223,7 +222,7 @@ class DDPG(Searcher):
             jax.random.fold_in(self._key, 2 * count),
             np.array([noise, *more], np.float32),
         )
-        policies = [self._feasible.projected(policy) for policy in np.asarray(drawn)]
+        policies = [self._problem.projected(policy) for policy in np.asarray(drawn)]
         new = next((i for i, policy in enumerate(policies) if policy not in self._policies), 0)
         self._policies.append(policies[new])
         self._pending = observations[new], actions[new]
@@ -248,12 +247,3 @@ class DDPG(Searcher):
         )
         key = jax.random.fold_in(self._key, 2 * count - 1)
         self._agent = learn(self._settings, self._agent, self._pending, feedback, key)
-
-    def _sigma(self, count: int) -> float:
-        """Returns the noise of an episode after `count` others."""
-        if count < self._warmup:
-            return np.inf
-        if count >= self._last:
-            return 0.0
-        through = (count - self._warmup) / max(self._last - self._warmup, 1)
-        return self._settings.noise ** (1 - through) * self._settings.least_noise**through

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,9 @@ from flax import struct
 
 from kdq.search import environment
 from kdq.search.environment import Environment, State
-from kdq.search.feasible import Feasible
 from kdq.search.problem import Policy, Problem
-from kdq.search.searcher import Searcher
 from kdq.search.searchers import agents
-from kdq.search.searchers.agents import MLP, descend, rewards
+from kdq.search.searchers.agents import MLP, Learner, descend, rewards
 from kdq.types import Array
 
 # How many times as many episodes are sampled as policies proposed; and how often that is tried
@@ -132,24 +130,19 @@ def learn(
     return jax.lax.fori_loop(0, settings.epochs, epoch, agent)
 
 
-class PPO(Searcher):
+class PPO(Learner):
     """Several episodes a proposal, of a policy that draws each decision's option.
 
     The clipped surrogate, with an entropy bonus that falls to nothing; options that would break a
     budget have no probability; rewards are ranks (see `rewards`). As in self-imitation learning
     (arXiv:1806.05635) the policy is also drawn to the best episodes so far. Episodes of policies
-    whose scores are known already are learned from too, and cost no evaluation. Without
-    sensitivities in the problem the agent observes zeros.
+    whose scores are known already are learned from too, and cost no evaluation.
     """
 
     Settings = Settings
-    needs: ClassVar[tuple[str, ...]] = ("sensitivity",)
 
     def __init__(self, problem: Problem, *, seed: int, evaluations: int, settings: Settings):
-        self._settings, self._evaluations = settings, evaluations
-        self._feasible = Feasible(problem)
-        self._env = environment.build(self._feasible)
-        self._key = jax.random.key(seed)
+        super().__init__(problem, seed=seed, evaluations=evaluations, settings=settings)
         self._agent = create(settings, self._env, self._key)
         self._proposed, self._sampled = 0, 0
         self._scores: dict[Policy, float] = {}
@@ -161,7 +154,13 @@ class PPO(Searcher):
         if count <= 0:
             return []
         for _ in range(TRIES):
-            policies = self._sample()
+            key = jax.random.fold_in(self._key, self._sampled)
+            drawn = DRAWS * self._settings.episodes
+            episodes = sample(self._settings, self._agent.params, self._env, key, drawn)
+            episodes = jax.device_get(episodes)
+            policies = [self._problem.projected(policy) for policy in episodes.options]
+            self._sampled += 1
+            self._drawn = policies, episodes
             new = [p for p in dict.fromkeys(policies) if p not in self._scores][:count]
             if new:
                 break
@@ -179,17 +178,6 @@ class PPO(Searcher):
             self._scores[policy] = score
             self._episode[policy] = jax.tree.map(lambda x, i=place: x[i], episodes)
         self._learn()
-
-    def _sample(self) -> list[Policy]:
-        """Returns policies by the agent as it is."""
-        key = jax.random.fold_in(self._key, self._sampled)
-        count = DRAWS * self._settings.episodes
-        drawn = sample(self._settings, self._agent.params, self._env, key, count)
-        drawn = jax.device_get(drawn)
-        policies = [self._feasible.projected(policy) for policy in drawn.options]
-        self._sampled += 1
-        self._drawn = policies, drawn
-        return policies
 
     def _learn(self) -> None:
         """Learns from the drawn policies that have a score."""

@@ -96,7 +96,7 @@ def test_a_stack_has_a_row_for_each_of_its_layers_and_products_have_one():
 
     model = Scanned()
     x = jax.random.normal(jax.random.key(0), (3, 4, 2))
-    variables = model.init(jax.random.key(1), x)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
     qparams = calibrate(model, variables, uniform_rules(4, 4), [x])
     only = {"layers/attn/qk": qparams["layers/attn/qk"]}
     report = layer_errors(model, variables, (variables, qparams), (variables, only), [x])
@@ -120,7 +120,7 @@ def test_outputs_without_a_prediction_have_no_divergence():
             return {"boxes": nn.Dense(4)(x), "scores": nn.Dense(3)(x)}
 
     x = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
-    variables = Two().init(jax.random.key(0), x)
+    variables = jax.jit(Two().init)(jax.random.key(0), x)
     pair = (variables, calibrate(Two(), variables, uniform_rules(4, 4), [x], check=False))
     report = layer_errors(Two(), variables, pair, pair, [x])
     assert report.kl is None

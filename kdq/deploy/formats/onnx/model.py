@@ -75,19 +75,14 @@ def to_onnx(
     return proto
 
 
-CONVERTERS = [f"kdq.deploy.formats.onnx.{name}" for name in ("elementwise", "products", "windows")]
+CONVERTERS = [f"kdq.deploy.formats.onnx.{name}" for name in ("nodes", "products", "windows")]
 
 
 def convert(program: core.ClosedJaxpr, **options: Any) -> Any:
     """Returns a program as an `onnx.ModelProto`, by jax2onnx and the converters of this folder.
 
-    Args:
-      program: its inputs become the model's.
-      **options: of `jax2onnx.to_onnx`.
-
-    Raises:
-      ImportError: jax2onnx is not installed; says how to.
-      ValueError: a part of the program has no form in ONNX; names it.
+    `options` are those of `jax2onnx.to_onnx`. Raises ImportError if that is not installed,
+    ValueError for a part of the program that has no form in ONNX.
     """
     jax2onnx, *_ = extras.load("onnx", "jax2onnx", *CONVERTERS)
 
@@ -96,7 +91,7 @@ def convert(program: core.ClosedJaxpr, **options: Any) -> Any:
         return jax2onnx.to_onnx(function, inputs=inputs, model_name="kdq", **names, **options)
 
     names = {key: options.pop(key) for key in ("input_names", "output_names") if key in options}
-    with _quiet("onnx_ir.serde"), _unpatched():
+    with _contained():
         try:
             run = lambda *arrays: onnx_program.evaluate(program, arrays)
             return write(run, program.in_avals, **names)
@@ -127,16 +122,14 @@ def _refusal(program: core.ClosedJaxpr, error: Exception, write: Callable[..., A
 
 
 def _compact(graph: Any) -> None:
-    """Leaves out what a runtime infers: shapes, names, a second copy of a constant.
-
-    int8 constants have no second use: session.x64quantprecision rewrites each for its own.
-    """
+    """Leaves out what a runtime infers: shapes, names, a second copy of a constant."""
     del graph.value_info[:]
     first: dict[bytes, str] = {}
     same, kept = {}, []
     for constant in graph.initializer:
         name = constant.name
         constant.name = ""
+        # int8 constants have no second use: session.x64quantprecision rewrites each for its own.
         is_int8 = constant.data_type == INT8
         same[name] = name if is_int8 else first.setdefault(constant.SerializeToString(), name)
         constant.name = name
@@ -150,32 +143,25 @@ def _compact(graph: Any) -> None:
 
 
 @contextlib.contextmanager
-def _unpatched() -> Iterator[None]:
-    """Puts back what jax2onnx replaces in JAX: it forgets jnp.cumsum, and its own does less."""
-    cumsum = jnp.cumsum
+def _contained() -> Iterator[None]:
+    """Undoes what jax2onnx does beside its work.
+
+    It leaves the type of some values to be inferred, with a warning for each; and replaces JAX's
+    jnp.cumsum by its own, which does less.
+    """
+    cumsum, logger = jnp.cumsum, logging.getLogger("onnx_ir.serde")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        logger.setLevel(level)
         jnp.cumsum = cumsum
 
 
-@contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Silences warnings: jax2onnx leaves the type of some values to be inferred."""
-    quiet = logging.getLogger(logger)
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        quiet.setLevel(level)
-
-
 def layer_names(lowered: IntegerModel, inputs: Batch) -> list[str]:
-    """Returns the names of the outputs that `each_layer` of `to_onnx` adds, in their order.
-
-    They are those that `IntegerModel.apply` has in `integers`.
-    """
+    """Returns the names, as in `integers` of `IntegerModel.apply`, of the outputs that `each_layer`
+    of `to_onnx` adds, in their order."""
     return _trace(lowered, inputs, each_layer=True)[1]
 
 
@@ -235,21 +221,16 @@ def load_onnx(
 ) -> Runtime:
     """Loads a file into ONNX Runtime; arguments of `onnx_session`."""
     session = onnx_session(model, threads=threads, integer=integer)
-    inputs, outputs = _describe(session.get_inputs()), _describe(session.get_outputs())
-    names = [entry["name"] for entry in inputs]
+    describe = lambda value: {
+        "name": value.name,
+        "shape": list(value.shape),
+        "dtype": DTYPES.get(value.type, value.type),
+    }
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    signature = {"inputs": [*map(describe, inputs)], "outputs": [*map(describe, outputs)]}
+    names = [entry["name"] for entry in signature["inputs"]]
     run = lambda call: session.run(None, dict(zip(names, jax.tree.leaves(call), strict=True)))
-    return Runtime(run, {"inputs": inputs, "outputs": outputs})
-
-
-def _describe(values: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": value.name,
-            "shape": list(value.shape),
-            "dtype": DTYPES.get(value.type, value.type),
-        }
-        for value in values
-    ]
+    return Runtime(run, signature)
 
 
 def onnx_session(

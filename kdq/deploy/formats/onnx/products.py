@@ -18,32 +18,27 @@ from jax.extend import core
 from kdq.deploy import contraction, primitives
 from kdq.deploy.contraction import Conv, Dot
 from kdq.deploy.formats.onnx import program as onnx_program
-from kdq.deploy.formats.onnx.graph import Graph, register
-from kdq.deploy.formats.onnx.windows import pad
-from kdq.deploy.primitives import ProductParts
+from kdq.deploy.formats.onnx.nodes import Graph, register
+from kdq.deploy.formats.onnx.windows import pad, slice_taps
+from kdq.deploy.integer_layer import IntegerLayer
 
 
-@register(onnx_program.conv_p, "Conv")
-def _float_conv(graph: Graph, eqn: core.JaxprEqn) -> Any:
+@register(onnx_program.conv_p)
+def _float_conv(graph: Graph, out: Any, x: core.Var, w: core.Var, **params: Any) -> Any:
     """Writes a convolution of floats over any number of axes, of any layout."""
-    kernel, out = contraction.conv(eqn.params), eqn.outvars[0].aval
-    numbers, dtype = kernel.dimension_numbers, np.dtype(out.dtype)
-    x, w = (graph.value(atom) for atom in eqn.invars)
-    shape = [eqn.invars[0].aval.shape[axis] for axis in numbers.lhs_spec]
-    x = graph.transpose(x, numbers.lhs_spec, dtype)
+    kernel, dtype = contraction.conv(params), np.dtype(out.dtype)
+    numbers = kernel.dimension_numbers
+    arrange = lambda atom, spec: graph.transpose(graph.value(atom), spec, dtype)
     # What is between the elements of the input, or cut off around them, has an operator of its own.
-    config = [
-        (min(low, 0), min(high, 0), step - 1)
-        for (low, high), step in zip(kernel.padding, kernel.input_dilation, strict=True)
-    ]
-    fill = graph.constant(np.zeros((), dtype))
-    x, _ = pad(graph, x, shape, [(0, 0, 0)] * 2 + config, fill, dtype)
+    config = [(min(low, 0), min(high, 0), between) for low, high, between in _edges(kernel)]
+    shape, config = [x.aval.shape[a] for a in numbers.lhs_spec], [(0, 0, 0)] * 2 + config
+    value = arrange(x, numbers.lhs_spec)
+    value, _ = pad(graph, value, shape, config, np.zeros((), dtype), dtype)
     around = [(max(low, 0), max(high, 0)) for low, high in kernel.padding]
-    sizes = [eqn.invars[1].aval.shape[axis] for axis in numbers.rhs_spec]
-    factors = [x, graph.transpose(w, numbers.rhs_spec, dtype)]
-    shape = [out.shape[axis] for axis in numbers.out_spec]
-    result = graph.node("Conv", factors, dtype, shape, **_attributes(kernel, around, sizes[2:]))
-    return graph.transpose(result, list(np.argsort(numbers.out_spec)), dtype)
+    attributes = _attributes(kernel, around, [w.aval.shape[a] for a in numbers.rhs_spec[2:]])
+    factors, shape = [value, arrange(w, numbers.rhs_spec)], [out.shape[a] for a in numbers.out_spec]
+    result = graph.node("Conv", factors, dtype, shape, **attributes)
+    return graph.transpose(result, np.argsort(numbers.out_spec), dtype)
 
 
 def _attributes(
@@ -59,36 +54,31 @@ def _attributes(
     }
 
 
-@register(onnx_program.product_to_float.primitive, "Gemm")
-@register(primitives.product.primitive, "QLinearConv")
-def _product(graph: Graph, eqn: core.JaxprEqn) -> Any:
-    x, w, parts, *_ = primitives.arguments(eqn)
-    parts, kernel, out = graph.known(parts), eqn.params["kernel"], eqn.outvars[0].aval
+@register(onnx_program.product_to_float.primitive, primitives.product.primitive)
+def _product(graph: Graph, out: Any, x: core.Var, w: core.Var, *more: Any, **params: Any) -> Any:
+    layer, kernel = graph.known(more[0]), params["kernel"]
     if isinstance(kernel, Conv):
-        return _conv(graph, kernel, graph.value(x), graph.known(w), parts, out)
-    return _dot(graph, kernel, x, w, parts, out)
+        return _conv(graph, kernel, graph.value(x), graph.known(w), layer, out)
+    return _dot(graph, kernel, x, w, layer, out)
 
 
-def _finish(graph: Graph, total: Any, parts: ProductParts, out: Any) -> Any:
-    """Writes what makes the layer's output of int32 sums without a bias."""
-    if parts.bias is not None:
-        total = graph.node("Add", [total, graph.constant(parts.bias)], np.int32, out.shape)
-    if parts.grid is None:
-        return total
-    multiplier = graph.constant(np.float32(parts.scale) / np.float32(parts.grid.scale))
-    return graph.to_codes(graph.scaled(total, multiplier, out.shape), 1, parts.grid, out.shape)
-
-
-def _multiply_weight(
-    graph: Graph, multiply: Callable, w: np.ndarray, parts: ProductParts, out: Any
+def _multiply(
+    graph: Graph, multiply: Callable[[Any], Any], w: Any, layer: IntegerLayer, out: Any
 ) -> Any:
-    """Writes `multiply(w)`, in the layout of the result, less what the weight's zeros add."""
+    """Writes a layer of int32 sums, `multiply(w)` in the layout of the result: less what the
+    weight's zeros add, with its bias, and as the codes of its output."""
     total = multiply(w)
-    if parts.w_zero is not None:
-        sums, zeros = multiply(np.ones_like(w, np.int8)), graph.constant(parts.w_zero)
-        moved = graph.node("Mul", [sums, zeros], np.int32, out.shape)
+    if layer.weight_zero is not None:
+        sums = multiply(np.ones_like(w, np.int8))
+        moved = graph.node("Mul", [sums, layer.weight_zero], np.int32, out.shape)
         total = graph.node("Sub", [total, moved], np.int32, out.shape)
-    return _finish(graph, total, parts, out)
+    if layer.bias is not None:
+        total = graph.node("Add", [total, layer.bias], np.int32, out.shape)
+    if layer.output is None:
+        return total
+    multiplier = np.float32(layer.scale) / np.float32(layer.output.scale)
+    steps = graph.scaled(total, multiplier, out.shape)
+    return graph.to_codes(steps, layer.output, out.shape, scale=1)
 
 
 def _fuse(
@@ -96,7 +86,7 @@ def _fuse(
     op: str,
     x: Any,
     w: np.ndarray,
-    parts: ProductParts,
+    layer: IntegerLayer,
     by_channel: Callable[[Any], np.ndarray],
     shape: Sequence[Any],
     **attributes: Any,
@@ -106,30 +96,31 @@ def _fuse(
     `w` is [channels, ...] for Conv, [terms, channels] for Gemm; `by_channel` makes a list of what
     broadcasts with the result.
     """
-    scale, axis = by_channel(parts.w_scale), {"Conv": 0, "Gemm": 1}[op]
+    scale, axis = by_channel(layer.weight_scale), {"Conv": 0, "Gemm": 1}[op]
     zeros = np.zeros(len(scale), np.int8)
+    steps = layer.inputs["activations"]
     floats = [
-        graph.from_codes(x, parts.x.scale, np.uint8(parts.x.zero_point), x.shape),
+        graph.from_codes(x, steps.scale, np.uint8(steps.zero_point), x.shape),
         graph.from_codes(graph.weight(w), scale, zeros, w.shape, axis=axis),
     ]
-    if parts.bias is not None:
-        bias = graph.constant(by_channel(parts.bias))
-        sum_scale = np.float32(parts.x.scale) * scale
+    if layer.bias is not None:
+        bias, sum_scale = by_channel(layer.bias), np.float32(steps.scale) * scale
         floats.append(graph.from_codes(bias, sum_scale, None, [len(scale)], axis=0))
     result = graph.node(op, floats, np.float32, shape, **attributes)
-    if parts.grid is None:
-        return result
-    return graph.to_codes(result, parts.grid.scale, parts.grid, shape)
+    return result if layer.output is None else graph.to_codes(result, layer.output, shape)
 
 
-def _conv(graph: Graph, kernel: Conv, x: Any, w: np.ndarray, parts: ProductParts, out: Any) -> Any:
+def _conv(graph: Graph, kernel: Conv, x: Any, w: np.ndarray, layer: IntegerLayer, out: Any) -> Any:
     numbers = kernel.dimension_numbers
     w = np.transpose(w, numbers.rhs_spec)  # [output channels, input channels, *window]
-    fused = parts.grid is not None and parts.w_zero is None
+    fused = layer.output is not None and layer.weight_zero is None
     if not fused and kernel.groups == 1:
-        return _conv_by_matmul(graph, kernel, x, w, parts, out)
+        return _conv_by_matmul(graph, kernel, x, w, layer, out)
     x = graph.transpose(x, numbers.lhs_spec, np.uint8)  # [examples, channels, ...]
-    x, padding = _dilate(graph, kernel, x, 2, parts.x.zero_point)
+    zero, padding = np.uint8(layer.inputs["activations"].zero_point), kernel.padding
+    if set(kernel.input_dilation) != {1} or min(min(pair) for pair in padding) < 0:
+        x, _ = pad(graph, x, x.shape, [(0, 0, 0)] * 2 + _edges(kernel), zero, np.uint8)
+        padding = [(0, 0)] * len(padding)
     shape = [out.shape[axis] for axis in numbers.out_spec]
     attributes = _attributes(kernel, padding, w.shape[2:])
     back = np.argsort(numbers.out_spec)
@@ -139,42 +130,33 @@ def _conv(graph: Graph, kernel: Conv, x: Any, w: np.ndarray, parts: ProductParts
             array = contraction.align(array, len(shape)).transpose(numbers.out_spec)
             return np.broadcast_to(array, [1, len(w), *[1] * (len(shape) - 2)]).ravel()
 
-        codes = _fuse(graph, "Conv", x, w, parts, by_channel, shape, **attributes)
+        codes = _fuse(graph, "Conv", x, w, layer, by_channel, shape, **attributes)
         return graph.transpose(codes, back, np.uint8)
-    zero = graph.constant(np.uint8(parts.x.zero_point))
 
     def multiply(w: np.ndarray) -> Any:
         factors = [x, graph.weight(w), zero]
         total = graph.node("ConvInteger", factors, np.int32, shape, **attributes)
         return graph.transpose(total, back, np.int32)
 
-    return _multiply_weight(graph, multiply, w, parts, out)
+    return _multiply(graph, multiply, w, layer, out)
 
 
 def _conv_by_matmul(
-    graph: Graph, kernel: Conv, x: Any, w: np.ndarray, parts: ProductParts, out: Any
+    graph: Graph, kernel: Conv, x: Any, w: np.ndarray, layer: IntegerLayer, out: Any
 ) -> Any:
     """Writes a convolution as a product of matrices; `w`: [output channels, input channels, ...].
 
     A row of the left matrix is all that a window meets, an element of the window after the other.
     """
-    numbers, zero = kernel.dimension_numbers, graph.constant(np.uint8(parts.x.zero_point))
+    numbers, zero = kernel.dimension_numbers, np.uint8(layer.inputs["activations"].zero_point)
     channels_last = lambda spec: [spec[0], *spec[2:], spec[1]]
     x = graph.transpose(x, channels_last(numbers.lhs_spec), np.uint8)  # [examples, ..., channels]
-    x, padding = _dilate(graph, kernel, x, 1, parts.x.zero_point)
-    config = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+    config = [(0, 0, 0), *_edges(kernel), (0, 0, 0)]
     x, _ = pad(graph, x, x.shape, config, zero, np.uint8)
     order = channels_last(numbers.out_spec)
     shape, size = [out.shape[axis] for axis in order], w.shape[2:]
-    axes = graph.constant(np.arange(1, len(size) + 1))
-    steps = graph.constant(np.int64(kernel.strides))
-    reach = np.multiply(np.subtract(shape[1:-1], 1), kernel.strides) + 1
-    taps = []
-    for tap in np.ndindex(*size):
-        start = np.multiply(tap, kernel.kernel_dilation)
-        bounds = [graph.constant(np.int64(start)), graph.constant(np.int64(start + reach))]
-        at = [*shape[:-1], w.shape[1]]
-        taps.append(graph.node("Slice", [x, *bounds, axes, steps], np.uint8, at))
+    axes, window = range(1, len(size) + 1), (size, kernel.strides, kernel.kernel_dilation)
+    taps = slice_taps(graph, x, axes, window, [*shape[:-1], w.shape[1]], np.uint8)
     terms = w.shape[1] * len(taps)
     windows = graph.node("Concat", taps, np.uint8, [*shape[:-1], terms], axis=len(shape) - 1)
 
@@ -185,28 +167,16 @@ def _conv_by_matmul(
         total = graph.node("MatMulInteger", factors, np.int32, shape)
         return graph.transpose(total, np.argsort(order), np.int32)
 
-    return _multiply_weight(graph, multiply, w, parts, out)
+    return _multiply(graph, multiply, w, layer, out)
 
 
-def _dilate(
-    graph: Graph, kernel: Conv, x: Any, first: int, zero: Any
-) -> tuple[Any, Sequence[tuple[int, int]]]:
-    """Puts the zeros of a transposed convolution between its codes; returns the padding left.
-
-    `first` is the first axis of those that are convolved.
-    """
-    if set(kernel.input_dilation) == {1} and min(min(pair) for pair in kernel.padding) >= 0:
-        return x, kernel.padding
-    config = [(0, 0, 0)] * len(x.shape)
-    for axis, (step, pair) in enumerate(
-        zip(kernel.input_dilation, kernel.padding, strict=True), first
-    ):
-        config[axis] = (*pair, step - 1)
-    x, _ = pad(graph, x, x.shape, config, graph.constant(np.uint8(zero)), np.uint8)
-    return x, [(0, 0)] * len(kernel.padding)
+def _edges(kernel: Conv) -> list[tuple[int, int, int]]:
+    """Returns what a convolution puts around the elements of its input, and between them."""
+    edges = zip(kernel.padding, kernel.input_dilation, strict=True)
+    return [(low, high, step - 1) for (low, high), step in edges]
 
 
-def _dot(graph: Graph, kernel: Dot, x_atom: Any, w_atom: Any, parts: ProductParts, out: Any) -> Any:
+def _dot(graph: Graph, kernel: Dot, x_atom: Any, w_atom: Any, layer: IntegerLayer, out: Any) -> Any:
     """Writes a product of the input [*shared, height, terms] and a weight [*shared, terms, width].
 
     Both are brought into that form, and the result into the layout that the layer has.
@@ -232,29 +202,29 @@ def _dot(graph: Graph, kernel: Dot, x_atom: Any, w_atom: Any, parts: ProductPart
 
     order = [*axes.x_shared, *axes.x_free, *axes.x_summed]
     x = as_matrices(graph.value(x_atom), order, [height, terms], len(shared) + len(rows))
-    x_zero = graph.constant(np.uint8(parts.x.zero_point))
+    zeros = [np.uint8(layer.inputs["activations"].zero_point)]
     order = [*axes.w_shared, *axes.w_summed, *axes.w_free]
-    if parts.other is not None:
+    if "other" in layer.inputs:
         split = len(shared) + len(axes.w_summed)
         w = as_matrices(graph.value(w_atom), order, [terms, width], split)
-        factors = [x, w, x_zero, graph.constant(np.uint8(parts.other.zero_point))]
-        total = graph.node("MatMulInteger", factors, np.int32, [*shared, height, width])
-        return _finish(graph, lay_out(total, np.int32), parts, out)
-    w = np.transpose(graph.known(w_atom), order)
-    w = w.reshape(*sizes(w_atom, axes.w_shared), terms, width)
+        zeros.append(np.uint8(layer.inputs["other"].zero_point))
+    else:
+        w = np.transpose(graph.known(w_atom), order)
+        w = w.reshape(*sizes(w_atom, axes.w_shared), terms, width)
     to_float = out.dtype == jnp.float32
-    if to_float or (parts.grid is not None and parts.w_zero is None and not shared):
+    fused = layer.output is not None and layer.weight_zero is None and not shared
+    if to_float or (fused and "other" not in layer.inputs):
 
         def by_channel(array: Any) -> np.ndarray:
-            array = contraction.align(array, len(axes.order)).transpose(axes.back)
+            array = contraction.align(array, len(axes.order)).transpose(np.argsort(axes.order))
             return np.broadcast_to(array, [1] * len(rows) + columns).ravel()
 
-        result = _fuse(graph, "Gemm", x, w, parts, by_channel, [height, width])
+        result = _fuse(graph, "Gemm", x, w, layer, by_channel, [height, width])
         return lay_out(result, np.float32 if to_float else np.uint8)
 
-    def multiply(w: np.ndarray) -> Any:
-        factors = [x, graph.weight(w), x_zero]
+    def multiply(w: Any) -> Any:
+        factors = [x, w if "other" in layer.inputs else graph.weight(w), *zeros]
         total = graph.node("MatMulInteger", factors, np.int32, [*shared, height, width])
         return lay_out(total, np.int32)
 
-    return _multiply_weight(graph, multiply, w, parts, out)
+    return _multiply(graph, multiply, w, layer, out)

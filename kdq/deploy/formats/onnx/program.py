@@ -17,7 +17,6 @@ from jax.extend import core
 from kdq.deploy import arithmetic, jaxprs, primitives
 from kdq.deploy.contraction import Conv, Dot
 from kdq.deploy.formats.rounded import ChannelWeight, Rounding
-from kdq.deploy.primitives import ProductParts
 from kdq.deploy.qtensor import InputGrid
 from kdq.types import Array
 
@@ -27,6 +26,7 @@ class NoForm(ValueError):
 
 
 primitive = primitives.primitive
+RESHAPES = ("reshape", "squeeze", "expand_dims")
 # jax2onnx computes the shapes of these at every run of the model, if the batch has any size.
 reshape_p = primitive("kdq_reshape", lambda x, *, shape: x.reshape(shape))
 slice_p = primitive("kdq_slice", jax.lax.slice_p.bind)
@@ -34,7 +34,7 @@ slice_p = primitive("kdq_slice", jax.lax.slice_p.bind)
 matmul_p = primitive("kdq_matmul", jnp.matmul)
 add_p = primitive("kdq_add", jnp.add)  # of a bias without axes of one element
 pad_p = primitive("kdq_pad", jax.lax.pad_p.bind)  # jax2onnx pads no batch of any size
-remainder_p = primitive("kdq_remainder", jax.lax.rem)  # jax2onnx has none of a batch of any size
+remainder_p = primitive("kdq_remainder", jax.lax.rem)  # nor has a remainder of one
 # jax2onnx does not pick from the axis of the batch and another one at once.
 pick_p = primitive("kdq_pick", jax.lax.gather_p.bind)
 
@@ -56,21 +56,21 @@ def _window(x: Array, init: Array, *, reducer: str, **window: Any) -> Array:
 window_p = primitive("kdq_window", _window)
 
 
-def _product_to_float(x: Array, w: Array, parts: ProductParts, scale: Array, **params: Any):
-    return arithmetic.to_float(primitives.product(x, w, parts, **params), scale)
-
-
-def _round_int8(x: Array, scale: Array) -> Array:
-    return jnp.clip(jnp.round(arithmetic.divide(x, scale)), -128, 127) * scale
-
-
 def _int8_weight(codes: Array, scale: Array, *, axis: int) -> Array:
     shape = [-1 if a == axis else 1 for a in range(codes.ndim)]
     return codes.astype(jnp.float32) * scale.reshape(shape)
 
 
-product_to_float = primitives.Operation("kdq_product_to_float", _product_to_float)
-round_int8_p = primitive("kdq_round_int8", _round_int8)
+product_to_float = primitives.Operation(
+    "kdq_product_to_float",
+    lambda x, w, layer, scale, **params: arithmetic.to_float(
+        primitives.product(x, w, layer, **params), scale
+    ),
+)
+round_int8_p = primitive(
+    "kdq_round_int8",
+    lambda x, scale: jnp.clip(jnp.round(arithmetic.divide(x, scale)), -128, 127) * scale,
+)
 int8_weight_p = primitive("kdq_int8_weight", _int8_weight)
 
 
@@ -102,6 +102,15 @@ class Symmetric(Rounding):
         weight = weight._replace(codes=weight.codes.transpose(numbers.rhs_spec), axis=0)
         total = super().convolve(kernel, x.transpose(numbers.lhs_spec), weight)
         return total.transpose(np.argsort(numbers.out_spec))
+
+
+REPLACED = {  # by the name of the primitive, whatever its parameters are
+    "copy": lambda x, **_: x,
+    "copy_p": lambda x, **_: x,
+    "clamp": lambda low, x, high, **_: jnp.minimum(jnp.maximum(x, low), high),  # for any batch
+    "rem": lambda x, by, **_: remainder_p.bind(x, by),
+    "pad": pad_p.bind,
+}
 
 
 def evaluate(program: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
@@ -141,14 +150,13 @@ def _is_gemm_to_float(eqn: core.JaxprEqn, scale: Any, known: Mapping[core.Var, A
     """Returns whether an equation multiplies rows and a matrix, whose sums have this scale."""
     if eqn.primitive is not primitives.product.primitive or scale is None:
         return False
-    _, _, parts = primitives.arguments(eqn)
+    _, _, layer = primitives.arguments(eqn)
     kernel = eqn.params["kernel"]
-    if not isinstance(kernel, Dot) or kernel.dimension_numbers[1][0]:
+    if not isinstance(kernel, Dot) or kernel.dimension_numbers[1][0] or "other" in layer.inputs:
         return False
-    if any(part is not None for part in (parts.grid, parts.other, parts.w_zero)):
-        return False
-    factors = [known.get(atom) for atom in (parts.x.scale, parts.w_scale)]
-    if any(factor is None for factor in factors):
+    factors = [known.get(atom) for atom in (layer.inputs["activations"].scale, layer.weight_scale)]
+    more = (layer.output, layer.weight_zero)
+    if any(part is not None for part in more) or any(factor is None for factor in factors):
         return False
     product = np.float32(factors[0]) * np.float32(factors[1])
     return np.shape(product) == np.shape(scale) and bool((product == np.asarray(scale)).all())
@@ -160,44 +168,38 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
     Returns its output, or a list of them as the primitive does.
     """
     name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
+    if name in REPLACED:
+        return REPLACED[name](*values, **params)
+    if name.startswith("reduce_window"):
+        return _bind_window(eqn, values)
     if name == "concatenate" and any(0 in atom.aval.shape for atom in eqn.invars):
         # jax2onnx reshapes to sizes of 0, which in ONNX are those of before.
         pairs = zip(values, eqn.invars, strict=True)
         values = [value for value, atom in pairs if 0 not in atom.aval.shape]
         return values[0] if len(values) == 1 else eqn.primitive.bind(*values, **params)
-    if name in ("copy", "copy_p"):
-        return values[0]
-    if name == "clamp":  # jax2onnx's takes no batch of any size
-        low, x, high = values
-        return jnp.minimum(jnp.maximum(x, low), high)
-    if name == "rem":
-        return remainder_p.bind(*values)
-    if name == "pad":
-        return pad_p.bind(*values, **params)
     if name == "conv_general_dilated" and not _is_plain(params):
         return conv_p.bind(*values, **params)
-    if name.startswith("reduce_window"):
-        return _bind_window(eqn, values)
     if name == "gather" and _picks(eqn):
         return pick_p.bind(*values, **params)
-    if name == "dot_general" and _is_matmul(eqn):
-        return matmul_p.bind(*values)
+    if name == "dot_general":  # of float rows and a matrix
+        x, matrix = (atom.aval for atom in eqn.invars)
+        numbers = (((x.ndim - 1,), (0,)), ((), ()))
+        floats = x.dtype == matrix.dtype == eqn.outvars[0].aval.dtype == jnp.float32
+        if floats and matrix.ndim == 2 and params["dimension_numbers"] == numbers:
+            return matmul_p.bind(*values)
     if name == "add" and not isinstance(values[1], jax.core.Tracer):
         bias = values[1].shape
         if len(bias) > 1 and math.prod(bias) == bias[-1]:
             return add_p.bind(values[0], np.ravel(values[1]))
     if eqn.invars and [isinstance(size, int) for size in shape].count(False) == 1:
-        if name in ("reshape", "squeeze", "expand_dims"):
-            return reshape_p.bind(values[0], shape=shape)
         before = eqn.invars[0].aval.shape
-        same_count = math.prod(before) == math.prod(shape)
-        if name == "broadcast_in_dim" and len(values) == 1 and same_count:
+        spread = name == "broadcast_in_dim" and len(values) == 1
+        if name in RESHAPES or (spread and math.prod(before) == math.prod(shape)):
             return reshape_p.bind(values[0], shape=shape)
-        if name == "slice" and all(
+        bounds = (params["start_indices"], params["limit_indices"]) if name == "slice" else ()
+        if bounds and all(
             isinstance(size, int) or (start == 0 and limit == size)
-            for start, limit, size in zip(
-                params["start_indices"], params["limit_indices"], before, strict=True
-            )
+            for start, limit, size in zip(*bounds, before, strict=True)
         ):
             return slice_p.bind(values[0], **params)
     return eqn.primitive.bind(*values, **params)
@@ -250,11 +252,3 @@ def _bind_window(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
             f"{eqn.primitive.name}: ONNX has windows of {', '.join(REDUCERS)}, of one array"
         )
     return [window_p.bind(*values, reducer=steps[0].primitive.name, **window)]
-
-
-def _is_matmul(eqn: core.JaxprEqn) -> bool:
-    """Returns whether a product is that of float rows and a matrix."""
-    x, matrix = (atom.aval for atom in eqn.invars)
-    numbers = (((x.ndim - 1,), (0,)), ((), ()))
-    floats = x.dtype == matrix.dtype == eqn.outvars[0].aval.dtype == jnp.float32
-    return floats and matrix.ndim == 2 and eqn.params["dimension_numbers"] == numbers

@@ -5,18 +5,17 @@ of float32 and 8 bits, and means of float32. What fits is brought into that form
 the elements of the window, one after the other.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
 from kdq.deploy.formats.onnx import program as onnx_program
-from kdq.deploy.formats.onnx.graph import Graph, register
+from kdq.deploy.formats.onnx.nodes import Graph, register
 from kdq.deploy.formats.onnx.program import NoForm
 
 MOST_AXES = 3  # that ONNX Runtime pools over
@@ -38,16 +37,13 @@ def pad(
 ) -> tuple[Any, list[Any]]:
     """Writes an array with more around and between its elements, or less around; and its shape.
 
-    `config` has `(low, high, interior)` for each axis, as `jax.lax.pad` takes them; ONNX Runtime
-    must pad the type.
+    `config` is as `jax.lax.pad` takes it; ONNX Runtime must pad the type.
     """
     shape = list(shape)
     ends = np.int64([(low, high) for low, high, _ in config]).T
 
     def around(value: Any, ends: np.ndarray, shape: Sequence[Any]) -> Any:
-        if not ends.any():
-            return value
-        return graph.node("Pad", [value, graph.constant(ends.ravel()), fill], dtype, shape)
+        return graph.node("Pad", [value, ends.ravel(), fill], dtype, shape) if ends.any() else value
 
     for axis, (_, _, interior) in enumerate(config):
         if not interior:
@@ -68,21 +64,18 @@ def pad(
     return around(value, ends, shape), shape
 
 
-@register(onnx_program.pad_p, "Pad")
-def _pad(graph: Graph, eqn: core.JaxprEqn) -> Any:
-    operand, fill = eqn.invars
-    shape, dtype = operand.aval.shape, operand.aval.dtype
-    value, fill, config = graph.value(operand), graph.value(fill), eqn.params["padding_config"]
+@register(onnx_program.pad_p)
+def _pad(graph: Graph, out: Any, x: core.Var, fill: core.Var, *, padding_config: Any) -> Any:
+    value, fill, dtype, shape = graph.value(x), graph.value(fill), out.dtype, x.aval.shape
     wide = WIDER.get(dtype.name)
     if wide is None or dtype.name in ("int8", "uint8", "float16"):
-        return pad(graph, value, shape, config, fill, dtype)[0]
+        return pad(graph, value, shape, padding_config, fill, dtype)[0]
     value, fill = graph.cast(value, shape, wide), graph.cast(fill, (), wide)
-    padded, shape = pad(graph, value, shape, config, fill, wide)
+    padded, shape = pad(graph, value, shape, padding_config, fill, wide)
     return graph.cast(padded, shape, dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Windows:
+class _Windows(NamedTuple):
     """A reduction of windows over the axes of an array."""
 
     reducer: str  # a key of STEPS
@@ -93,73 +86,57 @@ class _Windows:
     dilation: Sequence[int]
     padding: Sequence[tuple[int, int, int]]  # low, high, between elements
 
-    @classmethod
-    def from_equation(cls, eqn: core.JaxprEqn) -> "_Windows":
-        """Returns those of `window_p`."""
-        params = eqn.params
-        padding = zip(params["padding"], params["base_dilation"], strict=True)
-        return cls(
-            params["reducer"],
-            list(eqn.invars[0].aval.shape),
-            list(eqn.outvars[0].aval.shape),
-            tuple(params["window_dimensions"]),
-            tuple(params["window_strides"]),
-            tuple(params["window_dilation"]),
-            [(low, high, step - 1) for (low, high), step in padding],
-        )
-
     @property
     def axes(self) -> list[int]:
         """The axes on which anything happens."""
         changes = zip(self.sizes, self.strides, self.padding, strict=True)
         return [axis for axis, change in enumerate(changes) if change != (1, 1, (0, 0, 0))]
 
-    @property
-    def pads_itself(self) -> bool:
-        """True if a pool can pad: by less than a window, with what never is its result."""
-        return all(
-            interior == 0 and max(low, high) < size and min(low, high) >= 0
-            for (low, high, interior), size in zip(self.padding, self.sizes, strict=True)
-        )
-
     def chosen(self, numbers: Sequence[int]) -> list[int]:
         """Returns the numbers of the axes on which anything happens."""
         return [int(numbers[axis]) for axis in self.axes]
 
-    def can_pool(self, init: Any, dtype: np.dtype, wide: np.dtype) -> bool:
-        """Returns whether ONNX Runtime has a pool for it, of numbers of the type `wide`."""
-        unknown = [axis for axis, size in enumerate(self.shape) if not isinstance(size, int)]
-        return (
-            wide.type in POOLED.get(self.reducer, ())
-            and _is_identity(self.reducer, init, dtype)
-            and len(self.axes) <= MOST_AXES
-            and len(unknown) <= 1
-            and {*self.axes}.isdisjoint(unknown)
-        )
 
-
-@register(onnx_program.window_p, "MaxPool")
-def _window(graph: Graph, eqn: core.JaxprEqn) -> Any:
-    windows, dtype = _Windows.from_equation(eqn), np.dtype(eqn.invars[0].aval.dtype)
-    value, init = graph.value(eqn.invars[0]), graph.known(eqn.invars[1])
-    wide = dtype
-    if dtype.type not in POOLED.get(windows.reducer, ()) or not _is_identity(
-        windows.reducer, init, dtype
-    ):
+@register(onnx_program.window_p)
+def _window(
+    graph: Graph, out: Any, x: core.Var, init: core.Var, *, reducer: str, **params: Any
+) -> Any:
+    edges = zip(params["padding"], params["base_dilation"], strict=True)
+    windows = _Windows(
+        reducer,
+        list(x.aval.shape),
+        list(out.shape),
+        tuple(params["window_dimensions"]),
+        tuple(params["window_strides"]),
+        tuple(params["window_dilation"]),
+        [(low, high, step - 1) for (low, high), step in edges],
+    )
+    value, init = graph.value(x), graph.known(init)
+    dtype = wide = np.dtype(out.dtype)
+    is_identity = _is_identity(reducer, init, dtype)
+    if dtype.type not in POOLED.get(reducer, ()) or not is_identity:
         wide = np.dtype(WIDER.get(dtype.name, dtype))
     if wide != dtype:
         value = graph.cast(value, windows.shape, wide)
-    pools = windows.can_pool(init, dtype, wide)
-    if not pools or not windows.pads_itself:
-        fill = graph.constant(np.asarray(init).astype(wide))
-        value, shape = pad(graph, value, windows.shape, windows.padding, fill, wide)
-        no_padding = [(0, 0, 0)] * len(shape)
-        windows = dataclasses.replace(windows, shape=shape, padding=no_padding)
+    # A pool takes one axis of no known size, over which it does not reduce.
+    unknown = [axis for axis, size in enumerate(windows.shape) if not isinstance(size, int)]
+    few = len(windows.axes) <= MOST_AXES and len(unknown) <= 1
+    pools = wide.type in POOLED.get(reducer, ()) and is_identity
+    pools = pools and few and {*windows.axes}.isdisjoint(unknown)
+    # It pads by less than a window, with what never is its result.
+    pads = all(
+        interior == 0 and max(low, high) < size and min(low, high) >= 0
+        for (low, high, interior), size in zip(windows.padding, windows.sizes, strict=True)
+    )
+    if not (pools and pads):
+        start = graph.constant(np.asarray(init).astype(wide))
+        value, shape = pad(graph, value, windows.shape, windows.padding, start, wide)
+        windows = windows._replace(shape=shape, padding=[(0, 0, 0)] * len(shape))
     if windows.axes:  # else nothing but padding happens
         value = (_pool if pools else _reduce_taps)(graph, windows, value, wide)
-    if not pools and not _is_identity(windows.reducer, init, dtype):
-        init = graph.constant(np.asarray(init).astype(wide))
-        value = graph.node(STEPS[windows.reducer], [value, init], wide, windows.out_shape)
+    if not pools and not is_identity:
+        start = np.asarray(init).astype(wide)
+        value = graph.node(STEPS[reducer], [value, start], wide, windows.out_shape)
     return value if wide == dtype else graph.cast(value, windows.out_shape, dtype)
 
 
@@ -196,7 +173,7 @@ def _pool(graph: Graph, windows: _Windows, value: Any, dtype: np.dtype) -> Any:
     }
     if windows.reducer == "add":  # the mean, of what is padded too, times how many there are
         value = graph.node("AveragePool", [value], dtype, pooled, count_include_pad=1, **attributes)
-        count = graph.constant(np.asarray(math.prod(windows.sizes), dtype))
+        count = np.asarray(math.prod(windows.sizes), dtype)
         value = graph.node("Mul", [value, count], dtype, pooled)
     else:
         turned = "Neg" if dtype == np.float32 else "BitwiseNot"  # either turns the order around
@@ -208,21 +185,32 @@ def _pool(graph: Graph, windows: _Windows, value: Any, dtype: np.dtype) -> Any:
     arranged = [windows.out_shape[axis] for axis in order]
     if arranged != pooled:
         value = graph.reshape(value, arranged, dtype)
-    return graph.transpose(value, list(np.argsort(order)), dtype)
+    return graph.transpose(value, np.argsort(order), dtype)
 
 
 def _reduce_taps(graph: Graph, windows: _Windows, value: Any, dtype: np.dtype) -> Any:
     """Writes each element of the window as an array, and reduces one after the other."""
-    axes, out_shape = windows.axes, windows.out_shape
+    axes, out_shape, chosen = windows.axes, windows.out_shape, windows.chosen
     if not all(isinstance(windows.shape[axis], int) for axis in axes):
         raise NoForm("it has a window over the examples of a batch of any size")
-    chosen = lambda numbers: np.int64(windows.chosen(numbers))
-    at, steps = graph.constant(np.int64(axes)), chosen(windows.strides)
-    reach = (chosen(out_shape) - 1) * steps + 1
-    taps = []
-    for tap in np.ndindex(*chosen(windows.sizes)):
-        start = np.multiply(tap, chosen(windows.dilation))
-        bounds = [graph.constant(start), graph.constant(start + reach), at, graph.constant(steps)]
-        taps.append(graph.node("Slice", [value, *bounds], dtype, out_shape))
+    window = (chosen(windows.sizes), chosen(windows.strides), chosen(windows.dilation))
+    taps = slice_taps(graph, value, axes, window, out_shape, dtype)
     join = lambda a, b: graph.node(STEPS[windows.reducer], [a, b], dtype, out_shape)
     return functools.reduce(join, taps)
+
+
+def slice_taps(
+    graph: Graph, value: Any, axes: Sequence[int], window: tuple, shape: Sequence[Any], dtype: Any
+) -> list[Any]:
+    """Writes each element of windows over some axes, in an array of a shape.
+
+    `window` has the sizes, strides and dilation, one for each of the axes.
+    """
+    sizes, strides, dilation = map(np.int64, window)
+    reach = (np.int64([shape[axis] for axis in axes]) - 1) * strides + 1
+    taps = []
+    for tap in np.ndindex(*sizes):
+        start = tap * dilation
+        bounds = [start, start + reach, np.int64(axes), strides]
+        taps.append(graph.node("Slice", [value, *bounds], dtype, shape))
+    return taps
