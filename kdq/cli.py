@@ -104,16 +104,20 @@ def define_workdir(help_text: str) -> flags.FlagHolder:
     return define_path("workdir", None, help_text)
 
 
-def run(main: Callable[[list[str]], None], *, required: Sequence[str]) -> None:
+def run(main: Callable[[list[str]], None], *, required: Sequence[str], word: str = "") -> None:
     """Parses the flags, of which some are required, and calls `main` with the program's name.
+
+    A `word`, "NETWORK", stands on the command line without a flag, and is passed on too.
 
     A mistake in a flag, a config or the data ends the program with status 1 and one line that says
     what is allowed, Ctrl-C with 130 and one line; any other error keeps its traceback.
     """
 
     def call(argv: list[str]) -> None:
-        if len(argv) > 1:
-            sys.exit(f"error: unknown arguments: {' '.join(argv[1:])}")
+        if unknown_words := argv[2 if word else 1 :]:
+            sys.exit(f"error: unknown arguments: {' '.join(unknown_words)}")
+        if word and len(argv) < 2:
+            sys.exit(f"error: expected {word} after {Path(argv[0]).name}; --help says more")
         try:
             interrupts.end_at_second(_interrupted())
             with _workdir():

@@ -37,8 +37,9 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """Returns the names that `build` accepts: the modules of this package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    """Returns the names that `build` accepts: the modules of this package, one a family."""
+    modules = pkgutil.iter_modules(__path__)
+    return sorted(m.name for m in modules if not m.ispkg and not m.name.startswith("_"))
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:

@@ -13,12 +13,12 @@ from kdq import cli, config, experiment
 from kdq.sweep import runs
 
 
-def check(main, *, required):
+def check(main, *, required, word=""):
     """In place of `cli.run`."""
     del main
     given = flags.FLAGS
     flags.mark_flags_as_required(required)
-    if unknown := cli._parse(sys.argv)[1:]:
+    if unknown := cli._parse(sys.argv)[2 if word else 1 :]:
         sys.exit(f"unknown arguments: {unknown}")
     if "config" in given:
         checked = config.freeze(given.config)
