@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -77,19 +76,9 @@ def test_the_reference_has_what_packages_export(site, package):
 
 
 @pytest.mark.slow
-def test_pages_open_and_search_from_disk(site):
-    playwright = pytest.importorskip("playwright.sync_api", reason="there is no playwright")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("there is no chromium: apt-get install chromium")
+def test_pages_open_and_search_from_disk(site, chromium):
     complaints: list[str] = []
-    with (
-        playwright.sync_playwright() as api,
-        contextlib.closing(
-            api.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        ) as browser,
-    ):
-        page = browser.new_page()
+    with contextlib.closing(chromium.new_page()) as page:
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on(
