@@ -10,7 +10,9 @@ from kdq import models
 IMAGES = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
 ALL = {
     "cnn": {"batch_norm": True},
+    "efficientnet": {"variant": "b0"},
     "mlp": {"widths": (8,)},
+    "mobilenet": {"version": "v3_small", "width_multiplier": 0.25},
     "resnet": {"depth": 8, "widths": (4, 4, 8, 8)},
     "vit": {"width": 8, "depth": 1, "heads": 2},
     "wide_resnet": {"depth": 10, "width_multiplier": 1},
@@ -49,7 +51,8 @@ def test_every_module_of_the_package_is_tested_here():
 @pytest.mark.slow
 def test_training_moves_batch_statistics_and_evaluation_does_not(model_and_variables):
     model, variables = model_and_variables
-    _, trained = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+    streams = {"dropout": jax.random.key(2)}
+    _, trained = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"], rngs=streams)
     _, evaluated = model.apply(variables, IMAGES, train=False, mutable=["batch_stats"])
     before = variables.get("batch_stats", {})
     jax.tree.map(np.testing.assert_array_equal, before, evaluated.get("batch_stats", {}))
@@ -91,7 +94,11 @@ def test_lists_become_tuples_so_that_a_model_can_be_a_static_argument():
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("resnt", {}, r"unknown model 'resnt' \(did you mean 'resnet'\?\); valid: cnn, mlp, "),
+        (
+            "resnt",
+            {},
+            r"unknown model 'resnt' \(did you mean 'resnet'\?\); valid: cnn, efficientnet, ",
+        ),
         ("CNN.Model", {}, "unknown model"),
         (
             "cnn",
