@@ -83,7 +83,8 @@ class EfficientNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """images: [batch, height, width, channels] float -> logits: [batch, classes] float32."""
         variant = VARIANTS[self.variant]
-        activation = ACTIVATIONS["relu6" if variant.lite else "silu"]
+        function = "relu6" if variant.lite else "silu"
+        activation = ACTIVATIONS[function]
         conv, norm = layers(self.padding, EPSILON, self.dtype, train)
         scale = lambda channels: round_channels(channels * variant.width)
         x = conv(32 if variant.lite else scale(32), 3, stride=2, name="stem")(images)
@@ -99,8 +100,9 @@ class EfficientNet(nn.Module):
                     expanded=channels * expansion,
                     kernel=kernel,
                     stride=stride if repeat == 0 else 1,
-                    activation="relu6" if variant.lite else "silu",
+                    activation=function,
                     squeezed=0 if variant.lite else max(1, channels // 4),
+                    squeeze_activation="silu",
                     gate=nn.sigmoid,
                     epsilon=EPSILON,
                     padding=self.padding,

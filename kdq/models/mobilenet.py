@@ -64,9 +64,7 @@ class MobileNet(nn.Module):
         for i, block in enumerate(version.blocks):
             x = InvertedResidual(
                 width=scale(block.width),
-                expanded=round_channels(block.expanded * self.width_multiplier)
-                if block.expanded
-                else round(x.shape[-1] * block.expansion),
+                expanded=scale(block.expanded) if block.expanded else x.shape[-1] * block.expansion,
                 kernel=block.kernel,
                 stride=block.stride,
                 activation=block.activation,
@@ -98,7 +96,8 @@ class InvertedResidual(nn.Module):
       stride: of the same.
       activation: a key of `ACTIVATIONS`, behind the expansion and the depthwise convolution.
       squeezed: channels in the middle of squeeze-and-excite (arXiv:1709.01507); 0 leaves it out.
-      gate: what squeeze-and-excite multiplies by.
+      squeeze_activation: a key of `ACTIVATIONS`, in the middle of it.
+      gate: maps what it computes to the factors of the channels.
       epsilon: of the batch norms.
       padding: see `MobileNet`.
       dtype: compute dtype.
@@ -110,6 +109,7 @@ class InvertedResidual(nn.Module):
     stride: int
     activation: str
     squeezed: int = 0
+    squeeze_activation: str = "relu"
     gate: Callable[[jax.Array], jax.Array] = nn.hard_sigmoid
     epsilon: float = 1e-5
     padding: str = "symmetric"
@@ -128,14 +128,8 @@ class InvertedResidual(nn.Module):
         )(y)
         y = activation(norm(name="depthwise_norm")(y))
         if self.squeezed:
-            squeeze = SqueezeExcite(
-                self.squeezed,
-                nn.relu if self.gate is nn.hard_sigmoid else activation,
-                self.gate,
-                self.dtype,
-                name="squeeze",
-            )
-            y = squeeze(y)
+            between = ACTIVATIONS[self.squeeze_activation]
+            y = SqueezeExcite(self.squeezed, between, self.gate, self.dtype, name="squeeze")(y)
         y = norm(name="project_norm")(conv(self.width, 1, name="project")(y))
         return x + y if x.shape == y.shape else y
 
@@ -200,7 +194,7 @@ class Block(NamedTuple):
     width: int
     stride: int
     kernel: int = 3
-    expansion: float = 1
+    expansion: int = 1
     expanded: int = 0
     squeeze: bool = False
     activation: str = "relu6"
